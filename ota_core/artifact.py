@@ -1,0 +1,142 @@
+"""What identifies a stage's output: fingerprints, typed references, and the record that makes an output complete.
+
+A fingerprint is the digest of what decides the bytes (parameters, input digests, algorithm version). Paths, devices and worker
+counts never enter it.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ota_core.errors import ArtifactError
+
+# Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
+# then counts as stale. "formats" stands for what all stages share.
+ALGORITHM_VERSION: dict[str, int] = {"formats": 1, "moments": 1, "masks": 1, "merged": 1, "scores": 1, "checkpoint": 1}
+
+RECORD = "record.json"
+
+Kind = Literal["checkpoint", "moments", "masks", "merged", "scores"]
+
+
+class ArtifactRef(BaseModel):
+    """A stage's output as tasks pass it on: where it lies and what it is, never the bytes themselves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    fingerprint: str
+    uri: str
+    """The folder that holds the files: a local path or ``s3://…``."""
+    bytes: int = 0
+    """Size of all files together."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling per value: sorted keys, no spaces, shortest floats. Raises TypeError on what has no stable spelling."""
+    return json.dumps(_stable(value, "$"), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _stable(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{where}: {value!r} has no canonical JSON form; leave it out or spell it as a string")
+        # 1.0 and 1 describe the same option; they must not give two fingerprints.
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, BaseModel):
+        return _stable(value.model_dump(mode="json"), where)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{where}: key {key!r} is a {type(key).__name__}; canonical JSON needs string keys")
+        return {key: _stable(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_stable(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise TypeError(f"{where}: a {type(value).__name__} has no canonical JSON form; pass strings, numbers, lists or mappings")
+
+
+def fingerprint(kind: Kind, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """The identity of a stage's output: 32 hex digits over kind, algorithm version, parameters and input digests."""
+    identity = {
+        "kind": kind,
+        "version": [ALGORITHM_VERSION["formats"], ALGORITHM_VERSION[kind]],
+        "params": params,
+        "inputs": inputs,
+    }
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:32]
+
+
+class Record(BaseModel):
+    """``record.json``: what an output is made of. It is written last, so that its presence means that the output is complete."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    fingerprint: str
+    algorithm_version: dict[str, int]
+    config: dict[str, Any]
+    """The parameters that decided the bytes."""
+    inputs: dict[str, str]
+    """Input name to digest."""
+    files: dict[str, int]
+    """File name, relative to the folder, to its size in bytes."""
+    provenance: dict[str, Any] = {}
+    """What does not decide the bytes: host, device, seconds, versions, sources."""
+    results: dict[str, Any] = {}
+    """What the stage measured: densities, thresholds, compression errors, scores."""
+
+
+def folder_files(folder: Path) -> dict[str, int]:
+    """Every file below the folder but the record, with its size in bytes, in the order of their names."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / RECORD)
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write the record through a temporary sibling, flushed to the disk before it takes its name."""
+    write_text_atomic(folder / RECORD, record.model_dump_json(indent=2) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a file in one step; a reader sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a complete output. Raises ArtifactError when it is missing, unreadable or contradicts the files."""
+    path = folder / RECORD
+    try:
+        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} holds no {RECORD}: the output was never completed; run its stage again") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} cannot be read as a record ({error}); delete the folder and run its stage again") from None
+    problems = missing_files(folder, record.files)
+    if problems:
+        raise ArtifactError(f"{folder} does not hold what its {RECORD} lists: {'; '.join(problems)}. Delete the folder and run its stage again")
+    return record
+
+
+def missing_files(folder: Path, files: Mapping[str, int]) -> Sequence[str]:
+    """What the folder lacks of the files that a record lists, one phrase per file."""
+    problems = []
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+    return problems

@@ -1,0 +1,209 @@
+"""The stages of a merge as functions of files: compress, mask, merge. Fused in one process or staged through files, the same bytes.
+
+merge: recipe and inputs → a complete Hugging Face folder. mask: recipe and inputs → one mask file per expert.
+"""
+
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ota_core.artifact import ALGORITHM_VERSION, Record, folder_files, write_record, write_text_atomic
+from ota_core.compression import CompressionReport, RankOneMoments, compress, save_compressed, save_full
+from ota_core.errors import OtaError
+from ota_core.inputs import ExpertInput, LayoutOf, MergeInputs, merge_identity, resolve_local
+from ota_core.masks import MaskWriter
+from ota_core.model_card import model_card
+from ota_core.moments import open_moments
+from ota_core.output import check_free, copy_companions, new_folder, write_weights
+from ota_core.plan import MergePlan, compression_of, open_plan
+from ota_core.prepare import block_size, blocks, delta, mask_of, prepare_curvature
+from ota_core.recipe import MergeRecipe
+from ota_core.rules import Block, density_report, rule_of
+from ota_core.stream import Stream, parse_memory
+from ota_core.views import ExpertView
+
+Progress = Callable[[str, int, int], None]
+
+
+class MergeReport(BaseModel):
+    """What a merge did. ``results`` also stand in the record."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    results: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory_gib: float
+    notes: list[str]
+
+    @property
+    def densities(self) -> dict[str, Any]:
+        """Expert → threshold, density, kept, total, per_tensor; empty without FFG."""
+        found: dict[str, Any] = self.results.get("densities", {})
+        return found
+
+
+def pick_device(device: str) -> str:
+    """The torch device that ``cpu``, ``cuda`` or ``auto`` means here. Raises OtaError when cuda is asked and there is none."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in {"cpu", "cuda"} and not device.startswith("cuda:"):
+        raise OtaError(f"device: got '{device}', expected cpu, cuda or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise OtaError("device: cuda is asked for, but torch sees no GPU here; use --device cpu or auto")
+    return device
+
+
+def merge(
+    recipe: MergeRecipe,
+    out: Path,
+    *,
+    recipe_dir: Path | None = None,
+    inputs: MergeInputs | None = None,
+    layout_of: LayoutOf | None = None,
+    memory: str | int = "2GiB",
+    device: str = "cpu",
+    overwrite: bool = False,
+    block_elements: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge and write the folder ``out``: shards, configuration, tokenizer, model card, and ``record.json`` last.
+
+    inputs: local files; without them the recipe's models must be folders, looked up beside ``recipe_dir`` and here. Nothing of the result
+    depends on memory, device (to one unit in the last place of the output type), blocks or threads. Raises OtaError, with all problems
+    at once, before anything is written; ``out`` appears complete or not at all.
+    """
+    check_free(out, overwrite=overwrite)
+    inputs = inputs or resolve_local(recipe, recipe_dir, layout_of)
+    budget, where = parse_memory(memory), pick_device(device)
+    started = time.perf_counter()
+    with (
+        open_plan(recipe, inputs, device=where, memory=budget, block_elements=block_elements, threads=threads, progress=progress) as plan,
+        new_folder(out, overwrite=overwrite) as folder,
+    ):
+        rule = rule_of(plan)
+        rule.prepare()
+        prepared = time.perf_counter()
+        write_weights(plan, rule, folder)
+        copy_companions(plan, folder)
+        results = rule.results()
+        seconds = {"prepare": prepared - started, "merge": time.perf_counter() - prepared}
+        identity, config, digests = merge_identity(recipe, inputs)
+        write_text_atomic(folder / "README.md", model_card(recipe, inputs, results, identity))
+        report = MergeReport(fingerprint=identity, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes)
+        provenance = {**environment(where), "sources": sources(inputs), "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
+        write_record(
+            folder,
+            Record(
+                kind="merged", fingerprint=identity, algorithm_version=ALGORITHM_VERSION, config=config, inputs=digests,
+                files=folder_files(folder), provenance={**provenance, "seconds": seconds}, results=results,
+            ),
+        )  # fmt: skip
+    return report
+
+
+def mask(
+    recipe: MergeRecipe,
+    out: Path,
+    *,
+    inputs: MergeInputs,
+    only: str | None = None,
+    memory: str | int = "2GiB",
+    device: str = "cpu",
+    block_elements: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``<expert>.safetensors`` with the FFG mask of every expert that FFG masks (or of ``only`` one) into the folder ``out``.
+
+    Returns expert → threshold, realised density, counts. Raises OtaError; a recipe without FFG has no masks to write.
+    """
+    if not any(recipe.ffg(i) for i in range(len(recipe.models))):
+        raise OtaError("the recipe has no FFG masks: merge_method must be ota, with a density below 1 or a precond_threshold")
+    found: dict[str, Any] = {}
+    with open_plan(
+        recipe, inputs, device=pick_device(device), memory=parse_memory(memory), block_elements=block_elements, threads=threads, progress=progress
+    ) as plan:
+        if only is not None:
+            plan.experts = [expert for expert in plan.experts if expert.name == only]
+        plan.experts = [expert for expert in plan.experts if recipe.ffg(expert.index)]
+        facts = prepare_curvature(plan)
+        for expert in plan.experts:
+            found[expert.name] = _write_mask(plan, expert, facts, out / f"{expert.name}.safetensors")
+    return found
+
+
+def _write_mask(plan: MergePlan, expert: ExpertView, facts: Any, path: Path) -> dict[str, Any]:
+    jobs = plan.curved(expert)
+    taus = facts.thresholds[expert.index]
+    kept: dict[str, int] = {}
+    writer = MaskWriter(path, {job.name: job.shape for job in jobs}, {"expert": expert.name, "thresholds": {n: _json(t) for n, t in taus.items()}})
+
+    def work(block: Block) -> tuple[str, int]:
+        bits = mask_of(plan, facts, expert, block, delta(plan, expert, *block))
+        assert bits is not None
+        writer.write(block[0].name, block[1], bits.cpu())
+        return block[0].name, int(bits.sum())
+
+    try:
+        counts = plan.stream.map(work, blocks(plan, jobs, multiple=8), what=f"mask {expert.name}", size=block_size)
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()
+    for name, count in counts:
+        kept[name] = kept.get(name, 0) + count
+    return density_report(plan, expert, taus, kept)
+
+
+def _json(tau: float) -> float | str:
+    return tau if tau != float("inf") else "inf"
+
+
+def compress_moments(
+    source: Path, out: Path, *, method: str, expert: ExpertInput | None = None, layout: Any = None, memory: str | int = "2GiB", progress: Progress | None = None
+) -> CompressionReport:
+    """Compress the second moments in ``source`` into the safetensors file ``out``: ``rank1``, or ``none`` for v under the model's names.
+
+    layout: the model's parameters, or a function that builds them, for optimizer states that number them. Raises MomentsError.
+    """
+    moments = open_moments(source, layout=expert.layout if expert else layout)
+    try:
+        stream = Stream(memory=parse_memory(memory), progress=progress, droppable=[drop] if (drop := getattr(moments, "drop_pages", None)) else [])
+        held = compression_of(moments)
+        if held not in {None, "none"}:
+            raise OtaError(f"{source} is compressed with {held} already; compress the full second moments instead")
+        if method == "rank1":
+            compressed, report = compress(moments, stream=stream)
+            assert isinstance(compressed, RankOneMoments)
+            save_compressed(compressed, out)
+            return report
+        if method == "none":
+            return save_full(moments, out, stream=stream)
+        raise OtaError(f"compression method '{method}' is not known; expected rank1 or none")
+    finally:
+        moments.close()
+
+
+def peak_memory_gib() -> float:
+    """Largest resident size of this process so far, mapped pages included, in GiB."""
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where and with what a stage ran; it never decides the bytes."""
+    return {"host": platform.node(), "platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "device": device}
+
+
+def sources(inputs: MergeInputs) -> dict[str, str]:
+    """Where each input came from, as the recipe calls it."""
+    found = {"base": inputs.base.source} if inputs.base else {}
+    return found | {expert.name: expert.source for expert in inputs.experts}

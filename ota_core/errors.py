@@ -1,0 +1,36 @@
+"""The errors that a user can cause. The command line prints their message alone, without a traceback, and exits with code 2."""
+
+from collections.abc import Sequence
+
+
+class OtaError(Exception):
+    """Root of every expected failure. The message says what was seen, what was expected and what to do."""
+
+
+class RecipeError(OtaError):
+    """The recipe cannot be understood: unknown key, unknown method, value out of range."""
+
+
+class CheckpointError(OtaError):
+    """A checkpoint is missing, damaged, or does not fit the others."""
+
+
+class MomentsError(OtaError):
+    """Second moments are missing, damaged, not finite, negative, or cannot be matched to parameters."""
+
+
+class StorageError(OtaError):
+    """A remote or local location cannot be read, written or verified."""
+
+
+class ArtifactError(OtaError):
+    """An artifact's record is missing, incomplete or does not fit its files."""
+
+
+def raise_all(problems: Sequence[str], kind: type[OtaError] = OtaError) -> None:
+    """Raise one error that lists every problem found; do nothing when there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise kind(problems[0])
+    raise kind(f"{len(problems)} problems found:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))

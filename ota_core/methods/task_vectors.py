@@ -1,0 +1,55 @@
+"""Rules that add up task vectors: task arithmetic, TIES, and what DARE and breadcrumbs leave of them."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+# Weights that cancel leave nothing to divide by; the sum is then taken as it is, as mergekit does.
+_NOTHING = 1e-8
+
+
+def add_up(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
+    """Σ w·Δ, divided by Σ w with ``normalize`` unless the weights cancel (task arithmetic: Ilharco et al. 2023, arXiv 2212.04089)."""
+    total = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        total += weight * delta
+    divisor = sum(weights)
+    return total / divisor if normalize and abs(divisor) >= _NOTHING else total
+
+
+def elect_and_add(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
+    """TIES: elect each element's sign by the weighted sum, then add up the weighted task vectors that agree with it.
+
+    ``normalize`` divides by the weights of those that agree: the disjoint mean of Yadav et al. 2023 (arXiv 2306.01708, section 3).
+    A sum of exactly 0 elects plus, as mergekit does. An entry of 0 agrees with nobody.
+    """
+    positive = add_up(deltas, weights, normalize=False) >= 0
+    total = torch.zeros_like(deltas[0])
+    divisor = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        weighted = weight * delta
+        agrees = torch.where(positive, weighted > 0, weighted < 0)
+        total += torch.where(agrees, weighted, 0.0)
+        if normalize:
+            divisor += torch.where(agrees, weight, 0.0)
+    return total / torch.where(divisor.abs() >= _NOTHING, divisor, 1.0) if normalize else total
+
+
+def trim(delta: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
+    """Δ where lowest ≤ |Δ| ≤ highest, 0 elsewhere; the limits are float32 values of |Δ| (``saliency.kth_largest``)."""
+    size = delta.float().abs()
+    return torch.where((size >= lowest) & (size <= highest), delta, 0.0)
+
+
+def ties_ranks(density: float, total: int) -> tuple[int, int]:
+    """Ranks (dropped, last) by falling |Δ| that TIES keeps in a tensor of ``total`` elements: 1 … k, at least one."""
+    return 0, min(total, max(1, int(density * total)))
+
+
+def breadcrumbs_ranks(density: float, gamma: float, total: int) -> tuple[int, int]:
+    """Ranks (dropped, last) that breadcrumbs keeps: without the largest ``gamma``, then ``density`` of all, the smallest dropped
+    (Davari & Belilovsky 2023, arXiv 2312.06795). Where both do not fit, fewer of the largest are dropped, as mergekit does."""
+    kept = int(density * total)
+    dropped = min(int(gamma * total), total - kept)
+    return dropped, dropped + kept

@@ -1,0 +1,105 @@
+"""The output folder of a merge: weights as they are computed, then everything a Hugging Face folder needs, the record last."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ota_core.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.errors import CheckpointError, OtaError
+from ota_core.plan import MergePlan
+from ota_core.prepare import block_size, blocks
+from ota_core.rules import Block, Rule
+from ota_core.vocabulary import add_tokens
+from ota_core.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards, write_index
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that takes the name ``out`` when the body ends well, and vanishes when it does not.
+
+    Raises OtaError when ``out`` exists already and is not to be overwritten, or its parent cannot be written to.
+    """
+    check_free(out, overwrite=overwrite)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output folder") from None
+    try:
+        yield temporary
+        old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.old")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(out, old)
+        os.rename(temporary, out)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise OtaError when ``out`` exists and is not to be overwritten."""
+    if out.exists() and not overwrite:
+        raise OtaError(f"{out} exists already; choose another output or pass --overwrite")
+
+
+def write_weights(plan: MergePlan, rule: Rule, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Merge every block and write it to its place; shards and their bytes do not depend on the order of the blocks."""
+    shards = plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
+    writers: dict[str, SafetensorsWriter] = {}
+    try:
+        by_tensor = {}
+        for file, specs in shards:
+            writers[file] = SafetensorsWriter(folder / file, specs, {"format": "pt"})
+            by_tensor |= {spec.name: writers[file] for spec in specs}
+
+        def work(block: Block) -> None:
+            job, start, _ = block
+            rows = _copied(plan, block) if job.copy else rule.merge(block).to(job.dtype)
+            by_tensor[job.name].write_rows(job.name, start, rows)
+
+        plan.stream.map(work, blocks(plan, plan.jobs), what="merge", size=block_size)
+    except BaseException:
+        for writer in writers.values():
+            writer.abort()
+        raise
+    for writer in writers.values():
+        writer.close()
+    write_index(folder, shards)
+
+
+def _copied(plan: MergePlan, block: Block) -> torch.Tensor:
+    """Rows of a tensor that is not of floating point: every model must hold the same."""
+    job, start, stop = block
+    first, *others = plan.models
+    rows = first.stored(job.name, start, stop)
+    for view in others:
+        if not rows.equal(view.stored(job.name, start, stop)):
+            raise CheckpointError(f"tensor '{job.name}' ({job.dtype}) differs between {first.name} and {view.name}; integer tensors cannot be merged")
+    return rows
+
+
+def copy_companions(plan: MergePlan, folder: Path) -> None:
+    """Configuration, tokenizer and chat template, from the base or from the model of ``tokenizer_source``."""
+    source = plan.source_folder()
+    for path in companion_files(source, (*CONFIG_FILES, *TOKENIZER_PATTERNS)):
+        shutil.copyfile(path, folder / path.name)
+    config = folder / "config.json"
+    if config.exists():
+        settings = read_json(config)
+        if plan.vocabulary:
+            settings["vocab_size"] = plan.vocabulary.rows
+            if plan.vocabulary.added:
+                add_tokens(folder / "tokenizer.json", plan.vocabulary.added)
+        if plan.recipe.output_dtype:
+            settings.pop("torch_dtype", None)
+            settings["dtype"] = plan.recipe.output_dtype
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,255 @@
+"""Opens everything a merge reads and checks that it fits together, before a byte is written. All problems are reported at once."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ota_core.checkpoint import Checkpoint
+from ota_core.compression import RankOneMoments, StoredMoments
+from ota_core.errors import CheckpointError, OtaError, raise_all
+from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
+from ota_core.masks import MaskFile
+from ota_core.moments import Moments, open_moments
+from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.stream import CACHE_ELEMENTS, Stream
+from ota_core.views import ExpertView, ModelView, TensorJob, bias_factor
+from ota_core.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class MergePlan:
+    """A merge that is ready to run: open inputs, the output's tensors, and how the work is cut."""
+
+    recipe: MergeRecipe
+    inputs: MergeInputs
+    base: ModelView | None
+    experts: list[ExpertView]
+    jobs: list[TensorJob]
+    vocabulary: Vocabulary | None
+    stream: Stream
+    device: torch.device
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[ModelView]:
+        """Base first, then the experts."""
+        return [*([self.base] if self.base else []), *self.experts]
+
+    def merged_jobs(self) -> list[TensorJob]:
+        """The floating-point tensors."""
+        return [job for job in self.jobs if not job.copy]
+
+    def curved(self, expert: ExpertView) -> list[TensorJob]:
+        """The tensors that carry curvature in an expert, each parameter once: what N of methods.md section 3 counts."""
+        return [job for job in self.merged_jobs() if job.name == job.canonical and expert.has_curvature(job.name)]
+
+    def source_folder(self) -> Path:
+        """The model whose configuration and tokenizer the output takes."""
+        return self.models[self.vocabulary.source if self.vocabulary else 0].checkpoint.path
+
+
+@contextmanager
+def open_plan(
+    recipe: MergeRecipe,
+    inputs: MergeInputs,
+    *,
+    device: str = "cpu",
+    memory: int = 2 * 2**30,
+    block_elements: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[MergePlan]:
+    """Open all inputs and check them. Raises OtaError that lists every problem found; closes the files at the end."""
+    stream = Stream(memory=memory, progress=progress, **({"threads": threads} if threads else {}))
+    stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models))
+    where = torch.device(device)
+    with contextlib.ExitStack() as stack:
+        problems: list[str] = []
+        opened = [_open(item, problems, stack) for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
+        raise_all(problems, CheckpointError)
+        checkpoints = [checkpoint for checkpoint in opened if checkpoint is not None]
+        names = [item.name for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
+        tied = [tied_tensors(checkpoint) for checkpoint in checkpoints]
+        vocabulary = _vocabulary(recipe, names, checkpoints)
+        maps = vocabulary.maps if vocabulary else (None,) * len(checkpoints)
+        base_count = 1 if inputs.base else 0
+        views = [
+            (ModelView if i < base_count else ExpertView)(
+                name=names[i],
+                checkpoint=checkpoints[i],
+                tied=tied[i],
+                row_map=maps[i],
+                device=where,
+                count_read=stream.count_read,
+                **({} if i < base_count else {"index": i - base_count, "bias_correction": bool(recipe.setting("bias_correction"))}),
+            )
+            for i in range(len(checkpoints))
+        ]
+        experts = [view for view in views if isinstance(view, ExpertView)]
+        for expert, item in zip(experts, inputs.experts, strict=True):
+            _open_moments(recipe, expert, item, problems, stack)
+        first = views[vocabulary.source if vocabulary else 0]
+        jobs = _jobs(recipe, views, first, vocabulary, problems)
+        for expert in experts:
+            _check_moments(recipe, expert, jobs, problems)
+        raise_all(problems, OtaError)
+        stream.droppable = [
+            item.drop_pages
+            for item in (*checkpoints, *(part for e in experts for part in (e.moments, e.full_moments, e.masks)))
+            if hasattr(item, "drop_pages")
+        ]
+        plan = MergePlan(
+            recipe=recipe, inputs=inputs, base=views[0] if inputs.base else None, experts=experts, jobs=jobs,
+            vocabulary=vocabulary, stream=stream, device=where,
+        )  # fmt: skip
+        if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
+            plan.notes.append("vocabularies differ: embedding rows are matched by token")
+        yield plan
+
+
+def bytes_per_element(experts: int) -> int:
+    """Working memory for one element of a block: θ, v̂, p, score and mask of every expert in float64 and float32, and the results."""
+    return experts * (8 + 8 + 8 + 4 + 4 + 1) + 64
+
+
+def _block_elements(memory: int, threads: int, experts: int) -> int:
+    return max(1, min(CACHE_ELEMENTS, memory // 4 // threads // bytes_per_element(experts)))
+
+
+def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:
+    try:
+        checkpoint = Checkpoint(item.path)
+    except CheckpointError as error:
+        problems.append(f"{item.name}: {error}")
+        return None
+    stack.callback(checkpoint.close)
+    return checkpoint
+
+
+def _vocabulary(recipe: MergeRecipe, names: list[str], checkpoints: list[Checkpoint]) -> Vocabulary | None:
+    models = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        embeddings = [n for n in checkpoint.names() if is_vocabulary_tensor(n)]
+        if not embeddings:
+            return None
+        models.append((name, checkpoint.path, checkpoint.info(embeddings[0]).shape[0]))
+    source = recipe.tokenizer_source
+    if source == "union":
+        return match(models, source)
+    if source == "base":
+        return match(models, 0)
+    wanted = source.removeprefix("model:")
+    known = {name: i for i, name in enumerate(names)}
+    offset = len(names) - len(recipe.models)
+    known |= {entry.model: i + offset for i, entry in enumerate(recipe.models)}
+    if wanted not in known:
+        raise CheckpointError(f"tokenizer_source: no model '{wanted}'; the recipe's models are {', '.join(names)}")
+    return match(models, known[wanted])
+
+
+def _open_moments(recipe: MergeRecipe, expert: ExpertView, item: ExpertInput, problems: list[str], stack: contextlib.ExitStack) -> None:
+    if recipe.merge_method not in NEEDS_MOMENTS:
+        return
+    asked = recipe.setting("compression")
+    try:
+        if item.moments is None:
+            problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")
+            return
+        expert.moments = _open_one(item.moments, item, stack)
+        held = compression_of(expert.moments)
+        if held not in {None, "none", asked}:
+            problems.append(f"{item.moments} holds second moments compressed with {held}; the recipe asks for compression: {asked}")
+        if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
+            if item.full_moments is not None:
+                expert.full_moments = _open_one(item.full_moments, item, stack)
+            elif held in {None, "none"}:
+                expert.full_moments = expert.moments
+            else:
+                problems.append(f"expert '{expert.name}': mask_curvature: full needs uncompressed second moments, {item.moments} is compressed with {held}")
+        if item.masks is not None:
+            expert.masks = MaskFile(item.masks)
+            stack.callback(expert.masks.close)
+    except OtaError as error:
+        problems.append(f"expert '{expert.name}': {error}")
+
+
+def _open_one(path: Path, item: ExpertInput, stack: contextlib.ExitStack) -> Moments:
+    moments = open_moments(path, layout=item.layout)
+    stack.callback(moments.close)
+    return moments
+
+
+def compression_of(moments: Moments) -> str | None:
+    """The compression of opened moments; None for what a trainer left."""
+    return moments.method if isinstance(moments, RankOneMoments | StoredMoments) else None
+
+
+def _jobs(recipe: MergeRecipe, views: list[ModelView], first: ModelView, vocabulary: Vocabulary | None, problems: list[str]) -> list[TensorJob]:
+    """The output's tensors, checked against every model."""
+    jobs = []
+    out_dtype = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
+    for name in sorted(first.checkpoint.names(), key=natural):
+        info = first.checkpoint.info(name)
+        shape = info.shape
+        floating = info.dtype.is_floating_point
+        token_rows = vocabulary is not None and is_vocabulary_tensor(name)
+        if token_rows and vocabulary is not None:
+            shape = (vocabulary.rows, *shape[1:])
+        for view in views:
+            stored = view.stored_name(name)
+            if stored not in view.checkpoint:
+                problems.append(f"{view.checkpoint.path} ({view.name}): tensor '{name}' is missing; {first.name} has it: is this expert of the same base?")
+                continue
+            seen = view.checkpoint.info(stored)
+            if (seen.shape[1:] if token_rows else seen.shape) != (shape[1:] if token_rows else shape):
+                problems.append(
+                    f"{view.checkpoint.path} ({view.name}): tensor '{name}' has shape {list(seen.shape)}, {first.name} has {list(info.shape)}: "
+                    "experts must come from the same base"
+                )
+            elif seen.dtype.is_floating_point != floating:
+                problems.append(f"{view.checkpoint.path} ({view.name}): tensor '{name}' is {seen.dtype}, {first.name} has {info.dtype}")
+        jobs.append(TensorJob(name, first.tied.get(name, name), shape, (out_dtype or info.dtype) if floating else info.dtype, not floating))
+    known = {job.name for job in jobs}
+    for view in views:
+        extra = [name for name in view.checkpoint.names() if name not in known and view.tied.get(name) not in known]
+        if extra:
+            problems.append(
+                f"{view.checkpoint.path} ({view.name}): {len(extra)} tensors that {first.name} does not have "
+                f"({', '.join(extra[:4])}{', …' if len(extra) > 4 else ''}); experts must come from the same base"
+            )
+    return jobs
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _check_moments(recipe: MergeRecipe, expert: ExpertView, jobs: list[TensorJob], problems: list[str]) -> None:
+    """v must have the shapes of the expert's own tensors; bias correction must know its numbers."""
+    for moments in {id(m): m for m in (expert.moments, expert.full_moments) if m is not None}.values():
+        shapes = moments.shapes()
+        for job in jobs:
+            stored = expert.stored_name(job.canonical)
+            if job.copy or job.canonical not in shapes or stored not in expert.checkpoint:
+                continue
+            seen, expected = tuple(shapes[job.canonical]), expert.checkpoint.info(stored).shape
+            if seen != expected and job.name == job.canonical:
+                problems.append(
+                    f"{moments.path}: second moments of '{job.canonical}' have shape {list(seen)}, the expert '{expert.name}' has {list(expected)} there; "
+                    "was the vocabulary changed after training?"
+                )
+        if not any(job.canonical in shapes for job in jobs):
+            problems.append(f"{moments.path} ({expert.name}): none of its names ({', '.join(sorted(shapes)[:3])}, …) is a tensor of the model; expected the model's names")
+        if recipe.setting("bias_correction"):
+            try:
+                for name in sorted(set(shapes) & {job.canonical for job in jobs})[:1]:
+                    bias_factor(moments, name)
+            except OtaError as error:
+                problems.append(str(error))
