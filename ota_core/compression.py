@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.errors import MomentsError
-from ota_core.kernels import row_and_column_sums, row_sums
+from ota_core.kernels import row_and_column_sums, row_sums, sqrt
 from ota_core.moments.base import Moments
 from ota_core.safetensors_io import SafetensorsFile
 from ota_core.stream import Stream
@@ -126,7 +126,7 @@ def _factor(moments: Moments, name: str, shape: tuple[int, ...], block: int) -> 
     approximate = RankOneMoments(moments.path, {name: shape}, stored, None, {})
     lost = []
     for a, b in row_blocks(shape, block):
-        difference = moments.read(name, a, b).double().sqrt() - approximate.read(name, a, b).double().sqrt()
+        difference = sqrt(moments.read(name, a, b).double()) - sqrt(approximate.read(name, a, b).double())
         lost += row_sums(difference * difference).tolist()
     return stored, math.fsum(lost), math.fsum(rows.tolist())
 

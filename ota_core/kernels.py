@@ -109,11 +109,19 @@ def row_and_column_sums(v: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+def sqrt(values: torch.Tensor) -> torch.Tensor:
+    """√values, correctly rounded (IEEE 754), float32 or float64, any shape.
+
+    torch's own square root on the CPU goes through a vector library that may err in the last bit, differently on other processors.
+    """
+    return values.sqrt() if values.is_cuda else torch.from_numpy(np.sqrt(values.numpy()))
+
+
 def power(values: torch.Tensor, exponent: float) -> torch.Tensor:
     """values^exponent, float64, any shape. Square root and identity are exact; the rest goes through one scalar routine, because a
     vectorised power may round the last elements of a block differently from the others."""
     if exponent == 0.5:
-        return values.sqrt()
+        return sqrt(values)
     if exponent == 1.0:
         return values
     if exponent == 0.0:

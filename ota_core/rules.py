@@ -93,7 +93,7 @@ class OtaRule:
         self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._lock = Lock()
         setting = plan.recipe.setting
-        self._how = {"lam": setting("lambda"), "denominator": setting("denominator"), "fallback": setting("fallback")}
+        self._lambda, self._denominator, self._fallback = setting("lambda"), setting("denominator"), setting("fallback")
         self._masked_merge, self._power, self._epsilon = setting("masked_merge"), setting("power"), setting("epsilon")
 
     def prepare(self) -> None:
@@ -125,7 +125,7 @@ class OtaRule:
         thetas = expert_rows(plan, block, base)
         if job.name in self._facts.averaged:
             assert base is not None
-            return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=self._how["lam"])
+            return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=self._lambda)
         weights, masks = [], []
         for expert, theta in zip(plan.experts, thetas, strict=True):
             v_hat = expert.v_hat(job.canonical, *block[1:]) if expert.has_curvature(job.canonical) else None
@@ -136,15 +136,19 @@ class OtaRule:
             present = expert.present(job.name, *block[1:])
             if present is not None:
                 weights[-1] = torch.where(present, weights[-1], 0.0)
+        scaled = thetas
         if self._scales:
             assert base is not None
-            thetas = [
-                base + self._scales.get((e.index, job.name), 1.0) * (theta - base) for e, theta in zip(plan.experts, thetas, strict=True)
-            ]  # fmt: skip
+            scales = [self._scales.get((expert.index, job.name), 1.0) for expert in plan.experts]
+            scaled = [base + scale * (theta - base) for scale, theta in zip(scales, thetas, strict=True)]
         if self._masked_merge == "ties":
             assert base is not None
-            return self._ties(thetas, masks, base)
-        return ota(thetas, weights, masks, base, **self._how)
+            merged = self._ties(scaled, masks, base)
+        else:
+            merged = ota(scaled, weights, masks, base, lam=self._lambda, denominator=self._denominator)
+        if self._fallback == "mean" and base is not None:
+            merged = torch.where(any_kept(masks, base), merged, mean(thetas))
+        return merged
 
     def _weight(self, expert: ExpertView, theta: torch.Tensor, v_hat: torch.Tensor | None) -> torch.Tensor:
         """p_m of a block: from the curvature, or the bare scaling factor with ``masked_merge: linear``; 0 for an expert that takes no part."""
@@ -162,8 +166,7 @@ class OtaRule:
             for theta, mask in zip(thetas, masks, strict=True)
         ]  # fmt: skip
         factors = [self._plan.recipe.setting("scaling_factor", expert.index) for expert in self._plan.experts]
-        merged = base + self._how["lam"] * elect_and_add(deltas, factors, normalize=True)
-        return merged if self._how["fallback"] == "base" else torch.where(any_kept(masks, base), merged, mean(thetas))
+        return base + self._lambda * elect_and_add(deltas, factors, normalize=True)
 
     def _count(self, expert: ExpertView, job: TensorJob, mask: torch.Tensor | None) -> None:
         if mask is None or not self._plan.recipe.ffg(expert.index) or job.name != job.canonical:

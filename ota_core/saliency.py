@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 import torch
 
-from ota_core.kernels import count_high, count_low
+from ota_core.kernels import count_high, count_low, sqrt
 
 BINS = 1 << 16
 
 
 def curvature_scores(v_hat: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """√v̂·|Δ|, float32. v_hat: float32 ≥ 0; delta: float64 or float32, the same shape."""
-    return v_hat.sqrt() * delta.float().abs()
+    return sqrt(v_hat) * delta.float().abs()
 
 
 def magnitude_scores(delta: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,6 @@ def ota(
     *,
     lam: float = 1.0,
     denominator: str = "kept",
-    fallback: str = "base",
 ) -> torch.Tensor:
     """θ = θ₀ + λ · (Σ mask·p·Δ) / P with P = Σ mask·p (``kept``) or Σ p (``all``), and θ = θ₀ where P = 0.
 
@@ -58,8 +57,7 @@ def ota(
     target = torch.where(positive, target, base)
     merged = target if lam == 1.0 else base + lam * (target - base)
     # (Σ p·θ₀) / Σ p may differ from θ₀ in the last bit; an element that nobody keeps is the base exactly.
-    nobody = ~any_kept(masks, base)
-    return torch.where(nobody, mean(thetas) if fallback == "mean" else base, merged)
+    return torch.where(any_kept(masks, base), merged, base)
 
 
 def any_kept(masks: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
