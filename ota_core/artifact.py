@@ -20,6 +20,9 @@ from ota_core.errors import ArtifactError
 # then counts as stale. "formats" stands for what all stages share.
 ALGORITHM_VERSION: dict[str, int] = {"formats": 1, "moments": 1, "masks": 1, "merged": 1, "scores": 1, "checkpoint": 1}
 
+# Stages whose algorithm also decides a stage's bytes: a merge contains compression and masks, whether fused or staged.
+_DEPENDS_ON: dict[str, tuple[str, ...]] = {"masks": ("moments",), "merged": ("moments", "masks")}
+
 RECORD = "record.json"
 
 Kind = Literal["checkpoint", "moments", "masks", "merged", "scores"]
@@ -67,7 +70,7 @@ def fingerprint(kind: Kind, params: Mapping[str, Any], inputs: Mapping[str, str]
     """The identity of a stage's output: 32 hex digits over kind, algorithm version, parameters and input digests."""
     identity = {
         "kind": kind,
-        "version": [ALGORITHM_VERSION["formats"], ALGORITHM_VERSION[kind]],
+        "version": [ALGORITHM_VERSION[part] for part in ("formats", *_DEPENDS_ON.get(kind, ()), kind)],
         "params": params,
         "inputs": inputs,
     }

@@ -86,10 +86,10 @@ def _share(rows: torch.Tensor) -> torch.Tensor:
     return torch.where(sums > 0, flat / sums.clamp(min=torch.finfo(torch.float64).tiny), 0.0).float().reshape(rows.shape)
 
 
-def compress(moments: Moments, *, stream: Stream) -> tuple[RankOneMoments, CompressionReport]:
+def compress(moments: Moments, *, stream: Stream, what: str = "compress") -> tuple[RankOneMoments, CompressionReport]:
     """Rank-1 compression of one expert's second moments, a tensor per job. Vectors are kept whole. Raises MomentsError on bad values."""
     shapes = dict(moments.shapes())
-    results = stream.map(lambda name: _factor(moments, name, shapes[name], stream.block_elements), sorted(shapes), what="compress")
+    results = stream.map(lambda name: _factor(moments, name, shapes[name], stream.block_elements), sorted(shapes), what=what)
     stored = {key: tensor for tensors, _, _ in results for key, tensor in tensors.items()}
     steps = {name: step for name in shapes if (step := moments.step(name)) is not None}
     compressed = RankOneMoments(moments.path, shapes, stored, moments.beta2, steps)
@@ -122,6 +122,12 @@ def _factor(moments: Moments, name: str, shape: tuple[int, ...], block: int) -> 
         for a, b in row_blocks((height, width), block):
             start = stack * height
             rows[start + a : start + b] = row_and_column_sums(moments.read(name, start + a, start + b), cols[stack])
+    largest = max(rows.max().item() if rows.numel() else 0.0, cols.max().item() if cols.numel() else 0.0)
+    if largest > torch.finfo(torch.float32).max:
+        raise MomentsError(
+            f"{moments.path}: a row or column of '{name}' adds up to {largest:.3g}, more than float32 holds; second moments are usually "
+            "1e-22 to 1e-8: is this the right file? With compression: none they are used as they are"
+        )
     stored = {name + ROW: rows.float().reshape(shape[:-1]), name + COL: cols.float().reshape(*shape[:-2], width)}
     approximate = RankOneMoments(moments.path, {name: shape}, stored, None, {})
     lost = []

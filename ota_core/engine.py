@@ -82,12 +82,41 @@ def merge(
     """
     check_free(out, overwrite=overwrite)
     inputs = inputs or resolve_local(recipe, recipe_dir, layout_of)
+    with new_folder(out, overwrite=overwrite) as folder:
+        report = merge_into(
+            folder, recipe, inputs, memory=memory, device=device, block_elements=block_elements, threads=threads, progress=progress
+        )
+        identity, config, digests = merge_identity(recipe, inputs)
+        provenance = {**environment(device), "sources": sources(inputs), "recipe": described(recipe), "seconds": report.seconds}
+        record = Record(
+            kind="merged",
+            fingerprint=identity,
+            algorithm_version=ALGORITHM_VERSION,
+            config=config,
+            inputs=digests,
+            files=folder_files(folder),
+            provenance=provenance,
+            results=report.results,
+        )
+        write_record(folder, record)
+    return report
+
+
+def merge_into(
+    folder: Path,
+    recipe: MergeRecipe,
+    inputs: MergeInputs,
+    *,
+    memory: str | int = "2GiB",
+    device: str = "cpu",
+    block_elements: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write everything of a merged model but its record into an empty folder. Who calls owns the folder: its name, record and removal."""
     budget, where = parse_memory(memory), pick_device(device)
     started = time.perf_counter()
-    with (
-        open_plan(recipe, inputs, device=where, memory=budget, block_elements=block_elements, threads=threads, progress=progress) as plan,
-        new_folder(out, overwrite=overwrite) as folder,
-    ):
+    with open_plan(recipe, inputs, device=where, memory=budget, block_elements=block_elements, threads=threads, progress=progress) as plan:
         rule = rule_of(plan)
         rule.prepare()
         prepared = time.perf_counter()
@@ -95,18 +124,14 @@ def merge(
         copy_companions(plan, folder)
         results = rule.results()
         seconds = {"prepare": prepared - started, "merge": time.perf_counter() - prepared}
-        identity, config, digests = merge_identity(recipe, inputs)
+        identity, _, _ = merge_identity(recipe, inputs)
         write_text_atomic(folder / "README.md", model_card(recipe, inputs, results, identity))
-        report = MergeReport(fingerprint=identity, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes)
-        provenance = {**environment(where), "sources": sources(inputs), "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
-        write_record(
-            folder,
-            Record(
-                kind="merged", fingerprint=identity, algorithm_version=ALGORITHM_VERSION, config=config, inputs=digests,
-                files=folder_files(folder), provenance={**provenance, "seconds": seconds}, results=results,
-            ),
-        )  # fmt: skip
-    return report
+        return MergeReport(fingerprint=identity, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes)
+
+
+def described(recipe: MergeRecipe) -> dict[str, Any]:
+    """The recipe as a record keeps it: what it says, in JSON."""
+    return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def mask(

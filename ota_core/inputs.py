@@ -99,6 +99,11 @@ def expert_facts(folder: Path) -> dict[str, Any]:
     return read_json(folder / "expert.json") if (folder / "expert.json").exists() else {}
 
 
+def optimizer_facts(folder: Path) -> dict[str, Any]:
+    """What ``expert.json`` adds to second moments: step and β₂, which the digest of the weights does not cover."""
+    return {key: value for key, value in expert_facts(folder).items() if key in {"step", "beta2"}}
+
+
 def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of: LayoutOf | None = None) -> MergeInputs:
     """The inputs of a recipe whose models are all folders on this machine. Raises OtaError with every input that is not there."""
     problems: list[str] = []
@@ -144,13 +149,11 @@ def with_moments(recipe: MergeRecipe, index: int, expert: ExpertInput, recipe_di
 
 def merge_identity(recipe: MergeRecipe, inputs: MergeInputs) -> tuple[str, dict[str, Any], dict[str, str]]:
     """(fingerprint, parameters, input digests) of the merged model: what decides its bytes, and nothing else."""
-    method = recipe.merge_method
-    config: dict[str, Any] = {"merge_method": method, "dtype": recipe.output_dtype, "tokenizer_source": recipe.tokenizer_source}
-    config["parameters"] = recipe.parameters.model_dump(mode="json", by_alias=True, exclude_none=True)
-    config["experts"] = [
-        {"name": expert.name, **entry.parameters.model_dump(mode="json", exclude_none=True, exclude={"preconditioner_path"})}
-        for entry, expert in zip(recipe.models, inputs.experts, strict=True)
-    ]
+    names = [expert.name for expert in inputs.experts]
+    tokenizer = recipe.tokenizer_source.removeprefix("model:")
+    config = recipe.effective() | {"tokenizer_source": names.index(tokenizer) if tokenizer in names else tokenizer}
+    if recipe.setting("bias_correction"):
+        config["optimizers"] = [optimizer_facts(expert.path) for expert in inputs.experts]
     digests: dict[str, str] = {}
     if inputs.base is not None:
         digests["base"] = inputs.base.digest or "unknown"

@@ -51,9 +51,14 @@ def check_free(out: Path, *, overwrite: bool) -> None:
         raise OtaError(f"{out} exists already; choose another output or pass --overwrite")
 
 
+def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[tuple[str, list[TensorSpec]]]:
+    """The output's weight files and the tensors of each."""
+    return plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
+
+
 def write_weights(plan: MergePlan, rule: Rule, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Merge every block and write it to its place; shards and their bytes do not depend on the order of the blocks."""
-    shards = plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
+    shards = plan_files(plan, max_shard_bytes)
     writers: dict[str, SafetensorsWriter] = {}
     try:
         by_tensor = {}

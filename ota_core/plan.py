@@ -64,8 +64,12 @@ def open_plan(
     block_elements: int | None = None,
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    with_moments: bool = True,
 ) -> Iterator[MergePlan]:
-    """Open all inputs and check them. Raises OtaError that lists every problem found; closes the files at the end."""
+    """Open all inputs and check them. Raises OtaError that lists every problem found; closes the files at the end.
+
+    ``with_moments=False`` leaves second moments unopened, for planning before they are at hand.
+    """
     stream = Stream(memory=memory, progress=progress, **({"threads": threads} if threads else {}))
     stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models))
     where = torch.device(device)
@@ -92,7 +96,7 @@ def open_plan(
             for i in range(len(checkpoints))
         ]
         experts = [view for view in views if isinstance(view, ExpertView)]
-        for expert, item in zip(experts, inputs.experts, strict=True):
+        for expert, item in zip(experts, inputs.experts if with_moments else (), strict=with_moments):
             _open_moments(recipe, expert, item, problems, stack)
         first = views[vocabulary.source if vocabulary else 0]
         jobs = _jobs(recipe, views, first, vocabulary, problems)

@@ -36,7 +36,7 @@ def prepare_curvature(plan: MergePlan) -> Curvature:
     for expert in plan.experts:
         assert expert.moments is not None
         if plan.recipe.setting("compression") == "rank1" and not isinstance(expert.moments, RankOneMoments):
-            compressed, facts.reports[expert.name] = compress(expert.moments, stream=plan.stream)
+            compressed, facts.reports[expert.name] = compress(expert.moments, stream=plan.stream, what=f"compress {expert.name}")
             expert.moments = compressed
     if plan.recipe.merge_method != "ota":
         return facts

@@ -137,6 +137,17 @@ class MergeRecipe(_Strict):
         """The data type of the output, or None for each tensor's own in the base."""
         return self.out_dtype or self.dtype
 
+    def effective(self) -> dict[str, Any]:
+        """Every parameter in force, defaults included: two recipes that say the same in different words are equal here."""
+        used = _USED[self.merge_method] - {"preconditioner_path"}
+        own = {key for key in used if key in ExpertParameters.model_fields}
+        return {
+            "merge_method": self.merge_method,
+            "dtype": self.output_dtype,
+            "parameters": {key: self.setting(key) for key in sorted(used - own)},
+            "experts": [{key: self.setting(key, i) for key in sorted(own)} for i in range(len(self.models))],
+        }
+
     def ffg(self, expert: int) -> bool:
         """Whether Fast Fisher Grafting masks this expert (methods.md section 3: density 1 means no mask)."""
         if self.merge_method != "ota":

@@ -14,7 +14,7 @@ from ota_core.errors import RecipeError
 from ota_core.kernels import row_sums
 from ota_core.methods.averages import fisher, linear, slerp, slerp_factors
 from ota_core.methods.dare import drop, uniform
-from ota_core.methods.ota import any_kept, curvature_weights, mean, ota
+from ota_core.methods.ota import any_kept, curvature_weights, masked_ties, mean, ota
 from ota_core.methods.task_vectors import add_up, breadcrumbs_ranks, elect_and_add, ties_ranks, trim
 from ota_core.plan import MergePlan
 from ota_core.prepare import Curvature, blocks, delta, mask_of, prepare_curvature
@@ -143,7 +143,8 @@ class OtaRule:
             scaled = [base + scale * (theta - base) for scale, theta in zip(scales, thetas, strict=True)]
         if self._masked_merge == "ties":
             assert base is not None
-            merged = self._ties(scaled, masks, base)
+            factors = [plan.recipe.setting("scaling_factor", expert.index) for expert in plan.experts]
+            merged = base + self._lambda * masked_ties([theta - base for theta in scaled], masks, factors)
         else:
             merged = ota(scaled, weights, masks, base, lam=self._lambda, denominator=self._denominator)
         if self._fallback == "mean" and base is not None:
@@ -160,14 +161,6 @@ class OtaRule:
         mean_weight = self._facts.means.get(expert.index)
         return curvature_weights(v_hat, power=self._power, scale=scale, mean=mean_weight, epsilon=self._epsilon)
 
-    def _ties(self, thetas: list[torch.Tensor], masks: list[torch.Tensor | None], base: torch.Tensor) -> torch.Tensor:
-        deltas = [
-            theta - base if mask is None else torch.where(mask, theta - base, 0.0)
-            for theta, mask in zip(thetas, masks, strict=True)
-        ]  # fmt: skip
-        factors = [self._plan.recipe.setting("scaling_factor", expert.index) for expert in self._plan.experts]
-        return base + self._lambda * elect_and_add(deltas, factors, normalize=True)
-
     def _count(self, expert: ExpertView, job: TensorJob, mask: torch.Tensor | None) -> None:
         if mask is None or not self._plan.recipe.ffg(expert.index) or job.name != job.canonical:
             return
@@ -180,7 +173,8 @@ class OtaRule:
         densities = {}
         for expert in self._plan.experts:
             if self._plan.recipe.ffg(expert.index):
-                taus = expert.masks.header["thresholds"] if expert.masks else self._facts.thresholds[expert.index]
+                stored = expert.masks.header["thresholds"] if expert.masks else self._facts.thresholds[expert.index]
+                taus = {name: float(tau) for name, tau in stored.items()}
                 densities[expert.name] = density_report(self._plan, expert, taus, self._kept[expert.index])
         compression = {name: report.model_dump(exclude={"sqrt_error_per_tensor"}) for name, report in self._facts.reports.items()}
         averaged = sorted(self._facts.averaged)

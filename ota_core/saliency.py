@@ -18,7 +18,8 @@ BINS = 1 << 16
 
 def curvature_scores(v_hat: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """√v̂·|Δ|, float32. v_hat: float32 ≥ 0; delta: float64 or float32, the same shape."""
-    return sqrt(v_hat) * delta.float().abs()
+    # The absolute value last: v̂ = −0.0 would give a score of −0.0, whose bits order wrongly.
+    return (sqrt(v_hat) * delta.float()).abs()
 
 
 def magnitude_scores(delta: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,8 @@ class Stream:
         ``size`` weighs an item in the progress.
         """
         todo: Sequence[Item] = list(items)
+        if not todo:
+            return []
         total, done = sum(size(item) for item in todo), 0
         if self.progress:
             self.progress(what, 0, total)

@@ -60,6 +60,24 @@ def ota(
     return torch.where(any_kept(masks, base), merged, base)
 
 
+def masked_ties(
+    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]
+) -> torch.Tensor:
+    """What TIES makes of masked task vectors (``masked_merge: ties``): the sign elected by Σ mask·s·Δ, then the mean, weighted by s, of the
+    kept Δ of that sign; 0 where the sum is 0 or nobody agrees. factors: s_m ≥ 0, of any size. float64 (r, C)."""
+    left = [delta if mask is None else torch.where(mask, delta, 0.0) for delta, mask in zip(deltas, masks, strict=True)]
+    elected = torch.zeros_like(deltas[0])
+    for delta, factor in zip(left, factors, strict=True):
+        elected += factor * delta
+    elected = elected.sign()
+    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, factor in zip(left, factors, strict=True):
+        agrees = (delta.sign() == elected) & (elected != 0)
+        total += torch.where(agrees, factor * delta, 0.0)
+        divisor += torch.where(agrees, factor, 0.0)
+    return torch.where(divisor > 0, total / torch.where(divisor > 0, divisor, 1.0), 0.0)
+
+
 def any_kept(masks: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
     """Where at least one expert keeps the element. bool, the shape of ``like``."""
     kept = torch.zeros_like(like, dtype=torch.bool)

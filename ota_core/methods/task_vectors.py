@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-
 # Weights that cancel leave nothing to divide by; the sum is then taken as it is, as mergekit does.
 _NOTHING = 1e-8
 

@@ -1,0 +1,196 @@
+"""The command ``ota``. Heavy packages are imported by the commands that need them, so that ``ota --help`` answers at once."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ota_core.errors import OtaError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Curvature-informed merging of fine-tuned language models.")
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="What to write; it must not exist yet.", show_default=False)]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Memory = Annotated[str, typer.Option(help="Memory budget, for example 2GiB.")]
+Home = Annotated[Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow. [default: $OTA_HOME or ~/.ota]", show_default=False)]
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """A user's mistake ends with its message and exit code 2, without a traceback."""
+    try:
+        yield
+    except OtaError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A function that draws (stage, done, total) as progress bars on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        known: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in known or bars.tasks[known[what]].finished:
+                known[what] = bars.add_task(what, total=total)
+            bars.update(known[what], completed=done, total=total)
+
+        yield report
+
+
+def _inputs(recipe: Any, recipe_file: Path, home: Path | None, progress: Any) -> Any:
+    """Every model of a recipe on this machine, with second moments and digests."""
+    from tasks.inputs import assemble, fetch_all
+    from tasks.settings import places
+
+    where = places(home)
+    folder = recipe_file.resolve().parent
+    fetched = fetch_all(recipe, cache=where.cache, recipe_dir=folder, progress=lambda done, total: progress("fetch", done, total))
+    return assemble(recipe, fetched, cache=where.cache, recipe_dir=folder)
+
+
+@app.command()
+def merge(
+    recipe: Recipe,
+    out: Out,
+    device: Device = "cpu",
+    memory: Memory = "2GiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    home: Home = None,
+) -> None:
+    """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
+    from ota_core import engine
+    from ota_core.output import check_free
+    from ota_core.recipe import load_recipe
+
+    with _user_errors():
+        loaded = load_recipe(recipe)
+        check_free(out, overwrite=overwrite)
+        with _progress() as progress:
+            inputs = _inputs(loaded, recipe, home, progress)
+            report = engine.merge(loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, progress=progress)
+        for note in report.notes:
+            typer.echo(f"note: {note}")
+        for name, density in report.densities.items():
+            typer.echo(f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f})")
+        seconds = sum(report.seconds.values())
+        typer.echo(f"{out}: merged in {seconds:.1f} s, peak memory {report.peak_memory_gib:.2f} GiB, fingerprint {report.fingerprint}")
+
+
+@app.command()
+def plan(recipe: Recipe, memory: Memory = "2GiB", home: Home = None) -> None:
+    """Say what a merge of RECIPE would read and write, its peak memory, and the problems found. Touches no weights."""
+    from flows.describe import describe_plan
+    from ota_core.recipe import load_recipe
+
+    with _user_errors():
+        for line in describe_plan(load_recipe(recipe), recipe.resolve().parent, memory, home):
+            typer.echo(line)
+
+
+@app.command()
+def compress(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, s3://…, org/name, or a file of second moments.", show_default=False)],
+    out: Out,
+    method: Annotated[str, typer.Option(help="rank1 or none.")] = "rank1",
+    memory: Memory = "2GiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    home: Home = None,
+) -> None:
+    """Compress the second moments of SOURCE into one safetensors file OUT."""
+    from flows.single import compress_source
+
+    with _user_errors(), _progress() as progress:
+        report = compress_source(source, out, method=method, memory=memory, overwrite=overwrite, home=home, progress=progress)
+    typer.echo(f"{out}: {report.method}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)")
+    typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
+
+
+@app.command()
+def mask(
+    recipe: Recipe,
+    out: Out,
+    device: Device = "cpu",
+    memory: Memory = "2GiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    home: Home = None,
+) -> None:
+    """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
+    from flows.single import mask_recipe
+    from ota_core.recipe import load_recipe
+
+    with _user_errors():
+        loaded = load_recipe(recipe)
+        with _progress() as progress:
+            inputs = _inputs(loaded, recipe, home, progress)
+            found = mask_recipe(loaded, inputs, out, device=device, memory=memory, overwrite=overwrite, progress=progress)
+        for name, density in found.items():
+            typer.echo(f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f}, threshold {density['threshold']})")
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A checkpoint, a file of second moments or masks, or an artifact.", show_default=False)]) -> None:
+    """Say what PATH holds."""
+    from flows.describe import describe_path
+
+    with _user_errors():
+        for line in describe_path(path):
+            typer.echo(line)
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    suite: Annotated[str, typer.Option(help="Benchmark suite: a name in deployments/suites, a file, or 'none'.")] = "public",
+    data_dir: Annotated[Path | None, typer.Option(help="Data folder of a local suite.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")] = None,
+    device: Device = "auto",
+    memory: Memory = "2GiB",
+    home: Home = None,
+    artifacts: Annotated[str | None, typer.Option(help="Root of the artifacts: a folder or s3://…. [default: inside the home folder]", show_default=False)] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server. [default: $MLFLOW_TRACKING_URI or an embedded database]", show_default=False)] = None,
+) -> None:
+    """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
+    from flows.single import run_recipe
+    from ota_core.recipe import load_recipe
+
+    with _user_errors():
+        loaded = load_recipe(recipe)
+        lines = run_recipe(
+            loaded, recipe_dir=recipe.resolve().parent, suite=None if suite == "none" else suite, data_dir=data_dir, limit=limit,
+            device=device, memory=memory, home=home, artifacts=artifacts, tracking_uri=tracking_uri,
+        )  # fmt: skip
+        for line in lines:
+            _print(line)
+
+
+@app.command()
+def demo(
+    home: Home = None,
+    seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
+) -> None:
+    """Train a small base and five experts, merge them in four ways, and compare. Needs the extra 'demo'."""
+    from flows.demo import run_demo
+
+    with _user_errors():
+        for line in run_demo(home=home, seed=seed):
+            _print(line)
+
+
+def _print(item: Any) -> None:
+    """Text, or anything rich can draw."""
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(item)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

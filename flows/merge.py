@@ -1,0 +1,254 @@
+"""The main path, top to bottom: fetch → compress → mask → merge → benchmark → log, as cached Prefect tasks.
+
+Every task's cache key is the fingerprint of its output; the task itself finds an output that is there. An output whose files
+are gone is computed again, alone.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.context import TaskRunContext
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import BaseModel, ConfigDict
+
+from flows.report import merge_name, merge_run
+from ota_core.artifact import ArtifactRef
+from ota_core.errors import OtaError
+from ota_core.inputs import ExpertInput, MergeInputs
+from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from tasks import stages, storage
+from tasks.inputs import model_sources
+from tasks.settings import Places, places
+from tasks.stages import Step, Subject
+from tasks.storage import Fetched
+from tasks.suites import load_suite
+from tasks.tracking import LoggedRun, MergeRun, log_merge
+from tasks.watch import identity_of_source, is_intact
+
+
+def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
+    """The cache key: the fingerprint of what the task makes, or for a fetch the identity of the source."""
+    step = parameters.get("step")
+    if isinstance(step, Step):
+        return f"ota-{step.kind}-{step.fingerprint}"
+    identity = parameters.get("identity")
+    return f"ota-fetch-{identity}" if identity else None
+
+
+CACHED: dict[str, Any] = {
+    "cache_policy": CacheKeyFnPolicy(cache_key_fn=_key),
+    "persist_result": True,
+    "result_serializer": "json",
+}
+
+
+class Progress:
+    """Tells the run's log how far a long stage is, at most once in ten seconds."""
+
+    def __init__(self) -> None:
+        self._log, self._said, self._what = get_run_logger(), time.monotonic(), ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if total and time.monotonic() - self._said >= 10:
+            self._said = time.monotonic()
+            self._log.info("%s: %.0f %%", what, 100 * done / total)
+
+
+@task(name="fetch", task_run_name="fetch {source}", **CACHED)
+def fetch(source: str, identity: str | None, where: Places) -> Fetched:
+    """Bring one checkpoint to this machine, verified."""
+    progress = Progress()
+    return storage.fetch(source, cache=where.cache, progress=lambda done, total: progress(f"fetch {source}", done, total))
+
+
+@task(name="compress", task_run_name="compress {expert.name}", **CACHED)
+def compress(step: Step, where: Places, expert: ExpertInput, memory: str) -> ArtifactRef:
+    """Compress one expert's second moments."""
+    return stages.compress(where, step, expert, memory=memory, progress=Progress())
+
+
+@task(name="mask", task_run_name="mask {name}", **CACHED)
+def mask(step: Step, where: Places, name: str, recipe: MergeRecipe, inputs: MergeInputs, index: int, memory: str, device: str) -> ArtifactRef:
+    """Fast Fisher Grafting: the mask of one expert."""
+    return stages.mask(where, step, recipe, inputs, index, memory=memory, device=device, progress=Progress())
+
+
+@task(name="merge", task_run_name="merge {recipe.merge_method}", **CACHED)
+def merge(step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs, memory: str, device: str) -> ArtifactRef:
+    """Merge the experts into one model."""
+    return stages.merge(where, step, recipe, inputs, memory=memory, device=device, progress=Progress())
+
+
+@task(name="benchmark", task_run_name="benchmark {subject.name}", **CACHED)
+def benchmark(step: Step, where: Places, subject: Subject, suite: str, data_dir: Path | None, limit: int | None, device: str) -> ArtifactRef:
+    """Score one model on the suite."""
+    return stages.score(where, step, subject, suite, data_dir, limit, device=device, progress=Progress())
+
+
+@task(name="log", task_run_name="log {run.name}", retries=2, retry_delay_seconds=10)
+def log(run: MergeRun, where: Places, tracking_uri: str | None) -> LoggedRun:
+    """Log the merge to MLflow. Finds the run that an earlier try or an equal merge logged, so that it can be repeated."""
+    return log_merge(run, tracking_uri=tracking_uri, root=where.tracking)
+
+
+class MergeOutcome(BaseModel):
+    """What a merge led to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    merged: ArtifactRef
+    path: str
+    """The merged model's folder on this machine."""
+    digest: str
+    scores: dict[str, ArtifactRef]
+    """``base``, the experts' names and ``merged`` to their scores; empty without a benchmark."""
+    capabilities: dict[str, str]
+    """Expert's name to its own capability, where known."""
+    densities: dict[str, float]
+    logged: LoggedRun
+
+
+def _run_name() -> str:
+    recipe = flow_run.parameters["recipe"]
+    return merge_name(recipe if isinstance(recipe, MergeRecipe) else MergeRecipe.model_validate(recipe))
+
+
+@flow(name="merge", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)
+def merge_flow(
+    recipe: MergeRecipe,
+    recipe_dir: Path | None = None,
+    suite: str | None = "public",
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    memory: str = "2GiB",
+    home: Path | None = None,
+    artifacts: str | None = None,
+    tracking_uri: str | None = None,
+) -> MergeOutcome:
+    """Merge the recipe's experts, benchmark base, experts and merge, log everything.
+
+    Args:
+        recipe: What to merge and how.
+        recipe_dir: Folder that relative paths of the recipe start from.
+        suite: Benchmark suite: a name in deployments/suites or a file; none to skip the benchmark.
+        data_dir: Data of a local suite.
+        limit: Documents per task, for a quick look.
+        device: cpu, cuda or auto.
+        memory: Budget of the merge.
+        home: Folder for artifacts, caches and the embedded MLflow; OTA_HOME or ~/.ota by default.
+        artifacts: Root of the artifacts, a folder or s3://…, if not in home.
+        tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
+    """
+    where = places(home, artifacts)
+    tests = load_suite(suite) if suite else None
+    device = _device(device)
+
+    fetched = _fetch_all(recipe, recipe_dir, where)
+    inputs = stages.inputs_of(recipe, fetched, where, recipe_dir)
+    ready, stage_refs = _second_moments(recipe, inputs, where, memory, device)
+    step = stages.merge_step(recipe, inputs)
+    merged: ArtifactRef = _missing(merge, step, where)(step, where, recipe, ready, memory, device)
+    stage_refs["merge"] = [merged]
+
+    name = merge_name(recipe)
+    subjects = _subjects(recipe, inputs, fetched, stages.merged_subject(where, name, merged))
+    scores: dict[str, ArtifactRef] = {}
+    if suite and tests:
+        steps = {key: stages.score_step(subject, tests, data_dir, limit) for key, subject in subjects.items()}
+        futures = {
+            key: _missing(benchmark, steps[key], where).submit(steps[key], where, subject, suite, data_dir, limit, device)
+            for key, subject in subjects.items()
+        }
+        scores = {key: future.result() for key, future in futures.items()}
+    run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where)
+    logged = log(run, where, tracking_uri)
+    get_run_logger().info("merged model: %s; MLflow run %s", subjects["merged"].path, logged.url or logged.run_id)
+    return MergeOutcome(
+        name=name,
+        merged=merged,
+        path=str(subjects["merged"].path),
+        digest=subjects["merged"].digest,
+        scores=scores,
+        capabilities={expert.name: expert.capability for expert in inputs.experts if expert.capability},
+        densities={key.removeprefix("density/"): value for key, value in run.metrics.items() if key.startswith("density/")},
+        logged=logged,
+    )
+
+
+def _device(device: str) -> str:
+    from ota_core.engine import pick_device
+
+    return pick_device(device)
+
+
+def _missing(stage: Any, step: Step, where: Places) -> Any:
+    """The task, told to ignore Prefect's cached result when the artifact that it points to is not there any more."""
+    present = stages.store_of(where).find(step.kind, step.fingerprint)  # type: ignore[arg-type]
+    return stage if present else stage.with_options(refresh_cache=True)
+
+
+def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places) -> list[Fetched]:
+    """All checkpoints, in parallel, base first. Every source that fails is reported, not only the first."""
+    sources = model_sources(recipe, recipe_dir)
+    futures: list[PrefectFuture[Fetched]] = [fetch.submit(source, identity_of_source(source), where) for source in sources]
+    fetched, problems = [], []
+    for source, future in zip(sources, futures, strict=True):
+        try:
+            found = future.result()
+            if not is_intact(found):
+                found = fetch.with_options(refresh_cache=True)(source, identity_of_source(source), where)
+            fetched.append(found)
+        except OtaError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise OtaError("\n".join(str(problem) for problem in problems))
+    return fetched
+
+
+def _second_moments(
+    recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str, device: str
+) -> tuple[MergeInputs, dict[str, list[ArtifactRef]]]:
+    """Compressed moments and masks of every expert, each a task, and the inputs that refer to them."""
+    if recipe.merge_method not in NEEDS_MOMENTS:
+        return inputs, {}
+    steps = [stages.moments_step(recipe, expert) for expert in inputs.experts]
+    moments = [
+        _missing(compress, step, where).submit(step, where, expert, memory)
+        for step, expert in zip(steps, inputs.experts, strict=True)
+    ]  # fmt: skip
+    refs: dict[str, list[ArtifactRef]] = {"compress": [future.result() for future in moments]}
+    experts = tuple(stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs["compress"], strict=True))
+    ready = MergeInputs(base=inputs.base, experts=experts)
+    masks = {}
+    for i, expert in enumerate(experts):
+        if recipe.ffg(i):
+            step = stages.mask_step(recipe, inputs, i)
+            masks[i] = _missing(mask, step, where).submit(step, where, expert.name, recipe, ready, i, memory, device)
+    if masks:
+        found = {i: future.result() for i, future in masks.items()}
+        refs["mask"] = list(found.values())
+        ready = stages.with_masks(where, ready, found)
+    return ready, refs
+
+
+def _subjects(recipe: MergeRecipe, inputs: MergeInputs, fetched: list[Fetched], merged: Subject) -> dict[str, Subject]:
+    """Everything that is scored: base, experts, merged."""
+    models = list(fetched)
+    subjects = {}
+    if inputs.base is not None:
+        base = models.pop(0)
+        subjects["base"] = Subject(name="base", role="base", path=base.path, digest=base.digest)
+    for expert, one in zip(inputs.experts, models, strict=True):
+        subjects[f"expert/{expert.name}"] = Subject(name=expert.name, role="expert", capability=expert.capability, path=one.path, digest=one.digest)
+    return subjects | {"merged": merged}
+

@@ -1,0 +1,177 @@
+"""What a finished merge tells MLflow and the reader: its name, parameters, metrics and table of scores."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from prefect.runtime import flow_run
+
+from ota_core.artifact import ArtifactRef
+from ota_core.inputs import MergeInputs
+from ota_core.model_card import model_card
+from ota_core.recipe import MergeRecipe
+from tasks import stages
+from tasks.scores import ModelScores, negative_transfer, retention, scores_table
+from tasks.settings import Places
+from tasks.stages import Subject
+from tasks.storage import Fetched
+from tasks.tracking import ChildRun, InputRef, MergeRun
+
+
+def merge_name(recipe: MergeRecipe) -> str:
+    """A short name that says what is merged, for example ``ota math+code rho=0.4``."""
+    labels = [entry.name or entry.capability or _short(entry.model) for entry in recipe.models]
+    name = f"{recipe.merge_method} {'+'.join(labels)}"
+    densities = {recipe.setting("density", i) for i in range(len(recipe.models))} - {None, 1.0}
+    thresholds = {recipe.setting("precond_threshold", i) for i in range(len(recipe.models))} - {None}
+    if densities:
+        name += f" rho={'/'.join(f'{d:g}' for d in sorted(densities))}"
+    if thresholds:
+        name += f" tau={'/'.join(f'{t:g}' for t in sorted(thresholds))}"
+    if recipe.setting("compression") not in {None, "none"} and recipe.merge_method in {"ota", "fisher"}:
+        name += f" {recipe.setting('compression')}"
+    lam = recipe.setting("lambda")
+    if lam not in {None, 1.0}:
+        name += f" lambda={lam:g}"
+    return name[:200].replace("'", "").replace("`", "")
+
+
+def _short(model: str) -> str:
+    """The part of a path that names the expert: the capability in the S3 layout …/<capability>/<expert>."""
+    parts = [part for part in model.split("@")[0].split("/") if part and part != "s3:"]
+    last = parts[-1] if parts else model
+    return parts[-2] if len(parts) > 1 and last[:1].isdigit() else last
+
+
+def merge_run(
+    recipe: MergeRecipe,
+    inputs: MergeInputs,
+    fetched: list[Fetched],
+    subjects: dict[str, Subject],
+    merged: ArtifactRef,
+    scores: dict[str, ArtifactRef],
+    refs: dict[str, list[ArtifactRef]],
+    where: Places,
+) -> MergeRun:
+    """Everything that MLflow is told of a merge (names: design.md)."""
+    store = stages.store_of(where)
+    record = store.read_record(merged)
+    found = {key: stages.read_scores(where, ref) for key, ref in scores.items()}
+    metrics = _stage_metrics(store, refs, record)
+    metrics |= score_metrics(found, subjects)
+    tags = {"recipe_fingerprint": merged.fingerprint, **_context()}
+    params: dict[str, str | int | float | bool] = {
+        "merge_method": recipe.merge_method,
+        "base_model": recipe.base_model or "none",
+        "experts": ",".join(expert.name for expert in inputs.experts),
+    }
+    for key, value in recipe.effective()["parameters"].items():
+        if value is not None:
+            params[key] = value
+    for key in recipe.effective()["experts"][0]:
+        values = [recipe.setting(key, i) for i in range(len(recipe.models))]
+        if any(value is not None for value in values):
+            params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
+    table = comparison(found, subjects) if found else None
+    own = found["merged"].by_capability() if found else {}
+    return MergeRun(
+        name=merge_name(recipe),
+        method=recipe.merge_method,
+        params=params,
+        tags=tags,
+        metrics=metrics,
+        recipe_yaml=recipe.to_yaml(),
+        record=record.model_dump(mode="json"),
+        model_uri=merged.uri,
+        model_digest=subjects["merged"].digest,
+        model_card=model_card(recipe, inputs, record.results, merged.fingerprint, {k: v for k, v in own.items() if v is not None}),
+        inputs=_lineage(inputs, fetched),
+        children=[
+            ChildRun(name=subject.name, role=subject.role, capability=subject.capability, digest=subject.digest, metrics=_scores(found[key]))  # type: ignore[arg-type]
+            for key, subject in subjects.items()
+            if key in found
+        ],
+        table=rows_of(table, found, subjects) if table is not None else [],
+    )
+
+
+def _stage_metrics(store: Any, refs: dict[str, list[ArtifactRef]], merged: Any) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for stage, artifacts in refs.items():
+        records = [store.read_record(ref) for ref in artifacts]
+        metrics[f"seconds/{stage}"] = sum(record.provenance.get("seconds", 0.0) for record in records)
+        if stage == "compress":
+            parameters = sum(record.results["parameters"] for record in records)
+            stored = sum(record.results["bytes_per_param"] * record.results["parameters"] for record in records)
+            metrics["moments/bytes_per_param"] = stored / max(parameters, 1)
+            metrics["moments/sqrt_error"] = max(record.results["sqrt_error"] for record in records)
+    for name, report in merged.results.get("densities", {}).items():
+        metrics[f"density/{name}"] = report["density"]
+    if "peak_memory_gib" in merged.provenance:
+        metrics["peak_memory_gib"] = merged.provenance["peak_memory_gib"]
+    return metrics
+
+
+def _scores(scores: ModelScores) -> dict[str, float]:
+    """``score/<capability>`` and ``score/avg`` of one model, measured ones only."""
+    values = {f"score/{name}": value for name, value in scores.by_capability().items() if value is not None}
+    return values | ({"score/avg": scores.average} if scores.average is not None else {})
+
+
+def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> dict[str, float]:
+    """The merge's own scores, and what they mean beside its base and experts."""
+    if not found:
+        return {}
+    experts = {s.name: (s.capability, found[key]) for key, s in subjects.items() if s.role == "expert" and s.capability and key in found}
+    metrics = _scores(found["merged"]) | {f"retention/{name}": value for name, value in retention(found["merged"], experts).items()}
+    if "base" in found:
+        metrics["negative_transfer"] = float(len(negative_transfer(found["merged"], found["base"])))
+    metrics["seconds/benchmark"] = sum(scores.seconds for scores in found.values())
+    return metrics
+
+
+def comparison(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> pd.DataFrame:
+    """The table of one merge: base, experts, merge."""
+    experts = {s.name: (s.capability or s.name, found[key]) for key, s in subjects.items() if s.role == "expert" and key in found}
+    base: Any = found.get("base", dict.fromkeys(found["merged"].by_capability()))
+    return scores_table(base, experts, {subjects["merged"].name: found["merged"]})
+
+
+def rows_of(table: pd.DataFrame, found: dict[str, ModelScores], subjects: dict[str, Subject]) -> list[dict[str, str | float | None]]:
+    """The table's rows as MLflow's table and chart take them, with standard errors."""
+    by_name = {subject.name: (subject, found[key]) for key, subject in subjects.items() if key in found}
+    rows: list[dict[str, str | float | None]] = []
+    for name, values in table.iterrows():
+        if str(name) not in by_name:
+            continue
+        subject, scores = by_name[str(name)]
+        row: dict[str, str | float | None] = {"model": str(name), "role": subject.role, "capability": subject.capability}
+        for capability, score in scores.capabilities.items():
+            row[capability] = score.score
+            if score.stderr is not None:
+                row[f"{capability}_stderr"] = score.stderr
+        row["average"] = None if pd.isna(values["average"]) else float(values["average"])
+        row["retention"] = None if pd.isna(values["retention"]) else float(values["retention"])
+        rows.append(row)
+    return rows
+
+
+def _lineage(inputs: MergeInputs, fetched: list[Fetched]) -> list[InputRef]:
+    names = [*(["base"] if inputs.base else []), *(expert.name for expert in inputs.experts)]
+    return [
+        InputRef(name=name, source=one.resolved, digest=one.digest, role="base" if inputs.base and i == 0 else "expert")
+        for i, (name, one) in enumerate(zip(names, fetched, strict=True))
+    ]
+
+
+def _context() -> dict[str, str]:
+    """The Prefect run and the commit of this code, where they are known."""
+    tags = {}
+    if flow_run.id:
+        tags["prefect_flow_run_id"] = str(flow_run.id)
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode == 0:
+        tags["git_commit"] = commit.stdout.strip()
+    return tags

@@ -1,0 +1,105 @@
+"""What the commands do beyond calling the engine: look up a source, write to a temporary sibling, wrap up a flow run."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ota_core import engine
+from ota_core.compression import CompressionReport
+from ota_core.errors import MomentsError, OtaError
+from ota_core.inputs import MergeInputs
+from ota_core.moments import find_moments
+from ota_core.output import check_free, new_folder
+from ota_core.recipe import MergeRecipe
+from tasks import storage
+from tasks.architecture import parameter_layout
+from tasks.settings import places
+
+
+def compress_source(
+    source: str, out: Path, *, method: str, memory: str, overwrite: bool, home: Path | None, progress: engine.Progress
+) -> CompressionReport:
+    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``. Raises OtaError."""
+    check_free(out, overwrite=overwrite)
+    if out.is_dir():
+        raise OtaError(f"{out} is a folder; name a file such as moments.safetensors")
+    path = Path(source).expanduser()
+    layout = None
+    if not path.is_file():
+        cache = places(home).cache
+        fetched = storage.fetch(source, cache=cache, progress=lambda done, total: progress("fetch", done, total))
+        found = find_moments(fetched.path)
+        if found is None:
+            raise MomentsError(f"{source} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt")
+        path, layout = found, partial(parameter_layout, fetched.path)
+    elif (path.parent / "config.json").is_file():
+        layout = partial(parameter_layout, path.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        report = engine.compress_moments(path, temporary, method=method, layout=layout, memory=memory, progress=progress)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report
+
+
+def mask_recipe(
+    recipe: MergeRecipe, inputs: MergeInputs, out: Path, *, device: str, memory: str, overwrite: bool, progress: engine.Progress
+) -> dict[str, Any]:
+    """Masks of every expert in the folder ``out``, with their densities in ``densities.json``."""
+    with new_folder(out, overwrite=overwrite) as folder:
+        found = engine.mask(recipe, folder, inputs=inputs, device=device, memory=memory, progress=progress)
+        (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def prepare_prefect() -> None:
+    """Before Prefect is imported: settings of the temporary server that it starts where PREFECT_API_URL is not set.
+
+    It may take long to start on a busy machine, and it has nobody to report to.
+    """
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+
+
+def run_recipe(recipe: MergeRecipe, **options: Any) -> list[Any]:
+    """Run the flow and say where everything is. Raises OtaError as the flow's tasks raise it."""
+    prepare_prefect()
+    from flows.merge import merge_flow
+    from tasks.stages import read_scores
+    from tasks.tracking import open_hint
+
+    outcome = merge_flow(recipe, **options)
+    where = places(options.get("home"), options.get("artifacts"))
+    lines: list[Any] = []
+    if outcome.scores:
+        lines.append(outcome_table({outcome.name: outcome}, where, read_scores))
+    lines.append(f"merged model: {outcome.path}")
+    lines.append(open_hint(tracking_uri=options.get("tracking_uri"), root=where.tracking, experiment=outcome.logged.experiment_id, run=outcome.logged.run_id))
+    return lines
+
+
+def outcome_table(outcomes: dict[str, Any], where: Any, read_scores: Any) -> Any:
+    """Base, experts and merges side by side, as rich draws it. All outcomes are of the same base and experts."""
+    from tasks.scores import render
+
+    return render(comparison_table(outcomes, where, read_scores))
+
+
+def comparison_table(outcomes: dict[str, Any], where: Any, read_scores: Any) -> Any:
+    """The same as a DataFrame."""
+    from tasks.scores import scores_table
+
+    first = next(iter(outcomes.values()))
+    found = {key: read_scores(where, ref) for key, ref in first.scores.items()}
+    base: Any = found.get("base", dict.fromkeys(found["merged"].by_capability()))
+    experts = {
+        key.removeprefix("expert/"): (first.capabilities.get(key.removeprefix("expert/"), key), scores)
+        for key, scores in found.items()
+        if key.startswith("expert/")
+    }
+    merges = {name: read_scores(where, outcome.scores["merged"]) for name, outcome in outcomes.items()}
+    return scores_table(base, experts, merges)

@@ -1,0 +1,50 @@
+"""What every reader of second moments offers: one v per parameter name, in blocks of rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterLayout:
+    """A model's parameters in the order of ``named_parameters()``, as an optimizer that numbers them needs it.
+
+    Built from a model's configuration outside ota_core (transformers knows the architectures, ota_core does not).
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Name to shape, in the model's order, tied parameters once."""
+    decayed: frozenset[str]
+    """Names that the Hugging Face Trainer puts into its first group, the one with weight decay."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Alias to the parameter that it shares its storage with, for example lm_head.weight to model.embed_tokens.weight."""
+
+
+class Moments(Protocol):
+    """Second moments v (Adam's ``exp_avg_sq``) of one expert. Values are ≥ 0, float32, and never bias-corrected here."""
+
+    path: Path
+    beta2: float | None
+    """Adam's β₂ where the file says it."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameter name to the shape of the parameter (not of a compressed form)."""
+        ...
+
+    def step(self, name: str) -> int | None:
+        """The number of optimizer steps t behind v, where the file says it."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of v as the matrix of ``blocks.matrix_shape``: float32, shape (stop − start, C).
+
+        Raises MomentsError, naming file and tensor, for a negative, NaN or infinite entry.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the files."""
+        ...

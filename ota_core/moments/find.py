@@ -1,0 +1,103 @@
+"""Where an expert's second moments lie, and the reader for what is found there."""
+
+from pathlib import Path
+
+from ota_core.errors import MomentsError
+from ota_core.moments.base import Moments
+from ota_core.moments.match import Layout
+from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
+from ota_core.moments.trainer import ZIP, TrainerMoments
+from ota_core.safetensors_io import MAX_HEADER
+
+SINGLE = "exp_avg_sq.safetensors"
+SHARDS = "exp_avg_sq*.safetensors"
+INDEXES = "exp_avg_sq*.index.json"
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # the Trainer's names, the second under FSDP
+FORMAT_KEY = "ota_format"  # in the metadata of the files that ota_core.compression writes
+KNOWN = f"{SINGLE}, {SHARDS} (shards), {', '.join(OPTIMIZERS)}, checkpoint-*/{OPTIMIZERS[0]}"
+
+
+def find_moments(folder: Path) -> Path | None:
+    """The second moments in an expert's folder: a file, an index of shards, or the folder itself where shards have no index.
+
+    Looks for the names in ``KNOWN``, in that order. None when there are none; MomentsError when there are several.
+    """
+    hits = _hits(folder)
+    if len(hits) > 1:
+        raise MomentsError(
+            f"{folder} holds several second moments: {', '.join(str(hit.relative_to(folder)) for hit in hits)}; one was "
+            "expected: set preconditioner_path to the one that belongs to the weights"
+        )
+    return hits[0] if hits else None
+
+
+def _hits(folder: Path) -> list[Path]:
+    indexes = sorted(folder.glob(INDEXES))
+    listed = {file for index in indexes for file in index_files(index)}
+    alone = [file for file in _loose_shards(folder) if file not in listed]
+    hits = [folder / SINGLE] if (folder / SINGLE).is_file() and folder / SINGLE not in listed else []
+    hits += indexes
+    if alone:
+        hits.append(alone[0] if len(alone) == 1 and not SHARD_NAME.fullmatch(alone[0].name) else folder)
+    for pattern in (*OPTIMIZERS, *(f"checkpoint-*/{name}" for name in OPTIMIZERS)):
+        hits += sorted(file for file in folder.glob(pattern) if file.is_file())
+    # One file under two names (a link) is one hit.
+    return [hit for i, hit in enumerate(hits) if not any(hit.samefile(before) for before in hits[:i])]
+
+
+def _loose_shards(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob(SHARDS) if file.name != SINGLE and file.is_file())
+
+
+def moments_files(path: Path) -> list[Path]:
+    """Every file that ``open_moments(path)`` reads v from: what a digest of these second moments has to cover."""
+    if path.is_dir():
+        found = find_moments(path)
+        if found is None:
+            raise MomentsError(f"{path} holds no second moments; expected {KNOWN}: save them there or set preconditioner_path")
+        if found != path:
+            return moments_files(found)
+        shards = _loose_shards(path)
+        check_shard_set(shards)
+        return shards
+    if not path.is_file():
+        raise MomentsError(f"{path} does not exist; a file of second moments was expected there: check preconditioner_path")
+    return [path, *index_files(path)] if _starts(path).startswith(b"{") else [path]
+
+
+def open_moments(path: Path, *, layout: Layout = None) -> Moments:
+    """The reader for a file, an index or a folder of second moments, chosen by content, not by name.
+
+    layout: the model's parameters, or a function that builds it when it is needed: for optimizer states that number them.
+    Raises MomentsError for what is missing, damaged or cannot be matched to names.
+    """
+    files = moments_files(path)
+    if path.is_dir():
+        found = find_moments(path)
+        if found is not None and found != path:
+            return open_moments(found, layout=layout)
+        return SafetensorsMoments(path, files)
+    first = _starts(path)
+    if first.startswith(b"{"):
+        return SafetensorsMoments(path, files[1:])
+    # A safetensors file begins with the length of its header, which could by chance begin with the byte of a pickle.
+    if first.startswith(ZIP) or (first.startswith(b"\x80") and int.from_bytes(first, "little") > MAX_HEADER):
+        return TrainerMoments(path, layout)
+    shard = SHARD_NAME.fullmatch(path.name)
+    if shard and int(shard["count"]) > 1:
+        raise MomentsError(f"{path} is one shard of {int(shard['count'])}; name their index or folder instead: {path.parent}")
+    with open_file(path) as file:
+        compressed = FORMAT_KEY in file.metadata
+    if not compressed:
+        return SafetensorsMoments(path, files)
+    from ota_core.compression import open_compressed  # it imports this package
+
+    return open_compressed(path)
+
+
+def _starts(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(8)
+    except OSError as error:
+        raise MomentsError(f"{path} cannot be opened ({error.strerror}): check its permissions") from None

@@ -1,0 +1,196 @@
+"""Second moments from safetensors: one file, shards with an index, or shards alone."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ota_core.errors import CheckpointError, MomentsError, raise_all
+from ota_core.moments.check import checked
+from ota_core.safetensors_io import SafetensorsFile, TensorInfo
+
+SUFFIX = ".exp_avg_sq"
+# What a dump of an optimizer's state may hold beside v under suffixed names.
+OTHER_STATE = (".exp_avg", ".max_exp_avg_sq", ".step")
+EXPERT_FILE = "expert.json"
+SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+# Pages read are returned to the kernel whenever this many bytes came in, so that resident memory does not follow the file.
+DROP_BYTES = 64 << 20
+
+
+class SafetensorsMoments:
+    """v by parameter name from safetensors files; names as in the model, or with the suffix ``.exp_avg_sq``. See ``Moments``."""
+
+    path: Path
+    beta2: float | None
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        """``path`` is what the user named, ``files`` the one file or the shards behind it. Raises MomentsError."""
+        self.path = path
+        self._files = [open_file(file) for file in files]
+        places = _places(path, self._files)
+        suffixed = any(name.endswith(SUFFIX) for name in places)
+        self._steps: dict[str, tuple[SafetensorsFile, TensorInfo]] = {}
+        self._v: dict[str, tuple[SafetensorsFile, TensorInfo]] = {}
+        for name, place in places.items():
+            if suffixed and name.endswith(".step"):
+                self._steps[name.removesuffix(".step")] = place
+            elif not suffixed or name.endswith(SUFFIX):
+                self._v[name.removesuffix(SUFFIX)] = place
+        _check_names(path, places, suffixed)
+        facts = _facts(path, self._files)
+        self.beta2 = facts.get("beta2")
+        self._step: int | None = facts.get("step")
+        self._unreleased = 0
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: info.shape for name, (_, info) in self._v.items()}
+
+    def step(self, name: str) -> int | None:
+        """The tensor's own ``.step`` where the file holds one, otherwise the one of the metadata or of expert.json."""
+        place = self._steps.get(name)
+        if place is None:
+            return self._step
+        value = place[0].read_rows(place[1].name, 0, 1)
+        return as_step(value.item() if value.numel() == 1 else value.tolist(), f"{place[0].path}: {place[1].name!r}")
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop, float32, shape (stop − start, C); treat them as read-only. Raises MomentsError on bad entries."""
+        file, info = self._v[name]
+        if self._unreleased > DROP_BYTES:
+            self._unreleased = 0
+            for each in self._files:
+                each.drop_pages()
+        block = file.read_rows(info.name, start, stop)
+        self._unreleased += block.nbytes
+        return checked(block, path=file.path, name=name, shape=info.shape, start=start)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def index_files(index: Path) -> list[Path]:
+    """The shards that an index lists, each once, in the order of their names. Raises MomentsError when one is missing."""
+    files = sorted(set(_weight_map(index).values()))
+    bad = [file for file in files if Path(file).name != file]
+    if bad:
+        raise MomentsError(f"{index} lists {bad[0]!r}; names of files beside the index were expected: write the index again")
+    lost = [file for file in files if not (index.parent / file).is_file()]
+    if lost:
+        raise MomentsError(f"{index} lists shards that are not beside it: {', '.join(lost)}; fetch them")
+    return [index.parent / file for file in files]
+
+
+def check_shard_set(files: Sequence[Path]) -> None:
+    """Shards named ``…-00001-of-00003.safetensors`` must all be there. Raises MomentsError that lists those that are not."""
+    present = {file.name for file in files}
+    lost = set()
+    for file in files:
+        if match := SHARD_NAME.fullmatch(file.name):
+            stem, count, width = match["stem"], match["count"], len(match["number"])
+            lost |= {f"{stem}-{i:0{width}}-of-{count}.safetensors" for i in range(1, int(count) + 1)} - present
+    if lost:
+        raise MomentsError(f"{files[0].parent} lacks shards of the second moments: {', '.join(sorted(lost))}; fetch them")
+
+
+def open_file(path: Path) -> SafetensorsFile:
+    """A safetensors file of second moments. Raises MomentsError when it is missing or damaged."""
+    try:
+        return SafetensorsFile(path)
+    except CheckpointError as error:
+        raise MomentsError(str(error)) from None
+
+
+def _places(path: Path, files: Sequence[SafetensorsFile]) -> dict[str, tuple[SafetensorsFile, TensorInfo]]:
+    """Tensor name to its file and place. Raises MomentsError when a name comes twice or an index disagrees with its shards."""
+    places: dict[str, tuple[SafetensorsFile, TensorInfo]] = {}
+    for file in files:
+        for name, info in file.infos.items():
+            if name in places:
+                raise MomentsError(f"{name!r} is in {places[name][0].path} and in {file.path}; keep one of the two files")
+            places[name] = (file, info)
+    if path.suffix == ".json":
+        listed = _weight_map(path)
+        held = {name: place[0].path.name for name, place in places.items()}
+        odd = sorted(name for name in listed.keys() | held.keys() if listed.get(name) != held.get(name))
+        if odd:
+            raise MomentsError(f"{path} and its shards disagree on {len(odd)} tensors, such as {odd[0]!r}; write the index again")
+    return places
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    mapping = _json_object(index).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(file, str) for file in mapping.values()):
+        raise MomentsError(f"{index} holds no weight_map of tensor names to file names; write the index again")
+    return mapping
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise MomentsError(f"{path} cannot be read as JSON ({error}); write it again") from None
+    if not isinstance(value, dict):
+        raise MomentsError(f"{path} holds a JSON {type(value).__name__}, an object was expected; write it again")
+    return value
+
+
+def _check_names(path: Path, places: Mapping[str, tuple[SafetensorsFile, TensorInfo]], suffixed: bool) -> None:
+    """There is a v at all, every v is of a float type, and no tensor is of unclear meaning."""
+    if not places:
+        raise MomentsError(f"{path} holds no tensors; one second moment per parameter was expected: save them again")
+    problems = []
+    for name, (file, info) in places.items():
+        is_v = name.endswith(SUFFIX) or not suffixed
+        if is_v and not info.dtype.is_floating_point:
+            dtype = str(info.dtype).removeprefix("torch.")
+            problems.append(f"{file.path}: {name!r} has the dtype {dtype}, a float type was expected; save v in float32")
+        if not is_v and not name.endswith(OTHER_STATE):
+            problems.append(f"{file.path}: {name!r} lacks the suffix {SUFFIX} of others; give it to all or to none")
+    raise_all(problems, MomentsError)
+
+
+def _facts(path: Path, files: Sequence[SafetensorsFile]) -> dict[str, Any]:
+    """beta2 and step from the files' metadata and from expert.json beside them. Raises MomentsError when two sources disagree."""
+    readers = {"beta2": as_beta2, "step": as_step}
+    sources: list[tuple[Path, Mapping[str, Any]]] = [(file.path, file.metadata) for file in files]
+    folder = path if path.is_dir() else path.parent
+    if (folder / EXPERT_FILE).is_file():
+        sources.append((folder / EXPERT_FILE, _json_object(folder / EXPERT_FILE)))
+    facts: dict[str, Any] = {}
+    origin: dict[str, Path] = {}
+    for source, values in sources:
+        for key, convert in readers.items():
+            if values.get(key) is None:
+                continue
+            value = convert(values[key], f"{source}: {key}")
+            if facts.setdefault(key, value) != value:
+                raise MomentsError(f"{key} is {facts[key]} in {origin[key]} and {value} in {source}; correct one of them")
+            origin.setdefault(key, source)
+    return facts
+
+
+def as_beta2(value: Any, where: str) -> float:
+    """Adam's β₂ from a number or its text. Raises MomentsError outside [0, 1)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if not 0 <= number < 1:
+        raise MomentsError(f"{where} is {value!r}, a number in [0, 1) was expected: correct it")
+    return number
+
+
+def as_step(value: Any, where: str) -> int:
+    """A count of optimizer steps from a number or its text. Raises MomentsError below 1 or when it is not whole."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if not (number >= 1 and number.is_integer()):
+        raise MomentsError(f"{where} is {value!r}, a whole number of at least 1 was expected: correct it")
+    return int(number)

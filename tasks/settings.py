@@ -1,0 +1,29 @@
+"""Where this tool keeps things, from the environment: ``OTA_HOME`` for everything, ``OTA_ARTIFACTS`` for the artifacts alone."""
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Places(BaseModel):
+    """The folders of one installation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    artifacts: str
+    """Root of the stage outputs: a folder or ``s3://bucket/prefix``."""
+    cache: Path
+    """Local cache of downloads, digests and locks."""
+    tracking: Path
+    """Folder of the embedded MLflow database, used where no tracking server is configured."""
+
+
+def places(home: str | Path | None = None, artifacts: str | None = None) -> Places:
+    """The places in force: the arguments, else the environment, else ``~/.ota``."""
+    root = Path(home or os.environ.get("OTA_HOME") or "~/.ota").expanduser().absolute()
+    return Places(
+        artifacts=artifacts or os.environ.get("OTA_ARTIFACTS") or str(root / "artifacts"),
+        cache=root / "cache",
+        tracking=root / "tracking",
+    )

@@ -1,0 +1,195 @@
+"""The stages of the merge as functions of typed references: each returns the artifact that holds its output.
+
+They know nothing of Prefect; ``flows/merge.py`` wraps them as tasks. An artifact that is there is never computed again.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ota_core import engine
+from ota_core.artifact import ArtifactRef, fingerprint
+from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
+from ota_core.recipe import MergeRecipe
+from tasks.artifacts import ArtifactStore, BuildResult
+from tasks.benchmark import load_suite, score_identity, score_model
+from tasks.inputs import assemble
+from tasks.scores import ModelScores
+from tasks.settings import Places
+from tasks.storage import Fetched, digest_folder
+from tasks.suites import Suite
+from tasks.suites import digest_folder as data_digest
+
+Progress = Callable[[str, int, int], None]
+MOMENTS_FILE = "moments.safetensors"
+MASK_FILE = "mask.safetensors"
+SCORES_FILE = "scores.json"
+
+
+class Step(BaseModel):
+    """One stage's output before it is computed: what it will be, by its fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def store_of(places: Places) -> ArtifactStore:
+    """The store of this installation's artifacts."""
+    return ArtifactStore(places.artifacts, places.cache)
+
+
+def expert_digests(expert: ExpertInput) -> dict[str, str]:
+    """What an expert's second moments are known by: the digest of their file, or of the folder that holds them."""
+    return {"moments": expert.moments_digest or expert.digest or "unknown"}
+
+
+def moments_step(recipe: MergeRecipe, expert: ExpertInput) -> Step:
+    """Compressed second moments of one expert."""
+    config = {"method": recipe.setting("compression"), "optimizer": optimizer_facts(expert.path)}
+    inputs = expert_digests(expert)
+    return Step(kind="moments", fingerprint=fingerprint("moments", config, inputs), config=config, inputs=inputs)
+
+
+def compress(places: Places, step: Step, expert: ExpertInput, *, memory: str = "2GiB", progress: Progress | None = None) -> ArtifactRef:
+    """Compress one expert's second moments, or find them compressed."""
+
+    def build(folder: Path) -> BuildResult:
+        assert expert.moments is not None
+        report = engine.compress_moments(
+            expert.moments, folder / MOMENTS_FILE, method=step.config["method"], layout=expert.layout, memory=memory, progress=progress
+        )
+        return BuildResult(results=report.model_dump(), provenance={"source": expert.source, "expert": expert.name})
+
+    return store_of(places).produce("moments", step.fingerprint, config=step.config, inputs=step.inputs, build=build)
+
+
+def with_compressed(places: Places, expert: ExpertInput, moments: ArtifactRef) -> ExpertInput:
+    """The expert with its compressed second moments in place of the raw ones, which stay at hand for ``mask_curvature: full``."""
+    folder = store_of(places).local_path(moments)
+    return replace(expert, moments=folder / MOMENTS_FILE, full_moments=expert.moments)
+
+
+def mask_inputs(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> tuple[MergeRecipe, MergeInputs]:
+    """The part of a merge that decides one expert's mask: base and expert, or all models where the vocabulary is joined from all."""
+    if recipe.tokenizer_source != "base":
+        return recipe, inputs
+    return recipe.model_copy(update={"models": (recipe.models[index],)}), replace(inputs, experts=(inputs.experts[index],))
+
+
+def mask_step(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> Step:
+    """FFG mask of one expert."""
+    part, _ = mask_inputs(recipe, inputs, index)
+    keys = ("scope", "metric", "mask_curvature", "compression", "bias_correction")
+    config: dict[str, Any] = {key: recipe.setting(key) for key in keys}
+    config |= {key: recipe.setting(key, index) for key in ("density", "precond_threshold")}
+    config |= {"tokenizer_source": recipe.tokenizer_source, "position": part.models.index(recipe.models[index])}
+    expert = inputs.experts[index]
+    config["optimizer"] = optimizer_facts(expert.path)
+    digests = {"base": (inputs.base.digest if inputs.base else None) or "none", "expert": expert.digest or "unknown", **expert_digests(expert)}
+    if len(part.models) > 1:
+        digests |= {f"model{i}": other.digest or "unknown" for i, other in enumerate(inputs.experts)}
+    return Step(kind="masks", fingerprint=fingerprint("masks", config, digests), config=config, inputs=digests)
+
+
+def mask(
+    places: Places, step: Step, recipe: MergeRecipe, inputs: MergeInputs, index: int, *, memory: str = "2GiB", device: str = "cpu",
+    progress: Progress | None = None,
+) -> ArtifactRef:  # fmt: skip
+    """FFG mask of one expert, from its compressed second moments, or the mask found in the store."""
+    name = inputs.experts[index].name
+    part_recipe, part_inputs = mask_inputs(recipe, inputs, index)
+
+    def build(folder: Path) -> BuildResult:
+        found = engine.mask(part_recipe, folder, inputs=part_inputs, only=name, memory=memory, device=device, progress=progress)
+        (folder / f"{name}.safetensors").rename(folder / MASK_FILE)
+        return BuildResult(results=found[name], provenance={"expert": name})
+
+    return store_of(places).produce("masks", step.fingerprint, config=step.config, inputs=step.inputs, build=build)
+
+
+def with_masks(places: Places, inputs: MergeInputs, masks: dict[int, ArtifactRef]) -> MergeInputs:
+    """The inputs with the masks of these experts, by position."""
+    store = store_of(places)
+    experts = tuple(
+        replace(expert, masks=store.local_path(masks[i]) / MASK_FILE) if i in masks else expert
+        for i, expert in enumerate(inputs.experts)
+    )  # fmt: skip
+    return replace(inputs, experts=experts)
+
+
+def merge_step(recipe: MergeRecipe, inputs: MergeInputs) -> Step:
+    """The merged model. The identity is the same for a fused and a staged merge. inputs: with the raw second moments."""
+    identity, config, digests = merge_identity(recipe, inputs)
+    return Step(kind="merged", fingerprint=identity, config=config, inputs=digests)
+
+
+def merge(
+    places: Places, step: Step, recipe: MergeRecipe, inputs: MergeInputs, *, memory: str = "2GiB", device: str = "cpu",
+    progress: Progress | None = None,
+) -> ArtifactRef:  # fmt: skip
+    """The merged model as a complete Hugging Face folder, from compressed second moments and masks, or found in the store."""
+
+    def build(folder: Path) -> BuildResult:
+        report = engine.merge_into(folder, recipe, inputs, memory=memory, device=device, progress=progress)
+        provenance = {**engine.environment(device), "sources": engine.sources(inputs), "recipe": engine.described(recipe)}
+        measured = {"seconds_per_stage": report.seconds, "peak_memory_gib": report.peak_memory_gib, "notes": report.notes}
+        return BuildResult(results=report.results, provenance=provenance | measured)
+
+    return store_of(places).produce("merged", step.fingerprint, config=step.config, inputs=step.inputs, build=build)
+
+
+class Subject(BaseModel):
+    """A model to be benchmarked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    role: str
+    capability: str | None = None
+    path: Path
+    digest: str
+
+
+def score_step(subject: Subject, suite: Suite, data_dir: Path | None, limit: int | None) -> Step:
+    """Scores of one model on one suite."""
+    config, inputs = score_identity(subject.digest, suite, data_digest(data_dir) if data_dir else None, limit=limit)
+    return Step(kind="scores", fingerprint=fingerprint("scores", config, inputs), config=config, inputs=inputs)
+
+
+def score(
+    places: Places, step: Step, subject: Subject, suite: str, data_dir: Path | None, limit: int | None, *, device: str = "cpu",
+    progress: Progress | None = None,
+) -> ArtifactRef:  # fmt: skip
+    """Benchmark one model, or find its scores: no model is scored twice on the same suite."""
+
+    def build(folder: Path) -> BuildResult:
+        scores = score_model(subject.path, load_suite(suite), data_dir=data_dir, device=device, limit=limit, progress=progress)
+        (folder / SCORES_FILE).write_text(scores.model_dump_json(indent=1), encoding="utf-8")
+        return BuildResult(results={"capabilities": scores.by_capability()}, provenance={"model": subject.name, "seconds": scores.seconds})
+
+    return store_of(places).produce("scores", step.fingerprint, config=step.config, inputs=step.inputs, build=build)
+
+
+def read_scores(places: Places, ref: ArtifactRef) -> ModelScores:
+    """The scores that an artifact holds."""
+    folder = store_of(places).local_path(ref)
+    return ModelScores.model_validate_json((folder / SCORES_FILE).read_text(encoding="utf-8"))
+
+
+def merged_subject(places: Places, name: str, merged: ArtifactRef) -> Subject:
+    """A merged model as something to benchmark; its digest is of its weights, configuration and tokenizer."""
+    folder = store_of(places).local_path(merged)
+    digest, _ = digest_folder(folder, cache=places.cache)
+    return Subject(name=name, role="merge", path=folder, digest=digest)
+
+
+def inputs_of(recipe: MergeRecipe, fetched: list[Fetched], places: Places, recipe_dir: Path | None) -> MergeInputs:
+    """The inputs of a merge from its fetched models."""
+    return assemble(recipe, fetched, cache=places.cache, recipe_dir=recipe_dir)

@@ -1,0 +1,35 @@
+"""Whether a source, or what was fetched from it, is still what it was: cheap looks that read no weights."""
+
+import hashlib
+from pathlib import Path
+
+from ota_core.artifact import canonical_json
+from ota_core.errors import StorageError
+from tasks import storage
+from tasks.storage import Fetched
+from tasks.storage_layout import folder_model_files
+
+
+def identity_of_source(source: str) -> str | None:
+    """A digest that changes when anything at the source does: names, sizes, ETags or times of change. None where no cheap look tells
+    (a Hugging Face id, whose revision may move) or where the source cannot be read; the fetch then says what is wrong."""
+    try:
+        if storage.is_s3(source):
+            objects = [(one.uri, one.etag, one.size) for one in storage.list_objects(source)]
+            return _digest([source, objects]) if objects else None
+        folder = Path(source)
+        if not folder.is_dir():
+            return None
+        states = [(name, (folder / name).stat()) for name in [*folder_model_files(folder), *(["expert.json"] if (folder / "expert.json").is_file() else [])]]
+        return _digest([str(folder.resolve()), [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states]])
+    except StorageError:
+        return None
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
+
+
+def is_intact(fetched: Fetched) -> bool:
+    """Whether every file of a fetched checkpoint is there with its size."""
+    return all((fetched.path / name).is_file() and (fetched.path / name).stat().st_size == info.size for name, info in fetched.files.items())
