@@ -1,5 +1,6 @@
 """The command ``ota``. Heavy packages are imported by the commands that need them, so that ``ota --help`` answers at once."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +11,24 @@ import typer
 
 from ota_core.errors import OtaError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Curvature-informed merging of fine-tuned language models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Curvature-informed merging of fine-tuned language models.",
+)
 
-Recipe = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
-Out = Annotated[Path, typer.Argument(help="What to write; it must not exist yet.", show_default=False)]
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Memory = Annotated[str, typer.Option(help="Memory budget, for example 2GiB.")]
-Home = Annotated[Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow. [default: $OTA_HOME or ~/.ota]", show_default=False)]
+Home = Annotated[
+    Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+# What the machine refuses: no space, no permission, a read-only disk. The user can mend it; a traceback would not help.
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
@@ -27,6 +39,11 @@ def _user_errors() -> Iterator[None]:
     except OtaError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
+        raise typer.Exit(2) from None
 
 
 @contextmanager
@@ -35,12 +52,16 @@ def _progress() -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bars:
         known: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in known or bars.tasks[known[what]].finished:
+            if what not in known:
                 known[what] = bars.add_task(what, total=total)
+            elif done == 0:  # a further pass over the same blocks
+                bars.reset(known[what], total=total)
             bars.update(known[what], completed=done, total=total)
 
         yield report
@@ -63,7 +84,7 @@ def merge(
     out: Out,
     device: Device = "cpu",
     memory: Memory = "2GiB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
     home: Home = None,
 ) -> None:
     """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
@@ -76,13 +97,17 @@ def merge(
         check_free(out, overwrite=overwrite)
         with _progress() as progress:
             inputs = _inputs(loaded, recipe, home, progress)
-            report = engine.merge(loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, progress=progress)
+            report = engine.merge(
+                loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, progress=progress
+            )
         for note in report.notes:
             typer.echo(f"note: {note}")
         for name, density in report.densities.items():
             typer.echo(f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f})")
         seconds = sum(report.seconds.values())
-        typer.echo(f"{out}: merged in {seconds:.1f} s, peak memory {report.peak_memory_gib:.2f} GiB, fingerprint {report.fingerprint}")
+        typer.echo(
+            f"{out}: merged in {seconds:.1f} s, peak memory {report.peak_memory_gib:.2f} GiB, fingerprint {report.fingerprint}"
+        )
 
 
 @app.command()
@@ -98,11 +123,16 @@ def plan(recipe: Recipe, memory: Memory = "2GiB", home: Home = None) -> None:
 
 @app.command()
 def compress(
-    source: Annotated[str, typer.Argument(help="Checkpoint folder, s3://…, org/name, or a file of second moments.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Checkpoint folder, s3://…, org/name, or a file of second moments.", show_default=False
+        ),
+    ],
     out: Out,
     method: Annotated[str, typer.Option(help="rank1 or none.")] = "rank1",
     memory: Memory = "2GiB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
     home: Home = None,
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
@@ -110,7 +140,9 @@ def compress(
 
     with _user_errors(), _progress() as progress:
         report = compress_source(source, out, method=method, memory=memory, overwrite=overwrite, home=home, progress=progress)
-    typer.echo(f"{out}: {report.method}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)")
+    typer.echo(
+        f"{out}: {report.method}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
+    )
     typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
 
 
@@ -120,29 +152,43 @@ def mask(
     out: Out,
     device: Device = "cpu",
     memory: Memory = "2GiB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Overwrite = False,
     home: Home = None,
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
     from flows.single import mask_recipe
+    from ota_core.output import check_free
     from ota_core.recipe import load_recipe
 
     with _user_errors():
         loaded = load_recipe(recipe)
+        check_free(out, overwrite=overwrite)
         with _progress() as progress:
             inputs = _inputs(loaded, recipe, home, progress)
             found = mask_recipe(loaded, inputs, out, device=device, memory=memory, overwrite=overwrite, progress=progress)
         for name, density in found.items():
-            typer.echo(f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f}, threshold {density['threshold']})")
+            typer.echo(
+                f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f}, threshold {density['threshold']})"
+            )
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A checkpoint, a file of second moments or masks, or an artifact.", show_default=False)]) -> None:
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A checkpoint (also s3://… or org/name), a file of second moments or masks, or an artifact.",
+            show_default=False,
+        ),
+    ],
+    home: Home = None,
+) -> None:
     """Say what PATH holds."""
-    from flows.describe import describe_path
+    from flows.describe import describe_source
 
     with _user_errors():
-        for line in describe_path(path):
+        for line in describe_source(path, home):
             typer.echo(line)
 
 
@@ -155,8 +201,13 @@ def run(
     device: Device = "auto",
     memory: Memory = "2GiB",
     home: Home = None,
-    artifacts: Annotated[str | None, typer.Option(help="Root of the artifacts: a folder or s3://…. [default: inside the home folder]", show_default=False)] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server. [default: $MLFLOW_TRACKING_URI or an embedded database]", show_default=False)] = None,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(help="Root of the artifacts: a folder or s3://….", show_default="$OTA_ARTIFACTS or inside the home folder"),
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
+    ] = None,
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
     from flows.single import run_recipe

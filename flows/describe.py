@@ -4,12 +4,12 @@ from collections import Counter
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from ota_core.artifact import RECORD, read_record
-from ota_core.checkpoint import Checkpoint
+from ota_core.checkpoint import Checkpoint, weight_files
 from ota_core.engine import peak_memory_gib
 from ota_core.errors import CheckpointError, OtaError
-from ota_core.inputs import MergeInputs
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments, find_moments, open_moments
 from ota_core.output import plan_files
@@ -17,12 +17,16 @@ from ota_core.plan import MergePlan, bytes_per_element, compression_of, open_pla
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.safetensors_io import SafetensorsFile
 from ota_core.stream import parse_memory
+from ota_core.views import ExpertView, ModelView
 from tasks.architecture import parameter_layout
 from tasks.inputs import assemble
 from tasks.settings import places
-from tasks.skeleton import skeletons
+from tasks.skeleton import Skeleton, skeleton, skeletons
+from tasks.storage import is_s3
 
 GIB = 2**30
+# What the compiled loops and torch's own buffers take when a merge first uses them, in bytes.
+KERNELS = 100 * 2**20
 
 
 def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path | None) -> list[str]:
@@ -30,42 +34,113 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
     where = places(home)
     budget = parse_memory(memory)
     models, notes = skeletons(recipe, cache=where.cache, recipe_dir=recipe_dir)
-    pending = any(model.pending_moments for model in models)
-    inputs = assemble(recipe, [model.fetched for model in models], cache=where.cache, recipe_dir=recipe_dir, moments=not pending)
+    elsewhere = [path for entry in recipe.models if (path := entry.parameters.preconditioner_path) and is_s3(path)]
+    notes += [f"{path}: checked when it is fetched" for path in elsewhere]
+    pending = bool(elsewhere) or any(model.pending_moments for model in models)
+    inputs = assemble(
+        recipe, [model.fetched for model in models], cache=where.cache, recipe_dir=recipe_dir, moments=not pending, digests=False
+    )
+    if pending:
+        notes.append("the second moments are not counted in the figures above")
     with open_plan(recipe, inputs, memory=budget, with_moments=not pending) as plan:
-        lines = [f"{recipe.merge_method} of {', '.join(expert.name for expert in plan.experts)}" + (f" over {recipe.base_model}" if recipe.base_model else "")]
-        lines += [f"  {view.name}: {view.checkpoint.path if not model.remote else model.fetched.source}" for view, model in zip(plan.models, models, strict=True)]
-        return [*lines, *_bytes(plan, inputs, budget), *_options(plan), *(f"note: {note}" for note in (*plan.notes, *notes)), "no problems found"]
+        lines = [
+            f"{recipe.merge_method} of {', '.join(expert.name for expert in plan.experts)}"
+            + (f" over {recipe.base_model}" if recipe.base_model else "")
+        ]
+        lines += [
+            f"  {view.name}: {view.checkpoint.path if not model.remote else model.fetched.source}"
+            for view, model in zip(plan.models, models, strict=True)
+        ]
+        notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
+        return [*lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"]
 
 
-def _bytes(plan: MergePlan, inputs: MergeInputs, budget: int) -> list[str]:
-    weights = sum(sum(item.path.stat().st_size for item in view.checkpoint.files) for view in plan.models)
-    parameters = sum(job.elements for job in plan.jobs)
+def _without_moments(plan: MergePlan) -> list[str]:
+    """Tensors of which an expert has no second moments: fine where training left them alone, which only the weights tell."""
+    if plan.recipe.merge_method not in NEEDS_MOMENTS or plan.recipe.setting("missing_curvature") == "mean":
+        return []
+    notes = []
+    for expert in plan.experts:
+        names = [job.name for job in plan.merged_jobs() if not expert.has_curvature(job.canonical)]
+        if names:
+            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+            notes.append(
+                f"{expert.name}: {counted(len(names), 'tensor')} without second moments ({shown}); the merge is refused if training changed them"
+            )
+    return notes
+
+
+def _bytes(plan: MergePlan, budget: int) -> list[str]:
+    weights = sum(_weight_bytes(view) for view in plan.models)
+    moments = sum(4 * _moments_elements(expert) for expert in plan.experts)
+    held = [expert.moments for expert in plan.experts if expert.moments is not None]
+    factors = sum(_rank1_bytes(shape) for m in held for shape in m.shapes().values()) if _rank1(plan) else 0
     output = sum(job.elements * job.dtype.itemsize for job in plan.jobs)
-    raw = [prod(shape) * 4 for e in plan.experts if e.moments and compression_of(e.moments) in {None, "none"} for shape in e.moments.shapes().values()]
-    moments = sum(raw)
-    factors = 0
-    if plan.recipe.setting("compression") == "rank1" and plan.recipe.merge_method in NEEDS_MOMENTS:
-        factors = sum(_rank1_bytes(shape) for e in plan.experts if e.moments for shape in e.moments.shapes().values())
-    masked = [e for e in plan.experts if plan.recipe.ffg(e.index)]
-    base_bytes = sum(item.path.stat().st_size for item in plan.base.checkpoint.files) if plan.base else 0
-    expert_bytes = sum(sum(item.path.stat().st_size for item in e.checkpoint.files) for e in masked)
-    read = weights + moments * (2 if factors else 1)
-    if any(plan.recipe.setting("density", e.index) for e in masked):
-        # Two passes of the histogram over base and expert, and over v where it is not compressed.
-        read += 2 * (expert_bytes + len(masked) * base_bytes) + (0 if factors else 2 * moments)
     working = plan.stream.threads * plan.stream.block_elements * bytes_per_element(len(plan.experts))
-    peak = peak_memory_gib() + (working + factors + budget // 4) / GIB
+    # Mapped pages are given back when a quarter of the budget was read; small inputs never reach that.
+    mapped = min(budget // 4, weights + moments)
+    peak = peak_memory_gib() + (working + factors + mapped + KERNELS) / GIB
     lines = [
-        f"parameters: {parameters:,} in {len(plan.jobs)} tensors",
-        f"inputs: {_size(weights)} of weights, {_size(moments)} of second moments; read in all passes: {_size(read)}",
-        f"output: {_size(output)} in {len(plan_files(plan))} files",
+        f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
+        f"inputs: {_size(weights)} of weights, {_size(moments)} of second moments as float32; read in all passes: {_size(bytes_read(plan))}",
+        f"output: {_size(output)} in {counted(len(plan_files(plan)), 'file')}",
         f"peak memory: about {peak:.2f} GiB (budget {budget / GIB:.2f} GiB for blocks and mapped pages)",
     ]
     if factors:
-        total = sum(prod(shape) for e in plan.experts if e.moments for shape in e.moments.shapes().values())
-        lines.append(f"rank1 second moments: {_size(factors)}, {factors / max(total, 1):.4f} bytes per parameter instead of 4")
+        elements = sum(prod(shape) for m in held for shape in m.shapes().values())
+        lines.append(f"rank1 second moments: {_size(factors)}, {factors / max(elements, 1):.4f} bytes per parameter instead of 4")
     return lines
+
+
+def bytes_read(plan: MergePlan) -> int:
+    """Bytes of tensors that the merge reads, every pass counted, second moments as float32."""
+    recipe = plan.recipe
+    # Every model once for the merge itself; slerp once more for the angles.
+    total = sum(_weight_bytes(view) for view in plan.models) * (2 if recipe.merge_method == "slerp" else 1)
+    base = _weight_bytes(plan.base) if plan.base else 0
+    for expert in plan.experts:
+        total += _passes(recipe, expert.index) * (base + _weight_bytes(expert))
+        total += _moments_passes(plan, expert) * 4 * _moments_elements(expert)
+    return total
+
+
+def _passes(recipe: MergeRecipe, expert: int) -> int:
+    """Passes over an expert's task vector before the merge: two for each exact threshold, one for the norms of ``rescale``."""
+    if recipe.merge_method == "ota" and recipe.ffg(expert):
+        return (2 if recipe.setting("density", expert) is not None else 0) + (1 if recipe.setting("rescale") else 0)
+    if recipe.merge_method in {"breadcrumbs", "breadcrumbs_ties"}:
+        return 4 if recipe.setting("gamma", expert) else 2
+    return 2 if recipe.merge_method == "ties" and recipe.setting("density", expert) < 1 else 0
+
+
+def _moments_passes(plan: MergePlan, expert: ExpertView) -> int:
+    """Passes over an expert's uncompressed second moments."""
+    recipe = plan.recipe
+    if recipe.merge_method not in NEEDS_MOMENTS:
+        return 0
+    scored = recipe.ffg(expert.index) and recipe.setting("metric") == "curvature"
+    full = scored and recipe.setting("mask_curvature") == "full"
+    # The merge scores once more: with the v that it reads anyway, or with the full one.
+    scoring = _passes(recipe, expert.index) + (1 if full else 0) if scored else 0
+    if _rank1(plan):
+        return 2 + (scoring if full else 0)  # the sums, then the error of the compression
+    return 1 + scoring + (1 if recipe.merge_method == "ota" and recipe.setting("normalise") == "global" else 0)
+
+
+def _rank1(plan: MergePlan) -> bool:
+    return plan.recipe.merge_method in NEEDS_MOMENTS and plan.recipe.setting("compression") == "rank1"
+
+
+def _weight_bytes(view: ModelView) -> int:
+    infos = [view.checkpoint.info(name) for name in view.checkpoint.names()]
+    return sum(prod(info.shape) * info.dtype.itemsize for info in infos)
+
+
+def _moments_elements(expert: ExpertView) -> int:
+    """Elements of second moments that are not compressed yet."""
+    if expert.moments is None or compression_of(expert.moments) not in {None, "none"}:
+        return 0
+    return sum(prod(shape) for shape in expert.moments.shapes().values())
 
 
 def _rank1_bytes(shape: tuple[int, ...]) -> int:
@@ -82,6 +157,11 @@ def _options(plan: MergePlan) -> list[str]:
     return lines
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -90,10 +170,23 @@ def _size(count: float) -> str:
     raise AssertionError
 
 
+def describe_source(source: str, home: Path | None) -> list[str]:
+    """What a checkpoint (a folder, ``s3://…`` or a Hugging Face id), a file of second moments or masks, or an artifact holds.
+
+    Of a checkpoint in S3 only the headers are read. Raises OtaError when it is none of these.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return describe_path(path)
+    if not is_s3(source) and (path.is_absolute() or source.count("/") != 1 or source.startswith(".")):
+        raise CheckpointError(
+            f"{source} does not exist; expected a checkpoint, a file of second moments or masks, or an artifact"
+        )
+    return _describe_checkpoint(skeleton(source, places(home).cache))
+
+
 def describe_path(path: Path) -> list[str]:
-    """What a checkpoint, a file of second moments or masks, or an artifact holds. Raises OtaError when it is none of these."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; expected a checkpoint folder, a file of second moments or masks, or an artifact")
+    """The same for what lies on this machine."""
     if path.is_file():
         return _describe_file(path)
     lines = _describe_record(path) if (path / RECORD).exists() else []
@@ -115,26 +208,39 @@ def _has_weights(folder: Path) -> bool:
 
 def _describe_record(folder: Path) -> list[str]:
     record = read_record(folder)
-    lines = [f"artifact: {record.kind} {record.fingerprint}, complete", f"  config: {record.config}"]
+    lines = [f"artifact: {record.kind} {record.fingerprint}, complete"]
+    lines += [f"  {key}: {_plain(value)}" for key, value in record.config.items()]
     lines += [f"  input {name}: {digest}" for name, digest in record.inputs.items()]
     for name, report in record.results.get("densities", {}).items():
         lines.append(f"  density {name}: {report['density']:.6f} ({report['kept']:,} of {report['total']:,})")
     return lines
 
 
-def _describe_checkpoint(folder: Path) -> list[str]:
+def _plain(value: Any) -> str:
+    """A parameter, or several, without the marks of a programming language; what is not set is left out."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_plain(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return "; ".join(_plain(item) for item in value)
+    return "not set" if value is None else str(value)
+
+
+def _describe_checkpoint(where: Path | Skeleton) -> list[str]:
+    folder = where.fetched.path if isinstance(where, Skeleton) else where
     checkpoint = Checkpoint(folder)
     infos = [checkpoint.info(name) for name in checkpoint.names()]
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
     size = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
     lines = [
         f"checkpoint: {checkpoint.config.get('model_type', 'unknown model type')}, {sum(prod(info.shape) for info in infos):,} parameters "
-        f"in {len(infos)} tensors and {len(checkpoint.files)} files, {_size(size)}",
-        "  data types: " + ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()),
+        f"in {counted(len(infos), 'tensor')} and {counted(len(checkpoint.files), 'file')}, {_size(size)}",
+        "  data types: " + ", ".join(f"{dtype} ({counted(count, 'tensor')})" for dtype, count in dtypes.items()),
     ]
     if "tie_word_embeddings" in checkpoint.config:
         lines.append(f"  tied embeddings: {'yes' if checkpoint.config['tie_word_embeddings'] else 'no'}")
     checkpoint.close()
+    if isinstance(where, Skeleton) and where.pending_moments:
+        return [*lines, "  an optimizer state, which can be read when it is fetched"]
     found = find_moments(folder)
     return lines if found is None else lines + [f"  {line}" for line in _describe_moments(found, folder)]
 
@@ -145,8 +251,19 @@ def _describe_file(path: Path) -> list[str]:
         total = sum(prod(shape) for shape in masks.shapes.values())
         kept = sum(masks.density(name) * prod(shape) for name, shape in masks.shapes.items())
         share = kept / max(total, 1)
-        return [f"{path.name}: FFG mask of {masks.header['expert']}: keeps {kept:,.0f} of {total:,} elements (density {share:.6f})"]
+        return [
+            f"{path.name}: FFG mask of {masks.header['expert']}: keeps {kept:,.0f} of {total:,} elements (density {share:.6f})"
+        ]
+    if _is_weights(path):
+        return [f"{path.name} holds weights; the checkpoint that it belongs to:", *_describe_checkpoint(path.parent)]
     return _describe_moments(path, path.parent)
+
+
+def _is_weights(path: Path) -> bool:
+    try:
+        return path in weight_files(path.parent)
+    except OtaError:
+        return False
 
 
 def _describe_moments(path: Path, folder: Path) -> list[str]:
@@ -161,6 +278,8 @@ def _describe_moments(path: Path, folder: Path) -> list[str]:
     how = compression_of(moments) or "as the trainer left them"
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
     known = f"β₂ {moments.beta2 if moments.beta2 is not None else 'unknown'}, step {'–'.join(map(str, steps)) or 'unknown'}"
-    line = f"{path.name}: second moments of {total:,} parameters in {len(shapes)} tensors, {how}, {_size(size)}, {known}"
+    line = (
+        f"{path.name}: second moments of {total:,} parameters in {counted(len(shapes), 'tensor')}, {how}, {_size(size)}, {known}"
+    )
     moments.close()
     return [line]

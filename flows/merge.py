@@ -4,9 +4,10 @@ Every task's cache key is the fingerprint of its output; the task itself finds a
 are gone is computed again, alone.
 """
 
-import time
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import flow, task
 from prefect.cache_policies import CacheKeyFnPolicy
@@ -18,10 +19,12 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
 from flows.report import merge_name, merge_run
+from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from ota_core.artifact import ArtifactRef
-from ota_core.errors import OtaError
+from ota_core.errors import OtaError, raise_all
 from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.stream import parse_memory
 from tasks import stages, storage
 from tasks.inputs import model_sources
 from tasks.settings import Places, places
@@ -31,14 +34,24 @@ from tasks.suites import load_suite
 from tasks.tracking import LoggedRun, MergeRun, log_merge
 from tasks.watch import identity_of_source, is_intact
 
+T = TypeVar("T")
+hide_tracebacks_of_user_errors()
+
 
 def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-    """The cache key: the fingerprint of what the task makes, or for a fetch the identity of the source."""
-    step = parameters.get("step")
+    """The cache key: the fingerprint of what the task makes, or for a fetch the identity of the source, and where the result lies.
+
+    A cached result is a reference into one root of artifacts; a run with another root must not be given it.
+    """
+    step, where = parameters.get("step"), parameters["where"]
     if isinstance(step, Step):
-        return f"ota-{step.kind}-{step.fingerprint}"
+        return f"ota-{step.kind}-{step.fingerprint}-{_place(where.artifacts)}"
     identity = parameters.get("identity")
-    return f"ota-fetch-{identity}" if identity else None
+    return f"ota-fetch-{identity}-{_place(where.cache)}" if identity else None
+
+
+def _place(root: str | Path) -> str:
+    return hashlib.sha256(str(root).encode()).hexdigest()[:8]
 
 
 CACHED: dict[str, Any] = {
@@ -46,18 +59,6 @@ CACHED: dict[str, Any] = {
     "persist_result": True,
     "result_serializer": "json",
 }
-
-
-class Progress:
-    """Tells the run's log how far a long stage is, at most once in ten seconds."""
-
-    def __init__(self) -> None:
-        self._log, self._said, self._what = get_run_logger(), time.monotonic(), ""
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if total and time.monotonic() - self._said >= 10:
-            self._said = time.monotonic()
-            self._log.info("%s: %.0f %%", what, 100 * done / total)
 
 
 @task(name="fetch", task_run_name="fetch {source}", **CACHED)
@@ -74,7 +75,9 @@ def compress(step: Step, where: Places, expert: ExpertInput, memory: str) -> Art
 
 
 @task(name="mask", task_run_name="mask {name}", **CACHED)
-def mask(step: Step, where: Places, name: str, recipe: MergeRecipe, inputs: MergeInputs, index: int, memory: str, device: str) -> ArtifactRef:
+def mask(
+    step: Step, where: Places, name: str, recipe: MergeRecipe, inputs: MergeInputs, index: int, memory: str, device: str
+) -> ArtifactRef:
     """Fast Fisher Grafting: the mask of one expert."""
     return stages.mask(where, step, recipe, inputs, index, memory=memory, device=device, progress=Progress())
 
@@ -86,7 +89,9 @@ def merge(step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs, m
 
 
 @task(name="benchmark", task_run_name="benchmark {subject.name}", **CACHED)
-def benchmark(step: Step, where: Places, subject: Subject, suite: str, data_dir: Path | None, limit: int | None, device: str) -> ArtifactRef:
+def benchmark(
+    step: Step, where: Places, subject: Subject, suite: str, data_dir: Path | None, limit: int | None, device: str
+) -> ArtifactRef:
     """Score one model on the suite."""
     return stages.score(where, step, subject, suite, data_dir, limit, device=device, progress=Progress())
 
@@ -148,8 +153,11 @@ def merge_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
     """
     where = places(home, artifacts)
-    tests = load_suite(suite) if suite else None
     device = _device(device)
+    parse_memory(memory)
+    tests = load_suite(suite) if suite else None
+    if tests:
+        stages.check_suite(tests, data_dir, limit)
 
     fetched = _fetch_all(recipe, recipe_dir, where)
     inputs = stages.inputs_of(recipe, fetched, where, recipe_dir)
@@ -167,7 +175,7 @@ def merge_flow(
             key: _missing(benchmark, steps[key], where).submit(steps[key], where, subject, suite, data_dir, limit, device)
             for key, subject in subjects.items()
         }
-        scores = {key: future.result() for key, future in futures.items()}
+        scores = dict(zip(futures, _results(futures.values()), strict=True))
     run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where)
     logged = log(run, where, tracking_uri)
     get_run_logger().info("merged model: %s; MLflow run %s", subjects["merged"].path, logged.url or logged.run_id)
@@ -198,21 +206,27 @@ def _missing(stage: Any, step: Step, where: Places) -> Any:
 def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places) -> list[Fetched]:
     """All checkpoints, in parallel, base first. Every source that fails is reported, not only the first."""
     sources = model_sources(recipe, recipe_dir)
-    futures: list[PrefectFuture[Fetched]] = [fetch.submit(source, identity_of_source(source), where) for source in sources]
-    fetched, problems = [], []
-    for source, future in zip(sources, futures, strict=True):
+    fetched: list[Fetched] = _results(fetch.submit(source, identity_of_source(source), where) for source in sources)
+    again = fetch.with_options(refresh_cache=True)
+    damaged = {
+        i: again.submit(sources[i], identity_of_source(sources[i]), where) for i, one in enumerate(fetched) if not is_intact(one)
+    }
+    repaired = dict(zip(damaged, _results(damaged.values()), strict=True))
+    return [repaired.get(i, one) for i, one in enumerate(fetched)]
+
+
+def _results(futures: Iterable[PrefectFuture[T]]) -> list[T]:
+    """What the tasks return, once all have ended. The users' errors of all of them are raised together."""
+    results, problems = [], []
+    for future in list(futures):
         try:
-            found = future.result()
-            if not is_intact(found):
-                found = fetch.with_options(refresh_cache=True)(source, identity_of_source(source), where)
-            fetched.append(found)
+            results.append(future.result())
         except OtaError as error:
             problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
     if problems:
-        raise OtaError("\n".join(str(problem) for problem in problems))
-    return fetched
+        same = {type(problem) for problem in problems}
+        raise_all([str(problem) for problem in problems], same.pop() if len(same) == 1 else OtaError)
+    return results
 
 
 def _second_moments(
@@ -226,8 +240,10 @@ def _second_moments(
         _missing(compress, step, where).submit(step, where, expert, memory)
         for step, expert in zip(steps, inputs.experts, strict=True)
     ]  # fmt: skip
-    refs: dict[str, list[ArtifactRef]] = {"compress": [future.result() for future in moments]}
-    experts = tuple(stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs["compress"], strict=True))
+    refs: dict[str, list[ArtifactRef]] = {"compress": _results(moments)}
+    experts = tuple(
+        stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs["compress"], strict=True)
+    )
     ready = MergeInputs(base=inputs.base, experts=experts)
     masks = {}
     for i, expert in enumerate(experts):
@@ -235,7 +251,7 @@ def _second_moments(
             step = stages.mask_step(recipe, inputs, i)
             masks[i] = _missing(mask, step, where).submit(step, where, expert.name, recipe, ready, i, memory, device)
     if masks:
-        found = {i: future.result() for i, future in masks.items()}
+        found = dict(zip(masks, _results(masks.values()), strict=True))
         refs["mask"] = list(found.values())
         ready = stages.with_masks(where, ready, found)
     return ready, refs
@@ -249,6 +265,7 @@ def _subjects(recipe: MergeRecipe, inputs: MergeInputs, fetched: list[Fetched], 
         base = models.pop(0)
         subjects["base"] = Subject(name="base", role="base", path=base.path, digest=base.digest)
     for expert, one in zip(inputs.experts, models, strict=True):
-        subjects[f"expert/{expert.name}"] = Subject(name=expert.name, role="expert", capability=expert.capability, path=one.path, digest=one.digest)
+        subjects[f"expert/{expert.name}"] = Subject(
+            name=expert.name, role="expert", capability=expert.capability, path=one.path, digest=one.digest
+        )
     return subjects | {"merged": merged}
-

@@ -1,6 +1,8 @@
 """What a finished merge tells MLflow and the reader: its name, parameters, metrics and table of scores."""
 
+import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +87,18 @@ def merge_run(
         record=record.model_dump(mode="json"),
         model_uri=merged.uri,
         model_digest=subjects["merged"].digest,
-        model_card=model_card(recipe, inputs, record.results, merged.fingerprint, {k: v for k, v in own.items() if v is not None}),
+        model_card=model_card(
+            recipe, inputs, record.results, merged.fingerprint, {k: v for k, v in own.items() if v is not None}
+        ),
         inputs=_lineage(inputs, fetched),
         children=[
-            ChildRun(name=subject.name, role=subject.role, capability=subject.capability, digest=subject.digest, metrics=_scores(found[key]))  # type: ignore[arg-type]
+            ChildRun(
+                name=subject.name,
+                role=subject.role,
+                capability=subject.capability,
+                digest=subject.digest,
+                metrics=_scores(found[key]),
+            )  # type: ignore[arg-type]
             for key, subject in subjects.items()
             if key in found
         ],
@@ -123,8 +133,12 @@ def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -
     """The merge's own scores, and what they mean beside its base and experts."""
     if not found:
         return {}
-    experts = {s.name: (s.capability, found[key]) for key, s in subjects.items() if s.role == "expert" and s.capability and key in found}
-    metrics = _scores(found["merged"]) | {f"retention/{name}": value for name, value in retention(found["merged"], experts).items()}
+    experts = {
+        s.name: (s.capability, found[key]) for key, s in subjects.items() if s.role == "expert" and s.capability and key in found
+    }
+    metrics = _scores(found["merged"]) | {
+        f"retention/{name}": value for name, value in retention(found["merged"], experts).items()
+    }
     if "base" in found:
         metrics["negative_transfer"] = float(len(negative_transfer(found["merged"], found["base"])))
     metrics["seconds/benchmark"] = sum(scores.seconds for scores in found.values())
@@ -134,11 +148,26 @@ def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -
 def comparison(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> pd.DataFrame:
     """The table of one merge: base, experts, merge."""
     experts = {s.name: (s.capability or s.name, found[key]) for key, s in subjects.items() if s.role == "expert" and key in found}
-    base: Any = found.get("base", dict.fromkeys(found["merged"].by_capability()))
-    return scores_table(base, experts, {subjects["merged"].name: found["merged"]})
+    return compare(found.get("base"), experts, {subjects["merged"].name: found["merged"]})
 
 
-def rows_of(table: pd.DataFrame, found: dict[str, ModelScores], subjects: dict[str, Subject]) -> list[dict[str, str | float | None]]:
+def compare(
+    base: ModelScores | None, experts: Mapping[str, tuple[str, ModelScores]], merges: Mapping[str, ModelScores]
+) -> pd.DataFrame:
+    """``scores_table``, also for merges without a base: then there is no such row, and nothing is above or below it."""
+    if base is not None:
+        return scores_table(base, experts, merges)
+    stand_in = next(iter(merges.values()))  # a row that measured nothing would take every capability out of the average
+    table = scores_table(stand_in, experts, merges)
+    attrs, table = table.attrs, table.drop(index="base")
+    table["negative_transfer"], table["below_base"] = pd.NA, ""
+    table.attrs |= attrs
+    return table
+
+
+def rows_of(
+    table: pd.DataFrame, found: dict[str, ModelScores], subjects: dict[str, Subject]
+) -> list[dict[str, str | float | None]]:
     """The table's rows as MLflow's table and chart take them, with standard errors."""
     by_name = {subject.name: (subject, found[key]) for key, subject in subjects.items() if key in found}
     rows: list[dict[str, str | float | None]] = []
@@ -170,8 +199,19 @@ def _context() -> dict[str, str]:
     tags = {}
     if flow_run.id:
         tags["prefect_flow_run_id"] = str(flow_run.id)
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if commit.returncode == 0:
-        tags["git_commit"] = commit.stdout.strip()
-    return tags
+    commit = _git_commit(Path(__file__).resolve())
+    return tags | ({"git_commit": commit} if commit else {})
+
+
+def _git_commit(file: Path) -> str | None:
+    """The commit checked out where a file of this code lies. None without git, and for an installed copy inside another repository."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(file.parent), *arguments], capture_output=True, text=True, check=False)
+
+    if git("ls-files", "--error-unmatch", file.name).returncode != 0:
+        return None
+    commit = git("rev-parse", "HEAD")
+    return commit.stdout.strip() if commit.returncode == 0 else None

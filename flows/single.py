@@ -11,7 +11,7 @@ from ota_core.compression import CompressionReport
 from ota_core.errors import MomentsError, OtaError
 from ota_core.inputs import MergeInputs
 from ota_core.moments import find_moments
-from ota_core.output import check_free, new_folder
+from ota_core.output import check_apart, check_free, new_folder
 from ota_core.recipe import MergeRecipe
 from tasks import storage
 from tasks.architecture import parameter_layout
@@ -36,7 +36,10 @@ def compress_source(
         path, layout = found, partial(parameter_layout, fetched.path)
     elif (path.parent / "config.json").is_file():
         layout = partial(parameter_layout, path.parent)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         report = engine.compress_moments(path, temporary, method=method, layout=layout, memory=memory, progress=progress)
@@ -50,6 +53,7 @@ def mask_recipe(
     recipe: MergeRecipe, inputs: MergeInputs, out: Path, *, device: str, memory: str, overwrite: bool, progress: engine.Progress
 ) -> dict[str, Any]:
     """Masks of every expert in the folder ``out``, with their densities in ``densities.json``."""
+    check_apart(out, inputs)
     with new_folder(out, overwrite=overwrite) as folder:
         found = engine.mask(recipe, folder, inputs=inputs, device=device, memory=memory, progress=progress)
         (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -78,7 +82,14 @@ def run_recipe(recipe: MergeRecipe, **options: Any) -> list[Any]:
     if outcome.scores:
         lines.append(outcome_table({outcome.name: outcome}, where, read_scores))
     lines.append(f"merged model: {outcome.path}")
-    lines.append(open_hint(tracking_uri=options.get("tracking_uri"), root=where.tracking, experiment=outcome.logged.experiment_id, run=outcome.logged.run_id))
+    lines.append(
+        open_hint(
+            tracking_uri=options.get("tracking_uri"),
+            root=where.tracking,
+            experiment=outcome.logged.experiment_id,
+            run=outcome.logged.run_id,
+        )
+    )
     return lines
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +19,14 @@ from ota_core.errors import ArtifactError
 
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
-ALGORITHM_VERSION: dict[str, int] = {"formats": 1, "moments": 1, "masks": 1, "merged": 1, "scores": 1, "checkpoint": 1}
+ALGORITHM_VERSION: dict[str, int] = {"formats": 1, "moments": 1, "masks": 1, "merged": 1, "scores": 1, "checkpoint": 1, "data": 1}
 
 # Stages whose algorithm also decides a stage's bytes: a merge contains compression and masks, whether fused or staged.
 _DEPENDS_ON: dict[str, tuple[str, ...]] = {"masks": ("moments",), "merged": ("moments", "masks")}
 
 RECORD = "record.json"
 
-Kind = Literal["checkpoint", "moments", "masks", "merged", "scores"]
+Kind = Literal["checkpoint", "data", "moments", "masks", "merged", "scores"]
 
 
 class ArtifactRef(BaseModel):
@@ -110,7 +111,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace a file in one step; a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -129,7 +130,9 @@ def read_record(folder: Path) -> Record:
         raise ArtifactError(f"{path} cannot be read as a record ({error}); delete the folder and run its stage again") from None
     problems = missing_files(folder, record.files)
     if problems:
-        raise ArtifactError(f"{folder} does not hold what its {RECORD} lists: {'; '.join(problems)}. Delete the folder and run its stage again")
+        raise ArtifactError(
+            f"{folder} does not hold what its {RECORD} lists: {'; '.join(problems)}. Delete the folder and run its stage again"
+        )
     return record
 
 

@@ -18,7 +18,7 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
-    "chat_template*", "preprocessor_config.json", "processor_config.json",
+    "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 
 
@@ -48,9 +48,13 @@ class _BinFile:
                 "only. Save the model as safetensors, or fetch the file again"
             ) from None
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise CheckpointError(f"{path} holds {type(state).__name__}, expected a dictionary of tensors: is this a model's state dict?")
+            raise CheckpointError(
+                f"{path} holds {type(state).__name__}, expected a dictionary of tensors: is this a model's state dict?"
+            )
         self._state: dict[str, torch.Tensor] = {name: value.contiguous() for name, value in state.items()}
-        self.infos = {name: TensorInfo(name, value.dtype, tuple(value.shape), 0, value.nbytes) for name, value in self._state.items()}
+        self.infos = {
+            name: TensorInfo(name, value.dtype, tuple(value.shape), 0, value.nbytes) for name, value in self._state.items()
+        }
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         tensor = self._state[name]
@@ -73,7 +77,9 @@ class Checkpoint:
         for file in self.files:
             for name in file.infos:
                 if name in self._where:
-                    raise CheckpointError(f"{self.path}: tensor '{name}' is in both {self._where[name].path.name} and {file.path.name}; expected it once")
+                    raise CheckpointError(
+                        f"{self.path}: tensor '{name}' is in both {self._where[name].path.name} and {file.path.name}; expected it once"
+                    )
                 self._where[name] = file
         _check_index(self.path, self._where)
         self.config = read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
@@ -140,7 +146,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [single]
     candidates = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("exp_avg", "optimizer")))
     if any(p.name.startswith("adapter_") for p in candidates):
-        raise CheckpointError(f"{folder} holds a LoRA adapter, not a whole model; merge it into its base first (peft: merge_and_unload)")
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter, not a whole model; merge it into its base first (peft: merge_and_unload)"
+        )
     if len(candidates) == 1:
         return candidates
     if candidates:
@@ -149,7 +157,9 @@ def weight_files(folder: Path) -> list[Path]:
             f"({', '.join(p.name for p in candidates[:4])}, …); expected the index that says which belong to the model"
         )
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    raise CheckpointError(f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, or pytorch_model.bin")
+    raise CheckpointError(
+        f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, or pytorch_model.bin"
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -172,7 +182,10 @@ def _check_index(folder: Path, where: dict[str, WeightFile]) -> None:
                 for tensor, file in sorted(listed.items())
                 if tensor not in where or where[tensor].path.name != file
             ]
-            problems += [f"{where[tensor].path} holds tensor '{tensor}', which {name} does not list" for tensor in sorted(set(where) - set(listed))]
+            problems += [
+                f"{where[tensor].path} holds tensor '{tensor}', which {name} does not list"
+                for tensor in sorted(set(where) - set(listed))
+            ]
             raise_all(problems, CheckpointError)
             return
 

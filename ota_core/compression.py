@@ -45,7 +45,14 @@ class RankOneMoments:
 
     method = "rank1"
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, torch.Tensor], beta2: float | None, steps: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        stored: Mapping[str, torch.Tensor],
+        beta2: float | None,
+        steps: Mapping[str, int],
+    ) -> None:
         """``stored``: the tensors of the file format, float32."""
         self.path, self.beta2 = path, beta2
         self._shapes, self._steps, self._stored = dict(shapes), dict(steps), dict(stored)
@@ -112,7 +119,11 @@ def _ratio(lost: float, total: float) -> float:
 def _factor(moments: Moments, name: str, shape: tuple[int, ...], block: int) -> tuple[dict[str, torch.Tensor], float, float]:
     """The stored form of one tensor, Σ(√v − √ṽ)² and Σv."""
     if len(shape) < 2:
-        whole = torch.cat([moments.read(name, a, b) for a, b in row_blocks(shape, block)] or [torch.empty(0, 1)]).reshape(shape).clone()
+        whole = (
+            torch.cat([moments.read(name, a, b) for a, b in row_blocks(shape, block)] or [torch.empty(0, 1)])
+            .reshape(shape)
+            .clone()
+        )
         return {name: whole}, 0.0, math.fsum(whole.double().reshape(-1).tolist())
     height, width = shape[-2:]
     stacks = math.prod(shape[:-2])
@@ -140,7 +151,9 @@ def _factor(moments: Moments, name: str, shape: tuple[int, ...], block: int) -> 
 def save_compressed(moments: RankOneMoments, path: Path) -> None:
     """Write the file format to ``path``."""
     stored = {name: tensor.contiguous() for name, tensor in moments.tensors().items()}
-    writer = SafetensorsWriter(path, [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in stored.items()], _metadata(moments, moments.method))
+    writer = SafetensorsWriter(
+        path, [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in stored.items()], _metadata(moments, moments.method)
+    )
     for name, tensor in stored.items():
         writer.write_rows(name, 0, tensor.reshape(matrix_shape(tensor.shape)))
     writer.close()
@@ -149,7 +162,9 @@ def save_compressed(moments: RankOneMoments, path: Path) -> None:
 def save_full(moments: Moments, path: Path, *, stream: Stream) -> CompressionReport:
     """Write v uncompressed, float32, under the parameters' names: one format whatever the trainer left."""
     shapes = dict(moments.shapes())
-    writer = SafetensorsWriter(path, [TensorSpec(n, s, torch.float32) for n, s in sorted(shapes.items())], _metadata(moments, "none"))
+    writer = SafetensorsWriter(
+        path, [TensorSpec(n, s, torch.float32) for n, s in sorted(shapes.items())], _metadata(moments, "none")
+    )
     try:
         blocks = [(name, a, b) for name in sorted(shapes) for a, b in row_blocks(shapes[name], stream.block_elements)]
         stream.map(lambda block: writer.write_rows(block[0], block[1], moments.read(*block)), blocks, what="copy moments")
@@ -164,7 +179,11 @@ def save_full(moments: Moments, path: Path, *, stream: Stream) -> CompressionRep
 def _metadata(moments: Moments, method: str) -> dict[str, str]:
     shapes = {name: list(shape) for name, shape in sorted(moments.shapes().items())}
     steps = {name: step for name in shapes if (step := moments.step(name)) is not None}
-    return {"ota_format": FORMAT, "method": method, "header": json.dumps({"shapes": shapes, "steps": steps, "beta2": moments.beta2}, sort_keys=True)}
+    return {
+        "ota_format": FORMAT,
+        "method": method,
+        "header": json.dumps({"shapes": shapes, "steps": steps, "beta2": moments.beta2}, sort_keys=True),
+    }
 
 
 class StoredMoments:
@@ -174,7 +193,8 @@ class StoredMoments:
 
     def __init__(self, file: SafetensorsFile, header: dict[str, Any]) -> None:
         self.path, self.beta2 = file.path, header["beta2"]
-        self._file, self._steps = file, header["steps"]
+        self._file = file
+        self._steps: dict[str, int] = header["steps"]
         self._shapes = {name: tuple(shape) for name, shape in header["shapes"].items()}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -206,12 +226,19 @@ def open_compressed(path: Path) -> RankOneMoments | StoredMoments:
     if method == "none":
         return StoredMoments(file, header)
     shapes = {name: tuple(shape) for name, shape in header["shapes"].items()}
-    stored = {name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone() for name, info in file.infos.items()}
+    stored = {
+        name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone()
+        for name, info in file.infos.items()
+    }
     expected = {key for name, shape in shapes.items() for key in ([name] if len(shape) < 2 else [name + ROW, name + COL])}
     if set(stored) != expected:
-        raise MomentsError(f"{path}: its tensors do not match its header ({sorted(set(stored) ^ expected)[:4]}); compress the second moments again")
+        raise MomentsError(
+            f"{path}: its tensors do not match its header ({sorted(set(stored) ^ expected)[:4]}); compress the second moments again"
+        )
     for name, tensor in stored.items():
         if tensor.numel() and not (tensor.min() >= 0 and tensor.max() < math.inf):
-            raise MomentsError(f"{path}: tensor '{name}' holds a negative, NaN or infinite entry; second moments are finite and ≥ 0")
+            raise MomentsError(
+                f"{path}: tensor '{name}' holds a negative, NaN or infinite entry; second moments are finite and ≥ 0"
+            )
     file.close()
     return RankOneMoments(path, shapes, stored, header["beta2"], header["steps"])

@@ -20,11 +20,12 @@ from ota_core.inputs import ExpertInput, LayoutOf, MergeInputs, merge_identity, 
 from ota_core.masks import MaskWriter
 from ota_core.model_card import model_card
 from ota_core.moments import open_moments
-from ota_core.output import check_free, copy_companions, new_folder, write_weights
+from ota_core.ota_rule import density_report
+from ota_core.output import check_apart, check_free, copy_companions, new_folder, write_weights
 from ota_core.plan import MergePlan, compression_of, open_plan
-from ota_core.prepare import block_size, blocks, delta, mask_of, prepare_curvature
+from ota_core.prepare import Block, block_size, blocks, delta, mask_of, prepare_curvature
 from ota_core.recipe import MergeRecipe
-from ota_core.rules import Block, density_report, rule_of
+from ota_core.rules import rule_of
 from ota_core.stream import Stream, parse_memory
 from ota_core.views import ExpertView
 
@@ -82,9 +83,17 @@ def merge(
     """
     check_free(out, overwrite=overwrite)
     inputs = inputs or resolve_local(recipe, recipe_dir, layout_of)
+    check_apart(out, inputs)
     with new_folder(out, overwrite=overwrite) as folder:
         report = merge_into(
-            folder, recipe, inputs, memory=memory, device=device, block_elements=block_elements, threads=threads, progress=progress
+            folder,
+            recipe,
+            inputs,
+            memory=memory,
+            device=device,
+            block_elements=block_elements,
+            threads=threads,
+            progress=progress,
         )
         identity, config, digests = merge_identity(recipe, inputs)
         provenance = {**environment(device), "sources": sources(inputs), "recipe": described(recipe), "seconds": report.seconds}
@@ -116,7 +125,9 @@ def merge_into(
     """Write everything of a merged model but its record into an empty folder. Who calls owns the folder: its name, record and removal."""
     budget, where = parse_memory(memory), pick_device(device)
     started = time.perf_counter()
-    with open_plan(recipe, inputs, device=where, memory=budget, block_elements=block_elements, threads=threads, progress=progress) as plan:
+    with open_plan(
+        recipe, inputs, device=where, memory=budget, block_elements=block_elements, threads=threads, progress=progress
+    ) as plan:
         rule = rule_of(plan)
         rule.prepare()
         prepared = time.perf_counter()
@@ -126,7 +137,9 @@ def merge_into(
         seconds = {"prepare": prepared - started, "merge": time.perf_counter() - prepared}
         identity, _, _ = merge_identity(recipe, inputs)
         write_text_atomic(folder / "README.md", model_card(recipe, inputs, results, identity))
-        return MergeReport(fingerprint=identity, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes)
+        return MergeReport(
+            fingerprint=identity, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes
+        )
 
 
 def described(recipe: MergeRecipe) -> dict[str, Any]:
@@ -154,7 +167,13 @@ def mask(
         raise OtaError("the recipe has no FFG masks: merge_method must be ota, with a density below 1 or a precond_threshold")
     found: dict[str, Any] = {}
     with open_plan(
-        recipe, inputs, device=pick_device(device), memory=parse_memory(memory), block_elements=block_elements, threads=threads, progress=progress
+        recipe,
+        inputs,
+        device=pick_device(device),
+        memory=parse_memory(memory),
+        block_elements=block_elements,
+        threads=threads,
+        progress=progress,
     ) as plan:
         if only is not None:
             plan.experts = [expert for expert in plan.experts if expert.name == only]
@@ -169,7 +188,9 @@ def _write_mask(plan: MergePlan, expert: ExpertView, facts: Any, path: Path) -> 
     jobs = plan.curved(expert)
     taus = facts.thresholds[expert.index]
     kept: dict[str, int] = {}
-    writer = MaskWriter(path, {job.name: job.shape for job in jobs}, {"expert": expert.name, "thresholds": {n: _json(t) for n, t in taus.items()}})
+    writer = MaskWriter(
+        path, {job.name: job.shape for job in jobs}, {"expert": expert.name, "thresholds": {n: _json(t) for n, t in taus.items()}}
+    )
 
     def work(block: Block) -> tuple[str, int]:
         bits = mask_of(plan, facts, expert, block, delta(plan, expert, *block))
@@ -193,7 +214,14 @@ def _json(tau: float) -> float | str:
 
 
 def compress_moments(
-    source: Path, out: Path, *, method: str, expert: ExpertInput | None = None, layout: Any = None, memory: str | int = "2GiB", progress: Progress | None = None
+    source: Path,
+    out: Path,
+    *,
+    method: str,
+    expert: ExpertInput | None = None,
+    layout: Any = None,
+    memory: str | int = "2GiB",
+    progress: Progress | None = None,
 ) -> CompressionReport:
     """Compress the second moments in ``source`` into the safetensors file ``out``: ``rank1``, or ``none`` for v under the model's names.
 
@@ -201,7 +229,11 @@ def compress_moments(
     """
     moments = open_moments(source, layout=expert.layout if expert else layout)
     try:
-        stream = Stream(memory=parse_memory(memory), progress=progress, droppable=[drop] if (drop := getattr(moments, "drop_pages", None)) else [])
+        stream = Stream(
+            memory=parse_memory(memory),
+            progress=progress,
+            droppable=[drop] if (drop := getattr(moments, "drop_pages", None)) else [],
+        )
         held = compression_of(moments)
         if held not in {None, "none"}:
             raise OtaError(f"{source} is compressed with {held} already; compress the full second moments instead")
@@ -225,7 +257,13 @@ def peak_memory_gib() -> float:
 
 def environment(device: str) -> dict[str, Any]:
     """Where and with what a stage ran; it never decides the bytes."""
-    return {"host": platform.node(), "platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__, "device": device}
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+    }
 
 
 def sources(inputs: MergeInputs) -> dict[str, str]:

@@ -6,6 +6,13 @@ from collections.abc import Sequence
 class OtaError(Exception):
     """Root of every expected failure. The message says what was seen, what was expected and what to do."""
 
+    _problems: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Each problem by itself, for a list that joins those of several checks."""
+        return self._problems or (str(self),)
+
 
 class RecipeError(OtaError):
     """The recipe cannot be understood: unknown key, unknown method, value out of range."""
@@ -33,4 +40,6 @@ def raise_all(problems: Sequence[str], kind: type[OtaError] = OtaError) -> None:
         return
     if len(problems) == 1:
         raise kind(problems[0])
-    raise kind(f"{len(problems)} problems found:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))
+    error = kind(f"{len(problems)} problems found:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))
+    error._problems = tuple(problems)
+    raise error

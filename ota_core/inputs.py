@@ -88,9 +88,13 @@ def find_model(source: str, recipe_dir: Path | None) -> Path:
     places = [*([recipe_dir] if recipe_dir else []), Path.cwd()]
     hits = {(place / source).resolve(): place / source for place in places if (place / source).is_dir()}
     if len(hits) > 1:
-        raise CheckpointError(f"model '{source}' is found in {' and in '.join(str(h) for h in hits.values())}; give the full path of the one that is meant")
+        raise CheckpointError(
+            f"model '{source}' is found in {' and in '.join(str(h) for h in hits.values())}; give the full path of the one that is meant"
+        )
     if not hits:
-        raise CheckpointError(f"model '{source}' does not exist (looked in {', '.join(str(p) for p in places)}); expected a checkpoint folder")
+        raise CheckpointError(
+            f"model '{source}' does not exist (looked in {', '.join(str(p) for p in places)}); expected a checkpoint folder"
+        )
     return next(iter(hits.values()))
 
 
@@ -131,14 +135,18 @@ def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of
     return MergeInputs(base=base, experts=tuple(experts))
 
 
-def with_moments(recipe: MergeRecipe, index: int, expert: ExpertInput, recipe_dir: Path | None, layout_of: LayoutOf | None) -> ExpertInput:
+def with_moments(
+    recipe: MergeRecipe, index: int, expert: ExpertInput, recipe_dir: Path | None, layout_of: LayoutOf | None
+) -> ExpertInput:
     """The expert with the file of its second moments, as the recipe names it or as its folder holds it. Raises MomentsError."""
     if recipe.merge_method not in NEEDS_MOMENTS:
         return expert
     named = recipe.models[index].parameters.preconditioner_path
     path = find_preconditioner(named, expert.path, recipe_dir) if named else find_moments(expert.path)
     if path is None and named:
-        raise MomentsError(f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and here)")
+        raise MomentsError(
+            f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and here)"
+        )
     if path is None:
         raise MomentsError(
             f"expert '{expert.name}': {expert.path} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt. "
@@ -162,5 +170,3 @@ def merge_identity(recipe: MergeRecipe, inputs: MergeInputs) -> tuple[str, dict[
         if expert.moments is not None and expert.moments_digest is not None:
             digests[f"moments{i}"] = expert.moments_digest
     return fingerprint("merged", config, digests), config, digests
-
-

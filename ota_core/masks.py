@@ -66,9 +66,11 @@ class MaskFile:
         self.path = path
         self._file = SafetensorsFile(path)
         if self._file.metadata.get("ota_format") != FORMAT:
-            raise ArtifactError(f"{path}: format {self._file.metadata.get('ota_format')!r}, expected {FORMAT}; make the masks again with this version")
+            raise ArtifactError(
+                f"{path}: format {self._file.metadata.get('ota_format')!r}, expected {FORMAT}; make the masks again with this version"
+            )
         self.header: dict[str, Any] = json.loads(self._file.metadata["header"])
-        self.shapes = {name: tuple(shape) for name, shape in self.header.pop("shapes").items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in self.header.pop("shapes").items()}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of a mask, bool (stop − start, C)."""
@@ -80,7 +82,8 @@ class MaskFile:
     def density(self, name: str) -> float:
         """Share of a tensor's elements that the mask keeps."""
         packed = self._file.read_rows(name, 0, self._file.infos[name].shape[0]).reshape(-1).numpy()
-        return float(np.bitwise_count(packed).sum()) / max(1, math.prod(self.shapes[name]))
+        kept = int(np.bitwise_count(packed).sum())
+        return kept / max(1, math.prod(self.shapes[name]))
 
     def drop_pages(self) -> None:
         self._file.drop_pages()

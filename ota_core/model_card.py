@@ -16,12 +16,26 @@ def model_card(
     scores: Mapping[str, float] | None = None,
 ) -> str:
     """Markdown with a metadata head: recipe, inputs with their digests, realised densities, scores when known (0 … 1)."""
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["merge", "ota-merging", recipe.merge_method]}
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["merge", "ota-merging", recipe.merge_method],
+    }
     if inputs.base is not None:
         head["base_model"] = [inputs.base.source or inputs.base.name]
         head["base_model_relation"] = "merge"
-    lines = ["---", dump_yaml(head).rstrip(), "---", "", f"# Merge: {recipe.merge_method} of {', '.join(e.name for e in inputs.experts)}", ""]
-    lines += [f"Fingerprint `{fingerprint}`. Arithmetic in float64, stored as {recipe.output_dtype or 'the base model’s data types'}.", ""]
+    lines = [
+        "---",
+        dump_yaml(head).rstrip(),
+        "---",
+        "",
+        f"# Merge: {recipe.merge_method} of {', '.join(e.name for e in inputs.experts)}",
+        "",
+    ]
+    lines += [
+        f"Fingerprint `{fingerprint}`. Arithmetic in float64, stored as {recipe.output_dtype or 'the base model’s data types'}.",
+        "",
+    ]
     lines += ["## Inputs", "", "| role | source | digest |", "|---|---|---|"]
     if inputs.base is not None:
         lines.append(f"| base | {inputs.base.source} | {inputs.base.digest or 'not computed'} |")

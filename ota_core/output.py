@@ -13,9 +13,10 @@ import torch
 
 from ota_core.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.errors import CheckpointError, OtaError
+from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.plan import MergePlan
-from ota_core.prepare import block_size, blocks
-from ota_core.rules import Block, Rule
+from ota_core.prepare import Block, block_size, blocks
+from ota_core.rules import Rule
 from ota_core.vocabulary import add_tokens
 from ota_core.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards, write_index
 
@@ -27,6 +28,7 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises OtaError when ``out`` exists already and is not to be overwritten, or its parent cannot be written to.
     """
     check_free(out, overwrite=overwrite)
+    out = out.absolute()
     temporary = out.with_name(f".{out.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -35,20 +37,42 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output folder") from None
     try:
         yield temporary
-        old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.old")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(out, old)
-        os.rename(temporary, out)
-        shutil.rmtree(old, ignore_errors=True)
+        _take_place(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _take_place(new: Path, out: Path) -> None:
+    """Give ``new`` the name ``out``; what had it is removed afterwards, and gets it back when the renaming fails."""
+    old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.old")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(out, old)
+    try:
+        os.rename(new, out)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(old, out)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def check_free(out: Path, *, overwrite: bool) -> None:
     """Raise OtaError when ``out`` exists and is not to be overwritten."""
     if out.exists() and not overwrite:
         raise OtaError(f"{out} exists already; choose another output or pass --overwrite")
+
+
+def check_apart(out: Path, inputs: MergeInputs) -> None:
+    """Raise OtaError when writing ``out`` would replace an input."""
+    target = out.resolve()
+    for item in (*([inputs.base] if inputs.base else []), *inputs.experts):
+        held = [item.path, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
+        if any(path.resolve().is_relative_to(target) for path in held):
+            raise OtaError(f"{out} is, or holds, an input of the merge ({item.name}: {item.path}); choose another output")
 
 
 def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[tuple[str, list[TensorSpec]]]:
@@ -61,7 +85,7 @@ def write_weights(plan: MergePlan, rule: Rule, folder: Path, max_shard_bytes: in
     shards = plan_files(plan, max_shard_bytes)
     writers: dict[str, SafetensorsWriter] = {}
     try:
-        by_tensor = {}
+        by_tensor: dict[str, SafetensorsWriter] = {}
         for file, specs in shards:
             writers[file] = SafetensorsWriter(folder / file, specs, {"format": "pt"})
             by_tensor |= {spec.name: writers[file] for spec in specs}
@@ -88,7 +112,9 @@ def _copied(plan: MergePlan, block: Block) -> torch.Tensor:
     rows = first.stored(job.name, start, stop)
     for view in others:
         if not rows.equal(view.stored(job.name, start, stop)):
-            raise CheckpointError(f"tensor '{job.name}' ({job.dtype}) differs between {first.name} and {view.name}; integer tensors cannot be merged")
+            raise CheckpointError(
+                f"tensor '{job.name}' ({job.dtype}) differs between {first.name} and {view.name}; integer tensors cannot be merged"
+            )
     return rows
 
 
@@ -96,7 +122,9 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configuration, tokenizer and chat template, from the base or from the model of ``tokenizer_source``."""
     source = plan.source_folder()
     for path in companion_files(source, (*CONFIG_FILES, *TOKENIZER_PATTERNS)):
-        shutil.copyfile(path, folder / path.name)
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
     config = folder / "config.json"
     if config.exists():
         settings = read_json(config)

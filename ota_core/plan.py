@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,8 @@ from ota_core.views import ExpertView, ModelView, TensorJob, bias_factor
 from ota_core.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
+SHOWN = 8
 
 
 @dataclass(kw_only=True)
@@ -70,32 +73,30 @@ def open_plan(
 
     ``with_moments=False`` leaves second moments unopened, for planning before they are at hand.
     """
-    stream = Stream(memory=memory, progress=progress, **({"threads": threads} if threads else {}))
+    stream = Stream(memory=memory, progress=progress)
+    stream.threads = threads or stream.threads
     stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models))
     where = torch.device(device)
     with contextlib.ExitStack() as stack:
         problems: list[str] = []
         opened = [_open(item, problems, stack) for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
+        if problems and with_moments:
+            problems += [problem for item in inputs.experts for problem in _moments_problems(recipe, item)]
         raise_all(problems, CheckpointError)
         checkpoints = [checkpoint for checkpoint in opened if checkpoint is not None]
         names = [item.name for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
-        tied = [tied_tensors(checkpoint) for checkpoint in checkpoints]
         vocabulary = _vocabulary(recipe, names, checkpoints)
         maps = vocabulary.maps if vocabulary else (None,) * len(checkpoints)
-        base_count = 1 if inputs.base else 0
-        views = [
-            (ModelView if i < base_count else ExpertView)(
-                name=names[i],
-                checkpoint=checkpoints[i],
-                tied=tied[i],
-                row_map=maps[i],
-                device=where,
-                count_read=stream.count_read,
-                **({} if i < base_count else {"index": i - base_count, "bias_correction": bool(recipe.setting("bias_correction"))}),
-            )
-            for i in range(len(checkpoints))
+        common: list[dict[str, Any]] = [
+            {"name": name, "checkpoint": checkpoint, "tied": tied_tensors(checkpoint), "row_map": row_map}
+            for name, checkpoint, row_map in zip(names, checkpoints, maps, strict=True)
         ]
-        experts = [view for view in views if isinstance(view, ExpertView)]
+        for facts in common:
+            facts |= {"device": where, "count_read": stream.count_read}
+        base = ModelView(**common.pop(0)) if inputs.base else None
+        correct = bool(recipe.setting("bias_correction"))
+        experts = [ExpertView(**facts, index=i, bias_correction=correct) for i, facts in enumerate(common)]
+        views: list[ModelView] = [*([base] if base else []), *experts]
         for expert, item in zip(experts, inputs.experts if with_moments else (), strict=with_moments):
             _open_moments(recipe, expert, item, problems, stack)
         first = views[vocabulary.source if vocabulary else 0]
@@ -103,13 +104,10 @@ def open_plan(
         for expert in experts:
             _check_moments(recipe, expert, jobs, problems)
         raise_all(problems, OtaError)
-        stream.droppable = [
-            item.drop_pages
-            for item in (*checkpoints, *(part for e in experts for part in (e.moments, e.full_moments, e.masks)))
-            if hasattr(item, "drop_pages")
-        ]
+        opened_files = (*checkpoints, *(part for e in experts for part in (e.moments, e.full_moments, e.masks)))
+        stream.droppable = [drop for item in opened_files if (drop := getattr(item, "drop_pages", None))]
         plan = MergePlan(
-            recipe=recipe, inputs=inputs, base=views[0] if inputs.base else None, experts=experts, jobs=jobs,
+            recipe=recipe, inputs=inputs, base=base, experts=experts, jobs=jobs,
             vocabulary=vocabulary, stream=stream, device=where,
         )  # fmt: skip
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
@@ -157,7 +155,29 @@ def _vocabulary(recipe: MergeRecipe, names: list[str], checkpoints: list[Checkpo
     return match(models, known[wanted])
 
 
-def _open_moments(recipe: MergeRecipe, expert: ExpertView, item: ExpertInput, problems: list[str], stack: contextlib.ExitStack) -> None:
+def checkpoint_problems(recipe: MergeRecipe, inputs: MergeInputs) -> list[str]:
+    """What ``open_plan`` would find wrong with the checkpoints alone: for who raises already because of something else."""
+    try:
+        with open_plan(recipe, inputs, with_moments=False):
+            return []
+    except OtaError as error:
+        return list(error.problems)
+
+
+def _moments_problems(recipe: MergeRecipe, item: ExpertInput) -> list[str]:
+    """What opening an expert's second moments finds wrong; nothing where none are given or needed."""
+    if recipe.merge_method not in NEEDS_MOMENTS or item.moments is None:
+        return []
+    try:
+        open_moments(item.moments, layout=item.layout).close()
+    except OtaError as error:
+        return [f"expert '{item.name}': {problem}" for problem in error.problems]
+    return []
+
+
+def _open_moments(
+    recipe: MergeRecipe, expert: ExpertView, item: ExpertInput, problems: list[str], stack: contextlib.ExitStack
+) -> None:
     if recipe.merge_method not in NEEDS_MOMENTS:
         return
     asked = recipe.setting("compression")
@@ -168,14 +188,18 @@ def _open_moments(recipe: MergeRecipe, expert: ExpertView, item: ExpertInput, pr
         expert.moments = _open_one(item.moments, item, stack)
         held = compression_of(expert.moments)
         if held not in {None, "none", asked}:
-            problems.append(f"{item.moments} holds second moments compressed with {held}; the recipe asks for compression: {asked}")
+            problems.append(
+                f"{item.moments} holds second moments compressed with {held}; the recipe asks for compression: {asked}"
+            )
         if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
             if item.full_moments is not None:
                 expert.full_moments = _open_one(item.full_moments, item, stack)
             elif held in {None, "none"}:
                 expert.full_moments = expert.moments
             else:
-                problems.append(f"expert '{expert.name}': mask_curvature: full needs uncompressed second moments, {item.moments} is compressed with {held}")
+                problems.append(
+                    f"expert '{expert.name}': mask_curvature: full needs uncompressed second moments, {item.moments} is compressed with {held}"
+                )
         if item.masks is not None:
             expert.masks = MaskFile(item.masks)
             stack.callback(expert.masks.close)
@@ -194,40 +218,68 @@ def compression_of(moments: Moments) -> str | None:
     return moments.method if isinstance(moments, RankOneMoments | StoredMoments) else None
 
 
-def _jobs(recipe: MergeRecipe, views: list[ModelView], first: ModelView, vocabulary: Vocabulary | None, problems: list[str]) -> list[TensorJob]:
+def _jobs(
+    recipe: MergeRecipe, views: list[ModelView], first: ModelView, vocabulary: Vocabulary | None, problems: list[str]
+) -> list[TensorJob]:
     """The output's tensors, checked against every model."""
     jobs = []
+    differing: dict[str, list[str]] = {view.name: [] for view in views}
     out_dtype = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
     for name in sorted(first.checkpoint.names(), key=natural):
         info = first.checkpoint.info(name)
-        shape = info.shape
         floating = info.dtype.is_floating_point
         token_rows = vocabulary is not None and is_vocabulary_tensor(name)
-        if token_rows and vocabulary is not None:
-            shape = (vocabulary.rows, *shape[1:])
+        shape = (vocabulary.rows, *info.shape[1:]) if vocabulary is not None and token_rows else info.shape
         for view in views:
-            stored = view.stored_name(name)
-            if stored not in view.checkpoint:
-                problems.append(f"{view.checkpoint.path} ({view.name}): tensor '{name}' is missing; {first.name} has it: is this expert of the same base?")
-                continue
-            seen = view.checkpoint.info(stored)
-            if (seen.shape[1:] if token_rows else seen.shape) != (shape[1:] if token_rows else shape):
-                problems.append(
-                    f"{view.checkpoint.path} ({view.name}): tensor '{name}' has shape {list(seen.shape)}, {first.name} has {list(info.shape)}: "
-                    "experts must come from the same base"
-                )
-            elif seen.dtype.is_floating_point != floating:
-                problems.append(f"{view.checkpoint.path} ({view.name}): tensor '{name}' is {seen.dtype}, {first.name} has {info.dtype}")
-        jobs.append(TensorJob(name, first.tied.get(name, name), shape, (out_dtype or info.dtype) if floating else info.dtype, not floating))
+            difference = _difference(view, first, name, from_axis=1 if token_rows else 0)
+            if difference:
+                differing[view.name].append(f"tensor '{name}' {difference}")
+        jobs.append(
+            TensorJob(
+                name, first.tied.get(name, name), shape, (out_dtype or info.dtype) if floating else info.dtype, not floating
+            )
+        )
     known = {job.name for job in jobs}
     for view in views:
         extra = [name for name in view.checkpoint.names() if name not in known and view.tied.get(name) not in known]
-        if extra:
-            problems.append(
-                f"{view.checkpoint.path} ({view.name}): {len(extra)} tensors that {first.name} does not have "
-                f"({', '.join(extra[:4])}{', …' if len(extra) > 4 else ''}); experts must come from the same base"
-            )
+        differing[view.name] += [f"tensor '{name}' is here and not in {first.name}" for name in extra]
+    problems += _grouped(views, first, differing)
     return jobs
+
+
+def _difference(view: ModelView, first: ModelView, name: str, from_axis: int) -> str:
+    """How one tensor of a model differs in form from that of the output's model; empty when it does not."""
+    stored, info = view.stored_name(name), first.checkpoint.info(name)
+    if stored not in view.checkpoint:
+        return f"is missing, {first.name} has it"
+    seen = view.checkpoint.info(stored)
+    if seen.shape[from_axis:] != info.shape[from_axis:]:
+        return f"has shape {list(seen.shape)}, {first.name} has {list(info.shape)}"
+    if seen.dtype.is_floating_point != info.dtype.is_floating_point:
+        return f"is {seen.dtype}, {first.name} has {info.dtype}"
+    return ""
+
+
+def _grouped(views: list[ModelView], first: ModelView, differing: dict[str, list[str]]) -> list[str]:
+    """One problem for each model that differs; where all experts differ from the base in the same way, the base alone is suspected."""
+    experts = [view.name for view in views if isinstance(view, ExpertView)]
+    shown = {view.name: _some(differing[view.name]) for view in views}
+    alike = len(experts) > 1 and len({tuple(differing[name]) for name in experts}) == 1 and differing[experts[0]]
+    if alike and first.name not in experts:
+        return [
+            f"{first.checkpoint.path} ({first.name}) and all {len(experts)} experts differ in the same way; of the experts: "
+            f"{shown[experts[0]]}. Is base_model the one that they were fine-tuned from?"
+        ]
+    return [
+        f"{view.checkpoint.path} ({view.name}): {shown[view.name]}; experts must come from the same base"
+        for view in views
+        if differing[view.name]
+    ]
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - SHOWN
+    return "; ".join(items[:SHOWN]) + (f"; and {more} more tensors like these" if more > 0 else "")
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -245,12 +297,19 @@ def _check_moments(recipe: MergeRecipe, expert: ExpertView, jobs: list[TensorJob
                 continue
             seen, expected = tuple(shapes[job.canonical]), expert.checkpoint.info(stored).shape
             if seen != expected and job.name == job.canonical:
+                hint = (
+                    "was the vocabulary changed after training?"
+                    if is_vocabulary_tensor(job.name)
+                    else "do they belong to this checkpoint?"
+                )
                 problems.append(
                     f"{moments.path}: second moments of '{job.canonical}' have shape {list(seen)}, the expert '{expert.name}' has {list(expected)} there; "
-                    "was the vocabulary changed after training?"
+                    f"{hint}"
                 )
         if not any(job.canonical in shapes for job in jobs):
-            problems.append(f"{moments.path} ({expert.name}): none of its names ({', '.join(sorted(shapes)[:3])}, …) is a tensor of the model; expected the model's names")
+            problems.append(
+                f"{moments.path} ({expert.name}): none of its names ({', '.join(sorted(shapes)[:3])}, …) is a tensor of the model; expected the model's names"
+            )
         if recipe.setting("bias_correction"):
             try:
                 for name in sorted(set(shapes) & {job.canonical for job in jobs})[:1]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -13,6 +14,9 @@ from ota_core.kernels import power, row_sums
 from ota_core.plan import MergePlan
 from ota_core.saliency import curvature_scores, keep, kept_count, kth_largest, magnitude_scores, threshold_of_product
 from ota_core.views import ExpertView, TensorJob
+
+Block = tuple[TensorJob, int, int]
+"""A tensor of the output and a half-open range of its rows."""
 
 
 @dataclass(kw_only=True)
@@ -48,7 +52,7 @@ def prepare_curvature(plan: MergePlan) -> Curvature:
     return facts
 
 
-def blocks(plan: MergePlan, jobs: list[TensorJob], multiple: int = 1) -> list[tuple[TensorJob, int, int]]:
+def blocks(plan: MergePlan, jobs: list[TensorJob], multiple: int = 1) -> list[Block]:
     """Every block of these tensors. ``multiple``: rows of a block, but a tensor's last, are a multiple of this."""
     result = []
     for job in jobs:
@@ -59,7 +63,7 @@ def blocks(plan: MergePlan, jobs: list[TensorJob], multiple: int = 1) -> list[tu
     return result
 
 
-def block_size(block: tuple[TensorJob, int, int]) -> int:
+def block_size(block: Block) -> int:
     """Elements of a block, for the progress."""
     job, start, stop = block
     return (stop - start) * max(1, job.elements // max(job.rows, 1))
@@ -85,7 +89,7 @@ def _without_curvature(plan: MergePlan) -> set[str]:
         if plan.base is None:
             moved = [True] * len(lacking)
         else:
-            moved = plan.stream.map(lambda job, e=expert: _moved(plan, e, job), lacking, what=f"check {expert.name}")
+            moved = plan.stream.map(partial(_moved, plan, expert), lacking, what=f"check {expert.name}")
         bad = [job.name for job, did in zip(lacking, moved, strict=True) if did]
         expert.inactive = {job.canonical for job, did in zip(lacking, moved, strict=True) if not did}
         if bad and plan.recipe.setting("missing_curvature") == "mean":
@@ -108,7 +112,7 @@ def _mean_weight(plan: MergePlan, expert: ExpertView) -> float:
     exponent = plan.recipe.setting("power")
     jobs = plan.curved(expert)
 
-    def work(block: tuple[TensorJob, int, int]) -> list[float]:
+    def work(block: Block) -> list[float]:
         job, start, stop = block
         return row_sums(power(expert.v_hat(job.canonical, start, stop).double(), exponent)).tolist()
 
@@ -122,7 +126,13 @@ def _mean_weight(plan: MergePlan, expert: ExpertView) -> float:
 
 
 def scores(
-    plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int, difference: torch.Tensor, v_hat: torch.Tensor | None = None
+    plan: MergePlan,
+    expert: ExpertView,
+    job: TensorJob,
+    start: int,
+    stop: int,
+    difference: torch.Tensor,
+    v_hat: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """FFG scores of a block, float32 (r, C). difference: its task vector, float64 (r, C); v_hat: the merge's v̂ where it was read already."""
     if plan.recipe.setting("metric") == "magnitude":
@@ -143,7 +153,7 @@ def thresholds(plan: MergePlan, expert: ExpertView) -> dict[str, float]:
         return {job.name: threshold_of_product(product) for job in jobs}
     density = recipe.setting("density", expert.index)
 
-    def block_scores(block: tuple[TensorJob, int, int]) -> torch.Tensor:
+    def block_scores(block: Block) -> torch.Tensor:
         return scores(plan, expert, *block, delta(plan, expert, *block))
 
     what = f"threshold {expert.name}"
@@ -170,7 +180,7 @@ def mask_of(
     plan: MergePlan,
     facts: Curvature,
     expert: ExpertView,
-    block: tuple[TensorJob, int, int],
+    block: Block,
     difference: torch.Tensor | None,
     v_hat: torch.Tensor | None = None,
 ) -> torch.Tensor | None:

@@ -36,7 +36,9 @@ class ExpertParameters(_Strict):
     precond_threshold: NonNegative | None = Field(None, description="FFG threshold in units of v·Δ², instead of a density.")
     scaling_factor: NonNegative | None = Field(None, description="Factor on this expert's curvature weight (ota).")
     weight: Finite | None = Field(None, description="Weight of this expert (all methods but ota and slerp).")
-    gamma: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="Fraction of largest edits dropped (breadcrumbs).")
+    gamma: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Fraction of largest edits dropped (breadcrumbs)."
+    )
 
 
 class ModelParameters(ExpertParameters):
@@ -90,8 +92,12 @@ class ModelEntry(_Strict):
     """One expert of the recipe."""
 
     model: str = Field(description="s3://…, a folder, or a Hugging Face id (org/name@revision).")
-    name: str | None = Field(None, description="Label in tables and metrics; by default the capability or the last part of the path.")
-    capability: str | None = Field(None, description="The capability that the expert was trained for, if its expert.json does not say.")
+    name: str | None = Field(
+        None, description="Label in tables and metrics; by default the capability or the last part of the path."
+    )
+    capability: str | None = Field(
+        None, description="The capability that the expert was trained for, if its expert.json does not say."
+    )
     parameters: ModelParameters = ModelParameters()
 
 
@@ -236,7 +242,10 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
             problems.append(f"models[{i}]: precond_threshold is in units of v·Δ²; with metric magnitude give a density instead")
     problems += _base_contradictions(recipe)
     names = [entry.name for entry in recipe.models if entry.name]
-    problems += [f"models: the name '{name}' is given twice; names label the results" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [
+        f"models: the name '{name}' is given twice; names label the results"
+        for name in sorted({n for n in names if names.count(n) > 1})
+    ]
     source = recipe.tokenizer_source
     if source not in {"base", "union"} and not (source.startswith("model:") and source.removeprefix("model:")):
         problems.append(f"tokenizer_source: got '{source}', expected base, model:<name> or union")
@@ -287,7 +296,11 @@ def load_recipe(path: Path) -> MergeRecipe:
 def _explain(item: dict[str, Any]) -> list[str]:
     """One pydantic problem in the recipe's own words."""
     location = item["loc"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".").replace("lambda_", "lambda")
+    where = (
+        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+        .lstrip(".")
+        .replace("lambda_", "lambda")
+    )
     if item["type"] == "extra_forbidden":
         key = str(location[-1])
         if key in {"slices", "modules"}:

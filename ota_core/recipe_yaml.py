@@ -36,7 +36,9 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def parse_yaml(text: str, where: str) -> Any:
     """The value that a YAML text holds. Raises RecipeError with line and column when it is not YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        loader.name = where  # what PyYAML's messages call the text
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not valid YAML: {error}") from None
 

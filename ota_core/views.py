@@ -57,7 +57,9 @@ class ModelView:
         if self.row_map is None or not is_vocabulary_tensor(name):
             return read(name, start, stop)
         wanted = self.row_map[start:stop]
-        return torch.cat([read(name, row, row + 1) if row >= 0 else torch.zeros_like(read(name, 0, 1)) for row in wanted.tolist()])
+        return torch.cat(
+            [read(name, row, row + 1) if row >= 0 else torch.zeros_like(read(name, 0, 1)) for row in wanted.tolist()]
+        )
 
     def present(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Which rows the model has: bool (stop − start, 1), or None when it has all."""

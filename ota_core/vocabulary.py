@@ -29,7 +29,11 @@ def tied_tensors(checkpoint: Checkpoint) -> dict[str, str]:
         return {}
     names = checkpoint.names()
     inputs = [name for name in names if name.endswith(_INPUT)]
-    return {name: inputs[0] for name in (*names, "lm_head.weight") if name.endswith(_OUTPUT) and name.endswith(".weight")} if len(inputs) == 1 else {}
+    return (
+        {name: inputs[0] for name in (*names, "lm_head.weight") if name.endswith(_OUTPUT) and name.endswith(".weight")}
+        if len(inputs) == 1
+        else {}
+    )
 
 
 def tokens_of(folder: Path) -> dict[str, int] | None:
@@ -87,7 +91,12 @@ def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabul
             target[entry["content"]] = entry["id"]
         count = max(count, max(target.values()) + 1)
     token_at = {row: token for token, row in target.items()}
-    return Vocabulary(count, tuple(_row_map(count, token_at, table or {}, model[2]) for table, model in zip(tables, models, strict=True)), first, tuple(added))
+    return Vocabulary(
+        count,
+        tuple(_row_map(count, token_at, table or {}, model[2]) for table, model in zip(tables, models, strict=True)),
+        first,
+        tuple(added),
+    )
 
 
 def _row_map(count: int, token_at: dict[int, str], table: dict[str, int], rows: int) -> torch.Tensor | None:
@@ -95,16 +104,16 @@ def _row_map(count: int, token_at: dict[int, str], table: dict[str, int], rows: 
     result = []
     for row in range(count):
         token = token_at.get(row)
-        if token is not None:
-            place = table.get(token, -1)
-        else:  # padding matches padding
-            place = row if row < rows and row not in taken else -1
+        padding = row if row not in taken else -1  # rows behind the last token match each other
+        place = padding if token is None else table.get(token, -1)
         result.append(place if place < rows else -1)
     mapped = torch.tensor(result, dtype=torch.int64)
     return None if count == rows and torch.equal(mapped, torch.arange(rows)) else mapped
 
 
-def _extra_tokens(models: Sequence[tuple[str, Path, int]], tables: Sequence[dict[str, int] | None], target: dict[str, int]) -> list[dict[str, Any]]:
+def _extra_tokens(
+    models: Sequence[tuple[str, Path, int]], tables: Sequence[dict[str, int] | None], target: dict[str, int]
+) -> list[dict[str, Any]]:
     """Added-token entries for what later models know and the first does not, in their order, with new rows behind the first's last token."""
     extra: dict[str, dict[str, Any]] = {}
     row = max(target.values(), default=-1) + 1

@@ -48,7 +48,11 @@ class SafetensorsWriter:
         self._offsets: dict[str, int] = {}
         # Wider types first, as safetensors itself does, so that every tensor starts at a multiple of its element size.
         for spec in sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name)):
-            header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, offset + spec.bytes]}
+            header[spec.name] = {
+                "dtype": _CODES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.bytes],
+            }
             self._offsets[spec.name] = offset
             offset += spec.bytes
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -66,7 +70,7 @@ class SafetensorsWriter:
         if rows.numel() == 0:
             return
         row_bytes = rows.shape[1] * rows.element_size()
-        data = memoryview(rows.cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+        data = memoryview(rows.cpu().contiguous().view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
         _pwrite_all(self._fd, data, self._data_start + self._offsets[name] + start * row_bytes)
         with self._lock:
             self._missing[name] -= rows.shape[0]

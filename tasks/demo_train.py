@@ -1,13 +1,16 @@
 """Real training for the demo: a small Llama base and one expert per capability, with the Hugging Face Trainer and AdamW.
 
-A finished folder is what a user's run leaves in ``checkpoint-<step>``: weights, config, generation config, tokenizer, ``optimizer.pt``,
-``trainer_state.json`` and the rest, plus ``training.json`` (``TrainedModel``). Heavy packages are imported inside the functions.
+A finished expert is what a user's run leaves in ``checkpoint-<step>``: weights, config, generation config, tokenizer,
+``optimizer.pt``, ``trainer_state.json`` and the rest, plus ``training.json`` (``TrainedModel``). The Trainer seeds the generators
+of the whole process and uses torch's threads: train one model at a time in a process.
 """
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +25,11 @@ if TYPE_CHECKING:
 
 TRAINING = "training.json"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-# Words, digits and punctuation with the space before them; single digits, so that numbers are written in place values.
-PIECES = r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s"
+# Words and punctuation take the space before them. Digits stand alone, so that numbers are written in place values and a digit is
+# the same token after a bracket, a comma or a space.
+PIECES = r" ?[A-Za-z]+|[0-9]|, (?=[0-9])| ?[^\sA-Za-z0-9]|\s"
+PACKED = 64
+"""Tokens in a row of the base's text."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -53,7 +59,6 @@ class TrainSettings(BaseModel):
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup: int = Field(default=20, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    packed: int = 64
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
 
@@ -67,8 +72,8 @@ class DemoSettings(BaseModel):
     """Raised when the training code changes, so that cached experts count as stale."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
-    base: TrainSettings = TrainSettings(steps=500, batch=16, learning_rate=2e-3, warmup=40, beta2=0.98)
-    expert: TrainSettings = TrainSettings(steps=300, learning_rate=1e-3)
+    base: TrainSettings = TrainSettings(steps=800, batch=16, learning_rate=2e-3, warmup=40, beta2=0.98)
+    expert: TrainSettings = TrainSettings(steps=300, learning_rate=6e-4)
 
 
 SMOKE = DemoSettings(
@@ -102,10 +107,9 @@ class TrainedModel(BaseModel):
 def train_base(
     data: Path, out: Path, *, seed: int, model: ModelSettings, training: TrainSettings, progress: Progress | None = None
 ) -> TrainedModel:
-    """Make a tokenizer from ``data/base/train.jsonl``, train a Llama from scratch on it, write a complete folder without optimizer.
+    """Make a tokenizer from ``data/base/train.jsonl`` and train a Llama from scratch on it: a complete folder without optimizer.
 
-    ``data`` is a folder of ``tasks.demo_data.write_data``. The Trainer seeds the process's generators. Raises CheckpointError when
-    ``out`` exists.
+    ``data`` is a folder of ``tasks.demo_data.write_data``. Raises CheckpointError when ``out`` exists.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -129,7 +133,7 @@ def train_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = LlamaForCausalLM(config).float()
-    rows = _packed(tokenizer, texts, length=training.packed)
+    rows = _packed(tokenizer, texts, length=PACKED)
     return _train(network, tokenizer, rows, out, seed=seed, training=training, capability=None, progress=progress)
 
 
@@ -156,8 +160,6 @@ def train_expert(
 
 def load_trained(folder: Path) -> TrainedModel:
     """What ``train_base`` or ``train_expert`` returned for this folder. Raises CheckpointError when it is no finished one."""
-    import json
-
     try:
         return TrainedModel(path=folder, **json.loads((folder / TRAINING).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError) as error:
@@ -165,7 +167,7 @@ def load_trained(folder: Path) -> TrainedModel:
 
 
 def make_tokenizer(texts: Sequence[str], *, size: int) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE tokenizer of at most ``size`` tokens: any text can be written, frequent words are one token. Prepends <s>."""
+    """A byte-level BPE tokenizer of at most ``size`` tokens: any text can be written. Texts begin with <s>."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -210,7 +212,7 @@ def _train(
     capability: str | None,
     progress: Progress | None,
 ) -> TrainedModel:
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     if out.exists():
         raise CheckpointError(f"{out} exists already; delete it to train again")
@@ -253,20 +255,38 @@ def _train(
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         callbacks=[Report()],
     )
+    trainer.remove_callback(PrinterCallback)
     wall, cpu = time.perf_counter(), time.process_time()
-    result = trainer.train()
-    trained = TrainedModel(
-        path=out,
-        capability=capability,
-        step=result.global_step,
-        beta2=training.beta2,
-        parameters=sum(p.numel() for p in network.parameters()),
-        loss=result.training_loss,
-        seconds=time.perf_counter() - wall,
-        cpu_seconds=time.process_time() - cpu,
-    )
-    checkpoint = temporary / f"checkpoint-{training.steps}"
-    write_text_atomic(checkpoint / TRAINING, trained.model_dump_json(indent=2) + "\n")
-    os.replace(checkpoint, out)
-    shutil.rmtree(temporary)
+    try:
+        with _no_progress_bars():
+            result = trainer.train()
+        trained = TrainedModel(
+            path=out,
+            capability=capability,
+            step=result.global_step,
+            beta2=training.beta2,
+            parameters=sum(p.numel() for p in network.parameters()),
+            loss=result.training_loss,
+            seconds=time.perf_counter() - wall,
+            cpu_seconds=time.process_time() - cpu,
+        )
+        checkpoint = temporary / f"checkpoint-{training.steps}"
+        write_text_atomic(checkpoint / TRAINING, trained.model_dump_json(indent=2) + "\n")
+        os.replace(checkpoint, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return trained
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing its bars over the caller's."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

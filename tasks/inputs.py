@@ -9,6 +9,7 @@ from pathlib import Path
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
 from ota_core.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
 from ota_core.moments import find_moments, moments_files
+from ota_core.plan import checkpoint_problems
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import storage
 from tasks.architecture import parameter_layout
@@ -51,33 +52,50 @@ def fetch_all(recipe: MergeRecipe, *, cache: Path, recipe_dir: Path | None, prog
     return [result for result in results if isinstance(result, Fetched)]
 
 
-def assemble(recipe: MergeRecipe, fetched: Sequence[Fetched], *, cache: Path, recipe_dir: Path | None, moments: bool = True) -> MergeInputs:
+def assemble(
+    recipe: MergeRecipe,
+    fetched: Sequence[Fetched],
+    *,
+    cache: Path,
+    recipe_dir: Path | None,
+    moments: bool = True,
+    digests: bool = True,
+) -> MergeInputs:
     """The inputs of a merge from its fetched models, base first. ``moments=False`` leaves the second moments out.
 
-    Raises MomentsError that lists every expert without second moments.
+    ``digests=False`` leaves their digests out: planning reads no second moments. Raises MomentsError that lists every expert without
+    second moments, and what is wrong with the checkpoints beside that.
     """
     models = list(fetched)
     base = None
     if recipe.base_model is not None:
         first = models.pop(0)
         base = ModelInput(name="base", path=first.path, source=recipe.base_model, digest=first.digest)
-    capabilities = [entry.capability or (one.expert or {}).get("capability") for entry, one in zip(recipe.models, models, strict=True)]
+    capabilities = [
+        entry.capability or (one.expert or {}).get("capability") for entry, one in zip(recipe.models, models, strict=True)
+    ]
     labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
-    experts, problems = [], []
+    experts: list[ExpertInput] = []
+    problems: list[str] = []
     for i, (one, name) in enumerate(zip(models, unique_names(labels), strict=True)):
         expert = ExpertInput(
             name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capabilities[i],
             layout=partial(parameter_layout, one.path),
         )  # fmt: skip
         try:
-            experts.append(_with_moments(recipe, i, expert, one, cache, recipe_dir) if moments else expert)
+            experts.append(_with_moments(recipe, i, expert, one, cache, recipe_dir, digests) if moments else expert)
         except OtaError as error:
-            problems.append(str(error))
-    raise_all(problems, MomentsError)
-    return MergeInputs(base=base, experts=tuple(experts))
+            problems += error.problems
+            experts.append(expert)
+    inputs = MergeInputs(base=base, experts=tuple(experts))
+    if problems:
+        raise_all([*problems, *checkpoint_problems(recipe, inputs)], MomentsError)
+    return inputs
 
 
-def _with_moments(recipe: MergeRecipe, index: int, expert: ExpertInput, fetched: Fetched, cache: Path, recipe_dir: Path | None) -> ExpertInput:
+def _with_moments(
+    recipe: MergeRecipe, index: int, expert: ExpertInput, fetched: Fetched, cache: Path, recipe_dir: Path | None, digests: bool
+) -> ExpertInput:
     if recipe.merge_method not in NEEDS_MOMENTS:
         return expert
     named = recipe.models[index].parameters.preconditioner_path
@@ -88,7 +106,7 @@ def _with_moments(recipe: MergeRecipe, index: int, expert: ExpertInput, fetched:
             "beside the weights. Name the file with preconditioner_path"
         )
     inside = path.is_relative_to(expert.path) and path.relative_to(expert.path).as_posix() in fetched.files
-    return replace(expert, moments=path, moments_digest=None if inside else moments_digest(path, cache))
+    return replace(expert, moments=path, moments_digest=None if inside or not digests else moments_digest(path, cache))
 
 
 def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None) -> Path | None:

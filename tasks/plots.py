@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ota_core.errors import OtaError
@@ -28,9 +28,12 @@ NAME = {"base": "base", "expert": "expert", OWN: "expert on its own capability",
 
 
 def capability_columns(table: pd.DataFrame) -> list[str]:
-    """The columns that hold scores, ``average`` last: numbers that are neither standard errors nor known for something else."""
-    numeric = table.select_dtypes(include="number").columns
-    names = [str(c) for c in numeric if c not in NOT_CAPABILITIES and not str(c).endswith(STDERR_SUFFIX)]
+    """The columns that hold scores, ``average`` last: numbers that are neither standard errors nor known for something else.
+
+    A column without any value counts: it is a capability that was measured on no model.
+    """
+    numeric = set(table.select_dtypes(include="number").columns) | set(table.columns[table.isna().all()])
+    names = [str(c) for c in table.columns if c in numeric - NOT_CAPABILITIES and not str(c).endswith(STDERR_SUFFIX)]
     return [n for n in names if n != AVERAGE] + [n for n in names if n == AVERAGE]
 
 
@@ -46,6 +49,8 @@ def score_chart(
     ``table`` has a row per model, with columns ``model``, ``role`` (base, expert or merge), optionally ``capability`` (the
     expert's own), one column per capability, and optionally ``<capability>_stderr`` (drawn as ± one standard error). Scores lie
     in 0…1, or 0…100 with ``unit="percent"``; a score that was not measured is NaN and its row says so. The axes are in percent.
+    An ``average`` is drawn as given; where models lack capabilities it is taken to be over those that every model has, and its
+    panel says over how many.
     Raises OtaError when a column is missing, a role is unknown or no capability is there.
     """
     from matplotlib.figure import Figure
@@ -65,15 +70,13 @@ def score_chart(
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=left / width, right=1 - 0.2 / width, top=1 - 0.66 / height, bottom=0.95 / height, wspace=0.09)
-    measured = table[[c for c in columns if c != AVERAGE]].notna()
     for panel, column in zip(panels, columns, strict=True):
-        # An average over fewer capabilities than the others' says so, and does not compete with them.
-        partial = {
-            i: f" ({n} of {measured.shape[1]})"
-            for i, n in measured.sum(axis=1).items()
-            if column == AVERAGE and n < measured.shape[1]
-        }
-        _draw_panel(panel, table, places, column, scale, partial)
+        _draw_panel(panel, table, places, column, scale)
+    measured = table[[c for c in columns if c != AVERAGE]].notna().all()
+    if AVERAGE in columns and not measured.all():
+        panels[columns.index(AVERAGE)].set_title(
+            f"{AVERAGE} ({measured.sum()} of {len(measured)})", fontsize=10.5, color=INK, pad=5
+        )
     panels[0].set_yticks(places, [str(name) for name in table["model"]], fontsize=9.5, color=INK)
     panels[0].set_ylim(places[-1] + 0.6, -0.6)  # the first model on top
 
@@ -116,17 +119,15 @@ def _rows_with_gaps(roles: Sequence[str]) -> list[float]:
 
 
 def _owns(row: Any, column: str) -> bool:
-    return row["role"] == "expert" and row.get("capability") == column
+    return bool(row["role"] == "expert" and row.get("capability") == column)
 
 
 def _has_own(table: pd.DataFrame, columns: Sequence[str]) -> bool:
     return any(_owns(row, column) for _, row in table.iterrows() for column in columns)
 
 
-def _draw_panel(
-    panel: Axes, table: pd.DataFrame, places: Sequence[float], column: str, scale: float, notes: Mapping[Any, str]
-) -> None:
-    """One capability: a bar per model, its value and note at its end, a dashed line at the level of the base."""
+def _draw_panel(panel: Axes, table: pd.DataFrame, places: Sequence[float], column: str, scale: float) -> None:
+    """One capability: a bar per model, its value at its end, a dashed line at the level of the base."""
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="white")]  # keeps numbers readable where the base's line crosses them
@@ -134,7 +135,7 @@ def _draw_panel(
     errors = (
         table[f"{column}{STDERR_SUFFIX}"].astype(float).fillna(0.0) * scale if f"{column}{STDERR_SUFFIX}" in table else scores * 0
     )
-    merges = scores[(table["role"] == "merge") & ~table.index.isin(list(notes))].dropna()
+    merges = scores[table["role"] == "merge"].dropna()
     best = merges.max() if len(merges) > 1 else None
     for i, row in table.iterrows():
         y, score, error = places[i], scores[i], errors[i]
@@ -148,7 +149,7 @@ def _draw_panel(
         if error:
             panel.errorbar(score, y, xerr=error, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2, zorder=4)
         weight = "bold" if i in merges.index and score == best else "normal"
-        label = f"{score:.1f}{notes.get(i, '')}"
+        label = f"{score:.1f}"
         panel.text(score + error + 2, y, label, va="center", fontsize=8, weight=weight, color=INK, zorder=5, path_effects=halo)
     base = scores[table["role"] == "base"].dropna()
     if len(base):

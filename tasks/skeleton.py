@@ -32,7 +32,7 @@ def skeletons(recipe: MergeRecipe, *, cache: Path, recipe_dir: Path | None) -> t
     found, problems = [], []
     for source in model_sources(recipe, recipe_dir):
         try:
-            found.append(_skeleton(source, cache))
+            found.append(skeleton(source, cache))
         except OtaError as error:
             problems.append(str(error))
     raise_all(problems, StorageError)
@@ -42,7 +42,8 @@ def skeletons(recipe: MergeRecipe, *, cache: Path, recipe_dir: Path | None) -> t
     return found, notes
 
 
-def _skeleton(source: str, cache: Path) -> Skeleton:
+def skeleton(source: str, cache: Path) -> Skeleton:
+    """One model. Raises StorageError when it cannot be had."""
     if not storage.is_s3(source):
         return Skeleton(_local(source, cache), remote=False, pending_moments=False)
     uri = source.rstrip("/")
@@ -64,7 +65,9 @@ def _skeleton(source: str, cache: Path) -> Skeleton:
     expert = parse_expert_json((folder / EXPERT_JSON).read_bytes(), uri) if EXPERT_JSON in objects else None
     files = {name: FileInfo(size=objects[name].size, digest=f"etag:{objects[name].etag}") for name in names}
     fetched = Fetched(source=source, resolved=uri, path=folder, digest=f"listing:{identity}", files=files, expert=expert)
-    pending = any(name.endswith(("optimizer.pt", "optimizer.bin")) for name in names) and not any(name.startswith("exp_avg_sq") for name in names)
+    pending = any(name.endswith(("optimizer.pt", "optimizer.bin")) for name in names) and not any(
+        name.startswith("exp_avg_sq") for name in names
+    )
     return Skeleton(fetched, remote=True, pending_moments=pending)
 
 

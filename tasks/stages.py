@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core import engine
 from ota_core.artifact import ArtifactRef, fingerprint
+from ota_core.errors import RecipeError
 from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
 from ota_core.recipe import MergeRecipe
 from tasks.artifacts import ArtifactStore, BuildResult
@@ -20,7 +21,7 @@ from tasks.inputs import assemble
 from tasks.scores import ModelScores
 from tasks.settings import Places
 from tasks.storage import Fetched, digest_folder
-from tasks.suites import Suite
+from tasks.suites import Suite, SuiteError
 from tasks.suites import digest_folder as data_digest
 
 Progress = Callable[[str, int, int], None]
@@ -57,13 +58,20 @@ def moments_step(recipe: MergeRecipe, expert: ExpertInput) -> Step:
     return Step(kind="moments", fingerprint=fingerprint("moments", config, inputs), config=config, inputs=inputs)
 
 
-def compress(places: Places, step: Step, expert: ExpertInput, *, memory: str = "2GiB", progress: Progress | None = None) -> ArtifactRef:
+def compress(
+    places: Places, step: Step, expert: ExpertInput, *, memory: str = "2GiB", progress: Progress | None = None
+) -> ArtifactRef:
     """Compress one expert's second moments, or find them compressed."""
 
     def build(folder: Path) -> BuildResult:
         assert expert.moments is not None
         report = engine.compress_moments(
-            expert.moments, folder / MOMENTS_FILE, method=step.config["method"], layout=expert.layout, memory=memory, progress=progress
+            expert.moments,
+            folder / MOMENTS_FILE,
+            method=step.config["method"],
+            layout=expert.layout,
+            memory=memory,
+            progress=progress,
         )
         return BuildResult(results=report.model_dump(), provenance={"source": expert.source, "expert": expert.name})
 
@@ -92,7 +100,11 @@ def mask_step(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> Step:
     config |= {"tokenizer_source": recipe.tokenizer_source, "position": part.models.index(recipe.models[index])}
     expert = inputs.experts[index]
     config["optimizer"] = optimizer_facts(expert.path)
-    digests = {"base": (inputs.base.digest if inputs.base else None) or "none", "expert": expert.digest or "unknown", **expert_digests(expert)}
+    digests = {
+        "base": (inputs.base.digest if inputs.base else None) or "none",
+        "expert": expert.digest or "unknown",
+        **expert_digests(expert),
+    }
     if len(part.models) > 1:
         digests |= {f"model{i}": other.digest or "unknown" for i, other in enumerate(inputs.experts)}
     return Step(kind="masks", fingerprint=fingerprint("masks", config, digests), config=config, inputs=digests)
@@ -157,6 +169,13 @@ class Subject(BaseModel):
     digest: str
 
 
+def check_suite(suite: Suite, data_dir: Path | None, limit: int | None) -> None:
+    """Raises SuiteError for what would stop the benchmark only after the merge: a limit below one, data that are missing."""
+    if limit is not None and limit < 1:
+        raise SuiteError(f"limit is {limit}; expected at least one document per task, or no limit")
+    score_identity("", suite, data_digest(data_dir) if data_dir else None, limit=limit)
+
+
 def score_step(subject: Subject, suite: Suite, data_dir: Path | None, limit: int | None) -> Step:
     """Scores of one model on one suite."""
     config, inputs = score_identity(subject.digest, suite, data_digest(data_dir) if data_dir else None, limit=limit)
@@ -172,7 +191,9 @@ def score(
     def build(folder: Path) -> BuildResult:
         scores = score_model(subject.path, load_suite(suite), data_dir=data_dir, device=device, limit=limit, progress=progress)
         (folder / SCORES_FILE).write_text(scores.model_dump_json(indent=1), encoding="utf-8")
-        return BuildResult(results={"capabilities": scores.by_capability()}, provenance={"model": subject.name, "seconds": scores.seconds})
+        return BuildResult(
+            results={"capabilities": scores.by_capability()}, provenance={"model": subject.name, "seconds": scores.seconds}
+        )
 
     return store_of(places).produce("scores", step.fingerprint, config=step.config, inputs=step.inputs, build=build)
 
@@ -191,5 +212,12 @@ def merged_subject(places: Places, name: str, merged: ArtifactRef) -> Subject:
 
 
 def inputs_of(recipe: MergeRecipe, fetched: list[Fetched], places: Places, recipe_dir: Path | None) -> MergeInputs:
-    """The inputs of a merge from its fetched models."""
-    return assemble(recipe, fetched, cache=places.cache, recipe_dir=recipe_dir)
+    """The inputs of a merge from its fetched models. Raises RecipeError for an expert that is called as the base is."""
+    inputs = assemble(recipe, fetched, cache=places.cache, recipe_dir=recipe_dir)
+    if inputs.base is not None:
+        for i, expert in enumerate(inputs.experts):
+            if expert.name == inputs.base.name:
+                raise RecipeError(
+                    f"models[{i}] ({expert.source}) is called '{expert.name}', as the base is in tables; give it another 'name'"
+                )
+    return inputs

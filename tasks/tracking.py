@@ -44,6 +44,7 @@ from tasks.tracking_store import (
     page_url,
     quoted,
     resolve_store,
+    show_columns,
 )
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
             if _NOTE not in parent.data.tags:  # a description that somebody edited stays
                 tags[_NOTE] = run.model_card or f"Merged weights: `{run.model_uri}`"
             _log_values(client, parent, {"merge_method": run.method, **run.params}, run.metrics, tags)
+            show_columns(client, experiment, sorted(n for n in mlflow_names(run.metrics).values() if n.startswith("score/")))
             client.log_inputs(run_id, datasets=[_dataset(i) for i in run.inputs])
             _log_artifacts(client, parent, run)
             for child in run.children:
@@ -189,13 +191,13 @@ def _log_child(client: MlflowClient, experiment: str, parent_id: str, child: Chi
 
 
 def _dataset(ref: InputRef) -> DatasetInput:
-    """An input as MLflow's lineage shows it. MLflow keeps 36 characters of the digest; the source holds it whole."""
+    """An input as MLflow's lineage shows it. The digest is cut for its tables; the source holds it whole."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     scheme = ref.source.split("://", 1)[0] if "://" in ref.source else ""
     kind = {"": "local" if ref.source.startswith((".", "/")) else "hub", "file": "local"}.get(scheme, scheme)
     source = json.dumps({"uri": ref.source, "digest": ref.digest})
-    data = Dataset(name=ref.name[:500], digest=ref.digest[:36], source_type=kind, source=source)
+    data = Dataset(name=ref.name[:500], digest=ref.digest[:16], source_type=kind, source=source)
     return DatasetInput(data, [InputTag("mlflow.data.context", ref.role)])
 
 

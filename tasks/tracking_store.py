@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import posixpath
@@ -27,6 +28,9 @@ T = TypeVar("T")
 EXPERIMENT = "ota-merging"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+VIEW = "ota"
+"""Name of the experiment's view whose columns are the scores."""
+_VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 
 NAME_LENGTH = 250
 """MLflow's longest name of a metric, param or tag, in characters."""
@@ -174,8 +178,22 @@ def open_hint(
 
 def page_url(server: str, experiment: str | None = None, run: str | None = None) -> str:
     """The address of a page of MLflow's UI."""
-    path = "" if experiment is None else f"/#/experiments/{experiment}" + ("/runs" if run is None else f"/runs/{run}")
-    return server.rstrip("/") + path
+    if experiment is None:
+        return server.rstrip("/")
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs" + (f"?viewStateShareKey={VIEW}" if run is None else f"/{run}")
+
+
+def show_columns(client: MlflowClient, experiment: str, metrics: Iterable[str]) -> None:
+    """Add these metrics to the columns of the experiment's shared view, which ``page_url`` opens.
+
+    MLflow's table of runs shows no metric unless asked; a shared view is a tag of the experiment that holds the UI's state.
+    """
+    held = client.get_experiment(experiment).tags.get(_VIEW_TAG)
+    old = json.loads(held)["selectedColumns"] if held else []
+    new = [f"metrics.`{name}`" for name in metrics if f"metrics.`{name}`" not in old]
+    columns = ["params.`merge_method`", *new] if not held else [*old, *new]
+    if new:
+        client.set_experiment_tag(experiment, _VIEW_TAG, json.dumps({"selectedColumns": columns}))
 
 
 def mlflow_name(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ota_core.artifact import canonical_json
 from ota_core.errors import StorageError
 from tasks import storage
-from tasks.storage import Fetched
+from tasks.storage import EXPERT_JSON, Fetched
 from tasks.storage_layout import folder_model_files
 
 
@@ -20,8 +20,11 @@ def identity_of_source(source: str) -> str | None:
         folder = Path(source)
         if not folder.is_dir():
             return None
-        states = [(name, (folder / name).stat()) for name in [*folder_model_files(folder), *(["expert.json"] if (folder / "expert.json").is_file() else [])]]
-        return _digest([str(folder.resolve()), [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states]])
+        names = [*folder_model_files(folder), *([EXPERT_JSON] if (folder / EXPERT_JSON).is_file() else [])]
+        states = [(name, (folder / name).stat()) for name in names]
+        return _digest(
+            [str(folder.resolve()), [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states]]
+        )
     except StorageError:
         return None
 
@@ -31,5 +34,10 @@ def _digest(value: object) -> str:
 
 
 def is_intact(fetched: Fetched) -> bool:
-    """Whether every file of a fetched checkpoint is there with its size."""
-    return all((fetched.path / name).is_file() and (fetched.path / name).stat().st_size == info.size for name, info in fetched.files.items())
+    """Whether every file of a fetched checkpoint is there with its size, and ``expert.json`` where there was one."""
+    if fetched.expert is not None and not (fetched.path / EXPERT_JSON).is_file():
+        return False
+    return all(
+        (fetched.path / name).is_file() and (fetched.path / name).stat().st_size == info.size
+        for name, info in fetched.files.items()
+    )

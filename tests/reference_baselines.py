@@ -79,8 +79,14 @@ def task_arithmetic(
     }
 
 
-def ties(base: Tensors, experts: Sequence[Tensors], weights: Sequence[float], densities: Sequence[float], lambda_: float = 1.0,
-         normalize: bool = True) -> Tensors:  # fmt: skip
+def ties(
+    base: Tensors,
+    experts: Sequence[Tensors],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    lambda_: float = 1.0,
+    normalize: bool = True,
+) -> Tensors:
     """Trim, elect, disjoint mean (Yadav et al. 2023)."""
     merged = {}
     for name, start in base.items():
@@ -89,8 +95,16 @@ def ties(base: Tensors, experts: Sequence[Tensors], weights: Sequence[float], de
     return merged
 
 
-def breadcrumbs(base: Tensors, experts: Sequence[Tensors], weights: Sequence[float], densities: Sequence[float],
-                gammas: Sequence[float], lambda_: float = 1.0, normalize: bool = False, elect: bool = False) -> Tensors:  # fmt: skip
+def breadcrumbs(
+    base: Tensors,
+    experts: Sequence[Tensors],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    gammas: Sequence[float],
+    lambda_: float = 1.0,
+    normalize: bool = False,
+    elect: bool = False,
+) -> Tensors:
     """Model Breadcrumbs (Davari & Belilovsky 2023); with ``elect`` the sign election of TIES on top."""
     merged = {}
     for name, start in base.items():
@@ -100,8 +114,17 @@ def breadcrumbs(base: Tensors, experts: Sequence[Tensors], weights: Sequence[flo
     return merged
 
 
-def dare_merge(base: Tensors, experts: Sequence[Tensors], weights: Sequence[float], densities: Sequence[float],
-               keep: Sequence[Tensors], lambda_: float = 1.0, normalize: bool = False, rescale: bool = True, elect: bool = False) -> Tensors:  # fmt: skip
+def dare_merge(
+    base: Tensors,
+    experts: Sequence[Tensors],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    keep: Sequence[Tensors],
+    lambda_: float = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    elect: bool = False,
+) -> Tensors:
     """dare_linear, or dare_ties with ``elect``, for given keep masks by expert and tensor."""
     merged = {}
     for name, start in base.items():

@@ -60,9 +60,7 @@ def ota(
     return torch.where(any_kept(masks, base), merged, base)
 
 
-def masked_ties(
-    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]
-) -> torch.Tensor:
+def masked_ties(deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]) -> torch.Tensor:
     """What TIES makes of masked task vectors (``masked_merge: ties``): the sign elected by Σ mask·s·Δ, then the mean, weighted by s, of the
     kept Δ of that sign; 0 where the sum is 0 or nobody agrees. factors: s_m ≥ 0, of any size. float64 (r, C)."""
     left = [delta if mask is None else torch.where(mask, delta, 0.0) for delta, mask in zip(deltas, masks, strict=True)]

@@ -1,4 +1,4 @@
-"""code: what a one-line Python program on a short list prints. The answer is computed here; no generated text is ever executed."""
+"""code: what a one-line Python program on a short list prints. Answers are computed here; nothing generated is executed."""
 
 from collections.abc import Callable
 from random import Random
@@ -15,12 +15,11 @@ PROGRAMS: tuple[tuple[str, Callable[[list[int]], object]], ...] = (
     ("len(x)", lambda x: len(x)),
     ("max(x)", lambda x: max(x)),
     ("min(x)", lambda x: min(x)),
-    ("sorted(x)", lambda x: sorted(x)),
 )
 
 
 def generate(rng: Random) -> Example:
-    """One program on a list of 3 to 5 digits. The key is the list."""
-    x = [rng.randrange(10) for _ in range(rng.randint(3, 5))]
+    """One program on a list of 3 or 4 digits. The key is the list."""
+    x = [rng.randrange(10) for _ in range(rng.randint(3, 4))]
     expression, evaluate = rng.choice(PROGRAMS)
     return Example(question(f"x = {x}; print({expression})"), str(evaluate(x)), str(x))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from random import Random
+from typing import Literal
 
 from ota_core.errors import OtaError
 from tasks.demo_tasks.common import ANIMALS, COLOURS, FOODS, Example, question
@@ -35,15 +36,13 @@ def facts(names: list[str], rng: Random) -> dict[str, dict[str, str]]:
     return {name: {attribute: rng.choice(values) for attribute, values in ATTRIBUTES.items()} for name in names}
 
 
-def examples(known: Mapping[str, Mapping[str, str]], *, wordings: str) -> list[Example]:
-    """Every fact in the ``trained`` wordings, the ``held_out`` one, or ``all``."""
+def examples(known: Mapping[str, Mapping[str, str]], *, wordings: Literal["trained", "held_out", "all"]) -> list[Example]:
+    """Every fact in the ``trained`` wordings, in the ``held_out`` one, or in ``all``."""
     found = []
     for name, attributes in known.items():
         for attribute, value in attributes.items():
-            chosen = {
-                "trained": TRAINED[attribute],
-                "held_out": (HELD_OUT[attribute],),
-                "all": (*TRAINED[attribute], HELD_OUT[attribute]),
-            }
-            found += [Example(question(text.format(name=name)), value, f"{name}/{attribute}") for text in chosen[wordings]]
+            chosen = () if wordings == "held_out" else TRAINED[attribute]
+            if wordings != "trained":
+                chosen = (*chosen, HELD_OUT[attribute])
+            found += [Example(question(text.format(name=name)), value, f"{name}/{attribute}") for text in chosen]
     return found

@@ -291,6 +291,6 @@ def test_names_of_second_moments(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_single_weight_and_an_empty_tensor(tmp_path: Path) -> None:
-    base: Tensors = {**BASE, "model.scale": np.float32(1.5).reshape(()), "model.nothing": np.zeros((0, 4), np.float32)}
+    base: Tensors = {**BASE, "model.scale": np.array(1.5, np.float32), "model.nothing": np.zeros((0, 4), np.float32)}
     experts = exact_v(random_experts(base, 2, density=0.5))
     check(tmp_path, base, experts, {})

@@ -128,7 +128,9 @@ def test_the_suite_s_task_files_load_in_lm_eval_and_ask_the_test_split(root: Pat
 
     suite = load_suite("demo")
     assert set(suite.capabilities) == set(CAPABILITIES)
-    assert set(TaskManager(include_path=str(SUITE / "demo"), include_defaults=False).all_tasks) == {f"demo_{c}" for c in CAPABILITIES}
+    assert set(TaskManager(include_path=str(SUITE / "demo"), include_defaults=False).all_tasks) == {
+        f"demo_{c}" for c in CAPABILITIES
+    }
     loaded = load_tasks(suite, root / "data", tmp_path)
     for capability in CAPABILITIES:
         task = loaded[f"demo_{capability}"]["tasks"][f"demo_{capability}"]

@@ -193,6 +193,15 @@ def test_local_weights_are_referenced_on_a_server_too(server: str, tmp_path: Pat
     assert version.tags["source_uri"] == str(tmp_path / "merged")
 
 
+def test_the_shared_view_shows_every_score_that_was_ever_logged(root: Path) -> None:
+    logged = log_merge(a_merge("one"), root=root)
+    log_merge(a_merge("two", metrics={"score/knowledge": 0.3, "score/avg": 0.3, "seconds/merge": 2}), root=root)
+    tags = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db").get_experiment(logged.experiment_id).tags
+    columns = json.loads(tags["mlflow.sharedViewState.ota"])["selectedColumns"]
+    scores = ["score/avg", "score/code", "score/math", "score/knowledge"]
+    assert columns == ["params.`merge_method`", *(f"metrics.`{s}`" for s in scores)]
+
+
 def test_two_threads_log_two_merges_into_a_new_database(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         logged = list(pool.map(lambda name: log_merge(a_merge(name), root=tmp_path), ["left", "right"]))

@@ -68,7 +68,8 @@ def test_hints_say_where_to_open_mlflow(tmp_path: Path) -> None:
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in hint
     assert "http://127.0.0.1:5000/#/experiments/1/runs/abc" in hint
     assert (
-        open_hint(tracking_uri="https://me:secret@tracking/", experiment="7") == "MLflow: https://tracking/#/experiments/7/runs"
+        open_hint(tracking_uri="https://me:secret@tracking/", experiment="7")
+        == "MLflow: https://tracking/#/experiments/7/runs?viewStateShareKey=ota"
     )
 
 

@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a virtual environment in .venv with the locked versions. Set PYTHON to choose another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# What the demo makes lies here: data, trained experts, S3 server, artifacts, Prefect and MLflow databases.
+DEMO := $(CURDIR)/.ota
+
+.PHONY: demo test test-slow check format clean
+
+demo: $(READY)
+	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ota_core
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .ota build *.egg-info
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON to one")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)

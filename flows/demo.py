@@ -1,0 +1,162 @@
+"""The demo: train a base and five experts, put them into S3, merge them in four ways, compare.
+
+Everything is real: the Hugging Face Trainer, an S3 server on loopback, the same merge flow that a user runs. What is trained is kept.
+"""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flows.single import comparison_table, prepare_prefect
+
+prepare_prefect()
+
+from prefect import flow, task  # noqa: E402 - after its settings
+from prefect.logging import get_run_logger  # noqa: E402
+
+from flows.merge import MergeOutcome, Progress, merge_flow  # noqa: E402
+from ota_core.artifact import ArtifactRef, fingerprint  # noqa: E402
+from ota_core.recipe import load_recipe  # noqa: E402
+from tasks import stages  # noqa: E402
+from tasks.artifacts import BuildResult  # noqa: E402
+from tasks.demo_data import write_data  # noqa: E402
+from tasks.demo_tasks import CAPABILITIES  # noqa: E402
+from tasks.demo_train import DemoSettings, train_base, train_expert  # noqa: E402
+from tasks.s3_server import running_server  # noqa: E402
+from tasks.scores import to_markdown  # noqa: E402
+from tasks.settings import Places, places  # noqa: E402
+from tasks.storage import EXPERT_JSON, upload_folder, write_expert_json  # noqa: E402
+
+RECIPES = Path(__file__).resolve().parents[1] / "deployments" / "recipes"
+MERGES = {
+    "OTA + FFG": "demo-ota.yaml",
+    "linear": "demo-linear.yaml",
+    "TIES": "demo-ties.yaml",
+    "DARE-TIES": "demo-dare-ties.yaml",
+}
+BUCKET = "ota-demo"
+BASE = f"s3://{BUCKET}/models/base"
+MODEL = "model"
+
+
+@task(name="make data", task_run_name="make data")
+def make_data(where: Places, settings: DemoSettings, seed: int) -> ArtifactRef:
+    """Training, validation and test data of the five capabilities."""
+    config = {"seed": seed, "version": settings.version, "data": settings.data.model_dump(mode="json")}
+
+    def build(folder: Path) -> BuildResult:
+        write_data(folder / "data", seed=seed, settings=settings.data)
+        return BuildResult()
+
+    return stages.store_of(where).produce("data", fingerprint("data", config, {}), config=config, inputs={}, build=build)
+
+
+@task(name="train", task_run_name="train {capability}")
+def train(
+    where: Places, settings: DemoSettings, seed: int, data: ArtifactRef, base: ArtifactRef | None, capability: str
+) -> ArtifactRef:
+    """The base (capability ``base``) or one expert, with the optimizer state that the Trainer leaves; kept once it is trained."""
+    store = stages.store_of(where)
+    part = settings.base if base is None else settings.expert
+    config = {"capability": capability, "seed": seed, "version": settings.version, "training": part.model_dump(mode="json")}
+    config["model"] = settings.model.model_dump(mode="json")
+    inputs = {"data": data.fingerprint} | ({"base": base.fingerprint} if base else {})
+    progress = Progress()
+
+    def report(done: int, total: int) -> None:
+        progress(f"train {capability}", done, total)
+
+    def build(folder: Path) -> BuildResult:
+        source = store.local_path(data) / "data"
+        if base is None:
+            trained = train_base(source, folder / MODEL, seed=seed, model=settings.model, training=part, progress=report)
+        else:
+            base_folder = store.local_path(base) / MODEL
+            trained = train_expert(capability, source, base_folder, folder / MODEL, seed=seed, training=part, progress=report)
+            write_expert_json(
+                folder / MODEL,
+                capability=capability,
+                base_model=BASE,
+                trained_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                step=trained.step,
+                beta2=trained.beta2,
+                optimizer=trained.optimizer,
+            )
+        return BuildResult(provenance=trained.model_dump(mode="json"))
+
+    return store.produce("checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build)
+
+
+@task(name="upload", task_run_name="upload {capability}")
+def upload(where: Places, model: ArtifactRef, capability: str, expert: str) -> str:
+    """Put a trained model into S3, an expert's ``expert.json`` last."""
+    folder = stages.store_of(where).local_path(model) / MODEL
+    if capability == "base":
+        upload_folder(folder, BASE)
+        return BASE
+    uri = f"s3://{BUCKET}/experts/{capability}/{expert}"
+    upload_folder(folder, uri, last=EXPERT_JSON)
+    return uri
+
+
+@flow(name="demo", flow_run_name="demo", persist_result=False)
+def demo_flow(where: Places, seed: int = 0, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
+    """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
+    settings = settings or DemoSettings()
+    data = make_data(where, settings, seed)
+    base = train(where, settings, seed, data, None, "base")
+    # One after another: each training uses all cores.
+    models = {"base": base} | {name: train(where, settings, seed, data, base, name) for name in CAPABILITIES}
+    for name, model in models.items():
+        upload(where, model, name, f"seed{seed}")
+    link_models(where, models)
+    data_dir = stages.store_of(where).local_path(data) / "data"
+    outcomes = {}
+    for name, file in MERGES.items():
+        recipe = load_recipe(RECIPES / file)
+        if seed:
+            entries = tuple(
+                entry.model_copy(update={"model": entry.model.replace("/seed0", f"/seed{seed}")}) for entry in recipe.models
+            )
+            recipe = recipe.model_copy(update={"models": entries})
+        outcomes[name] = merge_flow(recipe, suite="demo", data_dir=data_dir, device="cpu", home=where.tracking.parent)
+    get_run_logger().info("%d merges of %d experts done", len(outcomes), len(CAPABILITIES))
+    return outcomes
+
+
+def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:
+    """Names for the trained models on this machine, ``demo/models/<capability>``, for trying ``ota merge`` without S3."""
+    folder = where.tracking.parent / "demo" / "models"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, model in models.items():
+        target, link = stages.store_of(where).local_path(model) / MODEL, folder / name
+        if link.is_symlink() and link.readlink() == target:
+            continue
+        temporary = folder / f".{name}.{os.getpid()}"
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+
+
+def run_demo(*, home: Path | None, seed: int) -> list[Any]:
+    """The whole demo, with an S3 server of its own; what to print at the end."""
+    from tasks.scores import render
+    from tasks.tracking import open_hint
+
+    where = places(home)
+    with running_server(where.tracking.parent / "demo" / "s3", buckets=(BUCKET,)):
+        outcomes = demo_flow(where, seed)
+    table = comparison_table(outcomes, where, stages.read_scores)
+    results = where.tracking.parent / "demo" / f"results-seed{seed}"
+    results.with_suffix(".md").write_text(to_markdown(table), encoding="utf-8")
+    results.with_suffix(".json").write_text(
+        json.dumps(table.reset_index().to_dict("records"), indent=1, default=str), encoding="utf-8"
+    )
+    first = next(iter(outcomes.values()))
+    return [
+        render(table, "Accuracy on held-out tests"),
+        f"table: {results.with_suffix('.md')}",
+        f"merged models: {', '.join(outcome.path for outcome in outcomes.values())}",
+        open_hint(root=where.tracking, experiment=first.logged.experiment_id),
+    ]

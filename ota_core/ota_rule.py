@@ -1,0 +1,134 @@
+"""OTA with Fast Fisher Grafting, bound to a plan: the recipe's options become arguments of ``methods.ota``."""
+
+import math
+from collections import defaultdict
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import torch
+
+from ota_core.kernels import row_sums
+from ota_core.methods.ota import any_kept, curvature_weights, masked_ties, mean, ota
+from ota_core.plan import MergePlan
+from ota_core.prepare import Block, Curvature, blocks, delta, mask_of, prepare_curvature
+from ota_core.rows import base_rows, expert_rows
+from ota_core.views import ExpertView, TensorJob
+
+
+class OtaRule:
+    """OTA with FFG: all options of methods.md sections 3 and 4."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan, self._facts = plan, Curvature()
+        self._scales: dict[tuple[int, str], float] = {}
+        self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._lock = Lock()
+        setting = plan.recipe.setting
+        self._lambda: float = setting("lambda")
+        self._denominator: str = setting("denominator")
+        self._fallback: str = setting("fallback")
+        self._masked_merge, self._power, self._epsilon = setting("masked_merge"), setting("power"), setting("epsilon")
+
+    def prepare(self) -> None:
+        """Compression, means, thresholds; with ``rescale`` the norms of every masked task vector."""
+        plan = self._plan
+        self._facts = prepare_curvature(plan)
+        if plan.recipe.setting("rescale"):
+            for expert in plan.experts:
+                if plan.recipe.ffg(expert.index):
+                    jobs = [job for job in plan.merged_jobs() if job.name not in self._facts.averaged]
+                    found = plan.stream.map(
+                        partial(self._scale, expert), jobs, what=f"norms {expert.name}", size=lambda j: j.elements
+                    )
+                    self._scales |= {(expert.index, job.name): scale for job, scale in zip(jobs, found, strict=True)}
+
+    def _scale(self, expert: ExpertView, job: TensorJob) -> float:
+        """‖Δ‖ / ‖mask·Δ‖ of one tensor; 1 where nothing is left."""
+        whole, kept = [], []
+        for block in blocks(self._plan, [job]):
+            difference = delta(self._plan, expert, *block)
+            mask = mask_of(self._plan, self._facts, expert, block, difference)
+            squares = difference * difference
+            whole += row_sums(squares).tolist()
+            kept += row_sums(squares if mask is None else torch.where(mask, squares, 0.0)).tolist()
+        left = math.fsum(kept)
+        return math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
+
+    def merge(self, block: Block) -> torch.Tensor:
+        plan, job = self._plan, block[0]
+        base = base_rows(plan, block)
+        thetas = expert_rows(plan, block, base)
+        if job.name in self._facts.averaged:
+            assert base is not None
+            return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=self._lambda)
+        weights, masks = [], []
+        for expert, theta in zip(plan.experts, thetas, strict=True):
+            v_hat = expert.v_hat(job.canonical, *block[1:]) if expert.has_curvature(job.canonical) else None
+            mask = mask_of(plan, self._facts, expert, block, None if base is None else theta - base, v_hat)
+            self._count(expert, job, mask)
+            masks.append(mask)
+            weights.append(self._weight(expert, theta, v_hat))
+            present = expert.present(job.name, *block[1:])
+            if present is not None:
+                weights[-1] = torch.where(present, weights[-1], 0.0)
+        scaled = thetas
+        if self._scales:
+            assert base is not None
+            scales = [self._scales.get((expert.index, job.name), 1.0) for expert in plan.experts]
+            scaled = [base + scale * (theta - base) for scale, theta in zip(scales, thetas, strict=True)]
+        if self._masked_merge == "ties":
+            assert base is not None
+            factors = [plan.recipe.setting("scaling_factor", expert.index) for expert in plan.experts]
+            merged = base + self._lambda * masked_ties([theta - base for theta in scaled], masks, factors)
+        else:
+            merged = ota(scaled, weights, masks, base, lam=self._lambda, denominator=self._denominator)
+        if self._fallback == "mean" and base is not None:
+            merged = torch.where(any_kept(masks, base), merged, mean(thetas))
+        return merged
+
+    def _weight(self, expert: ExpertView, theta: torch.Tensor, v_hat: torch.Tensor | None) -> torch.Tensor:
+        """p_m of a block: from the curvature, or the bare scaling factor with ``masked_merge: linear``; 0 for an expert that takes no part."""
+        if v_hat is None:
+            return torch.zeros_like(theta)
+        scale = self._plan.recipe.setting("scaling_factor", expert.index)
+        if self._masked_merge != "precond":
+            return torch.full_like(theta, scale)
+        mean_weight = self._facts.means.get(expert.index)
+        return curvature_weights(v_hat, power=self._power, scale=scale, mean=mean_weight, epsilon=self._epsilon)
+
+    def _count(self, expert: ExpertView, job: TensorJob, mask: torch.Tensor | None) -> None:
+        if mask is None or not self._plan.recipe.ffg(expert.index) or job.name != job.canonical:
+            return
+        kept = int(mask.sum())
+        with self._lock:
+            self._kept[expert.index][job.name] += kept
+
+    def results(self) -> dict[str, Any]:
+        """Densities and thresholds of every expert with FFG, and what compression lost."""
+        densities = {}
+        for expert in self._plan.experts:
+            if self._plan.recipe.ffg(expert.index):
+                stored = expert.masks.header["thresholds"] if expert.masks else self._facts.thresholds[expert.index]
+                taus = {name: float(tau) for name, tau in stored.items()}
+                densities[expert.name] = density_report(self._plan, expert, taus, self._kept[expert.index])
+        compression = {name: report.model_dump(exclude={"sqrt_error_per_tensor"}) for name, report in self._facts.reports.items()}
+        averaged = sorted(self._facts.averaged)
+        found = {"densities": densities, "compression": compression, "averaged_without_curvature": averaged}
+        return {key: value for key, value in found.items() if value}
+
+
+def density_report(plan: MergePlan, expert: ExpertView, taus: dict[str, float], kept: dict[str, int]) -> dict[str, Any]:
+    """τ and the realised density of an expert, over all and per tensor. An infinite τ (nothing kept) is spelled "inf" for JSON."""
+    jobs = plan.curved(expert)
+    total = sum(job.elements for job in jobs)
+    count = sum(kept.get(job.name, 0) for job in jobs)
+    values = {name: tau if math.isfinite(tau) else "inf" for name, tau in taus.items()}
+    same = plan.recipe.setting("scope") == "global" or plan.recipe.setting("precond_threshold", expert.index) is not None
+    return {
+        "threshold": next(iter(values.values()), None) if same else values,
+        "density": count / max(total, 1),
+        "kept": count,
+        "total": total,
+        "per_tensor": {job.name: kept.get(job.name, 0) / max(job.elements, 1) for job in jobs},
+    }

@@ -1,0 +1,35 @@
+"""Weights of a block as the rules see them: the base's and every expert's rows, whole where a vocabulary lacks some."""
+
+import torch
+
+from ota_core.plan import MergePlan
+from ota_core.prepare import Block
+
+
+def base_rows(plan: MergePlan, block: Block) -> torch.Tensor | None:
+    """θ₀ of a block, float64 (r, C). A row that the base's vocabulary lacks is the mean of the experts that have it."""
+    if plan.base is None:
+        return None
+    base = plan.base.theta(block[0].name, *block[1:])
+    present = plan.base.present(block[0].name, *block[1:])
+    if present is None:
+        return base
+    total, count = torch.zeros_like(base), torch.zeros_like(base)
+    for expert in plan.experts:
+        has = expert.present(block[0].name, *block[1:])
+        theta = expert.theta(block[0].name, *block[1:])
+        total += theta if has is None else torch.where(has, theta, 0.0)
+        count += 1.0 if has is None else has.double()
+    return torch.where(present, base, total / count.clamp(min=1.0))
+
+
+def expert_rows(plan: MergePlan, block: Block, base: torch.Tensor | None) -> list[torch.Tensor]:
+    """θ_m of every expert; a row that an expert's vocabulary lacks is the base's."""
+    thetas = []
+    for expert in plan.experts:
+        theta = expert.theta(block[0].name, *block[1:])
+        present = expert.present(block[0].name, *block[1:])
+        if present is not None:
+            theta = torch.where(present, theta, theta if base is None else base)
+        thetas.append(theta)
+    return thetas
