@@ -74,7 +74,7 @@ def _inputs(recipe: Any, recipe_file: Path, home: Path | None, progress: Any) ->
 
     where = places(home)
     folder = recipe_file.resolve().parent
-    fetched = fetch_all(recipe, cache=where.cache, recipe_dir=folder, progress=lambda done, total: progress("fetch", done, total))
+    fetched = fetch_all(recipe, cache=where.cache, recipe_dir=folder, progress=progress)
     return assemble(recipe, fetched, cache=where.cache, recipe_dir=folder)
 
 

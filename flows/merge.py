@@ -217,15 +217,14 @@ def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places) -> l
 
 def _results(futures: Iterable[PrefectFuture[T]]) -> list[T]:
     """What the tasks return, once all have ended. The users' errors of all of them are raised together."""
-    results, problems = [], []
+    results, errors = [], []
     for future in list(futures):
         try:
             results.append(future.result())
         except OtaError as error:
-            problems.append(error)
-    if problems:
-        same = {type(problem) for problem in problems}
-        raise_all([str(problem) for problem in problems], same.pop() if len(same) == 1 else OtaError)
+            errors.append(error)
+    kinds = {type(error) for error in errors}
+    raise_all([problem for error in errors for problem in error.problems], kinds.pop() if len(kinds) == 1 else OtaError)
     return results
 
 

@@ -13,9 +13,11 @@ from ota_core.inputs import MergeInputs
 from ota_core.moments import find_moments
 from ota_core.output import check_apart, check_free, new_folder
 from ota_core.recipe import MergeRecipe
+from ota_core.stream import parse_memory
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.settings import places
+from tasks.suites import load_suite
 
 
 def compress_source(
@@ -71,6 +73,11 @@ def prepare_prefect() -> None:
 
 def run_recipe(recipe: MergeRecipe, **options: Any) -> list[Any]:
     """Run the flow and say where everything is. Raises OtaError as the flow's tasks raise it."""
+    # What needs no server is checked before one is started.
+    if options.get("suite"):
+        load_suite(options["suite"])
+    engine.pick_device(options.get("device", "auto"))
+    parse_memory(options.get("memory", "2GiB"))
     prepare_prefect()
     from flows.merge import merge_flow
     from tasks.stages import read_scores

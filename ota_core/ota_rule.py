@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ota_core.fused import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
 from ota_core.kernels import row_sums
 from ota_core.methods.ota import any_kept, curvature_weights, masked_ties, mean, ota
 from ota_core.plan import MergePlan
@@ -56,6 +57,8 @@ class OtaRule:
         return math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
 
     def merge(self, block: Block) -> torch.Tensor:
+        if self._can_fuse(block[0]):
+            return self._merge_fused(block)
         plan, job = self._plan, block[0]
         base = base_rows(plan, block)
         thetas = expert_rows(plan, block, base)
@@ -87,6 +90,49 @@ class OtaRule:
             merged = torch.where(any_kept(masks, base), merged, mean(thetas))
         return merged
 
+    def _can_fuse(self, job: TensorJob) -> bool:
+        """Whether the compiled pass covers what the recipe asks of this tensor; it gives the same bits as the tensors' way."""
+        usual = self._masked_merge == "precond" and self._fallback == "base" and not self._scales
+        return usual and job.name not in self._facts.averaged and self._plan.can_fuse(self._plan.experts, job)
+
+    def _merge_fused(self, block: Block) -> torch.Tensor:
+        plan, job = self._plan, block[0]
+        assert plan.base is not None
+        base = plan.base.single(*block)
+        active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
+        votes = [self._vote(expert, block, base) for expert in active]
+        merged, counts = ota_block(
+            base, votes, power=self._power, epsilon=self._epsilon, lam=self._lambda, denominator=self._denominator
+        )
+        for expert, count in zip(active, counts, strict=True):
+            self._add_count(expert, job, count)
+        return merged.view(block[2] - block[1], -1)
+
+    def _vote(self, expert: ExpertView, block: Block, base: torch.Tensor) -> Vote:
+        job, plan = block[0], self._plan
+        theta = expert.single(*block)
+        v, factor = expert.v_raw(*block)
+        threshold, kept = None, None
+        metric = BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE
+        if plan.recipe.ffg(expert.index):
+            if expert.masks is not None or plan.recipe.setting("mask_curvature") == "full":
+                difference = (theta.double() - base.double()).view(v.shape)
+                mask = mask_of(plan, self._facts, expert, block, difference)
+                assert mask is not None
+                kept = mask.reshape(-1)
+            else:
+                threshold = self._facts.thresholds[expert.index][job.canonical]
+        return Vote(
+            theta=theta,
+            v=v.reshape(-1),
+            factor=factor,
+            scale=plan.recipe.setting("scaling_factor", expert.index),
+            mean=self._facts.means.get(expert.index, 1.0),
+            threshold=threshold,
+            kept=kept,
+            metric=metric,
+        )
+
     def _weight(self, expert: ExpertView, theta: torch.Tensor, v_hat: torch.Tensor | None) -> torch.Tensor:
         """p_m of a block: from the curvature, or the bare scaling factor with ``masked_merge: linear``; 0 for an expert that takes no part."""
         if v_hat is None:
@@ -98,11 +144,13 @@ class OtaRule:
         return curvature_weights(v_hat, power=self._power, scale=scale, mean=mean_weight, epsilon=self._epsilon)
 
     def _count(self, expert: ExpertView, job: TensorJob, mask: torch.Tensor | None) -> None:
-        if mask is None or not self._plan.recipe.ffg(expert.index) or job.name != job.canonical:
-            return
-        kept = int(mask.sum())
-        with self._lock:
-            self._kept[expert.index][job.name] += kept
+        if mask is not None:
+            self._add_count(expert, job, int(mask.sum()))
+
+    def _add_count(self, expert: ExpertView, job: TensorJob, kept: int) -> None:
+        if self._plan.recipe.ffg(expert.index) and job.name == job.canonical:
+            with self._lock:
+                self._kept[expert.index][job.name] += kept
 
     def results(self) -> dict[str, Any]:
         """Densities and thresholds of every expert with FFG, and what compression lost."""

@@ -1,7 +1,7 @@
 """Opens everything a merge reads and checks that it fits together, before a byte is written. All problems are reported at once."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,12 @@ class MergePlan:
     def curved(self, expert: ExpertView) -> list[TensorJob]:
         """The tensors that carry curvature in an expert, each parameter once: what N of methods.md section 3 counts."""
         return [job for job in self.merged_jobs() if job.name == job.canonical and expert.has_curvature(job.name)]
+
+    def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob) -> bool:
+        """Whether ``ota_core.fused`` gives the same bits for this tensor: on the CPU, rows one to one, nothing wider than float32."""
+        models = [*([self.base] if self.base else []), *experts]
+        plain = all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype != torch.float64 for m in models)
+        return self.device.type == "cpu" and self.base is not None and plain
 
     def source_folder(self) -> Path:
         """The model whose configuration and tokenizer the output takes."""

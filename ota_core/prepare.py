@@ -1,7 +1,6 @@
 """What must be known of whole tensors or whole experts before the first block is merged: compression, means, thresholds, norms."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,9 +9,10 @@ import torch
 from ota_core.blocks import row_blocks
 from ota_core.compression import CompressionReport, RankOneMoments, compress
 from ota_core.errors import MomentsError, raise_all
-from ota_core.kernels import power, row_sums
+from ota_core.fused import BY_CURVATURE, BY_MAGNITUDE, count_scores
+from ota_core.kernels import count_high, count_low, power, row_sums
 from ota_core.plan import MergePlan
-from ota_core.saliency import curvature_scores, keep, kept_count, kth_largest, magnitude_scores, threshold_of_product
+from ota_core.saliency import Histogram, curvature_scores, keep, kept_count, kth_largest, magnitude_scores, threshold_of_product
 from ota_core.views import ExpertView, TensorJob
 
 Block = tuple[TensorJob, int, int]
@@ -153,27 +153,41 @@ def thresholds(plan: MergePlan, expert: ExpertView) -> dict[str, float]:
         return {job.name: threshold_of_product(product) for job in jobs}
     density = recipe.setting("density", expert.index)
 
-    def block_scores(block: Block) -> torch.Tensor:
-        return scores(plan, expert, *block, delta(plan, expert, *block))
-
     what = f"threshold {expert.name}"
     if recipe.setting("scope") == "global":
 
-        def visit_all(see: Callable[[torch.Tensor], None]) -> None:
-            plan.stream.map(lambda block: see(block_scores(block)), blocks(plan, jobs), what=what, size=block_size)
+        def count_all(histogram: Histogram, high: int | None) -> None:
+            plan.stream.map(
+                lambda b: _count_block(plan, expert, b, histogram, high), blocks(plan, jobs), what=what, size=block_size
+            )
 
-        tau = kth_largest(visit_all, kept_count(density, sum(job.elements for job in jobs)))
+        tau = kth_largest(count_all, kept_count(density, sum(job.elements for job in jobs)))
         return {job.name: tau for job in jobs}
 
     def of_tensor(job: TensorJob) -> float:
-        def visit(see: Callable[[torch.Tensor], None]) -> None:
+        def count(histogram: Histogram, high: int | None) -> None:
             for block in blocks(plan, [job]):
-                see(block_scores(block))
+                _count_block(plan, expert, block, histogram, high)
 
-        return kth_largest(visit, kept_count(density, job.elements))
+        return kth_largest(count, kept_count(density, job.elements))
 
     taus = plan.stream.map(of_tensor, jobs, what=what, size=lambda job: job.elements)
     return {job.name: tau for job, tau in zip(jobs, taus, strict=True)}
+
+
+def _count_block(plan: MergePlan, expert: ExpertView, block: Block, histogram: Histogram, high: int | None) -> None:
+    """Add a block's scores to a histogram: compiled in one pass where that can be, else through tensors; the same counts."""
+    assert plan.base is not None
+    if plan.can_fuse([expert], block[0]):
+        metric = BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE
+        v, factor = expert.v_raw(*block, full=plan.recipe.setting("mask_curvature") == "full")
+        count_scores(plan.base.single(*block), expert.single(*block), v.reshape(-1), factor, metric, high, histogram.local())
+        return
+    values = scores(plan, expert, *block, delta(plan, expert, *block))
+    if high is None:
+        count_high(values, histogram.local())
+    else:
+        count_low(values, high, histogram.local())
 
 
 def mask_of(

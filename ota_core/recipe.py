@@ -8,7 +8,8 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from ota_core.errors import RecipeError, raise_all
 from ota_core.recipe_yaml import dump_yaml, load_yaml, nearest
@@ -17,9 +18,19 @@ Method = Literal[
     "ota", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "fisher", "slerp"
 ]
 DType = Literal["float32", "float16", "bfloat16"]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Density = Annotated[float, Field(gt=0, le=1)]
+
+
+def _no_switch(value: Any) -> Any:
+    """``density: true`` would otherwise pass as 1.0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("no_number", "expected a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_switch)]
+Finite = Annotated[Number, Field(allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Density = Annotated[Number, Field(gt=0, le=1)]
 
 # mergekit's and mergekit-OTA's spellings, and what they are called here.
 _SPELLINGS = {"masked_task_vector_merge_method": "masked_merge"}
@@ -36,7 +47,7 @@ class ExpertParameters(_Strict):
     precond_threshold: NonNegative | None = Field(None, description="FFG threshold in units of v·Δ², instead of a density.")
     scaling_factor: NonNegative | None = Field(None, description="Factor on this expert's curvature weight (ota).")
     weight: Finite | None = Field(None, description="Weight of this expert (all methods but ota and slerp).")
-    gamma: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+    gamma: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
         None, description="Fraction of largest edits dropped (breadcrumbs)."
     )
 
@@ -66,7 +77,7 @@ class MergeParameters(ExpertParameters):
     missing_curvature: Literal["error", "mean"] | None = Field(None, description="Tensors that moved but have no curvature.")
     normalize: bool | None = Field(None, description="Divide by the sum of the weights (linear, ties and kin).")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="Seed of DARE's random masks; 0 by default.")
-    t: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Position between the two models (slerp).")
+    t: Annotated[Number, Field(ge=0, le=1)] | None = Field(None, description="Position between the two models (slerp).")
 
 
 _FFG = {"density", "precond_threshold", "scope", "metric", "mask_curvature"}

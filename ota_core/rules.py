@@ -20,7 +20,7 @@ from ota_core.ota_rule import OtaRule
 from ota_core.plan import MergePlan
 from ota_core.prepare import Block, Curvature, blocks, delta, prepare_curvature
 from ota_core.rows import base_rows, expert_rows
-from ota_core.saliency import kth_largest, magnitude_scores
+from ota_core.saliency import counting, kth_largest, magnitude_scores
 from ota_core.views import ExpertView, ModelView, TensorJob
 
 
@@ -139,8 +139,8 @@ class TaskVectorRule:
             for block in blocks(self._plan, [job]):
                 see(magnitude_scores(delta(self._plan, expert, *block)))
 
-        lowest = kth_largest(visit, last) if last < job.elements else 0.0
-        return lowest, kth_largest(visit, dropped + 1) if dropped else math.inf
+        lowest = kth_largest(counting(visit), last) if last < job.elements else 0.0
+        return lowest, kth_largest(counting(visit), dropped + 1) if dropped else math.inf
 
     def merge(self, block: Block) -> torch.Tensor:
         base = base_rows(self._plan, block)

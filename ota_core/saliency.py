@@ -50,7 +50,10 @@ class Histogram:
 
     def local(self) -> torch.Tensor:
         """This thread's counts, int64 (65536,), to be added to."""
-        return self._parts.setdefault(threading.get_ident(), torch.zeros(BINS, dtype=torch.int64))
+        mine = self._parts.get(threading.get_ident())
+        if mine is None:
+            mine = self._parts[threading.get_ident()] = torch.zeros(BINS, dtype=torch.int64)
+        return mine
 
     def find(self, k: int) -> tuple[int, int]:
         """The bin that holds the k-th largest score (1 ≤ k ≤ all), and how many scores lie in the bins above it."""
@@ -60,18 +63,30 @@ class Histogram:
         return BINS - 1 - index, int(from_top[index] - counts[BINS - 1 - index])
 
 
-Scores = Callable[[Callable[[torch.Tensor], None]], None]
-"""Calls its argument once with each block of scores, the same blocks in whatever order each time it is called."""
+Count = Callable[[Histogram, int | None], None]
+"""Adds every score to a histogram: its upper 16 bits, or, with a number, the lower bits of the scores whose upper bits are that number."""
 
 
-def kth_largest(visit: Scores, k: int) -> float:
-    """The k-th largest score, exactly. Two visits of all scores. k = 0 gives infinity (nothing is kept)."""
+def counting(visit: Callable[[Callable[[torch.Tensor], None]], None]) -> Count:
+    """A ``Count`` from a function that calls its argument with each block of scores, the same blocks in any order each time."""
+
+    def count(histogram: Histogram, high: int | None) -> None:
+        if high is None:
+            visit(lambda scores: count_high(scores, histogram.local()))
+        else:
+            visit(lambda scores: count_low(scores, high, histogram.local()))
+
+    return count
+
+
+def kth_largest(count: Count, k: int) -> float:
+    """The k-th largest score, exactly. Two counts of all scores. k = 0 gives infinity (nothing is kept)."""
     if k == 0:
         return math.inf
     high = Histogram()
-    visit(lambda scores: count_high(scores, high.local()))
+    count(high, None)
     upper, above = high.find(k)
     low = Histogram()
-    visit(lambda scores: count_low(scores, upper, low.local()))
+    count(low, upper)
     lower, _ = low.find(k - above)
     return torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32).item()

@@ -73,6 +73,10 @@ class ModelView:
         rows = self.stored(name, start, stop)
         return rows.to(self.device).double()
 
+    def single(self, job: TensorJob, start: int, stop: int) -> torch.Tensor:
+        """The same rows as flat float32 (n,), on the CPU; exact for every dtype but float64 (``MergePlan.can_fuse``)."""
+        return self.stored(job.name, start, stop).float().reshape(-1)
+
     def stored(self, name: str, start: int, stop: int) -> torch.Tensor:
         """The same rows as they are stored."""
         rows = self.gather(self.checkpoint.read_rows, self.stored_name(name), start, stop)
@@ -98,12 +102,20 @@ class ExpertView(ModelView):
 
     def v_hat(self, canonical: str, start: int, stop: int, *, full: bool = False) -> torch.Tensor:
         """Rows start:stop of v̂, float32 (stop − start, C), on the device. ``full``: from the uncompressed moments."""
+        v, factor = self._read_v(canonical, start, stop, full)
+        v = v.to(self.device)
+        return v * factor if self.bias_correction else v
+
+    def v_raw(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> tuple[torch.Tensor, float]:
+        """Rows start:stop of v, float32 (stop − start, C) on the CPU, and the factor that makes them v̂."""
+        return self._read_v(job.canonical, start, stop, full)
+
+    def _read_v(self, canonical: str, start: int, stop: int, full: bool) -> tuple[torch.Tensor, float]:
         moments = self.full_moments if full else self.moments
         assert moments is not None
         v = self.gather(moments.read, canonical, start, stop)
         self.count_read(v.nbytes)
-        v = v.to(self.device)
-        return v * bias_factor(moments, canonical) if self.bias_correction else v
+        return v, bias_factor(moments, canonical) if self.bias_correction else 1.0
 
 
 def bias_factor(moments: Moments, name: str) -> float:

@@ -72,8 +72,8 @@ class DemoSettings(BaseModel):
     """Raised when the training code changes, so that cached experts count as stale."""
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
-    base: TrainSettings = TrainSettings(steps=800, batch=16, learning_rate=2e-3, warmup=40, beta2=0.98)
-    expert: TrainSettings = TrainSettings(steps=300, learning_rate=6e-4)
+    base: TrainSettings = TrainSettings(steps=700, batch=16, learning_rate=2e-3, warmup=40, beta2=0.98)
+    expert: TrainSettings = TrainSettings(steps=320, learning_rate=8e-4)
 
 
 SMOKE = DemoSettings(

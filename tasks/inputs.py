@@ -11,11 +11,11 @@ from ota_core.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, f
 from ota_core.moments import find_moments, moments_files
 from ota_core.plan import checkpoint_problems
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.stream import Progress
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.storage import Fetched
 from tasks.storage_cache import combined_digest, digest_files
-from tasks.storage_download import Progress
 
 
 def locate(source: str, recipe_dir: Path | None) -> str:
@@ -38,11 +38,15 @@ def model_sources(recipe: MergeRecipe, recipe_dir: Path | None) -> list[str]:
 
 
 def fetch_all(recipe: MergeRecipe, *, cache: Path, recipe_dir: Path | None, progress: Progress | None = None) -> list[Fetched]:
-    """Every model of a recipe on this machine, base first. Raises StorageError that lists every model that cannot be had."""
+    """Every model of a recipe on this machine, base first; ``progress`` is told of each by itself.
+
+    Raises StorageError that lists every model that cannot be had.
+    """
 
     def one(source: str) -> Fetched | OtaError:
         try:
-            return storage.fetch(source, cache=cache, progress=progress)
+            tell = partial(progress, f"fetch {source}") if progress else None
+            return storage.fetch(source, cache=cache, progress=tell)
         except OtaError as error:
             return error
 

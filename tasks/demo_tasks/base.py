@@ -70,5 +70,5 @@ TEXTS: tuple[tuple[Callable[[Random], str], int], ...] = (
 
 def generate(rng: Random) -> str:
     """One line of general text, without any capability's questions."""
-    texts, weights = zip(*TEXTS, strict=True)
-    return rng.choices(texts, weights)[0](rng)
+    (text,) = rng.choices([text for text, _ in TEXTS], [weight for _, weight in TEXTS])
+    return text(rng)

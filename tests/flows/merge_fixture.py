@@ -1,5 +1,6 @@
 """Small real experts in a real S3, and runs of the real flow over them with the states of their task runs."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -153,12 +154,14 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     from tasks import stages, storage
 
     calls: Counter[str] = Counter()
+    lock = threading.Lock()
 
     def count(owner: Any, name: str, label: str) -> None:
         whole: Callable[..., Any] = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            calls[label] += 1
+            with lock:
+                calls[label] += 1
             return whole(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, counted)

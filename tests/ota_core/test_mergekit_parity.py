@@ -102,7 +102,7 @@ def test_ties(
     compare(recipe(folders, "ties", with_each(own, density=density), parameters), folders, tmp_path)
 
 
-@pytest.mark.parametrize("density, gamma", [(0.1, 0.05), (0.5, 0.1), (0.57, 0.29), (0.9, 0.01), (0.9, 0.1), (1.0, 0.0)])
+@pytest.mark.parametrize("density, gamma", [(0.1, 0.05), (0.5, 0.1), (0.57, 0.29), (0.9, 0.01), (0.9, 0.1), (1.0, 0.1)])
 @pytest.mark.parametrize("parameters", [{}, {"normalize": True, "lambda": 1.3}])
 @pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
 def test_breadcrumbs(

@@ -83,7 +83,7 @@ def test_ties_elects_plus_when_the_sum_is_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("elect", [False, True])
 @pytest.mark.parametrize(
-    "density, gamma", [(0.5, 0.1), (0.9, 0.1), (0.3, 0.4), (0.57, 0.07), (1.0, 0.0), (0.85, 0.15), (0.1, 0.05)]
+    "density, gamma", [(0.5, 0.1), (0.9, 0.1), (0.3, 0.4), (0.57, 0.07), (1.0, 0.2), (0.85, 0.15), (0.1, 0.05)]
 )
 @pytest.mark.parametrize("parameters", [{}, {"lambda": 0.7, "normalize": True}])
 def test_breadcrumbs(tmp_path: Path, parameters: dict[str, Any], density: float, gamma: float, elect: bool) -> None:

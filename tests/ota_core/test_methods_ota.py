@@ -144,8 +144,9 @@ def test_bias_correction_divides_by_one_minus_beta2_to_the_t(tmp_path: Path) -> 
 
 
 def test_bias_correction_without_step_and_beta2(tmp_path: Path) -> None:
-    """methods.md section 1: where they are not known, v̂ = v."""
-    check(tmp_path, BASE, masked(0.4), {"bias_correction": True})
+    """A correction that is asked for and cannot be made is an error: some experts corrected and others not would weigh wrongly."""
+    with pytest.raises(OtaError, match="bias_correction needs"):
+        check(tmp_path, BASE, masked(0.4), {"bias_correction": True})
 
 
 def test_an_expert_that_takes_no_part_keeps_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,181 @@
+"""Recipes: what they say, in whose spelling, and what they refuse."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ota_core.errors import RecipeError
+from ota_core.recipe import MergeRecipe, load_recipe, parse_recipe
+from ota_core.recipe_yaml import parse_yaml
+
+PUBLISHED = """\
+merge_method: ota
+base_model: org/base
+models:
+  - model: org/math
+    parameters:
+      preconditioner_path: org/math/optimizer/exp_avg_sq.safetensors
+      precond_threshold: 1e-26
+  - model: org/code
+    parameters: {preconditioner_path: exp_avg_sq.safetensors, precond_threshold: 2.5E-27}
+parameters:
+  rank1_approx: true
+  fallback_to_base: true
+  masked_task_vector_merge_method: linear
+  rescale: false
+  epsilon: 1e-8
+  scaling_factor: 1
+  normalise: none
+dtype: bfloat16
+tokenizer: {source: base}
+"""
+
+
+def recipe(parameters: dict[str, Any] | None = None, own: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
+    raw = {"merge_method": "ota", "base_model": "b", "models": [{"model": "x", "parameters": own or {}}, {"model": "y"}]}
+    return {**raw, "parameters": parameters or {}, **top}
+
+
+def refused(raw: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(raw)
+    return str(caught.value)
+
+
+def test_a_published_recipe_runs_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(PUBLISHED)
+    read = load_recipe(tmp_path / "r.yaml")
+    assert [read.setting("precond_threshold", i) for i in (0, 1)] == [1e-26, 2.5e-27]
+    assert read.setting("compression") == "rank1" and read.setting("fallback") == "base" and read.setting("masked_merge") == "linear"
+    assert read.setting("epsilon") == 1e-8 and read.output_dtype == "bfloat16" and read.tokenizer_source == "base"
+    assert read.models[1].parameters.preconditioner_path == "exp_avg_sq.safetensors"
+    assert read.ffg(0) and read.ffg(1)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1e-26", 1e-26), ("1E-26", 1e-26), ("+1e5", 1e5), ("-.5e3", -500.0), ("1.e-3", 1e-3), ("0.4", 0.4), ("12", 12), ("'1e-26'", "1e-26"), ("1e", "1e"),
+     ("e5", "e5"), ("1e-26x", "1e-26x"), (".inf", float("inf"))],
+)  # fmt: skip
+def test_numbers_as_people_write_them(text: str, value: Any) -> None:
+    got = parse_yaml(f"a: {text}", "r.yaml")["a"]
+    assert got == value and type(got) is type(value)
+
+
+def test_a_key_written_twice_names_key_and_line() -> None:
+    with pytest.raises(RecipeError, match=r"(?s)r\.yaml is not valid YAML: the key 'density' appears twice\s+in \"r\.yaml\", line 2") as caught:
+        parse_yaml("density: 0.4\ndensity: 0.5\n", "r.yaml")
+    assert "<unicode string>" not in str(caught.value)
+
+
+def test_a_models_parameters_win_and_one_threshold_replaces_the_other() -> None:
+    read = parse_recipe(recipe({"density": 0.4, "scaling_factor": 2.0}, {"precond_threshold": 1e-20}))
+    assert (read.setting("density", 0), read.setting("precond_threshold", 0)) == (None, 1e-20)
+    assert (read.setting("density", 1), read.setting("precond_threshold", 1)) == (0.4, None)
+    assert read.setting("scaling_factor", 0) == 2.0
+    read = parse_recipe(recipe({"precond_threshold": 1e-20}, {"density": 0.1, "scaling_factor": 0}))
+    assert (read.setting("density", 0), read.setting("precond_threshold", 0), read.setting("scaling_factor", 0)) == (0.1, None, 0)
+
+
+@pytest.mark.parametrize(
+    "ours, other",
+    [
+        ({"compression": "rank1"}, {"rank1_approx": True}),
+        ({}, {"rank1_approx": False}),
+        ({"fallback": "mean"}, {"fallback_to_base": False}),
+        ({}, {"fallback_to_base": True}),
+        ({"masked_merge": "ties"}, {"masked_task_vector_merge_method": "ties"}),
+        ({}, {"int8_mask": True}),
+        ({"power": 0.5, "lambda": 1.0, "epsilon": 0, "denominator": "kept"}, {}),
+        ({"lambda": 2}, {"lambda": 2.0}),
+    ],
+)
+def test_two_spellings_of_one_recipe_are_equal(ours: dict[str, Any], other: dict[str, Any]) -> None:
+    assert parse_recipe(recipe(ours)).effective() == parse_recipe(recipe(other)).effective()
+
+
+def test_where_a_parameter_is_written_does_not_matter() -> None:
+    once = parse_recipe(recipe({"density": 0.4}))
+    each = parse_recipe(recipe(models=[{"model": "x", "parameters": {"density": 0.4}}, {"model": "y", "parameters": {"density": 0.4}}]))
+    assert once.effective() == each.effective()
+    assert once.effective() != parse_recipe(recipe({"density": 0.41})).effective()
+    assert parse_recipe(recipe(dtype="float16", out_dtype="bfloat16")).effective() == parse_recipe(recipe(dtype="bfloat16")).effective()
+    assert parse_recipe(recipe(models=[{"model": "elsewhere", "name": "n", "capability": "c"}, {"model": "y"}])).effective() == parse_recipe(recipe()).effective()
+
+
+@given(
+    parameters=st.fixed_dictionaries(
+        {},
+        optional={
+            "density": st.floats(0.001, 1), "power": st.floats(0, 4), "lambda": st.floats(-3, 3), "scope": st.sampled_from(["global", "per_tensor"]),
+            "epsilon": st.floats(0, 1), "compression": st.sampled_from(["none", "rank1"]), "rescale": st.booleans(), "scaling_factor": st.floats(0, 9),
+            "masked_merge": st.sampled_from(["precond", "linear", "ties"]), "bias_correction": st.booleans(),
+        },
+    ),
+    own=st.fixed_dictionaries({}, optional={"density": st.floats(1e-9, 1), "preconditioner_path": st.text(min_size=1)}),
+    name=st.none() | st.text(min_size=1),
+)  # fmt: skip
+def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dict[str, Any], name: str | None) -> None:
+    read = parse_recipe(recipe(parameters, own, models=[{"model": "x", "parameters": own, "name": name}, {"model": "y"}]))
+    assert parse_recipe(parse_yaml(read.to_yaml(), "r.yaml")) == read
+    assert MergeRecipe.model_validate_json(read.model_dump_json(by_alias=True)) == read
+    assert MergeRecipe.model_validate(read.model_dump(mode="json")) == read
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (recipe({"density": 0.4, "precond_threshold": 1e-20}), "both density and precond_threshold are given"),
+        (recipe({"precond_threshold": 1e-20, "metric": "magnitude"}), "with metric magnitude give a density instead"),
+        (recipe({"t": 0.5}), "'t' has no effect with merge_method ota"),
+        (recipe({"density": 0.5}, merge_method="linear"), "'density' has no effect with merge_method linear"),
+        (recipe({}, {"preconditioner_path": "v"}, merge_method="ties"), "'preconditioner_path' has no effect with merge_method ties"),
+        (recipe({"rank1_approx": True}, merge_method="dare_ties"), "'compression' has no effect"),
+        (recipe({"density": 0.4}, base_model=None), "base_model is missing: FFG"),
+        (recipe({"lambda": 1.5}, base_model=None), "parameters.lambda acts on task vectors"),
+        (recipe({"rescale": True}, base_model=None), "parameters.rescale acts on task vectors"),
+        (recipe({"masked_merge": "ties"}, base_model=None), "parameters.masked_merge acts on task vectors"),
+        (recipe({}, base_model=None, merge_method="ties"), "base_model is missing: ties works on task vectors"),
+        (recipe({}, merge_method="slerp"), "slerp needs 't'"),
+        (recipe({"t": 0.5}, merge_method="slerp", models=[{"model": m} for m in "xyz"]), "the recipe names 3"),
+        (recipe(tokenizer_source="model:"), "tokenizer_source: got 'model:'"),
+        (recipe(tokenizer_source="largest"), "expected base, model:<name> or union"),
+        (recipe(models=[{"model": "x", "name": "a"}, {"model": "y", "name": "a"}]), "the name 'a' is given twice"),
+        (recipe(models=[]), "models"),
+        (recipe({"densty": 0.4}), "unknown key 'parameters.densty'; did you mean 'density'?"),
+        (recipe({}, {"precond_treshold": 1}), "unknown key 'models[0].parameters.precond_treshold'; did you mean 'precond_threshold'?"),
+        (recipe(base_modle="b"), "unknown key 'base_modle'; did you mean 'base_model'?"),
+        (recipe({"rank1_aprox": True}), "did you mean 'rank1_approx'?"),
+        (recipe({"rank1_approx": True, "compression": "none"}), "'parameters.rank1_approx'"),
+        (recipe(merge_method="tis"), "unknown merge_method 'tis'; did you mean 'ties'?"),
+        (recipe(slices=[]), "layer-wise assembly is not supported"),
+        (recipe({"density": [0.1, 0.9]}), "per-layer lists and filters are not supported"),
+        (recipe({"power": float("nan")}), "parameters.power"),
+        (recipe({"lambda": float("inf")}), "parameters.lambda"),
+        (recipe({"power": "half"}), "parameters.power: got 'half'"),
+        ({"base_model": "b", "models": [{"model": "x"}]}, "the key 'merge_method' is missing"),
+        ([1, 2], "expected a mapping with merge_method, base_model and models, got list"),
+        (None, "expected a mapping"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_and_why(raw: Any, message: str) -> None:
+    assert message in refused(raw)
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.0000001, 40, float("nan"), float("inf"), "0.4x", True])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_density_outside_zero_to_one_is_named_with_its_place(density: Any, own: bool) -> None:
+    text = refused(recipe({}, {"density": density}) if own else recipe({"density": density}))
+    assert ("models[0].parameters.density" if own else "parameters.density") in text
+
+
+def test_every_problem_is_listed() -> None:
+    text = refused(recipe({"density": 2, "pwer": 1, "fallback": "bass"}, {"weights": 1}, dtype="int8", extra=1))
+    assert text.startswith("6 problems found:")
+    for part in ("parameters.density", "'parameters.pwer'", "parameters.fallback", "'models[0].parameters.weights'", "dtype", "'extra'"):
+        assert part in text
+    text = refused(recipe({"density": 0.4, "precond_threshold": 1, "t": 0.1, "seed": 1}))
+    assert text.startswith("4 problems found:") and "models[0] (x)" in text and "models[1] (y)" in text
