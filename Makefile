@@ -8,6 +8,7 @@ DEMO := $(CURDIR)/.ota
 .PHONY: demo test test-slow check format clean
 
 demo: $(READY)
+	mkdir -p $(DEMO)/prefect
 	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota demo
 
 test: $(READY)

@@ -15,13 +15,15 @@ prepare_prefect()
 
 from prefect import flow, task  # noqa: E402 - after its settings
 from prefect.logging import get_run_logger  # noqa: E402
+from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
-from flows.merge import MergeOutcome, Progress, merge_flow  # noqa: E402
+from flows.merge import MergeOutcome, merge_flow  # noqa: E402
 from ota_core.artifact import ArtifactRef, fingerprint  # noqa: E402
 from ota_core.recipe import load_recipe  # noqa: E402
 from tasks import stages  # noqa: E402
 from tasks.artifacts import BuildResult  # noqa: E402
 from tasks.demo_data import write_data  # noqa: E402
+from tasks.demo_process import in_process  # noqa: E402
 from tasks.demo_tasks import CAPABILITIES  # noqa: E402
 from tasks.demo_train import DemoSettings, train_base, train_expert  # noqa: E402
 from tasks.s3_server import running_server  # noqa: E402
@@ -63,18 +65,14 @@ def train(
     config = {"capability": capability, "seed": seed, "version": settings.version, "training": part.model_dump(mode="json")}
     config["model"] = settings.model.model_dump(mode="json")
     inputs = {"data": data.fingerprint} | ({"base": base.fingerprint} if base else {})
-    progress = Progress()
-
-    def report(done: int, total: int) -> None:
-        progress(f"train {capability}", done, total)
 
     def build(folder: Path) -> BuildResult:
         source = store.local_path(data) / "data"
         if base is None:
-            trained = train_base(source, folder / MODEL, seed=seed, model=settings.model, training=part, progress=report)
+            trained = in_process(train_base, source, folder / MODEL, seed=seed, model=settings.model, training=part)
         else:
             base_folder = store.local_path(base) / MODEL
-            trained = train_expert(capability, source, base_folder, folder / MODEL, seed=seed, training=part, progress=report)
+            trained = in_process(train_expert, capability, source, base_folder, folder / MODEL, seed=seed, training=part)
             write_expert_json(
                 folder / MODEL,
                 capability=capability,
@@ -101,14 +99,14 @@ def upload(where: Places, model: ArtifactRef, capability: str, expert: str) -> s
     return uri
 
 
-@flow(name="demo", flow_run_name="demo", persist_result=False)
+@flow(name="demo", flow_run_name="demo", task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1), persist_result=False)
 def demo_flow(where: Places, seed: int = 0, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
     """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
     settings = settings or DemoSettings()
     data = make_data(where, settings, seed)
     base = train(where, settings, seed, data, None, "base")
-    # One after another: each training uses all cores.
-    models = {"base": base} | {name: train(where, settings, seed, data, base, name) for name in CAPABILITIES}
+    futures = {name: train.submit(where, settings, seed, data, base, name) for name in CAPABILITIES}
+    models = {"base": base} | {name: future.result() for name, future in futures.items()}
     for name, model in models.items():
         upload(where, model, name, f"seed{seed}")
     link_models(where, models)

@@ -199,11 +199,11 @@ def _context() -> dict[str, str]:
     tags = {}
     if flow_run.id:
         tags["prefect_flow_run_id"] = str(flow_run.id)
-    commit = _git_commit(Path(__file__).resolve())
+    commit = git_commit(Path(__file__).resolve())
     return tags | ({"git_commit": commit} if commit else {})
 
 
-def _git_commit(file: Path) -> str | None:
+def git_commit(file: Path) -> str | None:
     """The commit checked out where a file of this code lies. None without git, and for an installed copy inside another repository."""
     if shutil.which("git") is None:
         return None

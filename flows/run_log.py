@@ -1,4 +1,4 @@
-"""What a flow run's log says: how far a long stage is, and a user's mistake as its message alone."""
+"""What a flow run's log says: how far a long stage is, and of a user's mistake its message alone."""
 
 import logging
 import time
@@ -20,18 +20,16 @@ class Progress:
             self._log.info("%s: %.0f %%", what, 100 * done / total)
 
 
-class _WithoutTraceback(logging.Filter):
-    """Prefect's engine logs a traceback with every exception. An OtaError is a user's mistake: its message says what to do."""
+class _UserErrorsOnce(logging.Filter):
+    """Drops what Prefect's engine logs, with a traceback, of a user's mistake: the line on the final state that follows says the same."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], OtaError):
-            record.exc_info = None
-        return True
+        return not (record.exc_info and isinstance(record.exc_info[1], OtaError))
 
 
 def hide_tracebacks_of_user_errors() -> None:
-    """Log a failed run's OtaError without its traceback, here and on the Prefect server. Any other error keeps it."""
+    """Log a failed run's OtaError by its message alone, here and on the Prefect server. Any other error keeps its traceback."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
-        if not any(isinstance(known, _WithoutTraceback) for known in logger.filters):
-            logger.addFilter(_WithoutTraceback())
+        if not any(isinstance(known, _UserErrorsOnce) for known in logger.filters):
+            logger.addFilter(_UserErrorsOnce())

@@ -11,7 +11,7 @@ from ota_core.checkpoint import read_json
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
 from ota_core.moments import ParameterLayout, find_moments
 from ota_core.moments.match import Layout
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
 
 LayoutOf = Callable[[Path], ParameterLayout]
 """Gives the parameter layout of the model in a folder; needed for optimizer states that number their parameters."""
@@ -54,17 +54,23 @@ class MergeInputs:
 
 
 def expert_name(source: str, capability: str | None, label: str | None) -> str:
-    """The label of an expert: the recipe's, else its capability, else the last part of its path without a revision."""
-    return label or capability or source.rstrip("/").rsplit("/", 1)[-1].split("@")[0] or source
+    """The label of an expert: the recipe's, else its capability, else the last part of its path without a revision.
+
+    It also names files, so that a slash in a capability becomes a dash.
+    """
+    return label or (capability or "").replace("/", "-") or source.rstrip("/").rsplit("/", 1)[-1].split("@")[0] or source
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """The names with a number behind each that repeats an earlier one."""
-    seen: dict[str, int] = {}
-    result = []
+    """The names with a number behind each that repeats an earlier one, or that is kept for another model."""
+    result: list[str] = []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+        free = (
+            label
+            for label in (name, *(f"{name}-{i}" for i in range(2, len(names) + 3)))
+            if label not in {*result, *RESERVED_NAMES}
+        )
+        result.append(next(free))
     return result
 
 

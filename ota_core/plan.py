@@ -52,11 +52,15 @@ class MergePlan:
         """The tensors that carry curvature in an expert, each parameter once: what N of methods.md section 3 counts."""
         return [job for job in self.merged_jobs() if job.name == job.canonical and expert.has_curvature(job.name)]
 
-    def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob) -> bool:
-        """Whether ``ota_core.fused`` gives the same bits for this tensor: on the CPU, rows one to one, nothing wider than float32."""
-        models = [*([self.base] if self.base else []), *experts]
-        plain = all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype != torch.float64 for m in models)
-        return self.device.type == "cpu" and self.base is not None and plain
+    def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob, *, base: bool = True) -> bool:
+        """Whether the compiled passes give the same bits for this tensor: on the CPU, rows one to one, nothing wider than float32.
+
+        ``base``: whether the rule needs the base.
+        """
+        if self.device.type != "cpu" or (base and self.base is None):
+            return False
+        models = [*([self.base] if base and self.base else []), *experts]
+        return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype != torch.float64 for m in models)
 
     def source_folder(self) -> Path:
         """The model whose configuration and tokenizer the output takes."""

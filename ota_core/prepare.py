@@ -179,11 +179,28 @@ def _count_block(plan: MergePlan, expert: ExpertView, block: Block, histogram: H
     """Add a block's scores to a histogram: compiled in one pass where that can be, else through tensors; the same counts."""
     assert plan.base is not None
     if plan.can_fuse([expert], block[0]):
-        metric = BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE
-        v, factor = expert.v_raw(*block, full=plan.recipe.setting("mask_curvature") == "full")
-        count_scores(plan.base.single(*block), expert.single(*block), v.reshape(-1), factor, metric, high, histogram.local())
+        start, theta, counts = plan.base.single(*block), expert.single(*block), histogram.local()
+        if plan.recipe.setting("metric") == "magnitude":  # v is not looked at, so it is not read: anything of its size will do
+            count_scores(start, theta, theta, 1.0, BY_MAGNITUDE, high, counts)
+        else:
+            v, factor = expert.v_raw(*block, full=plan.recipe.setting("mask_curvature") == "full")
+            count_scores(start, theta, v.reshape(-1), factor, BY_CURVATURE, high, counts)
         return
-    values = scores(plan, expert, *block, delta(plan, expert, *block))
+    _count_scores(scores(plan, expert, *block, delta(plan, expert, *block)), histogram, high)
+
+
+def count_magnitudes(plan: MergePlan, expert: ExpertView, block: Block, histogram: Histogram, high: int | None) -> None:
+    """The same for |Δ|, whatever the recipe's metric."""
+    if plan.can_fuse([expert], block[0]):
+        assert plan.base is not None
+        theta = expert.single(*block)
+        # The metric takes no v; the weights stand in for it.
+        count_scores(plan.base.single(*block), theta, theta, 1.0, BY_MAGNITUDE, high, histogram.local())
+        return
+    _count_scores(magnitude_scores(delta(plan, expert, *block)), histogram, high)
+
+
+def _count_scores(values: torch.Tensor, histogram: Histogram, high: int | None) -> None:
     if high is None:
         count_high(values, histogram.local())
     else:

@@ -97,6 +97,7 @@ _USED: dict[str, set[str]] = {
 }  # fmt: skip
 NEEDS_BASE = {"task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "slerp"}
 NEEDS_MOMENTS = {"ota", "fisher"}
+RESERVED_NAMES = ("base", "merged")
 
 
 class ModelEntry(_Strict):
@@ -256,6 +257,10 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
     problems += [
         f"models: the name '{name}' is given twice; names label the results"
         for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+    problems += [f"models: the name '{n}' is kept for another model; choose another label" for n in names if n in RESERVED_NAMES]
+    problems += [
+        f"models: the name '{n}' has a slash; names also label files, write {n.replace('/', '-')!r}" for n in names if "/" in n
     ]
     source = recipe.tokenizer_source
     if source not in {"base", "union"} and not (source.startswith("model:") and source.removeprefix("model:")):

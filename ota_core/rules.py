@@ -1,27 +1,24 @@
 """Binds a recipe to its merge rule: a ``Rule`` prepares what it must know of each tensor, then merges blocks.
 
-The arithmetic itself is in ``ota_core.methods``; here the recipe's options become its arguments. OTA has a file of its own.
+The arithmetic itself is in ``ota_core.methods``; here the recipe's options become its arguments. OTA and the task-vector methods have files of their own.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from ota_core.errors import RecipeError
+from ota_core.fused_task_vectors import linear_block
 from ota_core.kernels import row_sums
 from ota_core.methods.averages import fisher, linear, slerp, slerp_factors
-from ota_core.methods.dare import drop, uniform
 from ota_core.methods.ota import mean
-from ota_core.methods.task_vectors import add_up, breadcrumbs_ranks, elect_and_add, ties_ranks, trim
 from ota_core.ota_rule import OtaRule
 from ota_core.plan import MergePlan
-from ota_core.prepare import Block, Curvature, blocks, delta, prepare_curvature
+from ota_core.prepare import Block, Curvature, blocks, prepare_curvature
 from ota_core.rows import base_rows, expert_rows
-from ota_core.saliency import counting, kth_largest, magnitude_scores
-from ota_core.views import ExpertView, ModelView, TensorJob
+from ota_core.task_vector_rule import TaskVectorRule
+from ota_core.views import ModelView, TensorJob
 
 
 class Rule(Protocol):
@@ -100,72 +97,13 @@ class LinearRule:
         """Nothing beyond the block is needed."""
 
     def merge(self, block: Block) -> torch.Tensor:
+        if self._plan.can_fuse(self._plan.experts, block[0], base=False):
+            thetas = [expert.single(*block) for expert in self._plan.experts]
+            return linear_block(thetas, self._weights, normalize=self._normalize).view(block[2] - block[1], -1)
         return linear(expert_rows(self._plan, block, base_rows(self._plan, block)), self._weights, normalize=self._normalize)
 
     def results(self) -> dict[str, Any]:
         return {}
-
-
-class TaskVectorRule:
-    """task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties: what is left of each task vector, added up."""
-
-    def __init__(self, plan: MergePlan) -> None:
-        self._plan = plan
-        self._method = plan.recipe.merge_method
-        self._weights = [plan.recipe.setting("weight", i) for i in range(len(plan.experts))]
-        self._limits: dict[tuple[int, str], tuple[float, float]] = {}
-
-    def prepare(self) -> None:
-        """The limits of |Δ| for the methods that trim, per expert and tensor."""
-        if self._method not in {"ties", "breadcrumbs", "breadcrumbs_ties"}:
-            return
-        for expert in self._plan.experts:
-            jobs = self._plan.merged_jobs()
-            found = self._plan.stream.map(
-                partial(self._limit, expert), jobs, what=f"trim {expert.name}", size=lambda j: j.elements
-            )
-            self._limits |= {(expert.index, job.name): limits for job, limits in zip(jobs, found, strict=True)}
-
-    def _limit(self, expert: ExpertView, job: TensorJob) -> tuple[float, float]:
-        density = self._plan.recipe.setting("density", expert.index)
-        if self._method == "ties":
-            dropped, last = ties_ranks(density, job.elements)
-        else:
-            dropped, last = breadcrumbs_ranks(density, self._plan.recipe.setting("gamma", expert.index), job.elements)
-        if last == dropped or job.elements == 0:
-            return math.inf, -math.inf
-
-        def visit(see: Callable[[torch.Tensor], None]) -> None:
-            for block in blocks(self._plan, [job]):
-                see(magnitude_scores(delta(self._plan, expert, *block)))
-
-        lowest = kth_largest(counting(visit), last) if last < job.elements else 0.0
-        return lowest, kth_largest(counting(visit), dropped + 1) if dropped else math.inf
-
-    def merge(self, block: Block) -> torch.Tensor:
-        base = base_rows(self._plan, block)
-        assert base is not None
-        thetas = expert_rows(self._plan, block, base)
-        deltas = [self._left(expert, block, theta - base) for expert, theta in zip(self._plan.experts, thetas, strict=True)]
-        combine = elect_and_add if self._method.endswith("ties") else add_up
-        merged = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
-        scale: float = self._plan.recipe.setting("lambda")
-        return base + scale * merged
-
-    def _left(self, expert: ExpertView, block: Block, difference: torch.Tensor) -> torch.Tensor:
-        job, start, _ = block
-        if (expert.index, job.name) in self._limits:
-            return trim(difference, *self._limits[expert.index, job.name])
-        density = self._plan.recipe.setting("density", expert.index)
-        if not self._method.startswith("dare") or density >= 1:
-            return difference
-        rows, cols = difference.shape
-        seed = self._plan.recipe.setting("seed")
-        random = uniform(seed, expert.index, job.canonical, start * cols, rows * cols, self._plan.device).view(rows, cols)
-        return drop(difference, random, density=density, rescale=self._plan.recipe.setting("rescale"))
-
-    def results(self) -> dict[str, Any]:
-        return {"seed": self._plan.recipe.setting("seed")} if self._method.startswith("dare") else {}
 
 
 class SlerpRule:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ota_core.kernels import count_high, count_low, sqrt
+from ota_core.kernels import sqrt
 
 BINS = 1 << 16
 
@@ -65,18 +65,6 @@ class Histogram:
 
 Count = Callable[[Histogram, int | None], None]
 """Adds every score to a histogram: its upper 16 bits, or, with a number, the lower bits of the scores whose upper bits are that number."""
-
-
-def counting(visit: Callable[[Callable[[torch.Tensor], None]], None]) -> Count:
-    """A ``Count`` from a function that calls its argument with each block of scores, the same blocks in any order each time."""
-
-    def count(histogram: Histogram, high: int | None) -> None:
-        if high is None:
-            visit(lambda scores: count_high(scores, histogram.local()))
-        else:
-            visit(lambda scores: count_low(scores, high, histogram.local()))
-
-    return count
 
 
 def kth_largest(count: Count, k: int) -> float:

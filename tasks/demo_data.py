@@ -36,7 +36,7 @@ class DataSettings(BaseModel):
     test: int = Field(default=200, ge=1)
     base: int = Field(default=40000, ge=1)
     """Documents for the base model."""
-    pinch: float = Field(default=0.05, ge=0, le=0.2)
+    pinch: float = Field(default=0.03, ge=0, le=0.2)
     """Share of the base's documents that each capability's train split provides."""
     places: int = Field(default=70, ge=1)
     """Invented places of each of the three kinds of ``knowledge``."""

@@ -27,7 +27,7 @@ TRAINING = "training.json"
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 # Words and punctuation take the space before them. Digits stand alone, so that numbers are written in place values and a digit is
 # the same token after a bracket, a comma or a space.
-PIECES = r" ?[A-Za-z]+|[0-9]|, (?=[0-9])| ?[^\sA-Za-z0-9]|\s"
+PIECES = r" ?[A-Za-z]+|[0-9]|, (?=[0-9])| ?[^\sA-Za-z0-9]+|\s"
 PACKED = 64
 """Tokens in a row of the base's text."""
 
@@ -73,7 +73,7 @@ class DemoSettings(BaseModel):
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     base: TrainSettings = TrainSettings(steps=700, batch=16, learning_rate=2e-3, warmup=40, beta2=0.98)
-    expert: TrainSettings = TrainSettings(steps=320, learning_rate=8e-4)
+    expert: TrainSettings = TrainSettings(steps=350, learning_rate=8e-4)
 
 
 SMOKE = DemoSettings(

@@ -105,8 +105,9 @@ def _with_moments(
     named = recipe.models[index].parameters.preconditioner_path
     path = _named_moments(named, expert, cache, recipe_dir) if named else find_moments(expert.path)
     if path is None:
+        where = expert.source if storage.is_s3(expert.source) else expert.path
         raise MomentsError(
-            f"expert '{expert.name}': {expert.source} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt "
+            f"expert '{expert.name}': {where} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt "
             "beside the weights. Name the file with preconditioner_path"
         )
     inside = path.is_relative_to(expert.path) and path.relative_to(expert.path).as_posix() in fetched.files

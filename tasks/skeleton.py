@@ -55,7 +55,6 @@ def skeleton(source: str, cache: Path) -> Skeleton:
     folder = cache / "skeletons" / str(identity)
     if not folder.is_dir():
         temporary = temporary_sibling(folder)
-        temporary.mkdir(parents=True)
         try:
             for name in [*names, *([EXPERT_JSON] if EXPERT_JSON in objects else [])]:
                 _outline(objects[name], temporary / name)

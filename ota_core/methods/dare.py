@@ -22,9 +22,14 @@ def _shift_right(bits: torch.Tensor, count: int) -> torch.Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
+def key_of(seed: int, expert: int, name: str) -> int:
+    """The 64 bits that tell one tensor's random numbers from another's."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{expert}\0{name}".encode()).digest()[:8], "little")
+
+
 def uniform(seed: int, expert: int, name: str, start: int, count: int, device: str | torch.device = "cpu") -> torch.Tensor:
     """Numbers in [0, 1) for elements start … start + count − 1 of tensor ``name`` of expert number ``expert``: float64 (count,)."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}\0{expert}\0{name}".encode()).digest()[:8], "little")
+    key = key_of(seed, expert, name)
     index = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
     bits = index * _signed(_GAMMA) + _signed(key)
     bits = (bits ^ _shift_right(bits, 30)) * _signed(_MIX1)

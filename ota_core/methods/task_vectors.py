@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 # Weights that cancel leave nothing to divide by; the sum is then taken as it is, as mergekit does.
-_NOTHING = 1e-8
+NOTHING = 1e-8
 
 
 def add_up(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
@@ -14,7 +14,7 @@ def add_up(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, normaliz
     for delta, weight in zip(deltas, weights, strict=True):
         total += weight * delta
     divisor = sum(weights)
-    return total / divisor if normalize and abs(divisor) >= _NOTHING else total
+    return total / divisor if normalize and abs(divisor) >= NOTHING else total
 
 
 def elect_and_add(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
@@ -32,7 +32,7 @@ def elect_and_add(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, n
         total += torch.where(agrees, weighted, 0.0)
         if normalize:
             divisor += torch.where(agrees, weight, 0.0)
-    return total / torch.where(divisor.abs() >= _NOTHING, divisor, 1.0) if normalize else total
+    return total / torch.where(divisor.abs() >= NOTHING, divisor, 1.0) if normalize else total
 
 
 def trim(delta: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:

@@ -63,7 +63,7 @@ TEXTS: tuple[tuple[Callable[[Random], str], int], ...] = (
     (counting, 1),
     (alphabet, 1),
     (capitals, 1),
-    (small_sum, 2),
+    (small_sum, 4),
     (story, 2),
 )
 

@@ -99,7 +99,9 @@ def write_experts(folder: Path) -> Path:
     for name, seed in EXPERTS.items():
         expert = perturb(base, folder / name, seed=seed)
         write_v(expert, seed=seed)
-        write_expert_json(expert, capability=name, base_model="base", trained_at=RUN, step=100 * seed, beta2=0.999, optimizer="adamw")
+        write_expert_json(
+            expert, capability=name, base_model="base", trained_at=RUN, step=100 * seed, beta2=0.999, optimizer="adamw"
+        )
     return folder
 
 
@@ -128,7 +130,15 @@ def world(prefect_server: None, s3_process: S3Server, tmp_path_factory: pytest.T
     root = tmp_path_factory.mktemp("world")
     blank = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), str(root / "no-such-file"))
     with environment({**blank, **s3_process.env}), pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_REGION", "MLFLOW_TRACKING_URI", "OTA_HOME", "OTA_ARTIFACTS"):
+        for name in (
+            "AWS_PROFILE",
+            "AWS_ENDPOINT_URL",
+            "AWS_SESSION_TOKEN",
+            "AWS_REGION",
+            "MLFLOW_TRACKING_URI",
+            "OTA_HOME",
+            "OTA_ARTIFACTS",
+        ):
             patch.delenv(name, raising=False)
         bucket = f"flow-{uuid4().hex[:12]}"
         s3_process.create_bucket(bucket)

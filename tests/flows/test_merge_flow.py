@@ -77,7 +77,12 @@ def test_the_staged_flow_writes_the_bytes_of_the_fused_merge(world: World, tmp_p
         for name in names:
             assert name == RECORD or (fused / name).read_bytes() == (staged / name).read_bytes(), name
         ours, theirs = read_record(staged), read_record(fused)
-        assert (ours.fingerprint, ours.config, ours.inputs, ours.files) == (report.fingerprint, theirs.config, theirs.inputs, theirs.files)
+        assert (ours.fingerprint, ours.config, ours.inputs, ours.files) == (
+            report.fingerprint,
+            theirs.config,
+            theirs.inputs,
+            theirs.files,
+        )
         assert ours.results["densities"] == theirs.results["densities"]
 
 
@@ -155,7 +160,10 @@ def test_an_expert_replaced_under_its_prefix_is_noticed(world: World, counts: Co
     assert counts == {"fetch": 1, "compress": 1, "mask": 1, "merge": 1}
     after = run.outcome
     assert after.merged.fingerprint != before.merged.fingerprint
-    with safe_open(Path(before.path) / "model.safetensors", "pt") as a, safe_open(Path(after.path) / "model.safetensors", "pt") as b:
+    with (
+        safe_open(Path(before.path) / "model.safetensors", "pt") as a,
+        safe_open(Path(after.path) / "model.safetensors", "pt") as b,
+    ):
         assert any(not torch.equal(a.get_tensor(name), b.get_tensor(name)) for name in a.keys())  # noqa: SIM118 - no mapping
 
 
@@ -186,7 +194,11 @@ def test_parameters_survive_the_server(world: World) -> None:
     from flows.merge import merge_flow
 
     recipe = ota(world, **{"lambda": 1.5, "epsilon": 1e-26, "normalise": "global"})
-    recipe = replace_model(recipe, 1, recipe.models[1].parameters.model_copy(update={"density": 1e-3, "preconditioner_path": "exp_avg_sq.safetensors"}))
+    recipe = replace_model(
+        recipe,
+        1,
+        recipe.models[1].parameters.model_copy(update={"density": 1e-3, "preconditioner_path": "exp_avg_sq.safetensors"}),
+    )
     run = world.run(recipe, suite=None)
     with get_client(sync_client=True) as client:
         kept = client.read_flow_run(run.id).parameters

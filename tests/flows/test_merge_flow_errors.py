@@ -31,9 +31,18 @@ def ota_run(recipe: MergeRecipe, folder: Path, *options: str) -> subprocess.Comp
 
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_HOME": str(PREFECT_HOME.value()), "COLUMNS": "200"}
+    environment = {
+        **os.environ,
+        "PREFECT_API_URL": PREFECT_API_URL.value(),
+        "PREFECT_HOME": str(PREFECT_HOME.value()),
+        "COLUMNS": "200",
+    }
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", str(file), *options], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "flows.cli", "run", str(file), *options],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -130,7 +139,9 @@ def test_mlflow_away_loses_nothing(world: World, counts: Counter[str], monkeypat
     monkeypatch.setattr(flows.merge, "log", flows.merge.log.with_options(retries=0))
     recipe, here = world.recipe("linear"), world.at(tmp_path / "home")
     run = here.run(recipe, tracking_uri=f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(StorageError, match=r"MLflow at http://127\.0\.0\.1.* failed while logging 'linear math\+knowledge'.*") as caught:
+    with pytest.raises(
+        StorageError, match=r"MLflow at http://127\.0\.0\.1.* failed while logging 'linear math\+knowledge'.*"
+    ) as caught:
         _ = run.outcome
     merged = next((here.home / "artifacts" / "merged").iterdir())
     assert str(merged) in str(caught.value) and "run the same again" in str(caught.value)
@@ -140,7 +151,9 @@ def test_mlflow_away_loses_nothing(world: World, counts: Counter[str], monkeypat
     assert again.outcome.path == str(merged) and again.outcome.logged.model_version
 
 
-def test_a_failed_benchmark_keeps_the_rest(world: World, counts: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_benchmark_keeps_the_rest(
+    world: World, counts: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from tasks import stages
 
     recipe, here = world.recipe("linear"), world.at(tmp_path / "home")
@@ -160,12 +173,26 @@ def test_a_failed_benchmark_keeps_the_rest(world: World, counts: Counter[str], m
     assert here.run(recipe).computed() == ["benchmark linear math+knowledge"] and counts == {"score": 1}
 
 
-def test_only_user_errors_lose_their_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    import flows.merge  # noqa: F401 - sets the filter
+def test_only_user_errors_lose_their_traceback(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's own records, with their tracebacks, of one failure of each kind."""
+    from tasks import storage
 
-    for error in (StorageError("no such bucket"), ZeroDivisionError("a mistake of ours")):
-        record = logging.LogRecord("prefect.flow_runs", logging.ERROR, "", 0, "it failed", None, (type(error), error, None))
-        assert all(f.filter(record) for f in logging.getLogger("prefect.flow_runs").filters)
-        assert (record.exc_info is None) == isinstance(error, OtaError)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addHandler(caplog.handler)
+    try:
+        for error, traceback in ((StorageError("no such bucket"), False), (ZeroDivisionError("a mistake of ours"), True)):
 
+            def failing(*args: Any, error: Exception = error, **kwargs: Any) -> None:
+                raise error
 
+            monkeypatch.setattr(storage, "fetch", failing)
+            caplog.clear()
+            assert world.at(world.home.with_name(type(error).__name__)).run(world.recipe(), suite=None).state.is_failed()
+            assert any(record.exc_info for record in caplog.records) == traceback
+            told = [record.getMessage() for record in caplog.records if str(error) in record.getMessage()]
+            assert len(told) >= 4  # three fetches and the flow
+    finally:
+        for name in ("prefect.flow_runs", "prefect.task_runs"):
+            logging.getLogger(name).removeHandler(caplog.handler)

@@ -88,7 +88,10 @@ def test_two_files_of_second_moments_in_one_folder(world: World, tmp_path: Path)
     def run(file: str) -> Any:
         models = [
             {"model": str(math), "parameters": {"preconditioner_path": file}},
-            {"model": str(tmp_path / "models" / "knowledge"), "parameters": {"preconditioner_path": str(tmp_path / "knowledge.safetensors")}},
+            {
+                "model": str(tmp_path / "models" / "knowledge"),
+                "parameters": {"preconditioner_path": str(tmp_path / "knowledge.safetensors")},
+            },
         ]
         raw = {"merge_method": "ota", "base_model": str(tmp_path / "models" / "base"), "models": models}
         return world.run(MergeRecipe.model_validate(raw), suite=None)

@@ -57,7 +57,12 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name != RECORD}
 
 
-TASKS = {"moments": ("compress math", "compress"), "masks": ("mask math", "mask"), "merged": ("merge ota", "merge"), "scores": ("benchmark math", "score")}
+TASKS = {
+    "moments": ("compress math", "compress"),
+    "masks": ("mask math", "mask"),
+    "merged": ("merge ota", "merge"),
+    "scores": ("benchmark math", "score"),
+}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,9 @@ TASKS = {"moments": ("compress math", "compress"), "masks": ("mask math", "mask"
         ("merged", one_file), ("merged", truncated), ("scores", torn_record),
     ],
 )  # fmt: skip
-def test_a_damaged_artifact_is_computed_again_alone(done: World, counts: Counter[str], kind: str, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_artifact_is_computed_again_alone(
+    done: World, counts: Counter[str], kind: str, damage: Callable[[Path], None]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in (done.home / "artifacts").rglob("*") if path.is_file()}
     folder = next(path for path in (done.home / "artifacts" / kind).iterdir() if kind == "merged" or of_math(path))
     files = digests(folder)

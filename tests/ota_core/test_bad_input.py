@@ -304,7 +304,7 @@ def test_second_moments_in_s3_that_are_not_there(world: World, s3_server: S3Test
 
 def test_errors_list_each_problem_once() -> None:
     raise_all([])
-    with pytest.raises(MomentsError, match="^only$") as one:
+    with pytest.raises(MomentsError, match=r"^only$") as one:
         raise_all(["only"], MomentsError)
     with pytest.raises(OtaError, match=r"^2 problems found:\n  1\. a\n  2\. b$") as two:
         raise_all(["a", "b"])

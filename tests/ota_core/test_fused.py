@@ -8,8 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ota_core.fused import BY_CURVATURE, BY_MAGNITUDE, Vote, count_scores, ota_block
+from ota_core.fused_task_vectors import Part, combine_block, linear_block
 from ota_core.kernels import count_high, count_low
+from ota_core.methods.averages import linear
+from ota_core.methods.dare import drop, uniform
 from ota_core.methods.ota import curvature_weights, ota
+from ota_core.methods.task_vectors import NOTHING, add_up, elect_and_add, trim
 from ota_core.saliency import curvature_scores, keep, magnitude_scores
 
 
@@ -43,7 +47,17 @@ def experts(seed: int, count: int, size: int) -> tuple[torch.Tensor, list[torch.
     mode=st.sampled_from(["off", "curvature", "magnitude", "given"]),
 )
 def test_the_fused_pass_is_the_rule(
-    seed: int, count: int, size: int, power: float, lam: float, epsilon: float, scale: float, mean: float | None, denominator: str, factor: float, mode: str
+    seed: int,
+    count: int,
+    size: int,
+    power: float,
+    lam: float,
+    epsilon: float,
+    scale: float,
+    mean: float | None,
+    denominator: str,
+    factor: float,
+    mode: str,
 ) -> None:
     base, thetas, vs = experts(seed, count, size)
     hats = [v * torch.tensor(factor) for v in vs]
@@ -78,3 +92,45 @@ def test_the_fused_histogram_is_that_of_the_scores(metric: int, size: int) -> No
     count_scores(base, theta, v, 2.5, metric, fullest, got[1])
     assert torch.equal(got, expected)
     assert int(got[0].sum()) == size
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 4),
+    weights=st.lists(st.sampled_from([1.0, 0.5, -1.0, 2.0]), min_size=4, max_size=4),
+    elect=st.booleans(),
+    normalize=st.booleans(),
+    lam=st.sampled_from([1.0, 0.6]),
+    mode=st.sampled_from(["all", "trim", "dare", "dare without rescale"]),
+)
+def test_fused_task_vectors_are_the_rules(
+    seed: int, count: int, weights: list[float], elect: bool, normalize: bool, lam: float, mode: str
+) -> None:
+    size = 1025
+    base, thetas, _ = experts(seed, count, size)
+    lefts, parts = [], []
+    for m, (theta, weight) in enumerate(zip(thetas, weights, strict=False)):
+        delta = theta.double() - base.double()
+        if mode == "trim":
+            lowest, highest = delta.abs().float().quantile(torch.tensor([0.3, 0.95])).tolist()
+            lefts.append(trim(delta, lowest, highest))
+            parts.append(Part(theta=theta, weight=weight, lowest=lowest, highest=highest))
+        elif mode == "all":
+            lefts.append(delta)
+            parts.append(Part(theta=theta, weight=weight))
+        else:
+            rescale = mode == "dare"
+            lefts.append(drop(delta, uniform(seed, m, "t", 77, size), density=0.4, rescale=rescale))
+            parts.append(Part(theta=theta, weight=weight, random=(seed, m, "t", 77), density=0.4, rescale=rescale))
+    rule = elect_and_add if elect else add_up
+    expected = base.double() + lam * rule(lefts, weights[:count], normalize=normalize)
+    got = combine_block(base, parts, elect=elect, normalize=normalize, lam=lam, nothing=NOTHING)
+    assert torch.equal(got, expected)
+
+
+def test_the_fused_average_is_the_average() -> None:
+    _, thetas, _ = experts(5, 3, 999)
+    for normalize in (True, False):
+        expected = linear([t.double() for t in thetas], [0.2, 1.0, 3.0], normalize=normalize)
+        assert torch.equal(linear_block(thetas, [0.2, 1.0, 3.0], normalize=normalize), expected)

@@ -1,0 +1,255 @@
+"""The commands as a person types them: what they print, what they write, and where they look."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from flows.cli import app
+from ota_core import engine
+from ota_core.compression import open_compressed
+from ota_core.masks import MaskFile
+from ota_core.recipe import MergeRecipe
+from tasks.storage import upload_folder
+from tests.ota_core.test_output import llama_experts, loaded
+from tests.s3_fixture import S3Test
+from tests.tasks.test_architecture import llama, train
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["merge", "plan", "compress", "mask", "inspect", "run", "demo"]
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ota(*arguments: object) -> Any:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe file beside two small experts, whose models are named relative to it."""
+    monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
+    raw = llama_experts(tmp_path) | {"base_model": "base", "models": [{"model": "expert0"}, {"model": "./expert1"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str) -> None:
+    text = " ".join(ota(command, "--help").stdout.split())
+    assert f"Usage: root {command} [OPTIONS]" in text and "--help" in text
+    if command in {"merge", "mask"}:
+        assert "RECIPE" in text and "OUT" in text and "it must not exist yet" in text and "--overwrite" in text
+    if command != "inspect":
+        assert "$OTA_HOME or ~/.ota" in text, "rich must not take the default for markup"
+
+
+def test_help_lists_every_command_and_no_arguments_print_it() -> None:
+    text = ota("--help").stdout
+    assert all(command in text for command in COMMANDS)
+    assert invoke().stdout.strip() == text.strip()
+    result = invoke("mrege")
+    assert result.exit_code == 2 and "No such command 'mrege'" in result.stderr
+
+
+def test_merge_prints_densities_and_writes_what_the_engine_writes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = recipe.parent
+    out = folder / "deep" / "out"
+    monkeypatch.chdir("/")
+    result = ota("merge", recipe, out, "--memory", "256MiB", "--device", "auto")
+    record = json.loads((out / "record.json").read_text())
+    for name, density in record["results"]["densities"].items():
+        assert (
+            f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f})"
+            in result.stdout
+        )
+    assert f"{out}: merged in " in result.stdout and f"fingerprint {record['fingerprint']}" in result.stdout
+    assert "━" not in result.stdout  # progress goes to stderr: the output can be piped
+    assert "merge" in result.stderr and "100%" in result.stderr and result.stderr.count("threshold expert0") == 1
+    loaded(out)
+    raw = llama_experts(folder / "again")
+    engine.merge(MergeRecipe.model_validate(raw), folder / "direct")
+    assert (folder / "direct" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert set(record["inputs"]) == {"base", "expert0", "expert1"} and all(
+        len(digest) > 20 for digest in record["inputs"].values()
+    )
+    assert record["provenance"]["sources"] == {"base": "base", "expert0": "expert0", "expert1": "./expert1"}
+
+
+def test_the_fingerprint_knows_contents_not_places(recipe: Path, tmp_path: Path) -> None:
+    def fingerprint(out: str) -> str:
+        ota("merge", recipe, tmp_path / out)
+        return str(json.loads((tmp_path / out / "record.json").read_text())["fingerprint"])
+
+    first = fingerprint("a")
+    (tmp_path / "expert0").rename(tmp_path / "moved")
+    recipe.write_text(recipe.read_text().replace("expert0", "moved"))
+    assert fingerprint("b") == first
+    state = load_file(tmp_path / "moved" / "exp_avg_sq.safetensors")
+    from tests.checkpoints import write_moments
+
+    write_moments(tmp_path / "moved", state | {"model.norm.weight": state["model.norm.weight"] * 2}, step=100, beta2=0.999)
+    assert fingerprint("c") != first
+
+
+def test_models_in_s3_and_in_folders_give_the_same_merge(recipe: Path, tmp_path: Path, s3_server: S3Test) -> None:
+    ota("merge", recipe, tmp_path / "local")
+    upload_folder(tmp_path / "expert0", f"{s3_server.uri}/experts/one")
+    recipe.write_text(
+        recipe.read_text().replace("model: expert0", f"model: {s3_server.uri}/experts/one").replace("expert0", "one")
+    )
+    result = ota("merge", recipe, tmp_path / "remote")
+    assert f"fetch {s3_server.uri}/experts/one" in " ".join(result.stderr.split())
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "remote" / file).read_bytes()
+    prints = [json.loads((tmp_path / out / "record.json").read_text())["fingerprint"] for out in ("local", "remote")]
+    assert prints[0] == prints[1]
+
+
+def test_compress_a_trainers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
+    folder, live = train(llama(), tmp_path / "run")
+    parameters = sum(v.numel() for v in live.values())
+    out = tmp_path / "new" / "rank1.safetensors"
+    result = ota("compress", folder, out)
+    stored = load_file(out)
+    size = sum(tensor.nbytes for tensor in stored.values())
+    assert f"{out}: rank1, {parameters:,} parameters, {size / parameters:.4f} bytes per parameter (float32: 4)" in result.stdout
+    lost, total = 0.0, 0.0
+    for name, v in live.items():
+        if v.dim() == 1:
+            assert torch.equal(stored[name], v)
+            approximate = v.double()
+        else:
+            rows, cols = v.double().sum(1), v.double().sum(0)
+            torch.testing.assert_close(stored[f"{name}#row"].double(), rows, rtol=1e-6, atol=0)
+            torch.testing.assert_close(stored[f"{name}#col"].double(), cols, rtol=1e-6, atol=0)
+            approximate = (rows / rows.sum())[:, None] * cols if rows.sum() > 0 else torch.zeros_like(v).double()
+        lost += float(((v.double().sqrt() - approximate.sqrt()) ** 2).sum())
+        total += float(v.double().sum())
+    shown = float(result.stdout.split("relative error of the square root of v: ")[1])
+    assert shown == pytest.approx((lost / total) ** 0.5, abs=6e-5) and shown > 0
+    assert (open_compressed(out).beta2, open_compressed(out).step("model.norm.weight")) == (0.98, 3)
+
+    ota("compress", folder, tmp_path / "none.safetensors", "--method", "none")
+    whole = load_file(tmp_path / "none.safetensors")
+    assert whole.keys() == live.keys() and all(torch.equal(whole[name], v) for name, v in live.items())
+    # A file instead of its folder, and a compressed file made again from the written one: the same bytes.
+    ota("compress", folder / "optimizer.pt", tmp_path / "b.safetensors")
+    ota("compress", tmp_path / "none.safetensors", tmp_path / "c.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == out.read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+    assert f"{out} exists already" in invoke("compress", folder, out).stderr
+    ota("compress", folder, out, "--overwrite", "--method", "none")
+    assert out.read_bytes() == (tmp_path / "none.safetensors").read_bytes()
+    assert "is compressed with rank1 already" in invoke("compress", tmp_path / "b.safetensors", tmp_path / "d").stderr
+    assert "is a folder; name a file such as" in invoke("compress", folder, tmp_path, "--overwrite").stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "b.safetensors",
+        "c.safetensors",
+        "home",
+        "new",
+        "none.safetensors",
+        "run",
+    ]
+
+
+def test_an_optimizer_state_without_its_configuration(tmp_path: Path) -> None:
+    folder, _ = train(llama(), tmp_path / "run")
+    (tmp_path / "alone").mkdir()
+    alone = (folder / "optimizer.pt").rename(tmp_path / "alone" / "optimizer.pt")
+    result = invoke("compress", alone, tmp_path / "out")
+    assert (
+        result.exit_code == 2
+        and f"{alone} numbers its parameters" in result.stderr
+        and "put the expert's config.json into its folder" in result.stderr
+    )
+
+
+def test_a_merge_from_trainer_folders_equals_one_from_named_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way of a user: optimizer.pt as the Trainer leaves it, in checkpoint folders."""
+    monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
+    torch.manual_seed(1)
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    folder, live = train(base, tmp_path / "run")
+    raw = {
+        "merge_method": "ota",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(folder), "name": "a"}],
+        "parameters": {"density": 0.5},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
+    ota("merge", tmp_path / "r.yaml", tmp_path / "one")
+    from safetensors.torch import save_file
+
+    save_file({name: v.contiguous() for name, v in live.items()}, tmp_path / "v.safetensors")
+    raw["models"] = [{"model": str(folder), "name": "a", "parameters": {"preconditioner_path": "v.safetensors"}}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
+    ota("merge", tmp_path / "r.yaml", tmp_path / "two")
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "one" / "optimizer.pt").exists()
+
+
+def test_mask_writes_the_masks_of_the_merge(recipe: Path, tmp_path: Path) -> None:
+    ota("merge", recipe, tmp_path / "out")
+    result = ota("mask", recipe, tmp_path / "masks")
+    densities = json.loads((tmp_path / "masks" / "densities.json").read_text())
+    assert densities == json.loads((tmp_path / "out" / "record.json").read_text())["results"]["densities"]
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    for name in ("expert0", "expert1"):
+        found = densities[name]
+        assert (
+            f"{name}: kept {found['kept']:,} of {found['total']:,} elements (density {found['density']:.6f}, threshold {found['threshold']})"
+            in result.stdout
+        )
+        masks = MaskFile(tmp_path / "masks" / f"{name}.safetensors")
+        expert, v = load_file(tmp_path / name / "model.safetensors"), load_file(tmp_path / name / "exp_avg_sq.safetensors")
+        kept = 0
+        for tensor, start in base.items():
+            scores = (v[tensor].double().sqrt() * (expert[tensor].double() - start.double()).abs()).reshape(-1)
+            mask = masks.read(tensor, 0, start.shape[0]).reshape(-1)
+            kept += int(mask.sum())
+            clear = (scores - found["threshold"]).abs() > 1e-5 * found["threshold"]
+            assert torch.equal(mask[clear], (scores >= found["threshold"])[clear])
+        assert kept == found["kept"] == round(0.4 * found["total"])
+    raw = yaml.safe_load(recipe.read_text()) | {"parameters": {}}
+    recipe.write_text(yaml.safe_dump(raw))
+    refused = invoke("mask", recipe, tmp_path / "none")
+    assert refused.exit_code == 2 and "the recipe has no FFG masks" in refused.stderr and not (tmp_path / "none").exists()
+
+
+def test_run_checks_its_options_before_it_starts_a_server(recipe: Path) -> None:
+    for options, message in (
+        (("--suite", "nosuch"), "there is no suite 'nosuch'"),
+        (("--device", "gpu", "--suite", "none"), "device: got 'gpu'"),
+        (("--memory", "lots", "--suite", "none"), "memory: got 'lots'"),
+    ):
+        result = invoke("run", recipe, *options)
+        assert result.exit_code == 2 and message in result.stderr and "temporary server" not in result.stderr
+
+
+def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a real process: no output, no temporaries, no traceback."""
+    code = (
+        "import sys\nfrom ota_core.writer import SafetensorsWriter\n"
+        "def stop(*_):\n    import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
+        "SafetensorsWriter.write_rows = stop\nfrom flows.cli import app\nsys.argv = ['ota', *sys.argv[1:]]\napp()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "merge", str(recipe), str(tmp_path / "out")], cwd=ROOT, env=os.environ | {"OTA_HOME": str(tmp_path / "home")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode not in (0, 2) and "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "expert0", "expert1", "home", "recipe.yaml"]

@@ -1,0 +1,277 @@
+"""What MLflow is told of a merge, read back through MLflow and compared with scores, masks and files themselves."""
+
+import json
+import math
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from safetensors import safe_open
+
+from flows.report import compare, git_commit, merge_name, rows_of, score_metrics
+from ota_core.artifact import read_record
+from ota_core.recipe import MergeRecipe, load_recipe
+from tasks.benchmark import ModelScores
+from tasks.scores import CapabilityScore, to_markdown
+from tasks.stages import Subject
+from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World
+
+NAME = "ota math+knowledge rho=0.4 rank1"
+
+
+@pytest.fixture(scope="module")
+def logged(world: World) -> FlowRun:
+    return world.run(world.recipe(density=0.4, compression="rank1"))
+
+
+@pytest.fixture(scope="module")
+def client(world: World) -> MlflowClient:
+    return MlflowClient(tracking_uri=world.tracking_uri)
+
+
+@pytest.fixture(scope="module")
+def parent(logged: FlowRun, client: MlflowClient) -> Run:
+    return client.get_run(logged.outcome.logged.run_id)
+
+
+def scores_of(run: FlowRun) -> dict[str, dict[str, float]]:
+    """``base``, ``expert/…``, ``merged`` to capability to score, from the artifacts' files."""
+    found = {}
+    for key, ref in run.outcome.scores.items():
+        held = json.loads((Path(ref.uri) / "scores.json").read_text())
+        found[key] = {name: one["score"] for name, one in held["capabilities"].items()}
+    return found
+
+
+def test_names_params_and_tags(logged: FlowRun, parent: Run, client: MlflowClient, world: World) -> None:
+    assert client.get_experiment(parent.info.experiment_id).name == "ota-merging"
+    assert (parent.info.run_name, parent.info.status) == (NAME, "FINISHED")
+    expected = {
+        "merge_method": "ota", "density": "0.4", "power": "0.5", "compression": "rank1", "base_model": f"{world.uri}/models/base",
+        "experts": "math,knowledge", "lambda": "1.0", "scope": "global",
+    }  # fmt: skip
+    assert expected.items() <= parent.data.params.items()
+    assert parent.data.tags["recipe_fingerprint"] == logged.outcome.merged.fingerprint
+    assert parent.data.tags["prefect_flow_run_id"] == str(logged.id)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert parent.data.tags.get("git_commit") == (head.stdout.strip() if head.returncode == 0 else None)
+
+
+def test_metrics(logged: FlowRun, parent: Run, world: World) -> None:
+    metrics, scores = parent.data.metrics, scores_of(logged)
+    merged, base = scores["merged"], scores["base"]
+    expected = {f"score/{name}": value for name, value in merged.items()}
+    expected["score/avg"] = sum(merged.values()) / len(merged)
+    expected |= {f"retention/{name}": merged[name] / own for name in EXPERTS if (own := scores[f"expert/{name}"][name])}
+    expected["negative_transfer"] = float(sum(merged[name] < base[name] for name in merged))
+    assert {
+        name: metrics[name] for name in metrics if name.split("/")[0] in {"score", "retention", "negative_transfer"}
+    } == pytest.approx(expected)
+    assert set(metrics) - set(expected) == {
+        "density/math", "density/knowledge", "seconds/compress", "seconds/mask", "seconds/merge", "seconds/benchmark", "peak_memory_gib",
+        "moments/bytes_per_param", "moments/sqrt_error",
+    }  # fmt: skip
+    assert all(metrics[name] >= 0 for name in metrics if name.startswith("seconds/")) and metrics["peak_memory_gib"] > 0
+
+    # Densities and bytes counted here, in the files.
+    records = {read_record(path).provenance["expert"]: path for path in (world.home / "artifacts" / "masks").iterdir()}
+    total = elements(world.models / "math" / "model.safetensors")
+    for name, folder in records.items():
+        with safe_open(folder / "mask.safetensors", "np") as masks:
+            kept = sum(int(np.unpackbits(masks.get_tensor(key)).sum()) for key in masks.keys())  # noqa: SIM118 - no mapping
+        assert metrics[f"density/{name}"] == logged.outcome.densities[name] == pytest.approx(kept / total, rel=1e-12)
+    held = [data_bytes(path / "moments.safetensors") for path in (world.home / "artifacts" / "moments").iterdir()]
+    assert metrics["moments/bytes_per_param"] == pytest.approx(sum(held) / (2 * total))
+
+
+def elements(path: Path) -> int:
+    with safe_open(path, "np") as file:
+        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - no mapping
+
+
+def data_bytes(path: Path) -> int:
+    """Size of a safetensors file without its header."""
+    with open(path, "rb") as stream:
+        return path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+
+
+def test_artifacts(logged: FlowRun, parent: Run, client: MlflowClient, tmp_path: Path, world: World) -> None:
+    folder = Path(client.download_artifacts(parent.info.run_id, "", str(tmp_path)))
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "recipe.yaml", "record.json", "README.md", "model/reference.json", "tables/scores.csv", "tables/scores.json", "plots/scores.png",
+    }  # fmt: skip
+    assert load_recipe(folder / "recipe.yaml") == world.recipe(density=0.4, compression="rank1")
+    assert json.loads((folder / "record.json").read_text()) == json.loads((Path(logged.outcome.path) / "record.json").read_text())
+    reference = json.loads((folder / "model" / "reference.json").read_text())
+    assert (reference["uri"], reference["digest"]) == (logged.outcome.merged.uri, logged.outcome.digest)
+    card = (folder / "README.md").read_text()
+    scores = scores_of(logged)
+    assert all(f"| {name} | {100 * value:.1f} % |" in card for name, value in scores["merged"].items())
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == [f"{world.uri}/models/base"]
+    table = pd.read_csv(folder / "tables" / "scores.csv", index_col="model")
+    assert list(table.index) == ["base", *EXPERTS, NAME]
+    for row, key in zip(table.index, ("base", "expert/math", "expert/knowledge", "merged"), strict=True):
+        assert table.loc[row, list(EXPERTS)].to_dict() == pytest.approx(scores[key]), row
+        assert table.loc[row, "average"] == pytest.approx(sum(scores[key].values()) / 2)
+
+
+def test_children_lineage_and_version(logged: FlowRun, parent: Run, client: MlflowClient, world: World) -> None:
+    found = client.search_runs([parent.info.experiment_id], filter_string=f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    children = {run.info.run_name: run for run in found}
+    assert set(children) == {"base", *EXPERTS, NAME} and len(found) == 4
+    for name, key in {"base": "base", "math": "expert/math", "knowledge": "expert/knowledge", NAME: "merged"}.items():
+        scores = scores_of(logged)[key]
+        assert children[name].data.metrics == pytest.approx(
+            {f"score/{c}": s for c, s in scores.items()} | {"score/avg": sum(scores.values()) / 2}
+        )
+    assert children["math"].data.params.items() >= {"role": "expert", "capability": "math"}.items()
+    inputs = {one.dataset.name: json.loads(one.dataset.source)["uri"] for one in parent.inputs.dataset_inputs}
+    assert inputs == {"base": f"{world.uri}/models/base"} | {name: f"{world.uri}/experts/{name}/{RUN}" for name in EXPERTS}
+
+    version = client.get_model_version("ota-merged", logged.outcome.logged.model_version)
+    assert version.source == logged.outcome.merged.uri and version.run_id == parent.info.run_id
+    assert version.tags["model_digest"] == logged.outcome.digest
+    assert client.get_model_version_by_alias("ota-merged", "challenger").version == version.version
+
+
+def test_the_same_merge_again_is_the_same_run_and_version(
+    logged: FlowRun, parent: Run, client: MlflowClient, world: World
+) -> None:
+    before = Counter(run.info.run_name for run in client.search_runs([parent.info.experiment_id]))
+    again = world.run(world.recipe(density=0.4, rank1_approx=True))
+    assert again.outcome.logged == logged.outcome.logged
+    assert Counter(run.info.run_name for run in client.search_runs([parent.info.experiment_id])) == before
+    assert len(client.search_model_versions("name='ota-merged'")) == 1
+    for name in ("score/avg", "density/math", "seconds/merge"):
+        assert len(client.get_metric_history(parent.info.run_id, name)) == 1
+
+
+def test_without_a_benchmark_the_merge_is_logged(world: World, client: MlflowClient) -> None:
+    run = client.get_run(world.run(world.recipe("ties", density=0.5), suite=None).outcome.logged.run_id)
+    assert run.data.params.items() >= {"merge_method": "ties", "density": "0.5", "experts": "math,knowledge"}.items()
+    assert set(run.data.metrics) == {"seconds/merge", "peak_memory_gib"}
+    assert not client.search_runs([run.info.experiment_id], filter_string=f"tags.mlflow.parentRunId = '{run.info.run_id}'")
+
+
+def scores(**values: float | None) -> ModelScores:
+    capabilities = {
+        name: CapabilityScore(score=value, stderr=None if value is None else 0.01, n_samples=10, tasks={})
+        for name, value in values.items()
+    }
+    return ModelScores(
+        suite="s", suite_digest="d", capabilities=capabilities, samples={}, limit=None, lm_eval_version="0", seconds=1.5
+    )
+
+
+def subject(name: str, role: str, capability: str | None = None) -> Subject:
+    return Subject(name=name, role=role, capability=capability, path=Path("x"), digest="xxh3:1")
+
+
+SUBJECTS = {
+    "base": subject("base", "base"), "expert/a": subject("a", "expert", "math"), "expert/b": subject("b", "expert", "math"),
+    "expert/c": subject("c", "expert", "code"), "expert/d": subject("d", "expert"), "merged": subject("m", "merge"),
+}  # fmt: skip
+FOUND = {
+    "base": scores(math=0.3, code=0.5, chat=None), "expert/a": scores(math=0.8, code=0.1, chat=None),
+    "expert/b": scores(math=0.5, code=0.0, chat=None), "expert/c": scores(math=0.2, code=0.0, chat=None),
+    "expert/d": scores(math=0.2, code=0.9, chat=None), "merged": scores(math=0.6, code=0.4, chat=None),
+}  # fmt: skip
+
+
+def test_metrics_of_two_experts_for_one_capability_and_of_what_was_not_measured() -> None:
+    assert score_metrics(FOUND, SUBJECTS) == pytest.approx(
+        # retention: of two experts for math the better counts; the one for code scored 0, so that it is not defined there
+        {
+            "score/math": 0.6,
+            "score/code": 0.4,
+            "score/avg": 0.5,
+            "retention/math": 0.75,
+            "negative_transfer": 1,
+            "seconds/benchmark": 9.0,
+        }
+    )
+    assert score_metrics({}, SUBJECTS) == {}
+    without = {key: value for key, value in FOUND.items() if key != "base"}
+    assert "negative_transfer" not in score_metrics(without, SUBJECTS)
+
+
+def experts(found: Mapping[str, ModelScores]) -> dict[str, tuple[str, ModelScores]]:
+    return {s.name: (s.capability or s.name, found[key]) for key, s in SUBJECTS.items() if s.role == "expert"}
+
+
+def test_table_with_and_without_a_base() -> None:
+    full = compare(FOUND["base"], experts(FOUND), {"m": FOUND["merged"]})
+    table = compare(None, experts(FOUND), {"m": FOUND["merged"]})
+    assert list(full.index) == ["base", "a", "b", "c", "d", "m"] and list(table.index) == ["a", "b", "c", "d", "m"]
+    pd.testing.assert_series_equal(table["average"], full["average"].drop("base"))
+    pd.testing.assert_series_equal(table["retention"], full["retention"].drop("base"))
+    assert table.attrs == full.attrs and table.attrs["averaged"] == ["math", "code"]
+    assert (full.loc["m", "negative_transfer"], full.loc["m", "below_base"]) == (1, "code")
+    assert pd.isna(table.loc["m", "negative_transfer"]) and table.loc["m", "below_base"] == ""
+    assert "| m | 60.0 | 40.0 | – | 50.0 | 75.0 |" in to_markdown(table)
+
+
+def test_rows_carry_errors_and_gaps() -> None:
+    rows = rows_of(compare(FOUND["base"], experts(FOUND), {"m": FOUND["merged"]}), FOUND, SUBJECTS)
+    assert [row["model"] for row in rows] == ["base", "a", "b", "c", "d", "m"]
+    assert rows[-1] == {
+        "model": "m", "role": "merge", "capability": None, "math": 0.6, "math_stderr": 0.01, "code": 0.4, "code_stderr": 0.01, "chat": None,
+        "average": pytest.approx(0.5), "retention": pytest.approx(0.75),
+    }  # fmt: skip
+    assert rows[0]["retention"] is None
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "name"),
+    [
+        (["s3://x/math/2026-11-20", "s3://x/code/2026-11-20"], {"parameters": {"density": 0.4}}, "ota math+code rho=0.4"),
+        (["org/a@main", "/data/b/"], {"parameters": {"precond_threshold": 1e-26}}, "ota a+b tau=1e-26"),
+        (
+            ["s3://x/a", "s3://x/b"],
+            {"merge_method": "ties", "parameters": {"lambda": 0.5, "density": 0.2}},
+            "ties a+b rho=0.2 lambda=0.5",
+        ),
+        (["a", "b"], {"parameters": {"compression": "rank1", "density": 1}}, "ota a+b rank1"),
+        (["a", "it's `b`"], {"merge_method": "linear"}, "linear a+its b"),
+    ],
+)
+def test_names_say_what_is_merged(models: list[str], options: dict[str, Any], name: str) -> None:
+    raw = {"merge_method": "ota", "base_model": "base", "models": [{"model": model} for model in models]} | options
+    assert merge_name(MergeRecipe.model_validate(raw)) == name
+
+
+def test_names_of_many_experts_stay_short() -> None:
+    raw = {"merge_method": "linear", "models": [{"model": f"experts/a-rather-long-name-{i}"} for i in range(40)]}
+    assert len(merge_name(MergeRecipe.model_validate(raw))) <= 200
+
+
+def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    if shutil.which("git") is not None:
+        (tmp_path / "ours.py").touch()
+        git("init", "--quiet")
+        git("add", "ours.py")
+        git("commit", "--quiet", "-m", "one")
+        assert git_commit(tmp_path / "ours.py") == git("rev-parse", "HEAD")
+        installed = tmp_path / ".venv" / "report.py"  # a copy in an environment inside somebody's repository
+        installed.parent.mkdir()
+        installed.touch()
+        assert git_commit(installed) is None
+    monkeypatch.setenv("PATH", "")
+    assert git_commit(tmp_path / "ours.py") is None

@@ -1,0 +1,225 @@
+"""The stages without Prefect: what decides their fingerprints, and that an output that is there is not computed again."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ota_core import engine
+from ota_core.artifact import read_record
+from ota_core.errors import RecipeError
+from ota_core.inputs import MergeInputs
+from ota_core.recipe import MergeRecipe
+from tasks import stages, storage
+from tasks.inputs import model_sources
+from tasks.scores import ModelScores
+from tasks.settings import Places, places
+from tasks.stages import Subject
+from tasks.storage import write_expert_json
+from tasks.suites import SuiteError, load_suite
+from tests.flows.merge_fixture import EXPERTS, write_experts, write_v
+from tests.tiny_models import perturb
+from tests.tiny_suite import write_rows, write_tiny_suite
+
+OTA = {"density": 0.4, "compression": "rank1"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_experts(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def where(tmp_path: Path) -> Places:
+    return places(tmp_path / "home", None)
+
+
+def recipe(
+    models: Path, *, top: dict[str, Any] | None = None, own: dict[str, Any] | None = None, **parameters: Any
+) -> MergeRecipe:
+    """``own``: parameters of the first expert alone."""
+    entries: list[dict[str, Any]] = [{"model": str(models / name)} for name in EXPERTS]
+    entries[0]["parameters"] = own or {}
+    raw = {"merge_method": "ota", "base_model": str(models / "base"), "models": entries, "parameters": OTA | parameters}
+    return MergeRecipe.model_validate(raw | (top or {}))
+
+
+def inputs_of(recipe: MergeRecipe, where: Places) -> MergeInputs:
+    fetched = [storage.fetch(source, cache=where.cache) for source in model_sources(recipe, None)]
+    return stages.inputs_of(recipe, fetched, where, None)
+
+
+def fingerprints(recipe: MergeRecipe, where: Places) -> dict[str, str]:
+    """Of the first expert's moments and mask, and of the merge."""
+    inputs = inputs_of(recipe, where)
+    return {
+        "moments": stages.moments_step(recipe, inputs.experts[0]).fingerprint,
+        "mask": stages.mask_step(recipe, inputs, 0).fingerprint,
+        "merge": stages.merge_step(recipe, inputs).fingerprint,
+    }
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+@pytest.mark.parametrize(
+    ("options", "stale"),
+    [
+        ({"lambda": 1.5}, {"merge"}),
+        ({"power": 0.25}, {"merge"}),
+        ({"normalise": "global"}, {"merge"}),
+        ({"masked_merge": "ties"}, {"merge"}),
+        ({"top": {"dtype": "bfloat16"}}, {"merge"}),
+        ({"own": {"scaling_factor": 2.0}}, {"merge"}),
+        ({"density": 0.3}, {"mask", "merge"}),
+        ({"own": {"density": 0.3}}, {"mask", "merge"}),
+        ({"own": {"precond_threshold": 1e-26}}, {"mask", "merge"}),
+        ({"scope": "per_tensor"}, {"mask", "merge"}),
+        ({"metric": "magnitude"}, {"mask", "merge"}),
+        ({"mask_curvature": "full"}, {"mask", "merge"}),
+        ({"bias_correction": True}, {"mask", "merge"}),
+        ({"top": {"tokenizer_source": "union"}}, {"mask", "merge"}),
+        ({"compression": "none"}, {"moments", "mask", "merge"}),
+        # The defaults, spelled out.
+        ({"lambda": 1, "power": 0.5, "density": 0.4, "fallback": "base", "own": {"density": 0.4}}, set()),
+    ],
+)
+def test_options_stale_only_what_they_decide(models: Path, where: Places, options: dict[str, Any], stale: set[str]) -> None:
+    assert changed(fingerprints(recipe(models), where), fingerprints(recipe(models, **options), where)) == stale
+
+
+def test_fingerprints_are_of_contents_not_of_places(models: Path, where: Places, tmp_path: Path) -> None:
+    before = fingerprints(recipe(models), where)
+    moved = shutil.copytree(models, tmp_path / "elsewhere")
+    assert fingerprints(recipe(moved), places(tmp_path / "other home", "s3://bucket/prefix")) == before
+
+    # Another expert beside the first: not the first's moments and mask.
+    shutil.rmtree(moved / "knowledge")
+    write_v(perturb(moved / "base", moved / "knowledge", seed=5), seed=5)
+    assert changed(before, fingerprints(recipe(moved), where)) == {"merge"}
+    # Where the vocabulary is joined from all models, a mask depends on all of them.
+    union = {"top": {"tokenizer_source": "union"}}
+    assert changed(fingerprints(recipe(models, **union), where), fingerprints(recipe(moved, **union), where)) == {"mask", "merge"}
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [("weights", {"moments", "mask", "merge"}), ("v", {"moments", "mask", "merge"}), ("base", {"mask", "merge"})],
+)
+def test_other_inputs_stale_what_is_made_of_them(
+    models: Path, where: Places, tmp_path: Path, change: str, stale: set[str]
+) -> None:
+    other = shutil.copytree(models, tmp_path / "other")
+    if change == "v":
+        write_v(other / "math", seed=9)
+    else:
+        folder = other / ("math" if change == "weights" else "base")
+        shutil.copy(perturb(folder, tmp_path / "changed", seed=9) / "model.safetensors", folder / "model.safetensors")
+    assert changed(fingerprints(recipe(models), where), fingerprints(recipe(other), where)) == stale
+
+
+def test_another_step_of_the_optimizer_is_another_bias_correction(models: Path, where: Places, tmp_path: Path) -> None:
+    other = shutil.copytree(models, tmp_path / "other")
+    write_expert_json(other / "math", capability="math", base_model="base", trained_at="2026-11-21", step=5, beta2=0.999)
+    corrected = {"bias_correction": True}
+    assert "merge" in changed(fingerprints(recipe(models, **corrected), where), fingerprints(recipe(other, **corrected), where))
+    assert "merge" not in changed(fingerprints(recipe(models), where), fingerprints(recipe(other), where))
+
+
+def test_what_is_there_is_not_computed_again(models: Path, where: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = recipe(models)
+
+    def all_stages() -> list[Any]:
+        inputs = inputs_of(wanted, where)
+        refs = [stages.compress(where, stages.moments_step(wanted, expert), expert) for expert in inputs.experts]
+        experts = [stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs, strict=True)]
+        assert [expert.full_moments for expert in experts] == [expert.moments for expert in inputs.experts]
+        ready = MergeInputs(base=inputs.base, experts=tuple(experts))
+        masks = {i: stages.mask(where, stages.mask_step(wanted, inputs, i), wanted, ready, i) for i in range(2)}
+        ready = stages.with_masks(where, ready, masks)
+        assert [expert.masks for expert in ready.experts] == [Path(masks[i].uri) / "mask.safetensors" for i in range(2)]
+        return [*refs, *masks.values(), stages.merge(where, stages.merge_step(wanted, inputs), wanted, ready)]
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("computed again")
+
+    first = all_stages()
+    record = read_record(Path(first[-1].uri))
+    assert record.provenance["sources"] == {"base": str(models / "base")} | {name: str(models / name) for name in EXPERTS}
+    assert set(record.results["densities"]) == set(EXPERTS) and record.provenance["seconds"] > 0
+    for name in ("compress_moments", "mask", "merge_into"):
+        monkeypatch.setattr(engine, name, never)
+    assert all_stages() == first
+
+
+def test_scores_are_known_by_model_and_settings(
+    models: Path, where: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, data = write_tiny_suite(tmp_path / "suite")
+    suite = load_suite(str(file))
+
+    def step(
+        digest: str = "xxh3:1", path: Path = models / "base", data: Path = data, limit: int | None = None, **changes: Any
+    ) -> str:
+        subject = Subject(name="any", role="base", path=path, digest=digest)
+        return stages.score_step(subject, suite.model_copy(update=changes), data, limit).fingerprint
+
+    same = step()
+    assert (
+        step(path=models / "math") == same
+        and step(data=shutil.copytree(data, tmp_path / "copy")) == same
+        and step(batch_size=3) == same
+    )
+    assert same not in {step(digest="xxh3:2"), step(limit=3), step(seed=1), step(num_fewshot=2)}
+    assert step(limit=3) == step(**{"limit": 3}) != step(limit=4)
+    write_rows(data / "facts.jsonl", [{"prompt": "?", "choices": ["a", "b"], "label": 0}])
+    assert step() != same
+
+    subject = Subject(name="base", role="base", path=models / "base", digest="xxh3:1")
+    wanted = stages.score_step(subject, suite, data, None)
+    ref = stages.score(where, wanted, subject, str(file), data, None)
+    scores = stages.read_scores(where, ref)
+    assert isinstance(scores, ModelScores) and set(scores.capabilities) == {"math", "knowledge"}
+    assert read_record(Path(ref.uri)).results["capabilities"] == scores.by_capability()
+    monkeypatch.setattr(stages, "score_model", lambda *args, **kwargs: pytest.fail("scored again"))
+    assert stages.score(where, wanted, subject, str(file), data, None) == ref
+
+
+def test_a_suite_is_checked_before_it_is_needed(tmp_path: Path) -> None:
+    file, data = write_tiny_suite(tmp_path)
+    suite = load_suite(str(file))
+    stages.check_suite(suite, data, 3)
+    stages.check_suite(suite, data, None)
+    for limit in (0, -1):
+        with pytest.raises(SuiteError, match=f"limit is {limit}; expected at least one"):
+            stages.check_suite(suite, data, limit)
+    with pytest.raises(SuiteError, match="depend on data"):
+        stages.check_suite(suite, None, None)
+    with pytest.raises(SuiteError, match="not a folder"):
+        stages.check_suite(suite, tmp_path / "nowhere", None)
+
+
+def test_a_name_like_the_base_is_refused(models: Path, where: Places) -> None:
+    entries = [{"model": str(models / "math"), "name": "base"}, {"model": str(models / "knowledge")}]
+    with pytest.raises(RecipeError, match=r"models\[0\].*is called 'base'.*give it another 'name'"):
+        inputs_of(recipe(models, top={"models": entries}), where)
+    without = MergeRecipe.model_validate({"merge_method": "linear", "models": entries})
+    assert [expert.name for expert in inputs_of(without, where).experts] == ["base", "knowledge"]
+
+
+def test_the_merged_models_digest_is_of_its_content(models: Path, where: Places) -> None:
+    """The model card and the record do not decide scores."""
+    wanted = recipe(models, top={"merge_method": "linear", "parameters": {}})
+    inputs = inputs_of(wanted, where)
+    merged = stages.merge(where, stages.merge_step(wanted, inputs), wanted, inputs)
+    subject = stages.merged_subject(where, "m", merged)
+    assert (subject.role, subject.path) == ("merge", Path(merged.uri))
+    copy = shutil.copytree(merged.uri, where.cache / "copy")
+    (copy / "README.md").write_text("another card")
+    assert storage.digest_folder(copy, cache=where.cache)[0] == subject.digest
+    with open(copy / "model.safetensors", "r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\x55")
+    assert storage.digest_folder(copy, cache=where.cache)[0] != subject.digest
