@@ -226,7 +226,7 @@ def run(
 @app.command()
 def demo(
     home: Home = None,
-    seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 1,
 ) -> None:
     """Train a small base and five experts, merge them in four ways, and compare. Needs the extra 'demo'."""
     from flows.demo import run_demo

@@ -19,7 +19,8 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows.merge import MergeOutcome, merge_flow  # noqa: E402
 from ota_core.artifact import ArtifactRef, fingerprint  # noqa: E402
-from ota_core.recipe import load_recipe  # noqa: E402
+from ota_core.recipe import load_recipe, parse_recipe  # noqa: E402
+from ota_core.recipe_yaml import parse_yaml  # noqa: E402
 from tasks import stages  # noqa: E402
 from tasks.artifacts import BuildResult  # noqa: E402
 from tasks.demo_data import write_data  # noqa: E402
@@ -39,8 +40,14 @@ MERGES = {
     "DARE-TIES": "demo-dare-ties.yaml",
 }
 BUCKET = "ota-demo"
-BASE = f"s3://{BUCKET}/models/base"
+# Difficulty of the tasks and settings of the training were chosen on seed 0; what is shown comes from another one.
+SEED = 1
 MODEL = "model"
+
+
+def base_uri(seed: int) -> str:
+    """Where the base lies in S3."""
+    return f"s3://{BUCKET}/models/seed{seed}"
 
 
 @task(name="make data", task_run_name="make data")
@@ -76,7 +83,7 @@ def train(
             write_expert_json(
                 folder / MODEL,
                 capability=capability,
-                base_model=BASE,
+                base_model=base_uri(seed),
                 trained_at=datetime.now(UTC).isoformat(timespec="seconds"),
                 step=trained.step,
                 beta2=trained.beta2,
@@ -88,19 +95,19 @@ def train(
 
 
 @task(name="upload", task_run_name="upload {capability}")
-def upload(where: Places, model: ArtifactRef, capability: str, expert: str) -> str:
+def upload(where: Places, model: ArtifactRef, capability: str, seed: int) -> str:
     """Put a trained model into S3, an expert's ``expert.json`` last."""
     folder = stages.store_of(where).local_path(model) / MODEL
     if capability == "base":
-        upload_folder(folder, BASE)
-        return BASE
-    uri = f"s3://{BUCKET}/experts/{capability}/{expert}"
+        upload_folder(folder, base_uri(seed))
+        return base_uri(seed)
+    uri = f"s3://{BUCKET}/experts/{capability}/seed{seed}"
     upload_folder(folder, uri, last=EXPERT_JSON)
     return uri
 
 
 @flow(name="demo", flow_run_name="demo", task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1), persist_result=False)
-def demo_flow(where: Places, seed: int = 0, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
+def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
     """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
     settings = settings or DemoSettings()
     data = make_data(where, settings, seed)
@@ -108,17 +115,15 @@ def demo_flow(where: Places, seed: int = 0, settings: DemoSettings | None = None
     futures = {name: train.submit(where, settings, seed, data, base, name) for name in CAPABILITIES}
     models = {"base": base} | {name: future.result() for name, future in futures.items()}
     for name, model in models.items():
-        upload(where, model, name, f"seed{seed}")
+        upload(where, model, name, seed)
     link_models(where, models)
     data_dir = stages.store_of(where).local_path(data) / "data"
     outcomes = {}
     for name, file in MERGES.items():
         recipe = load_recipe(RECIPES / file)
-        if seed:
-            entries = tuple(
-                entry.model_copy(update={"model": entry.model.replace("/seed0", f"/seed{seed}")}) for entry in recipe.models
-            )
-            recipe = recipe.model_copy(update={"models": entries})
+        if seed != SEED:
+            text = recipe.to_yaml().replace(f"/seed{SEED}", f"/seed{seed}")
+            recipe = parse_recipe(parse_yaml(text, file), file)
         outcomes[name] = merge_flow(recipe, suite="demo", data_dir=data_dir, device="cpu", home=where.tracking.parent)
     get_run_logger().info("%d merges of %d experts done", len(outcomes), len(CAPABILITIES))
     return outcomes

@@ -95,8 +95,9 @@ def _bytes(plan: MergePlan, budget: int) -> list[str]:
 def bytes_read(plan: MergePlan) -> int:
     """Bytes of tensors that the merge reads, every pass counted, second moments as float32."""
     recipe = plan.recipe
-    # Every model once for the merge itself; slerp once more for the angles.
-    total = sum(_weight_bytes(view) for view in plan.models) * (2 if recipe.merge_method == "slerp" else 1)
+    # Every model once for the merge itself, but the base of a plain average; slerp once more for the angles.
+    merged = plan.experts if recipe.merge_method == "linear" else plan.models
+    total = sum(_weight_bytes(view) for view in merged) * (2 if recipe.merge_method == "slerp" else 1)
     base = _weight_bytes(plan.base) if plan.base else 0
     for expert in plan.experts:
         total += _passes(recipe, expert.index) * (base + _weight_bytes(expert))

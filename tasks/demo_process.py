@@ -17,8 +17,10 @@ def _quiet_single_thread() -> None:
 
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
 
 
 def in_process(function: Callable[..., Result], *args: Any, **options: Any) -> Result:

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core import engine
 from ota_core.artifact import ArtifactRef, fingerprint
-from ota_core.errors import RecipeError
 from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
 from ota_core.recipe import MergeRecipe
 from tasks.artifacts import ArtifactStore, BuildResult
@@ -212,12 +211,5 @@ def merged_subject(places: Places, name: str, merged: ArtifactRef) -> Subject:
 
 
 def inputs_of(recipe: MergeRecipe, fetched: list[Fetched], places: Places, recipe_dir: Path | None) -> MergeInputs:
-    """The inputs of a merge from its fetched models. Raises RecipeError for an expert that is called as the base is."""
-    inputs = assemble(recipe, fetched, cache=places.cache, recipe_dir=recipe_dir)
-    if inputs.base is not None:
-        for i, expert in enumerate(inputs.experts):
-            if expert.name == inputs.base.name:
-                raise RecipeError(
-                    f"models[{i}] ({expert.source}) is called '{expert.name}', as the base is in tables; give it another 'name'"
-                )
-    return inputs
+    """The inputs of a merge from its fetched models."""
+    return assemble(recipe, fetched, cache=places.cache, recipe_dir=recipe_dir)

@@ -1,5 +1,6 @@
 """Small real experts in a real S3, and runs of the real flow over them with the states of their task runs."""
 
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -124,8 +125,20 @@ def upload(models: Path, uri: str) -> None:
         upload_folder(models / name, f"{uri}/experts/{name}/{RUN}", last=EXPERT_JSON)
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables without a row; making them takes seconds, copying them does not."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow-template") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture(scope="module")
-def world(prefect_server: None, s3_process: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(
+    prefect_server: None, empty_mlflow: Path, s3_process: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
     """The experts in S3, for all tests of a file. Tests that change something there do so below a prefix of their own."""
     root = tmp_path_factory.mktemp("world")
     blank = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), str(root / "no-such-file"))
@@ -147,6 +160,7 @@ def world(prefect_server: None, s3_process: S3Server, tmp_path_factory: pytest.T
         suite, data = write_tiny_suite(root / "suite")
         database = root / "mlflow" / "mlflow.db"
         database.parent.mkdir()
+        shutil.copy(empty_mlflow, database)
         yield World(
             uri=f"s3://{bucket}", models=models, home=root / "home", tracking_uri=f"sqlite:///{database}", suite=suite, data=data
         )

@@ -40,7 +40,7 @@ def test_first_run_computes_all_and_the_second_nothing(world: World, counts: Cou
     first = here.run(recipe)
     outcome = first.outcome
     expected = fetches(world) | STAGES | SCORED | {f"benchmark {NAME}", f"log {NAME}"}
-    assert first.states == dict.fromkeys(expected, ["Completed"])
+    assert first.states == {name: ["Completed"] for name in expected}
     assert counts == {"fetch": 3, "compress": 2, "mask": 2, "merge": 1, "score": 4}
     assert (outcome.name, flow_run_name(first.id)) == (NAME, NAME)
     assert set(outcome.scores) == {"base", "expert/math", "expert/knowledge", "merged"}
@@ -53,7 +53,7 @@ def test_first_run_computes_all_and_the_second_nothing(world: World, counts: Cou
 
     counts.clear()
     again = here.run(recipe)
-    assert again.states == dict.fromkeys(expected, ["Cached"]) | {f"log {NAME}": ["Completed"]}
+    assert again.states == {name: ["Cached"] for name in expected} | {f"log {NAME}": ["Completed"]}
     assert counts == {}
     assert again.outcome == outcome  # the same artifacts, the same MLflow run, no second version of the model
 

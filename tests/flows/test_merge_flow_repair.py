@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ota_core.artifact import RECORD, read_record
+from ota_core.recipe import MergeRecipe
 from tests.flows.merge_fixture import RUN, World
 
 NAME = "ota math+knowledge rho=0.4 rank1"
@@ -22,7 +23,7 @@ def done(world: World) -> World:
     return world
 
 
-def recipe(world: World):  # noqa: ANN201 - the recipe of all tests here
+def recipe(world: World) -> MergeRecipe:
     return world.recipe(density=0.4, compression="rank1")
 
 

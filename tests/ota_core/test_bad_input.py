@@ -89,7 +89,11 @@ def test_missing_folders_are_all_named(world: World, command: str) -> None:
     for name in ("base", "expert1"):
         shutil.rmtree(world.root / name)
     text = world.refused(command)
-    assert "2 problems found" in text and f"{world.root / 'base'}' does not exist" in text and f"{world.root / 'expert1'}' does not exist" in text
+    assert (
+        "2 problems found" in text
+        and f"{world.root / 'base'}' does not exist" in text
+        and f"{world.root / 'expert1'}' does not exist" in text
+    )
     assert "expected a checkpoint folder, s3://bucket/prefix, or a Hugging Face id" in text
 
 
@@ -118,19 +122,35 @@ def test_shapes_and_missing_and_extra_tensors_of_one_expert(world: World) -> Non
     for command in ("merge", "plan"):
         text = world.refused(command)
         assert "2 problems found" in text
-        assert f"{world.root / 'expert0'} (expert0): tensor '{Q}' has shape [8, 4], base has [8, 8]; experts must come from the same base" in text
-        assert f"{world.root / 'expert1'} (expert1): tensor '{NORM}' is missing, base has it; tensor 'adapter.weight' is here and not in base" in text
+        assert (
+            f"{world.root / 'expert0'} (expert0): tensor '{Q}' has shape [8, 4], base has [8, 8]; experts must come from the same base"
+            in text
+        )
+        assert (
+            f"{world.root / 'expert1'} (expert1): tensor '{NORM}' is missing, base has it; tensor 'adapter.weight' is here and not in base"
+            in text
+        )
 
 
 def test_second_moments_of_another_shape(world: World) -> None:
-    path = world.edit("expert0/exp_avg_sq.safetensors", lambda t: t.update({Q: t[Q][:, :4], "model.embed_tokens.weight": torch.ones(15, 8)}))
+    path = world.edit(
+        "expert0/exp_avg_sq.safetensors", lambda t: t.update({Q: t[Q][:, :4], "model.embed_tokens.weight": torch.ones(15, 8)})
+    )
     text = world.refused()
-    assert f"{path}: second moments of '{Q}' have shape [8, 4], the expert 'expert0' has [8, 8] there; do they belong to this checkpoint?" in text
-    assert "'model.embed_tokens.weight' have shape [15, 8], the expert 'expert0' has [13, 8] there; was the vocabulary changed" in text
+    assert (
+        f"{path}: second moments of '{Q}' have shape [8, 4], the expert 'expert0' has [8, 8] there; do they belong to this checkpoint?"
+        in text
+    )
+    assert (
+        "'model.embed_tokens.weight' have shape [15, 8], the expert 'expert0' has [13, 8] there; was the vocabulary changed"
+        in text
+    )
 
 
 def test_second_moments_of_another_model(world: World) -> None:
-    path = world.edit("expert1/exp_avg_sq.safetensors", lambda t: [t.update({f"transformer.{name}": t.pop(name)}) for name in list(t)])
+    path = world.edit(
+        "expert1/exp_avg_sq.safetensors", lambda t: [t.update({f"transformer.{name}": t.pop(name)}) for name in list(t)]
+    )
     text = world.refused()
     assert f"{path} (expert1): none of its names (transformer." in text and "expected the model's names" in text
 
@@ -151,7 +171,9 @@ def test_bad_entries_of_v_stop_mask_and_compress_too(world: World) -> None:
     assert f"{path}: the second moment of '{UP}' is nan" in world.refused("mask")
     for method in ("rank1", "none"):
         target = world.root / "c.safetensors"
-        result = CliRunner().invoke(app, ["compress", str(world.root / "expert0"), str(target), "--method", method, "--home", str(world.home)])
+        result = CliRunner().invoke(
+            app, ["compress", str(world.root / "expert0"), str(target), "--method", method, "--home", str(world.home)]
+        )
         assert result.exit_code == 2 and f"{path}: the second moment of '{UP}' is nan" in result.stderr
         assert [p.name for p in world.root.iterdir() if "c.safetensors" in p.name] == []
 
@@ -161,7 +183,10 @@ def test_tensors_that_moved_without_second_moments_are_all_named(world: World, c
     paths = [world.edit(f"expert{i}/exp_avg_sq.safetensors", lambda t: (t.pop(Q), t.pop(NORM))) for i in (0, 1)]
     text = world.refused(command)
     for i, path in enumerate(paths):
-        assert f"{i + 1}. expert 'expert{i}': 2 tensors changed in training but have no second moments in {path}: {Q}, {NORM}." in text
+        assert (
+            f"{i + 1}. expert 'expert{i}': 2 tensors changed in training but have no second moments in {path}: {Q}, {NORM}."
+            in text
+        )
     assert "or set missing_curvature: mean" in text
     # What did not move needs none.
     for i in (0, 1):
@@ -178,7 +203,10 @@ def test_no_second_moments_at_all_are_named_beside_the_checkpoints_own_problems(
         text = world.refused(command)
         assert "3 problems found" in text and f"{cut} is truncated" in text
         for i in (0, 1):
-            assert f"expert 'expert{i}': {world.root / f'expert{i}'} holds no second moments; expected exp_avg_sq.safetensors or" in text
+            assert (
+                f"expert 'expert{i}': {world.root / f'expert{i}'} holds no second moments; expected exp_avg_sq.safetensors or"
+                in text
+            )
 
 
 def test_unknown_keys_methods_and_densities_are_listed_together(world: World) -> None:
@@ -200,12 +228,16 @@ def test_the_wrong_base_is_suspected_when_all_experts_differ_alike(world: World)
     world.edit("base/model.safetensors", other)
     text = world.refused()
     assert f"{world.root / 'base'} (base) and all 2 experts differ in the same way" in text
-    assert f"tensor '{Q}' has shape [8, 8], base has [16, 8]; tensor 'model.layers.2.extra.weight' is missing, base has it" in text
+    assert (
+        f"tensor '{Q}' has shape [8, 8], base has [16, 8]; tensor 'model.layers.2.extra.weight' is missing, base has it" in text
+    )
     assert "Is base_model the one that they were fine-tuned from?" in text
 
 
 def test_hundreds_of_differing_tensors_fit_on_a_screen(world: World) -> None:
-    world.edit("expert1/model.safetensors", lambda t: t.update({f"model.layers.{i}.other.weight": torch.zeros(1) for i in range(300)}))
+    world.edit(
+        "expert1/model.safetensors", lambda t: t.update({f"model.layers.{i}.other.weight": torch.zeros(1) for i in range(300)})
+    )
     text = world.refused()
     assert "and 292 more tensors like these" in text and len(text) < 2000
 
@@ -226,7 +258,11 @@ def test_an_output_that_is_an_input_is_refused_even_with_overwrite(world: World,
     expert = world.root / "expert0"
     for out in (expert, world.root):
         world.out = out
-        before = {path: path.read_bytes() for path in world.root.rglob("*") if path.is_file() and path.name != "recipe.yaml" and world.home not in path.parents}
+        before = {
+            path: path.read_bytes()
+            for path in world.root.rglob("*")
+            if path.is_file() and path.name != "recipe.yaml" and world.home not in path.parents
+        }
         assert "is, or holds, an input of the merge" in world.refused(command, "--overwrite")
         assert all(path.read_bytes() == content for path, content in before.items())
 
@@ -280,8 +316,13 @@ def test_no_such_key_or_bucket_beside_a_local_problem(world: World, s3_server: S
     shutil.rmtree(world.root / "base")
     text = in_s3(world, f"{s3_server.uri}/experts/matth")
     assert "2 problems found" in text and f"{world.root / 'base'}' does not exist" in text
-    assert f"{s3_server.uri}/experts/matth: there is no such key or prefix (endpoint {s3_server.endpoint}" in text and "check the spelling" in text
-    assert "there is no bucket 'no-such-bucket' there; check the name and the endpoint" in in_s3(world, "s3://no-such-bucket/math")
+    assert (
+        f"{s3_server.uri}/experts/matth: there is no such key or prefix (endpoint {s3_server.endpoint}" in text
+        and "check the spelling" in text
+    )
+    assert "there is no bucket 'no-such-bucket' there; check the name and the endpoint" in in_s3(
+        world, "s3://no-such-bucket/math"
+    )
     assert "there is no bucket" in world.refused("plan")
     text = in_s3(world, "s3://")
     assert "is not an S3 address; expected s3://bucket/prefix" in text
@@ -293,7 +334,10 @@ def test_an_unreachable_endpoint(world: World, s3_server: S3Test, monkeypatch: p
         port = free.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
     for text in (in_s3(world, "s3://models/math"), world.refused("plan")):
-        assert f"endpoint http://127.0.0.1:{port}, bucket 'models'" in text and "check that the server runs and that AWS_ENDPOINT_URL_S3" in text
+        assert (
+            f"endpoint http://127.0.0.1:{port}, bucket 'models'" in text
+            and "check that the server runs and that AWS_ENDPOINT_URL_S3" in text
+        )
 
 
 def test_second_moments_in_s3_that_are_not_there(world: World, s3_server: S3Test) -> None:

@@ -42,7 +42,12 @@ def add_moments(folder: Path, seed: int = 0) -> None:
     """v between 1e-16 and 1e-10 for every tensor of a folder."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
-    write_moments(folder, {n: 10.0 ** (-16 + 6 * torch.rand(x.shape, generator=generator)) for n, x in weights.items()}, step=100, beta2=0.999)
+    write_moments(
+        folder,
+        {n: 10.0 ** (-16 + 6 * torch.rand(x.shape, generator=generator)) for n, x in weights.items()},
+        step=100,
+        beta2=0.999,
+    )
 
 
 def merge(recipe: dict[str, Any], out: Path, **options: Any) -> engine.MergeReport:
@@ -97,7 +102,13 @@ def test_everything_beside_the_weights_comes_along(tmp_path: Path) -> None:
         (base / private).write_text("not of the model")
     merge(recipe, tmp_path / "out")
     out = tmp_path / "out"
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja"):
+    for name in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+    ):
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
     assert not {"optimizer.pt", "training_args.bin", "notes.txt"} & {path.name for path in out.iterdir()}
     from transformers import AutoTokenizer
@@ -108,7 +119,9 @@ def test_everything_beside_the_weights_comes_along(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(chat, tokenize=False, chat_template="tool") == "tool: hi"
     assert loaded(out).generation_config.temperature == 0.3
     card = (out / "README.md").read_text()
-    assert "not of the model" not in card and "density: 0.4" in card and "| expert1 |" in card.replace("expert expert1", "expert1")
+    assert (
+        "not of the model" not in card and "density: 0.4" in card and "| expert1 |" in card.replace("expert expert1", "expert1")
+    )
 
 
 def test_pickled_weights_give_the_same_merge(tmp_path: Path) -> None:
@@ -184,7 +197,9 @@ def test_a_killed_merge_leaves_no_half_output(tmp_path: Path, existing: bool) ->
     if existing:
         out.mkdir()
         (out / "old").write_text("old")
-    running = subprocess.Popen([sys.executable, "-c", SLOW_MERGE, str(tmp_path / "r.yaml"), str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW_MERGE, str(tmp_path / "r.yaml"), str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert running.stdout is not None
     for _ in range(3):
         assert running.stdout.readline().startswith("wrote")
@@ -268,4 +283,6 @@ def test_only_the_dtype_of_the_recipe_changes_the_configuration(tmp_path: Path) 
     base = json.loads((tmp_path / "base" / "config.json").read_text())
     assert json.loads((tmp_path / "a" / "config.json").read_text()) == base
     changed = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert changed.pop("dtype") == "float16" and changed == {key: value for key, value in base.items() if key not in {"dtype", "torch_dtype"}}
+    assert changed.pop("dtype") == "float16" and changed == {
+        key: value for key, value in base.items() if key not in {"dtype", "torch_dtype"}
+    }

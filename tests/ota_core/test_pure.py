@@ -51,7 +51,9 @@ def test_ota_core_loads_no_forbidden_package() -> None:
 def test_imports_never_run_upwards(package: str, above: set[str]) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
-    wrong = {str(file.relative_to(ROOT)): found for file in files if (found := {n for n in imported(file) if n.split(".")[0] in above})}
+    wrong = {
+        str(file.relative_to(ROOT)): found for file in files if (found := {n for n in imported(file) if n.split(".")[0] in above})
+    }
     assert wrong == {}
 
 
@@ -69,6 +71,8 @@ def test_each_service_has_its_own_files(package: str) -> None:
 
 
 def test_help_answers_without_loading_anything_heavy() -> None:
-    loaded = loaded_after("import sys\nsys.argv = ['ota', '--help']\nfrom flows.cli import app\ntry: app()\nexcept SystemExit: pass")
+    loaded = loaded_after(
+        "import sys\nsys.argv = ['ota', '--help']\nfrom flows.cli import app\ntry: app()\nexcept SystemExit: pass"
+    )
     assert "flows.cli" in loaded
     assert {name.split(".")[0] for name in loaded} & (FORBIDDEN | {"torch", "numpy", "numba", "pandas", "lm_eval"}) == set()

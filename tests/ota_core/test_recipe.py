@@ -49,7 +49,9 @@ def test_a_published_recipe_runs_unchanged(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(PUBLISHED)
     read = load_recipe(tmp_path / "r.yaml")
     assert [read.setting("precond_threshold", i) for i in (0, 1)] == [1e-26, 2.5e-27]
-    assert read.setting("compression") == "rank1" and read.setting("fallback") == "base" and read.setting("masked_merge") == "linear"
+    assert (
+        read.setting("compression") == "rank1" and read.setting("fallback") == "base" and read.setting("masked_merge") == "linear"
+    )
     assert read.setting("epsilon") == 1e-8 and read.output_dtype == "bfloat16" and read.tokenizer_source == "base"
     assert read.models[1].parameters.preconditioner_path == "exp_avg_sq.safetensors"
     assert read.ffg(0) and read.ffg(1)
@@ -66,7 +68,9 @@ def test_numbers_as_people_write_them(text: str, value: Any) -> None:
 
 
 def test_a_key_written_twice_names_key_and_line() -> None:
-    with pytest.raises(RecipeError, match=r"(?s)r\.yaml is not valid YAML: the key 'density' appears twice\s+in \"r\.yaml\", line 2") as caught:
+    with pytest.raises(
+        RecipeError, match=r"(?s)r\.yaml is not valid YAML: the key 'density' appears twice\s+in \"r\.yaml\", line 2"
+    ) as caught:
         parse_yaml("density: 0.4\ndensity: 0.5\n", "r.yaml")
     assert "<unicode string>" not in str(caught.value)
 
@@ -99,11 +103,19 @@ def test_two_spellings_of_one_recipe_are_equal(ours: dict[str, Any], other: dict
 
 def test_where_a_parameter_is_written_does_not_matter() -> None:
     once = parse_recipe(recipe({"density": 0.4}))
-    each = parse_recipe(recipe(models=[{"model": "x", "parameters": {"density": 0.4}}, {"model": "y", "parameters": {"density": 0.4}}]))
+    each = parse_recipe(
+        recipe(models=[{"model": "x", "parameters": {"density": 0.4}}, {"model": "y", "parameters": {"density": 0.4}}])
+    )
     assert once.effective() == each.effective()
     assert once.effective() != parse_recipe(recipe({"density": 0.41})).effective()
-    assert parse_recipe(recipe(dtype="float16", out_dtype="bfloat16")).effective() == parse_recipe(recipe(dtype="bfloat16")).effective()
-    assert parse_recipe(recipe(models=[{"model": "elsewhere", "name": "n", "capability": "c"}, {"model": "y"}])).effective() == parse_recipe(recipe()).effective()
+    assert (
+        parse_recipe(recipe(dtype="float16", out_dtype="bfloat16")).effective()
+        == parse_recipe(recipe(dtype="bfloat16")).effective()
+    )
+    assert (
+        parse_recipe(recipe(models=[{"model": "elsewhere", "name": "n", "capability": "c"}, {"model": "y"}])).effective()
+        == parse_recipe(recipe()).effective()
+    )
 
 
 # Control characters that PyYAML does not give back (U+0085) are in nobody's names.
@@ -181,7 +193,14 @@ def test_a_density_outside_zero_to_one_is_named_with_its_place(density: Any, own
 def test_every_problem_is_listed() -> None:
     text = refused(recipe({"density": 2, "pwer": 1, "fallback": "bass"}, {"weights": 1}, dtype="int8", extra=1))
     assert text.startswith("6 problems found:")
-    for part in ("parameters.density", "'parameters.pwer'", "parameters.fallback", "'models[0].parameters.weights'", "dtype", "'extra'"):
+    for part in (
+        "parameters.density",
+        "'parameters.pwer'",
+        "parameters.fallback",
+        "'models[0].parameters.weights'",
+        "dtype",
+        "'extra'",
+    ):
         assert part in text
     text = refused(recipe({"density": 0.4, "precond_threshold": 1, "t": 0.1, "seed": 1}))
     assert text.startswith("4 problems found:") and "models[0] (x)" in text and "models[1] (y)" in text

@@ -84,7 +84,9 @@ def test_staged_equals_fused(tmp_path: Path, parameters: dict[str, Any], tie: bo
     want = weights(tmp_path / "fused")
     assert want != weights(tmp_path / "base")
     for threads in (1, 2):
-        out, other = staged(recipe, tmp_path / f"staged{threads}", threads=threads, expert_at_a_time=threads == 2, block_elements=threads * 96)
+        out, other = staged(
+            recipe, tmp_path / f"staged{threads}", threads=threads, expert_at_a_time=threads == 2, block_elements=threads * 96
+        )
         assert weights(out) == want
         assert other.fingerprint == report.fingerprint and other.densities == report.densities
     if tie:
@@ -112,13 +114,22 @@ def test_compressed_moments_of_another_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     assert inputs.experts[0].moments is not None
     engine.compress_moments(inputs.experts[0].moments, path, method="rank1")
-    with pytest.raises(Exception, match=r"v.safetensors holds second moments compressed with rank1; the recipe asks for compression: none"):
-        engine.merge(recipe, tmp_path / "out", inputs=replace(inputs, experts=(replace(inputs.experts[0], moments=path), inputs.experts[1])))
+    with pytest.raises(
+        Exception, match=r"v.safetensors holds second moments compressed with rank1; the recipe asks for compression: none"
+    ):
+        engine.merge(
+            recipe,
+            tmp_path / "out",
+            inputs=replace(inputs, experts=(replace(inputs.experts[0], moments=path), inputs.experts[1])),
+        )
     with pytest.raises(Exception, match="is compressed with rank1 already"):
         engine.compress_moments(path, tmp_path / "again", method="rank1")
 
 
-@pytest.mark.parametrize("method, parameters", [("ota", {"density": 0.4, "compression": "rank1"}), ("ties", {"density": 0.4}), ("dare_ties", {"density": 0.5, "seed": 7})])
+@pytest.mark.parametrize(
+    "method, parameters",
+    [("ota", {"density": 0.4, "compression": "rank1"}), ("ties", {"density": 0.4}), ("dare_ties", {"density": 0.5, "seed": 7})],
+)
 @pytest.mark.parametrize("shards", [2, 5])
 def test_sharded_inputs_and_threads_change_no_byte(tmp_path: Path, method: str, parameters: dict[str, Any], shards: int) -> None:
     base = random_base()

@@ -56,7 +56,11 @@ def merged(root: Path, base: list[int], experts: list[list[int]], *, pads: tuple
 
 
 def merge(root: Path, count: int, parameters: dict[str, Any] = OPTIONS, **top: Any) -> dict[str, torch.Tensor]:
-    raw = {"merge_method": "ota", "base_model": str(root / "base"), "models": [{"model": str(root / f"expert{i}")} for i in range(count)]}
+    raw = {
+        "merge_method": "ota",
+        "base_model": str(root / "base"),
+        "models": [{"model": str(root / f"expert{i}")} for i in range(count)],
+    }
     engine.merge(MergeRecipe.model_validate(raw | {"parameters": parameters} | top), root / "out")
     return load_file(root / "out" / "model.safetensors")
 
@@ -78,7 +82,9 @@ def assert_same_tokens(a: Path, b: Path, tokens: list[str] | None = None, *, tie
 
 
 # Without compression: the column sums of rank1 would be added in another order and could differ in the last bit.
-@pytest.mark.parametrize("parameters", [{"density": 0.3}, {"density": 0.3, "scope": "per_tensor"}, {}, {"normalise": "global"}], ids=str)
+@pytest.mark.parametrize(
+    "parameters", [{"density": 0.3}, {"density": 0.3, "scope": "per_tensor"}, {}, {"normalise": "global"}], ids=str
+)
 @pytest.mark.parametrize("tie", [False, True])
 def test_permuted_tokens_merge_as_if_they_were_not(tmp_path: Path, parameters: dict[str, Any], tie: bool) -> None:
     merged(tmp_path / "plain", SAME, [SAME, SAME], parameters=parameters, tie=tie)
@@ -126,7 +132,9 @@ def test_tokenizer_of_an_expert(tmp_path: Path, label: str) -> None:
     source = "model:" + ("expert0" if label == "expert0" else str(tmp_path / "m" / "expert0"))
     merged(tmp_path / "plain", SAME, [SAME, SAME], parameters={"density": 0.3})
     merged(tmp_path / "m", SAME, [SHUFFLED, SAME], parameters={"density": 0.3}, tokenizer_source=source)
-    assert (tmp_path / "m" / "out" / "tokenizer.json").read_bytes() == (tmp_path / "m" / "expert0" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "m" / "out" / "tokenizer.json").read_bytes() == (
+        tmp_path / "m" / "expert0" / "tokenizer.json"
+    ).read_bytes()
     assert_same_tokens(tmp_path / "plain", tmp_path / "m")
     loaded(tmp_path / "m" / "out")
 
@@ -175,7 +183,9 @@ def test_union_has_every_token_and_its_ids_fit_the_rows(tmp_path: Path) -> None:
     experts = [load_file(tmp_path / "u" / f"expert{i}" / "model.safetensors")[EMBED] for i in range(3)]
     assert torch.equal(got[EMBED][ids[0]], experts[0][-1])
     low, high = torch.minimum(experts[1][-1], experts[2][-1]), torch.maximum(experts[1][-1], experts[2][-1])
-    assert ((got[EMBED][ids[1]] >= low) & (got[EMBED][ids[1]] <= high)).all() and not torch.equal(got[EMBED][ids[1]], experts[1][-1])
+    assert ((got[EMBED][ids[1]] >= low) & (got[EMBED][ids[1]] <= high)).all() and not torch.equal(
+        got[EMBED][ids[1]], experts[1][-1]
+    )
     model = loaded(out)
     assert model.generate(**tokenizer("a<|tool|>", return_tensors="pt"), max_new_tokens=2, do_sample=False).shape[1] > 2
     assert torch.equal(plain["model.norm.weight"], got["model.norm.weight"])
@@ -191,7 +201,10 @@ def test_sizes_that_differ_without_a_tokenizer_are_refused(tmp_path: Path, which
     merged(tmp_path, SAME, [SAME], pads=(0, 8), parameters={})
     (tmp_path / "out").rename(tmp_path / "before")
     (tmp_path / which / "tokenizer.json").unlink()
-    with pytest.raises(OtaError, match=rf"base: 104 rows, expert0: 112 rows.*which token in: {which}\. Put the tokenizer files beside the weights"):
+    with pytest.raises(
+        OtaError,
+        match=rf"base: 104 rows, expert0: 112 rows.*which token in: {which}\. Put the tokenizer files beside the weights",
+    ):
         merge(tmp_path, 1, {})
     assert not (tmp_path / "out").exists()
 

@@ -29,7 +29,13 @@ class World:
     def inputs(self, path: str | None = None, *, model: str = "expert", method: str = "ota", **options: Any) -> MergeInputs:
         entry = {"model": model, "parameters": {"preconditioner_path": path} if path else {}}
         recipe = MergeRecipe.model_validate({"merge_method": method, "base_model": "base", "models": [entry]})
-        return assemble(recipe, fetch_all(recipe, cache=self.cache, recipe_dir=self.beside), cache=self.cache, recipe_dir=self.beside, **options)
+        return assemble(
+            recipe,
+            fetch_all(recipe, cache=self.cache, recipe_dir=self.beside),
+            cache=self.cache,
+            recipe_dir=self.beside,
+            **options,
+        )
 
     def moments(self, path: str | None = None, **options: Any) -> Path | None:
         return self.inputs(path, **options).experts[0].moments
@@ -127,16 +133,29 @@ def test_models_beside_the_recipe_or_here(world: World, tmp_path: Path) -> None:
     assert world.moments(model="here") == world.cwd / "here" / "exp_avg_sq.safetensors"
     write_expert(world.cwd / "expert", EXPERT)
     text = world.refused()
-    assert "model 'expert' is found in" in text and str(world.expert) in text and str(world.cwd / "expert") in text and "give the full path" in text
+    assert (
+        "model 'expert' is found in" in text
+        and str(world.expert) in text
+        and str(world.cwd / "expert") in text
+        and "give the full path" in text
+    )
     assert world.moments(model=str(world.expert)) == world.expert / "exp_avg_sq.safetensors"
 
 
 def test_names_come_from_the_recipe_the_manifest_or_the_path(world: World) -> None:
     storage.write_expert_json(world.expert, capability="math", base_model="base", trained_at="2026-11-20", step=7, beta2=0.9)
     write_expert(world.beside / "plain", EXPERT)
-    entries = [{"model": "expert"}, {"model": "plain"}, {"model": "expert", "name": "third"}, {"model": "plain", "capability": "code"}, {"model": "expert"}]
+    entries = [
+        {"model": "expert"},
+        {"model": "plain"},
+        {"model": "expert", "name": "third"},
+        {"model": "plain", "capability": "code"},
+        {"model": "expert"},
+    ]
     recipe = MergeRecipe.model_validate({"merge_method": "ota", "base_model": "base", "models": entries})
-    inputs = assemble(recipe, fetch_all(recipe, cache=world.cache, recipe_dir=world.beside), cache=world.cache, recipe_dir=world.beside)
+    inputs = assemble(
+        recipe, fetch_all(recipe, cache=world.cache, recipe_dir=world.beside), cache=world.cache, recipe_dir=world.beside
+    )
     assert [expert.name for expert in inputs.experts] == ["math", "plain", "third", "code", "math-2"]
     assert [expert.capability for expert in inputs.experts] == ["math", None, "math", "code", "math"]
 
@@ -149,6 +168,8 @@ def test_names_are_unique_and_leave_the_bases_alone() -> None:
 def test_progress_names_what_is_fetched(world: World, s3_server: S3Test) -> None:
     storage.upload_folder(world.expert, f"{s3_server.uri}/e")
     seen: list[tuple[str, int, int]] = []
-    recipe = MergeRecipe.model_validate({"merge_method": "ota", "base_model": "base", "models": [{"model": f"{s3_server.uri}/e"}]})
+    recipe = MergeRecipe.model_validate(
+        {"merge_method": "ota", "base_model": "base", "models": [{"model": f"{s3_server.uri}/e"}]}
+    )
     fetch_all(recipe, cache=world.cache, recipe_dir=world.beside, progress=lambda *told: seen.append(told))
     assert {what for what, _, _ in seen} == {f"fetch {s3_server.uri}/e"} and seen[-1][1] == seen[-1][2] > 0

@@ -8,7 +8,6 @@ import pytest
 
 from ota_core import engine
 from ota_core.artifact import read_record
-from ota_core.errors import RecipeError
 from ota_core.inputs import MergeInputs
 from ota_core.recipe import MergeRecipe
 from tasks import stages, storage
@@ -201,12 +200,13 @@ def test_a_suite_is_checked_before_it_is_needed(tmp_path: Path) -> None:
         stages.check_suite(suite, tmp_path / "nowhere", None)
 
 
-def test_a_name_like_the_base_is_refused(models: Path, where: Places) -> None:
-    entries = [{"model": str(models / "math"), "name": "base"}, {"model": str(models / "knowledge")}]
-    with pytest.raises(RecipeError, match=r"models\[0\].*is called 'base'.*give it another 'name'"):
-        inputs_of(recipe(models, top={"models": entries}), where)
-    without = MergeRecipe.model_validate({"merge_method": "linear", "models": entries})
-    assert [expert.name for expert in inputs_of(without, where).experts] == ["base", "knowledge"]
+def test_a_capability_called_base_gets_another_label(models: Path, where: Places, tmp_path: Path) -> None:
+    """Tables and metrics know the base by its name. A recipe's own names are checked with the recipe; this one comes with the expert."""
+    expert = shutil.copytree(models / "math", tmp_path / "expert")
+    write_expert_json(expert, capability="base", base_model="base", trained_at="2026-11-20")
+    entries = [{"model": str(expert)}, {"model": str(models / "knowledge")}]
+    names = [expert.name for expert in inputs_of(recipe(models, top={"models": entries}), where).experts]
+    assert names == ["base-2", "knowledge"]
 
 
 def test_the_merged_models_digest_is_of_its_content(models: Path, where: Places) -> None:

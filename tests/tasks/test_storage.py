@@ -221,7 +221,7 @@ def test_hugging_face_id(tmp_path: Path) -> None:
     hub = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     environ = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
-    environ |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    environ |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
     def fetched(source: str) -> str:
         script = (
