@@ -109,15 +109,14 @@ def outcome_table(outcomes: dict[str, Any], where: Any, read_scores: Any) -> Any
 
 def comparison_table(outcomes: dict[str, Any], where: Any, read_scores: Any) -> Any:
     """The same as a DataFrame."""
-    from tasks.scores import scores_table
+    from flows.report import compare
 
     first = next(iter(outcomes.values()))
     found = {key: read_scores(where, ref) for key, ref in first.scores.items()}
-    base: Any = found.get("base", dict.fromkeys(found["merged"].by_capability()))
     experts = {
         key.removeprefix("expert/"): (first.capabilities.get(key.removeprefix("expert/"), key), scores)
         for key, scores in found.items()
         if key.startswith("expert/")
     }
     merges = {name: read_scores(where, outcome.scores["merged"]) for name, outcome in outcomes.items()}
-    return scores_table(base, experts, merges)
+    return compare(found.get("base"), experts, merges)

@@ -111,7 +111,9 @@ def _with_moments(
             "beside the weights. Name the file with preconditioner_path"
         )
     inside = path.is_relative_to(expert.path) and path.relative_to(expert.path).as_posix() in fetched.files
-    return replace(expert, moments=path, moments_digest=None if inside or not digests else moments_digest(path, cache))
+    return replace(
+        expert, moments=path, moments_digest=None if (inside and named is None) or not digests else moments_digest(path, cache)
+    )
 
 
 def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None) -> Path | None:

@@ -77,7 +77,6 @@ def test_experts_in_folders_beside_the_recipe(world: World, counts: Counter[str]
     assert run.outcome.merged != first.outcome.merged
 
 
-@pytest.mark.xfail(strict=True, reason="tasks/inputs.py: a file named inside the expert's folder needs a digest of its own")
 def test_two_files_of_second_moments_in_one_folder(world: World, tmp_path: Path) -> None:
     """``preconditioner_path`` chooses between them: another choice is another merge."""
     shutil.copytree(world.models, tmp_path / "models")
