@@ -1,5 +1,6 @@
 """A model's parameters in its own order, from its configuration alone: what turns an optimizer's numbers into names."""
 
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +9,9 @@ from ota_core.errors import CheckpointError
 from ota_core.moments import ParameterLayout
 
 SHOWN = 4
+# transformers imports its parts on first use, which several threads must not do at once, and building a model sets torch's default
+# dtype for the whole process.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def parameter_layout(folder: Path, *, trust_remote_code: bool = False) -> ParameterLayout:
@@ -21,12 +25,13 @@ def parameter_layout(folder: Path, *, trust_remote_code: bool = False) -> Parame
             f"{folder} has no config.json, from which the order of the parameters in the optimizer follows: copy the expert's "
             "config.json there, or save the second moments by name as exp_avg_sq.safetensors"
         )
-    model = _skeleton(folder, trust_remote_code)
-    from transformers import Trainer
+    with _ONE_AT_A_TIME:
+        model = _skeleton(folder, trust_remote_code)
+        from transformers import Trainer
 
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    # The method reads nothing of the Trainer itself; calling it keeps the rule the one of the installed version.
-    decayed = frozenset(Trainer.get_decay_parameter_names(cast(Any, None), model)) & shapes.keys()
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        # The method reads nothing of the Trainer itself; calling it keeps the rule the one of the installed version.
+        decayed = frozenset(Trainer.get_decay_parameter_names(cast(Any, None), model)) & shapes.keys()
     layout = ParameterLayout(shapes=shapes, decayed=decayed, tied=_tied(model))
     _check_against_checkpoint(folder, type(model).__name__, layout)
     return layout

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,3 +188,16 @@ def test_code_that_a_folder_brings_along_does_not_run(trained, tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json cannot be built.*custom code"):
         parameter_layout(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_several_threads_may_ask_first(trained, tmp_path):
+    """transformers loads its parts on first use; experts are compressed in parallel, and each may be the first to ask."""
+    folder, _ = trained("untied")
+    script = (
+        "from concurrent.futures import ThreadPoolExecutor\nfrom pathlib import Path\nfrom tasks.architecture import parameter_layout\n"
+        f"with ThreadPoolExecutor(8) as pool:\n    layouts = list(pool.map(parameter_layout, [Path({str(folder)!r})] * 8))\n"
+        "assert all(layout == layouts[0] for layout in layouts)\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr
