@@ -165,13 +165,18 @@ def caption(table: pd.DataFrame) -> str:
 
 
 def render(table: pd.DataFrame, title: str = "Scores") -> Table:
-    """The table for the terminal, with a line between base, experts and merges."""
+    """The table for the terminal, narrow enough for 80 columns, with a line between base, experts and merges."""
+    from rich import box
+
     header, rows = _text_rows(table)
-    drawn = Table(title=title, caption=caption(table))
+    lists = [f"{name}: below the base on {below}" for name, below in table["below_base"].items() if below]
+    drawn = Table(title=title, caption="\n".join([*lists, caption(table)]), caption_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(header):
-        drawn.add_column(column, justify="right" if 0 < i < len(header) - 1 else "left", no_wrap=i == 0)
+        # Names such as precise_if may break at the underscore; numbers never break.
+        drawn.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=i == 0)
     kinds = list(table["kind"])
     for i, cells in enumerate(rows):
+        cells = [*cells[:-1], cells[-1].split(" ")[0]]  # the count; the names stand in the caption
         drawn.add_row(*cells, end_section=i + 1 < len(rows) and kinds[i] != kinds[i + 1])
     return drawn
 
