@@ -170,8 +170,15 @@ def render(table: pd.DataFrame, title: str = "Scores") -> Table:
 
     header, rows = _text_rows(table)
     lists = [f"{name}: below the base on {below}" for name, below in table["below_base"].items() if below]
-    drawn = Table(title=title, caption="\n".join([*lists, caption(table)]), caption_justify="left", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(header):
+    drawn = Table(
+        title=title,
+        caption="\n".join([*lists, caption(table)]),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for i, column in enumerate("avg" if name == "average" else name for name in header):
         # Names such as precise_if may break at the underscore; numbers never break.
         drawn.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=i == 0)
     kinds = list(table["kind"])

@@ -94,13 +94,27 @@ def test_one_name_for_two_models_is_refused() -> None:
 
 def test_on_screen_and_on_paper() -> None:
     table = scores_table({**BASE, "code": None}, EXPERTS, {"ota": MERGE})
-    console = Console(width=120, file=io.StringIO(), record=True)
+    console = Console(width=80, file=io.StringIO(), record=True)
     console.print(render(table))
     screen = console.export_text()
-    drawn = [[cell.strip() for cell in line.split("│")[1:-1]] for line in screen.splitlines() if line.startswith("│")]
-    cells = {row[0]: row[1:] for row in drawn}
-    assert cells["ota"] == ["60.0", "40.0", "29.0", "44.5", "77.5", "1 (knowledge)"]
-    assert cells["base"] == ["20.0", "–", "30.0", "25.0", "", ""]
+    cells = {line.split()[0]: line.split()[1:] for line in screen.splitlines() if line.split()}
+    assert cells["ota"] == ["60.0", "40.0", "29.0", "44.5", "77.5", "1"]
+    assert cells["base"] == ["20.0", "–", "30.0", "25.0"]
+    assert "ota: below the base on knowledge" in screen
+
+
+def test_five_capabilities_fit_eighty_columns() -> None:
+    names = ["math", "code", "precise_if", "general_if", "knowledge"]
+    table = scores_table(
+        dict.fromkeys(names, 0.1), {n: (n, dict.fromkeys(names, 1.0)) for n in names}, {"OTA + FFG": dict.fromkeys(names, 0.3)}
+    )
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(render(table))
+    assert "…" not in console.export_text()
+
+
+def test_on_paper() -> None:
+    table = scores_table({**BASE, "code": None}, EXPERTS, {"ota": MERGE})
     paper = to_markdown(table).splitlines()
     assert paper[0] == "| model | math | code | knowledge | average | retention | below base |"
     assert paper[1] == "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
