@@ -180,7 +180,8 @@ def render(table: pd.DataFrame, title: str = "Scores") -> Table:
     )
     for i, column in enumerate("avg" if name == "average" else name for name in header):
         # Names such as precise_if may break at the underscore; numbers never break.
-        drawn.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=i == 0)
+        words = column.replace("_", " ")
+        drawn.add_column(words, justify="right" if i else "left", no_wrap=i == 0, min_width=max(map(len, words.split())))
     kinds = list(table["kind"])
     for i, cells in enumerate(rows):
         cells = [*cells[:-1], cells[-1].split(" ")[0]]  # the count; the names stand in the caption
