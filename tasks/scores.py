@@ -170,15 +170,10 @@ def render(table: pd.DataFrame, title: str = "Scores") -> Table:
 
     header, rows = _text_rows(table)
     lists = [f"{name}: below the base on {below}" for name, below in table["below_base"].items() if below]
-    drawn = Table(
-        title=title,
-        caption="\n".join([*lists, caption(table)]),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for i, column in enumerate("avg" if name == "average" else name for name in header):
+    drawn = Table(title=title, caption="\n".join([*lists, caption(table)]), caption_justify="left", box=box.SIMPLE_HEAD)
+    drawn.show_edge, drawn.padding = False, (0, 1, 0, 0)
+    short = {"average": "avg", "below base": "below"}
+    for i, column in enumerate(short.get(name, name) for name in header):
         # Names such as precise_if may break at the underscore; numbers never break.
         words = column.replace("_", " ")
         drawn.add_column(words, justify="right" if i else "left", no_wrap=i == 0, min_width=max(map(len, words.split())))
