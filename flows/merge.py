@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
-from flows.report import merge_name, merge_run
+from flows.report import merge_label, merge_name, merge_run
 from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import OtaError, raise_all
@@ -108,6 +108,7 @@ class MergeOutcome(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+    """How it was merged, for the row of a table."""
     merged: ArtifactRef
     path: str
     """The merged model's folder on this machine."""
@@ -166,8 +167,8 @@ def merge_flow(
     merged: ArtifactRef = _missing(merge, step, where)(step, where, recipe, ready, memory, device)
     stage_refs["merge"] = [merged]
 
-    name = merge_name(recipe)
-    subjects = _subjects(recipe, inputs, fetched, stages.merged_subject(where, name, merged))
+    label = merge_label(recipe)
+    subjects = _subjects(recipe, inputs, fetched, stages.merged_subject(where, label, merged))
     scores: dict[str, ArtifactRef] = {}
     if suite and tests:
         steps = {key: stages.score_step(subject, tests, data_dir, limit) for key, subject in subjects.items()}
@@ -180,7 +181,7 @@ def merge_flow(
     logged = log(run, where, tracking_uri)
     get_run_logger().info("merged model: %s; MLflow run %s", subjects["merged"].path, logged.url or logged.run_id)
     return MergeOutcome(
-        name=name,
+        name=label,
         merged=merged,
         path=str(subjects["merged"].path),
         digest=subjects["merged"].digest,

@@ -23,20 +23,26 @@ from tasks.tracking import ChildRun, InputRef, MergeRun
 
 def merge_name(recipe: MergeRecipe) -> str:
     """A short name that says what is merged, for example ``ota math+code rho=0.4``."""
-    labels = [entry.name or entry.capability or _short(entry.model) for entry in recipe.models]
-    name = f"{recipe.merge_method} {'+'.join(labels)}"
+    experts = "+".join(entry.name or entry.capability or _short(entry.model) for entry in recipe.models)
+    method, *settings = merge_label(recipe).split(" ")
+    return " ".join([method, experts, *settings])[:200].replace("'", "").replace("`", "")
+
+
+def merge_label(recipe: MergeRecipe) -> str:
+    """How it is merged, for tables and charts that name the experts anyway: ``ota rho=0.4``."""
+    parts: list[str] = [recipe.merge_method]
     densities = {recipe.setting("density", i) for i in range(len(recipe.models))} - {None, 1.0}
     thresholds = {recipe.setting("precond_threshold", i) for i in range(len(recipe.models))} - {None}
     if densities:
-        name += f" rho={'/'.join(f'{d:g}' for d in sorted(densities))}"
+        parts.append(f"rho={'/'.join(f'{d:g}' for d in sorted(densities))}")
     if thresholds:
-        name += f" tau={'/'.join(f'{t:g}' for t in sorted(thresholds))}"
+        parts.append(f"tau={'/'.join(f'{t:g}' for t in sorted(thresholds))}")
     if recipe.setting("compression") not in {None, "none"} and recipe.merge_method in {"ota", "fisher"}:
-        name += f" {recipe.setting('compression')}"
+        parts.append(recipe.setting("compression"))
     lam = recipe.setting("lambda")
     if lam not in {None, 1.0}:
-        name += f" lambda={lam:g}"
-    return name[:200].replace("'", "").replace("`", "")
+        parts.append(f"lambda={lam:g}")
+    return " ".join(parts)
 
 
 def _short(model: str) -> str:
