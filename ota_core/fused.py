@@ -27,28 +27,22 @@ def _score(v_hat: np.float32, theta: np.float32, base: np.float32, metric: int) 
 
 
 @_compile
-def _count_high(base: F32, theta: F32, v: F32, factor: np.float32, metric: int, counts: NDArray[np.int64]) -> None:
+def _count(base: F32, theta: F32, v: F32, factor: np.float32, metric: int, high: int, counts: NDArray[np.int64]) -> None:
+    """The upper 16 bits of every score, or with ``high`` ≥ 0 the lower bits of the scores whose upper bits are ``high``."""
+    # Scores of a piece first, counts after: the first loop runs in the processor's vector units.
     scores = np.empty(1024, np.float32)
     bits = scores.view(np.uint32)
     for start in range(0, base.shape[0], 1024):
         size = min(1024, base.shape[0] - start)
         for i in range(size):
             scores[i] = _score(v[start + i] * factor, theta[start + i], base[start + i], metric)
-        for i in range(size):
-            counts[bits[i] >> 16] += 1
-
-
-@_compile
-def _count_low(base: F32, theta: F32, v: F32, factor: np.float32, metric: int, high: int, counts: NDArray[np.int64]) -> None:
-    scores = np.empty(1024, np.float32)
-    bits = scores.view(np.uint32)
-    for start in range(0, base.shape[0], 1024):
-        size = min(1024, base.shape[0] - start)
-        for i in range(size):
-            scores[i] = _score(v[start + i] * factor, theta[start + i], base[start + i], metric)
-        for i in range(size):
-            if (bits[i] >> 16) == high:
-                counts[bits[i] & 0xFFFF] += 1
+        if high < 0:
+            for i in range(size):
+                counts[bits[i] >> 16] += 1
+        else:
+            for i in range(size):
+                if (bits[i] >> 16) == high:
+                    counts[bits[i] & 0xFFFF] += 1
 
 
 @_compile
@@ -166,8 +160,5 @@ def count_scores(
 
     base, theta, v: float32 (n,); counts: int64 (65536,).
     """
-    arrays = base.numpy(), theta.numpy(), v.numpy(), np.float32(factor), metric
-    if high is None:
-        _count_high(*arrays, counts.numpy())
-    else:
-        _count_low(*arrays, high, counts.numpy())
+    upper = -1 if high is None else high
+    _count(base.numpy(), theta.numpy(), v.numpy(), np.float32(factor), metric, upper, counts.numpy())

@@ -22,6 +22,7 @@ from tests.flows.prefect_fixture import flow_run_name
 from tests.tiny_models import perturb
 
 NAME = "ota math+knowledge rho=0.4 rank1"
+LABEL = "ota rho=0.4 rank1"
 STAGES = {"compress math", "compress knowledge", "mask math", "mask knowledge", "merge ota"}
 SCORED = {"benchmark base", "benchmark math", "benchmark knowledge"}
 
@@ -39,10 +40,10 @@ def test_first_run_computes_all_and_the_second_nothing(world: World, counts: Cou
     here = world.at(tmp_path / "home")
     first = here.run(recipe)
     outcome = first.outcome
-    expected = fetches(world) | STAGES | SCORED | {f"benchmark {NAME}", f"log {NAME}"}
+    expected = fetches(world) | STAGES | SCORED | {f"benchmark {LABEL}", f"log {NAME}"}
     assert first.states == {name: ["Completed"] for name in expected}
     assert counts == {"fetch": 3, "compress": 2, "mask": 2, "merge": 1, "score": 4}
-    assert (outcome.name, flow_run_name(first.id)) == (NAME, NAME)
+    assert (outcome.name, flow_run_name(first.id)) == (LABEL, NAME)
     assert set(outcome.scores) == {"base", "expert/math", "expert/knowledge", "merged"}
     root = here.home / "artifacts"
     assert Counter(path.parent.name for path in root.glob("*/*")) == {"moments": 2, "masks": 2, "merged": 1, "scores": 4}
@@ -96,7 +97,7 @@ def done(world: World) -> World:
 
 def test_another_density_keeps_what_does_not_depend_on_it(done: World, counts: Counter[str]) -> None:
     run = done.run(ota(done, density=0.2))
-    assert set(run.computed()) == {"mask math", "mask knowledge", "merge ota", "benchmark ota math+knowledge rho=0.2 rank1"}
+    assert set(run.computed()) == {"mask math", "mask knowledge", "merge ota", "benchmark ota rho=0.2 rank1"}
     assert counts == {"mask": 2, "merge": 1, "score": 1}
     for expert, density in run.outcome.densities.items():
         assert density == pytest.approx(0.2, abs=1e-3), expert
@@ -126,7 +127,7 @@ def test_another_compression_is_computed_anew(done: World, counts: Counter[str])
 
 def test_another_limit_scores_every_model_again(done: World, counts: Counter[str]) -> None:
     run = done.run(ota(done), limit=3)
-    assert set(run.computed()) == SCORED | {f"benchmark {NAME}"} and counts == {"score": 4}
+    assert set(run.computed()) == SCORED | {f"benchmark {LABEL}"} and counts == {"score": 4}
 
 
 def test_two_homes_do_not_share_results(done: World, counts: Counter[str], tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_ota_run_says_where_everything_is(world: World, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     merged = next((tmp_path / "home" / "artifacts" / "merged").iterdir())
     assert f"merged model: {merged}" in done.stdout and "mlflow ui" in done.stdout
-    for row in ("base", *EXPERTS, "ota math+knowledge rho=0.4"):
+    for row in ("base", *EXPERTS, "ota rho=0.4"):
         assert row in done.stdout, row
 
 
@@ -162,7 +162,7 @@ def test_a_failed_benchmark_keeps_the_rest(
     with pytest.raises(CheckpointError, match=r"merged/.* cannot be loaded"):
         _ = run.outcome
     counts.clear()
-    assert here.run(recipe).computed() == ["benchmark linear math+knowledge"] and counts == {"score": 1}
+    assert here.run(recipe).computed() == ["benchmark linear"] and counts == {"score": 1}
 
 
 def test_only_user_errors_lose_their_traceback(

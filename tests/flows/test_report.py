@@ -26,6 +26,7 @@ from tasks.stages import Subject
 from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World
 
 NAME = "ota math+knowledge rho=0.4 rank1"
+LABEL = "ota rho=0.4 rank1"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_artifacts(logged: FlowRun, parent: Run, client: MlflowClient, tmp_path:
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == [f"{world.uri}/models/base"]
     table = pd.read_csv(folder / "tables" / "scores.csv", index_col="model")
-    assert list(table.index) == ["base", *EXPERTS, NAME]
+    assert list(table.index) == ["base", *EXPERTS, LABEL]
     for row, key in zip(table.index, ("base", "expert/math", "expert/knowledge", "merged"), strict=True):
         assert table.loc[row, list(EXPERTS)].to_dict() == pytest.approx(scores[key]), row
         assert table.loc[row, "average"] == pytest.approx(sum(scores[key].values()) / 2)
@@ -129,8 +130,8 @@ def test_artifacts(logged: FlowRun, parent: Run, client: MlflowClient, tmp_path:
 def test_children_lineage_and_version(logged: FlowRun, parent: Run, client: MlflowClient, world: World) -> None:
     found = client.search_runs([parent.info.experiment_id], filter_string=f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     children = {run.info.run_name: run for run in found}
-    assert set(children) == {"base", *EXPERTS, NAME} and len(found) == 4
-    for name, key in {"base": "base", "math": "expert/math", "knowledge": "expert/knowledge", NAME: "merged"}.items():
+    assert set(children) == {"base", *EXPERTS, LABEL} and len(found) == 4
+    for name, key in {"base": "base", "math": "expert/math", "knowledge": "expert/knowledge", LABEL: "merged"}.items():
         scores = scores_of(logged)[key]
         assert children[name].data.metrics == pytest.approx(
             {f"score/{c}": s for c, s in scores.items()} | {"score/avg": sum(scores.values()) / 2}
