@@ -1,9 +1,12 @@
 """The output folder of a merge: weights as they are computed, then everything a Hugging Face folder needs, the record last."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +23,8 @@ from ota_core.rules import Rule
 from ota_core.vocabulary import add_tokens
 from ota_core.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards, write_index
 
+ABANDONED_SECONDS = 60
+
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
@@ -29,10 +34,14 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_free(out, overwrite=overwrite)
     out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
         temporary.mkdir()
+        # Held as long as this process lives: says to a later merge that this folder is not abandoned.
+        held = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
     except OSError as error:
         raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output folder") from None
     try:
@@ -41,6 +50,22 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove temporary siblings of merges to ``out`` that were killed: nobody holds their lock any more."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # gone already, or somebody else's: not ours to remove
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Younger ones may be between their making and their locking.
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(path)
+            finally:
+                os.close(folder)
 
 
 def _take_place(new: Path, out: Path) -> None:

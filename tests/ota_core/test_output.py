@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -206,9 +207,23 @@ def test_a_killed_merge_leaves_no_half_output(tmp_path: Path, existing: bool) ->
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
     assert [p.name for p in out.iterdir()] == ["old"] if existing else not out.exists()
+    [abandoned] = tmp_path.glob(".out.*.tmp")
+    os.utime(abandoned, (0, 0))
     merge(json.loads((tmp_path / "r.yaml").read_text()), out, overwrite=existing)
     read_record(out)
     loaded(out)
+    assert not abandoned.exists(), "what the killed merge left behind is removed by the next"
+
+
+def test_the_temporary_folder_of_a_running_merge_is_left_alone(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", overwrite=False) as running:
+        (running / "half").write_text("half")
+        os.utime(running, (0, 0))
+        with new_folder(tmp_path / "out", overwrite=False) as other:
+            (other / "whole").write_text("whole")
+        assert (running / "half").exists()
+        shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out" / "half").read_text() == "half"
 
 
 def test_overwrite_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
