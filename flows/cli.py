@@ -131,6 +131,10 @@ def compress(
     ],
     out: Out,
     method: Annotated[str, typer.Option(help="rank1 or none.")] = "rank1",
+    base: Annotated[
+        str | None, typer.Option(help="The base model, to compare saliency and FFG mask with those of the full second moments.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Density of the compared masks.")] = 0.4,
     memory: Memory = "2GiB",
     overwrite: Overwrite = False,
     home: Home = None,
@@ -139,11 +143,26 @@ def compress(
     from flows.single import compress_source
 
     with _user_errors(), _progress() as progress:
-        report = compress_source(source, out, method=method, memory=memory, overwrite=overwrite, home=home, progress=progress)
+        report, agreed = compress_source(
+            source,
+            out,
+            method=method,
+            memory=memory,
+            overwrite=overwrite,
+            home=home,
+            progress=progress,
+            base=base,
+            density=density,
+        )
     typer.echo(
         f"{out}: {report.method}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
     )
     typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
+    if agreed is not None:
+        typer.echo(
+            f"saliency against the full second moments: rank correlation {agreed.spearman:.4f}, "
+            f"overlap of the masks at density {agreed.density:g}: {agreed.jaccard:.4f} (Jaccard)"
+        )
 
 
 @app.command()

@@ -2,18 +2,21 @@
 
 import json
 import os
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ota_core import engine
-from ota_core.compression import CompressionReport
+from ota_core.agreement import Agreement, agreement
+from ota_core.checkpoint import Checkpoint
+from ota_core.compression import CompressionReport, open_compressed
 from ota_core.errors import MomentsError, OtaError
 from ota_core.inputs import MergeInputs
-from ota_core.moments import find_moments
+from ota_core.moments import find_moments, open_moments
 from ota_core.output import check_apart, check_free, new_folder
 from ota_core.recipe import MergeRecipe
-from ota_core.stream import parse_memory
+from ota_core.stream import Stream, parse_memory
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.settings import places
@@ -21,21 +24,36 @@ from tasks.suites import load_suite
 
 
 def compress_source(
-    source: str, out: Path, *, method: str, memory: str, overwrite: bool, home: Path | None, progress: engine.Progress
-) -> CompressionReport:
-    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``. Raises OtaError."""
+    source: str,
+    out: Path,
+    *,
+    method: str,
+    memory: str,
+    overwrite: bool,
+    home: Path | None,
+    progress: engine.Progress,
+    base: str | None = None,
+    density: float = 0.4,
+) -> tuple[CompressionReport, Agreement | None]:
+    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``. Raises OtaError.
+
+    With a ``base``, also how far saliency and the FFG mask at ``density`` agree with those of the full second moments.
+    """
+    if not 0 < density <= 1:
+        raise OtaError(f"density: got {density}, expected a number in (0, 1]")
     check_free(out, overwrite=overwrite)
     if out.is_dir():
         raise OtaError(f"{out} is a folder; name a file such as moments.safetensors")
     path = Path(source).expanduser()
     layout = None
+    cache = places(home).cache
+    folder = path.parent
     if not path.is_file():
-        cache = places(home).cache
         fetched = storage.fetch(source, cache=cache, progress=lambda done, total: progress("fetch", done, total))
         found = find_moments(fetched.path)
         if found is None:
             raise MomentsError(f"{source} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt")
-        path, layout = found, partial(parameter_layout, fetched.path)
+        path, layout, folder = found, partial(parameter_layout, fetched.path), fetched.path
     elif (path.parent / "config.json").is_file():
         layout = partial(parameter_layout, path.parent)
     try:
@@ -45,10 +63,21 @@ def compress_source(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         report = engine.compress_moments(path, temporary, method=method, layout=layout, memory=memory, progress=progress)
+        agreed = None
+        if base is not None:
+            reference = storage.fetch(base, cache=cache, progress=lambda done, total: progress("fetch base", done, total)).path
+            stream = Stream(memory=parse_memory(memory), progress=progress)
+            with (
+                closing(open_moments(path, layout=layout)) as full,
+                closing(open_compressed(temporary)) as compressed,
+                closing(Checkpoint(folder)) as expert,
+                closing(Checkpoint(reference)) as start,
+            ):
+                agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    return report
+    return report, agreed
 
 
 def mask_recipe(

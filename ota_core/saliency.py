@@ -55,9 +55,13 @@ class Histogram:
             mine = self._parts[threading.get_ident()] = torch.zeros(BINS, dtype=torch.int64)
         return mine
 
+    def counts(self) -> torch.Tensor:
+        """All threads' counts together, int64 (65536,)."""
+        return torch.stack([*self._parts.values()]).sum(0)
+
     def find(self, k: int) -> tuple[int, int]:
         """The bin that holds the k-th largest score (1 ≤ k ≤ all), and how many scores lie in the bins above it."""
-        counts = torch.stack([*self._parts.values()]).sum(0)
+        counts = self.counts()
         from_top = counts.flip(0).cumsum(0)
         index = int(torch.searchsorted(from_top, k))
         return BINS - 1 - index, int(from_top[index] - counts[BINS - 1 - index])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flows.cli import app
@@ -22,6 +23,7 @@ from tasks.storage import upload_folder
 from tests.ota_core.test_output import llama_experts, loaded
 from tests.s3_fixture import S3Test
 from tests.tasks.test_architecture import llama, train
+from tests.tiny_models import perturb, write_tiny_llama
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["merge", "plan", "compress", "mask", "inspect", "run", "demo"]
@@ -116,6 +118,21 @@ def test_models_in_s3_and_in_folders_give_the_same_merge(recipe: Path, tmp_path:
         assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "remote" / file).read_bytes()
     prints = [json.loads((tmp_path / out / "record.json").read_text())["fingerprint"] for out in ("local", "remote")]
     assert prints[0] == prints[1]
+
+
+def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
+    base, folder = tmp_path / "base", tmp_path / "expert"
+    write_tiny_llama(base)
+    perturb(base, folder, seed=1, scale=0.01)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: torch.rand_like(tensor) * 1e-12 for name, tensor in weights.items()}, folder / "exp_avg_sq.safetensors")
+    result = ota("compress", folder, tmp_path / "a.safetensors", "--base", base, "--density", "0.3")
+    shown = re.search(r"rank correlation (0\.\d{4}), overlap of the masks at density 0\.3: (0\.\d{4}) \(Jaccard\)", result.stdout)
+    assert shown and 0.5 < float(shown[2]) < float(shown[1]) < 1
+    refused = invoke("compress", folder, tmp_path / "b.safetensors", "--base", base, "--density", "3")
+    assert refused.exit_code == 2 and "density: got 3.0, expected a number in (0, 1]" in refused.stderr
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_compress_a_trainers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
