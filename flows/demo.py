@@ -150,7 +150,7 @@ def run_demo(*, home: Path | None, seed: int) -> list[Any]:
     where = places(home)
     with running_server(where.tracking.parent / "demo" / "s3", buckets=(BUCKET,)):
         outcomes = demo_flow(where, seed)
-    table = comparison_table(outcomes, where, stages.read_scores)
+    table = comparison_table(outcomes, where)
     results = where.tracking.parent / "demo" / f"results-seed{seed}"
     results.with_suffix(".md").write_text(to_markdown(table), encoding="utf-8")
     results.with_suffix(".json").write_text(

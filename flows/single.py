@@ -19,7 +19,7 @@ from ota_core.recipe import MergeRecipe
 from ota_core.stream import Stream, parse_memory
 from tasks import storage
 from tasks.architecture import parameter_layout
-from tasks.settings import places
+from tasks.settings import Places, places
 from tasks.suites import load_suite
 
 
@@ -109,14 +109,14 @@ def run_recipe(recipe: MergeRecipe, **options: Any) -> list[Any]:
     parse_memory(options.get("memory", "2GiB"))
     prepare_prefect()
     from flows.merge import merge_flow
-    from tasks.stages import read_scores
+    from tasks.scores import render
     from tasks.tracking import open_hint
 
     outcome = merge_flow(recipe, **options)
     where = places(options.get("home"), options.get("artifacts"))
     lines: list[Any] = []
     if outcome.scores:
-        lines.append(outcome_table({outcome.name: outcome}, where, read_scores))
+        lines.append(render(comparison_table({outcome.name: outcome}, where)))
     lines.append(f"merged model: {outcome.path}")
     lines.append(
         open_hint(
@@ -129,16 +129,10 @@ def run_recipe(recipe: MergeRecipe, **options: Any) -> list[Any]:
     return lines
 
 
-def outcome_table(outcomes: dict[str, Any], where: Any, read_scores: Any) -> Any:
-    """Base, experts and merges side by side, as rich draws it. All outcomes are of the same base and experts."""
-    from tasks.scores import render
-
-    return render(comparison_table(outcomes, where, read_scores))
-
-
-def comparison_table(outcomes: dict[str, Any], where: Any, read_scores: Any) -> Any:
-    """The same as a DataFrame."""
+def comparison_table(outcomes: dict[str, Any], where: Places) -> Any:
+    """Base, experts and merges side by side, a DataFrame. All outcomes are of the same base and experts."""
     from flows.report import compare
+    from tasks.stages import read_scores
 
     first = next(iter(outcomes.values()))
     found = {key: read_scores(where, ref) for key, ref in first.scores.items()}

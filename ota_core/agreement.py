@@ -73,11 +73,11 @@ def agreement(
         return count
 
     k = kept_count(density, total)
-    thresholds = [kth_largest(counter(moments), k) for moments in (full, compressed)]
-    ranks = []
+    thresholds, ranks = [], []
     for moments in (full, compressed):
-        histogram = Histogram()
-        counter(moments)(histogram, None)
+        count, histogram = counter(moments), Histogram()
+        count(histogram, None)
+        thresholds.append(kth_largest(count, k, histogram))
         ranks.append(_midranks(histogram))
     sums = _Sums()
 

@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import ALGORITHM_VERSION, Record, folder_files, write_record, write_text_atomic
 from ota_core.compression import CompressionReport, RankOneMoments, compress, save_compressed, save_full
 from ota_core.errors import OtaError
-from ota_core.inputs import ExpertInput, LayoutOf, MergeInputs, merge_identity, resolve_local
+from ota_core.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
 from ota_core.masks import MaskWriter
 from ota_core.model_card import model_card
 from ota_core.moments import open_moments
+from ota_core.moments.match import Layout
 from ota_core.ota_rule import density_report
 from ota_core.output import check_apart, check_free, copy_companions, new_folder, write_weights
 from ota_core.plan import MergePlan, compression_of, open_plan
@@ -218,8 +219,7 @@ def compress_moments(
     out: Path,
     *,
     method: str,
-    expert: ExpertInput | None = None,
-    layout: Any = None,
+    layout: Layout = None,
     memory: str | int = "2GiB",
     progress: Progress | None = None,
 ) -> CompressionReport:
@@ -227,7 +227,7 @@ def compress_moments(
 
     layout: the model's parameters, or a function that builds them, for optimizer states that number them. Raises MomentsError.
     """
-    moments = open_moments(source, layout=expert.layout if expert else layout)
+    moments = open_moments(source, layout=layout)
     try:
         stream = Stream(
             memory=parse_memory(memory),

@@ -71,12 +71,16 @@ Count = Callable[[Histogram, int | None], None]
 """Adds every score to a histogram: its upper 16 bits, or, with a number, the lower bits of the scores whose upper bits are that number."""
 
 
-def kth_largest(count: Count, k: int) -> float:
-    """The k-th largest score, exactly. Two counts of all scores. k = 0 gives infinity (nothing is kept)."""
+def kth_largest(count: Count, k: int, high: Histogram | None = None) -> float:
+    """The k-th largest score, exactly. Two counts of all scores, one where ``high`` holds the upper bits already.
+
+    k = 0 gives infinity (nothing is kept).
+    """
     if k == 0:
         return math.inf
-    high = Histogram()
-    count(high, None)
+    if high is None:
+        high = Histogram()
+        count(high, None)
     upper, above = high.find(k)
     low = Histogram()
     count(low, upper)
