@@ -20,6 +20,7 @@ from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.errors import MomentsError
 from ota_core.kernels import row_and_column_sums, row_sums, sqrt
 from ota_core.moments.base import Moments
+from ota_core.moments.check import checked
 from ota_core.safetensors_io import SafetensorsFile
 from ota_core.stream import Stream
 from ota_core.writer import SafetensorsWriter, TensorSpec
@@ -66,8 +67,8 @@ class RankOneMoments:
         """Optimizer steps behind v, where known."""
         return self._steps.get(name)
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop of ṽ, float32 (stop − start, C)."""
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+        """Rows start:stop of ṽ, float32 (stop − start, C). The factors were checked once, so that ``check`` changes nothing."""
         if name not in self._share:
             return self._stored[name].reshape(matrix_shape(self._shapes[name]))[start:stop]
         share, cols = self._share[name], self._stored[name + COL]
@@ -203,8 +204,10 @@ class StoredMoments:
     def step(self, name: str) -> int | None:
         return self._steps.get(name)
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._file.read_rows(name, start, stop)
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+        """Rows start:stop of v, a view of the file: float32 (stop − start, C)."""
+        rows = self._file.read_rows(name, start, stop)
+        return checked(rows, path=self.path, name=name, shape=self._shapes[name], start=start) if check else rows
 
     def drop_pages(self) -> None:
         self._file.drop_pages()

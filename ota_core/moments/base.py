@@ -38,10 +38,11 @@ class Moments(Protocol):
         """The number of optimizer steps t behind v, where the file says it."""
         ...
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop of v as the matrix of ``blocks.matrix_shape``: float32, shape (stop − start, C).
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+        """Rows start:stop of v as the matrix of ``blocks.matrix_shape``: float32, shape (stop − start, C); treat them as read-only.
 
-        Raises MomentsError, naming file and tensor, for a negative, NaN or infinite entry.
+        Raises MomentsError, naming file and tensor, for a negative, NaN or infinite entry. With ``check=False`` the caller promises
+        to look at every value itself, in a pass that it makes anyway, and to read again with the check when it finds a bad one.
         """
         ...
 

@@ -49,14 +49,16 @@ class TrainerMoments:
             value = value.item() if value.numel() == 1 else value.tolist()
         return None if value is None else as_step(value, f"{self.path}: the step of {name!r}")
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start:stop, float32, shape (stop − start, C); treat them as read-only. Raises MomentsError on bad entries."""
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+        """Rows start:stop, float32, shape (stop − start, C); treat them as read-only. Raises MomentsError on bad entries (``check``)."""
         tensor = self._v[name]
         rows, cols = matrix_shape(tensor.shape)
         if not 0 <= start <= stop <= rows:
             raise IndexError(f"rows {start}:{stop} of {name!r} asked, which has rows 0:{rows}")
         block = tensor.reshape(rows, cols)[start:stop]
         self._release(block)
+        if not check:
+            return block.to(torch.float32)
         return checked(block, path=self.path, name=name, shape=tensor.shape, start=start)
 
     def _release(self, upcoming: torch.Tensor) -> None:

@@ -150,6 +150,16 @@ def test_the_first_bad_entry_is_found_wherever_it_is(data):
     assert f"f: the second moment of 'w' is {float(block.flatten()[places[0]])} at index {index}," in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_without_the_check_bad_entries_come_out_as_float32(tmp_path, dtype):
+    bad = A.to(dtype)
+    bad[3, 1] = -1.0
+    moments = open_moments(save(tmp_path / "v.safetensors", {"a": bad}))
+    assert torch.equal(moments.read("a", 2, 4, check=False), bad[2:].float())
+    with pytest.raises(MomentsError, match=r"-1.0 at index \[3, 1\]"):
+        moments.read("a", 2, 4)
+
+
 def test_bad_entries_of_a_shard_name_the_shard(tmp_path):
     shards(tmp_path)
     bad = A.clone()

@@ -190,6 +190,8 @@ def test_bad_entries_name_file_tensor_and_index(tmp_path, value):
     message = rf"optimizer\.pt: the second moment of 'o' is {re.escape(str(value)[:2])}.* at index \[2, 3\]"
     with pytest.raises(MomentsError, match=message):
         moments.read("o", 1, 4)
+    unchecked = moments.read("o", 1, 4, check=False)
+    torch.testing.assert_close(unchecked, saved["state"][2]["exp_avg_sq"][1:4], rtol=0, atol=0, equal_nan=True)
 
 
 def test_bad_steps_are_refused(tmp_path):
