@@ -67,6 +67,10 @@ class RankOneMoments:
         """Optimizer steps behind v, where known."""
         return self._steps.get(name)
 
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """r / s, float32 (…, R), and c, float32 (…, C), of a tensor that is factored; None for one that is stored whole."""
+        return (self._share[name], self._stored[name + COL]) if name in self._share else None
+
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
         """Rows start:stop of ṽ, float32 (stop − start, C). The factors were checked once, so that ``check`` changes nothing."""
         if name not in self._share:

@@ -24,11 +24,11 @@ from ota_core.moments.match import Layout
 from ota_core.ota_rule import density_report
 from ota_core.output import check_apart, check_free, copy_companions, new_folder, write_weights
 from ota_core.plan import MergePlan, compression_of, open_plan
-from ota_core.prepare import Block, block_size, blocks, delta, mask_of, prepare_curvature
+from ota_core.prepare import delta, mask_of, prepare_curvature
 from ota_core.recipe import MergeRecipe
 from ota_core.rules import rule_of
 from ota_core.stream import Stream, parse_memory
-from ota_core.views import ExpertView
+from ota_core.views import Block, ExpertView, block_elements, parts
 
 Progress = Callable[[str, int, int], None]
 
@@ -194,13 +194,17 @@ def _write_mask(plan: MergePlan, expert: ExpertView, facts: Any, path: Path) -> 
     )
 
     def work(block: Block) -> tuple[str, int]:
-        bits = mask_of(plan, facts, expert, block, delta(plan, expert, *block))
-        assert bits is not None
-        writer.write(block[0].name, block[1], bits.cpu())
-        return block[0].name, int(bits.sum())
+        found = []
+        for part in parts(block, plan.tensor_elements):
+            bits = mask_of(plan, facts, expert, part, delta(plan, expert, *part))
+            assert bits is not None
+            found.append(bits.cpu())
+        mask = torch.cat(found)
+        writer.write(block[0].name, block[1], mask)
+        return block[0].name, int(mask.sum())
 
     try:
-        counts = plan.stream.map(work, blocks(plan, jobs, multiple=8), what=f"mask {expert.name}", size=block_size)
+        counts = plan.stream.map(work, plan.blocks(jobs, multiple=8), what=f"mask {expert.name}", size=block_elements)
     except BaseException:
         writer.abort()
         raise

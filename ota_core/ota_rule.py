@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ota_core.fused import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
+from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
 from ota_core.kernels import row_sums
 from ota_core.methods.ota import any_kept, curvature_weights, masked_ties, mean, ota
 from ota_core.plan import MergePlan
-from ota_core.prepare import Block, Curvature, blocks, delta, mask_of, prepare_curvature
-from ota_core.rows import base_rows, expert_rows
-from ota_core.views import ExpertView, TensorJob
+from ota_core.prepare import Curvature, delta, mask_of, prepare_curvature
+from ota_core.rows import base_rows, expert_rows, merge_in_parts, rounded
+from ota_core.views import Block, ExpertView, TensorJob, parts
 
 
 class OtaRule:
@@ -47,7 +47,7 @@ class OtaRule:
     def _scale(self, expert: ExpertView, job: TensorJob) -> float:
         """‖Δ‖ / ‖mask·Δ‖ of one tensor; 1 where nothing is left."""
         whole, kept = [], []
-        for block in blocks(self._plan, [job]):
+        for block in parts((job, 0, job.rows), self._plan.tensor_elements):
             difference = delta(self._plan, expert, *block)
             mask = mask_of(self._plan, self._facts, expert, block, difference)
             squares = difference * difference
@@ -56,9 +56,19 @@ class OtaRule:
         left = math.fsum(kept)
         return math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
 
-    def merge(self, block: Block) -> torch.Tensor:
+    def prefetch(self, block: Block) -> None:
+        for view in self._plan.models:
+            view.prefetch(*block)
+        for expert in self._plan.experts:
+            expert.prefetch_curvature(*block)
+
+    def merge(self, block: Block, out: torch.Tensor) -> None:
         if self._can_fuse(block[0]):
-            return self._merge_fused(block)
+            self._merge_fused(block, out)
+        else:
+            merge_in_parts(self._plan, self._merge_tensors, block, out)
+
+    def _merge_tensors(self, block: Block) -> torch.Tensor:
         plan, job = self._plan, block[0]
         base = base_rows(plan, block)
         thetas = expert_rows(plan, block, base)
@@ -95,43 +105,54 @@ class OtaRule:
         usual = self._masked_merge == "precond" and self._fallback == "base" and not self._scales
         return usual and job.name not in self._facts.averaged and self._plan.can_fuse(self._plan.experts, job)
 
-    def _merge_fused(self, block: Block) -> torch.Tensor:
+    def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
         plan, job = self._plan, block[0]
         assert plan.base is not None
-        base = plan.base.single(*block)
+        base = plan.base.stored(job.name, *block[1:])
         active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
-        votes = [self._vote(expert, block, base) for expert in active]
-        merged, counts = ota_block(
-            base, votes, power=self._power, epsilon=self._epsilon, lam=self._lambda, denominator=self._denominator
-        )
+        with rounded(out) as target:
+            counts, bad = ota_block(
+                base,
+                [self._vote(expert, block, base) for expert in active],
+                target,
+                power=self._power,
+                epsilon=self._epsilon,
+                lam=self._lambda,
+                denominator=self._denominator,
+            )
+        if bad is not None:
+            active[bad].refuse(*block)
         for expert, count in zip(active, counts, strict=True):
             self._add_count(expert, job, count)
-        return merged.view(block[2] - block[1], -1)
 
     def _vote(self, expert: ExpertView, block: Block, base: torch.Tensor) -> Vote:
         job, plan = block[0], self._plan
-        theta = expert.single(*block)
-        v, factor = expert.v_raw(*block)
+        theta = expert.stored(job.name, *block[1:])
         threshold, kept = None, None
-        metric = BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE
         if plan.recipe.ffg(expert.index):
-            if expert.masks is not None or plan.recipe.setting("mask_curvature") == "full":
-                difference = (theta.double() - base.double()).view(v.shape)
-                mask = mask_of(plan, self._facts, expert, block, difference)
-                assert mask is not None
-                kept = mask.reshape(-1)
+            if expert.masks is not None:
+                kept = expert.masks.read(job.canonical, *block[1:])
+            elif plan.recipe.setting("mask_curvature") == "full" and expert.full_moments is not expert.moments:
+                kept = self._mask_from_full(expert, block)
             else:
                 threshold = self._facts.thresholds[expert.index][job.canonical]
         return Vote(
             theta=theta,
-            v=v.reshape(-1),
-            factor=factor,
+            v=expert.v_source(*block),
             scale=plan.recipe.setting("scaling_factor", expert.index),
             mean=self._facts.means.get(expert.index, 1.0),
             threshold=threshold,
             kept=kept,
-            metric=metric,
+            metric=BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE,
         )
+
+    def _mask_from_full(self, expert: ExpertView, block: Block) -> torch.Tensor:
+        masks = []
+        for part in parts(block, self._plan.tensor_elements):
+            mask = mask_of(self._plan, self._facts, expert, part, delta(self._plan, expert, *part))
+            assert mask is not None
+            masks.append(mask)
+        return torch.cat(masks)
 
     def _weight(self, expert: ExpertView, theta: torch.Tensor, v_hat: torch.Tensor | None) -> torch.Tensor:
         """p_m of a block: from the curvature, or the bare scaling factor with ``masked_merge: linear``; 0 for an expert that takes no part."""

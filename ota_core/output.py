@@ -18,8 +18,8 @@ from ota_core.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_file
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.plan import MergePlan
-from ota_core.prepare import Block, block_size, blocks
 from ota_core.rules import Rule
+from ota_core.views import Block, block_elements
 from ota_core.vocabulary import add_tokens
 from ota_core.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards, write_index
 
@@ -116,11 +116,19 @@ def write_weights(plan: MergePlan, rule: Rule, folder: Path, max_shard_bytes: in
             by_tensor |= {spec.name: writers[file] for spec in specs}
 
         def work(block: Block) -> None:
-            job, start, _ = block
-            rows = _copied(plan, block) if job.copy else rule.merge(block).to(job.dtype)
+            job, start, stop = block
+            if job.copy:
+                rows = _copied(plan, block)
+            else:
+                rows = torch.empty(stop - start, block_elements(block) // (stop - start), dtype=job.dtype)
+                rule.merge(block, rows)
             by_tensor[job.name].write_rows(job.name, start, rows)
 
-        plan.stream.map(work, blocks(plan, plan.jobs), what="merge", size=block_size)
+        def ahead(block: Block) -> None:
+            if not block[0].copy:
+                rule.prefetch(block)
+
+        plan.stream.map(work, plan.blocks(plan.jobs), what="merge", size=block_elements, ahead=ahead)
     except BaseException:
         for writer in writers.values():
             writer.abort()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
 from ota_core.compression import RankOneMoments, StoredMoments
 from ota_core.errors import CheckpointError, OtaError, raise_all
@@ -16,8 +17,8 @@ from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments, open_moments
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
-from ota_core.stream import CACHE_ELEMENTS, Stream
-from ota_core.views import ExpertView, ModelView, TensorJob, bias_factor
+from ota_core.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Stream
+from ota_core.views import Block, ExpertView, ModelView, TensorJob, bias_factor
 from ota_core.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -44,6 +45,10 @@ class MergePlan:
         """Base first, then the experts."""
         return [*([self.base] if self.base else []), *self.experts]
 
+    def expert(self, index: int) -> ExpertView:
+        """The expert at this position of the recipe."""
+        return next(expert for expert in self.experts if expert.index == index)
+
     def merged_jobs(self) -> list[TensorJob]:
         """The floating-point tensors."""
         return [job for job in self.jobs if not job.copy]
@@ -51,6 +56,16 @@ class MergePlan:
     def curved(self, expert: ExpertView) -> list[TensorJob]:
         """The tensors that carry curvature in an expert, each parameter once: what N of methods.md section 3 counts."""
         return [job for job in self.merged_jobs() if job.name == job.canonical and expert.has_curvature(job.name)]
+
+    def blocks(self, jobs: Sequence[TensorJob], multiple: int = 1) -> list[Block]:
+        """Every block of these tensors. ``multiple``: rows of a block, but a tensor's last, are a multiple of this."""
+        result = []
+        for job in jobs:
+            cols = max(1, matrix_shape(job.shape)[1])
+            step = max(1, self.stream.block_elements // cols)
+            step = -(-step // multiple) * multiple
+            result += [(job, a, b) for a, b in row_blocks(job.shape, step * cols)]
+        return result
 
     def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob, *, base: bool = True) -> bool:
         """Whether the compiled passes give the same bits for this tensor: on the CPU, rows one to one, nothing wider than float32.
@@ -61,6 +76,12 @@ class MergePlan:
             return False
         models = [*([self.base] if base and self.base else []), *experts]
         return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype != torch.float64 for m in models)
+
+    @property
+    def tensor_elements(self) -> int:
+        """How many elements a rule on tensors works on at once: what stays in the cache, and within the budget."""
+        room = self.stream.memory // 4 // self.stream.threads // tensor_bytes_per_element(len(self.experts))
+        return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
 
     def source_folder(self) -> Path:
         """The model whose configuration and tokenizer the output takes."""
@@ -126,12 +147,17 @@ def open_plan(
 
 
 def bytes_per_element(experts: int) -> int:
-    """Working memory for one element of a block: θ, v̂, p, score and mask of every expert in float64 and float32, and the results."""
+    """Memory that one element of a block takes: mapped or fetched θ and v of every model for this block and the next, and the output."""
+    return 2 * (experts * (4 + 4) + 4) + 4
+
+
+def tensor_bytes_per_element(experts: int) -> int:
+    """The same for a rule on tensors: θ, v̂, p, score and mask of every expert in float64 and float32, and the results."""
     return experts * (8 + 8 + 8 + 4 + 4 + 1) + 64
 
 
 def _block_elements(memory: int, threads: int, experts: int) -> int:
-    return max(1, min(CACHE_ELEMENTS, memory // 4 // threads // bytes_per_element(experts)))
+    return max(1, min(BLOCK_ELEMENTS, memory // 4 // threads // bytes_per_element(experts)))
 
 
 def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:

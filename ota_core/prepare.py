@@ -1,22 +1,21 @@
 """What must be known of whole tensors or whole experts before the first block is merged: compression, means, thresholds, norms."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from ota_core.blocks import row_blocks
 from ota_core.compression import CompressionReport, RankOneMoments, compress
 from ota_core.errors import MomentsError, raise_all
-from ota_core.fused import BY_CURVATURE, BY_MAGNITUDE, count_scores
-from ota_core.kernels import count_high, count_low, power, row_sums
+from ota_core.fused.counts import Candidate
+from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE
+from ota_core.kernels import power, row_sums
 from ota_core.plan import MergePlan
-from ota_core.saliency import Histogram, curvature_scores, keep, kept_count, kth_largest, magnitude_scores, threshold_of_product
-from ota_core.views import ExpertView, TensorJob
-
-Block = tuple[TensorJob, int, int]
-"""A tensor of the output and a half-open range of its rows."""
+from ota_core.saliency import curvature_scores, keep, kept_count, magnitude_scores, threshold_of_product
+from ota_core.tally import Group, kth_largest
+from ota_core.views import Block, ExpertView, TensorJob, block_elements, parts
 
 
 @dataclass(kw_only=True)
@@ -47,26 +46,8 @@ def prepare_curvature(plan: MergePlan) -> Curvature:
     for expert in plan.experts:
         if plan.recipe.setting("normalise") == "global":
             facts.means[expert.index] = _mean_weight(plan, expert)
-        if plan.recipe.ffg(expert.index) and expert.masks is None:
-            facts.thresholds[expert.index] = thresholds(plan, expert)
+    facts.thresholds = thresholds(plan, [e for e in plan.experts if plan.recipe.ffg(e.index) and e.masks is None])
     return facts
-
-
-def blocks(plan: MergePlan, jobs: list[TensorJob], multiple: int = 1) -> list[Block]:
-    """Every block of these tensors. ``multiple``: rows of a block, but a tensor's last, are a multiple of this."""
-    result = []
-    for job in jobs:
-        cols = max(1, job.elements // max(job.rows, 1))
-        step = max(1, plan.stream.block_elements // cols)
-        step = -(-step // multiple) * multiple
-        result += [(job, a, b) for a, b in row_blocks(job.shape, step * cols)]
-    return result
-
-
-def block_size(block: Block) -> int:
-    """Elements of a block, for the progress."""
-    job, start, stop = block
-    return (stop - start) * max(1, job.elements // max(job.rows, 1))
 
 
 def delta(plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int) -> torch.Tensor:
@@ -105,7 +86,7 @@ def _without_curvature(plan: MergePlan) -> set[str]:
 
 
 def _moved(plan: MergePlan, expert: ExpertView, job: TensorJob) -> bool:
-    return any(bool(delta(plan, expert, job, a, b).any()) for a, b in row_blocks(job.shape, plan.stream.block_elements))
+    return any(bool(delta(plan, expert, *part).any()) for part in parts((job, 0, job.rows), plan.tensor_elements))
 
 
 def _mean_weight(plan: MergePlan, expert: ExpertView) -> float:
@@ -113,10 +94,12 @@ def _mean_weight(plan: MergePlan, expert: ExpertView) -> float:
     jobs = plan.curved(expert)
 
     def work(block: Block) -> list[float]:
-        job, start, stop = block
-        return row_sums(power(expert.v_hat(job.canonical, start, stop).double(), exponent)).tolist()
+        sums: list[float] = []
+        for job, start, stop in parts(block, plan.tensor_elements):
+            sums += row_sums(power(expert.v_hat(job.canonical, start, stop).double(), exponent)).tolist()
+        return sums
 
-    sums = plan.stream.map(work, blocks(plan, jobs), what=f"normalise {expert.name}", size=block_size)
+    sums = plan.stream.map(work, plan.blocks(jobs), what=f"normalise {expert.name}", size=block_elements)
     total = sum(job.elements for job in jobs)
     mean = math.fsum(value for part in sums for value in part) / max(total, 1)
     if mean == 0:
@@ -144,67 +127,104 @@ def scores(
     return curvature_scores(v_hat, difference)
 
 
-def thresholds(plan: MergePlan, expert: ExpertView) -> dict[str, float]:
-    """τ of every tensor that FFG masks in this expert, exactly (methods.md section 3)."""
+@dataclass(frozen=True)
+class PlanScoring:
+    """The scores that FFG, TIES and breadcrumbs rank by, for ``tally``."""
+
+    plan: MergePlan
+    curvature: bool
+    """√v̂·|Δ| over the tensors that carry curvature; else |Δ|, over those or, with ``everywhere``, over all."""
+    full: bool = False
+    """From the uncompressed second moments."""
+    everywhere: bool = False
+
+    def compiled(self, experts: Sequence[int], job: TensorJob) -> bool:
+        return self.plan.can_fuse([self.plan.expert(i) for i in experts], job)
+
+    def covers(self, expert: int, job: TensorJob) -> bool:
+        return self.everywhere or self.plan.expert(expert).has_curvature(job.canonical)
+
+    def candidates(self, experts: Sequence[int], block: Block) -> tuple[torch.Tensor, list[Candidate]]:
+        assert self.plan.base is not None
+        found = []
+        for row, expert in enumerate(self.plan.expert(i) for i in experts):
+            theta = expert.stored(block[0].name, *block[1:])
+            v = expert.v_source(*block, full=self.full) if self.curvature else None
+            found.append(Candidate(theta=theta, v=v, metric=BY_CURVATURE if self.curvature else BY_MAGNITUDE, row=row))
+        return self.plan.base.stored(block[0].name, *block[1:]), found
+
+    def scores(self, expert: int, block: Block) -> Iterator[torch.Tensor]:
+        view = self.plan.expert(expert)
+        for part in parts(block, self.plan.tensor_elements):
+            difference = delta(self.plan, view, *part)
+            if self.curvature:
+                yield curvature_scores(view.v_hat(part[0].canonical, *part[1:], full=self.full), difference)
+            else:
+                yield magnitude_scores(difference)
+
+    def prefetch(self, experts: Sequence[int], block: Block) -> None:
+        assert self.plan.base is not None
+        self.plan.base.prefetch(*block)
+        for expert in (self.plan.expert(i) for i in experts):
+            expert.prefetch(*block)
+            if self.curvature:
+                expert.prefetch_curvature(*block, full=self.full)
+
+    def refuse(self, expert: int, block: Block) -> None:
+        self.plan.expert(expert).refuse(*block)
+
+
+def ffg_scoring(plan: MergePlan) -> PlanScoring:
+    """How the recipe's FFG ranks."""
+    setting = plan.recipe.setting
+    return PlanScoring(plan, setting("metric") == "curvature", full=setting("mask_curvature") == "full")
+
+
+def ffg_group(plan: MergePlan, experts: Sequence[ExpertView]) -> Group:
+    """All tensors together: what scope ``global`` ranks, for the experts with a density."""
+    curved = {expert.index: plan.curved(expert) for expert in experts}
+    names = {job.name for jobs in curved.values() for job in jobs}
+    ranks = {}
+    for expert in experts:
+        k = kept_count(plan.recipe.setting("density", expert.index), sum(job.elements for job in curved[expert.index]))
+        ranks[expert.index] = (k,) if k else ()
+    return Group(jobs=[job for job in plan.merged_jobs() if job.name in names], experts=tuple(curved), ranks=ranks)
+
+
+def thresholds(plan: MergePlan, experts: Sequence[ExpertView]) -> dict[int, dict[str, float]]:
+    """τ of every tensor that FFG masks in each of these experts, exactly (methods.md section 3)."""
     recipe = plan.recipe
-    jobs = plan.curved(expert)
-    product = recipe.setting("precond_threshold", expert.index)
-    if product is not None:
-        return {job.name: threshold_of_product(product) for job in jobs}
-    density = recipe.setting("density", expert.index)
-
-    what = f"threshold {expert.name}"
-    if recipe.setting("scope") == "global":
-
-        def count_all(histogram: Histogram, high: int | None) -> None:
-            plan.stream.map(
-                lambda b: _count_block(plan, expert, b, histogram, high), blocks(plan, jobs), what=what, size=block_size
-            )
-
-        tau = kth_largest(count_all, kept_count(density, sum(job.elements for job in jobs)))
-        return {job.name: tau for job in jobs}
-
-    def of_tensor(job: TensorJob) -> float:
-        def count(histogram: Histogram, high: int | None) -> None:
-            for block in blocks(plan, [job]):
-                _count_block(plan, expert, block, histogram, high)
-
-        return kth_largest(count, kept_count(density, job.elements))
-
-    taus = plan.stream.map(of_tensor, jobs, what=what, size=lambda job: job.elements)
-    return {job.name: tau for job, tau in zip(jobs, taus, strict=True)}
-
-
-def _count_block(plan: MergePlan, expert: ExpertView, block: Block, histogram: Histogram, high: int | None) -> None:
-    """Add a block's scores to a histogram: compiled in one pass where that can be, else through tensors; the same counts."""
-    assert plan.base is not None
-    if plan.can_fuse([expert], block[0]):
-        start, theta, counts = plan.base.single(*block), expert.single(*block), histogram.local()
-        if plan.recipe.setting("metric") == "magnitude":  # v is not looked at, so it is not read: anything of its size will do
-            count_scores(start, theta, theta, 1.0, BY_MAGNITUDE, high, counts)
+    found: dict[int, dict[str, float]] = {}
+    ranked = []
+    for expert in experts:
+        product = recipe.setting("precond_threshold", expert.index)
+        if product is None:
+            ranked.append(expert)
         else:
-            v, factor = expert.v_raw(*block, full=plan.recipe.setting("mask_curvature") == "full")
-            count_scores(start, theta, v.reshape(-1), factor, BY_CURVATURE, high, counts)
-        return
-    _count_scores(scores(plan, expert, *block, delta(plan, expert, *block)), histogram, high)
+            found[expert.index] = dict.fromkeys((job.name for job in plan.curved(expert)), threshold_of_product(product))
+    if not ranked:
+        return found
+    if recipe.setting("scope") == "global":
+        group = ffg_group(plan, ranked)
+        (scores,) = kth_largest(plan, ffg_scoring(plan), [group], what="thresholds")
+        for expert in ranked:
+            tau = scores[expert.index][0] if scores[expert.index] else math.inf
+            found[expert.index] = dict.fromkeys((job.name for job in plan.curved(expert)), tau)
+        return found
+    return found | _thresholds_per_tensor(plan, ranked)
 
 
-def count_magnitudes(plan: MergePlan, expert: ExpertView, block: Block, histogram: Histogram, high: int | None) -> None:
-    """The same for |Δ|, whatever the recipe's metric."""
-    if plan.can_fuse([expert], block[0]):
-        assert plan.base is not None
-        theta = expert.single(*block)
-        # The metric takes no v; the weights stand in for it.
-        count_scores(plan.base.single(*block), theta, theta, 1.0, BY_MAGNITUDE, high, histogram.local())
-        return
-    _count_scores(magnitude_scores(delta(plan, expert, *block)), histogram, high)
-
-
-def _count_scores(values: torch.Tensor, histogram: Histogram, high: int | None) -> None:
-    if high is None:
-        count_high(values, histogram.local())
-    else:
-        count_low(values, high, histogram.local())
+def _thresholds_per_tensor(plan: MergePlan, experts: Sequence[ExpertView]) -> dict[int, dict[str, float]]:
+    groups = []
+    for job in (job for job in plan.merged_jobs() if job.name == job.canonical):
+        curved = [expert.index for expert in experts if expert.has_curvature(job.canonical)]
+        ranks = {i: kept_count(plan.recipe.setting("density", i), job.elements) for i in curved}
+        groups.append(Group(jobs=[job], experts=curved, ranks={i: (k,) if k else () for i, k in ranks.items()}))
+    found: dict[int, dict[str, float]] = {expert.index: {} for expert in experts}
+    for group, scores in zip(groups, kth_largest(plan, ffg_scoring(plan), groups, what="thresholds"), strict=True):
+        for expert, values in scores.items():
+            found[expert][group.jobs[0].name] = values[0] if values else math.inf
+    return found
 
 
 def mask_of(

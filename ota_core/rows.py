@@ -1,9 +1,31 @@
-"""Weights of a block as the rules see them: the base's and every expert's rows, whole where a vocabulary lacks some."""
+"""Weights of a block as the rules see them: the base's and every expert's rows, whole where a vocabulary lacks some; and back, rounded."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from ota_core.plan import MergePlan
-from ota_core.prepare import Block
+from ota_core.views import Block, parts
+
+
+@contextmanager
+def rounded(out: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Where a compiled pass writes: ``out`` itself, or float32 that is rounded into it at the end (float16)."""
+    if out.dtype in {torch.float32, torch.bfloat16}:
+        yield out
+        return
+    single = torch.empty(out.shape, dtype=torch.float32)
+    yield single
+    out.copy_(single)
+
+
+def merge_in_parts(plan: MergePlan, rule: Callable[[Block], torch.Tensor], block: Block, out: torch.Tensor) -> None:
+    """A rule on tensors, over parts that stay in the cache. rule: float64 (r, C) of a part; out: (R, C) in the output's type."""
+    for part in parts(block, plan.tensor_elements):
+        first = part[1] - block[1]
+        merged = rule(part)
+        out[first : first + merged.shape[0]] = merged.to(out.dtype)
 
 
 def base_rows(plan: MergePlan, block: Block) -> torch.Tensor | None:

@@ -9,16 +9,17 @@ from typing import Any, Protocol
 import torch
 
 from ota_core.errors import RecipeError
-from ota_core.fused_task_vectors import linear_block
+from ota_core.fused.ota import Vote, ota_block
+from ota_core.fused.task_vectors import linear_block
 from ota_core.kernels import row_sums
 from ota_core.methods.averages import fisher, linear, slerp, slerp_factors
 from ota_core.methods.ota import mean
 from ota_core.ota_rule import OtaRule
 from ota_core.plan import MergePlan
-from ota_core.prepare import Block, Curvature, blocks, prepare_curvature
-from ota_core.rows import base_rows, expert_rows
+from ota_core.prepare import Curvature, prepare_curvature
+from ota_core.rows import base_rows, expert_rows, merge_in_parts, rounded
 from ota_core.task_vector_rule import TaskVectorRule
-from ota_core.views import ModelView, TensorJob
+from ota_core.views import Block, ModelView, TensorJob, parts
 
 
 class Rule(Protocol):
@@ -28,8 +29,12 @@ class Rule(Protocol):
         """Read what must be known before the first block."""
         ...
 
-    def merge(self, block: Block) -> torch.Tensor:
-        """The merged rows, float64 (r, C). Called from several threads."""
+    def prefetch(self, block: Block) -> None:
+        """A hint that this block is merged next."""
+        ...
+
+    def merge(self, block: Block, out: torch.Tensor) -> None:
+        """Write the merged rows into ``out``: (R, C) in the output's type, on the CPU. Called from several threads."""
         ...
 
     def results(self) -> dict[str, Any]:
@@ -60,7 +65,38 @@ class FisherRule:
     def prepare(self) -> None:
         self._facts = prepare_curvature(self._plan)
 
-    def merge(self, block: Block) -> torch.Tensor:
+    def prefetch(self, block: Block) -> None:
+        for view in self._plan.models:
+            view.prefetch(*block)
+        for expert in self._plan.experts:
+            expert.prefetch_curvature(*block)
+
+    def merge(self, block: Block, out: torch.Tensor) -> None:
+        if self._plan.can_fuse(self._plan.experts, block[0]) and block[0].name not in self._facts.averaged:
+            self._merge_fused(block, out)
+        else:
+            merge_in_parts(self._plan, self._merge_tensors, block, out)
+
+    def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
+        """Fisher averaging is OTA with power 1 and no mask: the same sums in the same order, hence the same bits."""
+        plan, job = self._plan, block[0]
+        assert plan.base is not None
+        active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
+        votes = [
+            Vote(
+                theta=expert.stored(job.name, *block[1:]),
+                v=expert.v_source(*block),
+                scale=plan.recipe.setting("weight", expert.index),
+            )
+            for expert in active
+        ]
+        with rounded(out) as target:
+            base = plan.base.stored(job.name, *block[1:])
+            _, bad = ota_block(base, votes, target, power=1.0, epsilon=0.0, lam=1.0, denominator="kept")
+        if bad is not None:
+            active[bad].refuse(*block)
+
+    def _merge_tensors(self, block: Block) -> torch.Tensor:
         job = block[0]
         base = base_rows(self._plan, block)
         thetas = expert_rows(self._plan, block, base)
@@ -96,10 +132,19 @@ class LinearRule:
     def prepare(self) -> None:
         """Nothing beyond the block is needed."""
 
-    def merge(self, block: Block) -> torch.Tensor:
-        if self._plan.can_fuse(self._plan.experts, block[0], base=False):
-            thetas = [expert.single(*block) for expert in self._plan.experts]
-            return linear_block(thetas, self._weights, normalize=self._normalize).view(block[2] - block[1], -1)
+    def prefetch(self, block: Block) -> None:
+        for expert in self._plan.experts:
+            expert.prefetch(*block)
+
+    def merge(self, block: Block, out: torch.Tensor) -> None:
+        if not self._plan.can_fuse(self._plan.experts, block[0], base=False):
+            merge_in_parts(self._plan, self._merge_tensors, block, out)
+            return
+        thetas = [expert.stored(block[0].name, *block[1:]) for expert in self._plan.experts]
+        with rounded(out) as target:
+            linear_block(thetas, self._weights, target, normalize=self._normalize)
+
+    def _merge_tensors(self, block: Block) -> torch.Tensor:
         return linear(expert_rows(self._plan, block, base_rows(self._plan, block)), self._weights, normalize=self._normalize)
 
     def results(self) -> dict[str, Any]:
@@ -123,13 +168,20 @@ class SlerpRule:
 
     def _angle(self, job: TensorJob) -> tuple[float, float]:
         sums: tuple[list[float], list[float], list[float]] = ([], [], [])
-        for block in blocks(self._plan, [job]):
+        for block in parts((job, 0, job.rows), self._plan.tensor_elements):
             a, b = (view.theta(job.name, *block[1:]) for view in self._ends)
             for part, product in zip(sums, (a * a, b * b, a * b), strict=True):
                 part += row_sums(product).tolist()
         return slerp_factors(math.sqrt(math.fsum(sums[0])), math.sqrt(math.fsum(sums[1])), math.fsum(sums[2]), self._t)
 
-    def merge(self, block: Block) -> torch.Tensor:
+    def prefetch(self, block: Block) -> None:
+        for view in self._ends:
+            view.prefetch(*block)
+
+    def merge(self, block: Block, out: torch.Tensor) -> None:
+        merge_in_parts(self._plan, self._merge_tensors, block, out)
+
+    def _merge_tensors(self, block: Block) -> torch.Tensor:
         a, b = (view.theta(block[0].name, *block[1:]) for view in self._ends)
         return slerp(a, b, self._factors[block[0].name])
 

@@ -18,8 +18,12 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the units done and the units in all."""
 
-# Blocks of this many elements stay in a core's cache with all their intermediate results.
+# Tensors of this many elements stay in a core's cache with the intermediate results of a rule on tensors.
 CACHE_ELEMENTS = 1 << 16
+# A block that is handed to a thread: large enough that handing it over costs nothing, small enough that all threads end together.
+BLOCK_ELEMENTS = 1 << 20
+# Mapped pages are given back after this many bytes at the latest, whatever the budget: more of them make nothing faster.
+MAPPED_BYTES = 192 * 2**20
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -40,20 +44,25 @@ def parse_memory(text: str | int) -> int:
 class Stream:
     """How blocks are worked on: their size, the number of threads, who is told of the progress, whose pages are dropped."""
 
-    block_elements: int = CACHE_ELEMENTS
+    block_elements: int = BLOCK_ELEMENTS
     threads: int = field(default_factory=lambda: min(8, len(os.sched_getaffinity(0))))
     memory: int = 2 * 2**30
     progress: Progress | None = None
     droppable: list[Callable[[], None]] = field(default_factory=list)
-    """Called when about a quarter of the budget has been read through memory maps since the last time."""
+    """Called when ``mapped_bytes`` have been read through memory maps since the last time."""
     _read: int = 0
     _lock: Lock = field(default_factory=Lock)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The share of the budget that mapped pages may take: a quarter, at most ``MAPPED_BYTES``."""
+        return min(self.memory // 4, MAPPED_BYTES)
 
     def count_read(self, size: int) -> None:
         """Note bytes read from mapped files; give the pages back when they would grow over the budget."""
         with self._lock:
             self._read += size
-            if self._read < self.memory // 4:
+            if self._read < self.mapped_bytes:
                 return
             self._read = 0
         for drop in self.droppable:
@@ -66,10 +75,11 @@ class Stream:
         *,
         what: str,
         size: Callable[[Item], int] = lambda _: 1,
+        ahead: Callable[[Item], None] | None = None,
     ) -> list[Result]:
         """``work`` of every item, in the order of the items. The first error stops the rest and is raised.
 
-        ``size`` weighs an item in the progress.
+        ``size`` weighs an item in the progress. ``ahead`` is told of the item whose turn comes when the one that is started now is done.
         """
         todo: Sequence[Item] = list(items)
         if not todo:
@@ -82,9 +92,14 @@ class Stream:
             results: dict[int, Result] = {}
             queue = iter(enumerate(todo))
 
+            def step(index: int, item: Item) -> Result:
+                if ahead is not None and index + self.threads < len(todo):
+                    ahead(todo[index + self.threads])
+                return work(item)
+
             def submit(count: int) -> None:
                 for index, item in _take(queue, count):
-                    futures[pool.submit(work, item)] = index
+                    futures[pool.submit(step, index, item)] = index
 
             try:
                 submit(4 * self.threads)

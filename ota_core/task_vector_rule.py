@@ -1,19 +1,18 @@
 """Task arithmetic, TIES, DARE and breadcrumbs, bound to a plan."""
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
 
-from ota_core.fused_task_vectors import Part, combine_block
+from ota_core.fused.task_vectors import Part, combine_block
 from ota_core.methods.dare import drop, uniform
 from ota_core.methods.task_vectors import NOTHING, add_up, breadcrumbs_ranks, elect_and_add, ties_ranks, trim
 from ota_core.plan import MergePlan
-from ota_core.prepare import Block, blocks, count_magnitudes
-from ota_core.rows import base_rows, expert_rows
-from ota_core.saliency import Histogram, kth_largest
-from ota_core.views import ExpertView, TensorJob
+from ota_core.prepare import PlanScoring
+from ota_core.rows import base_rows, expert_rows, merge_in_parts, rounded
+from ota_core.tally import Group, kth_largest
+from ota_core.views import Block, ExpertView, TensorJob
 
 
 class TaskVectorRule:
@@ -29,32 +28,49 @@ class TaskVectorRule:
         """The limits of |Δ| for the methods that trim, per expert and tensor."""
         if self._method not in {"ties", "breadcrumbs", "breadcrumbs_ties"}:
             return
-        for expert in self._plan.experts:
-            jobs = self._plan.merged_jobs()
-            found = self._plan.stream.map(
-                partial(self._limit, expert), jobs, what=f"trim {expert.name}", size=lambda j: j.elements
-            )
-            self._limits |= {(expert.index, job.name): limits for job, limits in zip(jobs, found, strict=True)}
+        plan, groups = self._plan, []
+        for job in plan.merged_jobs():
+            wanted = {expert.index: [r for r in self._ranks(expert, job) if r] for expert in plan.experts}
+            groups.append(Group(jobs=[job], experts=[i for i, ranks in wanted.items() if ranks], ranks=wanted))
+        asked = [group for group in groups if group.experts]
+        scoring = PlanScoring(plan, curvature=False, everywhere=True)
+        found = dict(zip((g.jobs[0].name for g in asked), kth_largest(plan, scoring, asked, what="trim"), strict=True))
+        for job in plan.merged_jobs():
+            for expert in plan.experts:
+                self._limits[expert.index, job.name] = self._limit(expert, job, found.get(job.name, {}).get(expert.index, []))
 
-    def _limit(self, expert: ExpertView, job: TensorJob) -> tuple[float, float]:
+    def _ranks(self, expert: ExpertView, job: TensorJob) -> tuple[int, int]:
+        """Ranks, by falling |Δ|, of the last kept entry and of the first kept one; 0 where there is no such limit."""
+        dropped, last = self._kept(expert, job)
+        if last == dropped:
+            return 0, 0
+        return last if last < job.elements else 0, dropped + 1 if dropped else 0
+
+    def _kept(self, expert: ExpertView, job: TensorJob) -> tuple[int, int]:
         density = self._plan.recipe.setting("density", expert.index)
         if self._method == "ties":
-            dropped, last = ties_ranks(density, job.elements)
-        else:
-            dropped, last = breadcrumbs_ranks(density, self._plan.recipe.setting("gamma", expert.index), job.elements)
-        if last == dropped or job.elements == 0:
+            return ties_ranks(density, job.elements)
+        return breadcrumbs_ranks(density, self._plan.recipe.setting("gamma", expert.index), job.elements)
+
+    def _limit(self, expert: ExpertView, job: TensorJob, values: list[float]) -> tuple[float, float]:
+        """The smallest and the largest |Δ| that are kept. values: of the ranks that are limits."""
+        dropped, last = self._kept(expert, job)
+        if last == dropped:
             return math.inf, -math.inf
+        by_rank = dict(zip([rank for rank in self._ranks(expert, job) if rank], values, strict=True))
+        return by_rank.get(last if last < job.elements else 0, 0.0), by_rank.get(dropped + 1 if dropped else 0, math.inf)
 
-        def count(histogram: Histogram, high: int | None) -> None:
-            for block in blocks(self._plan, [job]):
-                count_magnitudes(self._plan, expert, block, histogram, high)
+    def prefetch(self, block: Block) -> None:
+        for view in self._plan.models:
+            view.prefetch(*block)
 
-        lowest = kth_largest(count, last) if last < job.elements else 0.0
-        return lowest, kth_largest(count, dropped + 1) if dropped else math.inf
-
-    def merge(self, block: Block) -> torch.Tensor:
+    def merge(self, block: Block, out: torch.Tensor) -> None:
         if self._plan.can_fuse(self._plan.experts, block[0]):
-            return self._merge_fused(block)
+            self._merge_fused(block, out)
+        else:
+            merge_in_parts(self._plan, self._merge_tensors, block, out)
+
+    def _merge_tensors(self, block: Block) -> torch.Tensor:
         base = base_rows(self._plan, block)
         assert base is not None
         thetas = expert_rows(self._plan, block, base)
@@ -64,22 +80,23 @@ class TaskVectorRule:
         scale: float = self._plan.recipe.setting("lambda")
         return base + scale * merged
 
-    def _merge_fused(self, block: Block) -> torch.Tensor:
+    def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
         """The compiled pass; the same bits."""
         assert self._plan.base is not None
-        merged = combine_block(
-            self._plan.base.single(*block),
-            [self._part(expert, block) for expert in self._plan.experts],
-            elect=self._method.endswith("ties"),
-            normalize=self._plan.recipe.setting("normalize"),
-            lam=self._plan.recipe.setting("lambda"),
-            nothing=NOTHING,
-        )
-        return merged.view(block[2] - block[1], -1)
+        with rounded(out) as target:
+            combine_block(
+                self._plan.base.stored(block[0].name, *block[1:]),
+                [self._part(expert, block) for expert in self._plan.experts],
+                target,
+                elect=self._method.endswith("ties"),
+                normalize=self._plan.recipe.setting("normalize"),
+                lam=self._plan.recipe.setting("lambda"),
+                nothing=NOTHING,
+            )
 
     def _part(self, expert: ExpertView, block: Block) -> Part:
         job, start, _ = block
-        theta, weight = expert.single(*block), self._weights[expert.index]
+        theta, weight = expert.stored(job.name, *block[1:]), self._weights[expert.index]
         if (expert.index, job.name) in self._limits:
             lowest, highest = self._limits[expert.index, job.name]
             return Part(theta=theta, weight=weight, lowest=lowest, highest=highest)

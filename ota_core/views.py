@@ -1,13 +1,15 @@
 """Checkpoints, second moments and masks as the output sees them: its names, its rows, float64 weights, bias-corrected curvature."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from ota_core.blocks import matrix_shape
+from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
+from ota_core.compression import RankOneMoments
 from ota_core.errors import MomentsError
+from ota_core.fused.memory import VSource, rank1_source, source_of
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments
 from ota_core.vocabulary import is_vocabulary_tensor
@@ -35,6 +37,23 @@ class TensorJob:
     def elements(self) -> int:
         rows, cols = matrix_shape(self.shape)
         return rows * cols
+
+
+Block = tuple[TensorJob, int, int]
+"""A tensor of the output and a half-open range of its rows."""
+
+
+def block_elements(block: Block) -> int:
+    """Elements of a block."""
+    job, start, stop = block
+    return (stop - start) * matrix_shape(job.shape)[1]
+
+
+def parts(block: Block, elements: int) -> Iterator[Block]:
+    """The block in parts of at most this many elements (one row where a row is longer)."""
+    job, start, stop = block
+    for a, b in row_blocks((stop - start, matrix_shape(job.shape)[1]), elements):
+        yield job, start + a, start + b
 
 
 @dataclass(kw_only=True)
@@ -73,9 +92,10 @@ class ModelView:
         rows = self.stored(name, start, stop)
         return rows.to(self.device).double()
 
-    def single(self, job: TensorJob, start: int, stop: int) -> torch.Tensor:
-        """The same rows as flat float32 (n,), on the CPU; exact for every dtype but float64 (``MergePlan.can_fuse``)."""
-        return self.stored(job.name, start, stop).float().reshape(-1)
+    def prefetch(self, job: TensorJob, start: int, stop: int) -> None:
+        """A hint that these rows are asked for soon."""
+        if self.row_map is None or not is_vocabulary_tensor(job.name):
+            getattr(self.checkpoint, "prefetch", lambda *_: None)(self.stored_name(job.name), start, stop)
 
     def stored(self, name: str, start: int, stop: int) -> torch.Tensor:
         """The same rows as they are stored."""
@@ -106,13 +126,35 @@ class ExpertView(ModelView):
         v = v.to(self.device)
         return v * factor if self.bias_correction else v
 
-    def v_raw(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> tuple[torch.Tensor, float]:
-        """Rows start:stop of v, float32 (stop − start, C) on the CPU, and the factor that makes them v̂."""
-        return self._read_v(job.canonical, start, stop, full)
+    def v_source(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> VSource:
+        """Rows start:stop of v for a compiled pass, on the CPU, unchecked: the pass tells of a bad entry, ``refuse`` names it."""
+        moments = self._moments(full)
+        factor = bias_factor(moments, job.canonical) if self.bias_correction else 1.0
+        if isinstance(moments, RankOneMoments) and (factors := moments.factors(job.canonical)) is not None:
+            return VSource(rank1_source(*factors, start), factor, factors)
+        v = moments.read(job.canonical, start, stop, check=False)
+        self.count_read(v.nbytes)
+        return VSource(source_of(v), factor, v)
 
-    def _read_v(self, canonical: str, start: int, stop: int, full: bool) -> tuple[torch.Tensor, float]:
+    def refuse(self, job: TensorJob, start: int, stop: int) -> None:
+        """Raise the MomentsError that names the bad entry of v, merged or full, in these rows."""
+        for moments in (self.moments, self.full_moments):
+            if moments is not None:
+                moments.read(job.canonical, start, stop)
+        raise AssertionError(f"{job.canonical}: a compiled pass found a bad second moment, the check of its file did not")
+
+    def prefetch_curvature(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> None:
+        """A hint that these rows of v are asked for soon."""
+        if self.has_curvature(job.canonical) and (self.row_map is None or not is_vocabulary_tensor(job.name)):
+            getattr(self._moments(full), "prefetch", lambda *_: None)(job.canonical, start, stop)
+
+    def _moments(self, full: bool) -> Moments:
         moments = self.full_moments if full else self.moments
         assert moments is not None
+        return moments
+
+    def _read_v(self, canonical: str, start: int, stop: int, full: bool) -> tuple[torch.Tensor, float]:
+        moments = self._moments(full)
         v = self.gather(moments.read, canonical, start, stop)
         self.count_read(v.nbytes)
         return v, bias_factor(moments, canonical) if self.bias_correction else 1.0

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ota_core.fused import BY_CURVATURE, BY_MAGNITUDE, Vote, count_scores, ota_block
-from ota_core.fused_task_vectors import Part, combine_block, linear_block
+from ota_core.fused.counts import Candidate, count_block
+from ota_core.fused.memory import F32, TILE, VSource, load, load_bytes, rank1_source, source_of, store
+from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
+from ota_core.fused.task_vectors import Part, combine_block, linear_block
 from ota_core.kernels import count_high, count_low
 from ota_core.methods.averages import linear
 from ota_core.methods.dare import drop, uniform
@@ -32,8 +35,17 @@ def experts(seed: int, count: int, size: int) -> tuple[torch.Tensor, list[torch.
     return base, thetas, vs
 
 
-@settings(max_examples=60, deadline=None)
+def v_source(v: torch.Tensor, factor: float = 1.0) -> VSource:
+    return VSource(source_of(v), factor, v)
+
+
+STORED = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@settings(max_examples=80, deadline=None)
 @given(
+    stored=st.sampled_from(STORED),
+    written=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
     count=st.integers(1, 4),
     size=st.sampled_from([1, 7, 1023, 1024, 2049]),
@@ -47,6 +59,8 @@ def experts(seed: int, count: int, size: int) -> tuple[torch.Tensor, list[torch.
     mode=st.sampled_from(["off", "curvature", "magnitude", "given"]),
 )
 def test_the_fused_pass_is_the_rule(
+    stored: torch.dtype,
+    written: torch.dtype,
     seed: int,
     count: int,
     size: int,
@@ -60,6 +74,7 @@ def test_the_fused_pass_is_the_rule(
     mode: str,
 ) -> None:
     base, thetas, vs = experts(seed, count, size)
+    base, thetas = base.to(stored), [theta.to(stored) for theta in thetas]
     hats = [v * torch.tensor(factor) for v in vs]
     masks: list[torch.Tensor | None] = []
     votes = []
@@ -70,11 +85,15 @@ def test_the_fused_pass_is_the_rule(
         masks.append(None if mode == "off" else keep(scores, tau))
         how: dict[str, Any] = {"kept": masks[-1]} if mode == "given" else {"threshold": None if mode == "off" else tau}
         metric = BY_MAGNITUDE if mode == "magnitude" else BY_CURVATURE
-        votes.append(Vote(theta=theta, v=v, factor=factor, scale=scale, mean=1.0 if mean is None else mean, metric=metric, **how))
+        votes.append(
+            Vote(theta=theta, v=v_source(v, factor), scale=scale, mean=1.0 if mean is None else mean, metric=metric, **how)
+        )
     weights = [curvature_weights(hat, power=power, scale=scale, mean=mean, epsilon=epsilon) for hat in hats]
     expected = ota([t.double() for t in thetas], weights, masks, base.double(), lam=lam, denominator=denominator)
-    got, kept = ota_block(base, votes, power=power, epsilon=epsilon, lam=lam, denominator=denominator)
-    assert torch.equal(got, expected)
+    got = torch.empty(size, dtype=written)
+    kept, bad = ota_block(base, votes, got, power=power, epsilon=epsilon, lam=lam, denominator=denominator)
+    assert torch.equal(got, expected.to(written))
+    assert bad is None
     assert kept == [size if mask is None else int(mask.sum()) for mask in masks]
 
 
@@ -84,18 +103,97 @@ def test_the_fused_histogram_is_that_of_the_scores(metric: int, size: int) -> No
     base, [theta], [v] = experts(3, 1, size)
     delta = theta.double() - base.double()
     scores = magnitude_scores(delta) if metric == BY_MAGNITUDE else curvature_scores(v * torch.tensor(2.5), delta)
-    expected, got = torch.zeros(2, 65536, dtype=torch.int64), torch.zeros(2, 65536, dtype=torch.int64)
+    expected = torch.zeros(3, 65536, dtype=torch.int64)
     count_high(scores, expected[0])
-    fullest = int(expected[0].argmax())
-    count_low(scores, fullest, expected[1])
-    count_scores(base, theta, v, 2.5, metric, None, got[0])
-    count_scores(base, theta, v, 2.5, metric, fullest, got[1])
-    assert torch.equal(got, expected)
-    assert int(got[0].sum()) == size
+    fullest = torch.topk(expected[0], 2).indices.tolist()
+    for row, index in enumerate(fullest, 1):
+        count_low(scores, index, expected[row])
+    slots = np.full((2, 65536), -1, np.int8)
+    slots[1, fullest] = [0, 1]
+    high, low = np.zeros((2, 65536), np.int64), np.zeros((2, 2, 65536), np.int64)
+    one = Candidate(theta=theta, v=None if metric == BY_MAGNITUDE else v_source(v, 2.5), metric=metric, row=1)
+    assert count_block(base, [one], high=high, slots=slots, low=low) is None
+    assert np.array_equal(np.stack([high[1], *low[1]]), expected.numpy())
+    assert not high[0].any() and not low[0].any() and high.sum() == size
+
+
+def test_a_sample_counts_pieces_of_every_stride() -> None:
+    base, [theta], [v] = experts(4, 1, 5000)
+    scores = curvature_scores(v, theta.double() - base.double())
+    expected = torch.zeros(65536, dtype=torch.int64)
+    count_high(torch.cat([scores[start : start + 100] for start in range(0, 5000, 700)]), expected)
+    high, low, slots = np.zeros((1, 65536), np.int64), np.zeros((1, 0, 65536), np.int64), np.full((1, 65536), -1, np.int8)
+    one = Candidate(theta=theta, v=v_source(v), metric=BY_CURVATURE, row=0)
+    assert count_block(base, [one], high=high, slots=slots, low=low, piece=100, stride=700) is None
+    assert np.array_equal(high[0], expected.numpy())
+
+
+@pytest.mark.parametrize("value", [-1e-20, float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 1500, 2999])
+def test_a_bad_second_moment_is_told_by_the_expert(value: float, place: int) -> None:
+    base, thetas, vs = experts(6, 3, 3000)
+    vs[1][place] = value
+    out = torch.empty(3000)
+    votes = [Vote(theta=theta, v=v_source(v)) for theta, v in zip(thetas, vs, strict=True)]
+    assert ota_block(base, votes, out, power=0.5, epsilon=0.0, lam=1.0, denominator="kept")[1] == 1
+    candidates = [
+        Candidate(theta=theta, v=v_source(v), metric=BY_CURVATURE, row=i)
+        for i, (theta, v) in enumerate(zip(thetas, vs, strict=True))
+    ]
+    high, low, slots = np.zeros((3, 65536), np.int64), np.zeros((3, 0, 65536), np.int64), np.full((3, 65536), -1, np.int8)
+    assert count_block(base, candidates, high=high, slots=slots, low=low) == 1
+
+
+def test_every_16_bit_pattern_is_loaded_as_torch_reads_it() -> None:
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        stored = patterns.view(dtype)
+        got = np.empty(TILE, np.float32)
+        for first in range(0, 1 << 16, TILE):
+            load(source_of(stored)[()], first, TILE, got)
+            expected = stored[first : first + TILE].float()
+            same = torch.from_numpy(got).view(torch.int32) == expected.view(torch.int32)
+            assert bool((same | (expected.isnan() & torch.from_numpy(got).isnan())).all())
+
+
+def test_every_rounding_to_16_bits_is_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(1 << 31), (1 << 31) - 1, (1 << 18,), generator=generator, dtype=torch.int64).to(torch.int32)
+    halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16 | 0x8000  # exactly between two values
+    values = torch.cat([bits.view(torch.float32), halves.view(torch.float32), torch.tensor([3.4e38, -3.4e38])]).double()
+    got, scratch = torch.empty(TILE, dtype=torch.bfloat16), np.empty(TILE, np.float32)
+    for first in range(0, values.numel(), TILE):
+        tile = values[first : first + TILE].contiguous()
+        store(tile.numpy(), tile.numel(), 1, got.data_ptr(), 0, scratch)
+        expected = tile.to(torch.bfloat16)
+        same = got[: tile.numel()].view(torch.int16) == expected.view(torch.int16)
+        assert bool((same | expected.isnan()).all())
+
+
+@pytest.mark.parametrize(("shape", "start", "stop"), [((7, 300), 2, 6), ((3, 5, 700), 3, 12), ((2, 4, 1), 1, 8)])
+def test_rank_one_rows_are_the_products(shape: tuple[int, ...], start: int, stop: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    share, columns = torch.rand(shape[:-1], generator=generator), torch.rand((*shape[:-2], shape[-1]), generator=generator)
+    expected = (share[..., None] * columns[..., None, :]).reshape(-1, shape[-1])[start:stop].reshape(-1)
+    source = rank1_source(share, columns, start)[()]
+    got = np.empty(TILE, np.float32)
+    for first in range(0, expected.numel(), 333):
+        count = min(333, expected.numel() - first)
+        load(source, first, count, got)
+        assert np.array_equal(got[:count], expected[first : first + count].numpy())
+
+
+def test_masks_are_loaded_by_address() -> None:
+    mask = torch.rand(3000, generator=torch.Generator().manual_seed(2)) < 0.5
+    got = np.empty(TILE, np.bool_)
+    load_bytes(mask.data_ptr(), 777, 1000, got)
+    assert np.array_equal(got[:1000], mask[777:1777].numpy())
+    assert F32 == 0 and source_of(mask.float())["kind"] == F32
 
 
 @settings(max_examples=40, deadline=None)
 @given(
+    stored=st.sampled_from(STORED),
     seed=st.integers(0, 2**31),
     count=st.integers(1, 4),
     weights=st.lists(st.sampled_from([1.0, 0.5, -1.0, 2.0]), min_size=4, max_size=4),
@@ -105,10 +203,11 @@ def test_the_fused_histogram_is_that_of_the_scores(metric: int, size: int) -> No
     mode=st.sampled_from(["all", "trim", "dare", "dare without rescale"]),
 )
 def test_fused_task_vectors_are_the_rules(
-    seed: int, count: int, weights: list[float], elect: bool, normalize: bool, lam: float, mode: str
+    stored: torch.dtype, seed: int, count: int, weights: list[float], elect: bool, normalize: bool, lam: float, mode: str
 ) -> None:
     size = 1025
     base, thetas, _ = experts(seed, count, size)
+    base, thetas = base.to(stored), [theta.to(stored) for theta in thetas]
     lefts, parts = [], []
     for m, (theta, weight) in enumerate(zip(thetas, weights, strict=False)):
         delta = theta.double() - base.double()
@@ -125,12 +224,16 @@ def test_fused_task_vectors_are_the_rules(
             parts.append(Part(theta=theta, weight=weight, random=(seed, m, "t", 77), density=0.4, rescale=rescale))
     rule = elect_and_add if elect else add_up
     expected = base.double() + lam * rule(lefts, weights[:count], normalize=normalize)
-    got = combine_block(base, parts, elect=elect, normalize=normalize, lam=lam, nothing=NOTHING)
-    assert torch.equal(got, expected)
+    for written in (torch.float32, torch.bfloat16):
+        got = torch.empty(size, dtype=written)
+        combine_block(base, parts, got, elect=elect, normalize=normalize, lam=lam, nothing=NOTHING)
+        assert torch.equal(got, expected.to(written))
 
 
 def test_the_fused_average_is_the_average() -> None:
     _, thetas, _ = experts(5, 3, 999)
     for normalize in (True, False):
         expected = linear([t.double() for t in thetas], [0.2, 1.0, 3.0], normalize=normalize)
-        assert torch.equal(linear_block(thetas, [0.2, 1.0, 3.0], normalize=normalize), expected)
+        got = torch.empty(999)
+        linear_block(thetas, [0.2, 1.0, 3.0], got, normalize=normalize)
+        assert torch.equal(got, expected.float())

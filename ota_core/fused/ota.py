@@ -1,0 +1,204 @@
+"""OTA with Fast Fisher Grafting in one compiled pass: score, mask, weight and sum of all experts, tile by tile."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ota_core.fused.memory import BF16, F32, SOURCE, TILE, VSource, compiled, load, load_bytes, source_of, store
+
+BY_CURVATURE, BY_MAGNITUDE = 0, 1
+ALL, ABOVE, GIVEN = 0, 1, 2  # what an expert keeps: everything, scores from τ on, or a mask made before
+
+VOTE = np.dtype(
+    [
+        ("theta", SOURCE),
+        ("v", SOURCE),
+        ("factor", np.float32),
+        ("mean", np.float64),
+        ("scale", np.float64),
+        ("keeps", np.int64),
+        ("metric", np.int64),
+        ("threshold", np.float32),
+        ("mask", np.uint64),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """One expert's part in a block of n elements."""
+
+    theta: torch.Tensor
+    """The weights as they are stored: float32, bfloat16 or float16, n elements."""
+    v: VSource
+    """The second moments, and the factor that makes them v̂."""
+    scale: float = 1.0
+    mean: float = 1.0
+    threshold: float | None = None
+    """τ on the score; None where FFG is off or ``kept`` is given."""
+    kept: torch.Tensor | None = None
+    """A mask made before, bool, n elements."""
+    metric: int = BY_CURVATURE
+
+
+@compiled
+def score(v_hat: np.float32, theta: np.float32, base: np.float32, metric: int) -> np.float32:
+    """√v̂·|Δ|, or |Δ|: what ``saliency.curvature_scores`` and ``magnitude_scores`` compute."""
+    delta = np.float32(np.float64(theta) - np.float64(base))
+    if metric == BY_MAGNITUDE:
+        return abs(delta)
+    return abs(np.sqrt(v_hat) * delta)
+
+
+@compiled
+def scores(count: int, base: Any, theta: Any, v_hat: Any, metric: int, out: Any) -> None:
+    """The scores of a tile, float32; v_hat is not looked at with ``BY_MAGNITUDE``."""
+    if metric == BY_MAGNITUDE:
+        for i in range(count):
+            out[i] = score(np.float32(0), theta[i], base[i], BY_MAGNITUDE)
+    else:
+        for i in range(count):
+            out[i] = score(v_hat[i], theta[i], base[i], BY_CURVATURE)
+
+
+@compiled
+def load_v_hat(source: Any, factor: np.float32, first: int, count: int, out: NDArray[np.float32]) -> bool:
+    """v̂ of a tile. True when an entry of v is negative, NaN or infinite: the caller then looks for it, to name it."""
+    load(source, first, count, out)
+    bad = 0
+    for i in range(count):
+        bad |= not ((out[i] >= 0) & (out[i] < np.inf))
+        out[i] = out[i] * factor
+    return bad != 0
+
+
+@compiled
+def _weights(count: int, v_hat: Any, power: float, mean: float, scale: float, epsilon: float, weights: Any) -> None:
+    if power == 0.5:
+        for i in range(count):
+            weights[i] = np.sqrt(np.float64(v_hat[i])) / mean * scale + epsilon
+    elif power == 1.0:
+        for i in range(count):
+            weights[i] = np.float64(v_hat[i]) / mean * scale + epsilon
+    elif power == 0.0:
+        for i in range(count):
+            weights[i] = 1.0 / mean * scale + epsilon
+    else:
+        for i in range(count):
+            weights[i] = np.float64(v_hat[i]) ** power / mean * scale + epsilon
+
+
+@compiled
+def _plain_weights(count: int, v_hat: Any, weights: Any) -> None:
+    """The usual case, p = √v̂: one division less for each element, the same bits as dividing by 1."""
+    for i in range(count):
+        weights[i] = np.sqrt(np.float64(v_hat[i]))
+
+
+@compiled
+def _add(count: int, theta: Any, weights: Any, kept: Any, numerator: Any, total: Any, somebody: Any) -> int:
+    found = 0
+    for i in range(count):
+        weight = weights[i] if kept[i] else 0.0
+        numerator[i] += weight * np.float64(theta[i])
+        total[i] += weight
+        somebody[i] |= kept[i]
+        found += kept[i]
+    return found
+
+
+@compiled
+def _add_all(count: int, base: Any, theta: Any, weights: Any, kept: Any, numerator: Any, total: Any, somebody: Any) -> int:
+    found = 0
+    for i in range(count):
+        numerator[i] += weights[i] * np.float64(theta[i] if kept[i] else base[i])
+        total[i] += weights[i]
+        somebody[i] |= kept[i]
+        found += kept[i]
+    return found
+
+
+@compiled
+def _finish(count: int, base: Any, numerator: Any, total: Any, somebody: Any, lam: float, out: Any) -> None:
+    for i in range(count):
+        start = np.float64(base[i])
+        target = numerator[i] / total[i] if total[i] > 0 else start
+        merged = target if lam == 1.0 else start + lam * (target - start)
+        out[i] = merged if somebody[i] else start
+
+
+@compiled
+def _merge(
+    base_source: Any, votes: Any, n: int, power: float, epsilon: float, lam: float, kept_only: bool, kind: int, address: int,
+    counts: Any,
+) -> int:  # fmt: skip
+    """Merge n elements to an address; returns the first expert whose v holds a bad entry, or −1."""
+    base, theta, v_hat, score_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
+    numerator, total, weights = np.empty(TILE), np.empty(TILE), np.empty(TILE)
+    somebody, kept = np.empty(TILE, np.bool_), np.empty(TILE, np.bool_)
+    for first in range(0, n, TILE):
+        count = min(TILE, n - first)
+        load(base_source, first, count, base)
+        numerator[:] = 0.0
+        total[:] = 0.0
+        somebody[:] = False
+        for m in range(votes.shape[0]):
+            vote = votes[m]
+            load(vote.theta, first, count, theta)
+            if load_v_hat(vote.v, vote.factor, first, count, v_hat):
+                return m
+            if vote.keeps == ALL:
+                kept[:] = True
+            elif vote.keeps == GIVEN:
+                load_bytes(vote.mask, first, count, kept)
+            else:
+                scores(count, base, theta, v_hat, vote.metric, score_tile)
+                for i in range(count):
+                    kept[i] = (score_tile[i] >= vote.threshold) & (score_tile[i] > 0)
+            if power == 0.5 and vote.mean == 1.0 and vote.scale == 1.0 and epsilon == 0.0:
+                _plain_weights(count, v_hat, weights)
+            else:
+                _weights(count, v_hat, power, vote.mean, vote.scale, epsilon, weights)
+            if kept_only:
+                counts[m] += _add(count, theta, weights, kept, numerator, total, somebody)
+            else:
+                counts[m] += _add_all(count, base, theta, weights, kept, numerator, total, somebody)
+        _finish(count, base, numerator, total, somebody, lam, weights)
+        store(weights, count, kind, address, first, theta)
+    return -1
+
+
+def ota_block(
+    base: torch.Tensor,
+    votes: Sequence[Vote],
+    out: torch.Tensor,
+    *,
+    power: float,
+    epsilon: float,
+    lam: float,
+    denominator: str,
+) -> tuple[list[int], int | None]:
+    """``methods.ota.ota`` with its masks and weights, rounded into ``out``.
+
+    base: n elements as stored; out: float32 or bfloat16, n elements, contiguous. Returns how many elements each expert kept, and the
+    position of the first expert whose v holds a negative, NaN or infinite entry (``out`` is then incomplete), else None.
+    """
+    table = np.zeros(len(votes), VOTE)
+    for row, vote in zip(table, votes, strict=True):
+        row["theta"], row["v"], row["factor"] = source_of(vote.theta), vote.v.source, vote.v.factor
+        row["mean"], row["scale"], row["metric"] = vote.mean, vote.scale, vote.metric
+        if vote.kept is not None:
+            assert vote.kept.is_contiguous() and vote.kept.dtype == torch.bool
+            row["keeps"], row["mask"] = GIVEN, vote.kept.data_ptr()
+        elif vote.threshold is not None:
+            row["keeps"], row["threshold"] = ABOVE, vote.threshold
+    counts = np.zeros(len(votes), np.int64)
+    kind = {torch.float32: F32, torch.bfloat16: BF16}[out.dtype]
+    bad = _merge(
+        source_of(base)[()], table, base.numel(), power, epsilon, lam, denominator == "kept", kind, out.data_ptr(), counts
+    )
+    return counts.tolist(), None if bad < 0 else bad

@@ -1,0 +1,161 @@
+"""Task vectors and plain averages in one compiled pass: what ``methods.task_vectors``, ``dare`` and ``averages`` compute, tile by tile."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ota_core.fused.memory import BF16, F32, SOURCE, TILE, compiled, load, source_of, store
+from ota_core.methods.dare import key_of
+
+PART = np.dtype(
+    [
+        ("theta", SOURCE),
+        ("weight", np.float64),
+        ("lowest", np.float32),
+        ("highest", np.float32),
+        ("random", np.int64),
+        ("key", np.uint64),
+        ("start", np.int64),
+        ("density", np.float64),
+        ("divisor", np.float64),
+    ]
+)
+_KINDS = {torch.float32: F32, torch.bfloat16: BF16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One expert's part in a block of n elements, and what of its task vector is left."""
+
+    theta: torch.Tensor
+    """The weights as they are stored: float32, bfloat16 or float16, n elements."""
+    weight: float
+    lowest: float = 0.0
+    highest: float = math.inf
+    """Limits of |Δ| (TIES, breadcrumbs)."""
+    random: tuple[int, int, str, int] | None = None
+    """DARE: seed, expert, tensor and the block's first element; None where nothing is dropped."""
+    density: float = 1.0
+    rescale: bool = True
+
+
+@compiled
+def _trimmed(count: int, base: Any, theta: Any, lowest: np.float32, highest: np.float32, left: Any) -> None:
+    for i in range(count):
+        delta = np.float64(theta[i]) - np.float64(base[i])
+        size = abs(np.float32(delta))
+        left[i] = delta if (size >= lowest) & (size <= highest) else 0.0
+
+
+@compiled
+def _dropped(count: int, base: Any, theta: Any, key: np.uint64, start: int, density: float, divisor: float, left: Any) -> None:
+    gamma, mix1, mix2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+    for i in range(count):
+        bits = np.uint64(start + i + 1) * gamma + key
+        bits = (bits ^ (bits >> np.uint64(30))) * mix1
+        bits = (bits ^ (bits >> np.uint64(27))) * mix2
+        bits = bits ^ (bits >> np.uint64(31))
+        random = np.float64(bits >> np.uint64(11)) * 2.0**-53
+        delta = np.float64(theta[i]) - np.float64(base[i])
+        left[i] = delta / divisor if random < density else 0.0
+
+
+@compiled
+def _add(count: int, left: Any, weight: float, total: Any) -> None:
+    for i in range(count):
+        total[i] += weight * left[i]
+
+
+@compiled
+def _add_agreeing(count: int, left: Any, weight: float, elected: Any, total: Any, divisor: Any) -> None:
+    for i in range(count):
+        weighted = weight * left[i]
+        agrees = (weighted > 0) if elected[i] >= 0 else (weighted < 0)
+        total[i] += weighted if agrees else 0.0
+        divisor[i] += weight if agrees else 0.0
+
+
+@compiled
+def _finish(count: int, base: Any, total: Any, divisor: Any, least: float, lam: float, out: Any) -> None:
+    for i in range(count):
+        merged = total[i] / divisor[i] if abs(divisor[i]) >= least else total[i]
+        out[i] = np.float64(base[i]) + lam * merged
+
+
+@compiled
+def _combine(
+    base_source: Any, parts: Any, n: int, elect: bool, normalize: bool, sum_of_weights: float, lam: float, least: float, kind: int,
+    address: int,
+) -> None:  # fmt: skip
+    base, theta = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    total, divisor, elected = np.empty(TILE), np.empty(TILE), np.empty(TILE)
+    lefts = np.empty((parts.shape[0], TILE))
+    for first in range(0, n, TILE):
+        count = min(TILE, n - first)
+        load(base_source, first, count, base)
+        total[:] = 0.0
+        for m in range(parts.shape[0]):
+            part, left = parts[m], lefts[m]
+            load(part.theta, first, count, theta)
+            if part.random:
+                _dropped(count, base, theta, part.key, part.start + first, part.density, part.divisor, left)
+            else:
+                _trimmed(count, base, theta, part.lowest, part.highest, left)
+            _add(count, left, part.weight, total)
+        divisor[:] = sum_of_weights if normalize else 1.0
+        if elect:
+            elected[:] = total
+            total[:] = 0.0
+            divisor[:] = 0.0
+            for m in range(parts.shape[0]):
+                _add_agreeing(count, lefts[m], parts[m].weight, elected, total, divisor)
+            if not normalize:
+                divisor[:] = 1.0
+        _finish(count, base, total, divisor, least, lam, total)
+        store(total, count, kind, address, first, theta)
+
+
+def combine_block(
+    base: torch.Tensor, parts: Sequence[Part], out: torch.Tensor, *, elect: bool, normalize: bool, lam: float, nothing: float
+) -> None:
+    """θ₀ + λ · what ``add_up`` or, with ``elect``, ``elect_and_add`` makes of the parts, rounded into ``out``.
+
+    base: n elements as stored; out: float32 or bfloat16, n elements, contiguous. nothing: a divisor smaller than this divides by 1.
+    """
+    table = np.zeros(len(parts), PART)
+    for row, part in zip(table, parts, strict=True):
+        row["theta"], row["weight"] = source_of(part.theta), part.weight
+        row["lowest"], row["highest"] = part.lowest, part.highest
+        row["density"], row["divisor"] = part.density, part.density if part.rescale else 1.0
+        if part.random is not None:
+            row["random"], row["key"], row["start"] = 1, key_of(*part.random[:3]), part.random[3]
+    weights = sum(part.weight for part in parts)
+    _combine(source_of(base)[()], table, base.numel(), elect, normalize, weights, lam, nothing, _KINDS[out.dtype], out.data_ptr())
+
+
+@compiled
+def _average(thetas: Any, weights: Any, n: int, divisor: float, kind: int, address: int) -> None:
+    theta, total = np.empty(TILE, np.float32), np.empty(TILE)
+    for first in range(0, n, TILE):
+        count = min(TILE, n - first)
+        total[:] = 0.0
+        for m in range(thetas.shape[0]):
+            load(thetas[m], first, count, theta)
+            weight = weights[m]
+            for i in range(count):
+                total[i] += weight * np.float64(theta[i])
+        if divisor != 1.0:
+            for i in range(count):
+                total[i] = total[i] / divisor
+        store(total, count, kind, address, first, theta)
+
+
+def linear_block(thetas: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor, *, normalize: bool) -> None:
+    """``methods.averages.linear`` of blocks of n elements as stored, rounded into ``out``: float32 or bfloat16, contiguous."""
+    table = np.array([source_of(theta)[()] for theta in thetas], SOURCE)
+    divisor = float(sum(weights)) if normalize else 1.0
+    _average(table, np.array(weights, np.float64), out.numel(), divisor, _KINDS[out.dtype], out.data_ptr())
