@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,8 +10,10 @@ from typing import Any, Protocol
 import torch
 
 from ota_core.blocks import matrix_shape
+from ota_core.byte_source import SourceOf
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.safetensors_io import SafetensorsFile, TensorInfo
+from ota_core.torch_file import TorchFile
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -29,20 +32,24 @@ class WeightFile(Protocol):
     infos: dict[str, TensorInfo]
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+    def prefetch(self, name: str, start: int, stop: int) -> None: ...
     def drop_pages(self) -> None: ...
     def close(self) -> None: ...
 
 
 class _BinFile:
-    """A ``.bin`` of torch.save, mapped rather than loaded; only tensors are unpickled (``weights_only``)."""
+    """A ``.bin`` of torch.save, read by ranges rather than loaded; only tensors are unpickled (``weights_only``)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source_of: SourceOf | None) -> None:
         self.path = path
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self._file = TorchFile(path, source_of)
+            state = self._file.saved
+            if isinstance(state, dict):
+                self._file.check(value for value in state.values() if isinstance(value, torch.Tensor))
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; the index lists it: fetch the checkpoint again") from None
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}); expected a zip file of torch.save with tensors "
                 "only. Save the model as safetensors, or fetch the file again"
@@ -51,28 +58,32 @@ class _BinFile:
             raise CheckpointError(
                 f"{path} holds {type(state).__name__}, expected a dictionary of tensors: is this a model's state dict?"
             )
-        self._state: dict[str, torch.Tensor] = {name: value.contiguous() for name, value in state.items()}
+        self._state: dict[str, torch.Tensor] = state
         self.infos = {
             name: TensorInfo(name, value.dtype, tuple(value.shape), 0, value.nbytes) for name, value in self._state.items()
         }
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        tensor = self._state[name]
-        return tensor.view(matrix_shape(tensor.shape))[start:stop]
+        return self._file.read_rows(self._state[name], start, stop)
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        self._file.prefetch(self._state[name], start, stop)
 
     def drop_pages(self) -> None:
-        """Nothing to do: torch's mapping is shared and clean, the kernel takes its pages back when it needs them."""
+        self._file.drop_pages()
 
     def close(self) -> None:
         self._state = {}
+        self._file.close()
 
 
 class Checkpoint:
     """The tensors of one model folder. Raises CheckpointError when files are missing, truncated or contradict the index."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, source_of: SourceOf | None = None) -> None:
+        """``source_of`` says where the weights' bytes come from; configuration, index and file names are always the folder's own."""
         self.path = Path(path)
-        self.files = [_open(file) for file in weight_files(self.path)]
+        self.files = [_open(file, source_of) for file in weight_files(self.path)]
         self._where: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.infos:
@@ -106,6 +117,10 @@ class Checkpoint:
         shape = self.info(name).shape
         return self.read_rows(name, 0, matrix_shape(shape)[0]).reshape(shape)
 
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """The same rows are read soon: a hint that costs little and may be repeated."""
+        self._where[name].prefetch(name, start, stop)
+
     def drop_pages(self) -> None:
         """Give the mapped pages that were read back to the kernel; what is read again comes from its page cache."""
         for file in self.files:
@@ -116,8 +131,10 @@ class Checkpoint:
             file.close()
 
 
-def _open(path: Path) -> WeightFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else _BinFile(path)
+def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
+    if path.suffix != ".safetensors":
+        return _BinFile(path, source_of)
+    return SafetensorsFile(path, source_of(path) if source_of else None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.blocks import matrix_shape, row_blocks
+from ota_core.byte_source import SourceOf
 from ota_core.errors import MomentsError
 from ota_core.kernels import row_and_column_sums, row_sums, sqrt
 from ota_core.moments.base import Moments
@@ -82,6 +83,9 @@ class RankOneMoments:
         height = self._shapes[name][-2]
         flat = cols.reshape(-1, cols.shape[-1])
         return share.reshape(-1)[start:stop, None] * flat[torch.arange(start, stop) // height]
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """Everything is in memory; nothing to fetch."""
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """What the file format stores."""
@@ -213,6 +217,9 @@ class StoredMoments:
         rows = self._file.read_rows(name, start, stop)
         return checked(rows, path=self.path, name=name, shape=self._shapes[name], start=start) if check else rows
 
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        self._file.prefetch(name, start, stop)
+
     def drop_pages(self) -> None:
         self._file.drop_pages()
 
@@ -220,9 +227,9 @@ class StoredMoments:
         self._file.close()
 
 
-def open_compressed(path: Path) -> RankOneMoments | StoredMoments:
+def open_compressed(path: Path, source_of: SourceOf | None = None) -> RankOneMoments | StoredMoments:
     """Open a file of this format. Raises MomentsError when the format or the method is not known here."""
-    file = SafetensorsFile(path)
+    file = SafetensorsFile(path, source_of(path) if source_of else None)
     method = file.metadata.get("method")
     if file.metadata.get("ota_format") != FORMAT or method not in {"none", "rank1"}:
         raise MomentsError(
@@ -233,6 +240,8 @@ def open_compressed(path: Path) -> RankOneMoments | StoredMoments:
     if method == "none":
         return StoredMoments(file, header)
     shapes = {name: tuple(shape) for name, shape in header["shapes"].items()}
+    for name, info in file.infos.items():
+        file.prefetch(name, 0, matrix_shape(info.shape)[0])
     stored = {
         name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone()
         for name, info in file.infos.items()

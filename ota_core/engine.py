@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ALGORITHM_VERSION, Record, folder_files, write_record, write_text_atomic
+from ota_core.byte_source import SourceOf
 from ota_core.compression import CompressionReport, RankOneMoments, compress, save_compressed, save_full
 from ota_core.errors import OtaError
 from ota_core.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
@@ -224,14 +225,16 @@ def compress_moments(
     *,
     method: str,
     layout: Layout = None,
+    source_of: SourceOf | None = None,
     memory: str | int = "2GiB",
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Compress the second moments in ``source`` into the safetensors file ``out``: ``rank1``, or ``none`` for v under the model's names.
 
-    layout: the model's parameters, or a function that builds them, for optimizer states that number them. Raises MomentsError.
+    layout: the model's parameters, or a function that builds them, for optimizer states that number them.
+    source_of: where the bytes of v come from, if not from the files themselves. Raises MomentsError.
     """
-    moments = open_moments(source, layout=layout)
+    moments = open_moments(source, layout=layout, source_of=source_of)
     try:
         stream = Stream(
             memory=parse_memory(memory),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.artifact import fingerprint
+from ota_core.byte_source import SourceOf
 from ota_core.checkpoint import read_json
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
 from ota_core.moments import ParameterLayout, find_moments
@@ -19,7 +20,7 @@ LayoutOf = Callable[[Path], ParameterLayout]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInput:
-    """A checkpoint on this machine."""
+    """A checkpoint: a folder on this machine; large files in it may be outlines whose bytes lie elsewhere (``source_of``)."""
 
     name: str
     path: Path
@@ -27,6 +28,8 @@ class ModelInput:
     """What the recipe calls it."""
     digest: str | None = None
     """Content digest where known."""
+    source_of: SourceOf | None = None
+    """Where the bytes of weights and second moments come from, if not from the files themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ota_core.blocks import matrix_shape
+from ota_core.byte_source import SourceOf
 from ota_core.errors import ArtifactError
 from ota_core.safetensors_io import SafetensorsFile
 from ota_core.writer import SafetensorsWriter, TensorSpec
@@ -62,9 +63,9 @@ class MaskWriter:
 class MaskFile:
     """Reads a mask file. Raises ArtifactError when it is of another format."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source_of: SourceOf | None = None) -> None:
         self.path = path
-        self._file = SafetensorsFile(path)
+        self._file = SafetensorsFile(path, source_of(path) if source_of else None)
         if self._file.metadata.get("ota_format") != FORMAT:
             raise ArtifactError(
                 f"{path}: format {self._file.metadata.get('ota_format')!r}, expected {FORMAT}; make the masks again with this version"
@@ -78,6 +79,11 @@ class MaskFile:
         first, count = start * cols, (stop - start) * cols
         packed = self._file.read_rows(name, first // 8, (first + count + 7) // 8)[:, 0]
         return unpack(packed, first % 8, count).view(stop - start, cols)
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """The same rows are read soon: a hint that costs little and may be repeated."""
+        cols = matrix_shape(self.shapes[name])[1]
+        self._file.prefetch(name, start * cols // 8, (stop * cols + 7) // 8)
 
     def density(self, name: str) -> float:
         """Share of a tensor's elements that the mask keeps."""

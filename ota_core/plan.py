@@ -162,7 +162,7 @@ def _block_elements(memory: int, threads: int, experts: int) -> int:
 
 def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:
     try:
-        checkpoint = Checkpoint(item.path)
+        checkpoint = Checkpoint(item.path, item.source_of)
     except CheckpointError as error:
         problems.append(f"{item.name}: {error}")
         return None
@@ -205,7 +205,7 @@ def _moments_problems(recipe: MergeRecipe, item: ExpertInput) -> list[str]:
     if recipe.merge_method not in NEEDS_MOMENTS or item.moments is None:
         return []
     try:
-        open_moments(item.moments, layout=item.layout).close()
+        open_moments(item.moments, layout=item.layout, source_of=item.source_of).close()
     except OtaError as error:
         return [f"expert '{item.name}': {problem}" for problem in error.problems]
     return []
@@ -237,14 +237,14 @@ def _open_moments(
                     f"expert '{expert.name}': mask_curvature: full needs uncompressed second moments, {item.moments} is compressed with {held}"
                 )
         if item.masks is not None:
-            expert.masks = MaskFile(item.masks)
+            expert.masks = MaskFile(item.masks, item.source_of)
             stack.callback(expert.masks.close)
     except OtaError as error:
         problems.append(f"expert '{expert.name}': {error}")
 
 
 def _open_one(path: Path, item: ExpertInput, stack: contextlib.ExitStack) -> Moments:
-    moments = open_moments(path, layout=item.layout)
+    moments = open_moments(path, layout=item.layout, source_of=item.source_of)
     stack.callback(moments.close)
     return moments
 

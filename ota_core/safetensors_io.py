@@ -1,11 +1,10 @@
-"""Safetensors files read lazily: a validated header and views of a memory map, never a copy of the file.
+"""Safetensors files read lazily: a validated header, and ranges of the file as views, never a copy of the file.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps
 (https://huggingface.co/docs/safetensors, "Format").
 """
 
 import json
-import mmap
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from ota_core.blocks import matrix_shape
+from ota_core.byte_source import ByteSource, MappedFile, numbers
 from ota_core.errors import CheckpointError, raise_all
 
 DTYPES: dict[str, torch.dtype] = {
@@ -56,22 +56,18 @@ class SafetensorsFile:
     """Name to place, in the order of the bytes."""
     metadata: dict[str, str]
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], source: ByteSource | None = None) -> None:
+        """``source``: where the bytes come from, if not from the file at ``path`` (see ``byte_source.SourceOf``)."""
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
-                length = _header_length(self.path, stream.read(8), size)
-                raw = stream.read(length)
-                self.infos, self.metadata = _parse_header(self.path, raw, size)
-                # A private writable mapping: torch takes it without a warning about read-only memory, and a stray write never
-                # reaches the file. NORESERVE, because the kernel would otherwise refuse files larger than the memory.
-                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-                self._map: mmap.mmap | None = mmap.mmap(stream.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._source = source or MappedFile(self.path)
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} does not exist; a safetensors file was expected there: check the path") from None
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be opened ({error}); a readable safetensors file was expected") from None
+        size = self._source.size
+        length = _header_length(self.path, bytes(self._source.read(0, min(8, size))), size)
+        self.infos, self.metadata = _parse_header(self.path, bytes(self._source.read(8, 8 + length)), size)
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies. Raises CheckpointError when the file does not hold it."""
@@ -83,33 +79,29 @@ class SafetensorsFile:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of a tensor seen as the matrix (R, C) of ``blocks.matrix_shape``, in its storage dtype.
 
-        The result, shape (stop − start, C), is a view of the memory map: treat it as read-only. It stays valid after
-        ``close`` and ``drop_pages``.
+        The result, shape (stop − start, C), is a view of what the source holds, of the memory map where the file is local: treat
+        it as read-only. It stays valid after ``close`` and ``drop_pages``.
         """
         info = self.info(name)
-        if self._map is None:
-            raise ValueError(f"{self.path} is closed")
         rows, cols = matrix_shape(info.shape)
         if not 0 <= start <= stop <= rows:
             raise IndexError(f"rows {start}:{stop} of {name!r} asked, which has rows 0:{rows}")
-        count = (stop - start) * cols
-        if count == 0:
-            return torch.empty((stop - start, cols), dtype=info.dtype)
         offset = info.start + start * cols * info.dtype.itemsize
-        if offset % info.dtype.itemsize == 0:
-            return torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=offset).view(stop - start, cols)
-        # The format does not promise aligned tensors, torch's kernels expect them: only such a block is copied.
-        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=count * info.dtype.itemsize, offset=offset)
-        return raw.clone().view(info.dtype).view(stop - start, cols)
+        return numbers(self._source, offset, (stop - start) * cols, info.dtype).view(stop - start, cols)
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """The same rows are read soon: a hint, see ``ByteSource.prefetch``. Rows beyond the tensor's are ignored."""
+        info = self.info(name)
+        width = matrix_shape(info.shape)[1] * info.dtype.itemsize
+        self._source.prefetch(min(info.start + start * width, info.stop), min(info.start + stop * width, info.stop))
 
     def drop_pages(self) -> None:
-        """Take the pages read so far out of this process's resident memory. Views stay valid: a later access reads again."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        """Give memory that holds bytes already read back. Views stay valid: a later access reads again."""
+        self._source.drop()
 
     def close(self) -> None:
-        """Let go of the file. The mapping itself ends with the last view of it; closing twice is fine."""
-        self._map = None
+        """Let go of the file; closing twice is fine."""
+        self._source.close()
 
     def __enter__(self) -> Self:
         return self

@@ -95,7 +95,7 @@ class ModelView:
     def prefetch(self, job: TensorJob, start: int, stop: int) -> None:
         """A hint that these rows are asked for soon."""
         if self.row_map is None or not is_vocabulary_tensor(job.name):
-            getattr(self.checkpoint, "prefetch", lambda *_: None)(self.stored_name(job.name), start, stop)
+            self.checkpoint.prefetch(self.stored_name(job.name), start, stop)
 
     def stored(self, name: str, start: int, stop: int) -> torch.Tensor:
         """The same rows as they are stored."""
@@ -146,7 +146,7 @@ class ExpertView(ModelView):
     def prefetch_curvature(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> None:
         """A hint that these rows of v are asked for soon."""
         if self.has_curvature(job.canonical) and (self.row_map is None or not is_vocabulary_tensor(job.name)):
-            getattr(self._moments(full), "prefetch", lambda *_: None)(job.canonical, start, stop)
+            self._moments(full).prefetch(job.canonical, start, stop)
 
     def _moments(self, full: bool) -> Moments:
         moments = self.full_moments if full else self.moments

@@ -46,6 +46,10 @@ class Moments(Protocol):
         """
         ...
 
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """The same rows are read soon: a hint that costs little and may be repeated."""
+        ...
+
     def close(self) -> None:
         """Release the files."""
         ...

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from ota_core.byte_source import SourceOf
 from ota_core.errors import MomentsError
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
 from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
-from ota_core.moments.trainer import ZIP, TrainerMoments
+from ota_core.moments.trainer import TrainerMoments
 from ota_core.safetensors_io import MAX_HEADER
+from ota_core.torch_file import ZIP
 
 SINGLE = "exp_avg_sq.safetensors"
 SHARDS = "exp_avg_sq*.safetensors"
@@ -65,34 +67,35 @@ def moments_files(path: Path) -> list[Path]:
     return [path, *index_files(path)] if _starts(path).startswith(b"{") else [path]
 
 
-def open_moments(path: Path, *, layout: Layout = None) -> Moments:
+def open_moments(path: Path, *, layout: Layout = None, source_of: SourceOf | None = None) -> Moments:
     """The reader for a file, an index or a folder of second moments, chosen by content, not by name.
 
     layout: the model's parameters, or a function that builds it when it is needed: for optimizer states that number them.
+    source_of: where the bytes of v come from, if not from the files themselves.
     Raises MomentsError for what is missing, damaged or cannot be matched to names.
     """
     files = moments_files(path)
     if path.is_dir():
         found = find_moments(path)
         if found is not None and found != path:
-            return open_moments(found, layout=layout)
-        return SafetensorsMoments(path, files)
+            return open_moments(found, layout=layout, source_of=source_of)
+        return SafetensorsMoments(path, files, source_of)
     first = _starts(path)
     if first.startswith(b"{"):
-        return SafetensorsMoments(path, files[1:])
+        return SafetensorsMoments(path, files[1:], source_of)
     # A safetensors file begins with the length of its header, which could by chance begin with the byte of a pickle.
     if first.startswith(ZIP) or (first.startswith(b"\x80") and int.from_bytes(first, "little") > MAX_HEADER):
-        return TrainerMoments(path, layout)
+        return TrainerMoments(path, layout, source_of)
     shard = SHARD_NAME.fullmatch(path.name)
     if shard and int(shard["count"]) > 1:
         raise MomentsError(f"{path} is one shard of {int(shard['count'])}; name their index or folder instead: {path.parent}")
-    with open_file(path) as file:
+    with open_file(path, source_of) as file:
         compressed = FORMAT_KEY in file.metadata
     if not compressed:
-        return SafetensorsMoments(path, files)
+        return SafetensorsMoments(path, files, source_of)
     from ota_core.compression import open_compressed  # it imports this package
 
-    return open_compressed(path)
+    return open_compressed(path, source_of)
 
 
 def _starts(path: Path) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ota_core.byte_source import SourceOf
 from ota_core.errors import CheckpointError, MomentsError, raise_all
 from ota_core.moments.check import checked
 from ota_core.safetensors_io import SafetensorsFile, TensorInfo
@@ -27,10 +28,10 @@ class SafetensorsMoments:
     path: Path
     beta2: float | None
 
-    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+    def __init__(self, path: Path, files: Sequence[Path], source_of: SourceOf | None = None) -> None:
         """``path`` is what the user named, ``files`` the one file or the shards behind it. Raises MomentsError."""
         self.path = path
-        self._files = [open_file(file) for file in files]
+        self._files = [open_file(file, source_of) for file in files]
         places = _places(path, self._files)
         suffixed = any(name.endswith(SUFFIX) for name in places)
         self._steps: dict[str, tuple[SafetensorsFile, TensorInfo]] = {}
@@ -70,6 +71,11 @@ class SafetensorsMoments:
             return block.to(torch.float32)
         return checked(block, path=file.path, name=name, shape=info.shape, start=start)
 
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """The same rows are read soon."""
+        file, info = self._v[name]
+        file.prefetch(info.name, start, stop)
+
     def close(self) -> None:
         for file in self._files:
             file.close()
@@ -99,10 +105,10 @@ def check_shard_set(files: Sequence[Path]) -> None:
         raise MomentsError(f"{files[0].parent} lacks shards of the second moments: {', '.join(sorted(lost))}; fetch them")
 
 
-def open_file(path: Path) -> SafetensorsFile:
+def open_file(path: Path, source_of: SourceOf | None = None) -> SafetensorsFile:
     """A safetensors file of second moments. Raises MomentsError when it is missing or damaged."""
     try:
-        return SafetensorsFile(path)
+        return SafetensorsFile(path, source_of(path) if source_of else None)
     except CheckpointError as error:
         raise MomentsError(str(error)) from None
 

@@ -10,34 +10,36 @@ from typing import Any
 
 import torch
 
-from ota_core.blocks import matrix_shape
-from ota_core.errors import MomentsError
+from ota_core.byte_source import SourceOf
+from ota_core.errors import MomentsError, OtaError
 from ota_core.moments.check import checked
 from ota_core.moments.match import Layout, match_names
-from ota_core.moments.pages import MappedPages
 from ota_core.moments.safetensors_file import DROP_BYTES, as_beta2, as_step
+from ota_core.torch_file import TorchFile
 
 V = "exp_avg_sq"
-ZIP = b"PK\x03\x04"
 
 
 class TrainerMoments:
-    """v by parameter name from ``optimizer.pt``. Tensors are mapped, not loaded (but for torch's old format). See ``Moments``."""
+    """v by parameter name from ``optimizer.pt``. Tensors are read by ranges (torch's old format is loaded whole). See ``Moments``."""
 
     path: Path
     beta2: float | None
 
-    def __init__(self, path: Path, layout: Layout = None) -> None:
+    def __init__(self, path: Path, layout: Layout = None, source_of: SourceOf | None = None) -> None:
         """``layout``, or a function that builds it, is needed for numbered parameters only. Raises MomentsError."""
         self.path = path
-        groups, state = _load(path)
+        self._file = _load(path, source_of)
+        groups, state = _groups_and_state(path, self._file.saved)
         v = _second_moments(path, state)
+        try:
+            self._file.check(v.values())
+        except ValueError as error:
+            raise MomentsError(f"{path}: {error}. Save the optimizer's state_dict again") from None
         names = _names(path, groups, v, layout)
         self._v = {names[key]: tensor for key, tensor in v.items()}
         self._steps = {names[key]: _raw_step(key, state[key], groups) for key in v}
         self.beta2 = _beta2(path, groups)
-        self._pages = MappedPages(path)
-        self._read: list[torch.Tensor] = []
         self._unreleased = 0
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -46,49 +48,49 @@ class TrainerMoments:
     def step(self, name: str) -> int | None:
         value = self._steps[name]
         if isinstance(value, torch.Tensor):
+            value = self._file.read(value)
             value = value.item() if value.numel() == 1 else value.tolist()
         return None if value is None else as_step(value, f"{self.path}: the step of {name!r}")
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
         """Rows start:stop, float32, shape (stop − start, C); treat them as read-only. Raises MomentsError on bad entries (``check``)."""
         tensor = self._v[name]
-        rows, cols = matrix_shape(tensor.shape)
-        if not 0 <= start <= stop <= rows:
-            raise IndexError(f"rows {start}:{stop} of {name!r} asked, which has rows 0:{rows}")
-        block = tensor.reshape(rows, cols)[start:stop]
-        self._release(block)
+        if self._unreleased > DROP_BYTES:
+            self._unreleased = 0
+            self._file.drop_pages()
+        block = self._file.read_rows(tensor, start, stop)
+        self._unreleased += block.nbytes
         if not check:
             return block.to(torch.float32)
         return checked(block, path=self.path, name=name, shape=tensor.shape, start=start)
 
-    def _release(self, upcoming: torch.Tensor) -> None:
-        """Note the block about to be read, and return the pages of the blocks before it when they have become many."""
-        if self._unreleased > DROP_BYTES:
-            done, self._read, self._unreleased = self._read, [], 0
-            for block in done:
-                self._pages.drop(block)
-        self._read.append(upcoming)
-        self._unreleased += upcoming.nbytes
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """The same rows are read soon."""
+        self._file.prefetch(self._v[name], start, stop)
 
     def close(self) -> None:
-        self._v, self._steps, self._read = {}, {}, []
+        self._v, self._steps = {}, {}
+        self._file.close()
 
 
-def _load(path: Path) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
-    """(param_groups, state), mapped from the file where its format allows it. Only tensors and plain containers are unpickled."""
-    with open(path, "rb") as stream:
-        mapped = stream.read(4) == ZIP
+def _load(path: Path, source_of: SourceOf | None) -> TorchFile:
+    """The file, opened. Only tensors and plain containers are unpickled."""
     if path.suffix == ".safetensors":  # torch.load goes by this ending and would not even try
         raise MomentsError(f"{path} is a file of torch.save, its name says safetensors: rename it to end in .pt")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return TorchFile(path, source_of)
     except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed
+        if isinstance(error, OtaError):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise MomentsError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as an optimizer state: {type(error).__name__}: {reason:.300} "
             "It is truncated, damaged, or holds more than tensors and plain containers, which is refused because loading it "
             "could run code. Fetch it again, or save the second moments by name as exp_avg_sq.safetensors"
         ) from None
+
+
+def _groups_and_state(path: Path, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
         seen = f"the keys {_some(list(saved))}" if isinstance(saved, dict) else f"a {type(saved).__name__}"
         raise MomentsError(f"{path} holds {seen}; an optimizer's state_dict with state and param_groups was expected")

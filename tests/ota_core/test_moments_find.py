@@ -94,7 +94,8 @@ def test_compressed_files_go_to_the_compression_module(tmp_path, monkeypatch):
     path = tmp_path / "exp_avg_sq.safetensors"
     save_file({"w#row": torch.ones(2)}, path, metadata={"ota_format": "moments/1"})
     calls: list[Path] = []
-    monkeypatch.setitem(sys.modules, "ota_core.compression", types.SimpleNamespace(open_compressed=calls.append))
+    stand_in = types.SimpleNamespace(open_compressed=lambda path, source_of: calls.append(path))
+    monkeypatch.setitem(sys.modules, "ota_core.compression", stand_in)
     open_moments(tmp_path)
     assert calls == [path]
 

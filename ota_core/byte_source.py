@@ -1,0 +1,94 @@
+"""Where a file's bytes come from: a memory map here, or anything else that can be read by ranges (tasks/ reads S3 this way)."""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+# The kernel reads ahead at most this much for one request on a disk with its default settings (read_ahead_kb).
+_READ_AHEAD = 128 * 1024
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
+
+
+class ByteSource(Protocol):
+    """The bytes of one file. All methods may be called from several threads at once."""
+
+    size: int
+    """Bytes in all."""
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """The bytes [start, stop), 0 ≤ start ≤ stop ≤ size; read-only by agreement. They stay valid after ``drop`` and ``close``."""
+        ...
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """These bytes are read soon. Only a hint: it returns at once, may be repeated, and never fails."""
+        ...
+
+    def drop(self) -> None:
+        """Memory that holds bytes already read may be given back."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file; closing twice is fine."""
+        ...
+
+
+SourceOf = Callable[[Path], ByteSource | None]
+"""Where the bytes of a file come from; None: from the file itself. The file then only stands for its name."""
+
+
+class MappedFile:
+    """A file of this machine, mapped: what is read are views of the mapping. Raises OSError when it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as stream:
+            self.size = os.fstat(stream.fileno()).st_size
+            # A private writable mapping: torch takes it without a warning about read-only memory, and a stray write never
+            # reaches the file. NORESERVE, because the kernel would otherwise refuse files larger than the memory.
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+            prot = mmap.PROT_READ | mmap.PROT_WRITE
+            self._map = mmap.mmap(stream.fileno(), self.size, flags=flags, prot=prot) if self.size else None
+        self._closed = False
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) if self._map is not None else 0
+
+    def read(self, start: int, stop: int) -> memoryview:
+        if self._closed:
+            raise ValueError(f"{self.path} is closed")
+        return memoryview(self._map or b"")[start:stop]
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Starts reading into the page cache. ctypes lets go of the GIL: on a busy disk the kernel makes the caller wait here."""
+        if self._map is None or _madvise is None or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        for piece in range(start // mmap.PAGESIZE * mmap.PAGESIZE, min(stop, self.size), _READ_AHEAD):
+            length = min(_READ_AHEAD, self.size - piece)
+            _madvise(ctypes.c_void_p(self._address + piece), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
+
+    def drop(self) -> None:
+        """Take the pages read so far out of this process's resident memory. Views stay valid: a later access reads again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """The mapping itself ends with the last view of it."""
+        self._map, self._closed = None, True
+
+
+def open_source(path: Path, source_of: SourceOf | None) -> ByteSource:
+    """The source that ``source_of`` gives for a file, else the file mapped. Raises OSError when it cannot be opened."""
+    given = source_of(path) if source_of else None
+    return MappedFile(path) if given is None else given
+
+
+def numbers(source: ByteSource, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """``count`` numbers that begin at a byte offset, shape (count,): a view of what the source returns, read-only by agreement."""
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    raw = torch.frombuffer(source.read(offset, offset + count * dtype.itemsize), dtype=torch.uint8)
+    # Not every format promises aligned tensors, torch's kernels expect them: only such numbers are copied.
+    return (raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype)
