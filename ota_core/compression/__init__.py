@@ -1,0 +1,35 @@
+"""Compression of second moments (methods.md section 2) and its file format: a file per method, ``file`` for what is on disk.
+
+| method   | ṽ                                               | bytes a parameter       | held          |
+|----------|-------------------------------------------------|-------------------------|---------------|
+| `none`   | v                                               | 4                       | mapped file   |
+| `rank1`  | (r_i / s) · c_j, row and column sums (AdaFactor) | 4 · (R + C) / RC        | memory        |
+| `log8`   | 8-bit code of log v in blocks of 256             | 1 + 8 / 256             | mapped file   |
+| `rank_k` | (L·M)², √v at rank k                             | 4 · k · (R + C) / RC    | memory        |
+"""
+
+from ota_core.compression.base import DEFAULT_RANK, METHODS, CompressedMoments, CompressionReport
+from ota_core.compression.compress import compress, compressed_bytes, write_compressed
+from ota_core.compression.file import StoredMoments, open_compressed, save_compressed, save_full
+from ota_core.compression.header import described
+from ota_core.compression.log8 import Log8Moments
+from ota_core.compression.rank1 import RankOneMoments
+from ota_core.compression.rank_k import RankKMoments
+
+__all__ = [
+    "DEFAULT_RANK",
+    "METHODS",
+    "CompressedMoments",
+    "CompressionReport",
+    "Log8Moments",
+    "RankKMoments",
+    "RankOneMoments",
+    "StoredMoments",
+    "compress",
+    "compressed_bytes",
+    "described",
+    "open_compressed",
+    "save_compressed",
+    "save_full",
+    "write_compressed",
+]
