@@ -17,19 +17,21 @@ from ota_core.artifact import ALGORITHM_VERSION, Record, folder_files, write_rec
 from ota_core.byte_source import SourceOf
 from ota_core.compression import CompressionReport, RankOneMoments, compress, save_compressed, save_full
 from ota_core.errors import OtaError
+from ota_core.found import Found
 from ota_core.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
 from ota_core.masks import MaskWriter
 from ota_core.model_card import model_card
 from ota_core.moments import open_moments
 from ota_core.moments.match import Layout
 from ota_core.ota_rule import density_report
-from ota_core.output import check_apart, check_free, copy_companions, new_folder, write_weights
+from ota_core.output import Shards, check_apart, check_free, copy_companions, new_folder, plan_files, write_weights
 from ota_core.plan import MergePlan, compression_of, open_plan
 from ota_core.prepare import delta, mask_of, prepare_curvature
 from ota_core.recipe import MergeRecipe
-from ota_core.rules import rule_of
+from ota_core.rules import Rule, rule_of
 from ota_core.stream import Stream, parse_memory
 from ota_core.views import Block, ExpertView, block_elements, parts
+from ota_core.writer import MAX_SHARD_BYTES, write_index
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,6 +75,7 @@ def merge(
     memory: str | int = "2GiB",
     device: str = "cpu",
     overwrite: bool = False,
+    shard_size: int = MAX_SHARD_BYTES,
     block_elements: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -93,11 +96,12 @@ def merge(
             inputs,
             memory=memory,
             device=device,
+            shard_size=shard_size,
             block_elements=block_elements,
             threads=threads,
             progress=progress,
         )
-        identity, config, digests = merge_identity(recipe, inputs)
+        identity, config, digests = merge_identity(recipe, inputs, shard_size)
         provenance = {**environment(device), "sources": sources(inputs), "recipe": described(recipe), "seconds": report.seconds}
         record = Record(
             kind="merged",
@@ -120,6 +124,7 @@ def merge_into(
     *,
     memory: str | int = "2GiB",
     device: str = "cpu",
+    shard_size: int = MAX_SHARD_BYTES,
     block_elements: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -133,15 +138,25 @@ def merge_into(
         rule = rule_of(plan)
         rule.prepare()
         prepared = time.perf_counter()
-        write_weights(plan, rule, folder)
-        copy_companions(plan, folder)
-        results = rule.results()
+        shards = plan_files(plan, shard_size)
+        write_weights(plan, rule, folder, shards)
+        fingerprint, results = complete_folder(plan, rule, rule.found(), folder, shards, shard_size)
         seconds = {"prepare": prepared - started, "merge": time.perf_counter() - prepared}
-        identity, _, _ = merge_identity(recipe, inputs)
-        write_text_atomic(folder / "README.md", model_card(recipe, inputs, results, identity))
         return MergeReport(
-            fingerprint=identity, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes
+            fingerprint=fingerprint, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes
         )
+
+
+def complete_folder(
+    plan: MergePlan, rule: Rule, found: Found, folder: Path, shards: Shards, shard_size: int
+) -> tuple[str, dict[str, Any]]:
+    """Everything beside the weights but the record: index, configuration, tokenizer, model card. Returns fingerprint and results."""
+    write_index(folder, shards)
+    copy_companions(plan, folder)
+    results = rule.results(found)
+    identity, _, _ = merge_identity(plan.recipe, plan.inputs, shard_size)
+    write_text_atomic(folder / "README.md", model_card(plan.recipe, plan.inputs, results, identity))
+    return identity, results
 
 
 def described(recipe: MergeRecipe) -> dict[str, Any]:

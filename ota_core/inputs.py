@@ -13,6 +13,7 @@ from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError
 from ota_core.moments import ParameterLayout, find_moments
 from ota_core.moments.match import Layout
 from ota_core.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
+from ota_core.writer import MAX_SHARD_BYTES
 
 LayoutOf = Callable[[Path], ParameterLayout]
 """Gives the parameter layout of the model in a folder; needed for optimizer states that number their parameters."""
@@ -164,13 +165,20 @@ def with_moments(
     return replace(expert, moments=path, layout=partial(layout_of, expert.path) if layout_of else None)
 
 
-def merge_identity(recipe: MergeRecipe, inputs: MergeInputs) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """(fingerprint, parameters, input digests) of the merged model: what decides its bytes, and nothing else."""
+def merge_identity(
+    recipe: MergeRecipe, inputs: MergeInputs, shard_size: int = MAX_SHARD_BYTES
+) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """(fingerprint, parameters, input digests) of the merged model: what decides its bytes, and nothing else.
+
+    ``shard_size`` decides which file a tensor lies in, never its values.
+    """
     names = [expert.name for expert in inputs.experts]
     tokenizer = recipe.tokenizer_source.removeprefix("model:")
     config = recipe.effective() | {"tokenizer_source": names.index(tokenizer) if tokenizer in names else tokenizer}
     if recipe.setting("bias_correction"):
         config["optimizers"] = [optimizer_facts(expert.path) for expert in inputs.experts]
+    if shard_size != MAX_SHARD_BYTES:
+        config["shard_size"] = shard_size
     digests: dict[str, str] = {}
     if inputs.base is not None:
         digests["base"] = inputs.base.digest or "unknown"

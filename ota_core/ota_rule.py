@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from ota_core.found import Found
 from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
 from ota_core.kernels import row_sums
 from ota_core.methods.ota import any_kept, curvature_weights, masked_ties, mean, ota
 from ota_core.plan import MergePlan
-from ota_core.prepare import Curvature, delta, mask_of, prepare_curvature
+from ota_core.prepare import Curvature, WholeFacts, delta, mask_of, prepare_curvature
 from ota_core.rows import base_rows, expert_rows, merge_in_parts, rounded
 from ota_core.views import Block, ExpertView, TensorJob, parts
 
@@ -20,8 +21,9 @@ from ota_core.views import Block, ExpertView, TensorJob, parts
 class OtaRule:
     """OTA with FFG: all options of methods.md sections 3 and 4."""
 
-    def __init__(self, plan: MergePlan) -> None:
-        self._plan, self._facts = plan, Curvature()
+    def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
+        """``whole``: what is known of whole experts already, for a part of a merge."""
+        self._plan, self._facts, self._whole = plan, Curvature(), whole
         self._scales: dict[tuple[int, str], float] = {}
         self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._lock = Lock()
@@ -34,7 +36,7 @@ class OtaRule:
     def prepare(self) -> None:
         """Compression, means, thresholds; with ``rescale`` the norms of every masked task vector."""
         plan = self._plan
-        self._facts = prepare_curvature(plan)
+        self._facts = prepare_curvature(plan, self._whole)
         if plan.recipe.setting("rescale"):
             for expert in plan.experts:
                 if plan.recipe.ffg(expert.index):
@@ -173,18 +175,30 @@ class OtaRule:
             with self._lock:
                 self._kept[expert.index][job.name] += kept
 
-    def results(self) -> dict[str, Any]:
+    def found(self) -> Found:
+        thresholds = {
+            expert.index: expert.masks.header["thresholds"] if expert.masks else self._facts.thresholds[expert.index]
+            for expert in self._plan.experts
+            if self._plan.recipe.ffg(expert.index)
+        }
+        return Found(
+            kept={expert: dict(counts) for expert, counts in self._kept.items()},
+            thresholds={expert: {name: float(tau) for name, tau in taus.items()} for expert, taus in thresholds.items()},
+            averaged=sorted(self._facts.averaged),
+            compression={
+                name: report.model_dump(exclude={"sqrt_error_per_tensor"}) for name, report in self._facts.reports.items()
+            },
+        )
+
+    def results(self, found: Found) -> dict[str, Any]:
         """Densities and thresholds of every expert with FFG, and what compression lost."""
         densities = {}
         for expert in self._plan.experts:
             if self._plan.recipe.ffg(expert.index):
-                stored = expert.masks.header["thresholds"] if expert.masks else self._facts.thresholds[expert.index]
-                taus = {name: float(tau) for name, tau in stored.items()}
-                densities[expert.name] = density_report(self._plan, expert, taus, self._kept[expert.index])
-        compression = {name: report.model_dump(exclude={"sqrt_error_per_tensor"}) for name, report in self._facts.reports.items()}
-        averaged = sorted(self._facts.averaged)
-        found = {"densities": densities, "compression": compression, "averaged_without_curvature": averaged}
-        return {key: value for key, value in found.items() if value}
+                taus = found.thresholds[expert.index]
+                densities[expert.name] = density_report(self._plan, expert, taus, found.kept.get(expert.index, {}))
+        everything = {"densities": densities, "compression": found.compression, "averaged_without_curvature": found.averaged}
+        return {key: value for key, value in everything.items() if value}
 
 
 def density_report(plan: MergePlan, expert: ExpertView, taus: dict[str, float], kept: dict[str, int]) -> dict[str, Any]:

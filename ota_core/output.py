@@ -21,7 +21,7 @@ from ota_core.plan import MergePlan
 from ota_core.rules import Rule
 from ota_core.views import Block, block_elements
 from ota_core.vocabulary import add_tokens
-from ota_core.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards, write_index
+from ota_core.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 
 ABANDONED_SECONDS = 60
 
@@ -100,14 +100,17 @@ def check_apart(out: Path, inputs: MergeInputs) -> None:
             raise OtaError(f"{out} is, or holds, an input of the merge ({item.name}: {item.path}); choose another output")
 
 
-def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[tuple[str, list[TensorSpec]]]:
+Shards = list[tuple[str, list[TensorSpec]]]
+"""Weight files by name, and the tensors of each."""
+
+
+def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> Shards:
     """The output's weight files and the tensors of each."""
     return plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
 
 
-def write_weights(plan: MergePlan, rule: Rule, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Merge every block and write it to its place; shards and their bytes do not depend on the order of the blocks."""
-    shards = plan_files(plan, max_shard_bytes)
+def write_weights(plan: MergePlan, rule: Rule, folder: Path, shards: Shards) -> None:
+    """Merge every block of these files and write it to its place; the bytes do not depend on the order of the blocks."""
     writers: dict[str, SafetensorsWriter] = {}
     try:
         by_tensor: dict[str, SafetensorsWriter] = {}
@@ -128,14 +131,14 @@ def write_weights(plan: MergePlan, rule: Rule, folder: Path, max_shard_bytes: in
             if not block[0].copy:
                 rule.prefetch(block)
 
-        plan.stream.map(work, plan.blocks(plan.jobs), what="merge", size=block_elements, ahead=ahead)
+        jobs = [job for job in plan.jobs if job.name in by_tensor]
+        plan.stream.map(work, plan.blocks(jobs), what="merge", size=block_elements, ahead=ahead)
     except BaseException:
         for writer in writers.values():
             writer.abort()
         raise
     for writer in writers.values():
         writer.close()
-    write_index(folder, shards)
 
 
 def _copied(plan: MergePlan, block: Block) -> torch.Tensor:

@@ -39,6 +39,8 @@ class MergePlan:
     stream: Stream
     device: torch.device
     notes: list[str] = field(default_factory=list)
+    part: frozenset[str] | None = None
+    """The tensors that are worked on here, where a merge is spread over machines; None: all."""
 
     @property
     def models(self) -> list[ModelView]:
@@ -49,13 +51,22 @@ class MergePlan:
         """The expert at this position of the recipe."""
         return next(expert for expert in self.experts if expert.index == index)
 
+    def is_here(self, job: TensorJob) -> bool:
+        """Whether this tensor is worked on here."""
+        return self.part is None or job.name in self.part
+
     def merged_jobs(self) -> list[TensorJob]:
-        """The floating-point tensors."""
-        return [job for job in self.jobs if not job.copy]
+        """The floating-point tensors that are worked on here."""
+        return [job for job in self.jobs if not job.copy and self.is_here(job)]
+
+    def canonical_jobs(self) -> list[TensorJob]:
+        """The parameters behind them, each once: a tied tensor's own is among them, wherever that is worked on."""
+        names = {job.canonical for job in self.merged_jobs()}
+        return [job for job in self.jobs if job.name == job.canonical and job.name in names]
 
     def curved(self, expert: ExpertView) -> list[TensorJob]:
-        """The tensors that carry curvature in an expert, each parameter once: what N of methods.md section 3 counts."""
-        return [job for job in self.merged_jobs() if job.name == job.canonical and expert.has_curvature(job.name)]
+        """The tensors that carry curvature in an expert, here or elsewhere, each parameter once: what N of methods.md section 3 counts."""
+        return [job for job in self.jobs if not job.copy and job.name == job.canonical and expert.has_curvature(job.name)]
 
     def blocks(self, jobs: Sequence[TensorJob], multiple: int = 1) -> list[Block]:
         """Every block of these tensors. ``multiple``: rows of a block, but a tensor's last, are a multiple of this."""

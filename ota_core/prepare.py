@@ -1,11 +1,12 @@
 """What must be known of whole tensors or whole experts before the first block is merged: compression, means, thresholds, norms."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from ota_core.compression import CompressionReport, RankOneMoments, compress
 from ota_core.errors import MomentsError, raise_all
@@ -32,8 +33,22 @@ class Curvature:
     """Expert's name → what its compression lost."""
 
 
-def prepare_curvature(plan: MergePlan) -> Curvature:
-    """Compress where the recipe asks, find tensors without curvature, means and thresholds. Raises MomentsError."""
+class WholeFacts(BaseModel):
+    """What every part of a merge must know of whole experts, by their position in the recipe. JSON-able: machines pass it on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    thresholds: dict[int, float] = {}
+    """τ of experts whose FFG ranks the whole expert by a density; infinite where nothing is kept."""
+    means: dict[int, float] = {}
+    """Mean of v̂^power, with ``normalise: global``."""
+
+
+def prepare_curvature(plan: MergePlan, whole: WholeFacts | None = None) -> Curvature:
+    """Compress where the recipe asks, find tensors without curvature, means and thresholds. Raises MomentsError.
+
+    ``whole``: what was found out before of whole experts, for a part of a merge.
+    """
     facts = Curvature()
     facts.averaged = _without_curvature(plan)
     for expert in plan.experts:
@@ -43,11 +58,15 @@ def prepare_curvature(plan: MergePlan) -> Curvature:
             expert.moments = compressed
     if plan.recipe.merge_method != "ota":
         return facts
-    for expert in plan.experts:
-        if plan.recipe.setting("normalise") == "global":
-            facts.means[expert.index] = _mean_weight(plan, expert)
-    facts.thresholds = thresholds(plan, [e for e in plan.experts if plan.recipe.ffg(e.index) and e.masks is None])
+    if plan.recipe.setting("normalise") == "global":
+        facts.means = whole.means if whole else {e.index: mean_of(plan, e, weight_sums(plan, e)) for e in plan.experts}
+    facts.thresholds = thresholds(plan, masked_here(plan), whole)
     return facts
+
+
+def masked_here(plan: MergePlan) -> list[ExpertView]:
+    """The experts whose FFG masks are made on the fly."""
+    return [expert for expert in plan.experts if plan.recipe.ffg(expert.index) and expert.masks is None]
 
 
 def delta(plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int) -> torch.Tensor:
@@ -89,9 +108,11 @@ def _moved(plan: MergePlan, expert: ExpertView, job: TensorJob) -> bool:
     return any(bool(delta(plan, expert, *part).any()) for part in parts((job, 0, job.rows), plan.tensor_elements))
 
 
-def _mean_weight(plan: MergePlan, expert: ExpertView) -> float:
+def weight_sums(plan: MergePlan, expert: ExpertView) -> dict[str, float]:
+    """Σ v̂^power of every tensor that is worked on here and carries curvature in this expert."""
     exponent = plan.recipe.setting("power")
-    jobs = plan.curved(expert)
+    jobs = [job for job in plan.curved(expert) if plan.is_here(job)]
+    cut = plan.blocks(jobs)
 
     def work(block: Block) -> list[float]:
         sums: list[float] = []
@@ -99,9 +120,15 @@ def _mean_weight(plan: MergePlan, expert: ExpertView) -> float:
             sums += row_sums(power(expert.v_hat(job.canonical, start, stop).double(), exponent)).tolist()
         return sums
 
-    sums = plan.stream.map(work, plan.blocks(jobs), what=f"normalise {expert.name}", size=block_elements)
-    total = sum(job.elements for job in jobs)
-    mean = math.fsum(value for part in sums for value in part) / max(total, 1)
+    rows: dict[str, list[float]] = {job.name: [] for job in jobs}
+    for block, found in zip(cut, plan.stream.map(work, cut, what=f"normalise {expert.name}", size=block_elements), strict=True):
+        rows[block[0].name] += found
+    return {name: math.fsum(sums) for name, sums in rows.items()}
+
+
+def mean_of(plan: MergePlan, expert: ExpertView, sums: Mapping[str, float]) -> float:
+    """Mean of v̂^power over the whole expert, from the sums of all its tensors. Raises MomentsError when it is 0."""
+    mean = math.fsum(sums.values()) / max(sum(job.elements for job in plan.curved(expert)), 1)
     if mean == 0:
         assert expert.moments is not None
         raise MomentsError(f"{expert.moments.path}: all second moments are 0; normalise: global cannot divide by their mean")
@@ -181,7 +208,7 @@ def ffg_scoring(plan: MergePlan) -> PlanScoring:
 
 
 def ffg_group(plan: MergePlan, experts: Sequence[ExpertView]) -> Group:
-    """All tensors together: what scope ``global`` ranks, for the experts with a density."""
+    """All tensors together that are here: what scope ``global`` ranks, for the experts with a density."""
     curved = {expert.index: plan.curved(expert) for expert in experts}
     names = {job.name for jobs in curved.values() for job in jobs}
     ranks = {}
@@ -191,8 +218,11 @@ def ffg_group(plan: MergePlan, experts: Sequence[ExpertView]) -> Group:
     return Group(jobs=[job for job in plan.merged_jobs() if job.name in names], experts=tuple(curved), ranks=ranks)
 
 
-def thresholds(plan: MergePlan, experts: Sequence[ExpertView]) -> dict[int, dict[str, float]]:
-    """τ of every tensor that FFG masks in each of these experts, exactly (methods.md section 3)."""
+def thresholds(plan: MergePlan, experts: Sequence[ExpertView], whole: WholeFacts | None = None) -> dict[int, dict[str, float]]:
+    """τ of every tensor that FFG masks in each of these experts, exactly (methods.md section 3).
+
+    With scope ``per_tensor``, of the tensors that are worked on here. ``whole`` gives τ of experts that are ranked as a whole.
+    """
     recipe = plan.recipe
     found: dict[int, dict[str, float]] = {}
     ranked = []
@@ -205,18 +235,25 @@ def thresholds(plan: MergePlan, experts: Sequence[ExpertView]) -> dict[int, dict
     if not ranked:
         return found
     if recipe.setting("scope") == "global":
-        group = ffg_group(plan, ranked)
-        (scores,) = kth_largest(plan, ffg_scoring(plan), [group], what="thresholds")
+        if whole:
+            taus = whole.thresholds
+        else:
+            taus = taus_of(kth_largest(plan, ffg_scoring(plan), [ffg_group(plan, ranked)], what="thresholds")[0])
         for expert in ranked:
-            tau = scores[expert.index][0] if scores[expert.index] else math.inf
+            tau = taus[expert.index]
             found[expert.index] = dict.fromkeys((job.name for job in plan.curved(expert)), tau)
         return found
     return found | _thresholds_per_tensor(plan, ranked)
 
 
+def taus_of(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """Expert → τ, from the scores of the ranks of ``ffg_group``; without a rank nothing is kept."""
+    return {expert: values[0] if values else math.inf for expert, values in scores.items()}
+
+
 def _thresholds_per_tensor(plan: MergePlan, experts: Sequence[ExpertView]) -> dict[int, dict[str, float]]:
     groups = []
-    for job in (job for job in plan.merged_jobs() if job.name == job.canonical):
+    for job in plan.canonical_jobs():
         curved = [expert.index for expert in experts if expert.has_curvature(job.canonical)]
         ranks = {i: kept_count(plan.recipe.setting("density", i), job.elements) for i in curved}
         groups.append(Group(jobs=[job], experts=curved, ranks={i: (k,) if k else () for i, k in ranks.items()}))

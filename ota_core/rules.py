@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ota_core.errors import RecipeError
+from ota_core.found import Found
 from ota_core.fused.ota import Vote, ota_block
 from ota_core.fused.task_vectors import linear_block
 from ota_core.kernels import row_sums
@@ -16,7 +17,7 @@ from ota_core.methods.averages import fisher, linear, slerp, slerp_factors
 from ota_core.methods.ota import mean
 from ota_core.ota_rule import OtaRule
 from ota_core.plan import MergePlan
-from ota_core.prepare import Curvature, prepare_curvature
+from ota_core.prepare import Curvature, WholeFacts, prepare_curvature
 from ota_core.rows import base_rows, expert_rows, merge_in_parts, rounded
 from ota_core.task_vector_rule import TaskVectorRule
 from ota_core.views import Block, ModelView, TensorJob, parts
@@ -37,16 +38,20 @@ class Rule(Protocol):
         """Write the merged rows into ``out``: (R, C) in the output's type, on the CPU. Called from several threads."""
         ...
 
-    def results(self) -> dict[str, Any]:
-        """What the record says of this merge; complete after the last block."""
+    def found(self) -> Found:
+        """What the blocks merged so far told; parts of a merge add up."""
+        ...
+
+    def results(self, found: Found) -> dict[str, Any]:
+        """What the record says of this merge, from what all its parts found."""
         ...
 
 
-def rule_of(plan: MergePlan) -> Rule:
-    """The rule of the plan's recipe."""
+def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
+    """The rule of the plan's recipe. ``whole``: what is known of whole experts already, for a part of a merge."""
     method = plan.recipe.merge_method
     if method == "ota":
-        return OtaRule(plan)
+        return OtaRule(plan, whole)
     if method == "fisher":
         return FisherRule(plan)
     if method == "linear":
@@ -112,9 +117,12 @@ class FisherRule:
             weights.append(weight if present is None else torch.where(present, weight, 0.0))
         return fisher(thetas, weights, mean(thetas) if base is None else base)
 
-    def results(self) -> dict[str, Any]:
+    def found(self) -> Found:
         reports = {name: report.model_dump(exclude={"sqrt_error_per_tensor"}) for name, report in self._facts.reports.items()}
-        return {"compression": reports} if reports else {}
+        return Found(compression=reports)
+
+    def results(self, found: Found) -> dict[str, Any]:
+        return {"compression": found.compression} if found.compression else {}
 
 
 class LinearRule:
@@ -147,7 +155,10 @@ class LinearRule:
     def _merge_tensors(self, block: Block) -> torch.Tensor:
         return linear(expert_rows(self._plan, block, base_rows(self._plan, block)), self._weights, normalize=self._normalize)
 
-    def results(self) -> dict[str, Any]:
+    def found(self) -> Found:
+        return Found()
+
+    def results(self, found: Found) -> dict[str, Any]:
         return {}
 
 
@@ -185,7 +196,10 @@ class SlerpRule:
         a, b = (view.theta(block[0].name, *block[1:]) for view in self._ends)
         return slerp(a, b, self._factors[block[0].name])
 
-    def results(self) -> dict[str, Any]:
+    def found(self) -> Found:
+        return Found()
+
+    def results(self, found: Found) -> dict[str, Any]:
         return {}
 
 

@@ -27,17 +27,22 @@ MAPPED_BYTES = 192 * 2**20
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def parse_memory(text: str | int) -> int:
-    """Bytes of a budget such as ``2GiB`` or ``800MB``. Raises OtaError."""
+def parse_size(text: str | int, what: str, least: str) -> int:
+    """Bytes of a size such as ``2GiB`` or ``800MB``; an integer is taken as it is. Raises OtaError, below ``least`` too."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", text.lower())
     if not match:
-        raise OtaError(f"memory: got '{text}', expected a size such as 2GiB or 800MB")
+        raise OtaError(f"{what}: got '{text}', expected a size such as 2GiB or 800MB")
     size = int(float(match[1]) * _UNITS[match[2] or ""])
-    if size < 64 * 2**20:
-        raise OtaError(f"memory: got '{text}', expected at least 64MiB")
+    if least and size < parse_size(least, what, ""):
+        raise OtaError(f"{what}: got '{text}', expected at least {least}")
     return size
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of a budget for memory. Raises OtaError."""
+    return parse_size(text, "memory", "64MiB")
 
 
 @dataclass(kw_only=True)

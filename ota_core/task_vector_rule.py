@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ota_core.found import Found
 from ota_core.fused.task_vectors import Part, combine_block
 from ota_core.methods.dare import drop, uniform
 from ota_core.methods.task_vectors import NOTHING, add_up, breadcrumbs_ranks, elect_and_add, ties_ranks, trim
@@ -120,5 +121,8 @@ class TaskVectorRule:
         random = uniform(seed, expert.index, job.canonical, start * cols, rows * cols, self._plan.device).view(rows, cols)
         return drop(difference, random, density=density, rescale=self._plan.recipe.setting("rescale"))
 
-    def results(self) -> dict[str, Any]:
+    def found(self) -> Found:
+        return Found()
+
+    def results(self, found: Found) -> dict[str, Any]:
         return {"seed": self._plan.recipe.setting("seed")} if self._method.startswith("dare") else {}
