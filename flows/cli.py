@@ -130,7 +130,8 @@ def compress(
         ),
     ],
     out: Out,
-    method: Annotated[str, typer.Option(help="rank1 or none.")] = "rank1",
+    method: Annotated[str, typer.Option(help="rank1, log8, rank_k or none.")] = "rank1",
+    rank: Annotated[int | None, typer.Option(help="Rank of rank_k.", show_default="4")] = None,
     base: Annotated[
         str | None, typer.Option(help="The base model, to compare saliency and FFG mask with those of the full second moments.")
     ] = None,
@@ -141,12 +142,14 @@ def compress(
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
     from flows.single import compress_source
+    from ota_core.compression import compression_label
 
     with _user_errors(), _progress() as progress:
         report, agreed = compress_source(
             source,
             out,
             method=method,
+            rank=rank,
             memory=memory,
             overwrite=overwrite,
             home=home,
@@ -155,7 +158,7 @@ def compress(
             density=density,
         )
     typer.echo(
-        f"{out}: {report.method}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
+        f"{out}: {compression_label(report.method, report.rank)}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
     )
     typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
     if agreed is not None:

@@ -8,12 +8,13 @@ from typing import Any
 
 from ota_core.artifact import RECORD, read_record
 from ota_core.checkpoint import Checkpoint, weight_files
+from ota_core.compression import DEFAULT_RANK, IN_MEMORY, METHODS, compressed_bytes, compression_label, passes
 from ota_core.engine import peak_memory_gib
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments, find_moments, open_moments
 from ota_core.output import plan_files
-from ota_core.plan import MergePlan, bytes_per_element, compression_of, open_plan
+from ota_core.plan import MergePlan, bytes_per_element, compression_of, open_plan, rank_of
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.safetensors_io import SafetensorsFile
 from ota_core.stream import parse_memory
@@ -73,23 +74,47 @@ def _without_moments(plan: MergePlan) -> list[str]:
 def _bytes(plan: MergePlan, budget: int) -> list[str]:
     weights = sum(_weight_bytes(view) for view in plan.models)
     moments = sum(4 * _moments_elements(expert) for expert in plan.experts)
-    held = [expert.moments for expert in plan.experts if expert.moments is not None]
-    factors = sum(_rank1_bytes(shape) for m in held for shape in m.shapes().values()) if _rank1(plan) else 0
+    method, rank = plan.recipe.setting("compression"), plan.recipe.setting("rank")
+    factors = _compressed(plan, method, rank) if method in IN_MEMORY else 0
     output = sum(job.elements * job.dtype.itemsize for job in plan.jobs)
     working = plan.stream.threads * plan.stream.block_elements * bytes_per_element(len(plan.experts))
     # Mapped pages are given back when a quarter of the budget was read; small inputs never reach that.
     mapped = min(budget // 4, weights + moments)
     peak = peak_memory_gib() + (working + factors + mapped + KERNELS) / GIB
-    lines = [
+    return [
         f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
         f"inputs: {_size(weights)} of weights, {_size(moments)} of second moments as float32; read in all passes: {_size(bytes_read(plan))}",
         f"output: {_size(output)} in {counted(len(plan_files(plan)), 'file')}",
         f"peak memory: about {peak:.2f} GiB (budget {budget / GIB:.2f} GiB for blocks and mapped pages)",
+        *_choices(plan),
     ]
-    if factors:
-        elements = sum(prod(shape) for m in held for shape in m.shapes().values())
-        lines.append(f"rank1 second moments: {_size(factors)}, {factors / max(elements, 1):.4f} bytes per parameter instead of 4")
+
+
+def _choices(plan: MergePlan) -> list[str]:
+    """What the second moments of all experts take by each compression."""
+    elements = _compressed(plan, "none", None) // 4
+    if not elements:
+        return []
+    chosen = plan.recipe.setting("compression")
+    lines = ["second moments by compression:"]
+    for method in METHODS:
+        rank = plan.recipe.setting("rank") or (DEFAULT_RANK if method == "rank_k" else None)
+        size = _compressed(plan, method, rank)
+        note = " (chosen)" if method == chosen else ""
+        label = compression_label(method, rank)
+        lines.append(f"  {label}: {_size(size)}, {size / elements:.4f} bytes per parameter{note}")
+    to_write = [e for e in plan.experts if e.moments is not None and compression_of(e.moments) in {None, "none"}]
+    if chosen == "log8" and to_write:
+        lines.append("  a merge in one process keeps the log8 form in the output's folder while it runs")
     return lines
+
+
+def _compressed(plan: MergePlan, method: str, rank: int | None) -> int:
+    """Bytes of all experts' second moments, which the merge may not need at all."""
+    if plan.recipe.merge_method not in NEEDS_MOMENTS:
+        return 0
+    held = [expert.moments for expert in plan.experts if expert.moments is not None]
+    return sum(compressed_bytes(tuple(shape), method, rank) for moments in held for shape in moments.shapes().values())
 
 
 def bytes_read(plan: MergePlan) -> int:
@@ -101,7 +126,7 @@ def bytes_read(plan: MergePlan) -> int:
     base = _weight_bytes(plan.base) if plan.base else 0
     for expert in plan.experts:
         total += _passes(recipe, expert.index) * (base + _weight_bytes(expert))
-        total += _moments_passes(plan, expert) * 4 * _moments_elements(expert)
+        total += _moments_read(plan, expert)
     return total
 
 
@@ -114,22 +139,26 @@ def _passes(recipe: MergeRecipe, expert: int) -> int:
     return 2 if recipe.merge_method == "ties" and recipe.setting("density", expert) < 1 else 0
 
 
-def _moments_passes(plan: MergePlan, expert: ExpertView) -> int:
-    """Passes over an expert's uncompressed second moments."""
-    recipe = plan.recipe
-    if recipe.merge_method not in NEEDS_MOMENTS:
+def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
+    """Bytes of an expert's second moments that come out of files: v as float32, and the code of ``log8``; factors are in memory."""
+    recipe, moments = plan.recipe, expert.moments
+    if recipe.merge_method not in NEEDS_MOMENTS or moments is None:
         return 0
     scored = recipe.ffg(expert.index) and recipe.setting("metric") == "curvature"
     full = scored and recipe.setting("mask_curvature") == "full"
     # The merge scores once more: with the v that it reads anyway, or with the full one.
     scoring = _passes(recipe, expert.index) + (1 if full else 0) if scored else 0
-    if _rank1(plan):
-        return 2 + (scoring if full else 0)  # the sums, then the error of the compression
-    return 1 + scoring + (1 if recipe.merge_method == "ota" and recipe.setting("normalise") == "global" else 0)
-
-
-def _rank1(plan: MergePlan) -> bool:
-    return plan.recipe.merge_method in NEEDS_MOMENTS and plan.recipe.setting("compression") == "rank1"
+    normalising = 1 if recipe.merge_method == "ota" and recipe.setting("normalise") == "global" else 0
+    merging = 1 + normalising + (0 if full else scoring)
+    method, rank = recipe.setting("compression"), recipe.setting("rank")
+    shapes = [tuple(shape) for shape in moments.shapes().values()]
+    whole = 4 * sum(prod(shape) for shape in shapes)
+    total = whole * scoring if full else 0
+    if compression_of(moments) in {None, "none"}:
+        total += sum(passes(shape, method, rank) * 4 * prod(shape) for shape in shapes)
+    if method not in IN_MEMORY:
+        total += merging * sum(compressed_bytes(shape, method, rank) for shape in shapes)
+    return total
 
 
 def _weight_bytes(view: ModelView) -> int:
@@ -142,10 +171,6 @@ def _moments_elements(expert: ExpertView) -> int:
     if expert.moments is None or compression_of(expert.moments) not in {None, "none"}:
         return 0
     return sum(prod(shape) for shape in expert.moments.shapes().values())
-
-
-def _rank1_bytes(shape: tuple[int, ...]) -> int:
-    return 4 * (prod(shape) if len(shape) < 2 else prod(shape[:-2]) * (shape[-2] + shape[-1]))
 
 
 def _options(plan: MergePlan) -> list[str]:
@@ -276,7 +301,8 @@ def _describe_moments(path: Path, folder: Path) -> list[str]:
     shapes = moments.shapes()
     steps = sorted({step for name in shapes if (step := moments.step(name)) is not None})
     total = sum(prod(shape) for shape in shapes.values())
-    how = compression_of(moments) or "as the trainer left them"
+    held = compression_of(moments)
+    how = compression_label(held, rank_of(moments)) if held else "as the trainer left them"
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
     known = f"β₂ {moments.beta2 if moments.beta2 is not None else 'unknown'}, step {'–'.join(map(str, steps)) or 'unknown'}"
     line = (

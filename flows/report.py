@@ -38,7 +38,8 @@ def merge_label(recipe: MergeRecipe) -> str:
     if thresholds:
         parts.append(f"tau={'/'.join(f'{t:g}' for t in sorted(thresholds))}")
     if recipe.setting("compression") not in {None, "none"} and recipe.merge_method in {"ota", "fisher"}:
-        parts.append(recipe.setting("compression"))
+        rank = recipe.setting("rank")
+        parts.append(recipe.setting("compression") + (f"={rank}" if rank else ""))
     lam = recipe.setting("lambda")
     if lam not in {None, 1.0}:
         parts.append(f"lambda={lam:g}")

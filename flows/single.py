@@ -28,6 +28,7 @@ def compress_source(
     out: Path,
     *,
     method: str,
+    rank: int | None = None,
     memory: str,
     overwrite: bool,
     home: Path | None,
@@ -62,7 +63,9 @@ def compress_source(
         raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        report = engine.compress_moments(path, temporary, method=method, layout=layout, memory=memory, progress=progress)
+        report = engine.compress_moments(
+            path, temporary, method=method, rank=rank, layout=layout, memory=memory, progress=progress
+        )
         agreed = None
         if base is not None:
             reference = storage.fetch(base, cache=cache, progress=lambda done, total: progress("fetch base", done, total)).path
@@ -73,6 +76,9 @@ def compress_source(
                 closing(Checkpoint(folder)) as expert,
                 closing(Checkpoint(reference)) as start,
             ):
+                stream.droppable = [
+                    drop for item in (full, compressed, expert, start) if (drop := getattr(item, "drop_pages", None))
+                ]
                 agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
         os.replace(temporary, out)
     finally:

@@ -11,7 +11,7 @@ import torch
 
 from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
-from ota_core.compression import RankOneMoments, StoredMoments
+from ota_core.compression import CompressedMoments, compression_label
 from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.masks import MaskFile
@@ -38,6 +38,8 @@ class MergePlan:
     vocabulary: Vocabulary | None
     stream: Stream
     device: torch.device
+    scratch: Path | None = None
+    """A folder for what the merge keeps on disk while it runs; none means the system's."""
     notes: list[str] = field(default_factory=list)
     part: frozenset[str] | None = None
     """The tensors that are worked on here, where a merge is spread over machines; None: all."""
@@ -227,16 +229,17 @@ def _open_moments(
 ) -> None:
     if recipe.merge_method not in NEEDS_MOMENTS:
         return
-    asked = recipe.setting("compression")
+    asked, rank = recipe.setting("compression"), recipe.setting("rank")
     try:
         if item.moments is None:
             problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")
             return
         expert.moments = _open_one(item.moments, item, stack)
         held = compression_of(expert.moments)
-        if held not in {None, "none", asked}:
+        if held not in {None, "none"} and (held, rank_of(expert.moments)) != (asked, rank):
             problems.append(
-                f"{item.moments} holds second moments compressed with {held}; the recipe asks for compression: {asked}"
+                f"{item.moments} holds second moments compressed with {compression_label(str(held), rank_of(expert.moments))}; "
+                f"the recipe asks for compression: {compression_label(asked, rank)}"
             )
         if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
             if item.full_moments is not None:
@@ -262,7 +265,12 @@ def _open_one(path: Path, item: ExpertInput, stack: contextlib.ExitStack) -> Mom
 
 def compression_of(moments: Moments) -> str | None:
     """The compression of opened moments; None for what a trainer left."""
-    return moments.method if isinstance(moments, RankOneMoments | StoredMoments) else None
+    return moments.method if isinstance(moments, CompressedMoments) else None
+
+
+def rank_of(moments: Moments) -> int | None:
+    """The rank of opened moments that ``rank_k`` compressed; None for all others."""
+    return moments.rank if isinstance(moments, CompressedMoments) else None
 
 
 def _jobs(

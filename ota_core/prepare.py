@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.compression import CompressionReport, RankOneMoments, compress
+from ota_core.compression import CompressedMoments, CompressionReport, compress
 from ota_core.errors import MomentsError, raise_all
 from ota_core.fused.counts import Candidate
 from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE
@@ -53,9 +53,13 @@ def prepare_curvature(plan: MergePlan, whole: WholeFacts | None = None) -> Curva
     facts.averaged = _without_curvature(plan)
     for expert in plan.experts:
         assert expert.moments is not None
-        if plan.recipe.setting("compression") == "rank1" and not isinstance(expert.moments, RankOneMoments):
-            compressed, facts.reports[expert.name] = compress(expert.moments, stream=plan.stream, what=f"compress {expert.name}")
-            expert.moments = compressed
+        method = plan.recipe.setting("compression")
+        held = expert.moments.method if isinstance(expert.moments, CompressedMoments) else "none"
+        if method != held:
+            expert.moments, facts.reports[expert.name] = compress(
+                expert.moments, method=method, rank=plan.recipe.setting("rank"), stream=plan.stream, scratch=plan.scratch,
+                what=f"compress {expert.name}",
+            )  # fmt: skip
     if plan.recipe.merge_method != "ota":
         return facts
     if plan.recipe.setting("normalise") == "global":

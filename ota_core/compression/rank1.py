@@ -178,6 +178,7 @@ def compress_rank1(moments: Moments, *, stream: Stream, what: str) -> tuple[Rank
 
     def work(part: _Part) -> None:
         v = moments.read(part.name, part.start, part.stop, check=False).numpy()
+        stream.count_read(v.nbytes)
         stacks = v.shape[0] // part.height
         cols, weighted = np.zeros((stacks, v.shape[1])), np.zeros((stacks, v.shape[1]))
         found, rows = sums[part.name], np.empty(v.shape[0])

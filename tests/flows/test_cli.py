@@ -120,14 +120,19 @@ def test_models_in_s3_and_in_folders_give_the_same_merge(recipe: Path, tmp_path:
     assert prints[0] == prints[1]
 
 
-def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["rank1", "log8", "rank_k"])
+def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
     base, folder = tmp_path / "base", tmp_path / "expert"
     write_tiny_llama(base)
     perturb(base, folder, seed=1, scale=0.01)
     weights = load_file(folder / "model.safetensors")
     save_file({name: torch.rand_like(tensor) * 1e-12 for name, tensor in weights.items()}, folder / "exp_avg_sq.safetensors")
-    result = ota("compress", folder, tmp_path / "a.safetensors", "--base", base, "--density", "0.3")
+    out = tmp_path / "a.safetensors"
+    rank = ("--rank", "2") if method == "rank_k" else ()
+    result = ota("compress", folder, out, "--base", base, "--density", "0.3", "--method", method, *rank)
+    label = "rank_k with rank 2" if rank else method
+    assert f"{out}: {label}, " in result.stdout and f", {label}, " in ota("inspect", out).stdout
     shown = re.search(r"rank correlation (0\.\d{4}), overlap of the masks at density 0\.3: (0\.\d{4}) \(Jaccard\)", result.stdout)
     assert shown and 0.5 < float(shown[2]) < float(shown[1]) < 1
     refused = invoke("compress", folder, tmp_path / "b.safetensors", "--base", base, "--density", "3")
