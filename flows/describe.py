@@ -80,8 +80,8 @@ def _bytes(plan: MergePlan, budget: int) -> list[str]:
     factors = _compressed(plan, method, rank) if method in IN_MEMORY else 0
     output = sum(job.elements * job.dtype.itemsize for job in plan.jobs)
     working = plan.stream.threads * plan.stream.block_elements * bytes_per_element(len(plan.experts))
-    # Mapped pages are given back when a quarter of the budget was read; small inputs never reach that.
-    mapped = min(budget // 4, weights + moments)
+    # Mapped pages are given back when so much was read; small inputs never reach that.
+    mapped = min(plan.stream.mapped_bytes, weights + moments)
     peak = peak_memory_gib() + (working + factors + mapped + KERNELS) / GIB
     return [
         f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
@@ -120,25 +120,47 @@ def _compressed(plan: MergePlan, method: str, rank: int | None) -> int:
 
 
 def bytes_read(plan: MergePlan) -> int:
-    """Bytes of tensors that the merge reads, every pass counted, second moments as float32."""
+    """Bytes of tensors that the merge reads, every pass counted, second moments as float32.
+
+    Exact thresholds take two passes, which all experts share. Of a model large enough the first one only samples; it counts as a
+    pass all the same, because what lies between the samples is fetched with them.
+    """
     recipe = plan.recipe
     # Every model once for the merge itself, but the base of a plain average; slerp once more for the angles.
     merged = plan.experts if recipe.merge_method == "linear" else plan.models
     total = sum(_weight_bytes(view) for view in merged) * (2 if recipe.merge_method == "slerp" else 1)
     base = _weight_bytes(plan.base) if plan.base else 0
+    ranked = [expert for expert in plan.experts if _is_ranked(recipe, expert.index)]
+    total += RANKING * (base + sum(_weight_bytes(expert) for expert in ranked)) if ranked else 0
     for expert in plan.experts:
-        total += _passes(recipe, expert.index) * (base + _weight_bytes(expert))
+        total += (_norms(recipe, expert.index) + _full_masks(plan, expert)) * (base + _weight_bytes(expert))
         total += _moments_read(plan, expert)
     return total
 
 
-def _passes(recipe: MergeRecipe, expert: int) -> int:
-    """Passes over an expert's task vector before the merge: two for each exact threshold, one for the norms of ``rescale``."""
-    if recipe.merge_method == "ota" and recipe.ffg(expert):
-        return (2 if recipe.setting("density", expert) is not None else 0) + (1 if recipe.setting("rescale") else 0)
+RANKING = 2
+"""Passes for exact thresholds."""
+
+
+def _is_ranked(recipe: MergeRecipe, expert: int) -> bool:
+    """Whether a threshold of this expert is a rank among its scores."""
+    if recipe.merge_method == "ota":
+        return recipe.ffg(expert) and recipe.setting("density", expert) is not None
     if recipe.merge_method in {"breadcrumbs", "breadcrumbs_ties"}:
-        return 4 if recipe.setting("gamma", expert) else 2
-    return 2 if recipe.merge_method == "ties" and recipe.setting("density", expert) < 1 else 0
+        return True
+    return recipe.merge_method == "ties" and recipe.setting("density", expert) < 1
+
+
+def _norms(recipe: MergeRecipe, expert: int) -> int:
+    """Passes for the norms of ``rescale``."""
+    return 1 if recipe.merge_method == "ota" and recipe.ffg(expert) and recipe.setting("rescale") else 0
+
+
+def _full_masks(plan: MergePlan, expert: ExpertView) -> int:
+    """Further looks at an expert in the merge, whose mask goes by other second moments than its weights."""
+    recipe = plan.recipe
+    full = recipe.merge_method == "ota" and recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full"
+    return 1 if full and recipe.setting("compression") != "none" and expert.masks is None else 0
 
 
 def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
@@ -147,19 +169,16 @@ def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
     if recipe.merge_method not in NEEDS_MOMENTS or moments is None:
         return 0
     scored = recipe.ffg(expert.index) and recipe.setting("metric") == "curvature"
-    full = scored and recipe.setting("mask_curvature") == "full"
-    # The merge scores once more: with the v that it reads anyway, or with the full one.
-    scoring = _passes(recipe, expert.index) + (1 if full else 0) if scored else 0
+    scoring = (RANKING if _is_ranked(recipe, expert.index) else 0) + _norms(recipe, expert.index) if scored else 0
     normalising = 1 if recipe.merge_method == "ota" and recipe.setting("normalise") == "global" else 0
-    merging = 1 + normalising + (0 if full else scoring)
     method, rank = recipe.setting("compression"), recipe.setting("rank")
     shapes = [tuple(shape) for shape in moments.shapes().values()]
-    whole = 4 * sum(prod(shape) for shape in shapes)
-    total = whole * scoring if full else 0
+    apart = _full_masks(plan, expert)
+    total = 4 * sum(prod(shape) for shape in shapes) * (scoring + (1 if scored else 0)) if apart else 0
     if compression_of(moments) in {None, "none"}:
         total += sum(passes(shape, method, rank) * 4 * prod(shape) for shape in shapes)
     if method not in IN_MEMORY:
-        total += merging * sum(compressed_bytes(shape, method, rank) for shape in shapes)
+        total += (1 + normalising + (0 if apart else scoring)) * sum(compressed_bytes(shape, method, rank) for shape in shapes)
     return total
 
 
@@ -290,7 +309,7 @@ def _describe_file(path: Path) -> list[str]:
         return [
             f"{path.name}: FFG mask of {masks.header['expert']}: keeps {kept:,.0f} of {total:,} elements (density {share:.6f})"
         ]
-    if _is_weights(path):
+    if not (path.suffix == ".safetensors" and _format(path)) and _is_weights(path):
         return [f"{path.name} holds weights; the checkpoint that it belongs to:", *_describe_checkpoint(path.parent)]
     return _describe_moments(path, path.parent)
 

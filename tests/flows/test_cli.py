@@ -79,7 +79,7 @@ def test_merge_prints_densities_and_writes_what_the_engine_writes(recipe: Path, 
         )
     assert f"{out}: merged in " in result.stdout and f"fingerprint {record['fingerprint']}" in result.stdout
     assert "━" not in result.stdout  # progress goes to stderr: the output can be piped
-    assert "merge" in result.stderr and "100%" in result.stderr and result.stderr.count("threshold expert0") == 1
+    assert "merge" in result.stderr and "100%" in result.stderr and result.stderr.count("thresholds") == 1
     loaded(out)
     raw = llama_experts(folder / "again")
     engine.merge(MergeRecipe.model_validate(raw), folder / "direct")
@@ -139,8 +139,8 @@ def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypa
     result = ota("compress", folder, out, "--base", base, "--density", "0.3", "--method", method, *rank)
     label = "rank_k with rank 2" if rank else method
     assert f"{out}: {label}, " in result.stdout and f", {label}, " in ota("inspect", out).stdout
-    shown = re.search(r"rank correlation (0\.\d{4}), overlap of the masks at density 0\.3: (0\.\d{4}) \(Jaccard\)", result.stdout)
-    assert shown and 0.5 < float(shown[2]) < float(shown[1]) < 1
+    shown = re.search(r"rank correlation ([01]\.\d{4}), overlap of the masks at density 0\.3: (0\.\d{4}) \(Jaccard\)", result.stdout)
+    assert shown and 0.5 < float(shown[2]) < float(shown[1]) <= 1
     refused = invoke("compress", folder, tmp_path / "b.safetensors", "--base", base, "--density", "3")
     assert refused.exit_code == 2 and "density: got 3.0, expected a number in (0, 1]" in refused.stderr
     assert not (tmp_path / "b.safetensors").exists()
