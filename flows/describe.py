@@ -309,7 +309,8 @@ def _describe_file(path: Path) -> list[str]:
         return [
             f"{path.name}: FFG mask of {masks.header['expert']}: keeps {kept:,.0f} of {total:,} elements (density {share:.6f})"
         ]
-    if not (path.suffix == ".safetensors" and _format(path)) and _is_weights(path):
+    ours = path.suffix == ".safetensors" and bool(_format(path))
+    if not ours and _is_weights(path):
         return [f"{path.name} holds weights; the checkpoint that it belongs to:", *_describe_checkpoint(path.parent)]
     return _describe_moments(path, path.parent)
 

@@ -58,7 +58,7 @@ def _count_high(base_source: Any, table: Any, n: int, piece: int, stride: int, h
 def _count_brackets(base_source: Any, table: Any, n: int, lowest: Any, width: int, above: Any, inside: Any) -> int:
     """The same for what lies above and inside brackets of bit patterns, ``width`` from ``lowest`` on."""
     base, theta, v_hat, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
-    bits = found.view(np.uint32)
+    bits, places = found.view(np.uint32), np.empty(TILE + 1, np.uint32)
     for first in range(0, n, TILE):
         count = min(TILE, n - first)
         load(base_source, first, count, base)
@@ -70,15 +70,18 @@ def _count_brackets(base_source: Any, table: Any, n: int, lowest: Any, width: in
                 if lowest[row, r] < 0:
                     continue
                 bottom, size = np.uint32(lowest[row, r]), np.uint32(width)
-                larger = 0
+                top, larger = np.uint32(lowest[row, r] + width), np.int32(0)
                 for i in range(count):
-                    larger += (bits[i] >= bottom) & (np.uint32(bits[i] - bottom) >= size)
+                    larger += np.int32(bits[i] >= top)
                 above[row, r] += larger
-                # Few lie inside: that is the point of a bracket.
+                # Few lie inside: that is the point of a bracket. They are collected without a branch, which would be guessed wrong.
+                hit = np.int64(0)
                 for i in range(count):
                     place = np.uint32(bits[i] - bottom)
-                    if place < size:
-                        inside[row, r, place] += 1
+                    places[hit] = place
+                    hit += np.int64(place < size)
+                for i in range(hit):
+                    inside[row, r, places[i]] += 1
     return -1
 
 

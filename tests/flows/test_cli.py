@@ -139,10 +139,10 @@ def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypa
     result = ota("compress", folder, out, "--base", base, "--density", "0.3", "--method", method, *rank)
     label = "rank_k with rank 2" if rank else method
     assert f"{out}: {label}, " in result.stdout and f", {label}, " in ota("inspect", out).stdout
-    shown = re.search(
-        r"rank correlation ([01]\.\d{4}), overlap of the masks at density 0\.3: (0\.\d{4}) \(Jaccard\)", result.stdout
-    )
-    assert shown and 0.5 < float(shown[2]) < float(shown[1]) <= 1
+    shown = re.search(r"rank correlation ([\d.]+), overlap of the masks at density 0\.3: ([\d.]+) \(Jaccard\)", result.stdout)
+    # Uniform noise: a product of rows and columns keeps the order roughly, a code of each element closely.
+    assert shown and (0.9 if method == "log8" else 0.5) < float(shown[2]) <= float(shown[1]) <= 1
+    assert (float(shown[1]) > 0.999) == (method == "log8")
     refused = invoke("compress", folder, tmp_path / "b.safetensors", "--base", base, "--density", "3")
     assert refused.exit_code == 2 and "density: got 3.0, expected a number in (0, 1]" in refused.stderr
     assert not (tmp_path / "b.safetensors").exists()
