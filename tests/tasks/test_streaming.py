@@ -22,7 +22,7 @@ from ota_core.moments import open_moments
 from ota_core.recipe import MergeRecipe
 from ota_core.stream import Stream
 from tasks import outline as outlines
-from tasks import s3
+from tasks import s3, storage
 from tasks.architecture import parameter_layout
 from tasks.chunk_cache import ChunkCache
 from tasks.inputs import assemble, fetch_all
@@ -427,3 +427,13 @@ def test_problems_of_streamed_inputs_come_together(tmp_path: Path, s3_server: S3
     recipe["models"].append({"model": f"{s3_server.uri}/neither"})
     with pytest.raises(OtaError, match=r"(?s)2 problems found.*nowhere.*neither"):
         merge(recipe, tmp_path / "out", tmp_path / "cache", stream=True)
+
+
+def test_a_hub_model_is_downloaded_and_said(tmp_path: Path, s3_server: S3Test, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = llama_experts(tmp_path, count=1)
+    real = storage.fetch
+    monkeypatch.setattr(
+        storage, "fetch", lambda source, **options: real(recipe["base_model"] if source == "org/base" else source, **options)
+    )
+    _, notes = merge({**recipe, "base_model": "org/base"}, tmp_path / "out", tmp_path / "cache", stream=True)
+    assert notes == [f"org/base is a Hugging Face id: downloaded to {tmp_path / 'base'}"]
