@@ -27,6 +27,8 @@ from tasks.storage import is_s3
 GIB = 2**30
 # What the compiled loops and torch's own buffers take when a merge first uses them, in bytes.
 KERNELS = 100 * 2**20
+# Passes over full second moments that rank1 takes: the sums, then the error of the compression.
+RANK1_PASSES = 2
 
 
 def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path | None) -> list[str]:
@@ -105,6 +107,13 @@ def bytes_read(plan: MergePlan) -> int:
     return total
 
 
+def mask_bytes_read(plan: MergePlan) -> int:
+    """The same for the masks of all experts alone: each pair of base and expert once instead of the merge's one pass over all."""
+    base = _weight_bytes(plan.base) if plan.base else 0
+    pairs = sum(base + _weight_bytes(expert) for expert in plan.experts)
+    return bytes_read(plan) - sum(_weight_bytes(view) for view in plan.models) + pairs
+
+
 def _passes(recipe: MergeRecipe, expert: int) -> int:
     """Passes over an expert's task vector before the merge: two for each exact threshold, one for the norms of ``rescale``."""
     if recipe.merge_method == "ota" and recipe.ffg(expert):
@@ -124,7 +133,7 @@ def _moments_passes(plan: MergePlan, expert: ExpertView) -> int:
     # The merge scores once more: with the v that it reads anyway, or with the full one.
     scoring = _passes(recipe, expert.index) + (1 if full else 0) if scored else 0
     if _rank1(plan):
-        return 2 + (scoring if full else 0)  # the sums, then the error of the compression
+        return RANK1_PASSES + (scoring if full else 0)
     return 1 + scoring + (1 if recipe.merge_method == "ota" and recipe.setting("normalise") == "global" else 0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -34,10 +35,11 @@ def compress_source(
     progress: engine.Progress,
     base: str | None = None,
     density: float = 0.4,
-) -> tuple[CompressionReport, Agreement | None]:
+) -> tuple[CompressionReport, Agreement | None, dict[str, float]]:
     """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``. Raises OtaError.
 
-    With a ``base``, also how far saliency and the FFG mask at ``density`` agree with those of the full second moments.
+    With a ``base``, also how far saliency and the FFG mask at ``density`` agree with those of the full second moments. Last the
+    seconds of each part.
     """
     if not 0 < density <= 1:
         raise OtaError(f"density: got {density}, expected a number in (0, 1]")
@@ -62,7 +64,9 @@ def compress_source(
         raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
+        started = time.perf_counter()
         report = engine.compress_moments(path, temporary, method=method, layout=layout, memory=memory, progress=progress)
+        seconds = {"compress": time.perf_counter() - started}
         agreed = None
         if base is not None:
             reference = storage.fetch(base, cache=cache, progress=lambda done, total: progress("fetch base", done, total)).path
@@ -74,10 +78,11 @@ def compress_source(
                 closing(Checkpoint(reference)) as start,
             ):
                 agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
+            seconds["compare"] = time.perf_counter() - started - seconds["compress"]
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
-    return report, agreed
+    return report, agreed, seconds
 
 
 def mask_recipe(
