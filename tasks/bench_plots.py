@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,11 @@ def bench_chart(bench: Bench) -> Figure:
     from matplotlib.figure import Figure
 
     results = [one for c in bench.combinations for one in c.cases if one.runs and one.name in DRAWN]
-    names = [name for name in DRAWN if any(one.name == name for one in results)]
-    styles = dict(zip(DRAWN, _STYLES, strict=False))
+    counts = Counter(one.name for one in results)
+    # A case that was measured at one size alone shows no growth; where there is but one size, every case is shown.
+    names = [name for name in DRAWN if counts[name] > 1 or (counts[name] and len(bench.combinations) == 1)]
+    results = [one for one in results if one.name in names]
+    styles = dict(zip(names, _STYLES, strict=False))
     experts, parameters = _most([one.experts for one in results]), _most([one.parameters for one in results])
     figure = Figure(figsize=(11.5, 8.4), dpi=110, facecolor="white")
     panels = figure.subplots(2, 2, squeeze=True)
@@ -58,11 +62,16 @@ def bench_chart(bench: Bench) -> Figure:
                     ha="right",
                     va="bottom",
                 )
+                panel.set_ylim(top=max(1150.0, panel.get_ylim()[1]))
             _dress(panel, f"{what} at {fixed}", label, unit)
             if column == 1:
                 panel.set_xticks(sorted({one.experts for one in chosen}))
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="lower center", ncols=6, frameon=False, fontsize=9, bbox_to_anchor=(0.5, 0.025))
+    figure.text(
+        0.5, 0.008, "points: medians, of memory the largest; thin bars: fastest to slowest run; open: inputs not in the page cache",
+        ha="center", fontsize=8.5, color=INK,
+    )  # fmt: skip
     figure.suptitle(f"ota bench: {bench.machine.cpu}, {bench.machine.cores} cores", x=0.02, ha="left", fontsize=12, color=INK)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.91, bottom=0.15, hspace=0.33, wspace=0.17)
     return figure
@@ -95,7 +104,7 @@ def _line(
         linestyle="",
         zorder=4,
     )
-    if not memory:
+    if not memory and any(len(one.runs) > 1 for one in results):
         low = [min(run.seconds for run in one.runs) for one in results]
         high = [max(run.seconds for run in one.runs) for one in results]
         panel.vlines(x, low, high, color=color, linewidth=1, zorder=2)

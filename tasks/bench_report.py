@@ -16,11 +16,11 @@ def report(bench: Bench) -> list[Any]:
     """Everything to print, for rich."""
     lines: list[Any] = [f"machine: {bench.machine.line()}", bench.floor_definition, *(f"note: {note}" for note in bench.notes)]
     for combination in bench.combinations:
-        lines.append(stages_table(combination))
+        lines += ["", stages_table(combination)]
         if any(one.runs and not one.floor for one in combination.cases):
-            lines.append(commands_table(combination))
+            lines += ["", commands_table(combination)]
         lines += [f"{one.name}: skipped, {one.skipped}" for one in combination.cases if one.skipped]
-    return [*lines, *findings(bench)]
+    return [*lines, "", *findings(bench)]
 
 
 def stages_table(combination: Combination) -> Table:
@@ -33,43 +33,31 @@ def stages_table(combination: Combination) -> Table:
     )
     result = _table(title)
     for header in (
-        "wall s\n(min–max)", "CPU\ns", "stage\ns", "peak\nMiB", "read GB\nplanned", "written\nGB", "floor s, read\n+write+fsync",
+        "wall s\n(min–max)", "CPU\ns", "stage\ns", "peak\nMiB", "read GB\nplanned", "wrote\nGB", "floor s, read\n+write+fsync",
         "wall ÷\nfloor", "stage ÷ floor\n(no fsync)",
     ):  # fmt: skip
         result.add_column(header, justify="right", no_wrap=True)
     result.add_column("target\non wall", no_wrap=True)
     for one in combination.cases:
         if one.runs and one.floor:
+            floor = "+".join(f"{part:.2f}" for part in (one.floor.read, one.floor.write, one.floor.fsync))
             result.add_row(
-                one.name, _wall(one), _number(one.cpu_seconds, 1), _number(one.stage_seconds, 2), _mib(one),
-                _number(one.planned_read_bytes and one.planned_read_bytes / 1e9, 2),
-                _number(one.written_bytes and one.written_bytes / 1e9, 2),
-                f"{one.floor.read:.2f}+{one.floor.write:.2f}+{one.floor.fsync:.2f}", _number(one.command_ratio, 2), _stage_ratio(one),
-                _verdict(one),
+                one.name, _wall(one), _short(one.cpu_seconds), _short(one.stage_seconds), _mib(one), _gb(one.planned_read_bytes),
+                _gb(one.written_bytes), floor, _short(one.command_ratio), _stage_ratio(one), _verdict(one),
             )  # fmt: skip
     return result
 
 
 def commands_table(combination: Combination) -> Table:
     """The flow, and what else is measured in seconds."""
-    result = _table("")
-    for header in ("wall s\n(min–max)", "CPU\ns", "peak\nMiB", "stages alone\ns", "over the stages\ns"):
+    result = _table("the flow and the shell")
+    for header in ("wall s\n(min–max)", "CPU\ns", "peak\nMiB", "stages alone\ns", "more than these\ns"):
         result.add_column(header, justify="right", no_wrap=True)
     result.add_column("target", no_wrap=True)
-    result.add_column("what")
     for one in combination.cases:
         if one.runs and not one.floor:
-            over = _number(one.overhead_seconds, 1)
-            result.add_row(
-                one.name,
-                _wall(one),
-                _number(one.cpu_seconds, 1),
-                _mib(one),
-                _number(one.stages_sum, 1),
-                over,
-                _verdict(one),
-                one.what,
-            )
+            over = _short(one.overhead_seconds)
+            result.add_row(one.name, _wall(one), _short(one.cpu_seconds), _mib(one), _short(one.stages_sum), over, _verdict(one))
     return result
 
 
@@ -81,28 +69,33 @@ def _table(title: str) -> Table:
 
 def _wall(one: CaseResult) -> str:
     walls = [run.seconds for run in one.runs]
-    return f"{one.seconds:.2f}" + (f" ({min(walls):.2f}–{max(walls):.2f})" if len(walls) > 1 else "")
+    return _short(one.seconds) + (f" ({_short(min(walls))}–{_short(max(walls))})" if len(walls) > 1 else "")
+
+
+def _short(value: float | None) -> str:
+    """Three digits or so."""
+    return "" if value is None else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def _mib(one: CaseResult) -> str:
-    return _number(one.peak_bytes and one.peak_bytes / 2**20, 0)
+    return "" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:.0f}"
+
+
+def _gb(size: int | None) -> str:
+    return "" if size is None else _short(size / 1e9)
 
 
 def _stage_ratio(one: CaseResult) -> str:
     if one.stage_ratio is None:
         return ""
-    return f"{one.stage_ratio:.2f} ({one.stage_ratio_without_fsync:.2f})"
+    return f"{_short(one.stage_ratio)} ({_short(one.stage_ratio_without_fsync)})"
 
 
 def _verdict(one: CaseResult) -> str:
-    if one.target is None or not one.reference:
+    if one.target is None or one.met is None:
         return ""
-    unit = {"ratio": "×", "seconds": " s", "overhead": " s more"}[one.target.kind]
-    return f"≤ {one.target.limit:g}{unit} " + ("[green]met[/]" if one.met else "[red]missed[/]")
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    unit = {"ratio": "", "seconds": " s", "overhead": " s more"}[one.target.kind]
+    return f"≤{one.target.limit:g}{unit} " + ("[green]met[/]" if one.met else "[red]miss[/]")
 
 
 def findings(bench: Bench) -> list[str]:
