@@ -55,7 +55,6 @@ class Options:
     stages: tuple[str, ...] | None
     flow: bool
     mergekit: bool
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
             folder = options.out / "models" / f"{size:g}B"
             yield f"building {size:g} B × {max(counts)} experts in {folder}"
             started = time.perf_counter()
-            models = build(folder, plan.shapes[size], max(counts), seed=options.seed)
+            models = build(folder, plan.shapes[size], max(counts))
             built = time.perf_counter() - started
             for count in counts:
                 is_reference = (size, count) == plan.reference
