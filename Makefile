@@ -5,11 +5,15 @@ READY := .venv/.ready
 # What the demo makes lies here: data, trained experts, S3 server, artifacts, Prefect and MLflow databases.
 DEMO := $(CURDIR)/.ota
 
-.PHONY: demo test test-slow check format clean
+# ARGS: options of `ota bench`, for example ARGS="--sizes 0.1 --runs 1".
+.PHONY: demo bench test test-slow check format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
 	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota demo
+
+bench: $(READY)
+	$(BIN)/ota bench --out $(DEMO)/bench $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -142,6 +142,13 @@ RANKING = 2
 """Passes for exact thresholds."""
 
 
+def mask_bytes_read(plan: MergePlan) -> int:
+    """The same for the masks of all experts alone: each pair of base and expert once instead of the merge's one pass over all."""
+    base = _weight_bytes(plan.base) if plan.base else 0
+    pairs = sum(base + _weight_bytes(expert) for expert in plan.experts)
+    return bytes_read(plan) - sum(_weight_bytes(view) for view in plan.models) + pairs
+
+
 def _is_ranked(recipe: MergeRecipe, expert: int) -> bool:
     """Whether a threshold of this expert is a rank among its scores."""
     if recipe.merge_method == "ota":

@@ -2,10 +2,11 @@
 
 import json
 import os
+import time
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ota_core import engine
 from ota_core.agreement import Agreement, agreement
@@ -24,6 +25,17 @@ from tasks.streaming import Streams
 from tasks.suites import load_suite
 
 
+class Compressed(NamedTuple):
+    """What a compression led to."""
+
+    report: CompressionReport
+    agreement: Agreement | None
+    """With a base to compare by."""
+    seconds: dict[str, float]
+    """Of each part."""
+    notes: list[str]
+
+
 def compress_source(
     source: str,
     out: Path,
@@ -37,8 +49,8 @@ def compress_source(
     fetch: bool = False,
     base: str | None = None,
     density: float = 0.4,
-) -> tuple[CompressionReport, Agreement | None, list[str]]:
-    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``; the last are notes. Raises OtaError.
+) -> Compressed:
+    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``. Raises OtaError.
 
     With a ``base``, also how far saliency and the FFG mask at ``density`` agree with those of the full second moments. What lies in S3
     is read by ranges, or with ``fetch`` downloaded first.
@@ -77,6 +89,7 @@ def compress_source(
             raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
+            started = time.perf_counter()
             report = engine.compress_moments(
                 path,
                 temporary,
@@ -87,6 +100,7 @@ def compress_source(
                 memory=memory,
                 progress=progress,
             )
+            seconds = {"compress": time.perf_counter() - started}
             agreed = None
             if base is not None:
                 reference = bring(base, "fetch base")
@@ -103,10 +117,11 @@ def compress_source(
                         drop for item in (full, compressed, expert, start) if (drop := getattr(item, "drop_pages", None))
                     ]
                     agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
+                seconds["compare"] = time.perf_counter() - started - seconds["compress"]
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
-    return report, agreed, streams.notes if streams else []
+    return Compressed(report, agreed, seconds, streams.notes if streams else [])
 
 
 def mask_recipe(
