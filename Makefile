@@ -6,7 +6,7 @@ READY := .venv/.ready
 DEMO := $(CURDIR)/.ota
 
 # ARGS: options of `ota bench`, for example ARGS="--sizes 0.1 --runs 1".
-.PHONY: demo bench test test-slow check format clean
+.PHONY: demo bench test test-slow test-gpu check format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
@@ -20,6 +20,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Where torch sees a GPU: its own tests, and those of the engine with the GPU as their device.
+test-gpu: $(READY)
+	OTA_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not slow" tests/ota_core
 
 check: $(READY)
 	$(BIN)/ruff check .

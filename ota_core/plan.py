@@ -13,6 +13,8 @@ from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
 from ota_core.compression import CompressedMoments, compression_label
 from ota_core.errors import CheckpointError, OtaError, raise_all
+from ota_core.gpu import BLOCK_ELEMENTS as GPU_BLOCK_ELEMENTS
+from ota_core.gpu import BLOCKS_UNDER_WAY, Lanes, gpus_of
 from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments, open_moments
@@ -92,7 +94,9 @@ class MergePlan:
 
     @property
     def tensor_elements(self) -> int:
-        """How many elements a rule on tensors works on at once: what stays in the cache, and within the budget."""
+        """How many elements a rule on tensors works on at once: on the CPU what stays in the cache, and within the budget."""
+        if self.device.type != "cpu":
+            return self.stream.block_elements
         room = self.stream.memory // 4 // self.stream.threads // tensor_bytes_per_element(len(self.experts))
         return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
 
@@ -118,9 +122,12 @@ def open_plan(
     ``with_moments=False`` leaves second moments unopened, for planning before they are at hand.
     """
     stream = Stream(memory=memory, progress=progress)
-    stream.threads = threads or stream.threads
-    stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models))
     where = torch.device(device)
+    if gpus := gpus_of(where):
+        stream.lanes, stream.threads = Lanes(gpus), BLOCKS_UNDER_WAY * len(gpus)
+    stream.threads = threads or stream.threads
+    most = GPU_BLOCK_ELEMENTS if gpus else BLOCK_ELEMENTS
+    stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models), most)
     with contextlib.ExitStack() as stack:
         problems: list[str] = []
         opened = [_open(item, problems, stack) for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
@@ -169,8 +176,8 @@ def tensor_bytes_per_element(experts: int) -> int:
     return experts * (8 + 8 + 8 + 4 + 4 + 1) + 64
 
 
-def _block_elements(memory: int, threads: int, experts: int) -> int:
-    return max(1, min(BLOCK_ELEMENTS, memory // 4 // threads // bytes_per_element(experts)))
+def _block_elements(memory: int, threads: int, experts: int, most: int) -> int:
+    return max(1, min(most, memory // 4 // threads // bytes_per_element(experts)))
 
 
 def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:

@@ -45,8 +45,8 @@ class Scoring(Protocol):
         """The base's rows as stored, and one candidate an expert, in the order of ``experts``, which is what their rows count."""
         ...
 
-    def scores(self, expert: int, block: Block) -> Iterator[torch.Tensor]:
-        """The scores of a block in parts, float32 ≥ 0, for what the compiled pass does not serve."""
+    def scores(self, experts: Sequence[int], block: Block) -> Iterator[tuple[int, torch.Tensor]]:
+        """Expert and scores of a block, float32 ≥ 0, in parts, for what the compiled pass does not serve."""
         ...
 
     def covers(self, expert: int, job: TensorJob) -> bool:
@@ -310,10 +310,9 @@ def _scored_parts(scoring: Scoring, group: Group, block: Block) -> Iterator[tupl
     """Row and scores of every expert, in parts, where it does not."""
     experts = _covering(scoring, group, block[0])
     if experts and not scoring.compiled(experts, block[0]):
-        for row, expert in enumerate(group.experts):
-            if expert in experts:
-                for scores in scoring.scores(expert, block):
-                    yield row, scores
+        rows = {expert: row for row, expert in enumerate(group.experts)}
+        for expert, scores in scoring.scores(experts, block):
+            yield rows[expert], scores
 
 
 def _refuse_bad(scoring: Scoring, experts: Sequence[int], block: Block, bad: int | None) -> None:
