@@ -123,7 +123,7 @@ def bytes_read(plan: MergePlan) -> int:
     """Bytes of tensors that the merge reads, every pass counted, second moments as float32.
 
     Exact thresholds take two passes, which all experts share. Of a model large enough the first one only samples; it counts as a
-    pass all the same, because what lies between the samples is fetched with them.
+    pass all the same: from S3, what lies between the samples is fetched with them.
     """
     recipe = plan.recipe
     # Every model once for the merge itself, but the base of a plain average; slerp once more for the angles.
