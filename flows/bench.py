@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -182,7 +183,8 @@ def _measure(
         _tidy(case, cases)
     against = [case for case in able if case.inputs]
     files = sorted({file for case in against for file in case.inputs})
-    sizes = sorted({outputs[case.name] for case in against})
+    written = _alike({outputs[case.name] for case in against})
+    sizes = sorted(set(written.values()))
     rounds: list[FloorRound] = []
     found: dict[str, list[Run]] = {case.name: [] for case in able}
     for turn in range(1, runs + 1):
@@ -202,14 +204,19 @@ def _measure(
             input_bytes=sum(file.stat().st_size for file in case.inputs), output_bytes=outputs.get(case.name, 0),
             planned_read_bytes=_planned(case), in_page_cache=cached, reference=reference and _is_reference(size, count, case),
             runs=found.get(case.name, []), target=case.target, skipped=case.skipped,
-            floor=floor_of(rounds, case.inputs, outputs[case.name]) if case in against else None,
-            stages_sum=sorted(staged)[len(staged) // 2] if staged and case.name.startswith("flow-fresh") else None,
+            floor=floor_of(rounds, case.inputs, written[outputs[case.name]]) if case in against else None,
+            stages_sum=median(staged) if staged and case.name.startswith("flow-fresh") else None,
         )
         for case in cases
     ]  # fmt: skip
     return Combination(
         billions=size, parameters=models.shape.parameters, experts=count, build_seconds=built, cases=results, floor_rounds=rounds
     )
+
+
+def _alike(sizes: set[int]) -> dict[int, int]:
+    """Each size to the one that the floor writes for it: the largest within 1 %, so that models that differ by a card share one floor."""
+    return {size: max(other for other in sizes if other <= 1.01 * size) for size in sizes}
 
 
 def _is_reference(size: float, count: int, case: Case) -> bool:

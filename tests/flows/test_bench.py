@@ -52,7 +52,7 @@ def check(found: dict[str, object], out: Path) -> dict[str, dict[str, object]]:
             assert one["stage_seconds"] < one["seconds"]
     assert len(combination["floor_rounds"]) == 2
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in out.iterdir()} <= {"bench.json", "bench.png", "models", "prefect-server", "prefect-temporary"}
+    assert {path.name for path in out.iterdir()} <= {"bench.json", "bench.png", "models", "prefect-server", "prefect-temp"}
     assert list((out / "models").iterdir()) == []  # not kept
     return cases
 
