@@ -96,7 +96,7 @@ def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
                 runs = options.runs if is_reference else options.runs_elsewhere
                 tell = partial(progress, f"{size:g} B × {count} experts")
                 measured.append(_measure(cases, models, count, size, runs, work, built, tell, reference=is_reference))
-                bench = Bench(machine=machine(gpu=_gpu(device)), floor_definition=FLOOR, notes=[WARM_UP], combinations=measured)
+                bench = Bench(machine=machine(device), floor_definition=FLOOR, notes=[WARM_UP], combinations=measured)
                 # After every combination: what was measured survives an interruption.
                 write_text_atomic(options.out / "bench.json", bench.model_dump_json(indent=1) + "\n")
             if not options.keep:
@@ -245,11 +245,3 @@ def _planned(case: Case) -> int | None:
     recipe = load_recipe(case.recipe)
     with open_plan(recipe, resolve_local(recipe)) as plan:
         return mask_bytes_read(plan) if case.name == "mask" else bytes_read(plan)
-
-
-def _gpu(device: str) -> str | None:
-    if not device.startswith("cuda"):
-        return None
-    import torch
-
-    return str(torch.cuda.get_device_name(device))

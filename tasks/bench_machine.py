@@ -4,6 +4,8 @@ import importlib.metadata
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict
@@ -25,6 +27,8 @@ class Machine(BaseModel):
     python: str
     versions: dict[str, str]
     gpu: str | None = None
+    gpu_copies: dict[str, float] = {}
+    """GB/s of plain copies: to the GPU and from it through pinned memory, and on the GPU (bytes read and written)."""
 
     def line(self) -> str:
         """One line for people."""
@@ -33,8 +37,8 @@ class Machine(BaseModel):
         return f"{self.cpu}, {self.cores} cores{gpu}, {self.memory_bytes / 2**30:.1f} GiB memory, {self.kernel}, Python {self.python}, {shown}, {self.date}"
 
 
-def machine(*, gpu: str | None = None) -> Machine:
-    """This machine, now."""
+def machine(device: str = "cpu") -> Machine:
+    """This machine, now, and its GPU where the device is one."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -49,8 +53,37 @@ def machine(*, gpu: str | None = None) -> Machine:
         kernel=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         versions=versions,
-        gpu=gpu,
+        **(_gpu(device) if device.startswith("cuda") else {}),
     )
+
+
+COPY_BYTES, COPIES = 256 * 2**20, 5
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    """The GPU's name and what it copies: the medians of a few copies, each timed by the GPU's own events."""
+    import torch
+
+    here = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    there, other = (torch.empty(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def rate(target: torch.Tensor, source: torch.Tensor, moved: int) -> float:
+        seconds = []
+        for _ in range(1 + COPIES):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            target.copy_(source, non_blocking=True)
+            stop.record()
+            torch.cuda.synchronize(device)
+            seconds.append(start.elapsed_time(stop) / 1e3)
+        return moved / median(seconds[1:]) / 1e9
+
+    copies = {
+        "to": rate(there, here, COPY_BYTES),
+        "from": rate(here, there, COPY_BYTES),
+        "on": rate(other, there, 2 * COPY_BYTES),
+    }
+    return {"gpu": str(torch.cuda.get_device_name(device)), "gpu_copies": copies}
 
 
 def _cpu() -> str:

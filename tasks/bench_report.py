@@ -109,6 +109,14 @@ def findings(bench: Bench) -> list[str]:
             f"peak memory: at most {peak / 2**20:.0f} MiB ({worst.name}, {worst.parameters / 1e9:.2f} B × {worst.experts}); "
             f"target 1024 MiB: {'met' if peak <= MEMORY_TARGET else 'missed'}"
         )
+    copies = bench.machine.gpu_copies
+    for one in merges if copies else ():
+        if one.planned_read_bytes and one.stage_seconds and one.reference:
+            rate = one.planned_read_bytes / one.stage_seconds / 1e9
+            found.append(
+                f"{one.name}: {rate:.1f} GB/s of tensors through the stage; plain copies: {copies['to']:.1f} GB/s to the GPU, "
+                f"{copies['from']:.1f} from it, {copies['on']:.0f} on it"
+            )
     for name in dict.fromkeys(one.name for one in merges):
         found += _growth(name, [one for one in merges if one.name == name])
     return found
