@@ -3,7 +3,7 @@
 import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Memory = Annotated[str, typer.Option(help="Memory budget, for example 2GiB.")]
 Home = Annotated[
     Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota")
+]
+Fetch = Annotated[
+    bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
@@ -67,15 +70,21 @@ def _progress() -> Iterator[Any]:
         yield report
 
 
-def _inputs(recipe: Any, recipe_file: Path, home: Path | None, progress: Any) -> Any:
-    """Every model of a recipe on this machine, with second moments and digests."""
+@contextmanager
+def _inputs(recipe: Any, recipe_file: Path, *, home: Path | None, memory: str, fetch: bool, progress: Any) -> Iterator[Any]:
+    """(every model of a recipe with second moments and digests, notes). What lies in S3 is read by ranges, or ``fetch``ed first."""
+    from ota_core.stream import parse_memory
     from tasks.inputs import assemble, fetch_all
     from tasks.settings import places
+    from tasks.streaming import Streams
 
-    where = places(home)
-    folder = recipe_file.resolve().parent
-    fetched = fetch_all(recipe, cache=where.cache, recipe_dir=folder, progress=progress)
-    return assemble(recipe, fetched, cache=where.cache, recipe_dir=folder)
+    options: dict[str, Any] = {"cache": places(home).cache, "recipe_dir": recipe_file.resolve().parent}
+    with ExitStack() as stack:
+        streams = None
+        if not fetch:
+            streams = stack.enter_context(Streams(cache=options["cache"], memory=parse_memory(memory)))
+        fetched = fetch_all(recipe, **options, progress=progress, streams=streams)
+        yield assemble(recipe, fetched, **options, streams=streams), streams.notes if streams else []
 
 
 @app.command()
@@ -85,6 +94,7 @@ def merge(
     device: Device = "cpu",
     memory: Memory = "2GiB",
     overwrite: Overwrite = False,
+    fetch: Fetch = False,
     home: Home = None,
 ) -> None:
     """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
@@ -95,12 +105,14 @@ def merge(
     with _user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
-        with _progress() as progress:
-            inputs = _inputs(loaded, recipe, home, progress)
+        with (
+            _progress() as progress,
+            _inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
+        ):
             report = engine.merge(
                 loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, progress=progress
             )
-        for note in report.notes:
+        for note in [*notes, *report.notes]:
             typer.echo(f"note: {note}")
         for name, density in report.densities.items():
             typer.echo(f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f})")
@@ -137,23 +149,27 @@ def compress(
     density: Annotated[float, typer.Option(help="Density of the compared masks.")] = 0.4,
     memory: Memory = "2GiB",
     overwrite: Overwrite = False,
+    fetch: Fetch = False,
     home: Home = None,
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
     from flows.single import compress_source
 
     with _user_errors(), _progress() as progress:
-        report, agreed = compress_source(
+        report, agreed, notes = compress_source(
             source,
             out,
             method=method,
             memory=memory,
             overwrite=overwrite,
+            fetch=fetch,
             home=home,
             progress=progress,
             base=base,
             density=density,
         )
+    for note in notes:
+        typer.echo(f"note: {note}")
     typer.echo(
         f"{out}: {report.method}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
     )
@@ -172,6 +188,7 @@ def mask(
     device: Device = "cpu",
     memory: Memory = "2GiB",
     overwrite: Overwrite = False,
+    fetch: Fetch = False,
     home: Home = None,
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
@@ -182,9 +199,13 @@ def mask(
     with _user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
-        with _progress() as progress:
-            inputs = _inputs(loaded, recipe, home, progress)
+        with (
+            _progress() as progress,
+            _inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
+        ):
             found = mask_recipe(loaded, inputs, out, device=device, memory=memory, overwrite=overwrite, progress=progress)
+        for note in notes:
+            typer.echo(f"note: {note}")
         for name, density in found.items():
             typer.echo(
                 f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f}, threshold {density['threshold']})"

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.artifact import RECORD, read_record
+from ota_core.byte_source import SourceOf
 from ota_core.checkpoint import Checkpoint, weight_files
 from ota_core.engine import peak_memory_gib
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.masks import MaskFile
-from ota_core.moments import Moments, find_moments, open_moments
+from ota_core.moments import Moments, find_moments, moments_files, open_moments
 from ota_core.output import plan_files
 from ota_core.plan import MergePlan, bytes_per_element, compression_of, open_plan
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
@@ -19,40 +20,41 @@ from ota_core.safetensors_io import SafetensorsFile
 from ota_core.stream import parse_memory
 from ota_core.views import ExpertView, ModelView
 from tasks.architecture import parameter_layout
-from tasks.inputs import assemble
+from tasks.inputs import assemble, fetch_all
 from tasks.settings import places
-from tasks.skeleton import Skeleton, skeleton, skeletons
-from tasks.storage import is_s3
+from tasks.storage import fetch, is_s3
+from tasks.streaming import Streams
 
 GIB = 2**30
+# What may be read of models in S3 to describe them: headers, steps, compressed second moments.
+LITTLE = 256 * 2**20
 # What the compiled loops and torch's own buffers take when a merge first uses them, in bytes.
 KERNELS = 100 * 2**20
 
 
 def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path | None) -> list[str]:
     """Lines that say what the merge would do. Raises OtaError that lists every problem found."""
-    where = places(home)
-    budget = parse_memory(memory)
-    models, notes = skeletons(recipe, cache=where.cache, recipe_dir=recipe_dir)
-    elsewhere = [path for entry in recipe.models if (path := entry.parameters.preconditioner_path) and is_s3(path)]
-    notes += [f"{path}: checked when it is fetched" for path in elsewhere]
-    pending = bool(elsewhere) or any(model.pending_moments for model in models)
-    inputs = assemble(
-        recipe, [model.fetched for model in models], cache=where.cache, recipe_dir=recipe_dir, moments=not pending, digests=False
-    )
-    if pending:
-        notes.append("the second moments are not counted in the figures above")
-    with open_plan(recipe, inputs, memory=budget, with_moments=not pending) as plan:
-        lines = [
-            f"{recipe.merge_method} of {', '.join(expert.name for expert in plan.experts)}"
-            + (f" over {recipe.base_model}" if recipe.base_model else "")
-        ]
-        lines += [
-            f"  {view.name}: {view.checkpoint.path if not model.remote else model.fetched.source}"
-            for view, model in zip(plan.models, models, strict=True)
-        ]
-        notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
-        return [*lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"]
+    budget, cache = parse_memory(memory), places(home).cache
+    with Streams(cache=cache, memory=LITTLE, may_download=False) as streams:
+        fetched = fetch_all(recipe, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False)
+        inputs = assemble(recipe, fetched, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False)
+        notes = list(streams.notes)
+        pending = bool(streams.unread)
+        if pending:
+            notes.append("the second moments are not counted in the figures above")
+        with open_plan(recipe, inputs, memory=budget, with_moments=not pending) as plan:
+            lines = [
+                f"{recipe.merge_method} of {', '.join(expert.name for expert in plan.experts)}"
+                + (f" over {recipe.base_model}" if recipe.base_model else "")
+            ]
+            lines += [
+                f"  {view.name}: {model.source if is_s3(model.source) else view.checkpoint.path}"
+                for view, model in zip(plan.models, fetched, strict=True)
+            ]
+            notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
+            return [
+                *lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"
+            ]  # fmt: skip
 
 
 def _without_moments(plan: MergePlan) -> list[str]:
@@ -183,7 +185,11 @@ def describe_source(source: str, home: Path | None) -> list[str]:
         raise CheckpointError(
             f"{source} does not exist; expected a checkpoint, a file of second moments or masks, or an artifact"
         )
-    return _describe_checkpoint(skeleton(source, places(home).cache))
+    cache = places(home).cache
+    if not is_s3(source):
+        return _describe_checkpoint(fetch(source, cache=cache).path)
+    with Streams(cache=cache, memory=LITTLE, may_download=False) as streams:
+        return _describe_checkpoint(streams.model(source).path, streams)
 
 
 def describe_path(path: Path) -> list[str]:
@@ -226,9 +232,9 @@ def _plain(value: Any) -> str:
     return "not set" if value is None else str(value)
 
 
-def _describe_checkpoint(where: Path | Skeleton) -> list[str]:
-    folder = where.fetched.path if isinstance(where, Skeleton) else where
-    checkpoint = Checkpoint(folder)
+def _describe_checkpoint(folder: Path, streams: Streams | None = None) -> list[str]:
+    source_of = streams.source_of if streams else None
+    checkpoint = Checkpoint(folder, source_of)
     infos = [checkpoint.info(name) for name in checkpoint.names()]
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
     size = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
@@ -240,10 +246,14 @@ def _describe_checkpoint(where: Path | Skeleton) -> list[str]:
     if "tie_word_embeddings" in checkpoint.config:
         lines.append(f"  tied embeddings: {'yes' if checkpoint.config['tie_word_embeddings'] else 'no'}")
     checkpoint.close()
-    if isinstance(where, Skeleton) and where.pending_moments:
-        return [*lines, "  an optimizer state, which can be read when it is fetched"]
     found = find_moments(folder)
-    return lines if found is None else lines + [f"  {line}" for line in _describe_moments(found, folder)]
+    if found is None:
+        return lines
+    if streams is not None:
+        streams.settle(moments_files(found))
+        if streams.unread:
+            return [*lines, *(f"  {note}" for note in streams.notes)]
+    return lines + [f"  {line}" for line in _describe_moments(found, folder, source_of)]
 
 
 def _describe_file(path: Path) -> list[str]:
@@ -267,10 +277,10 @@ def _is_weights(path: Path) -> bool:
         return False
 
 
-def _describe_moments(path: Path, folder: Path) -> list[str]:
+def _describe_moments(path: Path, folder: Path, source_of: SourceOf | None = None) -> list[str]:
     layout = partial(parameter_layout, folder) if (folder / "config.json").exists() else None
     try:
-        moments: Moments = open_moments(path, layout=layout)
+        moments: Moments = open_moments(path, layout=layout, source_of=source_of)
     except OtaError as error:
         raise type(error)(f"{path} is neither a mask file nor second moments that can be read: {error}") from None
     shapes = moments.shapes()

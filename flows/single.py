@@ -2,24 +2,25 @@
 
 import json
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ota_core import engine
 from ota_core.agreement import Agreement, agreement
-from ota_core.checkpoint import Checkpoint
+from ota_core.checkpoint import Checkpoint, weight_files
 from ota_core.compression import CompressionReport, open_compressed
 from ota_core.errors import MomentsError, OtaError
 from ota_core.inputs import MergeInputs
-from ota_core.moments import find_moments, open_moments
+from ota_core.moments import find_moments, moments_files, open_moments
 from ota_core.output import check_apart, check_free, new_folder
 from ota_core.recipe import MergeRecipe
 from ota_core.stream import Stream, parse_memory
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.settings import Places, places
+from tasks.streaming import Streams
 from tasks.suites import load_suite
 
 
@@ -32,52 +33,69 @@ def compress_source(
     overwrite: bool,
     home: Path | None,
     progress: engine.Progress,
+    fetch: bool = False,
     base: str | None = None,
     density: float = 0.4,
-) -> tuple[CompressionReport, Agreement | None]:
-    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``. Raises OtaError.
+) -> tuple[CompressionReport, Agreement | None, list[str]]:
+    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``; the last are notes. Raises OtaError.
 
-    With a ``base``, also how far saliency and the FFG mask at ``density`` agree with those of the full second moments.
+    With a ``base``, also how far saliency and the FFG mask at ``density`` agree with those of the full second moments. What lies in S3
+    is read by ranges, or with ``fetch`` downloaded first.
     """
     if not 0 < density <= 1:
         raise OtaError(f"density: got {density}, expected a number in (0, 1]")
     check_free(out, overwrite=overwrite)
     if out.is_dir():
         raise OtaError(f"{out} is a folder; name a file such as moments.safetensors")
-    path = Path(source).expanduser()
-    layout = None
-    cache = places(home).cache
-    folder = path.parent
-    if not path.is_file():
-        fetched = storage.fetch(source, cache=cache, progress=lambda done, total: progress("fetch", done, total))
-        found = find_moments(fetched.path)
-        if found is None:
-            raise MomentsError(f"{source} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt")
-        path, layout, folder = found, partial(parameter_layout, fetched.path), fetched.path
-    elif (path.parent / "config.json").is_file():
-        layout = partial(parameter_layout, path.parent)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        report = engine.compress_moments(path, temporary, method=method, layout=layout, memory=memory, progress=progress)
-        agreed = None
-        if base is not None:
-            reference = storage.fetch(base, cache=cache, progress=lambda done, total: progress("fetch base", done, total)).path
-            stream = Stream(memory=parse_memory(memory), progress=progress)
-            with (
-                closing(open_moments(path, layout=layout)) as full,
-                closing(open_compressed(temporary)) as compressed,
-                closing(Checkpoint(folder)) as expert,
-                closing(Checkpoint(reference)) as start,
-            ):
-                agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return report, agreed
+    budget, cache = parse_memory(memory), places(home).cache
+    with ExitStack() as stack:
+        streams = None if fetch else stack.enter_context(Streams(cache=cache, memory=budget))
+        source_of = streams.source_of if streams else None
+
+        def bring(model: str, what: str) -> Path:
+            if streams is not None and storage.is_s3(model):
+                return streams.model(model).path
+            return storage.fetch(model, cache=cache, progress=partial(progress, what)).path
+
+        path = Path(source).expanduser()
+        folder = path.parent
+        if not path.is_file():
+            folder = bring(source, "fetch")
+            found = find_moments(folder)
+            if found is None:
+                raise MomentsError(
+                    f"{source} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt"
+                )
+            path = found
+            if streams is not None:
+                streams.settle(moments_files(path), partial(progress, "fetch"))
+        layout = partial(parameter_layout, folder) if (folder / "config.json").is_file() else None
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        try:
+            report = engine.compress_moments(
+                path, temporary, method=method, layout=layout, source_of=source_of, memory=memory, progress=progress
+            )
+            agreed = None
+            if base is not None:
+                reference = bring(base, "fetch base")
+                if streams is not None:
+                    streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))
+                stream = Stream(memory=budget, progress=progress)
+                with (
+                    closing(open_moments(path, layout=layout, source_of=source_of)) as full,
+                    closing(open_compressed(temporary)) as compressed,
+                    closing(Checkpoint(folder, source_of)) as expert,
+                    closing(Checkpoint(reference, source_of)) as start,
+                ):
+                    agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return report, agreed, streams.notes if streams else []
 
 
 def mask_recipe(

@@ -27,7 +27,7 @@ from tasks.storage_layout import write_expert_json as write_expert_json
 
 __all__ = [
     "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "is_s3", "join", "list_objects", "read_bytes", "upload_folder", "write_bytes", "write_expert_json",
+    "exists", "fetch", "find_model", "find_objects", "is_s3", "join", "list_objects", "read_bytes", "upload_folder", "write_bytes", "write_expert_json",
 ]  # fmt: skip
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -111,9 +111,21 @@ def _no_expert_json(where: str) -> StorageError:
     return StorageError(f"{where} holds no {EXPERT_JSON}: it is no expert, or its upload never finished; {hint}")
 
 
-def _fetch_s3(
-    source: str, cache: Path, require_expert_json: bool, threads: int, part_size: int, progress: Progress | None
-) -> Fetched:
+class FoundModel(BaseModel):
+    """A checkpoint in S3 as it is listed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    objects: dict[str, S3Object]
+    """The model's files and ``expert.json``, by their names below ``uri``."""
+    expert: dict[str, Any] | None
+    sha256: dict[str, str]
+    """By name, what ``expert.json`` says."""
+
+
+def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
+    """What makes the checkpoint below a prefix in S3. Raises StorageError where there is none, or ``expert.json`` lists what is not there."""
     uri = source.rstrip("/")
     found = {one.uri.removeprefix(uri + "/"): one for one in list_objects(uri)}
     if not found:
@@ -123,8 +135,9 @@ def _fetch_s3(
         folders = sorted({name.split("/")[0] for name in found if "/" in name})[:8]
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
-    expert, sums = None, {}
+    wanted, expert, sums = {name: found[name] for name in names}, None, {}
     if EXPERT_JSON in found:
+        wanted[EXPERT_JSON] = found[EXPERT_JSON]
         expert = parse_expert_json(read_bytes(found[EXPERT_JSON].uri, etag=found[EXPERT_JSON].etag), join(uri, EXPERT_JSON))
         sums = manifest_sha256(expert, join(uri, EXPERT_JSON))
         lost = ", ".join(sorted(name for name in sums if name not in found))
@@ -132,14 +145,17 @@ def _fetch_s3(
             raise StorageError(f"{source}: {EXPERT_JSON} lists {lost}, which the prefix does not hold; upload the folder again")
     elif require_expert_json:
         raise _no_expert_json(source)
+    return FoundModel(uri=uri, objects=wanted, expert=expert, sha256=sums)
 
-    wanted = {name: found[name] for name in names}
-    if EXPERT_JSON in found:
-        wanted[EXPERT_JSON] = found[EXPERT_JSON]
-    expected = {found[name].uri: value for name, value in sums.items()}
-    path, all_files = _bring(wanted, expected, cache, threads, part_size, progress)
+
+def _fetch_s3(
+    source: str, cache: Path, require_expert_json: bool, threads: int, part_size: int, progress: Progress | None
+) -> Fetched:
+    found = find_model(source, require_expert_json=require_expert_json)
+    expected = {found.objects[name].uri: value for name, value in found.sha256.items() if name in found.objects}
+    path, all_files = _bring(found.objects, expected, cache, threads, part_size, progress)
     files = {name: info for name, info in all_files.items() if name != EXPERT_JSON}
-    return Fetched(source=source, resolved=uri, path=path, digest=combined_digest(files), files=files, expert=expert)
+    return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
 
 
 def _nothing_there(uri: str) -> StorageError:
@@ -158,6 +174,19 @@ def _bring(
     return link_folder(cache, cache / "checkpoints" / name, files), files
 
 
+def find_objects(uri: str, names: Sequence[str] | None = None) -> dict[str, S3Object]:
+    """The objects of these names below a prefix (all of them by default). Raises StorageError when there is none, or one is missing."""
+    found = {one.uri.removeprefix(uri.rstrip("/") + "/"): one for one in list_objects(uri)}
+    if not found:
+        raise _nothing_there(uri)
+    if names is not None:
+        lost = ", ".join(sorted(set(names) - set(found)))
+        if lost:
+            raise StorageError(f"{uri} does not hold {lost}; make it again")
+        found = {name: found[name] for name in names}
+    return found
+
+
 def download_folder(
     uri: str,
     *,
@@ -171,14 +200,7 @@ def download_folder(
 
     Raises StorageError when there is none, or not every one that is named.
     """
-    found = {one.uri.removeprefix(uri.rstrip("/") + "/"): one for one in list_objects(uri)}
-    if not found:
-        raise _nothing_there(uri)
-    if names is not None:
-        lost = ", ".join(sorted(set(names) - set(found)))
-        if lost:
-            raise StorageError(f"{uri} does not hold {lost}; make it again")
-        found = {name: found[name] for name in names}
+    found = find_objects(uri, names)
     return _bring(found, {}, cache.absolute(), threads, part_size, progress)
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import xxhash
 
 from ota_core.errors import StorageError
 from tasks import s3
+from tasks.s3_body import pieces
 from tasks.storage_cache import KnownObject, blob_path, find_object, hash_file, keep_blob, keep_object, locked
 
 Progress = Callable[[int, int], None]
@@ -21,7 +21,6 @@ Progress = Callable[[int, int], None]
 
 PART_SIZE = 16 * s3.MIB
 OBJECTS_AT_ONCE = 4
-BODY_ATTEMPTS = 5
 
 
 def download(
@@ -240,28 +239,12 @@ def _preallocate(file: int, path: Path, size: int) -> None:
 
 
 def _download_part(one: s3.S3Object, job: _Job, file: int, start: int, stop: int) -> str:
-    """Write bytes [start, stop) of the object to their place; returns their XXH3-128. A body that breaks off is asked again."""
-    for attempt in range(1, BODY_ATTEMPTS + 1):
-        digest, position = xxhash.xxh3_128(), start
-        body = s3.read_range(job.s3, one, start, stop)
-        while position < stop:
-            if job.stop.is_set():
-                raise CancelledError
-            try:
-                chunk = body.read(s3.MIB)
-            except s3.BODY_ERRORS as error:
-                if attempt == BODY_ATTEMPTS:
-                    raise StorageError(
-                        f"{one.uri}: the connection broke {attempt} times at byte {position:,} of {one.size:,} ({error}); "
-                        "run again, the finished parts are kept"
-                    ) from error
-                break
-            if not chunk or position + len(chunk) > stop:
-                raise StorageError(f"{one.uri}: the server sent too few or too many bytes for {start}-{stop - 1}; run again")
-            digest.update(chunk)
-            os.pwrite(file, chunk, position)
-            position += len(chunk)
-        else:
-            return digest.hexdigest()
-        time.sleep(0.2 * 2**attempt)
-    raise AssertionError("unreachable")
+    """Write bytes [start, stop) of the object to their place; returns their XXH3-128."""
+    digest, position = xxhash.xxh3_128(), start
+    for piece in pieces(job.s3, one, start, stop):
+        if job.stop.is_set():
+            raise CancelledError
+        digest.update(piece)
+        os.pwrite(file, piece, position)
+        position += len(piece)
+    return digest.hexdigest()

@@ -112,12 +112,18 @@ def test_models_in_s3_and_in_folders_give_the_same_merge(recipe: Path, tmp_path:
     recipe.write_text(
         recipe.read_text().replace("model: expert0", f"model: {s3_server.uri}/experts/one").replace("expert0", "one")
     )
-    result = ota("merge", recipe, tmp_path / "remote")
+    ota("merge", recipe, tmp_path / "streamed")
+    result = ota("merge", recipe, tmp_path / "fetched", "--fetch")
     assert f"fetch {s3_server.uri}/experts/one" in " ".join(result.stderr.split())
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "remote" / file).read_bytes()
-    prints = [json.loads((tmp_path / out / "record.json").read_text())["fingerprint"] for out in ("local", "remote")]
-    assert prints[0] == prints[1]
+        for out in ("streamed", "fetched"):
+            assert (tmp_path / "local" / file).read_bytes() == (tmp_path / out / file).read_bytes()
+    records = {out: json.loads((tmp_path / out / "record.json").read_text()) for out in ("local", "streamed", "fetched")}
+    assert records["local"]["fingerprint"] == records["fetched"]["fingerprint"]
+    # A streamed input is known by its listing, and the record says so.
+    assert records["streamed"]["fingerprint"] != records["local"]["fingerprint"]
+    assert records["streamed"]["inputs"]["expert0"].startswith("etag-listing:")
+    assert records["streamed"]["inputs"]["base"] == records["local"]["inputs"]["base"]
 
 
 def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
