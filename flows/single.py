@@ -123,14 +123,20 @@ def run_recipe(recipe: MergeRecipe, **options: Any) -> list[Any]:
     # What needs no server is checked before one is started.
     if options.get("suite"):
         load_suite(options["suite"])
-    engine.pick_device(options.get("device", "auto"))
+    runner = options.get("runner")
+    if runner is None or runner.kind == "threads":
+        engine.pick_device(options.get("device", "auto"))
     parse_memory(options.get("memory", "2GiB"))
     prepare_prefect()
     from flows.merge import merge_flow
+    from flows.runners import runner_of, server_for
     from tasks.scores import render
     from tasks.tracking import open_hint
 
-    outcome = merge_flow(recipe, **options)
+    runner = runner or runner_of()
+    runner.task_runner()  # says what is not installed
+    with server_for(runner):
+        outcome = merge_flow(recipe, **options | {"runner": runner})
     where = places(options.get("home"), options.get("artifacts"))
     lines: list[Any] = []
     if outcome.scores:
