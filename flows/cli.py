@@ -254,30 +254,31 @@ def run(
         str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
     ] = None,
     runner: Annotated[
-        str | None, typer.Option(help="Where the merge's parts run: threads, dask, ray or workers.", show_default="$OTA_RUNNER or threads")
+        str | None,
+        typer.Option(help="Where the merge's parts run: threads, dask, ray or workers.", show_default="$OTA_RUNNER or threads"),
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="A running Dask scheduler or Ray cluster.", show_default="$OTA_RUNNER_ADDRESS or a local one, for this run"),
+        typer.Option(
+            help="A running Dask scheduler or Ray cluster.", show_default="$OTA_RUNNER_ADDRESS or a local one, for this run"
+        ),
     ] = None,
     parts: Annotated[
-        int | None, typer.Option(help="Parts at a time on this machine, each with its own memory budget.", show_default="$OTA_RUNNER_PARTS")
+        int | None,
+        typer.Option(help="Parts at a time on this machine, each with its own memory budget.", show_default="$OTA_RUNNER_PARTS"),
     ] = None,
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
-    from flows.single import prepare_prefect, run_recipe
+    from flows.single import run_recipe
     from ota_core.recipe import load_recipe
-
-    prepare_prefect()
-    from flows.runners import runner_of
 
     with _user_errors():
         loaded = load_recipe(recipe)
         lines = run_recipe(
             loaded, recipe_dir=recipe.resolve().parent, suite=None if suite == "none" else suite, data_dir=data_dir, limit=limit,
             device=device, memory=memory, home=home, artifacts=artifacts, tracking_uri=tracking_uri,
-            runner=runner_of(runner, address=address, parts=parts), shard_size=shard_size,
+            runner=runner, address=address, parts=parts, shard_size=shard_size,
         )  # fmt: skip
         for line in lines:
             _print(line)
