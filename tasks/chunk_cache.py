@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tasks.s3 import MIB
@@ -14,17 +14,26 @@ THREADS = 16
 _CHUNKS = 32
 _SMALLEST = 64 * 1024
 
+_CLOSED = "the cache of remote chunks is closed"
+
 Load = Callable[[], memoryview]
 
 
 @dataclass
 class _Entry:
+    """A chunk here or under way. It refers to nothing that refers to it: what is evicted must be freed at once, not by the collector."""
+
     size: int
-    content: Future[memoryview]
+    content: memoryview | None = None
+    error: BaseException | None = None
     waiting: int = 0
     """Threads that wait for it or are taking it."""
     read: bool = False
     """Whether anybody has taken it; a prefetched chunk has not been."""
+
+    @property
+    def done(self) -> bool:
+        return self.content is not None or self.error is not None
 
 
 class ChunkCache:
@@ -61,13 +70,15 @@ class ChunkCache:
                 entry = self._start(key, size, load)
             self._entries.move_to_end(key)
             entry.waiting += 1
-        try:
-            return entry.content.result()
-        finally:
-            with self._changed:
-                entry.waiting -= 1
-                entry.read = True
-                self._changed.notify_all()
+            while not entry.done:
+                self._changed.wait()
+            entry.waiting -= 1
+            entry.read = True
+            self._changed.notify_all()
+            if entry.content is None:
+                assert entry.error is not None
+                raise entry.error
+            return entry.content
 
     def prefetch(self, key: Hashable, size: int, load: Load) -> bool:
         """Start fetching a chunk. False, with nothing done, where half of the limit is taken by what nobody has read yet."""
@@ -87,29 +98,37 @@ class ChunkCache:
             self._closed = True
         self._pool.shutdown(cancel_futures=True)
         with self._changed:
+            for entry in self._entries.values():
+                if not entry.done:
+                    entry.error = ValueError(_CLOSED)
             self._entries.clear()
             self._held = 0
             self._changed.notify_all()
 
     def _start(self, key: Hashable, size: int, load: Load) -> _Entry:
         if self._closed:
-            raise ValueError("the cache of remote chunks is closed")
-        entry = self._entries[key] = _Entry(size, self._pool.submit(load))
+            raise ValueError(_CLOSED)
+        entry = self._entries[key] = _Entry(size)
         self._held += size
-        entry.content.add_done_callback(lambda done: self._finished(key, entry))
+        self._pool.submit(self._fetch, key, entry, load)
         return entry
 
-    def _finished(self, key: Hashable, entry: _Entry) -> None:
+    def _fetch(self, key: Hashable, entry: _Entry, load: Load) -> None:
+        content, failure = None, None
+        try:
+            content = load()
+        except BaseException as error:  # told to whoever reads the chunk
+            failure = error
         with self._changed:
-            failed = entry.content.cancelled() or entry.content.exception() is not None
-            if failed and self._entries.get(key) is entry:  # the next one who wants it asks again
+            entry.content, entry.error = content, failure
+            if failure is not None and self._entries.get(key) is entry:  # the next one who wants it asks again
                 del self._entries[key]
                 self._held -= entry.size
             self._changed.notify_all()
 
     def _make_room(self, size: int) -> bool:
         """Evict the least recently used chunks, but none that is under way or waited for. All or nothing."""
-        idle = [(key, entry) for key, entry in self._entries.items() if entry.content.done() and not entry.waiting]
+        idle = [(key, entry) for key, entry in self._entries.items() if entry.done and not entry.waiting]
         if self._held + size - sum(entry.size for _, entry in idle) > self.limit:
             return False
         for key, entry in idle:

@@ -63,7 +63,10 @@ def fetch_all(
             if not digests and Path(source).is_dir():
                 return _unhashed(source)
             tell = partial(progress, f"fetch {source}") if progress else None
-            return storage.fetch(source, cache=cache, progress=tell)
+            fetched = storage.fetch(source, cache=cache, progress=tell)
+            if streams is not None and not Path(source).expanduser().is_dir():
+                streams.notes.append(f"{source} is a Hugging Face id: downloaded to {fetched.path}")
+            return fetched
         except OtaError as error:
             return error
 
@@ -173,7 +176,10 @@ def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Pat
         raise MomentsError(
             f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and in {Path.cwd()})"
         )
-    return _hub_file(named, "/".join(parts[:2]), "/".join(parts[2:]))
+    file = _hub_file(named, "/".join(parts[:2]), "/".join(parts[2:]))
+    if streams is not None:
+        streams.notes.append(f"{named} is a file of the Hugging Face hub: downloaded to {file}")
+    return file
 
 
 def _hub_file(named: str, repo: str, file: str) -> Path:

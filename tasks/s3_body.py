@@ -1,5 +1,6 @@
 """Bodies of ranged GETs, asked again where the connection breaks in the middle; botocore itself retries requests alone."""
 
+import mmap
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -38,10 +39,15 @@ def pieces(client: Any, one: s3.S3Object, start: int, stop: int) -> Iterator[byt
 
 def read_exactly(client: Any, one: s3.S3Object, start: int, stop: int) -> memoryview:
     """The bytes [start, stop) of an object, in memory of their own. Raises StorageError."""
-    buffer = memoryview(bytearray(stop - start))
+    buffer = _memory(stop - start)
     position = 0
     with s3.s3_errors("read", one.uri, client):
         for piece in pieces(client, one, start, stop):
             buffer[position : position + len(piece)] = piece
             position += len(piece)
     return buffer
+
+
+def _memory(size: int) -> memoryview:
+    """Memory of the kernel's, not of malloc's: with many threads malloc keeps several times of what was freed."""
+    return memoryview(mmap.mmap(-1, size) if size >= mmap.PAGESIZE else bytearray(size))

@@ -46,7 +46,9 @@ class Fetched(BaseModel):
     path: Path
     """The local folder. It belongs to the cache or to the user: read only."""
     digest: str
-    """Identity of the content: over name, size and digest of the model's files. The same wherever the files lie."""
+    """Identity of the content: over name, size and digest of the model's files. The same wherever the files lie.
+
+    ``xxh3:`` where the contents were hashed; ``sha256-listing:`` or ``etag-listing:`` of a streamed model (``tasks.streaming``)."""
     files: dict[str, FileInfo]
     """The model's files by their name relative to the folder."""
     expert: dict[str, Any] | None = None

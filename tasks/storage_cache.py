@@ -3,6 +3,7 @@
 <cache>/blobs/<aa>/<digest>        file contents, read-only
 <cache>/objects/<aa>/<key>.json    which content a remote object of this ETag and size has
 <cache>/checkpoints/<digest>/      checkpoint folders, hard links into blobs
+<cache>/outlines/<key>/            headers of models that are read in S3 by ranges (tasks/outline.py)
 <cache>/partial/                   downloads under way
 <cache>/locks/                     one lock file per object, checkpoint or artifact
 <cache>/digests.sqlite             digest by (path, size, time of change, inode)

@@ -45,7 +45,6 @@ class Streams:
         """Outlines of files that are needed, cannot be read by ranges, and were not downloaded."""
         self._cache, self._may_download = cache.absolute(), may_download
         self._chunks = ChunkCache(memory // SHARE)
-        self._endpoint = str(s3.client().meta.endpoint_url)
         self._known: dict[Path, _Streamed] = {}
 
     def __enter__(self) -> Self:
@@ -84,7 +83,8 @@ class Streams:
         known = self._known.get(path.resolve())
         if known is None or known.file.whole:
             return None
-        local = find_object(self._cache, self._endpoint, known.one.uri, known.one.etag, known.one.size)
+        endpoint = str(s3.client().meta.endpoint_url)
+        local = find_object(self._cache, endpoint, known.one.uri, known.one.etag, known.one.size)
         if local is not None:
             _check_sha256(known.one, known.sha256, local.sha256)
             return MappedFile(blob_path(self._cache, local.digest))

@@ -126,6 +126,28 @@ def test_models_in_s3_and_in_folders_give_the_same_merge(recipe: Path, tmp_path:
     assert records["streamed"]["inputs"]["base"] == records["local"]["inputs"]["base"]
 
 
+def test_masks_and_compressed_moments_of_streamed_experts_are_the_same_bytes(
+    recipe: Path, tmp_path: Path, s3_server: S3Test
+) -> None:
+    ota("mask", recipe, tmp_path / "masks")
+    ota("compress", tmp_path / "expert0", tmp_path / "local.safetensors")
+    upload_folder(tmp_path / "expert0", f"{s3_server.uri}/expert0")
+    upload_folder(tmp_path / "base", f"{s3_server.uri}/base")
+    text = recipe.read_text().replace("model: expert0", f"model: {s3_server.uri}/expert0")
+    recipe.write_text(text.replace("base_model: base", f"base_model: {s3_server.uri}/base"))
+    ota("mask", recipe, tmp_path / "streamed")
+    for name in ("expert0.safetensors", "expert1.safetensors", "densities.json"):
+        assert (tmp_path / "masks" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
+    base = ("--base", f"{s3_server.uri}/base")
+    shown = ota("compress", f"{s3_server.uri}/expert0", tmp_path / "streamed.safetensors", *base).stdout
+    assert (tmp_path / "local.safetensors").read_bytes() == (tmp_path / "streamed.safetensors").read_bytes()
+    assert "overlap of the masks" in shown
+    assert not (tmp_path / "home" / "cache" / "blobs").exists()
+    ota("compress", f"{s3_server.uri}/expert0", tmp_path / "fetched.safetensors", "--fetch")
+    assert (tmp_path / "local.safetensors").read_bytes() == (tmp_path / "fetched.safetensors").read_bytes()
+    assert (tmp_path / "home" / "cache" / "blobs").exists()
+
+
 def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
     base, folder = tmp_path / "base", tmp_path / "expert"

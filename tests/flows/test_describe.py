@@ -278,7 +278,9 @@ def test_plan_with_an_optimizer_state_in_s3_says_what_it_could_not_see(tmp_path:
     upload_folder(expert, f"{s3_server.uri}/e")
     recipe["models"] = [{"model": f"{s3_server.uri}/e"}]
     text = plan(recipe, tmp_path)
-    said = f"note: {s3_server.uri}/e/optimizer.pt cannot be read by ranges (it is no zip file of torch.save): a merge downloads it"
+    said = (
+        f"note: {s3_server.uri}/e/optimizer.pt cannot be read by ranges (it is no zip file of torch.save): a merge downloads it"
+    )
     assert said in text
     assert "note: the second moments are not counted in the figures above" in text
     assert sum(gets.bytes.values()) < 1_000_000
