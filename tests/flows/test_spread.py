@@ -25,6 +25,8 @@ from tasks.parts import Part, SpreadMerge
 from tasks.s3 import list_objects
 from tasks.settings import places
 from tasks.sources import MergeSources
+from tasks.storage import digest_folder, upload_folder
+from tests.checkpoints import ota_recipe, random_base, random_experts
 from tests.flows.merge_fixture import World, s3_client
 
 REPOSITORY = Path(__file__).parents[2]
@@ -53,7 +55,9 @@ def assert_same(folder: Path, expected: Path) -> None:
     for name in names:
         assert name == RECORD or (folder / name).read_bytes() == (expected / name).read_bytes(), name
     ours, theirs = read_record(folder), read_record(expected)
-    assert ours.model_copy(update={"provenance": {}}) == theirs.model_copy(update={"provenance": {}})
+    # What compression lost stands in the records of the compressed second moments where these are artifacts of their own.
+    results = {key: value for key, value in theirs.results.items() if key != "compression"}
+    assert ours.model_copy(update={"provenance": {}}) == theirs.model_copy(update={"provenance": {}, "results": results})
 
 
 def kinds_left(home: Path) -> set[str]:
@@ -94,8 +98,6 @@ def test_threads_give_the_bytes_of_one_process_and_a_second_run_computes_nothing
     assert kinds_left(here.home) == {"moments", "merged"}, "surveys, thresholds and shards are not kept"
     densities = read_record(expected).results["densities"]
     assert outcome.densities == {name: found["density"] for name, found in densities.items()}
-    from tasks.storage import digest_folder
-
     assert outcome.digest == digest_folder(expected, cache=tmp_path / "cache")[0], "told by the parts, without reading the model"
 
     part_counts.clear()
@@ -205,7 +207,9 @@ def test_artifacts_in_s3_are_assembled_there(
     assert sharded(here, recipe, artifacts=root) == outcome and part_counts == {}
 
 
-def spread_merge(world: World, recipe: MergeRecipe, home: Path, artifacts: str | None = None) -> SpreadMerge:
+def spread_merge(
+    world: World, recipe: MergeRecipe, home: Path, artifacts: str | None = None, *, shard_size: int = 5_000
+) -> SpreadMerge:
     """A merge in parts as the flow describes it, with its second moments compressed."""
     from tasks import stages
     from tasks.streaming import Streams
@@ -215,8 +219,8 @@ def spread_merge(world: World, recipe: MergeRecipe, home: Path, artifacts: str |
         fetched = fetch_all(recipe, cache=where.cache, recipe_dir=None, streams=streams)
         inputs = assemble(recipe, fetched, cache=where.cache, recipe_dir=None, streams=streams)
         merge = SpreadMerge(
-            recipe=recipe, sources=MergeSources.of(recipe, inputs, fetched), step=stages.merge_step(recipe, inputs, 5_000),
-            shard_size=5_000, where=where, memory="64MiB", device="cpu",
+            recipe=recipe, sources=MergeSources.of(recipe, inputs, fetched), step=stages.merge_step(recipe, inputs, shard_size),
+            shard_size=shard_size, where=where, memory="64MiB", device="cpu",
         )  # fmt: skip
     return parts.with_moments(merge, [parts.run_part(part) for part in parts.compress_parts(merge)])
 
@@ -225,14 +229,22 @@ def test_a_part_reads_the_ranges_of_its_tensors_alone(world: World, tmp_path: Pa
     """A machine that has nothing reads, of each model in S3, what its shard holds and the headers."""
     from tasks import s3
 
-    recipe = world.recipe(density=0.4, compression="rank1", scope="per_tensor")
-    merge = spread_merge(world, recipe, tmp_path / "home", f"{world.uri}/ranges-{tmp_path.name}")
+    size = 4 * 2**20  # of each of five tensors, float32
+    base = random_base(shapes={f"model.layers.{i}.mlp.up_proj.weight": (1024, 1024) for i in range(5)})
+    uri = f"{world.uri}/large-{tmp_path.name}"
+    written = ota_recipe(tmp_path / "models", base, random_experts(base, 2), {"density": 0.4, "compression": "rank1"})
+    for folder in (tmp_path / "models").iterdir():
+        upload_folder(folder, f"{uri}/{folder.name}")
+    written["base_model"] = f"{uri}/base"
+    for i, entry in enumerate(written["models"]):
+        entry["model"] = f"{uri}/expert{i}"
+        entry["parameters"] = {}
+    recipe = MergeRecipe.model_validate(written)
+    root = f"{world.uri}/ranges-{tmp_path.name}"
+    merge = spread_merge(world, recipe, tmp_path / "home", root, shard_size=size)
     shards, surveyed = parts.shards_of(merge)
-    assert not surveyed
-    part = parts.shard_parts(merge, "merge", shards)[-1]
-    elsewhere = part.model_copy(
-        update={"merge": merge.model_copy(update={"where": places(tmp_path / "other", merge.where.artifacts)})}
-    )
+    assert len(shards) == 5 and surveyed
+
     read: Counter[str] = Counter()
     whole = s3.read_range
 
@@ -241,13 +253,15 @@ def test_a_part_reads_the_ranges_of_its_tensors_alone(world: World, tmp_path: Pa
         return whole(client, one, start, stop)
 
     monkeypatch.setattr(s3, "read_range", noted)
-    ref = parts.run_part(Part.model_validate_json(elsewhere.model_dump_json(by_alias=True)))
-    size = merge.store().read_record(ref).files[part.target]
+    elsewhere = merge.model_copy(update={"where": places(tmp_path / "other", root)})
+    part = parts.shard_parts(elsewhere, "survey", shards)[2]
+    parts.run_part(Part.model_validate_json(part.model_dump_json(by_alias=True)))
     weights = {uri: count for uri, count in read.items() if uri.endswith("model.safetensors")}
-    assert len(weights) == 3 and not [uri for uri in read if "exp_avg_sq" in uri]
-    for uri, count in weights.items():
-        stored = next(one.size for one in list_objects(uri.rpartition("/")[0]) if one.uri == uri)
-        assert count < size + 2 * 65536 + 16_384 and (count < stored or stored < 150_000), (uri, count, size, stored)
+    assert len(weights) == 3
+    for source, count in weights.items():
+        assert size <= count < size * 1.5, (source, count)
+    for source in set(read) - set(weights):
+        assert read[source] < 100_000, "of the full second moments the header, of the compressed ones little"
 
 
 def test_a_model_replaced_meanwhile_is_refused(world: World, tmp_path: Path) -> None:
