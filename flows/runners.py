@@ -6,11 +6,13 @@ OTA_RUNNER_PARTS      parts at a time on this machine: threads, or processes of 
 OTA_PART_DEPLOYMENT   the deployment that `workers` run, "part/ota" by default (deployments/prefect.yaml)
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -38,6 +40,7 @@ class Runner(BaseModel):
         """Prefect's task runner for the parts. Raises OtaError when its package is not installed."""
         if self.kind == "dask":
             dask = _imported("prefect_dask", "dask")
+            logging.getLogger("distributed").setLevel(logging.WARNING)  # it tells of every connection
             local = {"n_workers": self.parts or LOCAL_PROCESSES, "threads_per_worker": 1, "dashboard_address": None}
             runner: TaskRunner[Any] = dask.DaskTaskRunner(address=self.address, cluster_kwargs=None if self.address else local)
             return runner
@@ -106,6 +109,7 @@ def server_for(runner: Runner) -> Iterator[None]:
             with temporary_settings({PREFECT_API_URL: server.api_url}):
                 yield
         finally:
+            APILogHandler().flush()  # what is not sent yet would fail, loudly, on a server that is gone
             server.stop()
     else:
         where = f"the machines at {runner.address}" if runner.address else "Prefect workers"

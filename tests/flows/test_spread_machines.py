@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,9 @@ def workers(folder: Path, count: int = 2) -> Iterator[list[subprocess.Popen[byte
         for i in range(count):
             command = prefect("worker", "start", "--pool", POOL, "--name", f"worker{i}", "--limit", "1")
             with open(folder / f"worker{i}.log", "wb") as log:
-                running.append(subprocess.Popen(command, env=server_environment(), stdout=log, stderr=log, start_new_session=True))
+                running.append(
+                    subprocess.Popen(command, env=server_environment(), stdout=log, stderr=log, start_new_session=True)
+                )
         yield running
     finally:
         for one in running:
@@ -212,25 +214,54 @@ def break_moments(world: World, recipe: MergeRecipe, folder: Path) -> MergeRecip
     return recipe.model_copy(update={"models": (first, *recipe.models[1:])})
 
 
-def test_cancelling_the_parent_cancels_its_parts(world: World, deployed: None, tmp_path: Path) -> None:
+def test_interrupting_the_parent_cancels_its_parts(world: World, deployed: None, tmp_path: Path) -> None:
     """No worker runs: the parts wait, until the parent is interrupted."""
-    recipe = world.recipe("ties", density=0.4)
     file = tmp_path / "recipe.yaml"
-    file.write_text(recipe.to_yaml())
+    file.write_text(world.recipe("ties", density=0.4).to_yaml())
     before = {run.id for run in part_runs()}
     options = ["--suite", "none", "--home", str(tmp_path / "home"), "--runner", "workers", "--shard-size", "5KB"]
     command = [sys.executable, "-m", "flows.cli", "run", str(file), *options, "--tracking-uri", world.tracking_uri]
     with open(tmp_path / "run.log", "wb") as log:
         parent = subprocess.Popen(command, env=server_environment(), cwd=REPOSITORY, stdout=log, stderr=log)
-        mine: list[Any] = []
-        end = time.monotonic() + 90
-        while "they wait until a worker takes them" not in (tmp_path / "run.log").read_text():
-            assert parent.poll() is None and time.monotonic() < end, (tmp_path / "run.log").read_text()
-            time.sleep(0.3)
+        wait_until(lambda: len(part_runs()) > len(before) + 3, lambda: (tmp_path / "run.log").read_text())
         parent.send_signal(signal.SIGINT)
         parent.wait(timeout=60)
-    mine = [run for run in part_runs() if run.id not in before]
-    assert len(mine) > 3 and {run.state_name for run in mine} <= {"Cancelled", "Cancelling"}, [run.state_name for run in mine]
+    states = [run.state_name for run in part_runs() if run.id not in before]
+    assert len(states) > 3 and set(states) <= {"Cancelled", "Cancelling"}, states
+
+
+def test_cancelling_the_parent_on_the_server_cancels_its_parts(world: World, deployed: None, tmp_path: Path) -> None:
+    """The one worker is busy with the parent; the parts wait for another one."""
+    from prefect.client.orchestration import get_client
+    from prefect.deployments import run_deployment
+    from prefect.states import Cancelling
+
+    (tmp_path / "prefect.yaml").write_text(
+        "name: test\npull: []\ndeployments:\n- {name: test, entrypoint: flows.merge.merge_flow, work_pool: {name: ota-parts}}\n"
+    )
+    command = prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(tmp_path / "prefect.yaml"))
+    done = subprocess.run(command, cwd=REPOSITORY, env=server_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = {run.id for run in part_runs()}
+    parameters = {
+        "recipe": world.recipe("ties", density=0.4).model_dump(mode="json", by_alias=True), "suite": None, "device": "cpu",
+        "home": str(tmp_path / "home"), "tracking_uri": world.tracking_uri, "shard_size": "5KB", "runner": {"kind": "workers"},
+    }  # fmt: skip
+    with workers(tmp_path, 1), get_client(sync_client=True) as client:
+        parent = run_deployment("merge/test", parameters=parameters, timeout=0, as_subflow=False)
+        wait_until(lambda: len(part_runs()) > len(before) + 3, lambda: (tmp_path / "worker0.log").read_text())
+        client.set_flow_run_state(parent.id, Cancelling())
+        wait_until(
+            lambda: {run.state_name for run in part_runs() if run.id not in before} == {"Cancelled"},
+            lambda: (tmp_path / "worker0.log").read_text(),
+        )
+
+
+def wait_until(holds: Callable[[], bool], log: Callable[[], str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, log()
+        time.sleep(0.3)
 
 
 def test_a_missing_deployment_is_named(world: World, tmp_path: Path) -> None:
