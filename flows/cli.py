@@ -31,6 +31,7 @@ Fetch = Annotated[
     bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
+ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 # What the machine refuses: no space, no permission, a read-only disk. The user can mend it; a traceback would not help.
@@ -98,6 +99,7 @@ def merge(
     memory: Memory = "2GiB",
     overwrite: Overwrite = False,
     fetch: Fetch = False,
+    shard_size: ShardSize = "5GB",
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -105,17 +107,20 @@ def merge(
     from ota_core import engine
     from ota_core.output import check_free
     from ota_core.recipe import load_recipe
+    from ota_core.stream import parse_size
 
     with _user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
+        file_size = parse_size(shard_size, "shard size", "1KB")
         with (
             _progress() as progress,
             _inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
         ):
             report = engine.merge(
-                loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, progress=progress
-            )
+                loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
+                progress=progress,
+            )  # fmt: skip
         if as_json:
             typer.echo(report.model_dump_json())
             return
@@ -270,6 +275,21 @@ def run(
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
     ] = None,
+    runner: Annotated[
+        str | None,
+        typer.Option(help="Where the merge's parts run: threads, dask, ray or workers.", show_default="$OTA_RUNNER or threads"),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="A running Dask scheduler or Ray cluster.", show_default="$OTA_RUNNER_ADDRESS or a local one, for this run"
+        ),
+    ] = None,
+    parts: Annotated[
+        int | None,
+        typer.Option(help="Parts at a time on this machine, each with its own memory budget.", show_default="$OTA_RUNNER_PARTS"),
+    ] = None,
+    shard_size: ShardSize = "5GB",
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
     from flows.single import run_recipe
@@ -280,6 +300,7 @@ def run(
         lines = run_recipe(
             loaded, recipe_dir=recipe.resolve().parent, suite=None if suite == "none" else suite, data_dir=data_dir, limit=limit,
             device=device, memory=memory, home=home, artifacts=artifacts, tracking_uri=tracking_uri,
+            runner=runner, address=address, parts=parts, shard_size=shard_size,
         )  # fmt: skip
         for line in lines:
             _print(line)

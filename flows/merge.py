@@ -1,18 +1,19 @@
 """The main path, top to bottom: fetch → compress → mask → merge → benchmark → log, as cached Prefect tasks.
 
+With several output files, or another runner than threads, compress, mask and merge are parts that machines share out (flows/spread.py).
+
 Every task's cache key is the fingerprint of its output; the task itself finds an output that is there. An output whose files
 are gone is computed again, alone.
 """
 
 import hashlib
-from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
-from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -20,21 +21,24 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.report import merge_label, merge_name, merge_run
 from flows.run_log import Progress, hide_tracebacks_of_user_errors
+from flows.runners import Runner, runner_of
+from flows.spread import cancel_parts, results, spread_flow
 from ota_core.artifact import ArtifactRef
-from ota_core.errors import OtaError, raise_all
 from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
-from ota_core.stream import parse_memory
+from ota_core.stream import parse_memory, parse_size
 from tasks import stages, storage
-from tasks.inputs import model_sources
+from tasks.inputs import fetch_all, model_sources
+from tasks.parts import SpreadMerge
 from tasks.settings import Places, places
+from tasks.sources import MergeSources
 from tasks.stages import Step, Subject
 from tasks.storage import Fetched
+from tasks.streaming import Streams
 from tasks.suites import load_suite
 from tasks.tracking import LoggedRun, MergeRun, log_merge
 from tasks.watch import identity_of_source, is_intact
 
-T = TypeVar("T")
 hide_tracebacks_of_user_errors()
 
 
@@ -111,7 +115,7 @@ class MergeOutcome(BaseModel):
     """How it was merged, for the row of a table."""
     merged: ArtifactRef
     path: str
-    """The merged model's folder on this machine."""
+    """The merged model's folder: on this machine, or in S3 where it was made there and nothing here needs it."""
     digest: str
     scores: dict[str, ArtifactRef]
     """``base``, the experts' names and ``merged`` to their scores; empty without a benchmark."""
@@ -126,7 +130,10 @@ def _run_name() -> str:
     return merge_name(recipe if isinstance(recipe, MergeRecipe) else MergeRecipe.model_validate(recipe))
 
 
-@flow(name="merge", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False)
+@flow(
+    name="merge", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False,
+    on_cancellation=[cancel_parts], on_crashed=[cancel_parts],
+)  # fmt: skip
 def merge_flow(
     recipe: MergeRecipe,
     recipe_dir: Path | None = None,
@@ -138,6 +145,8 @@ def merge_flow(
     home: Path | None = None,
     artifacts: str | None = None,
     tracking_uri: str | None = None,
+    runner: Runner | None = None,
+    shard_size: str = "5GB",
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -148,42 +157,61 @@ def merge_flow(
         data_dir: Data of a local suite.
         limit: Documents per task, for a quick look.
         device: cpu, cuda or auto.
-        memory: Budget of the merge.
+        memory: Budget of the merge, or of each of its parts.
         home: Folder for artifacts, caches and the embedded MLflow; OTA_HOME or ~/.ota by default.
         artifacts: Root of the artifacts, a folder or s3://…, if not in home.
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
+        runner: Where the parts of the merge run; OTA_RUNNER or threads by default.
+        shard_size: Largest weight file of the merged model, and so the number of parts.
     """
-    where = places(home, artifacts)
-    device = _device(device)
-    parse_memory(memory)
     tests = load_suite(suite) if suite else None
+    where, runner = places(home, artifacts), runner or runner_of()
+    task_runner = runner.task_runner()
+    here = _device(device) if tests or runner.kind == "threads" else device
+    parse_memory(memory)
+    file_size = parse_size(shard_size, "shard size", "1KB")
     if tests:
         stages.check_suite(tests, data_dir, limit)
 
-    fetched = _fetch_all(recipe, recipe_dir, where)
-    inputs = stages.inputs_of(recipe, fetched, where, recipe_dir)
-    ready, stage_refs = _second_moments(recipe, inputs, where, memory, device)
-    step = stages.merge_step(recipe, inputs)
-    merged: ArtifactRef = _missing(merge, step, where)(step, where, recipe, ready, memory, device)
+    with ExitStack() as stack:
+        streams = None
+        if runner.kind != "threads" and not tests:  # nothing here reads a whole model: headers are enough
+            streams = stack.enter_context(Streams(cache=where.cache, memory=parse_memory(memory)))
+        fetched = _fetch_all(recipe, recipe_dir, where, streams)
+        inputs = stages.inputs_of(recipe, fetched, where, recipe_dir, streams)
+        step = stages.merge_step(recipe, inputs, file_size)
+        if runner.kind == "threads" and len(stages.output_files(recipe, inputs, file_size)) == 1:
+            ready, stage_refs = _second_moments(recipe, inputs, where, memory, here)
+            merged: ArtifactRef = _missing(merge, step, where)(step, where, recipe, ready, memory, here)
+        else:
+            spread = spread_flow.with_options(task_runner=task_runner)(
+                SpreadMerge(
+                    recipe=recipe, sources=MergeSources.of(recipe, inputs, fetched), step=step, shard_size=file_size, where=where,
+                    memory=memory, device=device,
+                ),
+                runner,
+            )  # fmt: skip
+            merged, stage_refs = spread.merged, {"compress": spread.compressed} if spread.compressed else {}
     stage_refs["merge"] = [merged]
 
     label = merge_label(recipe)
-    subjects = _subjects(recipe, inputs, fetched, stages.merged_subject(where, label, merged))
+    subjects = _subjects(recipe, inputs, fetched, stages.merged_subject(where, label, merged, benchmark=bool(tests)))
     scores: dict[str, ArtifactRef] = {}
     if suite and tests:
         steps = {key: stages.score_step(subject, tests, data_dir, limit) for key, subject in subjects.items()}
         futures = {
-            key: _missing(benchmark, steps[key], where).submit(steps[key], where, subject, suite, data_dir, limit, device)
+            key: _missing(benchmark, steps[key], where).submit(steps[key], where, subject, suite, data_dir, limit, here)
             for key, subject in subjects.items()
         }
-        scores = dict(zip(futures, _results(futures.values()), strict=True))
+        scores = dict(zip(futures, results(futures.values()), strict=True))
     run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where)
     logged = log(run, where, tracking_uri)
-    get_run_logger().info("merged model: %s; MLflow run %s", subjects["merged"].path, logged.url or logged.run_id)
+    path = str(subjects["merged"].path or merged.uri)
+    get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
     return MergeOutcome(
         name=label,
         merged=merged,
-        path=str(subjects["merged"].path),
+        path=path,
         digest=subjects["merged"].digest,
         scores=scores,
         capabilities={expert.name: expert.capability for expert in inputs.experts if expert.capability},
@@ -204,29 +232,21 @@ def _missing(stage: Any, step: Step, where: Places) -> Any:
     return stage if present else stage.with_options(refresh_cache=True)
 
 
-def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places) -> list[Fetched]:
-    """All checkpoints, in parallel, base first. Every source that fails is reported, not only the first."""
+def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places, streams: Streams | None) -> list[Fetched]:
+    """All checkpoints, in parallel, base first. Every source that fails is reported, not only the first.
+
+    With ``streams``, only outlines of what lies in S3: whoever needs its tensors reads them there.
+    """
+    if streams is not None:
+        return fetch_all(recipe, cache=where.cache, recipe_dir=recipe_dir, streams=streams)
     sources = model_sources(recipe, recipe_dir)
-    fetched: list[Fetched] = _results(fetch.submit(source, identity_of_source(source), where) for source in sources)
+    fetched: list[Fetched] = results(fetch.submit(source, identity_of_source(source), where) for source in sources)
     again = fetch.with_options(refresh_cache=True)
     damaged = {
         i: again.submit(sources[i], identity_of_source(sources[i]), where) for i, one in enumerate(fetched) if not is_intact(one)
     }
-    repaired = dict(zip(damaged, _results(damaged.values()), strict=True))
+    repaired = dict(zip(damaged, results(damaged.values()), strict=True))
     return [repaired.get(i, one) for i, one in enumerate(fetched)]
-
-
-def _results(futures: Iterable[PrefectFuture[T]]) -> list[T]:
-    """What the tasks return, once all have ended. The users' errors of all of them are raised together."""
-    results, errors = [], []
-    for future in list(futures):
-        try:
-            results.append(future.result())
-        except OtaError as error:
-            errors.append(error)
-    kinds = {type(error) for error in errors}
-    raise_all([problem for error in errors for problem in error.problems], kinds.pop() if len(kinds) == 1 else OtaError)
-    return results
 
 
 def _second_moments(
@@ -240,7 +260,7 @@ def _second_moments(
         _missing(compress, step, where).submit(step, where, expert, memory)
         for step, expert in zip(steps, inputs.experts, strict=True)
     ]  # fmt: skip
-    refs: dict[str, list[ArtifactRef]] = {"compress": _results(moments)}
+    refs: dict[str, list[ArtifactRef]] = {"compress": results(moments)}
     experts = tuple(
         stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs["compress"], strict=True)
     )
@@ -251,7 +271,7 @@ def _second_moments(
             step = stages.mask_step(recipe, inputs, i)
             masks[i] = _missing(mask, step, where).submit(step, where, expert.name, recipe, ready, i, memory, device)
     if masks:
-        found = dict(zip(masks, _results(masks.values()), strict=True))
+        found = dict(zip(masks, results(masks.values()), strict=True))
         refs["mask"] = list(found.values())
         ready = stages.with_masks(where, ready, found)
     return ready, refs

@@ -144,19 +144,29 @@ def prepare_prefect() -> None:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 
 
-def run_recipe(recipe: MergeRecipe, **options: Any) -> list[Any]:
-    """Run the flow and say where everything is. Raises OtaError as the flow's tasks raise it."""
+def run_recipe(
+    recipe: MergeRecipe, *, runner: str | None = None, address: str | None = None, parts: int | None = None, **options: Any
+) -> list[Any]:
+    """Run the flow and say where everything is. ``runner``, ``address``, ``parts``: as for ``flows.runners.runner_of``.
+
+    Raises OtaError as the flow's tasks raise it.
+    """
     # What needs no server is checked before one is started.
     if options.get("suite"):
         load_suite(options["suite"])
-    engine.pick_device(options.get("device", "auto"))
     parse_memory(options.get("memory", "2GiB"))
     prepare_prefect()
     from flows.merge import merge_flow
+    from flows.runners import runner_of, server_for
     from tasks.scores import render
     from tasks.tracking import open_hint
 
-    outcome = merge_flow(recipe, **options)
+    chosen = runner_of(runner, address=address, parts=parts)
+    chosen.task_runner()  # says what is not installed
+    if chosen.kind == "threads":
+        engine.pick_device(options.get("device", "auto"))
+    with server_for(chosen):
+        outcome = merge_flow(recipe, runner=chosen, **options)
     where = places(options.get("home"), options.get("artifacts"))
     lines: list[Any] = []
     if outcome.scores:

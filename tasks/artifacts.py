@@ -29,7 +29,7 @@ from ota_core.artifact import (
 from ota_core.errors import ArtifactError
 from tasks import storage
 from tasks.processes import is_alive, start_time
-from tasks.storage_cache import locked, remove_tree
+from tasks.storage_cache import link_or_copy, locked, remove_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,9 @@ class BuildResult:
     """What the stage measured. Must be the same when the stage runs again."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What does not decide the bytes: device, versions, sources. Host, time and seconds are added by the store."""
+    taken: Mapping[str, str] = field(default_factory=dict)
+    """Files that come from other artifacts of the same root: name here → address there. Local ones become hard links (copies across file
+    systems); S3 copies its own on the server."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class ArtifactStore:
             with self._workplace(kind, fingerprint) as temporary:
                 started = time.monotonic()
                 result = build(temporary)
-                files = folder_files(temporary)
+                uri = self._uri(kind, fingerprint)
+                files = dict(sorted((folder_files(temporary) | _take(result.taken, temporary)).items()))
                 if not files:
                     raise ArtifactError(
                         f"the build of {kind} {fingerprint} left no file in its folder; it must write at least one"
@@ -100,9 +104,8 @@ class ArtifactStore:
                     results=dict(result.results),
                     provenance={**_provenance(time.monotonic() - started), **result.provenance},
                 )
-                uri = self._uri(kind, fingerprint)
                 if storage.is_s3(uri):
-                    return self._publish_remote(temporary, uri, record)
+                    return self._publish_remote(temporary, uri, record, result.taken)
                 return self._publish_local(temporary, Path(uri), record)
 
     def local_path(self, ref: ArtifactRef) -> Path:
@@ -186,14 +189,16 @@ class ArtifactStore:
         _flush(target.parent, [])
         return _ref(record, str(target))
 
-    def _publish_remote(self, temporary: Path, uri: str, record: Record) -> ArtifactRef:
+    def _publish_remote(self, temporary: Path, uri: str, record: Record, taken: Mapping[str, str]) -> ArtifactRef:
         """Blobs first, the record last and only if there is none yet: a reader never sees a record without its files."""
         found = self.find(record.kind, record.fingerprint)
         if found:  # another machine, with a lock of its own, was faster
             return found
         if storage.exists(storage.join(uri, RECORD)):
             storage.delete_prefix(uri, first=RECORD)  # a record whose files are gone
-        storage.upload_folder(temporary, uri)
+        storage.copy_objects({source: storage.join(uri, name) for name, source in taken.items()})
+        if set(record.files) - set(taken):
+            storage.upload_folder(temporary, uri)
         write_record(temporary, record)
         content = (temporary / RECORD).read_bytes()
         if not storage.write_bytes(storage.join(uri, RECORD), content, only_if_absent=True):
@@ -201,8 +206,28 @@ class ArtifactStore:
             if found is None:
                 raise ArtifactError(f"another machine published {uri} at the same time with other files; delete it and run again")
             return found
-        os.rename(temporary, self._copy(record.kind, record.fingerprint))
+        if not taken:  # else what is here is not the whole artifact
+            os.rename(temporary, self._copy(record.kind, record.fingerprint))
         return _ref(record, uri)
+
+
+def _take(taken: Mapping[str, str], folder: Path) -> dict[str, int]:
+    """Link files of other artifacts into the folder; those in S3 stay there for now. Returns their sizes. Raises ArtifactError."""
+    sizes: dict[str, int] = {}
+    for name, source in taken.items():
+        if storage.is_s3(source):
+            answer = storage.head(source)
+            if answer is None:
+                raise ArtifactError(f"{source} is not there any more; run its stage again")
+            sizes[name] = int(answer["ContentLength"])
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            link_or_copy(Path(source), folder / name)
+        except FileNotFoundError:
+            raise ArtifactError(f"{source} is not there any more; run its stage again") from None
+        sizes[name] = (folder / name).stat().st_size
+    return sizes
 
 
 def _ref(record: Record, uri: str) -> ArtifactRef:

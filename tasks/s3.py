@@ -29,6 +29,8 @@ _DENIED = {"AccessDenied", "403", "Forbidden", "AllAccessDisabled"}
 _BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 _CHANGED = {"PreconditionFailed", "412"}
 _client_lock = threading.Lock()
+# One request copies objects up to this size; larger ones are copied in ranges.
+_COPY_AT_ONCE, _COPY_RANGE = 5 * 10**9, 10**9
 
 
 class S3Object(BaseModel):
@@ -221,6 +223,23 @@ def upload_file(path: Path, uri: str, *, sha256: str, part_size: int, threads: i
         except S3UploadFailedError as error:
             # boto3 wraps the real error in a sentence; unwrap it so that its code is explained.
             raise error.__context__ or error from error
+
+
+def copy_object(source: str, target: str) -> None:
+    """Copy an object within the server, none of its bytes through this machine; metadata come along. Raises StorageError.
+
+    One request up to 5 GB, S3's limit; copies of ranges above.
+    """
+    s3, (bucket, key) = client(patient=True), split_uri(target)
+    from boto3.s3.transfer import TransferConfig
+
+    from_bucket, from_key = split_uri(source)
+    with s3_errors("copy", source, s3):
+        # Copies of ranges make a new object, without the metadata of the old one unless they are given.
+        answer = s3.head_object(Bucket=from_bucket, Key=from_key)
+        metadata = {"Metadata": answer.get("Metadata", {}), "MetadataDirective": "REPLACE"}
+        config = TransferConfig(multipart_threshold=_COPY_AT_ONCE, multipart_chunksize=_COPY_RANGE)
+        s3.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, ExtraArgs=metadata, Config=config)
 
 
 def read_range(s3: Any, one: S3Object, start: int, stop: int) -> IO[bytes]:

@@ -13,19 +13,22 @@ from pydantic import BaseModel, ConfigDict
 from ota_core import engine
 from ota_core.artifact import ArtifactRef, fingerprint
 from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
+from ota_core.output import plan_files
+from ota_core.plan import open_plan
 from ota_core.recipe import MergeRecipe
+from ota_core.writer import MAX_SHARD_BYTES
 from tasks.artifacts import ArtifactStore, BuildResult
 from tasks.benchmark import load_suite, score_identity, score_model
 from tasks.inputs import assemble
 from tasks.scores import ModelScores
 from tasks.settings import Places
-from tasks.storage import Fetched, digest_folder
+from tasks.sources import MASK_FILE, MOMENTS_FILE
+from tasks.storage import Fetched, digest_folder, is_s3
+from tasks.streaming import Streams
 from tasks.suites import Suite, SuiteError
 from tasks.suites import digest_folder as data_digest
 
 Progress = Callable[[str, int, int], None]
-MOMENTS_FILE = "moments.safetensors"
-MASK_FILE = "mask.safetensors"
 SCORES_FILE = "scores.json"
 
 
@@ -77,6 +80,7 @@ def compress(
             method=step.config["method"],
             rank=step.config.get("rank"),
             layout=expert.layout,
+            source_of=expert.source_of,
             memory=memory,
             progress=progress,
         )
@@ -143,10 +147,16 @@ def with_masks(places: Places, inputs: MergeInputs, masks: dict[int, ArtifactRef
     return replace(inputs, experts=experts)
 
 
-def merge_step(recipe: MergeRecipe, inputs: MergeInputs) -> Step:
-    """The merged model. The identity is the same for a fused and a staged merge. inputs: with the raw second moments."""
-    identity, config, digests = merge_identity(recipe, inputs)
+def merge_step(recipe: MergeRecipe, inputs: MergeInputs, shard_size: int = MAX_SHARD_BYTES) -> Step:
+    """The merged model. The identity is the same for a fused, a staged and a spread merge. inputs: with the raw second moments."""
+    identity, config, digests = merge_identity(recipe, inputs, shard_size)
     return Step(kind="merged", fingerprint=identity, config=config, inputs=digests)
+
+
+def output_files(recipe: MergeRecipe, inputs: MergeInputs, shard_size: int) -> list[str]:
+    """The merged model's weight files, by the inputs' headers. Raises OtaError with all that is wrong with the checkpoints."""
+    with open_plan(recipe, inputs, with_moments=False) as plan:
+        return [file for file, _ in plan_files(plan, shard_size)]
 
 
 def merge(
@@ -172,7 +182,8 @@ class Subject(BaseModel):
     name: str
     role: str
     capability: str | None = None
-    path: Path
+    path: Path | None
+    """Its folder on this machine; None for one that lies elsewhere and is not benchmarked."""
     digest: str
 
 
@@ -196,6 +207,7 @@ def score(
     """Benchmark one model, or find its scores: no model is scored twice on the same suite."""
 
     def build(folder: Path) -> BuildResult:
+        assert subject.path is not None
         scores = score_model(subject.path, load_suite(suite), data_dir=data_dir, device=device, limit=limit, progress=progress)
         (folder / SCORES_FILE).write_text(scores.model_dump_json(indent=1), encoding="utf-8")
         return BuildResult(
@@ -211,13 +223,22 @@ def read_scores(places: Places, ref: ArtifactRef) -> ModelScores:
     return ModelScores.model_validate_json((folder / SCORES_FILE).read_text(encoding="utf-8"))
 
 
-def merged_subject(places: Places, name: str, merged: ArtifactRef) -> Subject:
-    """A merged model as something to benchmark; its digest is of its weights, configuration and tokenizer."""
-    folder = store_of(places).local_path(merged)
-    digest, _ = digest_folder(folder, cache=places.cache)
+def merged_subject(places: Places, name: str, merged: ArtifactRef, *, benchmark: bool = True) -> Subject:
+    """A merged model as something to benchmark; its digest is of its weights, configuration and tokenizer.
+
+    Without a ``benchmark`` a model in S3 stays there if its record tells the digest: its parts were hashed where they were made.
+    """
+    store = store_of(places)
+    known = store.read_record(merged).provenance.get("digest")
+    if known and is_s3(merged.uri) and not benchmark:
+        return Subject(name=name, role="merge", path=None, digest=known)
+    folder = store.local_path(merged)
+    digest = known or digest_folder(folder, cache=places.cache)[0]
     return Subject(name=name, role="merge", path=folder, digest=digest)
 
 
-def inputs_of(recipe: MergeRecipe, fetched: list[Fetched], places: Places, recipe_dir: Path | None) -> MergeInputs:
+def inputs_of(
+    recipe: MergeRecipe, fetched: list[Fetched], places: Places, recipe_dir: Path | None, streams: Streams | None = None
+) -> MergeInputs:
     """The inputs of a merge from its fetched models."""
-    return assemble(recipe, fetched, cache=places.cache, recipe_dir=recipe_dir)
+    return assemble(recipe, fetched, cache=places.cache, recipe_dir=recipe_dir, streams=streams)

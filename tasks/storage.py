@@ -1,7 +1,7 @@
 """Where checkpoints come from and go to: ``s3://bucket/prefix``, a folder, or a Hugging Face id ``org/name@revision``."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
 from tasks import s3
-from tasks.s3 import S3Object, delete_prefix, exists, is_s3, join, list_objects, read_bytes, write_bytes
+from tasks.s3 import S3Object, delete_prefix, exists, head, is_s3, join, list_objects, read_bytes, write_bytes
 from tasks.storage_cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
 from tasks.storage_download import OBJECTS_AT_ONCE, PART_SIZE, Progress, Ticker, download
 from tasks.storage_layout import (
@@ -26,8 +26,9 @@ from tasks.storage_layout import (
 from tasks.storage_layout import write_expert_json as write_expert_json
 
 __all__ = [
-    "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "is_s3", "join", "list_objects", "read_bytes", "upload_folder", "write_bytes", "write_expert_json",
+    "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "upload_folder", "write_bytes",
+    "write_expert_json",
 ]  # fmt: skip
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -287,6 +288,12 @@ def upload_folder(
         return True
 
     return _send_all(names, last, send)
+
+
+def copy_objects(pairs: Mapping[str, str], *, threads: int = 8) -> None:
+    """Copy objects, source → target, within the server. Raises StorageError."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(s3.copy_object, pairs.keys(), pairs.values()))
 
 
 def _send_all(names: Sequence[str], last: str | None, send: Any) -> list[str]:

@@ -1,0 +1,21 @@
+"""One part of a merge as a flow of its own, for Prefect workers on other machines. Deployed by deployments/prefect.yaml."""
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from flows.run_log import Progress, hide_tracebacks_of_user_errors
+from ota_core.errors import OtaError
+from tasks.parts import Part, run_part
+
+hide_tracebacks_of_user_errors()
+
+
+@flow(name="part", flow_run_name="{part.name}", persist_result=False)
+def part(part: Part) -> State:
+    """Compress, survey or merge what the part says; its output goes to the artifacts' root, the message of an error to the parent."""
+    try:
+        ref = run_part(part, Progress())
+    except OtaError as error:
+        return Failed(message=str(error))
+    return Completed(message=ref.uri)

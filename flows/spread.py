@@ -1,0 +1,177 @@
+"""The merge shared out: compress → survey → thresholds → merge shard by shard → assemble, each part wherever the runner runs it.
+
+Parts that the store holds already are not sent anywhere, so that a run after a crash does only what is missing.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run as this_run
+from prefect.states import Cancelling
+from pydantic import BaseModel, ConfigDict
+
+from flows.run_log import Progress
+from flows.runners import Runner
+from ota_core.artifact import ArtifactRef
+from ota_core.errors import OtaError, raise_all
+from tasks import parts
+from tasks.parts import Part, SpreadMerge
+from tasks.storage_cache import locked
+
+T = TypeVar("T")
+POLL_SECONDS = 2
+Run = Callable[[list[Part]], list[ArtifactRef]]
+
+
+class SpreadResult(BaseModel):
+    """What a merge in parts left."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    merged: ArtifactRef
+    compressed: list[ArtifactRef]
+
+
+@task(name="part", task_run_name="{part.name}", cache_policy=NO_CACHE, persist_result=False)
+def run_part(part: Part) -> ArtifactRef:
+    """One part of the merge. The store is its cache: an output that is there is not computed again."""
+    return parts.run_part(part, Progress())
+
+
+@task(name="thresholds", cache_policy=NO_CACHE, persist_result=False)
+def thresholds(merge: SpreadMerge, first: list[ArtifactRef], second: list[ArtifactRef]) -> ArtifactRef:
+    """Facts of whole experts from the sums of the surveys."""
+    return parts.settle_facts(merge, first, second)
+
+
+@task(name="assemble", cache_policy=NO_CACHE, persist_result=False)
+def assemble(merge: SpreadMerge, shards: dict[str, ArtifactRef]) -> ArtifactRef:
+    """The merged model from its shards; none of their bytes pass through this machine."""
+    return parts.assemble(merge, shards)
+
+
+@flow(name="spread", flow_run_name="spread {merge.recipe.merge_method}", persist_result=False)
+def spread_flow(merge: SpreadMerge, runner: Runner) -> SpreadResult:
+    """A merge in parts. Call it as ``spread_flow.with_options(task_runner=runner.task_runner())``."""
+
+    def run(todo: list[Part]) -> list[ArtifactRef]:
+        return _by_workers(todo, runner.deployment) if runner.kind == "workers" else _by_tasks(todo)
+
+    # A second run of the same merge on this machine waits here, and then finds everything.
+    with locked(merge.where.cache, f"spread {merge.step.fingerprint}"):
+        compressed = _missing(parts.compress_parts(merge), run)
+        merge = parts.with_moments(merge, compressed)
+        merged = merge.store().find("merged", merge.step.fingerprint)
+        return SpreadResult(merged=merged or _merged(merge, run), compressed=compressed)
+
+
+def _merged(merge: SpreadMerge, run: Run) -> ArtifactRef:
+    merge = parts.with_masks(merge)
+    shards, surveyed = parts.shards_of(merge)
+    get_run_logger().info("the merged model has %d weight files, each a part", len(shards))
+    facts = _facts(merge, shards, run) if surveyed else None
+    found = _missing(parts.shard_parts(merge, "merge", shards, facts=facts), run)
+    merged = assemble(merge, dict(zip(shards, found, strict=True)))
+    parts.discard(merge, shards)
+    return merged
+
+
+def _facts(merge: SpreadMerge, shards: list[str], run: Run) -> ArtifactRef:
+    """Thresholds of whole experts: the shards' histograms add up, in two rounds (methods.md, section 3)."""
+    known = parts.known_facts(merge)
+    if known:
+        return known
+    first = _missing(parts.shard_parts(merge, "survey", shards), run)
+    opened = parts.counted(merge, first)
+    second = _missing(parts.shard_parts(merge, "recount", shards, opened=opened), run) if opened else []
+    return thresholds(merge, first, second)
+
+
+def _missing(wanted: Sequence[Part], run: Run) -> list[ArtifactRef]:
+    """What the parts leave, those that the store lacks run first. Raises the errors of all of them together."""
+    todo = [part for part in wanted if not parts.present(part)]
+    if len(todo) < len(wanted):
+        get_run_logger().info("%d of %d parts are there already", len(wanted) - len(todo), len(wanted))
+    made = dict(zip((part.step.fingerprint for part in todo), run(todo), strict=True))
+    found = [made.get(part.step.fingerprint) or parts.present(part) for part in wanted]
+    raise_all([str(parts.missing_after(part)) for part, ref in zip(wanted, found, strict=True) if ref is None], OtaError)
+    return [ref for ref in found if ref is not None]
+
+
+def _by_tasks(todo: list[Part]) -> list[ArtifactRef]:
+    """Through the flow's task runner: threads, Dask or Ray."""
+    return results([run_part.submit(part) for part in todo])
+
+
+def results(futures: Iterable[PrefectFuture[T]]) -> list[T]:
+    """What the tasks return, once all have ended. The users' errors of all of them are raised together."""
+    found, errors = [], []
+    for future in list(futures):  # all are submitted before the first is waited for
+        try:
+            found.append(future.result())
+        except OtaError as error:
+            errors.append(error)
+    kinds = {type(error) for error in errors}
+    raise_all([problem for error in errors for problem in error.problems], kinds.pop() if len(kinds) == 1 else OtaError)
+    return found
+
+
+def _by_workers(todo: list[Part], deployment: str) -> list[ArtifactRef]:
+    """Each part as a run of its deployed flow, taken by whichever Prefect worker is free. Raises OtaError with what the workers say."""
+    sent = [_deployed(part, deployment, as_subflow=True, timeout=0) for part in todo]
+    if todo:
+        get_run_logger().info("%d parts sent to '%s'; they wait until a worker takes them", len(sent), deployment)
+    # The same key gives the run that was created above; asked for a second time, it is waited for.
+    ended = [_deployed(part, deployment, as_subflow=False, poll_interval=POLL_SECONDS) for part in todo]
+    raise_all([_complaint(part, run.state) for part, run in zip(todo, ended, strict=True) if not run.state.is_completed()])
+    found = [parts.present(part) for part in todo]
+    raise_all([str(parts.missing_after(part)) for part, ref in zip(todo, found, strict=True) if ref is None])
+    return [ref for ref in found if ref is not None]
+
+
+def _deployed(part: Part, deployment: str, **options: Any) -> Any:
+    # A new run of the parent, or its retry, must not be given the failed parts of an earlier one.
+    key = f"{this_run.id}-{this_run.run_count}-{part.step.fingerprint}"
+    parameters = {"part": part.model_dump(mode="json", by_alias=True)}
+    try:
+        return run_deployment(deployment, parameters=parameters, flow_run_name=part.name, idempotency_key=key, **options)
+    except ObjectNotFound:
+        raise OtaError(
+            f"the Prefect server has no deployment '{deployment}'; create it: prefect --no-prompt deploy --all --prefect-file "
+            "deployments/prefect.yaml, or name yours in OTA_PART_DEPLOYMENT"
+        ) from None
+
+
+def _complaint(part: Part, state: Any) -> str:
+    if state.is_failed():
+        return f"{part.name}: {state.message}"
+    return f"{part.name}: its run ended as {state.name} ({state.message or 'no message'}); run again, finished parts are kept"
+
+
+def cancel_parts(flow: Any, flow_run: Any, state: Any) -> None:
+    """Hook of a flow: cancel the runs below it that other machines have taken or will take, also those below its subflows."""
+    with get_client(sync_client=True) as client:
+        above = [flow_run.id]
+        while above:
+            below = _runs_below(client, above)
+            for run in below:
+                if run.deployment_id and not (run.state and run.state.is_final()):
+                    client.set_flow_run_state(run.id, Cancelling(message="the merge was cancelled"))
+            above = [run.id for run in below]
+
+
+def _runs_below(client: Any, above: list[Any]) -> list[Any]:
+    """The subflow runs of these flow runs; the server gives at most 200 an answer."""
+    wanted = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=above))
+    found: list[Any] = []
+    while page := client.read_flow_runs(flow_run_filter=wanted, limit=200, offset=len(found)):
+        found += page
+    return found
