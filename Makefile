@@ -5,17 +5,25 @@ READY := .venv/.ready
 # What the demo makes lies here: data, trained experts, S3 server, artifacts, Prefect and MLflow databases.
 DEMO := $(CURDIR)/.ota
 
-.PHONY: demo test test-slow check format clean
+# ARGS: options of `ota bench`, for example ARGS="--sizes 0.1 --runs 1".
+.PHONY: demo bench test test-slow test-gpu check format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
 	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota demo
+
+bench: $(READY)
+	$(BIN)/ota bench --out $(DEMO)/bench $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Where torch sees a GPU: its own tests, and those of the engine with the GPU as their device.
+test-gpu: $(READY)
+	OTA_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not slow" tests/ota_core
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 """The command ``ota``. Heavy packages are imported by the commands that need them, so that ``ota --help`` answers at once."""
 
 import errno
+import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ Home = Annotated[
 Fetch = Annotated[
     bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
@@ -98,6 +101,7 @@ def merge(
     fetch: Fetch = False,
     shard_size: ShardSize = "5GB",
     home: Home = None,
+    as_json: AsJson = False,
 ) -> None:
     """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
     from ota_core import engine
@@ -117,6 +121,9 @@ def merge(
                 loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
                 progress=progress,
             )  # fmt: skip
+        if as_json:
+            typer.echo(report.model_dump_json())
+            return
         for note in [*notes, *report.notes]:
             typer.echo(f"note: {note}")
         for name, density in report.densities.items():
@@ -147,7 +154,8 @@ def compress(
         ),
     ],
     out: Out,
-    method: Annotated[str, typer.Option(help="rank1 or none.")] = "rank1",
+    method: Annotated[str, typer.Option(help="rank1, log8, rank_k or none.")] = "rank1",
+    rank: Annotated[int | None, typer.Option(help="Rank of rank_k.", show_default="4")] = None,
     base: Annotated[
         str | None, typer.Option(help="The base model, to compare saliency and FFG mask with those of the full second moments.")
     ] = None,
@@ -156,15 +164,18 @@ def compress(
     overwrite: Overwrite = False,
     fetch: Fetch = False,
     home: Home = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
     from flows.single import compress_source
+    from ota_core.compression import compression_label
 
     with _user_errors(), _progress() as progress:
-        report, agreed, notes = compress_source(
+        done = compress_source(
             source,
             out,
             method=method,
+            rank=rank,
             memory=memory,
             overwrite=overwrite,
             fetch=fetch,
@@ -173,10 +184,15 @@ def compress(
             base=base,
             density=density,
         )
-    for note in notes:
+    report, agreed = done.report, done.agreement
+    if as_json:
+        compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
+        typer.echo(json.dumps({**report.model_dump(), "agreement": compared, "seconds": done.seconds}))
+        return
+    for note in done.notes:
         typer.echo(f"note: {note}")
     typer.echo(
-        f"{out}: {report.method}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
+        f"{out}: {compression_label(report.method, report.rank)}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
     )
     typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
     if agreed is not None:
@@ -195,6 +211,7 @@ def mask(
     overwrite: Overwrite = False,
     fetch: Fetch = False,
     home: Home = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
     from flows.single import mask_recipe
@@ -208,7 +225,12 @@ def mask(
             _progress() as progress,
             _inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
         ):
+            started = time.perf_counter()
             found = mask_recipe(loaded, inputs, out, device=device, memory=memory, overwrite=overwrite, progress=progress)
+            seconds = {"mask": time.perf_counter() - started}
+        if as_json:
+            typer.echo(json.dumps({"densities": found, "seconds": seconds}))
+            return
         for note in notes:
             typer.echo(f"note: {note}")
         for name, density in found.items():
@@ -295,6 +317,42 @@ def demo(
     with _user_errors():
         for line in run_demo(home=home, seed=seed):
             _print(line)
+
+
+@app.command()
+def bench(
+    sizes: Annotated[str, typer.Option(help="Billions of parameters.")] = "0.1,0.45,1.8",
+    experts: Annotated[str, typer.Option(help="Numbers of experts.")] = "2,3,5",
+    runs: Annotated[int, typer.Option(help="Runs of every case at 0.45 B with 3 experts, or what comes first instead.")] = 5,
+    runs_elsewhere: Annotated[int, typer.Option(help="Runs at the other sizes.")] = 1,
+    grid: Annotated[bool, typer.Option("--grid", help="Every size with every number of experts, not only two lines.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for models, bench.json and bench.png.")] = Path(".ota/bench"),
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the models for another run.")] = False,
+    device: Device = "cpu",
+    stages: Annotated[str | None, typer.Option(help="Only these cases, by name.", show_default="all")] = None,
+    flow: Annotated[bool, typer.Option(help="Measure the flow with Prefect, too.")] = True,
+    mergekit: Annotated[bool, typer.Option("--mergekit", help="Measure mergekit beside it, where it is installed.")] = False,
+) -> None:
+    """Build synthetic models, and measure every stage against reading the inputs once and writing the output once."""
+    from flows.bench import Options, run_bench
+
+    with _user_errors():
+        options = Options(
+            sizes=_numbers("sizes", sizes, float), experts=_numbers("experts", experts, int), runs=runs, runs_elsewhere=runs_elsewhere,
+            grid=grid, out=out.absolute(), keep=keep, device=device, stages=tuple(stages.split(",")) if stages else None, flow=flow,
+            mergekit=mergekit,
+        )  # fmt: skip
+        with _progress() as progress:
+            lines = list(run_bench(options, progress))
+        for line in lines:
+            _print(line)
+
+
+def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise OtaError(f"--{option}: got '{text}', expected numbers with commas between them") from None
 
 
 def _print(item: Any) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from ota_core.artifact import RECORD, read_record
 from ota_core.byte_source import SourceOf
 from ota_core.checkpoint import Checkpoint, weight_files
+from ota_core.compression import DEFAULT_RANK, IN_MEMORY, METHODS, compressed_bytes, compression_label, passes
 from ota_core.engine import peak_memory_gib
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments, find_moments, moments_files, open_moments
 from ota_core.output import plan_files
-from ota_core.plan import MergePlan, bytes_per_element, compression_of, open_plan
+from ota_core.plan import MergePlan, bytes_per_element, compression_of, open_plan, rank_of
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.safetensors_io import SafetensorsFile
 from ota_core.stream import parse_memory
@@ -75,63 +76,117 @@ def _without_moments(plan: MergePlan) -> list[str]:
 def _bytes(plan: MergePlan, budget: int) -> list[str]:
     weights = sum(_weight_bytes(view) for view in plan.models)
     moments = sum(4 * _moments_elements(expert) for expert in plan.experts)
-    held = [expert.moments for expert in plan.experts if expert.moments is not None]
-    factors = sum(_rank1_bytes(shape) for m in held for shape in m.shapes().values()) if _rank1(plan) else 0
+    method, rank = plan.recipe.setting("compression"), plan.recipe.setting("rank")
+    factors = _compressed(plan, method, rank) if method in IN_MEMORY else 0
     output = sum(job.elements * job.dtype.itemsize for job in plan.jobs)
     working = plan.stream.threads * plan.stream.block_elements * bytes_per_element(len(plan.experts))
-    # Mapped pages are given back when a quarter of the budget was read; small inputs never reach that.
-    mapped = min(budget // 4, weights + moments)
+    # Mapped pages are given back when so much was read; small inputs never reach that.
+    mapped = min(plan.stream.mapped_bytes, weights + moments)
     peak = peak_memory_gib() + (working + factors + mapped + KERNELS) / GIB
-    lines = [
+    return [
         f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
         f"inputs: {_size(weights)} of weights, {_size(moments)} of second moments as float32; read in all passes: {_size(bytes_read(plan))}",
         f"output: {_size(output)} in {counted(len(plan_files(plan)), 'file')}",
         f"peak memory: about {peak:.2f} GiB (budget {budget / GIB:.2f} GiB for blocks and mapped pages)",
+        *_choices(plan),
     ]
-    if factors:
-        elements = sum(prod(shape) for m in held for shape in m.shapes().values())
-        lines.append(f"rank1 second moments: {_size(factors)}, {factors / max(elements, 1):.4f} bytes per parameter instead of 4")
+
+
+def _choices(plan: MergePlan) -> list[str]:
+    """What the second moments of all experts take by each compression."""
+    elements = _compressed(plan, "none", None) // 4
+    if not elements:
+        return []
+    chosen = plan.recipe.setting("compression")
+    lines = ["second moments by compression:"]
+    for method in METHODS:
+        rank = plan.recipe.setting("rank") or (DEFAULT_RANK if method == "rank_k" else None)
+        size = _compressed(plan, method, rank)
+        note = " (chosen)" if method == chosen else ""
+        label = compression_label(method, rank)
+        lines.append(f"  {label}: {_size(size)}, {size / elements:.4f} bytes per parameter{note}")
+    to_write = [e for e in plan.experts if e.moments is not None and compression_of(e.moments) in {None, "none"}]
+    if chosen == "log8" and to_write:
+        lines.append("  a merge in one process keeps the log8 form in the output's folder while it runs")
     return lines
 
 
+def _compressed(plan: MergePlan, method: str, rank: int | None) -> int:
+    """Bytes of all experts' second moments, which the merge may not need at all."""
+    if plan.recipe.merge_method not in NEEDS_MOMENTS:
+        return 0
+    held = [expert.moments for expert in plan.experts if expert.moments is not None]
+    return sum(compressed_bytes(tuple(shape), method, rank) for moments in held for shape in moments.shapes().values())
+
+
 def bytes_read(plan: MergePlan) -> int:
-    """Bytes of tensors that the merge reads, every pass counted, second moments as float32."""
+    """Bytes of tensors that the merge reads, every pass counted, second moments as float32.
+
+    Exact thresholds take two passes, which all experts share. Of a model large enough the first one only samples; it counts as a
+    pass all the same: from S3, what lies between the samples is fetched with them.
+    """
     recipe = plan.recipe
     # Every model once for the merge itself, but the base of a plain average; slerp once more for the angles.
     merged = plan.experts if recipe.merge_method == "linear" else plan.models
     total = sum(_weight_bytes(view) for view in merged) * (2 if recipe.merge_method == "slerp" else 1)
     base = _weight_bytes(plan.base) if plan.base else 0
+    ranked = [expert for expert in plan.experts if _is_ranked(recipe, expert.index)]
+    total += RANKING * (base + sum(_weight_bytes(expert) for expert in ranked)) if ranked else 0
     for expert in plan.experts:
-        total += _passes(recipe, expert.index) * (base + _weight_bytes(expert))
-        total += _moments_passes(plan, expert) * 4 * _moments_elements(expert)
+        total += (_norms(recipe, expert.index) + _full_masks(plan, expert)) * (base + _weight_bytes(expert))
+        total += _moments_read(plan, expert)
     return total
 
 
-def _passes(recipe: MergeRecipe, expert: int) -> int:
-    """Passes over an expert's task vector before the merge: two for each exact threshold, one for the norms of ``rescale``."""
-    if recipe.merge_method == "ota" and recipe.ffg(expert):
-        return (2 if recipe.setting("density", expert) is not None else 0) + (1 if recipe.setting("rescale") else 0)
+RANKING = 2
+"""Passes for exact thresholds."""
+
+
+def mask_bytes_read(plan: MergePlan) -> int:
+    """The same for the masks of all experts alone: each pair of base and expert once instead of the merge's one pass over all."""
+    base = _weight_bytes(plan.base) if plan.base else 0
+    pairs = sum(base + _weight_bytes(expert) for expert in plan.experts)
+    return bytes_read(plan) - sum(_weight_bytes(view) for view in plan.models) + pairs
+
+
+def _is_ranked(recipe: MergeRecipe, expert: int) -> bool:
+    """Whether a threshold of this expert is a rank among its scores."""
+    if recipe.merge_method == "ota":
+        return recipe.ffg(expert) and recipe.setting("density", expert) is not None
     if recipe.merge_method in {"breadcrumbs", "breadcrumbs_ties"}:
-        return 4 if recipe.setting("gamma", expert) else 2
-    return 2 if recipe.merge_method == "ties" and recipe.setting("density", expert) < 1 else 0
+        return True
+    return recipe.merge_method == "ties" and recipe.setting("density", expert) < 1
 
 
-def _moments_passes(plan: MergePlan, expert: ExpertView) -> int:
-    """Passes over an expert's uncompressed second moments."""
+def _norms(recipe: MergeRecipe, expert: int) -> int:
+    """Passes for the norms of ``rescale``."""
+    return 1 if recipe.merge_method == "ota" and recipe.ffg(expert) and recipe.setting("rescale") else 0
+
+
+def _full_masks(plan: MergePlan, expert: ExpertView) -> int:
+    """Further looks at an expert in the merge, whose mask goes by other second moments than its weights."""
     recipe = plan.recipe
-    if recipe.merge_method not in NEEDS_MOMENTS:
+    full = recipe.merge_method == "ota" and recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full"
+    return 1 if full and recipe.setting("compression") != "none" and expert.masks is None else 0
+
+
+def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
+    """Bytes of an expert's second moments that come out of files: v as float32, and the code of ``log8``; factors are in memory."""
+    recipe, moments = plan.recipe, expert.moments
+    if recipe.merge_method not in NEEDS_MOMENTS or moments is None:
         return 0
     scored = recipe.ffg(expert.index) and recipe.setting("metric") == "curvature"
-    full = scored and recipe.setting("mask_curvature") == "full"
-    # The merge scores once more: with the v that it reads anyway, or with the full one.
-    scoring = _passes(recipe, expert.index) + (1 if full else 0) if scored else 0
-    if _rank1(plan):
-        return 2 + (scoring if full else 0)  # the sums, then the error of the compression
-    return 1 + scoring + (1 if recipe.merge_method == "ota" and recipe.setting("normalise") == "global" else 0)
-
-
-def _rank1(plan: MergePlan) -> bool:
-    return plan.recipe.merge_method in NEEDS_MOMENTS and plan.recipe.setting("compression") == "rank1"
+    scoring = (RANKING if _is_ranked(recipe, expert.index) else 0) + _norms(recipe, expert.index) if scored else 0
+    normalising = 1 if recipe.merge_method == "ota" and recipe.setting("normalise") == "global" else 0
+    method, rank = recipe.setting("compression"), recipe.setting("rank")
+    shapes = [tuple(shape) for shape in moments.shapes().values()]
+    apart = _full_masks(plan, expert)
+    total = 4 * sum(prod(shape) for shape in shapes) * (scoring + (1 if scored else 0)) if apart else 0
+    if compression_of(moments) in {None, "none"}:
+        total += sum(passes(shape, method, rank) * 4 * prod(shape) for shape in shapes)
+    if method not in IN_MEMORY:
+        total += (1 + normalising + (0 if apart else scoring)) * sum(compressed_bytes(shape, method, rank) for shape in shapes)
+    return total
 
 
 def _weight_bytes(view: ModelView) -> int:
@@ -144,10 +199,6 @@ def _moments_elements(expert: ExpertView) -> int:
     if expert.moments is None or compression_of(expert.moments) not in {None, "none"}:
         return 0
     return sum(prod(shape) for shape in expert.moments.shapes().values())
-
-
-def _rank1_bytes(shape: tuple[int, ...]) -> int:
-    return 4 * (prod(shape) if len(shape) < 2 else prod(shape[:-2]) * (shape[-2] + shape[-1]))
 
 
 def _options(plan: MergePlan) -> list[str]:
@@ -265,7 +316,8 @@ def _describe_file(path: Path) -> list[str]:
         return [
             f"{path.name}: FFG mask of {masks.header['expert']}: keeps {kept:,.0f} of {total:,} elements (density {share:.6f})"
         ]
-    if _is_weights(path):
+    ours = path.suffix == ".safetensors" and bool(_format(path))
+    if not ours and _is_weights(path):
         return [f"{path.name} holds weights; the checkpoint that it belongs to:", *_describe_checkpoint(path.parent)]
     return _describe_moments(path, path.parent)
 
@@ -286,7 +338,8 @@ def _describe_moments(path: Path, folder: Path, source_of: SourceOf | None = Non
     shapes = moments.shapes()
     steps = sorted({step for name in shapes if (step := moments.step(name)) is not None})
     total = sum(prod(shape) for shape in shapes.values())
-    how = compression_of(moments) or "as the trainer left them"
+    held = compression_of(moments)
+    how = compression_label(held, rank_of(moments)) if held else "as the trainer left them"
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
     known = f"β₂ {moments.beta2 if moments.beta2 is not None else 'unknown'}, step {'–'.join(map(str, steps)) or 'unknown'}"
     line = (

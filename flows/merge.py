@@ -7,6 +7,7 @@ are gone is computed again, alone.
 """
 
 import hashlib
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def _place(root: str | Path) -> str:
     return hashlib.sha256(str(root).encode()).hexdigest()[:8]
 
 
+# A stage of the engine uses all cores by threads of its own; two at once in one process would each take the budget of memory.
+ONE_AT_A_TIME = threading.Lock()
 CACHED: dict[str, Any] = {
     "cache_policy": CacheKeyFnPolicy(cache_key_fn=_key),
     "persist_result": True,
@@ -75,7 +78,8 @@ def fetch(source: str, identity: str | None, where: Places) -> Fetched:
 @task(name="compress", task_run_name="compress {expert.name}", **CACHED)
 def compress(step: Step, where: Places, expert: ExpertInput, memory: str) -> ArtifactRef:
     """Compress one expert's second moments."""
-    return stages.compress(where, step, expert, memory=memory, progress=Progress())
+    with ONE_AT_A_TIME:
+        return stages.compress(where, step, expert, memory=memory, progress=Progress())
 
 
 @task(name="mask", task_run_name="mask {name}", **CACHED)
@@ -83,13 +87,15 @@ def mask(
     step: Step, where: Places, name: str, recipe: MergeRecipe, inputs: MergeInputs, index: int, memory: str, device: str
 ) -> ArtifactRef:
     """Fast Fisher Grafting: the mask of one expert."""
-    return stages.mask(where, step, recipe, inputs, index, memory=memory, device=device, progress=Progress())
+    with ONE_AT_A_TIME:
+        return stages.mask(where, step, recipe, inputs, index, memory=memory, device=device, progress=Progress())
 
 
 @task(name="merge", task_run_name="merge {recipe.merge_method}", **CACHED)
 def merge(step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs, memory: str, device: str) -> ArtifactRef:
     """Merge the experts into one model."""
-    return stages.merge(where, step, recipe, inputs, memory=memory, device=device, progress=Progress())
+    with ONE_AT_A_TIME:
+        return stages.merge(where, step, recipe, inputs, memory=memory, device=device, progress=Progress())
 
 
 @task(name="benchmark", task_run_name="benchmark {subject.name}", **CACHED)

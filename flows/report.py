@@ -1,12 +1,13 @@
 """What a finished merge tells MLflow and the reader: its name, parameters, metrics and table of scores."""
 
+from __future__ import annotations
+
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from prefect.runtime import flow_run
 
 from ota_core.artifact import ArtifactRef
@@ -19,6 +20,9 @@ from tasks.settings import Places
 from tasks.stages import Subject
 from tasks.storage import Fetched
 from tasks.tracking import ChildRun, InputRef, MergeRun
+
+if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
+    import pandas as pd
 
 
 def merge_name(recipe: MergeRecipe) -> str:
@@ -38,7 +42,8 @@ def merge_label(recipe: MergeRecipe) -> str:
     if thresholds:
         parts.append(f"tau={'/'.join(f'{t:g}' for t in sorted(thresholds))}")
     if recipe.setting("compression") not in {None, "none"} and recipe.merge_method in {"ota", "fisher"}:
-        parts.append(recipe.setting("compression"))
+        rank = recipe.setting("rank")
+        parts.append(recipe.setting("compression") + (f"={rank}" if rank else ""))
     lam = recipe.setting("lambda")
     if lam not in {None, 1.0}:
         parts.append(f"lambda={lam:g}")
@@ -163,6 +168,8 @@ def compare(
     """``scores_table``, also for merges without a base: then there is no such row, and nothing is above or below it."""
     if base is not None:
         return scores_table(base, experts, merges)
+    import pandas as pd
+
     stand_in = next(iter(merges.values()))  # a row that measured nothing would take every capability out of the average
     table = scores_table(stand_in, experts, merges)
     attrs, table = table.attrs, table.drop(index="base")
@@ -175,6 +182,8 @@ def rows_of(
     table: pd.DataFrame, found: dict[str, ModelScores], subjects: dict[str, Subject]
 ) -> list[dict[str, str | float | None]]:
     """The table's rows as MLflow's table and chart take them, with standard errors."""
+    import pandas as pd
+
     by_name = {subject.name: (subject, found[key]) for key, subject in subjects.items() if key in found}
     rows: list[dict[str, str | float | None]] = []
     for name, values in table.iterrows():

@@ -2,10 +2,11 @@
 
 import json
 import os
+import time
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ota_core import engine
 from ota_core.agreement import Agreement, agreement
@@ -24,11 +25,23 @@ from tasks.streaming import Streams
 from tasks.suites import load_suite
 
 
+class Compressed(NamedTuple):
+    """What a compression led to."""
+
+    report: CompressionReport
+    agreement: Agreement | None
+    """With a base to compare by."""
+    seconds: dict[str, float]
+    """Of each part."""
+    notes: list[str]
+
+
 def compress_source(
     source: str,
     out: Path,
     *,
     method: str,
+    rank: int | None = None,
     memory: str,
     overwrite: bool,
     home: Path | None,
@@ -36,8 +49,8 @@ def compress_source(
     fetch: bool = False,
     base: str | None = None,
     density: float = 0.4,
-) -> tuple[CompressionReport, Agreement | None, list[str]]:
-    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``; the last are notes. Raises OtaError.
+) -> Compressed:
+    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``. Raises OtaError.
 
     With a ``base``, also how far saliency and the FFG mask at ``density`` agree with those of the full second moments. What lies in S3
     is read by ranges, or with ``fetch`` downloaded first.
@@ -76,9 +89,18 @@ def compress_source(
             raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:
+            started = time.perf_counter()
             report = engine.compress_moments(
-                path, temporary, method=method, layout=layout, source_of=source_of, memory=memory, progress=progress
+                path,
+                temporary,
+                method=method,
+                rank=rank,
+                layout=layout,
+                source_of=source_of,
+                memory=memory,
+                progress=progress,
             )
+            seconds = {"compress": time.perf_counter() - started}
             agreed = None
             if base is not None:
                 reference = bring(base, "fetch base")
@@ -91,11 +113,15 @@ def compress_source(
                     closing(Checkpoint(folder, source_of)) as expert,
                     closing(Checkpoint(reference, source_of)) as start,
                 ):
+                    stream.droppable = [
+                        drop for item in (full, compressed, expert, start) if (drop := getattr(item, "drop_pages", None))
+                    ]
                     agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
+                seconds["compare"] = time.perf_counter() - started - seconds["compress"]
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
-    return report, agreed, streams.notes if streams else []
+    return Compressed(report, agreed, seconds, streams.notes if streams else [])
 
 
 def mask_recipe(

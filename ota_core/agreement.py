@@ -59,8 +59,9 @@ def agreement(
     total = sum(math.prod(shape) for shape in shapes.values())
 
     def scores(moments: Moments, block: Block) -> torch.Tensor:
-        delta = expert.read_rows(*block).double() - base.read_rows(*block).double()
-        return curvature_scores(moments.read(*block), delta)
+        v, theta, start = moments.read(*block), expert.read_rows(*block), base.read_rows(*block)
+        stream.count_read(v.nbytes + theta.nbytes + start.nbytes)
+        return curvature_scores(v, theta.double() - start.double())
 
     def counter(moments: Moments) -> Callable[[Histogram, int | None], None]:
         def count(histogram: Histogram, high: int | None) -> None:

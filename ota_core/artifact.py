@@ -20,7 +20,7 @@ from ota_core.errors import ArtifactError
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
 ALGORITHM_VERSION: dict[str, int] = {
-    "formats": 1, "moments": 1, "masks": 1, "merged": 1, "scores": 1, "checkpoint": 1, "data": 1, "surveys": 1, "facts": 1, "shards": 1,
+    "formats": 1, "moments": 2, "masks": 1, "merged": 2, "scores": 1, "checkpoint": 1, "data": 1, "surveys": 1, "facts": 1, "shards": 1,
 }  # fmt: skip
 
 # Stages whose algorithm also decides a stage's bytes: a merge contains compression and masks, whether fused or staged.

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ALGORITHM_VERSION, Record, folder_files, write_record, write_text_atomic
 from ota_core.byte_source import SourceOf
-from ota_core.compression import CompressionReport, RankOneMoments, compress, save_compressed, save_full
+from ota_core.compression import CompressionReport, compression_label, write_compressed
 from ota_core.errors import OtaError
 from ota_core.found import Found
 from ota_core.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
@@ -25,7 +25,7 @@ from ota_core.moments import open_moments
 from ota_core.moments.match import Layout
 from ota_core.ota_rule import density_report
 from ota_core.output import Shards, check_apart, check_free, copy_companions, new_folder, plan_files, write_weights
-from ota_core.plan import MergePlan, compression_of, open_plan
+from ota_core.plan import MergePlan, compression_of, open_plan, rank_of
 from ota_core.prepare import delta, mask_of, prepare_curvature
 from ota_core.recipe import MergeRecipe
 from ota_core.rules import Rule, rule_of
@@ -135,6 +135,7 @@ def merge_into(
     with open_plan(
         recipe, inputs, device=where, memory=budget, block_elements=block_elements, threads=threads, progress=progress
     ) as plan:
+        plan.scratch = folder
         rule = rule_of(plan)
         rule.prepare()
         prepared = time.perf_counter()
@@ -192,6 +193,7 @@ def mask(
         threads=threads,
         progress=progress,
     ) as plan:
+        plan.scratch = out
         if only is not None:
             plan.experts = [expert for expert in plan.experts if expert.name == only]
         plan.experts = [expert for expert in plan.experts if recipe.ffg(expert.index)]
@@ -239,13 +241,15 @@ def compress_moments(
     out: Path,
     *,
     method: str,
+    rank: int | None = None,
     layout: Layout = None,
     source_of: SourceOf | None = None,
     memory: str | int = "2GiB",
     progress: Progress | None = None,
 ) -> CompressionReport:
-    """Compress the second moments in ``source`` into the safetensors file ``out``: ``rank1``, or ``none`` for v under the model's names.
+    """Compress the second moments in ``source`` into the safetensors file ``out``, by any method of ``ota_core.compression``.
 
+    rank: of ``rank_k``, 4 by default; ``none`` writes v under the model's names.
     layout: the model's parameters, or a function that builds them, for optimizer states that number them.
     source_of: where the bytes of v come from, if not from the files themselves. Raises MomentsError.
     """
@@ -258,15 +262,9 @@ def compress_moments(
         )
         held = compression_of(moments)
         if held not in {None, "none"}:
-            raise OtaError(f"{source} is compressed with {held} already; compress the full second moments instead")
-        if method == "rank1":
-            compressed, report = compress(moments, stream=stream)
-            assert isinstance(compressed, RankOneMoments)
-            save_compressed(compressed, out)
-            return report
-        if method == "none":
-            return save_full(moments, out, stream=stream)
-        raise OtaError(f"compression method '{method}' is not known; expected rank1 or none")
+            how = compression_label(str(held), rank_of(moments))
+            raise OtaError(f"{source} is compressed with {how} already; compress the full second moments instead")
+        return write_compressed(moments, out, method=method, rank=rank, stream=stream)
     finally:
         moments.close()
 

@@ -1,7 +1,7 @@
 """Compiled loops over blocks for what torch has no fast, order-independent operation: histograms of bit patterns and exact-order sums.
 
-Compiled once by numba and cached on disk. Every result is the same for every cut into blocks: counts are integers, row sums
-run over one row in a fixed order, column sums add whole rows in order.
+Compiled once by numba and cached on disk. Every result is the same for every cut into blocks: counts are integers, row sums run over one
+row in a fixed order.
 """
 
 import numba
@@ -45,28 +45,6 @@ def _row_sums(matrix: NDArray[np.float64], sums: NDArray[np.float64]) -> None:
 
 
 @_compile
-def _row_and_column_sums(v: NDArray[np.float32], rows: NDArray[np.float64], cols: NDArray[np.float64]) -> None:
-    lanes = np.empty(16, np.float64)
-    width = v.shape[1]
-    whole = width - width % 16
-    for i in range(v.shape[0]):
-        lanes[:] = 0.0
-        for j in range(0, whole, 16):
-            for lane in range(16):
-                value = np.float64(v[i, j + lane])
-                lanes[lane] += value
-                cols[j + lane] += value
-        total = 0.0
-        for lane in range(16):
-            total += lanes[lane]
-        for j in range(whole, width):
-            value = np.float64(v[i, j])
-            total += value
-            cols[j] += value
-        rows[i] = total
-
-
-@_compile
 def _power(values: NDArray[np.float64], exponent: float, out: NDArray[np.float64]) -> None:
     for i in range(values.shape[0]):
         out[i] = values[i] ** exponent
@@ -100,13 +78,6 @@ def row_sums(matrix: torch.Tensor) -> torch.Tensor:
     sums = torch.empty(matrix.shape[0], dtype=torch.float64)
     _row_sums(matrix.contiguous().numpy(), sums.numpy())
     return sums
-
-
-def row_and_column_sums(v: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Row sums (R,) of v, float32 (R, C), as float64; v's columns are added to ``columns``, float64 (C,), row after row."""
-    rows = torch.empty(v.shape[0], dtype=torch.float64)
-    _row_and_column_sums(v.contiguous().numpy(), rows.numpy(), columns.numpy())
-    return rows
 
 
 def sqrt(values: torch.Tensor) -> torch.Tensor:

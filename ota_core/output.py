@@ -16,6 +16,7 @@ import torch
 
 from ota_core.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.errors import CheckpointError, OtaError
+from ota_core.gpu import output_rows
 from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.plan import MergePlan
 from ota_core.rules import Rule
@@ -123,8 +124,10 @@ def write_weights(plan: MergePlan, rule: Rule, folder: Path, shards: Shards) -> 
             if job.copy:
                 rows = _copied(plan, block)
             else:
-                rows = torch.empty(stop - start, block_elements(block) // (stop - start), dtype=job.dtype)
+                rows = output_rows(stop - start, block_elements(block) // (stop - start), job.dtype, plan.device)
                 rule.merge(block, rows)
+                if plan.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
             by_tensor[job.name].write_rows(job.name, start, rows)
 
         def ahead(block: Block) -> None:

@@ -11,8 +11,10 @@ import torch
 
 from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
-from ota_core.compression import RankOneMoments, StoredMoments
+from ota_core.compression import CompressedMoments, compression_label
 from ota_core.errors import CheckpointError, OtaError, raise_all
+from ota_core.gpu import BLOCK_ELEMENTS as GPU_BLOCK_ELEMENTS
+from ota_core.gpu import BLOCKS_UNDER_WAY, Lanes, gpus_of
 from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments, open_moments
@@ -38,6 +40,8 @@ class MergePlan:
     vocabulary: Vocabulary | None
     stream: Stream
     device: torch.device
+    scratch: Path | None = None
+    """A folder for what the merge keeps on disk while it runs; none means the system's."""
     notes: list[str] = field(default_factory=list)
     part: frozenset[str] | None = None
     """The tensors that are worked on here, where a merge is spread over machines; None: all."""
@@ -90,7 +94,9 @@ class MergePlan:
 
     @property
     def tensor_elements(self) -> int:
-        """How many elements a rule on tensors works on at once: what stays in the cache, and within the budget."""
+        """How many elements a rule on tensors works on at once: on the CPU what stays in the cache, and within the budget."""
+        if self.device.type != "cpu":
+            return self.stream.block_elements
         room = self.stream.memory // 4 // self.stream.threads // tensor_bytes_per_element(len(self.experts))
         return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
 
@@ -116,9 +122,12 @@ def open_plan(
     ``with_moments=False`` leaves second moments unopened, for planning before they are at hand.
     """
     stream = Stream(memory=memory, progress=progress)
-    stream.threads = threads or stream.threads
-    stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models))
     where = torch.device(device)
+    if gpus := gpus_of(where):
+        stream.lanes, stream.threads = Lanes(gpus), BLOCKS_UNDER_WAY * len(gpus)
+    stream.threads = threads or stream.threads
+    most = GPU_BLOCK_ELEMENTS if gpus else BLOCK_ELEMENTS
+    stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models), most)
     with contextlib.ExitStack() as stack:
         problems: list[str] = []
         opened = [_open(item, problems, stack) for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
@@ -167,8 +176,8 @@ def tensor_bytes_per_element(experts: int) -> int:
     return experts * (8 + 8 + 8 + 4 + 4 + 1) + 64
 
 
-def _block_elements(memory: int, threads: int, experts: int) -> int:
-    return max(1, min(BLOCK_ELEMENTS, memory // 4 // threads // bytes_per_element(experts)))
+def _block_elements(memory: int, threads: int, experts: int, most: int) -> int:
+    return max(1, min(most, memory // 4 // threads // bytes_per_element(experts)))
 
 
 def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:
@@ -227,16 +236,17 @@ def _open_moments(
 ) -> None:
     if recipe.merge_method not in NEEDS_MOMENTS:
         return
-    asked = recipe.setting("compression")
+    asked, rank = recipe.setting("compression"), recipe.setting("rank")
     try:
         if item.moments is None:
             problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")
             return
         expert.moments = _open_one(item.moments, item, stack)
         held = compression_of(expert.moments)
-        if held not in {None, "none", asked}:
+        if held not in {None, "none"} and (held, rank_of(expert.moments)) != (asked, rank):
             problems.append(
-                f"{item.moments} holds second moments compressed with {held}; the recipe asks for compression: {asked}"
+                f"{item.moments} holds second moments compressed with {compression_label(str(held), rank_of(expert.moments))}; "
+                f"the recipe asks for compression: {compression_label(asked, rank)}"
             )
         if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
             if item.full_moments is not None:
@@ -262,7 +272,12 @@ def _open_one(path: Path, item: ExpertInput, stack: contextlib.ExitStack) -> Mom
 
 def compression_of(moments: Moments) -> str | None:
     """The compression of opened moments; None for what a trainer left."""
-    return moments.method if isinstance(moments, RankOneMoments | StoredMoments) else None
+    return moments.method if isinstance(moments, CompressedMoments) else None
+
+
+def rank_of(moments: Moments) -> int | None:
+    """The rank of opened moments that ``rank_k`` compressed; None for all others."""
+    return moments.rank if isinstance(moments, CompressedMoments) else None
 
 
 def _jobs(

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.compression import CompressionReport, RankOneMoments, compress
+from ota_core.compression import CompressedMoments, CompressionReport, compress
 from ota_core.errors import MomentsError, raise_all
 from ota_core.fused.counts import Candidate
 from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE
@@ -53,9 +53,13 @@ def prepare_curvature(plan: MergePlan, whole: WholeFacts | None = None) -> Curva
     facts.averaged = _without_curvature(plan)
     for expert in plan.experts:
         assert expert.moments is not None
-        if plan.recipe.setting("compression") == "rank1" and not isinstance(expert.moments, RankOneMoments):
-            compressed, facts.reports[expert.name] = compress(expert.moments, stream=plan.stream, what=f"compress {expert.name}")
-            expert.moments = compressed
+        method = plan.recipe.setting("compression")
+        held = expert.moments.method if isinstance(expert.moments, CompressedMoments) else "none"
+        if method != held:
+            expert.moments, facts.reports[expert.name] = compress(
+                expert.moments, method=method, rank=plan.recipe.setting("rank"), stream=plan.stream, scratch=plan.scratch,
+                what=f"compress {expert.name}",
+            )  # fmt: skip
     if plan.recipe.merge_method != "ota":
         return facts
     if plan.recipe.setting("normalise") == "global":
@@ -69,10 +73,12 @@ def masked_here(plan: MergePlan) -> list[ExpertView]:
     return [expert for expert in plan.experts if plan.recipe.ffg(expert.index) and expert.masks is None]
 
 
-def delta(plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int) -> torch.Tensor:
-    """Task vector of a block, float64 (r, C); 0 in rows that the expert or the base lacks."""
+def delta(
+    plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int, *, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Task vector of a block, float64 (r, C); 0 in rows that the expert or the base lacks. base: its θ₀ where it was read already."""
     assert plan.base is not None
-    difference = expert.theta(job.name, start, stop) - plan.base.theta(job.name, start, stop)
+    difference = expert.theta(job.name, start, stop) - (plan.base.theta(job.name, start, stop) if base is None else base)
     for view in (expert, plan.base):
         present = view.present(job.name, start, stop)
         if present is not None:
@@ -180,14 +186,17 @@ class PlanScoring:
             found.append(Candidate(theta=theta, v=v, metric=BY_CURVATURE if self.curvature else BY_MAGNITUDE, row=row))
         return self.plan.base.stored(block[0].name, *block[1:]), found
 
-    def scores(self, expert: int, block: Block) -> Iterator[torch.Tensor]:
-        view = self.plan.expert(expert)
+    def scores(self, experts: Sequence[int], block: Block) -> Iterator[tuple[int, torch.Tensor]]:
+        assert self.plan.base is not None
         for part in parts(block, self.plan.tensor_elements):
-            difference = delta(self.plan, view, *part)
-            if self.curvature:
-                yield curvature_scores(view.v_hat(part[0].canonical, *part[1:], full=self.full), difference)
-            else:
-                yield magnitude_scores(difference)
+            base = self.plan.base.theta(part[0].name, *part[1:])
+            for index in experts:
+                view = self.plan.expert(index)
+                difference = delta(self.plan, view, *part, base=base)
+                if self.curvature:
+                    yield index, curvature_scores(view.v_hat(part[0].canonical, *part[1:], full=self.full), difference)
+                else:
+                    yield index, magnitude_scores(difference)
 
     def prefetch(self, experts: Sequence[int], block: Block) -> None:
         assert self.plan.base is not None

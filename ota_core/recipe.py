@@ -66,7 +66,10 @@ class MergeParameters(ExpertParameters):
     scope: Literal["global", "per_tensor"] | None = Field(None, description="Whether a density holds over the whole expert.")
     metric: Literal["curvature", "magnitude"] | None = Field(None, description="What FFG ranks by: √v̂·|Δ| or |Δ|.")
     mask_curvature: Literal["merge", "full"] | None = Field(None, description="Second moments that FFG scores with.")
-    compression: Literal["none", "rank1"] | None = Field(None, description="Compression of the second moments.")
+    compression: Literal["none", "rank1", "log8", "rank_k"] | None = Field(None, description="Compression of the second moments.")
+    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = Field(
+        None, description="Rank of compression rank_k; 4 by default."
+    )
     bias_correction: bool | None = Field(None, description="Divide v by 1 − β₂^t; false by default.")
     normalise: Literal["none", "global"] | None = Field(None, description="Divide curvature weights by the expert's mean.")
     epsilon: NonNegative | None = Field(None, description="Added to every curvature weight before masking; 0 by default.")
@@ -81,7 +84,7 @@ class MergeParameters(ExpertParameters):
 
 
 _FFG = {"density", "precond_threshold", "scope", "metric", "mask_curvature"}
-_CURVATURE = {"compression", "bias_correction", "missing_curvature"}
+_CURVATURE = {"compression", "rank", "bias_correction", "missing_curvature"}
 _USED: dict[str, set[str]] = {
     "ota": _FFG | _CURVATURE | {"scaling_factor", "power", "normalise", "epsilon", "denominator", "fallback", "masked_merge",
                                 "rescale", "lambda", "preconditioner_path"},
@@ -147,6 +150,8 @@ class MergeRecipe(_Strict):
             # An expert that names one of the two thresholds overrides both of the recipe's.
             if key in {"density", "precond_threshold"} and (parameters.density, parameters.precond_threshold) != (None, None):
                 return None
+        if key == "rank" and self.setting("compression") != "rank_k":
+            return None
         value = getattr(self.parameters, field, None)
         return default(self.merge_method, key) if value is None else value
 
@@ -162,7 +167,7 @@ class MergeRecipe(_Strict):
         return {
             "merge_method": self.merge_method,
             "dtype": self.output_dtype,
-            "parameters": {key: self.setting(key) for key in sorted(used - own)},
+            "parameters": {key: value for key in sorted(used - own) if (value := self.setting(key)) is not None or key != "rank"},
             "experts": [{key: self.setting(key, i) for key in sorted(own)} for i in range(len(self.models))],
         }
 
@@ -179,7 +184,7 @@ class MergeRecipe(_Strict):
 
 
 _DEFAULTS: dict[str, Any] = {
-    "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none",
+    "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none", "rank": 4,
     "bias_correction": False, "normalise": "none", "epsilon": 0.0, "denominator": "kept", "fallback": "base",
     "masked_merge": "precond", "rescale": False, "missing_curvature": "error", "seed": 0, "scaling_factor": 1.0, "weight": 1.0,
     "gamma": 0.01, "density": 1.0, "normalize": False,
@@ -245,6 +250,9 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         ]
         for key in sorted(_given(parameters) - used)
     ]
+    compression = recipe.setting("compression")
+    if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":
+        problems.append(f"parameters: 'rank' has no effect with compression {compression}; remove it, or set compression: rank_k")
     for i in range(len(recipe.models)):
         if method == "ota" and recipe.setting("density", i) is not None and recipe.setting("precond_threshold", i) is not None:
             problems.append(

@@ -25,7 +25,8 @@ def merge_in_parts(plan: MergePlan, rule: Callable[[Block], torch.Tensor], block
     for part in parts(block, plan.tensor_elements):
         first = part[1] - block[1]
         merged = rule(part)
-        out[first : first + merged.shape[0]] = merged.to(out.dtype)
+        # From a GPU into pinned memory; who gave the block to this thread waits for its stream.
+        out[first : first + merged.shape[0]].copy_(merged.to(out.dtype), non_blocking=merged.is_cuda)
 
 
 def base_rows(plan: MergePlan, block: Block) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
     for each shard    survey(...)                     counts of the scores' upper bits, sums of the curvature
     once              Survey.sum, opened_bins(...)    which bins hold the thresholds
-    for each shard    survey(..., opened=...)         counts of the lower bits in those bins
+    for each shard    survey(..., opened=...)         counts above and inside those bins
     once              whole_facts(...)                thresholds and means, to the bit those of one process
     for each shard    merge_shard(...)                its weight file
     once              finish(...)                     index, configuration, model card
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ota_core.blocks import matrix_shape
 from ota_core.compression import CompressedMoments
 from ota_core.engine import Progress, complete_folder, pick_device
 from ota_core.errors import ArtifactError, OtaError, RecipeError
@@ -31,9 +32,8 @@ from ota_core.prepare import WholeFacts, ffg_group, ffg_scoring, masked_here, me
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.rules import rule_of
 from ota_core.safetensors_io import SafetensorsFile
-from ota_core.saliency import BINS
 from ota_core.stream import parse_memory
-from ota_core.tally import Histograms, Place, bins_of, count, flat, open_bins, place, settle
+from ota_core.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off
 from ota_core.views import ExpertView
 from ota_core.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
 
@@ -98,42 +98,47 @@ class Survey:
     """What a shard adds to the facts of whole experts, which are named by their position in the recipe."""
 
     experts: tuple[int, ...] = ()
-    """Rows of the histograms."""
-    histograms: Histograms | None = None
+    """Rows of the counts."""
+    high: Counts | None = None
+    """Round 1: histogram of the scores' upper bits, int64 (M, 65536)."""
+    brackets: Brackets | None = None
+    """Round 2: what lies above and inside the bins of the thresholds."""
     sums: Mapping[int, Mapping[str, float]]
-    """Expert → tensor → Σ v̂^power, with ``normalise: global``."""
+    """Round 1: expert → tensor → Σ v̂^power, with ``normalise: global``."""
 
     @staticmethod
     def sum(surveys: Sequence["Survey"]) -> "Survey":
-        """The survey of all shards together. Raises ArtifactError when they are not of one merge."""
+        """The survey of all shards together. Raises ArtifactError when they are not of one merge and round."""
         first = surveys[0]
-        if any(one.experts != first.experts for one in surveys):
-            raise ArtifactError("surveys of different merges cannot be added up; take them all from one recipe")
-        total = None
-        if first.histograms is not None:
-            total = Histograms.empty(first.histograms.slots)
+        if any(one._kind() != first._kind() for one in surveys):
+            raise ArtifactError("surveys of different merges or rounds cannot be added up; take one round of one recipe")
+        high = None if first.high is None else np.sum([one.high for one in surveys if one.high is not None], axis=0)
+        brackets = None
+        if first.brackets is not None:
+            brackets = Brackets.empty(first.brackets.bins)
             for one in surveys:
-                assert one.histograms is not None and np.array_equal(one.histograms.slots, total.slots)
-                total.add(one.histograms)
+                assert one.brackets is not None
+                brackets += one.brackets
         sums: dict[int, dict[str, float]] = {}
         for one in surveys:
             for expert, tensors in one.sums.items():
                 sums.setdefault(expert, {}).update(tensors)
-        return Survey(experts=first.experts, histograms=total, sums=sums)
+        return Survey(experts=first.experts, high=high, brackets=brackets, sums=sums)
+
+    def _kind(self) -> tuple[Any, ...]:
+        bins = None if self.brackets is None else self.brackets.bins.tolist()
+        return self.experts, self.high is None, bins
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: slots int8, high and low int64, and the sums in the metadata (as hexadecimal floats, exact)."""
-        tensors = {}
-        if self.histograms is not None:
-            found = self.histograms
-            tensors = {"slots": torch.from_numpy(found.slots), "high": torch.from_numpy(found.high)}
-            if found.low.shape[1]:
-                tensors["low"] = torch.from_numpy(found.low)
+        """Write a safetensors file: the counts, int64, and the sums in the metadata (as hexadecimal floats, exact)."""
+        tensors = {} if self.high is None else {"high": self.high}
+        if self.brackets is not None:
+            tensors |= {"bins": self.brackets.bins, "above": self.brackets.above, "inside": self.brackets.inside}
         metadata = {"ota_format": FORMAT, "experts": ",".join(map(str, self.experts))}
         metadata |= {f"sum {m} {name}": value.hex() for m, sums in self.sums.items() for name, value in sums.items()}
-        writer = SafetensorsWriter(path, [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in tensors.items()], metadata)
-        for name, tensor in tensors.items():
-            writer.write_rows(name, 0, tensor.reshape(-1, BINS))
+        writer = SafetensorsWriter(path, [TensorSpec(n, t.shape, torch.int64) for n, t in tensors.items()], metadata)
+        for name, counts in tensors.items():
+            writer.write_rows(name, 0, torch.from_numpy(counts).reshape(matrix_shape(counts.shape)))
         writer.close()
 
     @staticmethod
@@ -145,7 +150,7 @@ class Survey:
                     f"{path}: format {file.metadata.get('ota_format')!r}, expected {FORMAT}; survey the shard again"
                 )
             held = {
-                name: file.read_rows(name, 0, int(np.prod(info.shape[:-1]))).reshape(info.shape).clone().numpy()
+                name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone().numpy()
                 for name, info in file.infos.items()
             }
             experts = tuple(int(m) for m in file.metadata["experts"].split(",") if m)
@@ -154,10 +159,8 @@ class Survey:
                 if key.startswith("sum "):
                     _, expert, name = key.split(" ", 2)
                     sums.setdefault(int(expert), {})[name] = float.fromhex(value)
-        if not held:
-            return Survey(experts=experts, sums=sums)
-        low = held.get("low", np.zeros((len(experts), 0, BINS), np.int64))
-        return Survey(experts=experts, histograms=Histograms(held["slots"], held["high"], low), sums=sums)
+        brackets = Brackets(held["bins"], held["above"], held["inside"]) if "bins" in held else None
+        return Survey(experts=experts, high=held.get("high"), brackets=brackets, sums=sums)
 
 
 def needs_survey(recipe: MergeRecipe, inputs: MergeInputs) -> bool:
@@ -171,19 +174,21 @@ def needs_survey(recipe: MergeRecipe, inputs: MergeInputs) -> bool:
     return recipe.setting("normalise") == "global" or (ranked and recipe.setting("scope") == "global")
 
 
-def survey(job: Job, shard: str, *, opened: Mapping[int, Sequence[int]] | None = None) -> Survey:
-    """Count one shard: all upper bits and the sums, or with ``opened`` the lower bits of each expert's bins. Raises OtaError."""
+def survey(job: Job, shard: str, *, opened: Mapping[int, int] | None = None) -> Survey:
+    """Count one shard: all upper bits and the sums, or with ``opened`` what lies above and inside each expert's bin. Raises OtaError."""
     with job.opened(shard) as (plan, _):
         experts = _ranked(plan)
-        histograms = None
-        if experts:
+        names = tuple(expert.index for expert in experts)
+        what = f"survey {shard}"
+        if opened is not None:
             group = ffg_group(plan, experts)
-            slots = open_bins([(opened or {}).get(expert, ()) for expert in group.experts])
-            histograms = count(plan, ffg_scoring(plan), group, slots, count_high=opened is None, what=f"survey {shard}")
+            bins = np.array([[opened.get(expert, -1)] for expert in names], np.int64)
+            return Survey(experts=names, brackets=count_brackets(plan, ffg_scoring(plan), group, bins, what=what), sums={})
+        high = count_high(plan, ffg_scoring(plan), ffg_group(plan, experts), what=what) if experts else None
         sums: dict[int, dict[str, float]] = {}
-        if plan.recipe.setting("normalise") == "global" and opened is None:
+        if plan.recipe.setting("normalise") == "global":
             sums = {expert.index: weight_sums(plan, expert) for expert in plan.experts}
-        return Survey(experts=tuple(expert.index for expert in experts), histograms=histograms, sums=sums)
+        return Survey(experts=names, high=high, sums=sums)
 
 
 def _ranked(plan: MergePlan) -> list[ExpertView]:
@@ -193,33 +198,30 @@ def _ranked(plan: MergePlan) -> list[ExpertView]:
     return [expert for expert in masked_here(plan) if plan.recipe.setting("density", expert.index) is not None]
 
 
-def opened_bins(job: Job, first: Survey) -> dict[int, list[int]]:
-    """Expert → the bins that hold its thresholds, from the first survey of all shards together. Empty when no second round is needed."""
-    if first.histograms is None:
+def opened_bins(job: Job, first: Survey) -> dict[int, int]:
+    """Expert → the bin that holds its threshold, from round 1 of all shards together. Empty when no second round is needed."""
+    if first.high is None:
         return {}
     with job.opened() as (plan, _):
         group = ffg_group(plan, _ranked(plan))
-        bins = bins_of(group, place(group, first.histograms))
-    return {expert: found for expert, found in zip(group.experts, bins, strict=True) if found}
+        bins = bins_of(group, first.high).max(axis=1, initial=-1).tolist()
+    return {expert: bin for expert, bin in zip(group.experts, bins, strict=True) if bin >= 0}
 
 
 def whole_facts(job: Job, first: Survey, second: Survey | None) -> WholeFacts:
     """Thresholds and means, from both rounds of all shards together (the second one where ``opened_bins`` asked for it)."""
     with job.opened() as (plan, _):
         means = {expert.index: mean_of(plan, expert, first.sums[expert.index]) for expert in plan.experts} if first.sums else {}
-        if first.histograms is None:
+        if first.high is None:
             return WholeFacts(means=means)
         group = ffg_group(plan, _ranked(plan))
-        places = place(group, first.histograms)
-        if second is not None and second.histograms is not None:
-            places = settle(group, places, second.histograms)
-        if any(one.score is None for one in flat(places)):
+        brackets = Brackets.empty(np.full((len(group.experts), 1), -1, np.int64))
+        if second is not None and second.brackets is not None:
+            brackets = second.brackets
+        scores = read_off(group, brackets)
+        if scores is None:
             raise ArtifactError("the second survey does not hold the bins that the first one asks for; survey all shards again")
-        return WholeFacts(thresholds=taus_of({expert: _scores(found) for expert, found in places.items()}), means=means)
-
-
-def _scores(places: Sequence[Place]) -> list[float]:
-    return [one.score for one in places if one.score is not None]
+        return WholeFacts(thresholds=taus_of(scores), means=means)
 
 
 def merge_shard(job: Job, shard: str, folder: Path, whole: WholeFacts | None) -> Found:

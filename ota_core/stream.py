@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TypeVar
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from ota_core.errors import OtaError
+from ota_core.gpu import Lanes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,6 +54,8 @@ class Stream:
     threads: int = field(default_factory=lambda: min(8, len(os.sched_getaffinity(0))))
     memory: int = 2 * 2**30
     progress: Progress | None = None
+    lanes: Lanes | None = None
+    """Where blocks are worked on by GPUs."""
     droppable: list[Callable[[], None]] = field(default_factory=list)
     """Called when ``mapped_bytes`` have been read through memory maps since the last time."""
     _read: int = 0
@@ -100,7 +103,8 @@ class Stream:
             def step(index: int, item: Item) -> Result:
                 if ahead is not None and index + self.threads < len(todo):
                     ahead(todo[index + self.threads])
-                return work(item)
+                with self.lanes.mine() if self.lanes else nullcontext():
+                    return work(item)
 
             def submit(count: int) -> None:
                 for index, item in _take(queue, count):

@@ -10,6 +10,7 @@ from ota_core.checkpoint import Checkpoint
 from ota_core.compression import RankOneMoments
 from ota_core.errors import MomentsError
 from ota_core.fused.memory import VSource, rank1_source, source_of
+from ota_core.gpu import to_device
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments
 from ota_core.vocabulary import is_vocabulary_tensor
@@ -89,8 +90,7 @@ class ModelView:
 
     def theta(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop of the weights, float64 (stop − start, C), on the device."""
-        rows = self.stored(name, start, stop)
-        return rows.to(self.device).double()
+        return to_device(self.stored(name, start, stop), self.device).double()
 
     def prefetch(self, job: TensorJob, start: int, stop: int) -> None:
         """A hint that these rows are asked for soon."""
@@ -122,9 +122,17 @@ class ExpertView(ModelView):
 
     def v_hat(self, canonical: str, start: int, stop: int, *, full: bool = False) -> torch.Tensor:
         """Rows start:stop of v̂, float32 (stop − start, C), on the device. ``full``: from the uncompressed moments."""
-        v, factor = self._read_v(canonical, start, stop, full)
-        v = v.to(self.device)
-        return v * factor if self.bias_correction else v
+        moments = self._moments(full)
+        factors = moments.factors(canonical) if isinstance(moments, RankOneMoments) else None
+        if self.device.type != "cpu" and factors is not None and factors[1].dim() == 1 and self.row_map is None:
+            # Two vectors go to the GPU, not their product.
+            share, columns = (to_device(part, self.device) for part in (factors[0][start:stop], factors[1]))
+            v = share[:, None] * columns
+        else:
+            rows = self.gather(moments.read, canonical, start, stop)
+            self.count_read(rows.nbytes)
+            v = to_device(rows, self.device)
+        return v * bias_factor(moments, canonical) if self.bias_correction else v
 
     def v_source(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> VSource:
         """Rows start:stop of v for a compiled pass, on the CPU, unchecked: the pass tells of a bad entry, ``refuse`` names it."""
@@ -152,12 +160,6 @@ class ExpertView(ModelView):
         moments = self.full_moments if full else self.moments
         assert moments is not None
         return moments
-
-    def _read_v(self, canonical: str, start: int, stop: int, full: bool) -> tuple[torch.Tensor, float]:
-        moments = self._moments(full)
-        v = self.gather(moments.read, canonical, start, stop)
-        self.count_read(v.nbytes)
-        return v, bias_factor(moments, canonical) if self.bias_correction else 1.0
 
 
 def bias_factor(moments: Moments, name: str) -> float:

@@ -3,7 +3,7 @@
 Each part leaves an artifact, named by the merge's fingerprint and the part's own name, and is found there by whoever runs it again:
 
     moments   compressed second moments of an expert
-    surveys   counts of one shard's scores, first of their upper bits, then of the lower ones; only where ``needs_survey``
+    surveys   counts of one shard's scores, first of their upper bits, then above and inside a bin; only where ``needs_survey``
     facts     thresholds and means of whole experts, from the sums of the surveys
     shards    one weight file of the output
 
@@ -95,8 +95,8 @@ class Part(BaseModel):
     """The expert's name, or the shard's."""
     step: Step
     """What the part will leave."""
-    opened: dict[int, tuple[int, ...]] = {}
-    """For ``recount``: expert → the bins that hold its thresholds."""
+    opened: dict[int, int] = {}
+    """For ``recount``: expert → the bin that holds its threshold."""
     facts: ArtifactRef | None = None
     """For ``merge``, where whole experts must be known."""
 
@@ -149,14 +149,13 @@ def shard_parts(
     kind: Literal["survey", "recount", "merge"],
     shards: Sequence[str],
     *,
-    opened: Mapping[int, Sequence[int]] | None = None,
+    opened: Mapping[int, int] | None = None,
     facts: ArtifactRef | None = None,
 ) -> list[Part]:
     """One part per shard."""
-    bins = {expert: tuple(found) for expert, found in (opened or {}).items()}
     return [
         Part(merge=merge, kind=kind, target=shard, step=_step(merge, "shards" if kind == "merge" else "surveys", kind, shard),
-             opened=bins, facts=facts)
+             opened=dict(opened or {}), facts=facts)
         for shard in shards
     ]  # fmt: skip
 
@@ -203,8 +202,8 @@ def present(part: Part) -> ArtifactRef | None:
     return part.merge.store().find(kind, part.step.fingerprint)
 
 
-def counted(merge: SpreadMerge, surveys: Sequence[ArtifactRef]) -> dict[int, list[int]]:
-    """Expert → the bins to open in the second round, from the first round of all shards."""
+def counted(merge: SpreadMerge, surveys: Sequence[ArtifactRef]) -> dict[int, int]:
+    """Expert → the bin to open in the second round, from the first round of all shards."""
     with merge.job() as job:
         return opened_bins(job, _sum(merge, surveys))
 

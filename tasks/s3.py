@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-import boto3
-from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as boto_errors
-from botocore.config import Config
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
@@ -32,7 +29,8 @@ _DENIED = {"AccessDenied", "403", "Forbidden", "AllAccessDisabled"}
 _BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 _CHANGED = {"PreconditionFailed", "412"}
 _client_lock = threading.Lock()
-_COPY = TransferConfig(multipart_threshold=5 * 10**9, multipart_chunksize=10**9)
+# One request copies objects up to this size; larger ones are copied in ranges.
+_COPY_AT_ONCE, _COPY_RANGE = 5 * 10**9, 10**9
 
 
 class S3Object(BaseModel):
@@ -82,6 +80,9 @@ def new_client(
     *, endpoint: str | None = None, access_key: str | None = None, secret_key: str | None = None, patient: bool = False
 ) -> Any:
     """A client of its own; arguments that are left out come from the environment."""
+    import boto3  # here: a merge of local folders does not wait for it
+    from botocore.config import Config
+
     session = boto3.Session(aws_access_key_id=access_key, aws_secret_access_key=secret_key)
     region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
     attempts, connect, read = (10, 5.0, 60) if patient else (3, 3.0, 20)
@@ -211,12 +212,15 @@ def write_bytes(uri: str, content: bytes, *, only_if_absent: bool = False) -> bo
 
 def upload_file(path: Path, uri: str, *, sha256: str, part_size: int, threads: int, callback: Any = None) -> None:
     """Upload one file, in parallel parts when it is larger than one part; its sha256 is kept as metadata."""
+    from boto3.exceptions import S3UploadFailedError
+    from boto3.s3.transfer import TransferConfig
+
     s3, (bucket, key) = client(patient=True), split_uri(uri)
     config = TransferConfig(multipart_threshold=part_size, multipart_chunksize=part_size, max_concurrency=threads)
     with s3_errors("upload", uri, s3):
         try:
             s3.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"sha256": sha256}}, Config=config, Callback=callback)
-        except boto3.exceptions.S3UploadFailedError as error:
+        except S3UploadFailedError as error:
             # boto3 wraps the real error in a sentence; unwrap it so that its code is explained.
             raise error.__context__ or error from error
 
@@ -227,12 +231,15 @@ def copy_object(source: str, target: str) -> None:
     One request up to 5 GB, S3's limit; copies of ranges above.
     """
     s3, (bucket, key) = client(patient=True), split_uri(target)
+    from boto3.s3.transfer import TransferConfig
+
     from_bucket, from_key = split_uri(source)
     with s3_errors("copy", source, s3):
         # Copies of ranges make a new object, without the metadata of the old one unless they are given.
         answer = s3.head_object(Bucket=from_bucket, Key=from_key)
         metadata = {"Metadata": answer.get("Metadata", {}), "MetadataDirective": "REPLACE"}
-        s3.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, ExtraArgs=metadata, Config=_COPY)
+        config = TransferConfig(multipart_threshold=_COPY_AT_ONCE, multipart_chunksize=_COPY_RANGE)
+        s3.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, ExtraArgs=metadata, Config=config)
 
 
 def read_range(s3: Any, one: S3Object, start: int, stop: int) -> IO[bytes]:

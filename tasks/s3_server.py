@@ -64,7 +64,7 @@ class S3Server:
 
     def stop(self) -> None:
         """Kill the server's whole process group. A second call does nothing."""
-        _kill_group(self.process.pid)
+        kill_group(self.process.pid)
         self.process.wait()
         _remove_sockets(self.ports)
         self._owner.release()
@@ -110,7 +110,7 @@ def start_server(data_dir: Path, *, timeout: float = 60.0) -> S3Server:
         # The same address as last time where it is free: caches and links know objects by their endpoint.
         ports = _stop_orphan(data_dir)
         for attempt in range(1, START_ATTEMPTS + 1):
-            ports = ports if attempt == 1 and _are_free(ports) else _free_ports(2 * len(SERVICES))
+            ports = ports if attempt == 1 and _are_free(ports) else free_ports(2 * len(SERVICES))
             try:
                 return _start_once(weed, data_dir, owner, ports, timeout)
             except _EarlyExit as error:
@@ -176,7 +176,7 @@ def _start_once(weed: Path, data_dir: Path, owner: BaseFileLock, ports: list[int
         write_text_atomic(data_dir / "server.json", json.dumps(note))
         _wait_until_ready(process, master=ports[0], gateway=ports[-2], log=data_dir / "server.log", timeout=timeout)
     except BaseException:
-        _kill_group(process.pid)
+        kill_group(process.pid)
         process.wait()
         _remove_sockets(ports)
         raise
@@ -219,7 +219,7 @@ def _log_tail(log: Path) -> str:
     return f"the end of {log}:\n" + "\n".join(lines)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that are free now; all are held open together, so that no number comes twice."""
     sockets = [socket.socket() for _ in range(count)]
     try:
@@ -243,15 +243,15 @@ def _are_free(ports: list[int]) -> bool:
     return len(ports) == 2 * len(SERVICES)
 
 
-def _kill_group(pid: int) -> None:
-    """SIGTERM, a short grace, SIGKILL, to the group that the server leads."""
+def kill_group(pid: int, *, grace: float = GRACE_SECONDS) -> None:
+    """SIGTERM, a short grace, SIGKILL, to the group that a server leads."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(pid, number)
         except ProcessLookupError:
             return
         if number == signal.SIGTERM:
-            wait_for_end(pid, timeout=GRACE_SECONDS)
+            wait_for_end(pid, timeout=grace)
 
 
 def _stop_orphan(data_dir: Path) -> list[int]:
@@ -261,7 +261,7 @@ def _stop_orphan(data_dir: Path) -> list[int]:
         return []
     seen = json.loads(note.read_text())
     if is_alive(seen["pid"], seen["created"]):
-        _kill_group(seen["pid"])
+        kill_group(seen["pid"])
         wait_for_end(seen["pid"], timeout=10)
         _remove_sockets(seen["ports"])
     return [int(port) for port in seen["ports"]]

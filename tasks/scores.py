@@ -1,12 +1,17 @@
 """Scores of models on a suite, and the table that compares merges with their base and experts. No lm-eval in here."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from pydantic import BaseModel, ConfigDict
-from rich.table import Table
+
+if TYPE_CHECKING:  # a flow without a benchmark does not wait for them
+    import pandas as pd
+    from rich.table import Table
 
 NOT_MEASURED = "–"
 
@@ -110,6 +115,8 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
     the capabilities that every row has, so that rows compare; ``attrs["averaged"]`` names them. Raises ValueError when two models
     share a name.
     """
+    import pandas as pd
+
     models: list[tuple[str, str, Scores]] = [("base", "base", base)]
     models += [(name, "expert", scores) for name, (_, scores) in experts.items()]
     models += [(name, "merge", scores) for name, scores in merges.items()]
@@ -141,6 +148,8 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
 
 def _text_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and cells as people read them: percent with one decimal, a dash where nothing was measured."""
+    import pandas as pd
+
     numbers = [*table.attrs["capabilities"], "average", "retention"]
     rows = []
     for name, row in table.iterrows():
@@ -167,6 +176,7 @@ def caption(table: pd.DataFrame) -> str:
 def render(table: pd.DataFrame, title: str = "Scores") -> Table:
     """The table for the terminal, narrow enough for 80 columns, with a line between base, experts and merges."""
     from rich import box
+    from rich.table import Table
 
     header, rows = _text_rows(table)
     lists = [f"{name}: below the base on {below}" for name, below in table["below_base"].items() if below]

@@ -55,9 +55,16 @@ def expert_digests(expert: ExpertInput) -> dict[str, str]:
 
 def moments_step(recipe: MergeRecipe, expert: ExpertInput) -> Step:
     """Compressed second moments of one expert."""
-    config = {"method": recipe.setting("compression"), "optimizer": optimizer_facts(expert.path)}
+    config: dict[str, Any] = {"method": recipe.setting("compression"), "optimizer": optimizer_facts(expert.path)}
+    config |= _rank(recipe)
     inputs = expert_digests(expert)
     return Step(kind="moments", fingerprint=fingerprint("moments", config, inputs), config=config, inputs=inputs)
+
+
+def _rank(recipe: MergeRecipe) -> dict[str, int]:
+    """The rank where the compression has one; elsewhere it decides nothing and stales nothing."""
+    rank = recipe.setting("rank")
+    return {} if rank is None else {"rank": rank}
 
 
 def compress(
@@ -71,6 +78,7 @@ def compress(
             expert.moments,
             folder / MOMENTS_FILE,
             method=step.config["method"],
+            rank=step.config.get("rank"),
             layout=expert.layout,
             source_of=expert.source_of,
             memory=memory,
@@ -98,7 +106,7 @@ def mask_step(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> Step:
     """FFG mask of one expert."""
     part, _ = mask_inputs(recipe, inputs, index)
     keys = ("scope", "metric", "mask_curvature", "compression", "bias_correction")
-    config: dict[str, Any] = {key: recipe.setting(key) for key in keys}
+    config: dict[str, Any] = {key: recipe.setting(key) for key in keys} | _rank(recipe)
     config |= {key: recipe.setting(key, index) for key in ("density", "precond_threshold")}
     config |= {"tokenizer_source": recipe.tokenizer_source, "position": part.models.index(recipe.models[index])}
     expert = inputs.experts[index]

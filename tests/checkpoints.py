@@ -1,6 +1,7 @@
 """Small checkpoints from dictionaries of arrays, and merges of them: what the tests of the engine are made of."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,11 +132,12 @@ def ota_recipe(root: Path, base: Tensors | None, experts: Sequence[Expert], para
 
 
 def run_merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> tuple[Tensors, Any]:
-    """Merge with the engine; the merged tensors as float32 arrays, and the report."""
+    """Merge with the engine, on the device of ``OTA_TEST_DEVICE``; the merged tensors as float32 arrays, and the report."""
     from ota_core.engine import merge
     from ota_core.recipe import MergeRecipe
 
-    report = merge(MergeRecipe.model_validate(dict(recipe)), out, **options)
+    device = os.environ.get("OTA_TEST_DEVICE", "cpu")
+    report = merge(MergeRecipe.model_validate(dict(recipe)), out, **{"device": device, **options})
     return read_tensors(out), report
 
 

@@ -8,16 +8,17 @@
 | `rank_k` | (L·M)², √v at rank k                             | 4 · k · (R + C) / RC    | memory        |
 """
 
-from ota_core.compression.base import DEFAULT_RANK, METHODS, CompressedMoments, CompressionReport
-from ota_core.compression.compress import compress, compressed_bytes, write_compressed
+from ota_core.compression.base import DEFAULT_RANK, IN_MEMORY, METHODS, CompressedMoments, CompressionReport
+from ota_core.compression.dispatch import compress, compressed_bytes, passes, write_compressed
 from ota_core.compression.file import StoredMoments, open_compressed, save_compressed, save_full
-from ota_core.compression.header import described
+from ota_core.compression.header import compression_label
 from ota_core.compression.log8 import Log8Moments
 from ota_core.compression.rank1 import RankOneMoments
 from ota_core.compression.rank_k import RankKMoments
 
 __all__ = [
     "DEFAULT_RANK",
+    "IN_MEMORY",
     "METHODS",
     "CompressedMoments",
     "CompressionReport",
@@ -27,8 +28,9 @@ __all__ = [
     "StoredMoments",
     "compress",
     "compressed_bytes",
-    "described",
+    "compression_label",
     "open_compressed",
+    "passes",
     "save_compressed",
     "save_full",
     "write_compressed",

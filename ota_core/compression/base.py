@@ -13,6 +13,8 @@ from ota_core.moments.base import Moments
 
 Method = Literal["none", "rank1", "log8", "rank_k"]
 METHODS: tuple[Method, ...] = ("none", "rank1", "log8", "rank_k")
+IN_MEMORY: tuple[Method, ...] = ("rank1", "rank_k")
+"""Methods whose form is small enough to be held in memory; the others are read from files as a merge needs them."""
 DEFAULT_RANK = 4
 
 

@@ -62,9 +62,15 @@ def save_full(moments: Moments, path: Path, *, stream: Stream) -> CompressionRep
     shapes = dict(moments.shapes())
     header = Header(method="none", shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
     writer = SafetensorsWriter(path, [TensorSpec(n, s, torch.float32) for n, s in sorted(shapes.items())], header.metadata())
+
+    def copy(block: tuple[str, int, int]) -> None:
+        rows = moments.read(*block)
+        stream.count_read(rows.nbytes)
+        writer.write_rows(block[0], block[1], rows)
+
     try:
         blocks = [(name, a, b) for name in sorted(shapes) for a, b in row_blocks(shapes[name], stream.block_elements)]
-        stream.map(lambda block: writer.write_rows(block[0], block[1], moments.read(*block)), blocks, what="copy moments")
+        stream.map(copy, blocks, what="copy moments")
     except BaseException:
         writer.abort()
         raise

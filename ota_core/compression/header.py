@@ -55,6 +55,6 @@ def read_header(path: Path, metadata: Mapping[str, str]) -> Header:
         raise MomentsError(f"{path}: its header is damaged. {_AGAIN}") from None
 
 
-def described(method: str, rank: int | None) -> str:
+def compression_label(method: str, rank: int | None) -> str:
     """A compression as messages name it."""
     return f"rank_k with rank {DEFAULT_RANK if rank is None else rank}" if method == "rank_k" else method

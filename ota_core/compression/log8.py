@@ -92,6 +92,7 @@ def write_log8(moments: Moments, path: Path, *, stream: Stream, what: str) -> Co
     def work(part: tuple[str, int, int]) -> tuple[float, float]:
         name, start, stop = part
         v = moments.read(name, start, stop, check=False)
+        stream.count_read(v.nbytes)
         values = v.reshape(-1).numpy()
         codes, ranges = np.empty(values.size, np.uint8), np.empty((-(-values.size // BLOCK), 2), np.int32)
         sums = np.zeros(2)

@@ -133,14 +133,15 @@ class _TensorSums:
         self.cols[matrix] += cols
         self.weighted[matrix] += weighted
 
-    def lost(self) -> float:
-        """Σ(√v − √ṽ)²."""
-        parts = []
+    def error(self) -> tuple[float, float]:
+        """Σ(√v − √ṽ)² and Σv."""
+        lost, totals = [], []
         for c, w, rows in zip(self.cols, self.weighted, self.rows.reshape(len(self.cols), -1), strict=True):
             total = math.fsum(rows.tolist())
+            totals.append(total)
             if total > 0:
-                parts.append(max(0.0, 2 * (total - math.fsum((np.sqrt(c / total) * w).tolist()))))
-        return math.fsum(parts)
+                lost.append(max(0.0, 2 * (total - math.fsum((np.sqrt(c / total) * w).tolist()))))
+        return math.fsum(lost), math.fsum(totals)
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def compress_rank1(moments: Moments, *, stream: Stream, what: str) -> tuple[Rank
 
     def work(part: _Part) -> None:
         v = moments.read(part.name, part.start, part.stop, check=False).numpy()
+        stream.count_read(v.nbytes)
         stacks = v.shape[0] // part.height
         cols, weighted = np.zeros((stacks, v.shape[1])), np.zeros((stacks, v.shape[1]))
         found, rows = sums[part.name], np.empty(v.shape[0])
@@ -200,7 +202,7 @@ def compress_rank1(moments: Moments, *, stream: Stream, what: str) -> tuple[Rank
         keys = list(RankOneMoments.keys(name, shape).items())
         for (key, form), values in zip(keys, (sums[name].rows, sums[name].cols), strict=True):
             stored[key] = torch.from_numpy(values.astype(np.float32)).reshape(form)
-        errors[name] = (sums[name].lost(), math.fsum(sums[name].rows.tolist()))
+        errors[name] = sums[name].error()
     compressed = RankOneMoments(moments.path, shapes, stored, moments.beta2, steps_of(moments))
     return compressed, CompressionReport.of(compressed, compressed.size, errors)
 

@@ -98,7 +98,7 @@ def compress_rank_k(moments: Moments, *, rank: int, stream: Stream, what: str) -
     def factor(item: tuple[str, int], run: "_Run") -> None:
         name, matrix = item
         _, height, width = matrices(shapes[name])
-        left, right, *sums = _factor(_Matrix(moments, name, matrix * height, height, width), rank, run)
+        left, right, *sums = _factor(_Matrix(moments, stream, name, matrix * height, height, width), rank, run)
         stored[name + ROW].view(-1, height, rank)[matrix] = torch.from_numpy(left)
         stored[name + COL].view(-1, rank, width)[matrix] = torch.from_numpy(right)
         lost[item] = (sums[0], sums[1])
@@ -132,14 +132,15 @@ def _run_here(work: Callable[[Chunk], Result], items: Iterable[Chunk], /) -> lis
 class _Matrix:
     """One matrix of v, read in chunks of rows."""
 
-    def __init__(self, moments: Moments, name: str, start: int, height: int, width: int) -> None:
-        self._moments, self._name, self._start = moments, name, start
+    def __init__(self, moments: Moments, stream: Stream, name: str, start: int, height: int, width: int) -> None:
+        self._moments, self._count, self._name, self._start = moments, stream.count_read, name, start
         self.height, self.width = height, width
         self.chunks = [(i, a, b) for i, (a, b) in enumerate(row_blocks((height, width), CHUNK))]
 
     def read(self, a: int, b: int) -> F32:
         """Rows a:b, float32, not checked."""
         values: F32 = self._moments.read(self._name, self._start + a, self._start + b, check=False).numpy()
+        self._count(values.nbytes)
         return values
 
     def refuse(self, a: int, b: int) -> None:

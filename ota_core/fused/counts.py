@@ -1,4 +1,4 @@
-"""Histograms of scores in one compiled pass over a block: the upper 16 bits of all, the lower 16 bits of those in chosen bins."""
+"""Counts of scores in one compiled pass over a block: a histogram of their upper 16 bits, or what lies above and inside brackets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,55 +28,97 @@ class Candidate:
 
 
 @compiled
-def _count(
-    base_source: Any, table: Any, n: int, piece: int, stride: int, slots: Any, high: Any, low: Any, count_high: bool
-) -> int:
+def _tile_scores(one: Any, base: Any, first: int, count: int, theta: Any, v_hat: Any, out: Any) -> bool:
+    """Scores of a tile; True when its v holds a bad entry."""
+    load(one.theta, first, count, theta)
+    if one.metric != BY_MAGNITUDE and load_v_hat(one.v, one.factor, first, count, v_hat):
+        return True
+    scores(count, base, theta, v_hat, one.metric, out)
+    return False
+
+
+@compiled
+def _count_high(base_source: Any, table: Any, n: int, piece: int, stride: int, high: Any) -> int:
     """Counts of pieces of ``piece`` elements that begin ``stride`` apart; returns the first expert with a bad v, or −1."""
-    base, theta, v_hat, score_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
-    bits = score_tile.view(np.uint32)
+    base, theta, v_hat, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
+    bits = found.view(np.uint32)
     for first in range(0, n, stride):
         count = min(piece, n - first)
         load(base_source, first, count, base)
         for m in range(table.shape[0]):
-            one = table[m]
-            load(one.theta, first, count, theta)
-            if one.metric != BY_MAGNITUDE and load_v_hat(one.v, one.factor, first, count, v_hat):
+            if _tile_scores(table[m], base, first, count, theta, v_hat, found):
                 return m
-            scores(count, base, theta, v_hat, one.metric, score_tile)
-            row = one.row
-            if count_high:
-                for i in range(count):
-                    high[row, bits[i] >> np.uint32(16)] += 1
-            if low.shape[1] > 0:
-                for i in range(count):
-                    slot = slots[row, bits[i] >> np.uint32(16)]
-                    if slot >= 0:
-                        low[row, slot, bits[i] & np.uint32(0xFFFF)] += 1
+            row = table[m].row
+            for i in range(count):
+                high[row, bits[i] >> np.uint32(16)] += 1
     return -1
 
 
-def count_block(
+@compiled
+def _count_brackets(base_source: Any, table: Any, n: int, lowest: Any, width: int, above: Any, inside: Any) -> int:
+    """The same for what lies above and inside brackets of bit patterns, ``width`` from ``lowest`` on."""
+    base, theta, v_hat, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
+    bits, places = found.view(np.uint32), np.empty(TILE + 1, np.uint32)
+    for first in range(0, n, TILE):
+        count = min(TILE, n - first)
+        load(base_source, first, count, base)
+        for m in range(table.shape[0]):
+            if _tile_scores(table[m], base, first, count, theta, v_hat, found):
+                return m
+            row = table[m].row
+            for r in range(lowest.shape[1]):
+                if lowest[row, r] < 0:
+                    continue
+                bottom, size = np.uint32(lowest[row, r]), np.uint32(width)
+                top, larger = np.uint32(lowest[row, r] + width), np.int32(0)
+                for i in range(count):
+                    larger += np.int32(bits[i] >= top)
+                above[row, r] += larger
+                # Few lie inside: that is the point of a bracket. They are collected without a branch, which would be guessed wrong.
+                hit = np.int64(0)
+                for i in range(count):
+                    place = np.uint32(bits[i] - bottom)
+                    places[hit] = place
+                    hit += np.int64(place < size)
+                for i in range(hit):
+                    inside[row, r, places[i]] += 1
+    return -1
+
+
+def count_high(
+    base: torch.Tensor, candidates: Sequence[Candidate], high: NDArray[np.int64], *, piece: int = TILE, stride: int = TILE
+) -> int | None:
+    """Count the upper 16 bits of the scores of n elements.
+
+    base: n elements as stored. high: int64 (M, 65536), is added to. ``piece`` of every ``stride`` elements are counted, at most a tile.
+    Returns the position of the first expert whose v holds a negative, NaN or infinite entry, else None.
+    """
+    assert piece <= TILE
+    bad = _count_high(source_of(base)[()], _table(candidates), base.numel(), piece, stride, high)
+    return None if bad < 0 else bad
+
+
+def count_brackets(
     base: torch.Tensor,
     candidates: Sequence[Candidate],
     *,
-    high: NDArray[np.int64],
-    slots: NDArray[np.int8],
-    low: NDArray[np.int64],
-    count_high: bool = True,
-    piece: int = TILE,
-    stride: int = TILE,
+    lowest: NDArray[np.int64],
+    above: NDArray[np.int64],
+    inside: NDArray[np.int64],
 ) -> int | None:
-    """Add the scores of n elements to the experts' histograms.
+    """Count the scores of n elements that lie above and inside brackets of bit patterns.
 
-    base: n elements as stored. high: int64 (M, 65536), counts by the upper 16 bits. slots: int8 (M, 65536), which row of ``low`` counts
-    the lower bits of that bin, −1 for none. low: int64 (M, S, 65536). ``piece`` of every ``stride`` elements are counted, at most a tile.
-    Returns the position of the first expert whose v holds a negative, NaN or infinite entry, else None.
+    base: n elements as stored. lowest: int64 (M, R), the first pattern of each bracket, −1 for none. above: int64 (M, R), is added to;
+    inside: int64 (M, R, W), too, one count for each of the W patterns from ``lowest`` on. Returns what ``count_high`` returns.
     """
+    bad = _count_brackets(source_of(base)[()], _table(candidates), base.numel(), lowest, inside.shape[2], above, inside)
+    return None if bad < 0 else bad
+
+
+def _table(candidates: Sequence[Candidate]) -> NDArray[Any]:
     table = np.zeros(len(candidates), CANDIDATE)
     for row, one in zip(table, candidates, strict=True):
         row["theta"], row["metric"], row["row"] = source_of(one.theta), one.metric, one.row
         if one.v is not None:
             row["v"], row["factor"] = one.v.source, one.v.factor
-    assert piece <= TILE and (low.shape[1] > 0 or (slots < 0).all())
-    bad = _count(source_of(base)[()], table, base.numel(), piece, stride, slots, high, low, count_high)
-    return None if bad < 0 else bad
+    return table

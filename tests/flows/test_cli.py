@@ -99,7 +99,7 @@ def test_merge_prints_densities_and_writes_what_the_engine_writes(recipe: Path, 
         )
     assert f"{out}: merged in " in result.stdout and f"fingerprint {record['fingerprint']}" in result.stdout
     assert "━" not in result.stdout  # progress goes to stderr: the output can be piped
-    assert "merge" in result.stderr and "100%" in result.stderr and result.stderr.count("threshold expert0") == 1
+    assert "merge" in result.stderr and "100%" in result.stderr and result.stderr.count("thresholds") == 1
     loaded(out)
     raw = llama_experts(folder / "again")
     engine.merge(MergeRecipe.model_validate(raw), folder / "direct")
@@ -168,16 +168,23 @@ def test_masks_and_compressed_moments_of_streamed_experts_are_the_same_bytes(
     assert (tmp_path / "home" / "cache" / "blobs").exists()
 
 
-def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["rank1", "log8", "rank_k"])
+def test_compress_compares_with_the_full_second_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
     base, folder = tmp_path / "base", tmp_path / "expert"
     write_tiny_llama(base)
     perturb(base, folder, seed=1, scale=0.01)
     weights = load_file(folder / "model.safetensors")
     save_file({name: torch.rand_like(tensor) * 1e-12 for name, tensor in weights.items()}, folder / "exp_avg_sq.safetensors")
-    result = ota("compress", folder, tmp_path / "a.safetensors", "--base", base, "--density", "0.3")
-    shown = re.search(r"rank correlation (0\.\d{4}), overlap of the masks at density 0\.3: (0\.\d{4}) \(Jaccard\)", result.stdout)
-    assert shown and 0.5 < float(shown[2]) < float(shown[1]) < 1
+    out = tmp_path / "a.safetensors"
+    rank = ("--rank", "2") if method == "rank_k" else ()
+    result = ota("compress", folder, out, "--base", base, "--density", "0.3", "--method", method, *rank)
+    label = "rank_k with rank 2" if rank else method
+    assert f"{out}: {label}, " in result.stdout and f", {label}, " in ota("inspect", out).stdout
+    shown = re.search(r"rank correlation ([\d.]+), overlap of the masks at density 0\.3: ([\d.]+) \(Jaccard\)", result.stdout)
+    # Uniform noise: a product of rows and columns keeps the order roughly, a code of each element closely.
+    assert shown and (0.9 if method == "log8" else 0.5) < float(shown[2]) <= float(shown[1]) <= 1
+    assert (float(shown[1]) > 0.999) == (method == "log8")
     refused = invoke("compress", folder, tmp_path / "b.safetensors", "--base", base, "--density", "3")
     assert refused.exit_code == 2 and "density: got 3.0, expected a number in (0, 1]" in refused.stderr
     assert not (tmp_path / "b.safetensors").exists()

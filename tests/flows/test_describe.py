@@ -92,14 +92,17 @@ def test_plans_sizes_are_those_of_the_real_output(tmp_path: Path, parameters: di
         x.nbytes for name in ("base", "expert0", "expert1") for x in load_file(tmp_path / name / "model.safetensors").values()
     )
     assert number(text, r"inputs: (.*) of weights") == pytest.approx(inputs, abs=6)
-    if parameters.get("compression"):
-        assert number(text, r"rank1 second moments: (.*), ") == pytest.approx(
-            2 * rank1_size(tmp_path / "expert0", tmp_path), abs=12
-        )
+    elements = sum(tensor.numel() for tensor in load_file(tmp_path / "expert0" / "exp_avg_sq.safetensors").values())
+    for method in ("none", "rank1", "log8", "rank_k"):
+        size = 2 * compressed_size(tmp_path / "expert0", tmp_path, method)
+        label = method + (" with rank 4" if method == "rank_k" else "")
+        mark = r" \(chosen\)" if method == parameters.get("compression", "none") else ""
+        assert number(text, rf"  {label}: (.*), [\d.]+ bytes per parameter{mark}\n") == pytest.approx(size, abs=12)
+        assert float(re.search(rf"  {label}: .*, ([\d.]+) bytes", text)[1]) == pytest.approx(size / 2 / elements, abs=1e-4)  # type: ignore[index]
 
 
-def rank1_size(folder: Path, scratch: Path) -> int:
-    engine.compress_moments(folder / "exp_avg_sq.safetensors", scratch / "c.safetensors", method="rank1")
+def compressed_size(folder: Path, scratch: Path, method: str) -> int:
+    engine.compress_moments(folder / "exp_avg_sq.safetensors", scratch / "c.safetensors", method=method)
     return sum(tensor.nbytes for tensor in load_file(scratch / "c.safetensors").values())
 
 
@@ -125,6 +128,10 @@ METHODS: list[dict[str, Any]] = [
     {"method": "ota", "parameters": {"density": 0.4, "metric": "magnitude", "normalise": "global"}},
     {"method": "ota", "parameters": {"density": 0.4, "compression": "rank1", "normalise": "global"}},
     {"method": "ota", "parameters": {"density": 0.4, "compression": "rank1", "mask_curvature": "full"}},
+    {"method": "ota", "parameters": {"density": 0.4, "compression": "log8", "normalise": "global"}},
+    {"method": "ota", "parameters": {"density": 0.4, "compression": "log8", "mask_curvature": "full", "scope": "per_tensor"}},
+    {"method": "ota", "parameters": {"density": 0.4, "compression": "rank_k", "rank": 2}},
+    {"method": "ota", "parameters": {"density": 0.4, "compression": "rank_k", "rank": 30, "mask_curvature": "full"}},
     {"method": "ota", "parameters": {"precond_threshold": 1e-18, "rescale": True}},
     {"method": "ota", "parameters": {"precond_threshold": 1e-18, "mask_curvature": "full"}},
     {"method": "fisher", "parameters": {}},

@@ -156,7 +156,7 @@ def test_second_moments_of_another_model(world: World) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1e-9, float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("parameters", [{}, {"density": 0.4}, {"compression": "rank1"}])
+@pytest.mark.parametrize("parameters", [{}, {"density": 0.4}, *({"compression": name} for name in ("rank1", "log8", "rank_k"))])
 def test_bad_entries_of_v_name_file_tensor_and_index(world: World, bad: float, parameters: dict[str, Any]) -> None:
     path = world.edit("expert1/exp_avg_sq.safetensors", lambda t: t[UP].view(-1).__setitem__(11, bad))
     world.recipe["parameters"] = parameters
@@ -169,7 +169,7 @@ def test_bad_entries_of_v_name_file_tensor_and_index(world: World, bad: float, p
 def test_bad_entries_of_v_stop_mask_and_compress_too(world: World) -> None:
     path = world.edit("expert0/exp_avg_sq.safetensors", lambda t: t[UP].view(-1).__setitem__(0, float("nan")))
     assert f"{path}: the second moment of '{UP}' is nan" in world.refused("mask")
-    for method in ("rank1", "none"):
+    for method in ("rank1", "log8", "rank_k", "none"):
         target = world.root / "c.safetensors"
         result = CliRunner().invoke(
             app, ["compress", str(world.root / "expert0"), str(target), "--method", method, "--home", str(world.home)]
@@ -272,7 +272,14 @@ def test_options_that_mean_nothing(world: World) -> None:
     assert "memory: got '1MiB', expected at least 64MiB" in world.refused("plan", "--memory", "1MiB")
     assert "device: got 'gpu', expected cpu, cuda or auto" in world.refused("merge", "--device", "gpu")
     result = CliRunner().invoke(app, ["compress", str(world.root / "expert0"), str(world.root / "c"), "--method", "log9"])
-    assert result.exit_code == 2 and "compression method 'log9' is not known; expected rank1 or none" in result.stderr
+    assert result.exit_code == 2 and "'log9' is not known; expected one of none, rank1, log8, rank_k" in result.stderr
+    for method, rank, message in [
+        ("rank1", "3", "rank: 3 has no effect with the method rank1; remove it, or choose rank_k"),
+        ("rank_k", "0", "rank: got 0, expected a whole number of at least 1"),
+    ]:
+        arguments = ["compress", str(world.root / "expert0"), str(world.root / "c"), "--method", method, "--rank", rank]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and message in result.stderr
     if not torch.cuda.is_available():
         assert "torch sees no GPU here; use --device cpu or auto" in world.refused("merge", "--device", "cuda")
 

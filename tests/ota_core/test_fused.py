@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ota_core.fused.counts import Candidate, count_block
+from ota_core.fused import counts
+from ota_core.fused.counts import Candidate
 from ota_core.fused.memory import F32, TILE, VSource, load, load_bytes, rank1_source, source_of, store
 from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
 from ota_core.fused.task_vectors import Part, combine_block, linear_block
@@ -103,18 +104,22 @@ def test_the_fused_histogram_is_that_of_the_scores(metric: int, size: int) -> No
     base, [theta], [v] = experts(3, 1, size)
     delta = theta.double() - base.double()
     scores = magnitude_scores(delta) if metric == BY_MAGNITUDE else curvature_scores(v * torch.tensor(2.5), delta)
-    expected = torch.zeros(3, 65536, dtype=torch.int64)
-    count_high(scores, expected[0])
-    fullest = torch.topk(expected[0], 2).indices.tolist()
-    for row, index in enumerate(fullest, 1):
-        count_low(scores, index, expected[row])
-    slots = np.full((2, 65536), -1, np.int8)
-    slots[1, fullest] = [0, 1]
-    high, low = np.zeros((2, 65536), np.int64), np.zeros((2, 2, 65536), np.int64)
+    expected = torch.zeros(65536, dtype=torch.int64)
+    count_high(scores, expected)
     one = Candidate(theta=theta, v=None if metric == BY_MAGNITUDE else v_source(v, 2.5), metric=metric, row=1)
-    assert count_block(base, [one], high=high, slots=slots, low=low) is None
-    assert np.array_equal(np.stack([high[1], *low[1]]), expected.numpy())
-    assert not high[0].any() and not low[0].any() and high.sum() == size
+    high = np.zeros((2, 65536), np.int64)
+    assert counts.count_high(base, [one], high) is None
+    assert np.array_equal(high[1], expected.numpy()) and not high[0].any() and high.sum() == size
+    fullest = int(expected.argmax())
+    inside = torch.zeros(65536, dtype=torch.int64)
+    count_low(scores, fullest, inside)
+    lowest = np.array([[-1, -1, -1], [fullest << 16, -1, 0]])
+    above, found = np.zeros((2, 3), np.int64), np.zeros((2, 3, 65536), np.int64)
+    assert counts.count_brackets(base, [one], lowest=lowest, above=above, inside=found) is None
+    assert np.array_equal(found[1, 0], inside.numpy()) and not found[0].any() and not found[1, 1].any()
+    bits = scores.view(torch.int32) >> 16
+    assert above.tolist() == [[0, 0, 0], [int((bits > fullest).sum()), 0, int((bits > 0).sum())]]
+    assert found[1, 2].sum() == int((bits == 0).sum())
 
 
 def test_a_sample_counts_pieces_of_every_stride() -> None:
@@ -122,9 +127,9 @@ def test_a_sample_counts_pieces_of_every_stride() -> None:
     scores = curvature_scores(v, theta.double() - base.double())
     expected = torch.zeros(65536, dtype=torch.int64)
     count_high(torch.cat([scores[start : start + 100] for start in range(0, 5000, 700)]), expected)
-    high, low, slots = np.zeros((1, 65536), np.int64), np.zeros((1, 0, 65536), np.int64), np.full((1, 65536), -1, np.int8)
+    high = np.zeros((1, 65536), np.int64)
     one = Candidate(theta=theta, v=v_source(v), metric=BY_CURVATURE, row=0)
-    assert count_block(base, [one], high=high, slots=slots, low=low, piece=100, stride=700) is None
+    assert counts.count_high(base, [one], high, piece=100, stride=700) is None
     assert np.array_equal(high[0], expected.numpy())
 
 
@@ -140,8 +145,9 @@ def test_a_bad_second_moment_is_told_by_the_expert(value: float, place: int) -> 
         Candidate(theta=theta, v=v_source(v), metric=BY_CURVATURE, row=i)
         for i, (theta, v) in enumerate(zip(thetas, vs, strict=True))
     ]
-    high, low, slots = np.zeros((3, 65536), np.int64), np.zeros((3, 0, 65536), np.int64), np.full((3, 65536), -1, np.int8)
-    assert count_block(base, candidates, high=high, slots=slots, low=low) == 1
+    assert counts.count_high(base, candidates, np.zeros((3, 65536), np.int64)) == 1
+    lowest, above, inside = np.full((3, 1), -1), np.zeros((3, 1), np.int64), np.zeros((3, 1, 65536), np.int64)
+    assert counts.count_brackets(base, candidates, lowest=lowest, above=above, inside=inside) == 1
 
 
 def test_every_16_bit_pattern_is_loaded_as_torch_reads_it() -> None:

@@ -76,3 +76,16 @@ def test_help_answers_without_loading_anything_heavy() -> None:
     )
     assert "flows.cli" in loaded
     assert {name.split(".")[0] for name in loaded} & (FORBIDDEN | {"torch", "numpy", "numba", "pandas", "lm_eval"}) == set()
+
+
+HEAVY = FORBIDDEN | {"pandas", "matplotlib", "datasets", "sklearn"}
+
+
+@pytest.mark.parametrize(
+    "module, allowed", [("tasks.inputs", {"botocore"}), ("flows.single", {"botocore"}), ("flows.merge", {"botocore", "prefect"})]
+)
+def test_a_command_loads_only_what_it_needs(module: str, allowed: set[str]) -> None:
+    """``ota merge`` of local folders, ``ota compress``, and a flow that finds everything in its cache."""
+    loaded = loaded_after(f"import {module}")
+    assert module in loaded
+    assert {name.split(".")[0] for name in loaded} & HEAVY <= allowed

@@ -127,7 +127,7 @@ WORDS = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_cha
         {},
         optional={
             "density": st.floats(0.001, 1), "power": st.floats(0, 4), "lambda": st.floats(-3, 3), "scope": st.sampled_from(["global", "per_tensor"]),
-            "epsilon": st.floats(0, 1), "compression": st.sampled_from(["none", "rank1"]), "rescale": st.booleans(), "scaling_factor": st.floats(0, 9),
+            "epsilon": st.floats(0, 1), "compression": st.sampled_from(["none", "rank1", "log8", "rank_k"]), "rescale": st.booleans(), "scaling_factor": st.floats(0, 9),
             "masked_merge": st.sampled_from(["precond", "linear", "ties"]), "bias_correction": st.booleans(),
         },
     ),
@@ -150,6 +150,12 @@ def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dic
         (recipe({"density": 0.5}, merge_method="linear"), "'density' has no effect with merge_method linear"),
         (recipe({}, {"preconditioner_path": "v"}, merge_method="ties"), "'preconditioner_path' has no effect with merge_method ties"),
         (recipe({"rank1_approx": True}, merge_method="dare_ties"), "'compression' has no effect"),
+        (recipe({"rank": 2}, merge_method="ties"), "'rank' has no effect with merge_method ties"),
+        (recipe({"rank": 2}), "'rank' has no effect with compression none; remove it, or set compression: rank_k"),
+        (recipe({"rank": 2, "compression": "rank1"}), "'rank' has no effect with compression rank1"),
+        (recipe({"rank": 0, "compression": "rank_k"}), "parameters.rank: got 0"),
+        (recipe({"rank": True, "compression": "rank_k"}), "parameters.rank: got True"),
+        (recipe({"rank": 1.5, "compression": "rank_k"}), "parameters.rank: got 1.5"),
         (recipe({"density": 0.4}, base_model=None), "base_model is missing: FFG"),
         (recipe({"lambda": 1.5}, base_model=None), "parameters.lambda acts on task vectors"),
         (recipe({"rescale": True}, base_model=None), "parameters.rescale acts on task vectors"),
@@ -204,3 +210,12 @@ def test_every_problem_is_listed() -> None:
         assert part in text
     text = refused(recipe({"density": 0.4, "precond_threshold": 1, "t": 0.1, "seed": 1}))
     assert text.startswith("4 problems found:") and "models[0] (x)" in text and "models[1] (y)" in text
+
+
+def test_a_rank_is_in_force_with_rank_k_alone() -> None:
+    assert MergeRecipe.model_validate(recipe({"compression": "rank_k"})).setting("rank") == 4
+    given = MergeRecipe.model_validate(recipe({"compression": "rank_k", "rank": 7}))
+    assert given.setting("rank") == given.effective()["parameters"]["rank"] == 7
+    for compression in ("none", "rank1", "log8"):
+        other = MergeRecipe.model_validate(recipe({"compression": compression}))
+        assert other.setting("rank") is None and "rank" not in other.effective()["parameters"]

@@ -11,11 +11,9 @@ from safetensors.torch import load_file, save_file
 from ota_core import engine
 from ota_core.artifact import read_record
 from ota_core.checkpoint import SAFETENSORS_INDEX
+from ota_core.errors import OtaError
 from ota_core.inputs import MergeInputs, resolve_local
-from ota_core.output import write_weights
-from ota_core.plan import open_plan
 from ota_core.recipe import MergeRecipe
-from ota_core.rules import rule_of
 from tests.checkpoints import ota_recipe, random_base, random_experts
 from tests.ota_core.test_output import add_moments, llama_experts, loaded
 from tests.tiny_models import perturb, write_tiny_llama
@@ -35,7 +33,8 @@ def staged(recipe: MergeRecipe, root: Path, *, expert_at_a_time: bool = False, *
     experts = []
     for expert in inputs.experts:
         assert expert.moments is not None
-        engine.compress_moments(expert.moments, root / f"{expert.name}.moments", method=compression)
+        path = root / f"{expert.name}.moments"
+        engine.compress_moments(expert.moments, path, method=compression, rank=recipe.setting("rank"))
         experts.append(replace(expert, moments=root / f"{expert.name}.moments", full_moments=expert.moments))
     inputs = replace(inputs, experts=tuple(experts))
     if any(recipe.ffg(i) for i in range(len(experts))):
@@ -61,6 +60,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"density": 0.3, "scope": "per_tensor"},
     {"density": 0.3, "scope": "per_tensor", "compression": "rank1"},
     {"density": 0.3, "compression": "rank1", "mask_curvature": "full"},
+    {"density": 0.3, "compression": "log8"},
+    {"density": 0.3, "compression": "log8", "mask_curvature": "full", "normalise": "global"},
+    {"density": 0.3, "compression": "rank_k", "rank": 2},
+    {"density": 0.3, "compression": "rank_k", "scope": "per_tensor", "mask_curvature": "full"},
     {"density": 0.3, "mask_curvature": "full", "rescale": True},
     {"density": 0.3, "metric": "magnitude", "masked_merge": "ties"},
     {"density": 0.3, "normalise": "global", "compression": "rank1", "fallback": "mean"},
@@ -109,21 +112,32 @@ def test_mixed_experts_with_and_without_a_mask(tmp_path: Path) -> None:
 
 
 def test_compressed_moments_of_another_kind_are_refused(tmp_path: Path) -> None:
-    recipe = MergeRecipe.model_validate(llama_experts(tmp_path))
+    raw = llama_experts(tmp_path)
+    recipe = MergeRecipe.model_validate(raw)
     inputs = resolve_local(recipe)
     path = tmp_path / "v.safetensors"
     assert inputs.experts[0].moments is not None
     engine.compress_moments(inputs.experts[0].moments, path, method="rank1")
     with pytest.raises(
-        Exception, match=r"v.safetensors holds second moments compressed with rank1; the recipe asks for compression: none"
+        OtaError, match=r"v.safetensors holds second moments compressed with rank1; the recipe asks for compression: none"
     ):
         engine.merge(
             recipe,
             tmp_path / "out",
             inputs=replace(inputs, experts=(replace(inputs.experts[0], moments=path), inputs.experts[1])),
         )
-    with pytest.raises(Exception, match="is compressed with rank1 already"):
+    with pytest.raises(OtaError, match="is compressed with rank1 already"):
         engine.compress_moments(path, tmp_path / "again", method="rank1")
+    engine.compress_moments(inputs.experts[0].moments, path, method="rank_k", rank=2)
+    raw["parameters"] = {"compression": "rank_k", "rank": 3}
+    with pytest.raises(
+        OtaError, match=r"compressed with rank_k with rank 2; the recipe asks for compression: rank_k with rank 3"
+    ):
+        engine.merge(
+            MergeRecipe.model_validate(raw),
+            tmp_path / "out",
+            inputs=replace(inputs, experts=(replace(inputs.experts[0], moments=path), inputs.experts[1])),
+        )
 
 
 @pytest.mark.parametrize(
@@ -145,13 +159,8 @@ def test_sharded_inputs_and_threads_change_no_byte(tmp_path: Path, method: str, 
 def test_sharded_output_loads_and_holds_the_same_numbers(tmp_path: Path, tie: bool) -> None:
     recipe = MergeRecipe.model_validate(llama_experts(tmp_path, tie=tie))
     engine.merge(recipe, tmp_path / "one")
-    engine.merge(recipe, tmp_path / "many")
     many = tmp_path / "many"
-    (many / "model.safetensors").unlink()
-    with open_plan(recipe, resolve_local(recipe)) as plan:
-        rule = rule_of(plan)
-        rule.prepare()
-        write_weights(plan, rule, many, max_shard_bytes=8_000)
+    engine.merge(recipe, many, shard_size=8_000)
     shards = sorted(many.glob("model-*.safetensors"))
     assert len(shards) > 3 and (many / SAFETENSORS_INDEX).exists() and f"of-{len(shards):05d}" in shards[0].name
     single = load_file(tmp_path / "one" / "model.safetensors")

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ota_core import tally
+from ota_core.fused import counts as fused
 from ota_core.inputs import resolve_local
 from ota_core.plan import MergePlan, open_plan
 from ota_core.prepare import PlanScoring, ffg_group, ffg_scoring
 from ota_core.recipe import MergeRecipe
-from ota_core.tally import Group, Histograms, bins_of, count, flat, kth_largest, locate, open_bins, place, settle
+from ota_core.tally import Brackets, Group, bins_of, count_brackets, count_high, kth_largest, locate, read_off
 from tests.checkpoints import ota_recipe, random_base, random_experts
 from tests.reference import Tensors
 
@@ -60,14 +61,15 @@ def test_ranks_of_a_whole_expert(
 
 
 def test_a_sample_that_misleads_costs_a_second_pass_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = []
-    whole = tally.count_block
+    passes: list[str] = []
+    for name in ("count_high", "count_brackets"):
+        original = getattr(fused, name)
 
-    def counted(*args: Any, **options: Any) -> Any:
-        passes.append((options["count_high"], options["stride"]))
-        return whole(*args, **options)
+        def counted(*args: Any, name: str = name, whole: Any = original, **options: Any) -> Any:
+            passes.append("sample" if options.get("stride", 1024) != 1024 else name)
+            return whole(*args, **options)
 
-    monkeypatch.setattr(tally, "count_block", counted)
+        monkeypatch.setattr(fused, name, counted)
     monkeypatch.setattr(tally, "WORTH_SAMPLING", 1000)
     monkeypatch.setattr(tally, "SAMPLE_STRIDE", 256)  # every element: a sample that is right
     with opened(tmp_path) as (plan, scores):
@@ -75,11 +77,11 @@ def test_a_sample_that_misleads_costs_a_second_pass_and_nothing_else(tmp_path: P
         expected = {1: [float(sorted_scores(scores[1])[11_999])]}
         assert kth_largest(plan, ffg_scoring(plan), [group], what="rank") == [expected]
         tensors = len(group.jobs)
-        assert len(passes) == 2 * tensors  # the sample, and one pass over all
+        assert passes == ["sample"] * tensors + ["count_brackets"] * tensors
         passes.clear()
-        monkeypatch.setattr(tally, "_around", lambda scoring, group, sample: open_bins([(3, 4)]))
+        monkeypatch.setattr(tally, "_around", lambda scoring, group, high: Brackets.empty(np.array([[3]])))
         assert kth_largest(plan, ffg_scoring(plan), [group], what="rank") == [expected]
-        assert len(passes) == 3 * tensors and passes[-1][0] is False
+        assert passes[tensors:] == ["count_brackets"] * tensors + ["count_high"] * tensors + ["count_brackets"] * tensors
 
 
 def test_ranks_of_each_tensor(tmp_path: Path) -> None:
@@ -106,19 +108,17 @@ def test_histograms_of_parts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with opened(tmp_path) as (plan, scores):
         group, scoring = ffg_group(plan, plan.experts), ffg_scoring(plan)
 
-        def summed(slots: Any, *, high: bool) -> Histograms:
-            total = Histograms.empty(slots)
-            for job in group.jobs:
-                part = Group(jobs=[job], experts=group.experts, ranks={})
-                total.add(count(plan, scoring, part, slots, count_high=high, what="part"))
-            return total
-
-        places = place(group, summed(open_bins([()] * 3), high=True))
-        assert all(one.score is None for one in flat(places))
-        places = settle(group, places, summed(open_bins(bins_of(group, places)), high=False))
+        parts = [Group(jobs=[job], experts=group.experts, ranks={}) for job in group.jobs]
+        high = sum(count_high(plan, scoring, part, what="part") for part in parts)
+        bins = bins_of(group, high)
+        assert read_off(group, Brackets.empty(bins + 1)) is None
+        brackets = Brackets.empty(bins)
+        for part in parts:
+            brackets += count_brackets(plan, scoring, part, bins, what="part")
+        found = read_off(group, brackets)
+        assert found is not None
         for expert in range(3):
-            k = group.ranks[expert][0]
-            assert [one.score for one in places[expert]] == [float(sorted_scores(scores[expert])[k - 1])]
+            assert found[expert] == [float(sorted_scores(scores[expert])[group.ranks[expert][0] - 1])]
 
 
 def test_magnitudes_need_no_second_moments(tmp_path: Path) -> None:

@@ -81,12 +81,33 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
         ({"bias_correction": True}, {"mask", "merge"}),
         ({"top": {"tokenizer_source": "union"}}, {"mask", "merge"}),
         ({"compression": "none"}, {"moments", "mask", "merge"}),
+        ({"compression": "log8"}, {"moments", "mask", "merge"}),
         # The defaults, spelled out.
         ({"lambda": 1, "power": 0.5, "density": 0.4, "fallback": "base", "own": {"density": 0.4}}, set()),
     ],
 )
 def test_options_stale_only_what_they_decide(models: Path, where: Places, options: dict[str, Any], stale: set[str]) -> None:
     assert changed(fingerprints(recipe(models), where), fingerprints(recipe(models, **options), where)) == stale
+
+
+def test_a_rank_stales_what_is_compressed_with_it(models: Path, where: Places) -> None:
+    prints = [fingerprints(recipe(models, compression="rank_k", **rank), where) for rank in ({}, {"rank": 4}, {"rank": 2})]
+    assert prints[0] == prints[1] and changed(prints[1], prints[2]) == {"moments", "mask", "merge"}
+
+
+@pytest.mark.parametrize("compression", [{"compression": "log8"}, {"compression": "rank_k", "rank": 2}], ids=str)
+def test_every_compression_goes_through_the_stages(models: Path, where: Places, tmp_path: Path, compression: Any) -> None:
+    wanted = recipe(models, **compression)
+    inputs = inputs_of(wanted, where)
+    refs = [stages.compress(where, stages.moments_step(wanted, expert), expert) for expert in inputs.experts]
+    assert [read_record(Path(ref.uri)).results["rank"] for ref in refs] == [compression.get("rank")] * 2
+    experts = [stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs, strict=True)]
+    ready = MergeInputs(base=inputs.base, experts=tuple(experts))
+    masks = {i: stages.mask(where, stages.mask_step(wanted, inputs, i), wanted, ready, i) for i in range(2)}
+    merged = stages.merge(where, stages.merge_step(wanted, inputs), wanted, stages.with_masks(where, ready, masks))
+    engine.merge(wanted, tmp_path / "fused", inputs=inputs)
+    names = [path.name for path in (tmp_path / "fused").glob("*.safetensors")]
+    assert names and all((Path(merged.uri) / name).read_bytes() == (tmp_path / "fused" / name).read_bytes() for name in names)
 
 
 def test_fingerprints_are_of_contents_not_of_places(models: Path, where: Places, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from ota_core.compression.base import DEFAULT_RANK, METHODS, CompressedMoments, 
 from ota_core.compression.file import open_compressed, save_compressed, save_full
 from ota_core.compression.log8 import log8_bytes, write_log8
 from ota_core.compression.rank1 import RankOneMoments, compress_rank1
-from ota_core.compression.rank_k import RankKMoments, compress_rank_k
+from ota_core.compression.rank_k import RankKMoments, compress_rank_k, stored_whole
 from ota_core.errors import OtaError
 from ota_core.moments.base import Moments
 from ota_core.stream import Stream
@@ -19,12 +19,12 @@ def compress(
     moments: Moments,
     *,
     method: str = "rank1",
-    rank: int = DEFAULT_RANK,
+    rank: int | None = None,
     stream: Stream,
     scratch: Path | None = None,
     what: str = "compress",
 ) -> tuple[CompressedMoments, CompressionReport]:
-    """Compressed second moments to be read at once, by ``rank1``, ``log8`` or ``rank_k`` (of rank ``rank``), and what they lost.
+    """Compressed second moments to be read at once, by ``rank1``, ``log8`` or ``rank_k`` (of rank ``rank``, 4 by default), and what they lost.
 
     Factors stay in memory. The code of ``log8`` is a quarter of v, too much for that: it goes to a file in the folder ``scratch``
     (without one, in the system's folder for temporary files), which has no name any more when this returns and vanishes with the last
@@ -33,7 +33,7 @@ def compress(
     if method == "rank1":
         return compress_rank1(moments, stream=stream, what=what)
     if method == "rank_k":
-        return compress_rank_k(moments, rank=rank, stream=stream, what=what)
+        return compress_rank_k(moments, rank=rank or DEFAULT_RANK, stream=stream, what=what)
     assert method == "log8", method
     handle, name = tempfile.mkstemp(prefix=".log8-", suffix=".tmp", dir=scratch)
     os.close(handle)
@@ -69,12 +69,19 @@ def write_compressed(moments: Moments, path: Path, *, method: str, rank: int | N
     return report
 
 
-def compressed_bytes(shape: tuple[int, ...], method: str, rank: int = DEFAULT_RANK) -> int:
+def compressed_bytes(shape: tuple[int, ...], method: str, rank: int | None = None) -> int:
     """Bytes that the second moments of a tensor of this shape take by any of ``METHODS``."""
     if method == "log8":
         return log8_bytes(math.prod(shape))
     if method == "rank1":
         return 4 * sum(math.prod(form) for form in RankOneMoments.keys("", shape).values())
     if method == "rank_k":
-        return 4 * sum(math.prod(form) for form in RankKMoments.keys("", shape, rank).values())
+        return 4 * sum(math.prod(form) for form in RankKMoments.keys("", shape, rank or DEFAULT_RANK).values())
     return 4 * math.prod(shape)
+
+
+def passes(shape: tuple[int, ...], method: str, rank: int | None = None) -> int:
+    """How often the compression of a tensor of this shape reads v; nothing is compressed by ``none``."""
+    if method == "rank_k":
+        return 1 if stored_whole(shape, rank or DEFAULT_RANK) else 3
+    return 0 if method == "none" else 1

@@ -1,0 +1,161 @@
+"""The paper exercise of docs/scaling.md: what merges of large models take on named hardware, from what the benchmark measured.
+
+`python -m tasks.bench_scaling .ota/bench/bench.json` prints the tables. Nothing here was measured at these sizes: work grows with
+parameters × experts (the benchmark shows that), bytes are counted, and the slowest of disk, network and processors sets the time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ota_core.errors import OtaError
+from ota_core.plan import bytes_per_element
+from ota_core.stream import BLOCK_ELEMENTS
+from tasks.bench_results import Bench, CaseResult
+
+EXPERTS = 5
+BILLIONS = (8, 70, 405)
+WEIGHT_BYTES, MOMENT_BYTES = 2, 4  # bfloat16, float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Where a merge would run. Rates in GB/s, of the whole machine or of all machines together, as sustained reads and writes."""
+
+    name: str
+    cores: int
+    read: float
+    write: float
+    source: str
+    """What the reads come through."""
+    hosts: int = 1
+    """Machines that share out the shards."""
+
+
+HARDWARE = (
+    Hardware(name="workstation: 16 cores, one PCIe 4 NVMe drive", cores=16, read=6.0, write=4.0, source="disk"),
+    Hardware(name="AWS i4i.32xlarge: 64 cores, 8 NVMe drives", cores=64, read=20.0, write=10.0, source="disk"),
+    Hardware(
+        name="8 × AWS c7i.8xlarge: 16 cores and 12.5 Gbit/s each, from and to S3",
+        cores=128, read=8 * 1.4, write=8 * 1.4, source="network", hosts=8,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Measured: core-seconds for an element of an expert, and resident bytes of a merge on the machine of the benchmark."""
+
+    merge: float
+    ranking: float
+    compress: float
+    resident: int
+    threads: int
+
+    @classmethod
+    def of(cls, bench: Bench) -> "Constants":
+        """From the largest combination of which all needed cases were measured. Raises OtaError when there is none."""
+        for combination in sorted(bench.combinations, key=lambda one: -one.parameters * one.experts):
+            cases = {one.name: one for one in combination.cases if one.in_page_cache}
+            seconds = {name: _stage(cases.get(name)) for name in ("ota-threshold", "ota-density", "compress")}
+            peak = cases["ota-density"].peak_bytes if "ota-density" in cases else None
+            if peak and all(seconds.values()):
+                work, cores = combination.parameters * combination.experts / bench.machine.cores, bench.machine.cores
+                merge, density, compress = (value or 0.0 for value in seconds.values())
+                return cls(
+                    merge / work, (density - merge) / work, compress * cores / combination.parameters, peak, bench.machine.cores
+                )
+        raise OtaError(
+            "the benchmark holds no combination in the page cache with ota-threshold, ota-density and compress; run them"
+        )
+
+
+def _stage(case: CaseResult | None) -> float | None:
+    return case.stage_seconds if case is not None else None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the inputs."""
+
+    what: str
+    read: float
+    written: float
+    core_seconds: float
+
+
+def passes(parameters: float, constants: Constants, *, compressed: bool) -> list[Pass]:
+    """The passes of OTA with an exact global density over ``EXPERTS`` experts. Bytes of the data; the base is read once a pass.
+
+    compressed: rank1 second moments. v is then read once, an expert at a time, and never again.
+    """
+    work = parameters * EXPERTS
+    weights = WEIGHT_BYTES * parameters * (1 + EXPERTS)
+    moments = 0.0 if compressed else MOMENT_BYTES * work
+    found = [Pass("compress", MOMENT_BYTES * work, 0.0, constants.compress * work)] if compressed else []
+    return [
+        *found,
+        Pass("thresholds", weights + moments, 0.0, constants.ranking * work),
+        Pass("merge", weights + moments, WEIGHT_BYTES * parameters, constants.merge * work),
+    ]
+
+
+def time_of(step: Pass, hardware: Hardware) -> tuple[float, str]:
+    """Seconds of a pass, and what they are spent on: reading, computing and writing overlap, the slowest counts."""
+    limits = {
+        hardware.source: step.read / 1e9 / hardware.read,
+        "writing": step.written / 1e9 / hardware.write,
+        "processors": step.core_seconds / hardware.cores,
+    }
+    slowest = max(limits, key=lambda name: limits[name])
+    return limits[slowest], slowest
+
+
+def resident(constants: Constants, hardware: Hardware) -> float:
+    """Bytes on each machine: what was measured, and the blocks of its further threads (at most 8, the default)."""
+    more = max(0, min(8, hardware.cores // hardware.hosts) - constants.threads)
+    return constants.resident + more * BLOCK_ELEMENTS * bytes_per_element(EXPERTS)
+
+
+def tables(bench: Bench) -> Iterator[str]:
+    """Markdown, line by line."""
+    constants = Constants.of(bench)
+    yield f"Measured on {bench.machine.line()}: for one element of one expert {1e9 * constants.merge:.2f} core-nanoseconds to merge, "
+    yield f"{1e9 * constants.ranking:.2f} to rank, {1e9 * constants.compress:.2f} to compress (rank1)."
+    for compressed in (False, True):
+        yield ""
+        yield f"**{'rank1' if compressed else 'Full'} second moments, {EXPERTS} experts, exact global density**"
+        yield ""
+        yield "| parameters | hardware | read | written | time | memory | limited by |"
+        yield "|---:|---|---:|---:|---:|---:|---|"
+        for billions in BILLIONS:
+            steps = passes(billions * 1e9, constants, compressed=compressed)
+            for hardware in HARDWARE:
+                timed = [time_of(step, hardware) for step in steps]
+                limits = ", ".join(f"{step.what}: {why}" for step, (_, why) in zip(steps, timed, strict=True))
+                memory = f"{resident(constants, hardware) / 2**30:.1f} GiB" + (" each" if hardware.hosts > 1 else "")
+                yield (
+                    f"| {billions} B | {hardware.name} | {_tb(sum(s.read for s in steps))} | {_tb(sum(s.written for s in steps))} "
+                    f"| {_time(sum(seconds for seconds, _ in timed))} | {memory} | {limits} |"
+                )
+
+
+def _tb(size: float) -> str:
+    return f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / 1e9:.0f} GB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def main(path: Annotated[Path, typer.Argument(metavar="BENCH_JSON", help="What `ota bench` wrote.")]) -> None:
+    """Print the tables."""
+    for line in tables(Bench.model_validate_json(path.read_text(encoding="utf-8"))):
+        typer.echo(line)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,54 @@
+"""A Prefect server of the benchmark's own on loopback."""
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ota_core.errors import OtaError
+from tasks.bench_measure import child_environment
+from tasks.s3_server import free_ports, kill_group
+
+QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+
+
+@contextmanager
+def prefect_server(home: Path, *, timeout: float = 180.0) -> Iterator[dict[str, str]]:
+    """A server whose database lies in ``home``, for the length of a ``with`` block: the environment that its clients need.
+
+    Raises OtaError, with the end of its log, when it does not come up.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}/api"
+    environment = {**QUIET, "PREFECT_HOME": str(home)}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with open(home / "server.log", "wb") as log:
+        process = subprocess.Popen(
+            command, env=child_environment(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + timeout
+        while not _healthy(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join((home / "server.log").read_text(errors="replace").splitlines()[-15:])
+                raise OtaError(
+                    f"the Prefect server did not come up within {timeout:g} s; the end of {home / 'server.log'}:\n{tail}"
+                )
+            time.sleep(0.2)
+        yield {**environment, "PREFECT_API_URL": url}
+    finally:
+        kill_group(process.pid, grace=10.0)
+        process.wait()
+
+
+def _healthy(url: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the address is loopback
+    try:
+        with opener.open(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
