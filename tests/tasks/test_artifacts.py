@@ -281,12 +281,11 @@ def test_files_of_other_artifacts_are_linked_or_copied_within_s3(
 def test_objects_too_large_for_one_copy_are_copied_by_ranges(
     s3_server: S3Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from boto3.s3.transfer import TransferConfig
-
     content = os.urandom(11 * s3.MIB)
     (tmp_path / "large.bin").write_bytes(content)
     storage.upload_folder(tmp_path, s3_server.uri + "/from")
-    monkeypatch.setattr(s3, "_COPY", TransferConfig(multipart_threshold=6 * s3.MIB, multipart_chunksize=5 * s3.MIB))
+    monkeypatch.setattr(s3, "_COPY_AT_ONCE", 6 * s3.MIB)
+    monkeypatch.setattr(s3, "_COPY_RANGE", 5 * s3.MIB)
     s3.copy_object(s3_server.uri + "/from/large.bin", s3_server.uri + "/to/large.bin")
     assert s3.read_bytes(s3_server.uri + "/to/large.bin") == content
     old, new = (s3.head(f"{s3_server.uri}/{place}/large.bin") for place in ("from", "to"))
