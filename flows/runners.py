@@ -38,16 +38,18 @@ class Runner(BaseModel):
 
     def task_runner(self) -> TaskRunner[Any]:
         """Prefect's task runner for the parts. Raises OtaError when its package is not installed."""
+        runner: TaskRunner[Any]
         if self.kind == "dask":
             dask = _imported("prefect_dask", "dask")
             logging.getLogger("distributed").setLevel(logging.WARNING)  # it tells of every connection
             local = {"n_workers": self.parts or LOCAL_PROCESSES, "threads_per_worker": 1, "dashboard_address": None}
-            runner: TaskRunner[Any] = dask.DaskTaskRunner(address=self.address, cluster_kwargs=None if self.address else local)
+            runner = dask.DaskTaskRunner(address=self.address, cluster_kwargs=None if self.address else local)
             return runner
         if self.kind == "ray":
             ray = _imported("prefect_ray", "ray")
             local = {"num_cpus": self.parts or LOCAL_PROCESSES, "include_dashboard": False}
-            return ray.RayTaskRunner(address=self.address, init_kwargs={} if self.address else local)  # type: ignore[no-any-return]
+            runner = ray.RayTaskRunner(address=self.address, init_kwargs={} if self.address else local)
+            return runner
         return ThreadPoolTaskRunner(max_workers=self.parts or 1)
 
     @property
@@ -74,7 +76,7 @@ def runner_of(
     if text and (not text.isdecimal() or int(text) < 1):
         raise OtaError(f"parts: got '{text}', expected a number of parts at a time, at least 1")
     return Runner(
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         address=address,
         parts=int(text) if text else None,
         deployment=environment.get("OTA_PART_DEPLOYMENT") or DEPLOYMENT,

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ota_core import engine
-from ota_core.artifact import ArtifactRef, Kind, fingerprint, folder_files
+from ota_core.artifact import ArtifactRef, Kind, Record, fingerprint, folder_files
 from ota_core.errors import ArtifactError
 from ota_core.found import Found
 from ota_core.inputs import MergeInputs
@@ -107,6 +107,8 @@ class Part(BaseModel):
 
 def compress_parts(merge: SpreadMerge) -> list[Part]:
     """One part per expert whose second moments are to be compressed; none for methods that read none."""
+    if not any(one.needs_moments for one in merge.sources.experts):
+        return []
     with merge.inputs() as inputs:
         return [
             Part(merge=merge, kind="compress", target=expert.name, step=stages.moments_step(merge.recipe, expert))
@@ -124,11 +126,13 @@ def with_moments(merge: SpreadMerge, refs: Sequence[ArtifactRef]) -> SpreadMerge
 
 def with_masks(merge: SpreadMerge) -> SpreadMerge:
     """The merge with masks where the store holds them for every expert that FFG masks; as it was where one is missing."""
-    recipe, store = merge.recipe, merge.store()
+    masked = [i for i in range(len(merge.recipe.models)) if merge.recipe.ffg(i)]
+    if not masked:
+        return merge
     with merge.inputs() as inputs:
-        steps = {i: stages.mask_step(recipe, inputs, i) for i in range(len(inputs.experts)) if recipe.ffg(i)}
-    masks = {i: store.find("masks", step.fingerprint) for i, step in steps.items()}
-    if not masks or None in masks.values():
+        steps = {i: stages.mask_step(merge.recipe, inputs, i) for i in masked}
+    masks = {i: merge.store().find("masks", step.fingerprint) for i, step in steps.items()}
+    if None in masks.values():
         return merge
     experts = [one.model_copy(update={"masks": masks.get(i)}) for i, one in enumerate(merge.sources.experts)]
     return merge.model_copy(update={"sources": merge.sources.model_copy(update={"experts": tuple(experts)})})
@@ -245,9 +249,9 @@ def assemble(merge: SpreadMerge, shards: Mapping[str, ArtifactRef]) -> ArtifactR
             name: FileInfo(size=record.files[name], digest=record.provenance["digest"]) for name, record in records.items()
         }
         provenance |= {
-            "recipe": engine.described(merge.recipe), "digest": combined_digest(files), "seconds": _seconds(records.values()),
+            "recipe": engine.described(merge.recipe), "digest": combined_digest(files), "seconds": _seconds(records),
             "peak_memory_gib": max(record.provenance["peak_memory_gib"] for record in records.values()),
-            "shards": {name: {key: record.provenance[key] for key in ("host", "pid", "seconds")} for name, record in records.items()},
+            "shards": {name: {key: record.provenance[key] for key in ("host", "pid", "device", "seconds")} for name, record in records.items()},
         }  # fmt: skip
         return BuildResult(
             results=results, provenance=provenance, taken={name: storage.join(ref.uri, name) for name, ref in shards.items()}
@@ -256,9 +260,9 @@ def assemble(merge: SpreadMerge, shards: Mapping[str, ArtifactRef]) -> ArtifactR
     return _produce(merge, merge.step, build)
 
 
-def _seconds(records: Any) -> float:
+def _seconds(records: Mapping[str, Record]) -> float:
     """Of all machines together, as ``seconds/compress`` counts those of all experts."""
-    return round(sum(record.provenance["seconds"] for record in records), 3)
+    return round(sum(float(record.provenance["seconds"]) for record in records.values()), 3)
 
 
 def discard(merge: SpreadMerge, shards: Sequence[str]) -> None:

@@ -66,6 +66,26 @@ def test_help_lists_every_command_and_no_arguments_print_it() -> None:
     assert result.exit_code == 2 and "No such command 'mrege'" in result.stderr
 
 
+def test_merge_in_files_of_a_size(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    ota("merge", recipe, out, "--shard-size", "8KB")
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2 and (out / "model.safetensors.index.json").exists()
+    result = invoke("merge", recipe, recipe.parent / "other", "--shard-size", "much")
+    assert result.exit_code == 2 and "shard size: got 'much', expected a size" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--runner", "slurm"], "got 'slurm', expected threads, dask, ray, workers"), (["--runner", "workers"], "set PREFECT_API_URL"),
+     (["--address", "tcp://x:1"], "only dask and ray connect to an address")],
+)  # fmt: skip
+def test_run_refuses_what_is_no_runner(recipe: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    result = invoke("run", recipe, "--suite", "none", *options)
+    assert result.exit_code == 2 and message in result.stderr, result.output
+
+
 def test_merge_prints_densities_and_writes_what_the_engine_writes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = recipe.parent
     out = folder / "deep" / "out"

@@ -20,7 +20,6 @@ from tasks.processes import wait_for_end
 from tests.flows.merge_fixture import World
 from tests.flows.test_spread import REPOSITORY, assert_same, kinds_left, sharded
 
-pytestmark = pytest.mark.slow
 POOL, DEPLOYMENT = "ota-parts", "part/ota"
 
 
@@ -61,8 +60,8 @@ def killed_once() -> None:
 @pytest.fixture
 def cluster() -> Iterator[Any]:
     """A Dask cluster of two processes of one thread each."""
-    distributed = pytest.importorskip("distributed")
-    pytest.importorskip("prefect_dask")
+    import distributed
+
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as local,
         distributed.Client(local, set_as_default=False) as client,
@@ -82,6 +81,7 @@ def test_a_dask_cluster_gives_the_bytes_of_one_process(world: World, cluster: An
     assert kinds_left(here.home) == {"moments", "merged"}
 
 
+@pytest.mark.slow
 def test_a_killed_dask_worker_is_replaced(world: World, cluster: Any, tmp_path: Path) -> None:
     first, _ = cluster.run(os.getpid)
     cluster.run(killed_once, workers=[first])
@@ -90,14 +90,15 @@ def test_a_killed_dask_worker_is_replaced(world: World, cluster: Any, tmp_path: 
     assert_same(Path(outcome.path), by_streams(recipe, tmp_path))
 
 
+@pytest.mark.slow
 def test_dask_without_an_address_starts_a_cluster_of_its_own(world: World, tmp_path: Path) -> None:
-    pytest.importorskip("prefect_dask")
     recipe = world.recipe("ties", density=0.4)
     outcome = sharded(world.at(tmp_path / "home"), recipe, runner=Runner(kind="dask"))
     assert_same(Path(outcome.path), by_streams(recipe, tmp_path))
     assert os.getpid() not in workers_of(Path(outcome.path))
 
 
+@pytest.mark.slow
 def test_ray_gives_the_bytes_of_one_process(world: World, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed: pip install 'ota-merging[ray]'")
     pytest.importorskip("prefect_ray")
@@ -177,6 +178,7 @@ def part_runs() -> list[Any]:
         return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["part"])), limit=200)
 
 
+@pytest.mark.slow
 def test_two_prefect_workers_give_the_bytes_of_one_process(world: World, deployed: None, tmp_path: Path) -> None:
     recipe = world.recipe("ties", density=0.4)
     before = {run.id for run in part_runs()}
@@ -191,6 +193,7 @@ def test_two_prefect_workers_give_the_bytes_of_one_process(world: World, deploye
     assert len(workers_of(Path(outcome.path))) == len(runs), "each part ran in a process of its own"
 
 
+@pytest.mark.slow
 def test_what_a_worker_says_of_an_error_reaches_the_parent(world: World, deployed: None, tmp_path: Path) -> None:
     recipe = world.recipe(density=0.4, compression="rank1")
     broken = break_moments(world, recipe, tmp_path)
@@ -214,6 +217,7 @@ def break_moments(world: World, recipe: MergeRecipe, folder: Path) -> MergeRecip
     return recipe.model_copy(update={"models": (first, *recipe.models[1:])})
 
 
+@pytest.mark.slow
 def test_interrupting_the_parent_cancels_its_parts(world: World, deployed: None, tmp_path: Path) -> None:
     """No worker runs: the parts wait, until the parent is interrupted."""
     file = tmp_path / "recipe.yaml"
@@ -230,6 +234,7 @@ def test_interrupting_the_parent_cancels_its_parts(world: World, deployed: None,
     assert len(states) > 3 and set(states) <= {"Cancelled", "Cancelling"}, states
 
 
+@pytest.mark.slow
 def test_cancelling_the_parent_on_the_server_cancels_its_parts(world: World, deployed: None, tmp_path: Path) -> None:
     """The one worker is busy with the parent; the parts wait for another one."""
     from prefect.client.orchestration import get_client

@@ -247,3 +247,47 @@ def test_temporary_of_a_living_process_stays(tmp_path: Path) -> None:
     finally:
         living.kill()
         living.wait()
+
+
+def test_files_of_other_artifacts_are_linked_or_copied_within_s3(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is taken outlives the artifact that it came from, and never passes through this machine."""
+    shard = produce(store)
+    sent: list[str] = []
+    whole = s3.upload_file
+    monkeypatch.setattr(s3, "upload_file", lambda path, uri, **options: (sent.append(uri), whole(path, uri, **options)))
+
+    def assembled(folder: Path) -> BuildResult:
+        (folder / "index.json").write_text("{}")
+        return BuildResult(taken={"part-1.bin": storage.join(shard.uri, "masks.bin")})
+
+    ref = store.produce("merged", KEY, config={}, inputs={}, build=assembled)
+    record = store.read_record(ref)
+    assert record.files == {"index.json": 2, "part-1.bin": 1000} and ref.bytes == 1002
+    assert [uri for uri in sent if uri.endswith(".bin")] == []
+    if not storage.is_s3(ref.uri):
+        assert Path(ref.uri, "part-1.bin").samefile(Path(shard.uri, "masks.bin")), "a link: the disk holds it once"
+    store.delete(shard)
+    assert (store.local_path(ref) / "part-1.bin").read_bytes() == b"m" * 1000
+
+    def from_nowhere(folder: Path) -> BuildResult:
+        return BuildResult(taken={"part-1.bin": storage.join(shard.uri, "masks.bin")})
+
+    with pytest.raises(ArtifactError, match=r"masks.bin is not there any more; run its stage again"):
+        store.produce("merged", KEY[::-1], config={}, inputs={}, build=from_nowhere)
+
+
+def test_objects_too_large_for_one_copy_are_copied_by_ranges(
+    s3_server: S3Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(11 * s3.MIB)
+    (tmp_path / "large.bin").write_bytes(content)
+    storage.upload_folder(tmp_path, s3_server.uri + "/from")
+    monkeypatch.setattr(s3, "_COPY_AT_ONCE", 6 * s3.MIB)
+    monkeypatch.setattr(s3, "_COPY_RANGE", 5 * s3.MIB)
+    s3.copy_object(s3_server.uri + "/from/large.bin", s3_server.uri + "/to/large.bin")
+    assert s3.read_bytes(s3_server.uri + "/to/large.bin") == content
+    old, new = (s3.head(f"{s3_server.uri}/{place}/large.bin") for place in ("from", "to"))
+    assert old and new and new["Metadata"] == old["Metadata"] and "sha256" in new["Metadata"]
+    assert new["ETag"].endswith('-3"'), "three ranges"
