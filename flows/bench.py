@@ -14,6 +14,7 @@ import psutil
 
 from flows.describe import bytes_read, mask_bytes_read
 from ota_core.artifact import write_text_atomic
+from ota_core.compression import passes
 from ota_core.engine import Progress, pick_device
 from ota_core.errors import OtaError
 from ota_core.inputs import resolve_local
@@ -238,8 +239,9 @@ def _tidy(case: Case, cases: list[Case]) -> None:
 
 def _planned(case: Case) -> int | None:
     """Tensor bytes read in all passes, by the accounting of ``ota plan``."""
-    if case.name == "compress":
-        return sum(file.stat().st_size for file in case.inputs)
+    if case.name.startswith("compress"):
+        large = (1 << 10, 1 << 10)  # small tensors, which rank_k stores whole, are a thousandth of a model
+        return passes(large, case.name.partition("-")[2] or "rank1") * sum(file.stat().st_size for file in case.inputs)
     if case.recipe is None or case.name not in {"mask", *MERGES}:
         return None
     recipe = load_recipe(case.recipe)

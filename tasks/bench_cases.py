@@ -19,6 +19,8 @@ MEMORY_TARGET = 2**30  # bytes resident at the default --memory, mapped pages in
 
 STAGES: dict[str, str] = {
     "compress": "ota compress, rank1, one expert's second moments",
+    "compress-log8": "ota compress, log8, the same",
+    "compress-rank_k": "ota compress, rank_k of rank 4, the same",
     "mask": f"ota mask, exact global density {DENSITY}, every expert",
     "staged": "fetch, compress, mask, merge through the artifact store, without Prefect",
     "ota-threshold": "ota merge, OTA, FFG by given thresholds",
@@ -116,8 +118,8 @@ class _Makers:
         self.home = ["--home", str(work / "home")]  # digests of the inputs are remembered there
 
     def make(self, name: str) -> Case:
-        if name == "compress":
-            return self._compress()
+        if name.startswith("compress"):
+            return self._compress(name)
         if name == "mask":
             recipe = self.recipe("mask", "ota", density=DENSITY)
             return self._case(name, ["mask"], recipe, [*self.weights(base=True), *self.moments()], ratio=None)
@@ -132,13 +134,12 @@ class _Makers:
             return self._flow(name)
         return self._merge(name)
 
-    def _compress(self) -> Case:
-        source, out = self.folders[0] / MOMENTS, self.work / "moments.safetensors"
-        command = [*OTA, "compress", str(source), str(out), "--method", "rank1", "--json", *self.home]
-        return Case(
-            name="compress", what=STAGES["compress"], command=command, inputs=[source], output=out,
-            target=Target(kind="ratio", limit=_RATIOS["compress"]),
-        )  # fmt: skip
+    def _compress(self, name: str) -> Case:
+        source, out = self.folders[0] / MOMENTS, self.work / f"{name}.safetensors"
+        method = name.partition("-")[2] or "rank1"
+        command = [*OTA, "compress", str(source), str(out), "--method", method, "--json", *self.home]
+        target = Target(kind="ratio", limit=_RATIOS[name]) if name in _RATIOS else None
+        return Case(name=name, what=STAGES[name], command=command, inputs=[source], output=out, target=target)
 
     def _merge(self, name: str) -> Case:
         own: dict[str, dict[str, Any]] = {

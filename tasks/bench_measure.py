@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -43,6 +44,9 @@ class Run(BaseModel):
     disk_written_bytes: int | None
     stage_seconds: dict[str, float] = {}
     """What the command says of itself: the work without interpreter, imports and looking up inputs."""
+    bytes_per_param: float | None = None
+    sqrt_error: float | None = None
+    """Of a compression: what it leaves of a parameter's 4 bytes, and the relative error of √v."""
 
 
 class FloorRound(BaseModel):
@@ -88,7 +92,9 @@ def run_command(command: Sequence[str], *, logs: Path, environment: Mapping[str,
     if done.returncode or not cost.is_file():
         tail = "\n".join((logs / "err.txt").read_text(errors="replace").splitlines()[-15:])
         raise OtaError(f"{' '.join(command)} ended with code {done.returncode}; the end of {logs / 'err.txt'}:\n{tail}")
-    return Run(**json.loads(cost.read_text()), stage_seconds=_stage_seconds(logs / "out.txt"))
+    said = _said(logs / "out.txt")
+    facts = {key: said[key] for key in ("bytes_per_param", "sqrt_error") if key in said}
+    return Run(**json.loads(cost.read_text()), stage_seconds=dict(said.get("seconds", {})), **facts)
 
 
 def child_environment(more: Mapping[str, str]) -> dict[str, str]:
@@ -98,13 +104,14 @@ def child_environment(more: Mapping[str, str]) -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "DO_NOT_TRACK": "1", **more}
 
 
-def _stage_seconds(out: Path) -> dict[str, float]:
+def _said(out: Path) -> dict[str, Any]:
+    """The object that the command's last line holds; empty where it holds none."""
     lines = out.read_text(errors="replace").splitlines()
     try:
         said = json.loads(lines[-1]) if lines else {}
     except ValueError:
         return {}
-    return dict(said.get("seconds", {})) if isinstance(said, dict) else {}
+    return said if isinstance(said, dict) else {}
 
 
 def measure_floor(files: Sequence[Path], sizes: Sequence[int], scratch: Path) -> FloorRound:

@@ -100,7 +100,12 @@ def _verdict(one: CaseResult) -> str:
 
 def findings(bench: Bench) -> list[str]:
     """Memory against its targets, and how far from linear time is, over all combinations."""
-    merges = [one for c in bench.combinations for one in c.cases if one.runs and one.name in {"compress", "mask", *MERGES}]
+    merges = [
+        one
+        for c in bench.combinations
+        for one in c.cases
+        if one.runs and (one.name in {"mask", *MERGES} or one.name.startswith("compress"))
+    ]
     found = []
     if merges:
         worst = max(merges, key=lambda one: one.peak_bytes or 0)
@@ -109,6 +114,11 @@ def findings(bench: Bench) -> list[str]:
             f"peak memory: at most {peak / 2**20:.0f} MiB ({worst.name}, {worst.parameters / 1e9:.2f} B × {worst.experts}); "
             f"target 1024 MiB: {'met' if peak <= MEMORY_TARGET else 'missed'}"
         )
+    for one in merges:
+        if one.reference and one.runs[0].sqrt_error is not None:
+            found.append(
+                f"{one.name}: {one.runs[0].bytes_per_param:.4f} bytes per parameter, relative error of √v {one.runs[0].sqrt_error:.4f}"
+            )
     copies = bench.machine.gpu_copies
     for one in merges if copies else ():
         if one.planned_read_bytes and one.stage_seconds and one.reference:
@@ -134,12 +144,12 @@ def _growth(name: str, results: list[CaseResult]) -> list[str]:
             found.append(f"{name}: peak memory over the sizes × {experts} experts within {spread - 1:.0%} (target 10 %: {said})")
     # Of what is in the page cache, and large enough that imports do not weigh.
     rates = [
-        (one.stage_seconds or 0.0) / (one.parameters * (1 if name == "compress" else one.experts)) * 1e9
+        (one.stage_seconds or 0.0) / (one.parameters * (1 if name.startswith("compress") else one.experts)) * 1e9
         for one in results
         if one.in_page_cache and one.parameters > 5e7 and one.stage_seconds
     ]
     if len(rates) > 1:
-        unit = "billion parameters" if name == "compress" else "billion parameters and expert"
+        unit = "billion parameters" if name.startswith("compress") else "billion parameters and expert"
         found.append(
             f"{name}: {min(rates):.2f}–{max(rates):.2f} s of the stage per {unit}: linear within a factor {spread_of(rates):.2f}"
         )

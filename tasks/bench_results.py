@@ -23,7 +23,8 @@ class Target(BaseModel):
 class CaseResult(BaseModel):
     """One case at one size: every run, its floor, and what follows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What follows is written for other readers, and computed again when it is read back.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
     what: str

@@ -17,7 +17,8 @@ from ota_core.stream import BLOCK_ELEMENTS
 from tasks.bench_results import Bench, CaseResult
 
 EXPERTS = 5
-BILLIONS = (8, 70, 405)
+WIDTHS = {8: 4096, 70: 8192, 405: 16384}
+"""Billions of parameters → hidden width of Llama 3.1 of that size, which decides how small rank1 is."""
 WEIGHT_BYTES, MOMENT_BYTES = 2, 4  # bfloat16, float32
 
 
@@ -114,10 +115,11 @@ def time_of(step: Pass, hardware: Hardware) -> tuple[float, str]:
     return limits[slowest], slowest
 
 
-def resident(constants: Constants, hardware: Hardware) -> float:
-    """Bytes on each machine: what was measured, and the blocks of its further threads (at most 8, the default)."""
+def resident(constants: Constants, hardware: Hardware, billions: int, *, compressed: bool) -> float:
+    """Bytes on each machine: what was measured, the blocks of its further threads (at most 8, the default), the factors of rank1."""
     more = max(0, min(8, hardware.cores // hardware.hosts) - constants.threads)
-    return constants.resident + more * BLOCK_ELEMENTS * bytes_per_element(EXPERTS)
+    factors = EXPERTS * billions * 1e9 * MOMENT_BYTES * 2 / WIDTHS[billions] if compressed else 0.0
+    return constants.resident + more * BLOCK_ELEMENTS * bytes_per_element(EXPERTS) + factors
 
 
 def tables(bench: Bench) -> Iterator[str]:
@@ -131,12 +133,14 @@ def tables(bench: Bench) -> Iterator[str]:
         yield ""
         yield "| parameters | hardware | read | written | time | memory | limited by |"
         yield "|---:|---|---:|---:|---:|---:|---|"
-        for billions in BILLIONS:
+        for billions in WIDTHS:
             steps = passes(billions * 1e9, constants, compressed=compressed)
             for hardware in HARDWARE:
                 timed = [time_of(step, hardware) for step in steps]
                 limits = ", ".join(f"{step.what}: {why}" for step, (_, why) in zip(steps, timed, strict=True))
-                memory = f"{resident(constants, hardware) / 2**30:.1f} GiB" + (" each" if hardware.hosts > 1 else "")
+                memory = f"{resident(constants, hardware, billions, compressed=compressed) / 2**30:.1f} GiB" + (
+                    " each" if hardware.hosts > 1 else ""
+                )
                 yield (
                     f"| {billions} B | {hardware.name} | {_tb(sum(s.read for s in steps))} | {_tb(sum(s.written for s in steps))} "
                     f"| {_time(sum(seconds for seconds, _ in timed))} | {memory} | {limits} |"
