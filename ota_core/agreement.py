@@ -13,7 +13,7 @@ from ota_core.checkpoint import Checkpoint
 from ota_core.errors import CheckpointError
 from ota_core.kernels import count_high, count_low
 from ota_core.moments.base import Moments
-from ota_core.saliency import Histogram, curvature_scores, keep, kept_count, kth_largest
+from ota_core.saliency import Histogram, curvature_scores, keep, kept_count, locate, score_of
 from ota_core.stream import Stream
 
 Block = tuple[str, int, int]
@@ -78,7 +78,7 @@ def agreement(
     for moments in (full, compressed):
         count, histogram = counter(moments), Histogram()
         count(histogram, None)
-        thresholds.append(kth_largest(count, k, histogram))
+        thresholds.append(_kth_largest(count, k, histogram) if k else math.inf)
         ranks.append(_midranks(histogram))
     sums = _Sums()
 
@@ -96,6 +96,14 @@ def agreement(
     xy, xx, yy = (math.fsum(part[i] for part in sums.parts) for i in range(3))
     spearman = xy / math.sqrt(xx * yy) if xx > 0 and yy > 0 else 1.0
     return Agreement(density=density, spearman=spearman, jaccard=sums.both / sums.either if sums.either else 1.0)
+
+
+def _kth_largest(count: Callable[[Histogram, int | None], None], k: int, high: Histogram) -> float:
+    """The k-th largest score, from the histogram of the upper bits and one more count."""
+    upper, above = locate(high.counts().numpy(), k)
+    low = Histogram()
+    count(low, upper)
+    return score_of((upper << 16) | locate(low.counts().numpy(), k - above)[0])
 
 
 def _midranks(histogram: Histogram) -> torch.Tensor:

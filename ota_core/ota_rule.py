@@ -59,10 +59,7 @@ class OtaRule:
         return math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
 
     def prefetch(self, block: Block) -> None:
-        for view in self._plan.models:
-            view.prefetch(*block)
-        for expert in self._plan.experts:
-            expert.prefetch_curvature(*block)
+        self._plan.prefetch(block, curvature=True)
 
     def merge(self, block: Block, out: torch.Tensor) -> None:
         if self._can_fuse(block[0]):

@@ -82,6 +82,13 @@ class MergePlan:
             result += [(job, a, b) for a, b in row_blocks(job.shape, step * cols)]
         return result
 
+    def prefetch(self, block: Block, *, curvature: bool = False) -> None:
+        """A hint that every model's rows of this block are read next, with ``curvature`` their second moments too."""
+        for view in self.models:
+            view.prefetch(*block)
+        for expert in self.experts if curvature else ():
+            expert.prefetch_curvature(*block)
+
     def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob, *, base: bool = True) -> bool:
         """Whether the compiled passes give the same bits for this tensor: on the CPU, rows one to one, nothing wider than float32.
 

@@ -71,10 +71,7 @@ class FisherRule:
         self._facts = prepare_curvature(self._plan)
 
     def prefetch(self, block: Block) -> None:
-        for view in self._plan.models:
-            view.prefetch(*block)
-        for expert in self._plan.experts:
-            expert.prefetch_curvature(*block)
+        self._plan.prefetch(block, curvature=True)
 
     def merge(self, block: Block, out: torch.Tensor) -> None:
         if self._plan.can_fuse(self._plan.experts, block[0]) and block[0].name not in self._facts.averaged:

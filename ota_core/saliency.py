@@ -1,15 +1,15 @@
 """Saliency of an expert's edits, and the exact threshold that keeps a given share of them (methods.md section 3).
 
 Fast Fisher Grafting (arXiv 2509.11167, section 5) ranks edits by v̂·Δ². √v̂·|Δ| has the same order and does not underflow
-float32. Non-negative floats order as their bit patterns, so the k-th largest score is found with two histograms of 65,536
-bins: one of the upper 16 bits, one of the lower 16 bits within the bin that holds it. Histograms of parts add up.
+float32. Non-negative floats order as their bit patterns, so the k-th largest score is found with histograms of the patterns: ``locate``.
 """
 
 import math
 import threading
-from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ota_core.kernels import sqrt
 
@@ -59,30 +59,14 @@ class Histogram:
         """All threads' counts together, int64 (65536,)."""
         return torch.stack([*self._parts.values()]).sum(0)
 
-    def find(self, k: int) -> tuple[int, int]:
-        """The bin that holds the k-th largest score (1 ≤ k ≤ all), and how many scores lie in the bins above it."""
-        counts = self.counts()
-        from_top = counts.flip(0).cumsum(0)
-        index = int(torch.searchsorted(from_top, k))
-        return BINS - 1 - index, int(from_top[index] - counts[BINS - 1 - index])
+
+def locate(counts: NDArray[np.int64], k: int) -> tuple[int, int]:
+    """The place that holds the k-th largest (1 ≤ k ≤ all), and how many lie in the places above it. counts: int64 (N,), by rising score."""
+    from_top = np.cumsum(counts[::-1])
+    index = int(np.searchsorted(from_top, k))
+    return len(counts) - 1 - index, int(from_top[index] - counts[len(counts) - 1 - index])
 
 
-Count = Callable[[Histogram, int | None], None]
-"""Adds every score to a histogram: its upper 16 bits, or, with a number, the lower bits of the scores whose upper bits are that number."""
-
-
-def kth_largest(count: Count, k: int, high: Histogram | None = None) -> float:
-    """The k-th largest score, exactly. Two counts of all scores, one where ``high`` holds the upper bits already.
-
-    k = 0 gives infinity (nothing is kept).
-    """
-    if k == 0:
-        return math.inf
-    if high is None:
-        high = Histogram()
-        count(high, None)
-    upper, above = high.find(k)
-    low = Histogram()
-    count(low, upper)
-    lower, _ = low.find(k - above)
-    return torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32).item()
+def score_of(bits: int) -> float:
+    """The float32 score of a bit pattern."""
+    return float(np.array(bits, np.uint32).view(np.float32))

@@ -20,7 +20,7 @@ from ota_core.fused import counts as fused
 from ota_core.fused.counts import Candidate
 from ota_core.fused.memory import TILE
 from ota_core.plan import MergePlan
-from ota_core.saliency import BINS
+from ota_core.saliency import BINS, locate, score_of
 from ota_core.views import Block, TensorJob, block_elements
 
 Counts = NDArray[np.int64]
@@ -90,7 +90,7 @@ class Brackets:
         if self.bins[row, rank] < 0 or not above < k <= above + int(self.inside[row, rank].sum()):
             return None
         place, _ = locate(self.inside[row, rank], k - above)
-        return float(np.array(int(self.bins[row, rank]) * BIN + place, np.uint32).view(np.float32))
+        return score_of(int(self.bins[row, rank]) * BIN + place)
 
 
 @dataclass(kw_only=True)
@@ -157,13 +157,6 @@ def bins_of(group: Group, high: Counts) -> NDArray[np.int64]:
         for r, k in enumerate(group.ranks.get(expert, ())):
             bins[row, r] = locate(high[row], k)[0]
     return bins
-
-
-def locate(counts: Counts, k: int) -> tuple[int, int]:
-    """The place that holds the k-th largest, and how many lie in the places above it. counts: int64 (N,), by rising score."""
-    from_top = np.cumsum(counts[::-1])
-    index = int(np.searchsorted(from_top, k))
-    return len(counts) - 1 - index, int(from_top[index] - counts[len(counts) - 1 - index])
 
 
 def _worth_sampling(scoring: Scoring, group: Group) -> bool:

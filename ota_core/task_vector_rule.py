@@ -62,8 +62,7 @@ class TaskVectorRule:
         return by_rank.get(last if last < job.elements else 0, 0.0), by_rank.get(dropped + 1 if dropped else 0, math.inf)
 
     def prefetch(self, block: Block) -> None:
-        for view in self._plan.models:
-            view.prefetch(*block)
+        self._plan.prefetch(block)
 
     def merge(self, block: Block, out: torch.Tensor) -> None:
         if self._plan.can_fuse(self._plan.experts, block[0]):

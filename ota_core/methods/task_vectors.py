@@ -36,7 +36,7 @@ def elect_and_add(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, n
 
 
 def trim(delta: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
-    """Δ where lowest ≤ |Δ| ≤ highest, 0 elsewhere; the limits are float32 values of |Δ| (``saliency.kth_largest``)."""
+    """Δ where lowest ≤ |Δ| ≤ highest, 0 elsewhere; the limits are float32 values of |Δ| (``tally.kth_largest``)."""
     size = delta.float().abs()
     return torch.where((size >= lowest) & (size <= highest), delta, 0.0)
 

@@ -17,7 +17,8 @@ from ota_core.inputs import resolve_local
 from ota_core.plan import MergePlan, open_plan
 from ota_core.prepare import PlanScoring, ffg_group, ffg_scoring
 from ota_core.recipe import MergeRecipe
-from ota_core.tally import Brackets, Group, bins_of, count_brackets, count_high, kth_largest, locate, read_off
+from ota_core.saliency import locate
+from ota_core.tally import Brackets, Group, bins_of, count_brackets, count_high, kth_largest, read_off
 from tests.checkpoints import ota_recipe, random_base, random_experts
 from tests.reference import Tensors
 
