@@ -26,11 +26,11 @@ from ota_core.moments.match import Layout
 from ota_core.ota_rule import density_report
 from ota_core.output import Shards, check_apart, check_free, copy_companions, new_folder, plan_files, write_weights
 from ota_core.plan import MergePlan, compression_of, open_plan, rank_of
-from ota_core.prepare import delta, mask_of, prepare_curvature
+from ota_core.prepare import block_mask, ffg_scoring, prepare_curvature
 from ota_core.recipe import MergeRecipe
 from ota_core.rules import Rule, rule_of
 from ota_core.stream import Stream, parse_memory
-from ota_core.views import Block, ExpertView, block_elements, parts
+from ota_core.views import Block, ExpertView, block_elements
 from ota_core.writer import MAX_SHARD_BYTES, write_index
 
 Progress = Callable[[str, int, int], None]
@@ -212,17 +212,19 @@ def _write_mask(plan: MergePlan, expert: ExpertView, facts: Any, path: Path) -> 
     )
 
     def work(block: Block) -> tuple[str, int]:
-        found = []
-        for part in parts(block, plan.tensor_elements):
-            bits = mask_of(plan, facts, expert, part, delta(plan, expert, *part))
-            assert bits is not None
-            found.append(bits.cpu())
-        mask = torch.cat(found)
+        mask, kept = block_mask(plan, facts, expert, block)
         writer.write(block[0].name, block[1], mask)
-        return block[0].name, int(mask.sum())
+        return block[0].name, kept
 
+    scoring = ffg_scoring(plan)
     try:
-        counts = plan.stream.map(work, plan.blocks(jobs, multiple=8), what=f"mask {expert.name}", size=block_elements)
+        counts = plan.stream.map(
+            work,
+            plan.blocks(jobs, multiple=8),
+            what=f"mask {expert.name}",
+            size=block_elements,
+            ahead=lambda block: scoring.prefetch([expert.index], block),
+        )
     except BaseException:
         writer.abort()
         raise

@@ -13,7 +13,7 @@ from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
 from ota_core.kernels import row_sums
 from ota_core.methods.ota import any_kept, curvature_weights, masked_ties, mean, ota
 from ota_core.plan import MergePlan
-from ota_core.prepare import Curvature, WholeFacts, delta, mask_of, prepare_curvature
+from ota_core.prepare import Curvature, WholeFacts, block_mask, delta, mask_of, prepare_curvature
 from ota_core.rows import base_rows, expert_rows, merge_in_parts, rounded
 from ota_core.views import Block, ExpertView, TensorJob, parts
 
@@ -132,7 +132,7 @@ class OtaRule:
             if expert.masks is not None:
                 kept = expert.masks.read(job.canonical, *block[1:])
             elif plan.recipe.setting("mask_curvature") == "full" and expert.full_moments is not expert.moments:
-                kept = self._mask_from_full(expert, block)
+                kept, _ = block_mask(plan, self._facts, expert, block)
             else:
                 threshold = self._facts.thresholds[expert.index][job.canonical]
         return Vote(
@@ -144,14 +144,6 @@ class OtaRule:
             kept=kept,
             metric=BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE,
         )
-
-    def _mask_from_full(self, expert: ExpertView, block: Block) -> torch.Tensor:
-        masks = []
-        for part in parts(block, self._plan.tensor_elements):
-            mask = mask_of(self._plan, self._facts, expert, part, delta(self._plan, expert, *part))
-            assert mask is not None
-            masks.append(mask)
-        return torch.cat(masks)
 
     def _weight(self, expert: ExpertView, theta: torch.Tensor, v_hat: torch.Tensor | None) -> torch.Tensor:
         """p_m of a block: from the curvature, or the bare scaling factor with ``masked_merge: linear``; 0 for an expert that takes no part."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.compression import CompressedMoments, CompressionReport, compress
 from ota_core.errors import MomentsError, raise_all
-from ota_core.fused.counts import Candidate
+from ota_core.fused.counts import Candidate, keep_block
 from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE
 from ota_core.kernels import power, row_sums
 from ota_core.plan import MergePlan
@@ -295,3 +295,23 @@ def mask_of(
         assert difference is not None
         kept = keep(scores(plan, expert, job, start, stop, difference, v_hat), facts.thresholds[expert.index][job.canonical])
     return kept if present is None else kept & present
+
+
+def block_mask(plan: MergePlan, facts: Curvature, expert: ExpertView, block: Block) -> tuple[torch.Tensor, int]:
+    """The FFG mask of a block, bool (r, C) on the CPU, and how many elements it keeps: compiled where that can be, the same bits."""
+    job, start, stop = block
+    scoring = ffg_scoring(plan)
+    if scoring.compiled([expert.index], job):
+        base, (candidate,) = scoring.candidates([expert.index], block)
+        found = keep_block(base, candidate, facts.thresholds[expert.index][job.canonical])
+        if found is None:
+            expert.refuse(*block)
+        else:
+            return found[0].view(stop - start, -1), found[1]
+    masks = []
+    for part in parts(block, plan.tensor_elements):
+        bits = mask_of(plan, facts, expert, part, delta(plan, expert, *part))
+        assert bits is not None
+        masks.append(bits.cpu())
+    mask = torch.cat(masks)
+    return mask, int(mask.sum())

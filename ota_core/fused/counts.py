@@ -85,6 +85,30 @@ def _count_brackets(base_source: Any, table: Any, n: int, lowest: Any, width: in
     return -1
 
 
+@compiled
+def _keep(base_source: Any, one: Any, n: int, threshold: np.float32, kept: Any) -> int:
+    """Whether each of n scores is at least the threshold and above 0; returns how many are, or −1 for a bad v."""
+    base, theta, v_hat, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
+    total = 0
+    for first in range(0, n, TILE):
+        count = min(TILE, n - first)
+        load(base_source, first, count, base)
+        if _tile_scores(one, base, first, count, theta, v_hat, found):
+            return -1
+        for i in range(count):
+            keeps = (found[i] >= threshold) & (found[i] > 0)
+            kept[first + i] = keeps
+            total += keeps
+    return total
+
+
+def keep_block(base: torch.Tensor, candidate: Candidate, threshold: float) -> tuple[torch.Tensor, int] | None:
+    """The FFG mask of n elements, ``saliency.keep`` of their scores: bool (n,), and how many are kept. None for a bad v."""
+    kept = np.empty(base.numel(), np.bool_)
+    count = _keep(source_of(base)[()], _table([candidate])[0], base.numel(), np.float32(threshold), kept)
+    return None if count < 0 else (torch.from_numpy(kept), int(count))
+
+
 def count_high(
     base: torch.Tensor, candidates: Sequence[Candidate], high: NDArray[np.int64], *, piece: int = TILE, stride: int = TILE
 ) -> int | None:

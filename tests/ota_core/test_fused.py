@@ -243,3 +243,19 @@ def test_the_fused_average_is_the_average() -> None:
         got = torch.empty(999)
         linear_block(thetas, [0.2, 1.0, 3.0], got, normalize=normalize)
         assert torch.equal(got, expected.float())
+
+
+@pytest.mark.parametrize("metric", [BY_CURVATURE, BY_MAGNITUDE])
+@pytest.mark.parametrize("size", [1, 1024, 3001])
+def test_the_fused_mask_is_that_of_the_scores(metric: int, size: int) -> None:
+    base, [theta], [v] = experts(8, 1, size)
+    delta = theta.double() - base.double()
+    scores = magnitude_scores(delta) if metric == BY_MAGNITUDE else curvature_scores(v * torch.tensor(2.5), delta)
+    one = Candidate(theta=theta, v=None if metric == BY_MAGNITUDE else v_source(v, 2.5), metric=metric, row=7)
+    for threshold in (scores.median().item(), 0.0, float("inf")):
+        expected = keep(scores, threshold)
+        found = counts.keep_block(base, one, threshold)
+        assert found is not None and torch.equal(found[0], expected) and found[1] == int(expected.sum())
+    if metric == BY_CURVATURE:
+        v[-1] = float("nan")
+        assert counts.keep_block(base, one, 0.0) is None
