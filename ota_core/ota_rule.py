@@ -102,17 +102,17 @@ class OtaRule:
     def _can_fuse(self, job: TensorJob) -> bool:
         """Whether the compiled pass covers what the recipe asks of this tensor; it gives the same bits as the tensors' way."""
         usual = self._masked_merge == "precond" and self._fallback == "base" and not self._scales
-        return usual and job.name not in self._facts.averaged and self._plan.can_fuse(self._plan.experts, job)
+        fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
+        return usual and job.name not in self._facts.averaged and fuses
 
     def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
         plan, job = self._plan, block[0]
-        assert plan.base is not None
-        base = plan.base.stored(job.name, *block[1:])
+        base = plan.base.stored(job.name, *block[1:]) if plan.base else None
         active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
         with rounded(out) as target:
             counts, bad = ota_block(
                 base,
-                [self._vote(expert, block, base) for expert in active],
+                [self._vote(expert, block) for expert in active],
                 target,
                 power=self._power,
                 epsilon=self._epsilon,
@@ -124,7 +124,7 @@ class OtaRule:
         for expert, count in zip(active, counts, strict=True):
             self._add_count(expert, job, count)
 
-    def _vote(self, expert: ExpertView, block: Block, base: torch.Tensor) -> Vote:
+    def _vote(self, expert: ExpertView, block: Block) -> Vote:
         job, plan = block[0], self._plan
         theta = expert.stored(job.name, *block[1:])
         threshold, kept = None, None

@@ -74,7 +74,8 @@ class FisherRule:
         self._plan.prefetch(block, curvature=True)
 
     def merge(self, block: Block, out: torch.Tensor) -> None:
-        if self._plan.can_fuse(self._plan.experts, block[0]) and block[0].name not in self._facts.averaged:
+        fuses = self._plan.can_fuse(self._plan.experts, block[0], base=self._plan.base is not None)
+        if fuses and block[0].name not in self._facts.averaged:
             self._merge_fused(block, out)
         else:
             merge_in_parts(self._plan, self._merge_tensors, block, out)
@@ -82,7 +83,6 @@ class FisherRule:
     def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
         """Fisher averaging is OTA with power 1 and no mask: the same sums in the same order, hence the same bits."""
         plan, job = self._plan, block[0]
-        assert plan.base is not None
         active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
         votes = [
             Vote(
@@ -93,7 +93,7 @@ class FisherRule:
             for expert in active
         ]
         with rounded(out) as target:
-            base = plan.base.stored(job.name, *block[1:])
+            base = plan.base.stored(job.name, *block[1:]) if plan.base else None
             _, bad = ota_block(base, votes, target, power=1.0, epsilon=0.0, lam=1.0, denominator="kept")
         if bad is not None:
             active[bad].refuse(*block)

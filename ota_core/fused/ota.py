@@ -137,23 +137,38 @@ def _finish(count: int, base: Any, numerator: Any, total: Any, somebody: Any, la
 
 
 @compiled
+def _add_plain(count: int, theta: Any, first: bool, plain: Any) -> None:
+    for i in range(count):
+        plain[i] = np.float64(theta[i]) if first else plain[i] + np.float64(theta[i])
+
+
+@compiled
+def _finish_without_base(count: int, plain: Any, experts: int, numerator: Any, total: Any, out: Any) -> None:
+    for i in range(count):
+        out[i] = numerator[i] / total[i] if total[i] > 0 else plain[i] / experts
+
+
+@compiled
 def _merge(
-    base_source: Any, votes: Any, n: int, power: float, epsilon: float, lam: float, kept_only: bool, kind: int, address: int,
+    has_base: bool, base_source: Any, votes: Any, n: int, power: float, epsilon: float, lam: float, kept_only: bool, kind: int, address: int,
     counts: Any,
 ) -> int:  # fmt: skip
     """Merge n elements to an address; returns the first expert whose v holds a bad entry, or −1."""
     base, theta, v_hat, score_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
-    numerator, total, weights = np.empty(TILE), np.empty(TILE), np.empty(TILE)
+    numerator, total, weights, plain = np.empty(TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE)
     somebody, kept = np.empty(TILE, np.bool_), np.empty(TILE, np.bool_)
     for first in range(0, n, TILE):
         count = min(TILE, n - first)
-        load(base_source, first, count, base)
+        if has_base:
+            load(base_source, first, count, base)
         numerator[:] = 0.0
         total[:] = 0.0
         somebody[:] = False
         for m in range(votes.shape[0]):
             vote = votes[m]
             load(vote.theta, first, count, theta)
+            if not has_base:
+                _add_plain(count, theta, m == 0, plain)
             if load_v_hat(vote.v, vote.factor, first, count, v_hat):
                 return m
             if vote.keeps == ALL:
@@ -172,13 +187,16 @@ def _merge(
                 counts[m] += _add(count, theta, weights, kept, numerator, total, somebody)
             else:
                 counts[m] += _add_all(count, base, theta, weights, kept, numerator, total, somebody)
-        _finish(count, base, numerator, total, somebody, lam, weights)
+        if has_base:
+            _finish(count, base, numerator, total, somebody, lam, weights)
+        else:
+            _finish_without_base(count, plain, votes.shape[0], numerator, total, weights)
         store(weights, count, kind, address, first, theta)
     return -1
 
 
 def ota_block(
-    base: torch.Tensor,
+    base: torch.Tensor | None,
     votes: Sequence[Vote],
     out: torch.Tensor,
     *,
@@ -189,7 +207,8 @@ def ota_block(
 ) -> tuple[list[int], int | None]:
     """``methods.ota.ota`` with its masks and weights, rounded into ``out``.
 
-    base: n elements as stored; out: float32 or bfloat16, n elements, contiguous. Returns how many elements each expert kept, and the
+    base: n elements as stored, or None where there is none and every vote keeps everything; out: float32 or bfloat16, n elements,
+    contiguous. Returns how many elements each expert kept, and the
     position of the first expert whose v holds a negative, NaN or infinite entry (``out`` is then incomplete), else None.
     """
     table = np.zeros(len(votes), VOTE)
@@ -203,7 +222,9 @@ def ota_block(
             row["keeps"], row["threshold"] = ABOVE, vote.threshold
     counts = np.zeros(len(votes), np.int64)
     kind = {torch.float32: F32, torch.bfloat16: BF16}[out.dtype]
+    assert base is not None or not (table["keeps"] != ALL).any()
+    start = source_of(base if base is not None else votes[0].theta)[()]
     bad = _merge(
-        source_of(base)[()], table, base.numel(), power, epsilon, lam, denominator == "kept", kind, out.data_ptr(), counts
+        base is not None, start, table, out.numel(), power, epsilon, lam, denominator == "kept", kind, out.data_ptr(), counts
     )
     return counts.tolist(), None if bad < 0 else bad

@@ -259,3 +259,27 @@ def test_the_fused_mask_is_that_of_the_scores(metric: int, size: int) -> None:
     if metric == BY_CURVATURE:
         v[-1] = float("nan")
         assert counts.keep_block(base, one, 0.0) is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 4),
+    power=st.sampled_from([0.5, 1.0]),
+    stored=st.sampled_from(STORED),
+    written=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_the_fused_pass_without_a_base_is_the_rule(
+    seed: int, count: int, power: float, stored: torch.dtype, written: torch.dtype
+) -> None:
+    _, thetas, vs = experts(seed, count, 1025)
+    thetas = [torch.where(theta.abs() < 1e-3, -0.0, theta).to(stored) for theta in thetas]
+    for v in vs[1:]:  # elements that nobody has curvature for are the plain mean
+        v[vs[0] == 0] = 0.0
+    weights = [curvature_weights(v, power=power, scale=0.7, mean=None, epsilon=0.0) for v in vs]
+    expected = ota([t.double() for t in thetas], weights, [None] * count, None)
+    got = torch.empty(1025, dtype=written)
+    votes = [Vote(theta=theta, v=v_source(v), scale=0.7) for theta, v in zip(thetas, vs, strict=True)]
+    assert ota_block(None, votes, got, power=power, epsilon=0.0, lam=1.0, denominator="kept")[1] is None
+    whole = torch.int32 if written == torch.float32 else torch.int16
+    assert torch.equal(got.view(whole), expected.to(written).view(whole))
