@@ -25,6 +25,8 @@ CACHE_ELEMENTS = 1 << 16
 BLOCK_ELEMENTS = 1 << 20
 # Mapped pages are given back after this many bytes at the latest, whatever the budget: more of them make nothing faster.
 MAPPED_BYTES = 192 * 2**20
+# More threads than these wait for the memory or the disk rather than compute.
+MAX_THREADS = 8
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -51,7 +53,7 @@ class Stream:
     """How blocks are worked on: their size, the number of threads, who is told of the progress, whose pages are dropped."""
 
     block_elements: int = BLOCK_ELEMENTS
-    threads: int = field(default_factory=lambda: min(8, len(os.sched_getaffinity(0))))
+    threads: int = field(default_factory=lambda: min(MAX_THREADS, len(os.sched_getaffinity(0))))
     memory: int = 2 * 2**30
     progress: Progress | None = None
     lanes: Lanes | None = None

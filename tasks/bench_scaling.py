@@ -13,7 +13,7 @@ import typer
 
 from ota_core.errors import OtaError
 from ota_core.plan import bytes_per_element
-from ota_core.stream import BLOCK_ELEMENTS
+from ota_core.stream import BLOCK_ELEMENTS, MAX_THREADS
 from tasks.bench_results import Bench, CaseResult
 
 EXPERTS = 5
@@ -34,6 +34,11 @@ class Hardware:
     """What the reads come through."""
     hosts: int = 1
     """Machines that share out the shards."""
+
+    @property
+    def threads(self) -> int:
+        """That compute, on all machines: a merge takes at most ``MAX_THREADS`` by default."""
+        return self.hosts * min(MAX_THREADS, self.cores // self.hosts)
 
 
 HARDWARE = (
@@ -58,8 +63,8 @@ class Constants:
 
     @classmethod
     def of(cls, bench: Bench) -> "Constants":
-        """From the largest combination of which all needed cases were measured. Raises OtaError when there is none."""
-        for combination in sorted(bench.combinations, key=lambda one: -one.parameters * one.experts):
+        """From the combination with the most runs that holds what is needed. Raises OtaError when there is none."""
+        for combination in sorted(bench.combinations, key=lambda one: -max(len(case.runs) for case in one.cases)):
             cases = {one.name: one for one in combination.cases if one.in_page_cache}
             seconds = {name: _stage(cases.get(name)) for name in ("ota-threshold", "ota-density", "compress")}
             peak = cases["ota-density"].peak_bytes if "ota-density" in cases else None
@@ -88,10 +93,11 @@ class Pass:
     core_seconds: float
 
 
-def passes(parameters: float, constants: Constants, *, compressed: bool) -> list[Pass]:
+def passes(parameters: float, constants: Constants, *, compressed: bool, rounds: int = 1) -> list[Pass]:
     """The passes of OTA with an exact global density over ``EXPERTS`` experts. Bytes of the data; the base is read once a pass.
 
-    compressed: rank1 second moments. v is then read once, an expert at a time, and never again.
+    compressed: rank1 second moments. v is then read once, an expert at a time, and never again. rounds: 1 where a sample of the scores
+    comes first, 2 where shards are surveyed on several machines.
     """
     work = parameters * EXPERTS
     weights = WEIGHT_BYTES * parameters * (1 + EXPERTS)
@@ -99,7 +105,7 @@ def passes(parameters: float, constants: Constants, *, compressed: bool) -> list
     found = [Pass("compress", MOMENT_BYTES * work, 0.0, constants.compress * work)] if compressed else []
     return [
         *found,
-        Pass("thresholds", weights + moments, 0.0, constants.ranking * work),
+        Pass("thresholds", rounds * (weights + moments), 0.0, rounds * constants.ranking * work),
         Pass("merge", weights + moments, WEIGHT_BYTES * parameters, constants.merge * work),
     ]
 
@@ -109,15 +115,15 @@ def time_of(step: Pass, hardware: Hardware) -> tuple[float, str]:
     limits = {
         hardware.source: step.read / 1e9 / hardware.read,
         "writing": step.written / 1e9 / hardware.write,
-        "processors": step.core_seconds / hardware.cores,
+        "processors": step.core_seconds / hardware.threads,
     }
     slowest = max(limits, key=lambda name: limits[name])
     return limits[slowest], slowest
 
 
 def resident(constants: Constants, hardware: Hardware, billions: int, *, compressed: bool) -> float:
-    """Bytes on each machine: what was measured, the blocks of its further threads (at most 8, the default), the factors of rank1."""
-    more = max(0, min(8, hardware.cores // hardware.hosts) - constants.threads)
+    """Bytes on each machine: what was measured, the blocks of its further threads, the factors of rank1."""
+    more = max(0, hardware.threads // hardware.hosts - constants.threads)
     factors = EXPERTS * billions * 1e9 * MOMENT_BYTES * 2 / WIDTHS[billions] if compressed else 0.0
     return constants.resident + more * BLOCK_ELEMENTS * bytes_per_element(EXPERTS) + factors
 
@@ -125,8 +131,9 @@ def resident(constants: Constants, hardware: Hardware, billions: int, *, compres
 def tables(bench: Bench) -> Iterator[str]:
     """Markdown, line by line."""
     constants = Constants.of(bench)
-    yield f"Measured on {bench.machine.line()}: for one element of one expert {1e9 * constants.merge:.2f} core-nanoseconds to merge, "
-    yield f"{1e9 * constants.ranking:.2f} to rank, {1e9 * constants.compress:.2f} to compress (rank1)."
+    yield f"Measured on {bench.machine.line()}:"
+    yield f"for one element of one expert {1e9 * constants.merge:.2f} core-nanoseconds to merge, {1e9 * constants.ranking:.2f} to rank,"
+    yield f"{1e9 * constants.compress:.2f} to compress (rank1); {constants.resident / 2**30:.2f} GiB resident."
     for compressed in (False, True):
         yield ""
         yield f"**{'rank1' if compressed else 'Full'} second moments, {EXPERTS} experts, exact global density**"
@@ -134,8 +141,9 @@ def tables(bench: Bench) -> Iterator[str]:
         yield "| parameters | hardware | read | written | time | memory | limited by |"
         yield "|---:|---|---:|---:|---:|---:|---|"
         for billions in WIDTHS:
-            steps = passes(billions * 1e9, constants, compressed=compressed)
             for hardware in HARDWARE:
+                rounds = 1 if hardware.hosts == 1 else 2
+                steps = passes(billions * 1e9, constants, compressed=compressed, rounds=rounds)
                 timed = [time_of(step, hardware) for step in steps]
                 limits = ", ".join(f"{step.what}: {why}" for step, (_, why) in zip(steps, timed, strict=True))
                 memory = f"{resident(constants, hardware, billions, compressed=compressed) / 2**30:.1f} GiB" + (

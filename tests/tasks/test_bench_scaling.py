@@ -48,17 +48,24 @@ def test_bytes_of_the_passes() -> None:
     full = passes(1e9, constants, compressed=False)
     assert [(one.what, one.read, one.written) for one in full] == [("thresholds", 32e9, 0), ("merge", 32e9, 2e9)]
     compressed = passes(1e9, constants, compressed=True)
+    assert passes(1e9, constants, compressed=False, rounds=2)[0].read == 64e9
     assert [(one.what, one.read) for one in compressed] == [("compress", 20e9), ("thresholds", 12e9), ("merge", 12e9)]
 
 
 def test_the_slowest_resource_sets_the_time() -> None:
     step = passes(1e9, Constants.of(MEASURED), compressed=False)[1]  # 32 GB read, 2 GB written, 5e9 × 8 ns = 40 core-seconds
-    slow_disk = Hardware(name="", cores=10, read=2.0, write=100.0, source="disk")
+    slow_disk = Hardware(name="", cores=8, read=2.0, write=100.0, source="disk")
     few_cores = Hardware(name="", cores=1, read=100.0, write=100.0, source="disk")
-    slow_writes = Hardware(name="", cores=100, read=100.0, write=0.1, source="disk")
+    slow_writes = Hardware(name="", cores=100, hosts=20, read=100.0, write=0.1, source="disk")
     assert time_of(step, slow_disk) == (pytest.approx(16.0), "disk")
     assert time_of(step, few_cores) == (pytest.approx(40.0), "processors")
     assert time_of(step, slow_writes) == (pytest.approx(20.0), "writing")
+
+
+def test_a_merge_takes_eight_threads_on_each_machine() -> None:
+    assert Hardware(name="", cores=64, read=1.0, write=1.0, source="disk").threads == 8
+    assert Hardware(name="", cores=64, read=1.0, write=1.0, source="network", hosts=4).threads == 32
+    assert Hardware(name="", cores=6, read=1.0, write=1.0, source="network", hosts=3).threads == 6
 
 
 def test_memory_grows_with_threads_and_with_factors_only() -> None:
