@@ -13,6 +13,7 @@ from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
 from ota_core.compression import CompressedMoments, compression_label
 from ota_core.errors import CheckpointError, OtaError, raise_all
+from ota_core.fused.memory import KINDS
 from ota_core.gpu import BLOCK_ELEMENTS as GPU_BLOCK_ELEMENTS
 from ota_core.gpu import BLOCKS_UNDER_WAY, Lanes, gpus_of
 from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
@@ -90,14 +91,14 @@ class MergePlan:
             expert.prefetch_curvature(*block)
 
     def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob, *, base: bool = True) -> bool:
-        """Whether the compiled passes give the same bits for this tensor: on the CPU, rows one to one, nothing wider than float32.
+        """Whether the compiled passes give the same bits for this tensor: on the CPU, rows one to one, types that they load.
 
         ``base``: whether the rule needs the base.
         """
         if self.device.type != "cpu" or (base and self.base is None):
             return False
         models = [*([self.base] if base and self.base else []), *experts]
-        return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype != torch.float64 for m in models)
+        return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype in KINDS for m in models)
 
     @property
     def tensor_elements(self) -> int:

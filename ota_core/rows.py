@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ota_core.fused.memory import WRITTEN
 from ota_core.plan import MergePlan
 from ota_core.views import Block, parts
 
@@ -12,7 +13,7 @@ from ota_core.views import Block, parts
 @contextmanager
 def rounded(out: torch.Tensor) -> Iterator[torch.Tensor]:
     """Where a compiled pass writes: ``out`` itself, or float32 that is rounded into it at the end (float16)."""
-    if out.dtype in {torch.float32, torch.bfloat16}:
+    if out.dtype in WRITTEN:
         yield out
         return
     single = torch.empty(out.shape, dtype=torch.float32)

@@ -21,6 +21,9 @@ compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 TILE = 1024
 F32, BF16, F16, RANK1 = 0, 1, 2, 3
 KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
+"""Types that are loaded."""
+WRITTEN = {torch.float32: F32, torch.bfloat16: BF16}
+"""Types that are stored."""
 
 SOURCE = np.dtype(
     [

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ota_core.fused.memory import BF16, F32, SOURCE, TILE, VSource, compiled, load, load_bytes, source_of, store
+from ota_core.fused.memory import SOURCE, TILE, WRITTEN, VSource, compiled, load, load_bytes, source_of, store
 
 BY_CURVATURE, BY_MAGNITUDE = 0, 1
 ALL, ABOVE, GIVEN = 0, 1, 2  # what an expert keeps: everything, scores from τ on, or a mask made before
@@ -221,7 +221,7 @@ def ota_block(
         elif vote.threshold is not None:
             row["keeps"], row["threshold"] = ABOVE, vote.threshold
     counts = np.zeros(len(votes), np.int64)
-    kind = {torch.float32: F32, torch.bfloat16: BF16}[out.dtype]
+    kind = WRITTEN[out.dtype]
     assert base is not None or not (table["keeps"] != ALL).any()
     start = source_of(base if base is not None else votes[0].theta)[()]
     bad = _merge(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ota_core.fused.memory import BF16, F32, SOURCE, TILE, compiled, load, source_of, store
+from ota_core.fused.memory import SOURCE, TILE, WRITTEN, compiled, load, source_of, store
 from ota_core.methods.dare import key_of
 
 PART = np.dtype(
@@ -24,7 +24,6 @@ PART = np.dtype(
         ("divisor", np.float64),
     ]
 )
-_KINDS = {torch.float32: F32, torch.bfloat16: BF16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +133,9 @@ def combine_block(
         if part.random is not None:
             row["random"], row["key"], row["start"] = 1, key_of(*part.random[:3]), part.random[3]
     weights = sum(part.weight for part in parts)
-    _combine(source_of(base)[()], table, base.numel(), elect, normalize, weights, lam, nothing, _KINDS[out.dtype], out.data_ptr())
+    _combine(
+        source_of(base)[()], table, base.numel(), elect, normalize, weights, lam, nothing, WRITTEN[out.dtype], out.data_ptr()
+    )
 
 
 @compiled
@@ -158,4 +159,4 @@ def linear_block(thetas: Sequence[torch.Tensor], weights: Sequence[float], out: 
     """``methods.averages.linear`` of blocks of n elements as stored, rounded into ``out``: float32 or bfloat16, contiguous."""
     table = np.array([source_of(theta)[()] for theta in thetas], SOURCE)
     divisor = float(sum(weights)) if normalize else 1.0
-    _average(table, np.array(weights, np.float64), out.numel(), divisor, _KINDS[out.dtype], out.data_ptr())
+    _average(table, np.array(weights, np.float64), out.numel(), divisor, WRITTEN[out.dtype], out.data_ptr())

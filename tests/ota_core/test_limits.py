@@ -183,3 +183,18 @@ def test_a_bool_or_integer_tensor_is_copied(tmp_path: Path) -> None:
     run_merge(ota_recipe(tmp_path, base, experts), tmp_path / "out")
     copied = Checkpoint(tmp_path / "out").read("model.position_ids")
     assert copied.dtype == torch.int64 and copied.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64], ids=str)
+@pytest.mark.parametrize("method", ["ota", "linear", "ties"])
+def test_types_that_no_compiled_pass_loads_are_merged_all_the_same(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
+    """float8 and float64 go through tensors: the same numbers as checkpoints that hold the same values in float32."""
+    base = rounded(BASE, dtype)
+    experts = [replace(expert, weights=rounded(expert.weights, dtype)) for expert in EXPERTS]
+    found = []
+    for name, stored in (("stored", dtype), ("single", torch.float32)):
+        recipe = ota_recipe(
+            tmp_path / name, base, experts, METHODS[method], method=method, top={"dtype": "float32"}, dtype=stored
+        )
+        found.append(run_merge(recipe, tmp_path / f"{name}-out")[0])
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in BASE)
