@@ -8,6 +8,7 @@ one was interrupted. There is always exactly one champion once there was one.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +22,13 @@ from tasks.artifacts import record_at
 from tasks.gate import GateDecision, GateError
 from tasks.promotion_history import Move, champions, history_tag, moves_of, next_time
 from tasks.registry import CHALLENGER, REGISTERED_MODEL, TAG_ANNOUNCED, TAG_DIGEST, TAG_SOURCE
-from tasks.tracking_store import Store, batches, clear_errors, connect, locked, resolve_store
+from tasks.tracking_store import Store, batches, clear_errors, connect, locked, resolve_store, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import RegisteredModel
+
+log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
 _MOVE = "champion_move"
@@ -118,7 +121,7 @@ def promote(
             {"action": "promote", "from": before, "to": target.version, "by": by, "reason": reason, "at": next_time(model.tags)}
         )
         tags = {"replaced_champion": before or "", "promoted_at": move.at, "promoted_by": by, "promoted_reason": reason}
-        _tag(client, target, tags | (_gate_tags(decision) if decision else {}))
+        target = _tag(client, target, tags | (_gate_tags(decision) if decision else {}))
         return Moved(champion=_move(client, target, move), replaced=before, moved=True)
 
 
@@ -140,9 +143,9 @@ def reject(
         target = _version(client, name, version)
         if _alias(_model(client, name), CHAMPION) == target.version:
             return target
-        _tag(client, target, _gate_tags(decision))
+        target = _tag(client, target, _gate_tags(decision))
         client.set_registered_model_alias(name, CHALLENGER, target.version)
-        return _version(client, name, target.version)
+        return target
 
 
 def rollback(
@@ -276,19 +279,25 @@ def _gate_tags(decision: GateDecision) -> dict[str, str]:
     }
 
 
-def _tag(client: MlflowClient, version: Version, tags: dict[str, str]) -> None:
+def _tag(client: MlflowClient, version: Version, tags: dict[str, str]) -> Version:
+    """Set these tags; returns the version with them."""
     # Whoever decides on a version has dealt with its alias: logging its merge again must not move it.
     for key, value in {**tags, TAG_ANNOUNCED: "true"}.items():
         if version.tags.get(key) != value:
             client.set_model_version_tag(version.name, version.version, key, value)
+    return version.model_copy(update={"tags": {**version.tags, **tags, TAG_ANNOUNCED: "true"}})
 
 
 def _move(client: MlflowClient, target: Version, move: Move) -> Version:
     """Make the target champion, and note it."""
     client.set_model_version_tag(target.name, target.version, _MOVE, move.to_json())
     client.set_registered_model_alias(target.name, CHAMPION, target.version)
-    _note(client, target.name, move)
-    return _version(client, target.name, target.version)
+    try:
+        _note(client, target.name, move)
+    except store_errors() as error:
+        # The move stands. An error would have the caller do it again, and a rollback done again goes one step further.
+        log.warning("version %s is champion, but its trace is not complete (%s); the next move completes it", move.to, error)
+    return target.model_copy(update={"tags": {**target.tags, _MOVE: move.to_json()}})
 
 
 def _note(client: MlflowClient, name: str, move: Move) -> None:

@@ -110,18 +110,23 @@ def locked(store: Store) -> AbstractContextManager[object]:
     return FileLock(store.artifacts.with_name(f"{DATABASE}.lock"), timeout=LOCK_SECONDS)
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow, its database or the connection raises."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
+
+
 @contextmanager
 def clear_errors(store: Store, doing: str, safe: str) -> Iterator[None]:
     """What MLflow, its database or the connection raises becomes one StorageError; anything else passes unchanged.
 
     ``safe`` says what is not lost.
     """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except store_errors() as error:
         seen = str(error).replace(store.uri, store.shown).strip().splitlines()
         where = (
             f"check that the server at {store.shown} is up (MLFLOW_TRACKING_URI names it; unset it for the embedded database)"
