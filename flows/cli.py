@@ -349,11 +349,6 @@ def bench(
             _print(line)
 
 
-app.command()(cli_registry.promote)
-app.command()(cli_registry.rollback)
-app.command()(cli_registry.champion)
-
-
 def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
@@ -367,6 +362,10 @@ def _print(item: Any) -> None:
 
     Console(soft_wrap=True).print(item)
 
+
+app.command()(cli_registry.promote)
+app.command()(cli_registry.rollback)
+app.command()(cli_registry.champion)
 
 if __name__ == "__main__":
     sys.exit(app())

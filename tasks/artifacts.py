@@ -58,7 +58,7 @@ class ArtifactStore:
         Raises StorageError when the root cannot be read.
         """
         uri = self._uri(kind, fingerprint)
-        record = record_at(uri)
+        record = _remote_record(uri) if storage.is_s3(uri) else _local_record(Path(uri))
         if record is None or (record.kind, record.fingerprint) != (kind, fingerprint):
             return None
         return _ref(record, uri)

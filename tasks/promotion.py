@@ -21,7 +21,7 @@ from ota_core.errors import OtaError, StorageError
 from tasks.artifacts import record_at
 from tasks.gate import GateDecision, GateError
 from tasks.promotion_history import Move, champions, history_tag, moves_of, next_time
-from tasks.registry import CHALLENGER, REGISTERED_MODEL, TAG_ANNOUNCED, TAG_DIGEST, TAG_SOURCE
+from tasks.registry import CHALLENGER, REGISTERED_MODEL, TAG_DIGEST, TAG_SOURCE, set_announced
 from tasks.tracking_store import Store, batches, clear_errors, connect, locked, resolve_store, store_errors
 
 if TYPE_CHECKING:
@@ -280,12 +280,12 @@ def _gate_tags(decision: GateDecision) -> dict[str, str]:
 
 
 def _tag(client: MlflowClient, version: Version, tags: dict[str, str]) -> Version:
-    """Set these tags; returns the version with them."""
-    # Whoever decides on a version has dealt with its alias: logging its merge again must not move it.
-    for key, value in {**tags, TAG_ANNOUNCED: "true"}.items():
+    """Set these tags on a version whose alias is decided; returns the version with them."""
+    for key, value in tags.items():
         if version.tags.get(key) != value:
             client.set_model_version_tag(version.name, version.version, key, value)
-    return version.model_copy(update={"tags": {**version.tags, **tags, TAG_ANNOUNCED: "true"}})
+    set_announced(client, version.version, name=version.name)
+    return _version(client, version.name, version.version)
 
 
 def _move(client: MlflowClient, target: Version, move: Move) -> Version:

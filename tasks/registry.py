@@ -17,7 +17,7 @@ CHALLENGER = "challenger"
 TAG_DIGEST = "model_digest"
 TAG_SOURCE = "source_uri"
 # Set once the alias has been dealt with, so that a later call for the same digest never moves it again.
-TAG_ANNOUNCED = "announced"
+_ANNOUNCED = "announced"
 
 
 def register_version(
@@ -53,12 +53,17 @@ def register_version(
         for extra in same[1:]:
             if extra.run_id == run_id:
                 client.delete_model_version(name, extra.version)
-    if version.tags.get(TAG_ANNOUNCED) != "true":
+    if version.tags.get(_ANNOUNCED) != "true":
         newest = max(int(v.version) for v in client.search_model_versions(f"name='{name}'", order_by=["version_number DESC"]))
         if int(version.version) == newest:
             client.set_registered_model_alias(name, CHALLENGER, version.version)
-        client.set_model_version_tag(name, version.version, TAG_ANNOUNCED, "true")
+        set_announced(client, version.version, name=name)
     return str(version.version)
+
+
+def set_announced(client: MlflowClient, version: str, *, name: str = REGISTERED_MODEL) -> None:
+    """Note that the version's alias has been decided on: registering its digest again leaves the aliases alone."""
+    client.set_model_version_tag(name, version, _ANNOUNCED, "true")
 
 
 def find_version(client: MlflowClient, digest: str, *, name: str = REGISTERED_MODEL) -> ModelVersion | None:
