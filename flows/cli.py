@@ -263,7 +263,7 @@ def inspect(
 def run(
     recipe: Recipe,
     suite: Annotated[str, typer.Option(help="Benchmark suite: a name in deployments/suites, a file, or 'none'.")] = "public",
-    data_dir: Annotated[Path | None, typer.Option(help="Data folder of a local suite.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")] = None,
     device: Device = "auto",
     memory: Memory = "2GiB",
