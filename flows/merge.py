@@ -40,6 +40,7 @@ from tasks.storage import Fetched, is_s3
 from tasks.streaming import Streams
 from tasks.suites import load_suite
 from tasks.tracking import LoggedRun
+from tasks.tracking_run import REGISTERED_MODEL
 from tasks.watch import identity_of_source, is_intact
 
 hide_tracebacks_of_user_errors()
@@ -93,6 +94,7 @@ def merge_flow(
     tracking_uri: str | None = None,
     runner: Runner | None = None,
     gpu: str | None = None,
+    registered_model: str = REGISTERED_MODEL,
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -110,6 +112,7 @@ def merge_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         runner: Where the parts of the merge run; OTA_RUNNER or threads by default.
         gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
+        registered_model: The registered model in MLflow that gains a version.
     """
     use_blocks()
     if isinstance(recipe, str):
@@ -157,6 +160,7 @@ def merge_flow(
     if suite and tests:
         scores = score_all(subjects, suite, data_dir, limit, where, device=device if gpu else here, gpu=gpu)
     run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where)
+    run = run.model_copy(update={"registered_model": registered_model})
     logged = log(run, where, tracking_uri)
     path = str(subjects["merged"].path or merged.uri)
     get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)

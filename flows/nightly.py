@@ -116,9 +116,7 @@ def _seen(config: NightlyConfig, setting: str, found: list[ExpertFound], problem
     ])  # fmt: skip
 
 
-def _choose(
-    config: NightlyConfig, found: list[ExpertFound], where: Places
-) -> tuple[dict[str, ExpertFound], list[ExpertProblem]]:
+def _choose(config: NightlyConfig, found: list[ExpertFound], where: Places) -> tuple[dict[str, ExpertFound], list[ExpertProblem]]:
     """The newest sound expert of every capability: one that is broken leaves its place to the one before it."""
     chosen, broken = {}, []
     for capability, newest_first in experts.lineup(found, config.capabilities).items():
@@ -141,7 +139,7 @@ def _merge_all(config: NightlyConfig, chosen: dict[str, ExpertFound]) -> tuple[d
     for candidate in config.candidates:
         state: Any = merge_flow(
             candidate.recipe(config.base_model, uris), suite=config.suite, data_dir=config.data_dir, limit=config.limit,
-            device=config.device, memory=config.memory, return_state=True,
+            device=config.device, memory=config.memory, registered_model=config.name, return_state=True,
         )  # fmt: skip
         if state.is_completed():
             outcomes[candidate.name] = state.result()

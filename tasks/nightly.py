@@ -46,10 +46,16 @@ class Candidate(_Strict):
 class NightlyConfig(_Strict):
     """One nightly merge."""
 
-    name: str = Field("ota-merged", pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the registered model and of what is published.")
-    experts: str = Field(description="Where experts arrive: s3://bucket/prefix or a folder, with <capability>/<expert>/ below it.")
+    name: str = Field(
+        "ota-merged", pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the registered model and of what is published."
+    )
+    experts: str = Field(
+        description="Where experts arrive: s3://bucket/prefix or a folder, with <capability>/<expert>/ below it."
+    )
     base_model: str = Field(description="The base that experts must have been trained from.")
-    capabilities: tuple[str, ...] | None = Field(None, description="The capabilities that are merged; by default all that are found.")
+    capabilities: tuple[str, ...] | None = Field(
+        None, description="The capabilities that are merged; by default all that are found."
+    )
     candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)] = Field(description="The merges to try.")
     suite: str = Field(description="Benchmark suite: a name in deployments/suites or a file.")
     data_dir: str | None = Field(None, description="Data of a local suite: a folder or s3://….")

@@ -202,6 +202,17 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join([*lines, "", caption(table), ""])
 
 
+def to_markdown_of_one(name: str, scores: ModelScores) -> str:
+    """One model's scores, a row a capability, with standard errors and numbers of documents."""
+    lines = [f"# {name}", "", "| capability | score | standard error | documents |", "| --- | ---: | ---: | ---: |"]
+    for capability, found in scores.capabilities.items():
+        score, error = ((NOT_MEASURED if value is None else f"{100 * value:.1f}") for value in (found.score, found.stderr))
+        lines.append(f"| {capability} | {score} | {error} | {found.n_samples:,} |")
+    skipped = [f"- {capability}: {reason}" for capability, found in scores.capabilities.items() for reason in found.skipped]
+    average = NOT_MEASURED if scores.average is None else f"{100 * scores.average:.1f}"
+    return "\n".join([*lines, f"| **average** | {average} | | |", "", *skipped, "", f"Suite {scores.suite}, percent.", ""])
+
+
 def to_csv(table: pd.DataFrame) -> str:
     """All columns, fractions in full precision, empty where not measured."""
     text: str = table.to_csv()

@@ -27,7 +27,9 @@ class StudyConfig(_Strict):
     name: str = Field(min_length=1, description="Its name in tables.")
     base_model: str = Field(description="The model that all experts were fine-tuned from.")
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1)] = Field(description="The experts.")
-    grid: Annotated[tuple[GridEntry, ...], Field(min_length=1)] = Field(description="Methods and values; each combination is a merge.")
+    grid: Annotated[tuple[GridEntry, ...], Field(min_length=1)] = Field(
+        description="Methods and values; each combination is a merge."
+    )
     dtype: DType | None = Field(None, description="Data type of the outputs.")
     suite: str = Field(description="Benchmark suite: a name in deployments/suites or a file.")
     data_dir: str | None = Field(None, description="Data of a local suite: a folder or s3://….")
