@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows import cli_registry
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -346,6 +347,11 @@ def bench(
             lines = list(run_bench(options, progress))
         for line in lines:
             _print(line)
+
+
+app.command()(cli_registry.promote)
+app.command()(cli_registry.rollback)
+app.command()(cli_registry.champion)
 
 
 def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:

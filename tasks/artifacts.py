@@ -58,7 +58,7 @@ class ArtifactStore:
         Raises StorageError when the root cannot be read.
         """
         uri = self._uri(kind, fingerprint)
-        record = _remote_record(uri) if storage.is_s3(uri) else _local_record(Path(uri))
+        record = record_at(uri)
         if record is None or (record.kind, record.fingerprint) != (kind, fingerprint):
             return None
         return _ref(record, uri)
@@ -209,6 +209,14 @@ class ArtifactStore:
         if not taken:  # else what is here is not the whole artifact
             os.rename(temporary, self._copy(record.kind, record.fingerprint))
         return _ref(record, uri)
+
+
+def record_at(uri: str) -> Record | None:
+    """The record of the complete output in a folder or below a prefix in S3; None where there is none, or some of its files are gone.
+
+    Raises StorageError when S3 cannot be read.
+    """
+    return _remote_record(uri) if storage.is_s3(uri) else _local_record(Path(uri))
 
 
 def _take(taken: Mapping[str, str], folder: Path) -> dict[str, int]:

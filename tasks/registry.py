@@ -16,7 +16,7 @@ CHALLENGER = "challenger"
 TAG_DIGEST = "model_digest"
 TAG_SOURCE = "source_uri"
 # Set once the alias has been dealt with, so that a later call for the same digest never moves it again.
-_ANNOUNCED = "announced"
+TAG_ANNOUNCED = "announced"
 
 
 def register_version(
@@ -52,11 +52,11 @@ def register_version(
         for extra in same[1:]:
             if extra.run_id == run_id:
                 client.delete_model_version(name, extra.version)
-    if version.tags.get(_ANNOUNCED) != "true":
+    if version.tags.get(TAG_ANNOUNCED) != "true":
         newest = max(int(v.version) for v in client.search_model_versions(f"name='{name}'", order_by=["version_number DESC"]))
         if int(version.version) == newest:
             client.set_registered_model_alias(name, CHALLENGER, version.version)
-        client.set_model_version_tag(name, version.version, _ANNOUNCED, "true")
+        client.set_model_version_tag(name, version.version, TAG_ANNOUNCED, "true")
     return str(version.version)
 
 
