@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows import cli_experts
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -361,6 +362,9 @@ def _print(item: Any) -> None:
 
     Console(soft_wrap=True).print(item)
 
+
+app.command()(cli_experts.push)
+app.command()(cli_experts.experts)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -164,7 +164,9 @@ def _fetch_s3(
 def _nothing_there(uri: str) -> StorageError:
     bucket, key = s3.split_uri(uri)
     where = f"endpoint {s3.client().meta.endpoint_url}, bucket {bucket!r}, prefix {key!r}"
-    return StorageError(f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket", reason="missing")
+    return StorageError(
+        f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket", reason="missing"
+    )
 
 
 def _bring(
