@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import cli_registry
+from flows import cli_experts, cli_registry
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -367,6 +367,9 @@ def _print(item: Any) -> None:
 
     Console(soft_wrap=True).print(item)
 
+
+app.command()(cli_experts.push)
+app.command()(cli_experts.experts)
 
 if __name__ == "__main__":
     sys.exit(app())
