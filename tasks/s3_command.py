@@ -15,6 +15,9 @@ SERVICES = ("master", "volume", "filer", "s3")
 PORTS = 2 * len(SERVICES)
 """Every service takes a port for HTTP and the next one of the list for gRPC, in the order of ``SERVICES``."""
 
+WEED_SETTINGS = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+"""Settings that only the environment takes: one volume at a time."""
+
 
 def find_weed() -> Path:
     """The ``weed`` program of the installed wheel, or one on PATH. Raises StorageError when there is none."""
@@ -46,11 +49,7 @@ def weed_command(weed: Path, store: Path, ports: Sequence[int]) -> list[str]:
 def weed_environment(base: Mapping[str, str], *, access_key: str, secret_key: str) -> dict[str, str]:
     """The server's environment: it accepts these credentials, and nothing else of the user's AWS settings reaches it."""
     kept = {name: value for name, value in base.items() if not name.startswith(("AWS_", "WEED_"))}
-    return kept | {
-        "AWS_ACCESS_KEY_ID": access_key,
-        "AWS_SECRET_ACCESS_KEY": secret_key,
-        "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1",
-    }
+    return kept | WEED_SETTINGS | {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key}
 
 
 def endpoint_of(ports: Sequence[int]) -> str:

@@ -120,18 +120,22 @@ def running_server(data_dir: Path, *, buckets: tuple[str, ...] = (), set_env: bo
 
 
 @contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the length of a ``with`` block and put the old ones back."""
+def environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables, or unset those that are None, for the length of a ``with`` block, and put the old ones back."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 class _EarlyExit(Exception):
