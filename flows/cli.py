@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import cli_experts, cli_registry
+from flows import cli_experts, cli_registry, cli_stack
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Curvature-informed merging of fine-tuned language models.",
 )
+
+app.add_typer(cli_stack.app, name="stack")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]

@@ -3,6 +3,7 @@
 Every step is found done by the next run: a night that was interrupted is simply run again. What was seen is written down last.
 """
 
+import hashlib
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +25,10 @@ from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from flows.single import comparison_table
 from flows.steps import ONE_AT_A_TIME, several_at_once
 from flows.verdict import Night, Verdict, judge, settle
+from ota_core.artifact import canonical_json
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe import NEEDS_MOMENTS
-from tasks import experts, stages
+from tasks import expert_check, experts, stages
 from tasks.nightly import NightlyConfig, NightlyError, last_night, load_nightly, remember
 from tasks.settings import Places, places
 from tasks.stages import read_scores
@@ -45,10 +47,12 @@ def look(config: NightlyConfig) -> tuple[list[ExpertFound], list[ExpertProblem]]
 @task(name="check", task_run_name="check {expert.capability}/{expert.name}", cache_policy=NO_CACHE, persist_result=False)
 def check(expert: ExpertFound, config: NightlyConfig, where: Places) -> list[str]:
     """What is wrong with one expert's weights and second moments; remembered by their content."""
-    needs_moments = any(one.merge_method in NEEDS_MOMENTS for one in config.candidates)
+    recipes = [one.recipe(config.base_model, {expert.capability: expert.uri}) for one in config.candidates]
+    reading = [recipe.setting("missing_curvature") for recipe in recipes if recipe.merge_method in NEEDS_MOMENTS]
     with ONE_AT_A_TIME, Progress() as progress:
-        return experts.check(
-            where, expert, config.base_model, needs_moments=needs_moments, memory=config.memory, progress=progress
+        return expert_check.check(
+            where, expert.uri, config.base_model, needs_moments=bool(reading),
+            missing_curvature="error" if "error" in reading else "mean", memory=config.memory, progress=progress,
         )  # fmt: skip
 
 
@@ -110,10 +114,8 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
 def _seen(config: NightlyConfig, setting: str, found: list[ExpertFound], problems: list[ExpertProblem]) -> str:
     """Over all that arrived, broken experts included: as long as it is the same, nobody has to look at weights again."""
     everything = {one.uri: one for one in found}
-    return "-".join([
-        experts.identity_of_lineup(config.base_model, everything), setting,
-        experts.identity_of_problems(problems),
-    ])  # fmt: skip
+    broken = hashlib.sha256(canonical_json(problems).encode()).hexdigest()[:32]
+    return "-".join([experts.identity_of_lineup(config.base_model, everything), broken, setting])
 
 
 def _choose(config: NightlyConfig, found: list[ExpertFound], where: Places) -> tuple[dict[str, ExpertFound], list[ExpertProblem]]:
