@@ -14,7 +14,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
-from tasks.experts import ExpertFound, ExpertProblem
 
 from flows.blocks import use_blocks
 from flows.deployed import cancel_children
@@ -29,6 +28,7 @@ from ota_core.artifact import canonical_json
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe import NEEDS_MOMENTS
 from tasks import expert_check, experts, stages
+from tasks.experts import ExpertFound, ExpertProblem
 from tasks.nightly import NightlyConfig, NightlyError, last_night, load_nightly, remember
 from tasks.settings import Places, places
 from tasks.stages import read_scores

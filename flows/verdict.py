@@ -10,13 +10,13 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from tasks.promotion import CHAMPION, Version
-from tasks.publish import Latest, publish, publish_champion, read_latest
 
 from flows.merge import MergeOutcome
 from tasks import promotion
 from tasks.gate import GateDecision, best, decide
 from tasks.nightly import NightlyConfig
+from tasks.promotion import CHAMPION, Version
+from tasks.publish import Latest, publish, publish_champion, read_latest
 from tasks.scores import ModelScores
 from tasks.settings import Places
 from tasks.stages import Subject, read_scores
