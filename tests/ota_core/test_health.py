@@ -1,5 +1,6 @@
 """The look at an expert's weights and second moments: every kind of damage is named, wherever it lies and however the work is cut."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,14 @@ def test_second_moments_that_are_missing(tmp_path: Path) -> None:
     assert health(tmp_path / "b", still, partial, needs_moments=True, missing_curvature="mean") == []
     [problem] = health(tmp_path / "c", EXPERT.weights, {"other.weight": EXPERT.v[LAST]})
     assert "none of its names (other.weight, …) is a tensor of the model" in problem
+
+
+def test_a_vocabulary_that_differs_is_no_problem_where_tokens_tell_the_rows(tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    weights = EXPERT.weights | {name: np.concatenate([EXPERT.weights[name], np.ones((1, 8), np.float32)])}
+    v = EXPERT.v | {name: np.concatenate([EXPERT.v[name], np.ones((1, 8), np.float32)])}
+    [problem] = health(tmp_path, weights, v)
+    assert "vocabularies differ (base: 13 rows, expert: 14 rows)" in problem
+    for folder, rows in (("base", 13), ("expert", 14)):
+        (tmp_path / folder / "vocab.json").write_text(json.dumps({f"token{i}": i for i in range(rows)}))
+    assert opened(tmp_path, needs_moments=True) == []
