@@ -111,14 +111,14 @@ def config(stack: Stack) -> str:
             f"priority = {10 if is_server else 20}",
             # Workers wait for their pools and deployments.
             f"autostart = {'true' if is_server else 'false'}",
-            "autorestart = true", "startsecs = 5", "startretries = 5",
+            "autorestart = true", "startsecs = 5", "startretries = 3",
             "stopasgroup = true", "killasgroup = true",
             # weed takes half a minute to obey SIGTERM. Its files are written through: nothing acknowledged is lost by SIGKILL.
             f"stopwaitsecs = {1 if name == 's3' else 15}",
             "redirect_stderr = true", f"stdout_logfile = {stack.log(name)}", "stdout_logfile_maxbytes = 10MB", "stdout_logfile_backups = 3",
             "",
         ]  # fmt: skip
-    return "\n".join(line.replace("%", "%%") for line in lines)
+    return "\n".join(lines)
 
 
 def supervisor_environment(stack: Stack, secret_key: str) -> dict[str, str]:
