@@ -46,6 +46,8 @@ def prefect_environment(stack: Stack) -> dict[str, str]:
     """Settings of the Prefect server. Leases in files let a concurrency limit outlive a restart of the server."""
     return {
         "PREFECT_HOME": str(stack.folder / "prefect"),
+        # The pages would look for the API on port 4200 else: `prefect server start --port` does not tell them.
+        "PREFECT_SERVER_UI_API_URL": stack.api,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",

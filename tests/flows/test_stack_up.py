@@ -16,6 +16,7 @@ import pytest
 
 from tasks import s3, stack_control
 from tasks.demo_tasks import CAPABILITIES
+from tasks.loopback import get
 from tasks.s3_server import environment
 from tasks.stack_credentials import secret_of
 from tasks.stack_layout import ROOT, SERVERS, Stack, load_stack
@@ -123,6 +124,8 @@ def test_everything_is_up_and_the_experts_lie_in_s3(up: Path) -> None:
             assert s3.exists(f"s3://ota-demo/experts/{capability}/seed1/expert.json")
             assert s3.exists(f"s3://ota-demo/data/seed1/{capability}/test.jsonl")
         assert s3.exists("s3://ota-demo/models/seed1/config.json") and s3.list_objects("s3://ota/") == []
+    settings = get(f"{stack.urls['prefect']}/ui-settings")
+    assert settings is not None and json.loads(settings)["api_url"] == stack.api, "where the pages look for the API"
     for file in ("credentials", "env.sh"):
         assert (stack.folder / file).stat().st_mode & 0o777 == 0o600
 

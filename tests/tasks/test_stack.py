@@ -191,6 +191,7 @@ def test_credentials_are_made_once_and_the_environments_are_not_kept(tmp_path: P
 
 def test_supervisor_reads_the_configuration_as_it_is_meant(tmp_path: Path) -> None:
     options = pytest.importorskip("supervisor.options", reason="supervisor is not installed: pip install 'ota-merging[demo]'")
+    datatypes = pytest.importorskip("supervisor.datatypes")
     stack = a_stack(tmp_path / 'it\'s a "home"; mine')
     write_programs(stack)
     read = options.ServerOptions()
@@ -199,7 +200,7 @@ def test_supervisor_reads_the_configuration_as_it_is_meant(tmp_path: Path) -> No
     assert list(programs(stack)) == list(stack.names) and set(groups) == set(stack.names)
     for name, one in groups.items():
         assert one.stdout_logfile == str(stack.log(name)) and one.redirect_stderr
-        assert one.stopasgroup and one.killasgroup and one.autorestart is options.RestartUnconditionally
+        assert one.stopasgroup and one.killasgroup and one.autorestart is datatypes.RestartUnconditionally
         assert one.autostart is (not name.startswith("worker"))
         assert one.command.endswith(f" -m tasks.stack_exec {name}")
     priorities = {name: one.priority for name, one in groups.items()}
