@@ -1,5 +1,6 @@
 """``ota stack``: the local stack's commands and what they print."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ app = typer.Typer(
 Home = Annotated[
     Path | None, typer.Option(help="The stack lies in stack/ below this folder.", show_default="$OTA_HOME or ~/.ota")
 ]
-WIDTH = 80
 
 
 @app.command()
@@ -118,13 +118,13 @@ def _step(what: str, url: str = "") -> Iterator[None]:
 
 
 def _say_up(done: Any, asked_ports: bool) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     stack, env = done.stack, _short(done.stack.folder / "env.sh")
     if done.was_running:
         kept = "; its ports stay: `ota stack down` first to move them" if asked_ports else ""
         typer.echo(f"\nThe stack was running; everything is deployed again{kept}.")
-    table = Table("name", "url", "log", box=None, pad_edge=False)
+    table = Table("name", "url", Column("log", overflow="fold"), box=None, pad_edge=False)
     for name in stack.names:
         table.add_row(name, stack.urls.get(name, ""), _short(stack.log(name)))
     typer.echo("")
@@ -137,8 +137,6 @@ def _say_up(done: Any, asked_ports: bool) -> None:
 
 
 def _program(name: str) -> Path:
-    import sys
-
     return Path(sys.executable).with_name(name)
 
 

@@ -19,6 +19,7 @@ from tasks import s3, stack_control
 from tasks.s3_server import environment
 from tasks.settings import places
 from tasks.stack_control import Process
+from tasks.stack_credentials import credentials, generated, secret_of, write_private
 from tasks.stack_health import problem_of
 from tasks.stack_layout import (
     BUCKET,
@@ -28,15 +29,11 @@ from tasks.stack_layout import (
     Stack,
     StackError,
     check_ports,
-    credentials,
     folder_of,
-    generated,
     load_stack,
     plan_workers,
-    secret_of,
     unused_ports,
     visible_gpus,
-    write_private,
 )
 from tasks.stack_programs import FOREIGN, prefect_environment, write_programs
 

@@ -11,6 +11,7 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
@@ -34,11 +35,16 @@ def create_pools() -> list[str]:
         there = {pool.name for pool in client.read_work_pools()}
         for name in names:
             template = _template(name)
-            if name not in there:
-                chosen = template or ProcessWorker.get_default_base_job_template()
-                client.create_work_pool(WorkPoolCreate(name=name, type=ProcessWorker.type, base_job_template=chosen))
-            elif template:
-                client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+            try:
+                if name not in there:
+                    chosen = template or ProcessWorker.get_default_base_job_template()
+                    client.create_work_pool(WorkPoolCreate(name=name, type=ProcessWorker.type, base_job_template=chosen))
+                elif template:
+                    client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+            except PrefectHTTPStatusError as error:
+                if template is None or error.response.status_code != 422:
+                    raise
+                raise StackError(f"{TEMPLATES[name]}: Prefect does not take it as the template of pool {name}: {error}") from None
     return names
 
 

@@ -162,5 +162,7 @@ def _call(home: Path, method: str, *arguments: object) -> Any:
     call: Callable[..., Any] = getattr(_rpc(home), method)
     try:
         return call(*arguments)
-    except (OSError, HTTPException) as error:
-        raise StackError(f"the stack in {folder_of(home)} does not run ({error}); start it with `ota stack up`") from None
+    except (OSError, HTTPException):
+        left = len(marked(folder_of(home)))
+        also = f"; its supervisord is gone, {left} processes are left: `ota stack down` ends them" if left else ""
+        raise StackError(f"the stack in {folder_of(home)} does not run; start it with `ota stack up`{also}") from None

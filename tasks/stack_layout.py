@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import secrets
 import tempfile
 from pathlib import Path
 
@@ -74,9 +73,12 @@ def unused_ports(last: Ports | None) -> Ports:
 
 def check_ports(ports: Ports) -> None:
     """Raise StackError that names every port in use, who holds it where the system tells, and the option that moves it."""
-    busy = taken(ports.all())
-    if busy:
-        lines = [f"  {port}{_holder(port)}; move it with {ports.all()[port]}" for port in busy]
+    moved_by = ports.all()
+    held: dict[tuple[str, str], list[int]] = {}
+    for port in sorted(taken(moved_by)):
+        held.setdefault((_holder(port), moved_by[port]), []).append(port)
+    if held:
+        lines = [f"  {', '.join(map(str, busy))}{holder}; move it with {option}" for (holder, option), busy in held.items()]
         raise StackError(
             "ports that the stack needs are in use:\n"
             + "\n".join(lines)
@@ -184,9 +186,10 @@ def folder_of(home: Path) -> Path:
 def home_of(home: Path | None) -> Path:
     """The argument, else OTA_HOME, else ``~/.ota``. Raises StackError on a path that supervisord's configuration cannot hold."""
     found = Path(home or os.environ.get("OTA_HOME") or "~/.ota").expanduser().absolute()
-    if re.search(r"\s[;#]|[\n\r]", str(found)):
+    if re.search(r"\s[;#]|[%\n\r]", str(found)):
         raise StackError(
-            f"{str(found)!r} cannot hold the stack: ' ;' and ' #' begin comments in its configuration; choose another home"
+            f"{str(found)!r} cannot hold the stack: supervisord's configuration takes '%', ' ;' and ' #' for its own; "
+            "choose another home"
         )
     return found
 
@@ -209,55 +212,3 @@ def socket_of(home: Path) -> Path:
         return path
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"ota-stack-{digest}.sock"
-
-
-def credentials(home: Path) -> tuple[str, str]:
-    """Access key and secret key for a new S3 server: those of the environment, else random ones made at the first start.
-
-    The random ones lie in a file that only its owner can read; those of the environment are written nowhere.
-    Raises StackError when the environment holds half of a pair.
-    """
-    key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-    if bool(key) != bool(secret):
-        raise StackError("only one of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY is set; set both, or neither for random ones")
-    if key and secret:
-        return key, secret
-    if generated(home) is None:
-        write_private(_credentials_file(home), f"ota-{secrets.token_hex(6)}\n{secrets.token_urlsafe(32)}\n")
-    found = generated(home)
-    assert found is not None
-    return found
-
-
-def secret_of(stack: Stack) -> str:
-    """The secret key of a stack that runs already. Raises StackError when neither its file nor the environment holds it."""
-    around = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-    for key, secret in (generated(stack.home) or around, around):
-        if key == stack.access_key and secret:
-            return secret
-    raise StackError(
-        f"the stack was started with the AWS credentials of its shell (access key {stack.access_key}); "
-        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to the same, or stop it first with `ota stack down`"
-    )
-
-
-def generated(home: Path) -> tuple[str, str] | None:
-    """The pair that the stack made for itself, None where it made none."""
-    file = _credentials_file(home)
-    if not file.is_file():
-        return None
-    key, secret = file.read_text(encoding="utf-8").split()
-    return key, secret
-
-
-def _credentials_file(home: Path) -> Path:
-    return folder_of(home) / "credentials"
-
-
-def write_private(file: Path, text: str) -> None:
-    """Replace a file in one step by one that only its owner can read."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
-        stream.write(text)
-    os.replace(temporary, file)

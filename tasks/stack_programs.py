@@ -46,6 +46,8 @@ def prefect_environment(stack: Stack) -> dict[str, str]:
     """Settings of the Prefect server. Leases in files let a concurrency limit outlive a restart of the server."""
     return {
         "PREFECT_HOME": str(stack.folder / "prefect"),
+        # The pages would look for the API on port 4200 else: `prefect server start --port` does not tell them.
+        "PREFECT_SERVER_UI_API_URL": stack.api,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
@@ -111,14 +113,14 @@ def config(stack: Stack) -> str:
             f"priority = {10 if is_server else 20}",
             # Workers wait for their pools and deployments.
             f"autostart = {'true' if is_server else 'false'}",
-            "autorestart = true", "startsecs = 5", "startretries = 5",
+            "autorestart = true", "startsecs = 5", "startretries = 3",
             "stopasgroup = true", "killasgroup = true",
             # weed takes half a minute to obey SIGTERM. Its files are written through: nothing acknowledged is lost by SIGKILL.
             f"stopwaitsecs = {1 if name == 's3' else 15}",
             "redirect_stderr = true", f"stdout_logfile = {stack.log(name)}", "stdout_logfile_maxbytes = 10MB", "stdout_logfile_backups = 3",
             "",
         ]  # fmt: skip
-    return "\n".join(line.replace("%", "%%") for line in lines)
+    return "\n".join(lines)
 
 
 def supervisor_environment(stack: Stack, secret_key: str) -> dict[str, str]:
