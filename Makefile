@@ -5,12 +5,19 @@ READY := .venv/.ready
 # What the demo makes lies here: data, trained experts, S3 server, artifacts, Prefect and MLflow databases.
 DEMO := $(CURDIR)/.ota
 
-# ARGS: options of `ota bench`, for example ARGS="--sizes 0.1 --runs 1".
-.PHONY: demo bench test test-slow test-gpu check format clean
+# ARGS: options of the command behind the target, for example ARGS="--sizes 0.1 --runs 1" for bench, ARGS="--free-ports" for stack.
+.PHONY: demo stack stack-down bench test test-slow test-gpu check format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
 	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota demo
+
+# Prefect, MLflow, S3 and two workers, in the background; their data lie in $(DEMO)/stack.
+stack: $(READY)
+	$(BIN)/ota stack up --home $(DEMO) $(ARGS)
+
+stack-down: $(READY)
+	$(BIN)/ota stack down --home $(DEMO) $(ARGS)
 
 bench: $(READY)
 	$(BIN)/ota bench --out $(DEMO)/bench $(ARGS)
@@ -35,6 +42,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
+	test ! -e $(DEMO)/stack/stack.json -o ! -x $(BIN)/ota || $(BIN)/ota stack down --home $(DEMO)
 	rm -rf .venv .ota build *.egg-info
 
 $(READY): requirements.lock pyproject.toml

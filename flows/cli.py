@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import cli_registry
+from flows import cli_experts, cli_registry, cli_stack
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Curvature-informed merging of fine-tuned language models.",
 )
+
+app.add_typer(cli_stack.app, name="stack")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
@@ -264,7 +266,7 @@ def inspect(
 def run(
     recipe: Recipe,
     suite: Annotated[str, typer.Option(help="Benchmark suite: a name in deployments/suites, a file, or 'none'.")] = "public",
-    data_dir: Annotated[Path | None, typer.Option(help="Data folder of a local suite.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")] = None,
     device: Device = "auto",
     memory: Memory = "2GiB",
@@ -366,6 +368,8 @@ def _print(item: Any) -> None:
 app.command()(cli_registry.promote)
 app.command()(cli_registry.rollback)
 app.command()(cli_registry.champion)
+app.command()(cli_experts.push)
+app.command()(cli_experts.experts)
 
 if __name__ == "__main__":
     sys.exit(app())

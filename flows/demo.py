@@ -50,6 +50,11 @@ def base_uri(seed: int) -> str:
     return f"s3://{BUCKET}/models/seed{seed}"
 
 
+def expert_uri(capability: str, seed: int) -> str:
+    """Where an expert lies in S3."""
+    return f"s3://{BUCKET}/experts/{capability}/seed{seed}"
+
+
 @task(name="make data", task_run_name="make data")
 def make_data(where: Places, settings: DemoSettings, seed: int) -> ArtifactRef:
     """Training, validation and test data of the five capabilities."""
@@ -101,21 +106,33 @@ def upload(where: Places, model: ArtifactRef, capability: str, seed: int) -> str
     if capability == "base":
         upload_folder(folder, base_uri(seed))
         return base_uri(seed)
-    uri = f"s3://{BUCKET}/experts/{capability}/seed{seed}"
-    upload_folder(folder, uri, last=EXPERT_JSON)
+    upload_folder(folder, expert_uri(capability, seed), last=EXPERT_JSON)
+    return expert_uri(capability, seed)
+
+
+@task(name="upload", task_run_name="upload data")
+def upload_data(where: Places, data: ArtifactRef, seed: int) -> str:
+    """Put the data into S3, where benchmarks on other machines find them."""
+    uri = f"s3://{BUCKET}/data/seed{seed}"
+    upload_folder(stages.store_of(where).local_path(data) / "data", uri)
     return uri
 
 
-@flow(name="demo", flow_run_name="demo", task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1), persist_result=False)
-def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
-    """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
-    settings = settings or DemoSettings()
+def train_and_upload(where: Places, settings: DemoSettings, seed: int) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:
+    """In a flow: the data, and base and experts by name, trained unless they are there and uploaded."""
     data = make_data(where, settings, seed)
     base = train(where, settings, seed, data, None, "base")
     futures = {name: train.submit(where, settings, seed, data, base, name) for name in CAPABILITIES}
     models = {"base": base} | {name: future.result() for name, future in futures.items()}
     for name, model in models.items():
         upload(where, model, name, seed)
+    return data, models
+
+
+@flow(name="demo", flow_run_name="demo", task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1), persist_result=False)
+def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
+    """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
+    data, models = train_and_upload(where, settings or DemoSettings(), seed)
     link_models(where, models)
     data_dir = stages.store_of(where).local_path(data) / "data"
     outcomes = {}
@@ -124,9 +141,23 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
         if seed != SEED:
             text = recipe.to_yaml().replace(f"/seed{SEED}", f"/seed{seed}")
             recipe = parse_recipe(parse_yaml(text, file), file)
-        outcomes[name] = merge_flow(recipe, suite="demo", data_dir=data_dir, device="cpu", home=where.tracking.parent)
+        outcomes[name] = merge_flow(recipe, suite="demo", data_dir=str(data_dir), device="cpu", home=where.tracking.parent)
     get_run_logger().info("%d merges of %d experts done", len(outcomes), len(CAPABILITIES))
     return outcomes
+
+
+@flow(
+    name="demo experts",
+    flow_run_name="demo experts",
+    task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1),
+    persist_result=False,
+)
+def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> list[str]:
+    """What the local stack begins with: data, base and experts in the S3 server of the environment; returns their addresses."""
+    data, models = train_and_upload(where, settings or DemoSettings(), seed)
+    if settings is None:
+        link_models(where, models)
+    return [upload_data(where, data, seed), base_uri(seed), *(expert_uri(name, seed) for name in CAPABILITIES)]
 
 
 def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:

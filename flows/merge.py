@@ -1,115 +1,49 @@
-"""The main path, top to bottom: fetch → compress → mask → merge → benchmark → log, as cached Prefect tasks.
+"""The main path, top to bottom: fetch → compress → mask → merge → benchmark → log, as cached Prefect tasks (flows/steps.py).
 
 With several output files, or another runner than threads, compress, mask and merge are parts that machines share out (flows/spread.py).
+With a GPU pool, merge and benchmark run there (flows/pools.py), also when this flow runs on a machine without a GPU.
 
-Every task's cache key is the fingerprint of its output; the task itself finds an output that is there. An output whose files
-are gone is computed again, alone.
+An output whose files are gone is computed again, alone.
 """
 
-import hashlib
-import threading
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import CacheKeyFnPolicy
-from prefect.context import TaskRunContext
+from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict
 
-from flows.report import merge_label, merge_name, merge_run
-from flows.run_log import Progress, hide_tracebacks_of_user_errors
+from flows.blocks import use_blocks
+from flows.deployed import cancel_children
+from flows.pages import show_mlflow, show_scores
+from flows.pools import gpu_deployment
+from flows.report import comparison, merge_label, merge_name, merge_run
+from flows.run_log import hide_tracebacks_of_user_errors
 from flows.runners import Runner, runner_of
-from flows.spread import cancel_parts, results, spread_flow
+from flows.spread import results, spread_flow
+from flows.steps import benchmark, compress, fetch, log, mask, merge, missing, send, several_at_once
 from ota_core.artifact import ArtifactRef
-from ota_core.inputs import ExpertInput, MergeInputs
+from ota_core.errors import OtaError
+from ota_core.inputs import MergeInputs
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.stream import parse_memory, parse_size
-from tasks import stages, storage
+from tasks import stages
 from tasks.inputs import fetch_all, model_sources
+from tasks.jobs import MergeJob, ScoreJob
 from tasks.parts import SpreadMerge
+from tasks.recipes import read_recipe
 from tasks.settings import Places, places
 from tasks.sources import MergeSources
-from tasks.stages import Step, Subject
-from tasks.storage import Fetched
+from tasks.stages import Subject
+from tasks.storage import Fetched, is_s3
 from tasks.streaming import Streams
 from tasks.suites import load_suite
-from tasks.tracking import LoggedRun, MergeRun, log_merge
+from tasks.tracking import LoggedRun
+from tasks.tracking_run import REGISTERED_MODEL
 from tasks.watch import identity_of_source, is_intact
 
 hide_tracebacks_of_user_errors()
-
-
-def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-    """The cache key: the fingerprint of what the task makes, or for a fetch the identity of the source, and where the result lies.
-
-    A cached result is a reference into one root of artifacts; a run with another root must not be given it.
-    """
-    step, where = parameters.get("step"), parameters["where"]
-    if isinstance(step, Step):
-        return f"ota-{step.kind}-{step.fingerprint}-{_place(where.artifacts)}"
-    identity = parameters.get("identity")
-    return f"ota-fetch-{identity}-{_place(where.cache)}" if identity else None
-
-
-def _place(root: str | Path) -> str:
-    return hashlib.sha256(str(root).encode()).hexdigest()[:8]
-
-
-# A stage of the engine uses all cores by threads of its own; two at once in one process would each take the budget of memory.
-ONE_AT_A_TIME = threading.Lock()
-CACHED: dict[str, Any] = {
-    "cache_policy": CacheKeyFnPolicy(cache_key_fn=_key),
-    "persist_result": True,
-    "result_serializer": "json",
-}
-
-
-@task(name="fetch", task_run_name="fetch {source}", **CACHED)
-def fetch(source: str, identity: str | None, where: Places) -> Fetched:
-    """Bring one checkpoint to this machine, verified."""
-    progress = Progress()
-    return storage.fetch(source, cache=where.cache, progress=lambda done, total: progress(f"fetch {source}", done, total))
-
-
-@task(name="compress", task_run_name="compress {expert.name}", **CACHED)
-def compress(step: Step, where: Places, expert: ExpertInput, memory: str) -> ArtifactRef:
-    """Compress one expert's second moments."""
-    with ONE_AT_A_TIME:
-        return stages.compress(where, step, expert, memory=memory, progress=Progress())
-
-
-@task(name="mask", task_run_name="mask {name}", **CACHED)
-def mask(
-    step: Step, where: Places, name: str, recipe: MergeRecipe, inputs: MergeInputs, index: int, memory: str, device: str
-) -> ArtifactRef:
-    """Fast Fisher Grafting: the mask of one expert."""
-    with ONE_AT_A_TIME:
-        return stages.mask(where, step, recipe, inputs, index, memory=memory, device=device, progress=Progress())
-
-
-@task(name="merge", task_run_name="merge {recipe.merge_method}", **CACHED)
-def merge(step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs, memory: str, device: str) -> ArtifactRef:
-    """Merge the experts into one model."""
-    with ONE_AT_A_TIME:
-        return stages.merge(where, step, recipe, inputs, memory=memory, device=device, progress=Progress())
-
-
-@task(name="benchmark", task_run_name="benchmark {subject.name}", **CACHED)
-def benchmark(
-    step: Step, where: Places, subject: Subject, suite: str, data_dir: Path | None, limit: int | None, device: str
-) -> ArtifactRef:
-    """Score one model on the suite."""
-    return stages.score(where, step, subject, suite, data_dir, limit, device=device, progress=Progress())
-
-
-@task(name="log", task_run_name="log {run.name}", retries=2, retry_delay_seconds=10)
-def log(run: MergeRun, where: Places, tracking_uri: str | None) -> LoggedRun:
-    """Log the merge to MLflow. Finds the run that an earlier try or an equal merge logged, so that it can be repeated."""
-    return log_merge(run, tracking_uri=tracking_uri, root=where.tracking)
 
 
 class MergeOutcome(BaseModel):
@@ -132,52 +66,67 @@ class MergeOutcome(BaseModel):
 
 
 def _run_name() -> str:
-    recipe = flow_run.parameters["recipe"]
-    return merge_name(recipe if isinstance(recipe, MergeRecipe) else MergeRecipe.model_validate(recipe))
+    given = flow_run.parameters["recipe"]
+    try:
+        if isinstance(given, str):
+            use_blocks()
+            return merge_name(read_recipe(given)[0])
+        return merge_name(given if isinstance(given, MergeRecipe) else MergeRecipe.model_validate(given))
+    except OtaError:
+        return f"merge {given}"  # the flow says what is wrong with it
 
 
 @flow(
-    name="merge", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=4), persist_result=False,
-    on_cancellation=[cancel_parts], on_crashed=[cancel_parts],
+    name="merge", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
+    on_cancellation=[cancel_children], on_crashed=[cancel_children],
 )  # fmt: skip
 def merge_flow(
-    recipe: MergeRecipe,
-    recipe_dir: Path | None = None,
+    recipe: MergeRecipe | str,
     suite: str | None = "public",
-    data_dir: Path | None = None,
+    data_dir: str | None = None,
     limit: int | None = None,
     device: str = "auto",
     memory: str = "2GiB",
+    shard_size: str = "5GB",
+    recipe_dir: Path | None = None,
     home: Path | None = None,
     artifacts: str | None = None,
     tracking_uri: str | None = None,
     runner: Runner | None = None,
-    shard_size: str = "5GB",
+    gpu: str | None = None,
+    registered_model: str = REGISTERED_MODEL,
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
     Args:
-        recipe: What to merge and how.
-        recipe_dir: Folder that relative paths of the recipe start from.
+        recipe: What to merge and how: a recipe, or where its YAML lies (s3://… or a file).
         suite: Benchmark suite: a name in deployments/suites or a file; none to skip the benchmark.
-        data_dir: Data of a local suite.
+        data_dir: Data of a local suite: a folder or s3://….
         limit: Documents per task, for a quick look.
         device: cpu, cuda or auto.
         memory: Budget of the merge, or of each of its parts.
+        shard_size: Largest weight file of the merged model, and so the number of parts.
+        recipe_dir: Folder that relative paths of the recipe start from.
         home: Folder for artifacts, caches and the embedded MLflow; OTA_HOME or ~/.ota by default.
         artifacts: Root of the artifacts, a folder or s3://…, if not in home.
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         runner: Where the parts of the merge run; OTA_RUNNER or threads by default.
-        shard_size: Largest weight file of the merged model, and so the number of parts.
+        gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
+        registered_model: The registered model in MLflow that gains a version.
     """
+    use_blocks()
+    if isinstance(recipe, str):
+        recipe, folder = read_recipe(recipe)
+        recipe_dir = recipe_dir or folder
     tests = load_suite(suite) if suite else None
-    where, runner = places(home, artifacts), runner or runner_of()
+    where, runner, gpu = places(home, artifacts), runner or runner_of(), gpu or gpu_deployment()
     task_runner = runner.task_runner()
-    here = _device(device) if tests or runner.kind == "threads" else device
+    here = "cpu" if gpu else _device(device) if tests or runner.kind == "threads" else device
     parse_memory(memory)
     file_size = parse_size(shard_size, "shard size", "1KB")
+    data = stages.bring_data(data_dir, where) if tests else None
     if tests:
-        stages.check_suite(tests, data_dir, limit)
+        stages.check_suite(tests, data, limit)
 
     with ExitStack() as stack:
         streams = None
@@ -186,9 +135,13 @@ def merge_flow(
         fetched = _fetch_all(recipe, recipe_dir, where, streams)
         inputs = stages.inputs_of(recipe, fetched, where, recipe_dir, streams)
         step = stages.merge_step(recipe, inputs, file_size)
-        if runner.kind == "threads" and len(stages.output_files(recipe, inputs, file_size)) == 1:
-            ready, stage_refs = _second_moments(recipe, inputs, where, memory, here)
-            merged: ArtifactRef = _missing(merge, step, where)(step, where, recipe, ready, memory, here)
+        if runner.kind == "threads" and (gpu or len(stages.output_files(recipe, inputs, file_size)) == 1):
+            ready, stage_refs, sources = _second_moments(recipe, inputs, fetched, where, memory, here)
+            if gpu:
+                job = MergeJob(step=step, recipe=recipe, sources=sources, shard_size=file_size, memory=memory)
+                merged: ArtifactRef = missing(send, step, where)(step, where, job, device, gpu)
+            else:
+                merged = missing(merge, step, where)(step, where, recipe, ready, memory, here)
         else:
             spread = spread_flow.with_options(task_runner=task_runner)(
                 SpreadMerge(
@@ -201,19 +154,20 @@ def merge_flow(
     stage_refs["merge"] = [merged]
 
     label = merge_label(recipe)
-    subjects = _subjects(recipe, inputs, fetched, stages.merged_subject(where, label, merged, benchmark=bool(tests)))
+    result = stages.merged_subject(where, label, merged, benchmark=bool(tests) and gpu is None)
+    subjects = _subjects(inputs, fetched, result)
     scores: dict[str, ArtifactRef] = {}
     if suite and tests:
-        steps = {key: stages.score_step(subject, tests, data_dir, limit) for key, subject in subjects.items()}
-        futures = {
-            key: _missing(benchmark, steps[key], where).submit(steps[key], where, subject, suite, data_dir, limit, here)
-            for key, subject in subjects.items()
-        }
-        scores = dict(zip(futures, results(futures.values()), strict=True))
+        scores = score_all(subjects, suite, data_dir, limit, where, device=device if gpu else here, gpu=gpu)
     run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where)
+    run = run.model_copy(update={"registered_model": registered_model})
     logged = log(run, where, tracking_uri)
     path = str(subjects["merged"].path or merged.uri)
     get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
+    if scores:
+        found = {key: stages.read_scores(where, ref) for key, ref in scores.items()}
+        show_scores(comparison(found, subjects), title=run.name)
+    show_mlflow(run.name, logged.url)
     return MergeOutcome(
         name=label,
         merged=merged,
@@ -226,16 +180,38 @@ def merge_flow(
     )
 
 
+def score_all(
+    subjects: dict[str, Subject],
+    suite: str,
+    data_dir: str | None,
+    limit: int | None,
+    where: Places,
+    *,
+    device: str,
+    gpu: str | None,
+) -> dict[str, ArtifactRef]:
+    """The scores of these models, each a task: here, or on the workers of the GPU pool. Raises OtaError."""
+    tests, data = load_suite(suite), stages.bring_data(data_dir, where)
+    futures = {}
+    for key, subject in subjects.items():
+        step = stages.score_step(subject, tests, data, limit)
+        if gpu:
+            job = ScoreJob(step=step, subject=subject, suite=suite, data_dir=_for_others(data_dir), limit=limit)
+            futures[key] = missing(send, step, where).submit(step, where, job, device, gpu)
+        else:
+            futures[key] = missing(benchmark, step, where).submit(step, where, subject, suite, data, limit, device)
+    return dict(zip(futures, results(futures.values()), strict=True))
+
+
+def _for_others(folder: str | None) -> str | None:
+    """A folder's name as other machines, or this one in another working directory, understand it."""
+    return folder if folder is None or is_s3(folder) else str(Path(folder).expanduser().resolve())
+
+
 def _device(device: str) -> str:
     from ota_core.engine import pick_device
 
     return pick_device(device)
-
-
-def _missing(stage: Any, step: Step, where: Places) -> Any:
-    """The task, told to ignore Prefect's cached result when the artifact that it points to is not there any more."""
-    present = stages.store_of(where).find(step.kind, step.fingerprint)  # type: ignore[arg-type]
-    return stage if present else stage.with_options(refresh_cache=True)
 
 
 def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places, streams: Streams | None) -> list[Fetched]:
@@ -256,14 +232,15 @@ def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places, stre
 
 
 def _second_moments(
-    recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str, device: str
-) -> tuple[MergeInputs, dict[str, list[ArtifactRef]]]:
-    """Compressed moments and masks of every expert, each a task, and the inputs that refer to them."""
+    recipe: MergeRecipe, inputs: MergeInputs, fetched: list[Fetched], where: Places, memory: str, device: str
+) -> tuple[MergeInputs, dict[str, list[ArtifactRef]], MergeSources]:
+    """Compressed moments and masks of every expert, each a task; the inputs that refer to them, and the same for another machine."""
+    sources = MergeSources.of(recipe, inputs, fetched)
     if recipe.merge_method not in NEEDS_MOMENTS:
-        return inputs, {}
+        return inputs, {}, sources
     steps = [stages.moments_step(recipe, expert) for expert in inputs.experts]
     moments = [
-        _missing(compress, step, where).submit(step, where, expert, memory)
+        missing(compress, step, where).submit(step, where, expert, memory)
         for step, expert in zip(steps, inputs.experts, strict=True)
     ]  # fmt: skip
     refs: dict[str, list[ArtifactRef]] = {"compress": results(moments)}
@@ -275,23 +252,28 @@ def _second_moments(
     for i, expert in enumerate(experts):
         if recipe.ffg(i):
             step = stages.mask_step(recipe, inputs, i)
-            masks[i] = _missing(mask, step, where).submit(step, where, expert.name, recipe, ready, i, memory, device)
+            masks[i] = missing(mask, step, where).submit(step, where, expert.name, recipe, ready, i, memory, device)
+    found: dict[int, ArtifactRef] = {}
     if masks:
         found = dict(zip(masks, results(masks.values()), strict=True))
         refs["mask"] = list(found.values())
         ready = stages.with_masks(where, ready, found)
-    return ready, refs
+    made = [
+        one.model_copy(update={"compressed": ref, "masks": found.get(i)})
+        for i, (one, ref) in enumerate(zip(sources.experts, refs["compress"], strict=True))
+    ]
+    return ready, refs, sources.model_copy(update={"experts": tuple(made)})
 
 
-def _subjects(recipe: MergeRecipe, inputs: MergeInputs, fetched: list[Fetched], merged: Subject) -> dict[str, Subject]:
+def _subjects(inputs: MergeInputs, fetched: list[Fetched], merged: Subject) -> dict[str, Subject]:
     """Everything that is scored: base, experts, merged."""
     models = list(fetched)
     subjects = {}
     if inputs.base is not None:
         base = models.pop(0)
-        subjects["base"] = Subject(name="base", role="base", path=base.path, digest=base.digest)
+        subjects["base"] = Subject(name="base", role="base", path=base.path, digest=base.digest, location=base.resolved)
     for expert, one in zip(inputs.experts, models, strict=True):
         subjects[f"expert/{expert.name}"] = Subject(
-            name=expert.name, role="expert", capability=expert.capability, path=one.path, digest=one.digest
+            name=expert.name, role="expert", capability=expert.capability, path=one.path, digest=one.digest, location=one.resolved
         )
     return subjects | {"merged": merged}

@@ -4,6 +4,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from flows.blocks import use_blocks
 from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from ota_core.errors import OtaError
 from tasks.parts import Part, run_part
@@ -14,8 +15,10 @@ hide_tracebacks_of_user_errors()
 @flow(name="part", flow_run_name="{part.name}", persist_result=False)
 def part(part: Part) -> State:
     """Compress, survey or merge what the part says; its output goes to the artifacts' root, the message of an error to the parent."""
+    use_blocks()
     try:
-        ref = run_part(part, Progress())
+        with Progress() as progress:
+            ref = run_part(part, progress)
     except OtaError as error:
         return Failed(message=str(error))
     return Completed(message=ref.uri)

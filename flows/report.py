@@ -26,19 +26,19 @@ if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
 
 
 def merge_name(recipe: MergeRecipe) -> str:
-    """A short name that says what is merged, for example ``ota math+code rho=0.4``."""
+    """A short name that says what is merged, for example ``ota math+code rho=0.40``."""
     experts = "+".join(entry.name or entry.capability or _short(entry.model) for entry in recipe.models)
     method, *settings = merge_label(recipe).split(" ")
     return " ".join([method, experts, *settings])[:200].replace("'", "").replace("`", "")
 
 
 def merge_label(recipe: MergeRecipe) -> str:
-    """How it is merged, for tables and charts that name the experts anyway: ``ota rho=0.4``."""
+    """How it is merged, for tables and charts that name the experts anyway: ``ota rho=0.40``."""
     parts: list[str] = [recipe.merge_method]
     densities = {recipe.setting("density", i) for i in range(len(recipe.models))} - {None, 1.0}
     thresholds = {recipe.setting("precond_threshold", i) for i in range(len(recipe.models))} - {None}
     if densities:
-        parts.append(f"rho={'/'.join(f'{d:g}' for d in sorted(densities))}")
+        parts.append(f"rho={'/'.join(_decimals(d) for d in sorted(densities))}")
     if thresholds:
         parts.append(f"tau={'/'.join(f'{t:g}' for t in sorted(thresholds))}")
     if recipe.setting("compression") not in {None, "none"} and recipe.merge_method in {"ota", "fisher"}:
@@ -48,6 +48,11 @@ def merge_label(recipe: MergeRecipe) -> str:
     if lam not in {None, 1.0}:
         parts.append(f"lambda={lam:g}")
     return " ".join(parts)
+
+
+def _decimals(value: float) -> str:
+    """At least two decimals, so that names line up: 0.40, 0.005."""
+    return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
 
 
 def _short(model: str) -> str:

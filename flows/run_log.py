@@ -1,23 +1,59 @@
-"""What a flow run's log says: how far a long stage is, and of a user's mistake its message alone."""
+"""What a flow run shows while it works: how far a long stage is, and of a user's mistake its message alone."""
 
+import contextvars
 import logging
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
 
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
 from ota_core.errors import OtaError
 
+SECONDS_BETWEEN = 10.0
+
 
 class Progress:
-    """Tells the run's log how far a long stage is, at most once in ten seconds."""
+    """Tells the run's log and a progress artifact how far a long stage is, at most once in ten seconds; short ones leave no trace.
 
-    def __init__(self) -> None:
-        self._log, self._said = get_run_logger(), time.monotonic()
+    Use it as a context manager around the stage; call it from any thread.
+    """
+
+    def __init__(self, every: float = SECONDS_BETWEEN) -> None:
+        self._log, self._said, self._every = get_run_logger(), time.monotonic(), every
+        self._context = contextvars.copy_context()  # the stage's threads do not know which run they belong to
+        self._lock = threading.Lock()
+        self._artifacts: dict[str, UUID] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if total and time.monotonic() - self._said >= 10:
+        if not total or time.monotonic() - self._said < self._every:
+            return
+        with self._lock:
+            if time.monotonic() - self._said < self._every:
+                return
             self._said = time.monotonic()
             self._log.info("%s: %.0f %%", what, 100 * done / total)
+            self._context.run(self._show, what, 100 * done / total)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for what in self._artifacts:
+                self._context.run(self._show, what, 100.0)
+
+    def _show(self, what: str, percent: float) -> None:
+        known = self._artifacts.get(what)
+        if known is None:
+            made: Any = create_progress_artifact(progress=percent, description=what)
+            self._artifacts[what] = made
+        else:
+            update: Callable[..., Any] = update_progress_artifact
+            update(artifact_id=known, progress=percent, description=what)
 
 
 class _UserErrorsOnce(logging.Filter):

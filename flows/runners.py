@@ -3,7 +3,8 @@
 OTA_RUNNER            threads (default), dask, ray or workers
 OTA_RUNNER_ADDRESS    an existing Dask scheduler (tcp://…) or Ray cluster (ray://…); without it a local one is started for the run
 OTA_RUNNER_PARTS      parts at a time on this machine: threads, or processes of a local cluster
-OTA_PART_DEPLOYMENT   the deployment that `workers` run, "part/ota" by default (deployments/prefect.yaml)
+OTA_PART_DEPLOYMENT   one deployment for all parts that `workers` run; by default "part/gpu" for those that merge, "part/cpu" for the others
+                      (deployments/prefect.yaml)
 """
 
 import logging
@@ -20,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from ota_core.errors import OtaError
 
 Kind = Literal["threads", "dask", "ray", "workers"]
-DEPLOYMENT = "part/ota"
+DEPLOYMENTS = {"merge": "part/gpu"}
+OTHER_PARTS = "part/cpu"
 # Each part uses all cores by threads of its own; more processes hide the waiting for a remote store.
 LOCAL_PROCESSES = 2
 
@@ -34,7 +36,12 @@ class Runner(BaseModel):
     address: str | None = None
     parts: PositiveInt | None = None
     """Parts at a time on this machine; each has its own budget of memory."""
-    deployment: str = DEPLOYMENT
+    deployment: str | None = None
+    """One for every kind of part, instead of those in deployments/prefect.yaml."""
+
+    def deployment_of(self, kind: str) -> str:
+        """The deployment that runs parts of this kind on Prefect workers."""
+        return self.deployment or DEPLOYMENTS.get(kind, OTHER_PARTS)
 
     def task_runner(self) -> TaskRunner[Any]:
         """Prefect's task runner for the parts. Raises OtaError when its package is not installed."""
@@ -79,7 +86,7 @@ def runner_of(
         kind=kind,
         address=address,
         parts=int(text) if text else None,
-        deployment=environment.get("OTA_PART_DEPLOYMENT") or DEPLOYMENT,
+        deployment=environment.get("OTA_PART_DEPLOYMENT") or None,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -183,8 +184,8 @@ def run_recipe(
     return lines
 
 
-def comparison_table(outcomes: dict[str, Any], where: Places) -> Any:
-    """Base, experts and merges side by side, a DataFrame. All outcomes are of the same base and experts."""
+def comparison_table(outcomes: Mapping[str, Any], where: Places, more: Mapping[str, Any] | None = None) -> Any:
+    """Base, experts and merges side by side, a DataFrame. All outcomes are of the same base and experts; ``more``: scores of other merges."""
     from flows.report import compare
     from tasks.stages import read_scores
 
@@ -196,4 +197,4 @@ def comparison_table(outcomes: dict[str, Any], where: Places) -> Any:
         if key.startswith("expert/")
     }
     merges = {name: read_scores(where, outcome.scores["merged"]) for name, outcome in outcomes.items()}
-    return compare(found.get("base"), experts, merges)
+    return compare(found.get("base"), experts, {**merges, **(more or {})})

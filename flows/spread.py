@@ -8,16 +8,13 @@ from typing import Any, TypeVar
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
-from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.client.schemas.objects import FlowRun
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_run
-from prefect.states import Cancelling
 from pydantic import BaseModel, ConfigDict
 
+from flows.deployed import POLL_SECONDS, complaint, run_deployed
 from flows.run_log import Progress
 from flows.runners import Runner
 from ota_core.artifact import ArtifactRef
@@ -27,7 +24,6 @@ from tasks.parts import Part, SpreadMerge
 from tasks.storage_cache import locked
 
 T = TypeVar("T")
-POLL_SECONDS = 2
 Run = Callable[[list[Part]], list[ArtifactRef]]
 
 
@@ -43,7 +39,8 @@ class SpreadResult(BaseModel):
 @task(name="part", task_run_name="{part.name}", cache_policy=NO_CACHE, persist_result=False)
 def run_part(part: Part) -> ArtifactRef:
     """One part of the merge. The store is its cache: an output that is there is not computed again."""
-    return parts.run_part(part, Progress())
+    with Progress() as progress:
+        return parts.run_part(part, progress)
 
 
 @task(name="thresholds", cache_policy=NO_CACHE, persist_result=False)
@@ -63,7 +60,7 @@ def spread_flow(merge: SpreadMerge, runner: Runner) -> SpreadResult:
     """A merge in parts. Call it as ``spread_flow.with_options(task_runner=runner.task_runner())``."""
 
     def run(todo: list[Part]) -> list[ArtifactRef]:
-        return _by_workers(todo, runner.deployment) if runner.kind == "workers" else _by_tasks(todo)
+        return _by_workers(todo, runner) if runner.kind == "workers" else _by_tasks(todo)
 
     # A second run of the same merge on this machine waits here, and then finds everything.
     with locked(merge.where.cache, f"spread {merge.step.fingerprint}"):
@@ -124,54 +121,22 @@ def results(futures: Iterable[PrefectFuture[T]]) -> list[T]:
     return found
 
 
-def _by_workers(todo: list[Part], deployment: str) -> list[ArtifactRef]:
+def _by_workers(todo: list[Part], runner: Runner) -> list[ArtifactRef]:
     """Each part as a run of its deployed flow, taken by whichever Prefect worker is free. Raises OtaError with what the workers say."""
-    sent = [_deployed(part, deployment, as_subflow=True, timeout=0) for part in todo]
+    sent = [_deployed(part, runner, as_subflow=True, timeout=0) for part in todo]
     if todo:
-        get_run_logger().info("%d parts sent to '%s'; they wait until a worker takes them", len(sent), deployment)
+        names = ", ".join(sorted({runner.deployment_of(part.kind) for part in todo}))
+        get_run_logger().info("%d parts sent to %s; they wait until a worker takes them", len(sent), names)
     # The same key gives the run that was created above; asked for a second time, it is waited for.
-    ended = [_deployed(part, deployment, as_subflow=False, poll_interval=POLL_SECONDS) for part in todo]
-    raise_all([_complaint(part, run.state) for part, run in zip(todo, ended, strict=True) if not run.state.is_completed()])
+    ended = [_deployed(part, runner, as_subflow=False, poll_interval=POLL_SECONDS) for part in todo]
+    raise_all([complaint(part.name, run.state) for part, run in zip(todo, ended, strict=True) if not run.state.is_completed()])
     found = [parts.present(part) for part in todo]
     raise_all([str(parts.missing_after(part)) for part, ref in zip(todo, found, strict=True) if ref is None])
     return [ref for ref in found if ref is not None]
 
 
-def _deployed(part: Part, deployment: str, **options: Any) -> Any:
+def _deployed(part: Part, runner: Runner, **options: Any) -> FlowRun:
     # A new run of the parent, or its retry, must not be given the failed parts of an earlier one.
     key = f"{this_run.id}-{this_run.run_count}-{part.step.fingerprint}"
     parameters = {"part": part.model_dump(mode="json", by_alias=True)}
-    try:
-        return run_deployment(deployment, parameters=parameters, flow_run_name=part.name, idempotency_key=key, **options)
-    except ObjectNotFound:
-        raise OtaError(
-            f"the Prefect server has no deployment '{deployment}'; create it: prefect --no-prompt deploy --all --prefect-file "
-            "deployments/prefect.yaml, or name yours in OTA_PART_DEPLOYMENT"
-        ) from None
-
-
-def _complaint(part: Part, state: Any) -> str:
-    if state.is_failed():
-        return f"{part.name}: {state.message}"
-    return f"{part.name}: its run ended as {state.name} ({state.message or 'no message'}); run again, finished parts are kept"
-
-
-def cancel_parts(flow: Any, flow_run: Any, state: Any) -> None:
-    """Hook of a flow: cancel the runs below it that other machines have taken or will take, also those below its subflows."""
-    with get_client(sync_client=True) as client:
-        above = [flow_run.id]
-        while above:
-            below = _runs_below(client, above)
-            for run in below:
-                if run.deployment_id and not (run.state and run.state.is_final()):
-                    client.set_flow_run_state(run.id, Cancelling(message="the merge was cancelled"))
-            above = [run.id for run in below]
-
-
-def _runs_below(client: Any, above: list[Any]) -> list[Any]:
-    """The subflow runs of these flow runs; the server gives at most 200 an answer."""
-    wanted = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=above))
-    found: list[Any] = []
-    while page := client.read_flow_runs(flow_run_filter=wanted, limit=200, offset=len(found)):
-        found += page
-    return found
+    return run_deployed(runner.deployment_of(part.kind), name=part.name, parameters=parameters, key=key, **options)

@@ -1,6 +1,9 @@
 """The errors that a user can cause. The command line prints their message alone, without a traceback, and exits with code 2."""
 
 from collections.abc import Sequence
+from typing import Literal
+
+StorageReason = Literal["content", "missing", "changed", "denied", "unavailable"]
 
 
 class OtaError(Exception):
@@ -28,6 +31,12 @@ class MomentsError(OtaError):
 
 class StorageError(OtaError):
     """A remote or local location cannot be read, written or verified."""
+
+    def __init__(self, message: str, *, reason: StorageReason = "content") -> None:
+        super().__init__(message)
+        self.reason = reason
+        """Whose fault it is: that of what lies there (``content``, ``missing``), of its owner who is replacing it (``changed``) or keeps it
+        closed (``denied``), or of the place itself (``unavailable``: nobody answers, bad credentials), which says nothing about what lies there."""
 
 
 class ArtifactError(OtaError):

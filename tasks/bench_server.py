@@ -3,14 +3,14 @@
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ota_core.errors import OtaError
 from tasks.bench_measure import child_environment
-from tasks.s3_server import free_ports, kill_group
+from tasks.loopback import free_ports, get
+from tasks.s3_server import kill_group
 
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
 
@@ -32,7 +32,7 @@ def prefect_server(home: Path, *, timeout: float = 180.0) -> Iterator[dict[str, 
         )
     try:
         deadline = time.monotonic() + timeout
-        while not _healthy(url):
+        while get(f"{url}/health") is None:
             if process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join((home / "server.log").read_text(errors="replace").splitlines()[-15:])
                 raise OtaError(
@@ -43,12 +43,3 @@ def prefect_server(home: Path, *, timeout: float = 180.0) -> Iterator[dict[str, 
     finally:
         kill_group(process.pid, grace=10.0)
         process.wait()
-
-
-def _healthy(url: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the address is loopback
-    try:
-        with opener.open(f"{url}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False

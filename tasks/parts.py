@@ -31,9 +31,9 @@ from ota_core.prepare import WholeFacts
 from ota_core.recipe import MergeRecipe
 from ota_core.shards import Job, Survey, finish, merge_shard, needs_survey, opened_bins, shard_files, survey, whole_facts
 from ota_core.stream import Progress, parse_memory
-from tasks import stages, storage
+from tasks import jobs, stages, storage
 from tasks.artifacts import ArtifactStore, BuildResult
-from tasks.settings import Places, places
+from tasks.settings import Places
 from tasks.sources import MergeSources
 from tasks.stages import Step, store_of
 from tasks.storage_cache import FileInfo, combined_digest, digest_files, hash_file
@@ -61,9 +61,7 @@ class SpreadMerge(BaseModel):
 
     def here(self) -> Places:
         """The places as this machine has them."""
-        if not os.environ.get("OTA_HOME"):
-            return self.where
-        return self.where.model_copy(update={"cache": places().cache})
+        return self.where.here()
 
     def store(self) -> ArtifactStore:
         return store_of(self.here())
@@ -276,8 +274,5 @@ def discard(merge: SpreadMerge, shards: Sequence[str]) -> None:
 
 
 def missing_after(part: Part) -> ArtifactError:
-    """What to say when a machine reports a part done and the root of this machine does not hold it."""
-    return ArtifactError(
-        f"{part.name} is done, but {part.merge.where.artifacts} does not hold its output as this machine sees it; all machines need one root: "
-        "OTA_ARTIFACTS, or --artifacts, must be s3://… or a shared folder"
-    )
+    """What to say when a machine reports a part done and the root of this machine does not hold its output."""
+    return jobs.missing_after(part.name, part.merge.where)

@@ -76,6 +76,12 @@ def current(
         return None if number is None else _version(client, name, str(number))
 
 
+def version(number: str, *, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> Version:
+    """A version by its number. Raises PromotionError when it is not there, StorageError when MLflow is away."""
+    with _registry(f"reading version {number} of {name!r}", tracking_uri, root) as client:
+        return _version(client, name, number)
+
+
 def history(*, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> list[Move]:
     """Every move of the alias ``champion``, oldest first, the last one also where its call was interrupted before it was noted."""
     with _registry(f"reading the history of {name!r}", tracking_uri, root) as client:

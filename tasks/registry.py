@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tasks.tracking_run import REFERENCE
+from tasks.tracking_run import REFERENCE, REGISTERED_MODEL
 from tasks.tracking_store import Store, quoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-REGISTERED_MODEL = "ota-merged"
 CHALLENGER = "challenger"
 TAG_DIGEST = "model_digest"
 TAG_SOURCE = "source_uri"

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from botocore import exceptions as boto_errors
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.errors import StorageError
+from ota_core.errors import StorageError, StorageReason
 
 MIB = 1024 * 1024
 POOL_CONNECTIONS = 64
@@ -115,15 +115,18 @@ def s3_errors(action: str, uri: str, s3: Any) -> Iterator[None]:
     try:
         yield
     except boto_errors.ClientError as error:
-        raise StorageError(_explain(error, action, uri, s3)) from error
+        raise _explained(error, action, uri, s3) from error
     except (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError) as error:
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        raise StorageError(f"{_where(action, uri, s3)}: no complete S3 credentials were found ({error}); {hint}") from error
+        raise StorageError(
+            f"{_where(action, uri, s3)}: no complete S3 credentials were found ({error}); {hint}", reason="unavailable"
+        ) from error
     except (boto_errors.HTTPClientError, boto_errors.BotoCoreError) as error:
         hint = "check that the server runs and that AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) is its address"
+        reason: StorageReason = "unavailable"
         if isinstance(error, boto_errors.ParamValidationError):
-            hint = "check the spelling of the bucket and key"
-        raise StorageError(f"{_where(action, uri, s3)}: {' '.join(str(error).split())}; {hint}") from error
+            hint, reason = "check the spelling of the bucket and key", "content"
+        raise StorageError(f"{_where(action, uri, s3)}: {' '.join(str(error).split())}; {hint}", reason=reason) from error
 
 
 def _where(action: str, uri: str, s3: Any) -> str:
@@ -135,21 +138,25 @@ def error_code(error: boto_errors.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _explain(error: boto_errors.ClientError, action: str, uri: str, s3: Any) -> str:
+def _explained(error: boto_errors.ClientError, action: str, uri: str, s3: Any) -> StorageError:
     code, where = error_code(error), _where(action, uri, s3)
     bucket, _ = split_uri(uri)
     if code == "NoSuchBucket":
-        return f"{where}: there is no bucket {bucket!r} there; check the name and the endpoint"
+        hint = "check the name and the endpoint"
+        return StorageError(f"{where}: there is no bucket {bucket!r} there; {hint}", reason="unavailable")
     if code in _MISSING:
-        return f"{where}: there is no such key; check the spelling, or list the bucket"
+        return StorageError(f"{where}: there is no such key; check the spelling, or list the bucket", reason="missing")
     if code in _DENIED:
-        return f"{where}: access denied; check that AWS_ACCESS_KEY_ID may do this on the bucket"
+        return StorageError(f"{where}: access denied; check that AWS_ACCESS_KEY_ID may do this on the bucket", reason="denied")
     if code in _BAD_CREDENTIALS:
-        return f"{where}: access denied, the credentials were refused ({code}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        hint = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return StorageError(f"{where}: access denied, the credentials were refused ({code}); {hint}", reason="unavailable")
     if code in _CHANGED:
-        return f"{where}: the object was replaced meanwhile (its ETag is no longer the one listed); run again to read the new one"
+        seen = "the object was replaced meanwhile (its ETag is no longer the one listed)"
+        return StorageError(f"{where}: {seen}; run again to read the new one", reason="changed")
     message = error.response.get("Error", {}).get("Message", "")
-    return f"{where}: the server answered {code} {message}".rstrip() + "; see the server's log or try again later"
+    answer = f"{where}: the server answered {code} {message}".rstrip()
+    return StorageError(f"{answer}; see the server's log or try again later", reason="unavailable")
 
 
 def list_objects(uri: str) -> list[S3Object]:
@@ -249,7 +256,8 @@ def read_range(s3: Any, one: S3Object, start: int, stop: int) -> IO[bytes]:
     seen = answer["ETag"].strip('"')
     if seen != one.etag:  # a server that ignores IfMatch
         raise StorageError(
-            f"{one.uri} was replaced meanwhile: its ETag is {seen}, it was listed as {one.etag}; run again to read it"
+            f"{one.uri} was replaced meanwhile: its ETag is {seen}, it was listed as {one.etag}; run again to read it",
+            reason="changed",
         )
     body: IO[bytes] = answer["Body"]
     return body

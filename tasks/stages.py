@@ -23,7 +23,7 @@ from tasks.inputs import assemble
 from tasks.scores import ModelScores
 from tasks.settings import Places
 from tasks.sources import MASK_FILE, MOMENTS_FILE
-from tasks.storage import Fetched, digest_folder, is_s3
+from tasks.storage import Fetched, digest_folder, download_folder, is_s3
 from tasks.streaming import Streams
 from tasks.suites import Suite, SuiteError
 from tasks.suites import digest_folder as data_digest
@@ -160,14 +160,18 @@ def output_files(recipe: MergeRecipe, inputs: MergeInputs, shard_size: int) -> l
 
 
 def merge(
-    places: Places, step: Step, recipe: MergeRecipe, inputs: MergeInputs, *, memory: str = "2GiB", device: str = "cpu",
-    progress: Progress | None = None,
+    places: Places, step: Step, recipe: MergeRecipe, inputs: MergeInputs, *, shard_size: int = MAX_SHARD_BYTES, memory: str = "2GiB",
+    device: str = "cpu", progress: Progress | None = None,
 ) -> ArtifactRef:  # fmt: skip
     """The merged model as a complete Hugging Face folder, from compressed second moments and masks, or found in the store."""
 
     def build(folder: Path) -> BuildResult:
-        report = engine.merge_into(folder, recipe, inputs, memory=memory, device=device, progress=progress)
+        report = engine.merge_into(
+            folder, recipe, inputs, memory=memory, device=device, shard_size=shard_size, progress=progress
+        )  # fmt: skip
         provenance = {**engine.environment(device), "sources": engine.sources(inputs), "recipe": engine.described(recipe)}
+        # Hashed here, where the files were just written: nobody has to bring the model home to know what it is.
+        provenance["digest"] = digest_folder(folder, cache=places.cache)[0]
         measured = {"seconds_per_stage": report.seconds, "peak_memory_gib": report.peak_memory_gib, "notes": report.notes}
         return BuildResult(results=report.results, provenance=provenance | measured)
 
@@ -183,8 +187,19 @@ class Subject(BaseModel):
     role: str
     capability: str | None = None
     path: Path | None
-    """Its folder on this machine; None for one that lies elsewhere and is not benchmarked."""
+    """Its folder on this machine; None for one that lies elsewhere and is not benchmarked here."""
     digest: str
+    location: str | None = None
+    """Where another machine finds it: ``s3://…``, ``org/name@commit`` or a folder that both see."""
+    artifact: ArtifactRef | None = None
+    """A model that this tool merged."""
+
+
+def bring_data(data: str | None, places: Places) -> Path | None:
+    """A suite's data as a folder of this machine. Raises StorageError."""
+    if data is None or not is_s3(data):
+        return Path(data).expanduser() if data else None
+    return download_folder(data, cache=places.cache)[0]
 
 
 def check_suite(suite: Suite, data_dir: Path | None, limit: int | None) -> None:
@@ -226,15 +241,15 @@ def read_scores(places: Places, ref: ArtifactRef) -> ModelScores:
 def merged_subject(places: Places, name: str, merged: ArtifactRef, *, benchmark: bool = True) -> Subject:
     """A merged model as something to benchmark; its digest is of its weights, configuration and tokenizer.
 
-    Without a ``benchmark`` a model in S3 stays there if its record tells the digest: its parts were hashed where they were made.
+    Without a ``benchmark`` on this machine a model in S3 stays there if its record tells the digest: it was hashed where it was made.
     """
     store = store_of(places)
     known = store.read_record(merged).provenance.get("digest")
     if known and is_s3(merged.uri) and not benchmark:
-        return Subject(name=name, role="merge", path=None, digest=known)
+        return Subject(name=name, role="merge", path=None, digest=known, artifact=merged)
     folder = store.local_path(merged)
     digest = known or digest_folder(folder, cache=places.cache)[0]
-    return Subject(name=name, role="merge", path=folder, digest=digest)
+    return Subject(name=name, role="merge", path=folder, digest=digest, artifact=merged)
 
 
 def inputs_of(

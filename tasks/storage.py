@@ -164,7 +164,9 @@ def _fetch_s3(
 def _nothing_there(uri: str) -> StorageError:
     bucket, key = s3.split_uri(uri)
     where = f"endpoint {s3.client().meta.endpoint_url}, bucket {bucket!r}, prefix {key!r}"
-    return StorageError(f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket")
+    return StorageError(
+        f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket", reason="missing"
+    )
 
 
 def _bring(
@@ -257,16 +259,17 @@ def upload_folder(
     uri: str,
     *,
     last: str | None = None,
+    files: Mapping[str, str] | None = None,
     threads: int = 8,
     part_size: int = PART_SIZE,
     progress: Progress | None = None,
 ) -> list[str]:
     """Upload every file of a folder below a prefix, ``last`` (a manifest or record) after all others. Returns the names sent.
 
-    An object that is there already with the same size and SHA-256 is not sent again. Objects that the folder lacks stay.
+    ``files``: only these, by name their SHA-256 in hex, which then is not computed here. An object that is there already with the same size and SHA-256 is not sent again. Objects that the folder lacks stay.
     Raises StorageError when ``last`` is not in the folder or the server refuses.
     """
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(files or (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
     if not names:
         raise StorageError(f"{folder} holds no files to upload to {uri}")
     if last is not None and last not in names:
@@ -276,7 +279,7 @@ def upload_folder(
     tick = Ticker(progress, sum(sizes.values()))
 
     def send(name: str) -> bool:
-        target, digest = join(uri, name), sha256_file(folder / name)
+        target, digest = join(uri, name), files[name] if files else sha256_file(folder / name)
         old = there.get(target)
         if old and old.size == sizes[name]:
             answer = s3.head(target)

@@ -119,7 +119,8 @@ def _find_equal_or_download(one: s3.S3Object, job: _Job, expected: str | None) -
     """The content under another address where the server or the manifest tells a hash that the cache knows, else a download."""
     answer = s3.head(one.uri)
     if answer is None or answer["ETag"].strip('"') != one.etag:
-        raise StorageError(f"{one.uri} was replaced or deleted since it was listed (its ETag was {one.etag}); run again")
+        what = f"{one.uri} was replaced or deleted since it was listed (its ETag was {one.etag}); run again"
+        raise StorageError(what, reason="changed")
     stated = s3.expected_checksums(answer)
     if expected and stated.get("sha256", expected) != expected:
         raise _mismatch(one, _Claim("sha256", expected, "its manifest expert.json"), stated["sha256"])
@@ -235,7 +236,8 @@ def _preallocate(file: int, path: Path, size: int) -> None:
             os.ftruncate(file, size)
     except OSError as error:
         hint = "free some space or choose another cache folder"
-        raise StorageError(f"cannot reserve {size:,} bytes for {path} ({error.strerror}); {hint}") from error
+        what = f"cannot reserve {size:,} bytes for {path} ({error.strerror}); {hint}"
+        raise StorageError(what, reason="unavailable") from error
 
 
 def _download_part(one: s3.S3Object, job: _Job, file: int, start: int, stop: int) -> str:

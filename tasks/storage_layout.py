@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ota_core.artifact import write_text_atomic
 from ota_core.errors import StorageError
-from tasks.storage_cache import CHUNK
+from tasks.storage_cache import CHUNK, HASH_THREADS
 
 EXPERT_JSON = "expert.json"
 
@@ -62,7 +63,7 @@ def folder_model_files(folder: Path) -> list[str]:
     return model_files(found)
 
 
-def write_expert_json(
+def expert_manifest(
     folder: Path,
     *,
     capability: str,
@@ -72,7 +73,7 @@ def write_expert_json(
     beta2: float | None = None,
     optimizer: str | None = None,
 ) -> dict[str, Any]:
-    """Write the manifest of an expert's folder: who it is, and size and SHA-256 of each of the model's files.
+    """The manifest of an expert's folder: who it is, and size and SHA-256 of each of the model's files.
 
     ``trained_at`` is an ISO date or time. Raises StorageError when the folder holds no model files.
     """
@@ -80,13 +81,20 @@ def write_expert_json(
     if not names:
         raise StorageError(f"{folder} holds no model files (weights, config, tokenizer); expected a Hugging Face checkpoint")
     known = {"step": step, "beta2": beta2, "optimizer": optimizer}
-    manifest = {
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        sums = dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True))
+    return {
         "capability": capability,
         "base_model": base_model,
         "trained_at": trained_at,
         **{key: value for key, value in known.items() if value is not None},
-        "files": {name: {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names},
+        "files": {name: {"size": (folder / name).stat().st_size, "sha256": sums[name]} for name in names},
     }
+
+
+def write_expert_json(folder: Path, **facts: Any) -> dict[str, Any]:
+    """Write the manifest of an expert into its folder; ``facts`` as for ``expert_manifest``. Raises StorageError as that does."""
+    manifest = expert_manifest(folder, **facts)
     write_text_atomic(folder / EXPERT_JSON, json.dumps(manifest, indent=2) + "\n")
     return manifest
 

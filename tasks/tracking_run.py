@@ -14,6 +14,7 @@ TAG_FINGERPRINT = "recipe_fingerprint"
 TAG_FLOW_RUN = "prefect_flow_run_id"
 TAG_COMMIT = "git_commit"
 
+REGISTERED_MODEL = "ota-merged"
 REFERENCE = "model"
 """The folder among a run's artifacts that holds the reference to the weights."""
 SCORES_CSV = "tables/scores.csv"
@@ -62,6 +63,8 @@ class MergeRun(_Frozen):
     model_uri: str = Field(min_length=1)
     """Where the merged weights lie: ``s3://…`` or a folder."""
     model_digest: str = Field(pattern=_NO_QUOTES)
+    registered_model: str = REGISTERED_MODEL
+    """The registered model that gains a version."""
     model_card: str | None = None
     inputs: list[InputRef] = []
     children: list[ChildRun] = []

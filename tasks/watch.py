@@ -1,6 +1,7 @@
 """Whether a source, or what was fetched from it, is still what it was: cheap looks that read no weights."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from ota_core.artifact import canonical_json
@@ -15,8 +16,8 @@ def identity_of_source(source: str) -> str | None:
     (a Hugging Face id, whose revision may move) or where the source cannot be read; the fetch then says what is wrong."""
     try:
         if storage.is_s3(source):
-            objects = [(one.uri, one.etag, one.size) for one in storage.list_objects(source)]
-            return _digest([source, objects]) if objects else None
+            objects = storage.list_objects(source)
+            return identity_of_objects(source, objects) if objects else None
         folder = Path(source)
         if not folder.is_dir():
             return None
@@ -27,6 +28,11 @@ def identity_of_source(source: str) -> str | None:
         )
     except StorageError:
         return None
+
+
+def identity_of_objects(source: str, objects: Sequence[storage.S3Object]) -> str:
+    """``identity_of_source`` of what was listed already. objects: all that lie below ``source``, in the order of their names."""
+    return _digest([source, [(one.uri, one.etag, one.size) for one in objects]])
 
 
 def _digest(value: object) -> str:

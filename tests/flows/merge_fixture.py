@@ -77,7 +77,7 @@ class World:
     def options(self, **changes: Any) -> dict[str, Any]:
         """The flow's parameters besides the recipe."""
         known = {
-            "home": self.home, "tracking_uri": self.tracking_uri, "suite": str(self.suite), "data_dir": self.data, "device": "cpu",
+            "home": self.home, "tracking_uri": self.tracking_uri, "suite": str(self.suite), "data_dir": str(self.data), "device": "cpu",
             "memory": "256MiB",
         }  # fmt: skip
         return known | changes

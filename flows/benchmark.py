@@ -1,0 +1,72 @@
+"""One model on one suite: fetch it, score it (on the GPU pool where there is one), log it to MLflow."""
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.logging import get_run_logger
+
+from flows.blocks import use_blocks
+from flows.deployed import cancel_children
+from flows.merge import score_all
+from flows.pages import show_markdown, show_mlflow
+from flows.pools import gpu_deployment
+from flows.run_log import hide_tracebacks_of_user_errors
+from flows.steps import fetch, several_at_once
+from ota_core.engine import pick_device
+from tasks import stages
+from tasks.scores import ModelScores, to_markdown_of_one
+from tasks.settings import Places, places
+from tasks.stages import Subject
+from tasks.suites import load_suite
+from tasks.tracking import LoggedRun, log_benchmark
+from tasks.watch import identity_of_source
+
+hide_tracebacks_of_user_errors()
+
+
+@task(name="log", task_run_name="log {name}", retries=2, retry_delay_seconds=10)
+def log_scores(name: str, subject: Subject, scores: ModelScores, where: Places, tracking_uri: str | None) -> LoggedRun:
+    """Log the scores to MLflow; finds the run of an earlier try."""
+    return log_benchmark(
+        name, source=subject.location or "", digest=subject.digest, scores=scores, tracking_uri=tracking_uri, root=where.tracking
+    )  # fmt: skip
+
+
+@flow(
+    name="benchmark", flow_run_name="benchmark {model}", task_runner=several_at_once(), persist_result=False,
+    on_cancellation=[cancel_children], on_crashed=[cancel_children],
+)  # fmt: skip
+def benchmark_flow(
+    model: str,
+    suite: str = "public",
+    data_dir: str | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    tracking_uri: str | None = None,
+    gpu: str | None = None,
+) -> dict[str, float | None]:
+    """Score one model on every capability of a suite.
+
+    Args:
+        model: A checkpoint: s3://…, a folder, or a Hugging Face id (org/name@revision).
+        suite: Benchmark suite: a name in deployments/suites or a file.
+        data_dir: Data of a local suite: a folder or s3://….
+        limit: Documents per task, for a quick look.
+        device: cpu, cuda or auto.
+        tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
+        gpu: Deployment that benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
+    """
+    use_blocks()
+    where, gpu = places(), gpu or gpu_deployment()
+    stages.check_suite(load_suite(suite), stages.bring_data(data_dir, where), limit)
+    fetched: Any = fetch(model, identity_of_source(model), where)
+    name = model.rstrip("/").rpartition("/")[2] or model
+    subject = Subject(name=name, role="model", path=fetched.path, digest=fetched.digest, location=fetched.resolved)
+    device = device if gpu else pick_device(device)
+    refs = score_all({"model": subject}, suite, data_dir, limit, where, device=device, gpu=gpu)
+    scores = stages.read_scores(where, refs["model"])
+    logged = log_scores(name, subject, scores, where, tracking_uri)
+    show_markdown("scores", to_markdown_of_one(name, scores), f"Scores of {name}")
+    show_mlflow(name, logged.url)
+    get_run_logger().info("scores of %s: %s", model, scores.by_capability())
+    return scores.by_capability()

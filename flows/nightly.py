@@ -1,0 +1,214 @@
+"""The nightly merge, top to bottom: look → check → merge the candidates → compare → gate → publish and promote → remember.
+
+Every step is found done by the next run: a night that was interrupted is simply run again. What was seen is written down last.
+"""
+
+import hashlib
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Completed, Failed
+
+from flows.blocks import use_blocks
+from flows.deployed import cancel_children
+from flows.merge import MergeOutcome, merge_flow, score_all
+from flows.pages import show_markdown, show_scores
+from flows.pools import gpu_deployment
+from flows.run_log import Progress, hide_tracebacks_of_user_errors
+from flows.single import comparison_table
+from flows.steps import ONE_AT_A_TIME, several_at_once
+from flows.verdict import Night, Verdict, judge, settle
+from ota_core.artifact import canonical_json
+from ota_core.errors import OtaError, raise_all
+from ota_core.recipe import NEEDS_MOMENTS
+from tasks import expert_check, experts, stages
+from tasks.experts import ExpertFound, ExpertProblem
+from tasks.nightly import NightlyConfig, NightlyError, last_night, load_nightly, remember
+from tasks.settings import Places, places
+from tasks.stages import read_scores
+from tasks.suites import digest_folder, load_suite
+
+hide_tracebacks_of_user_errors()
+CONFIG = Path(__file__).resolve().parents[1] / "deployments" / "nightly.yaml"
+
+
+@task(name="look", task_run_name="look at {config.experts}", cache_policy=NO_CACHE, persist_result=False)
+def look(config: NightlyConfig) -> tuple[list[ExpertFound], list[ExpertProblem]]:
+    """The experts that have arrived, and those that cannot be taken."""
+    return experts.find_experts(config.experts, base_model=config.base_model)
+
+
+@task(name="check", task_run_name="check {expert.capability}/{expert.name}", cache_policy=NO_CACHE, persist_result=False)
+def check(expert: ExpertFound, config: NightlyConfig, where: Places) -> list[str]:
+    """What is wrong with one expert's weights and second moments; remembered by their content."""
+    recipes = [one.recipe(config.base_model, {expert.capability: expert.uri}) for one in config.candidates]
+    reading = [recipe.setting("missing_curvature") for recipe in recipes if recipe.merge_method in NEEDS_MOMENTS]
+    with ONE_AT_A_TIME, Progress() as progress:
+        return expert_check.check(
+            where, expert.uri, config.base_model, needs_moments=bool(reading),
+            missing_curvature="error" if "error" in reading else "mean", memory=config.memory, progress=progress,
+        )  # fmt: skip
+
+
+def _run_name() -> str:
+    return f"nightly {datetime.now(UTC):%Y-%m-%d %H:%M}"
+
+
+@flow(
+    name="nightly", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
+    on_cancellation=[cancel_children], on_crashed=[cancel_children],
+)  # fmt: skip
+def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False) -> State[Any]:
+    """Merge the newest experts in every configured way, and promote the best merge if it passes the gate.
+
+    Args:
+        config: The configuration, or where its YAML lies (s3://… or a file); OTA_NIGHTLY or deployments/nightly.yaml by default.
+        force: Merge and judge again, also when nothing has changed since the last night.
+    """
+    use_blocks()
+    if not isinstance(config, NightlyConfig):
+        config = load_nightly(config or os.environ.get("OTA_NIGHTLY") or str(CONFIG))
+    where, log = places(), get_run_logger()
+    suite, data = load_suite(config.suite), stages.bring_data(config.data_dir, where)
+    stages.check_suite(suite, data, config.limit)
+    setting = config.digest(suite, digest_folder(data) if data else None)
+
+    found, problems = look(config)
+    last = None if force else last_night(where, config.name)
+    seen = _seen(config, setting, found, problems)
+    if last and last.seen == seen:
+        return _nothing_new(last.experts, problems, "nothing has arrived since")
+    chosen, unhealthy = _choose(config, found, where)
+    problems = [*problems, *unhealthy]
+    for problem in problems:
+        log.warning("left out: %s", _told(problem))
+    if not chosen:
+        return _no_expert(config, problems)
+    merged = f"{experts.identity_of_lineup(config.base_model, chosen)}-{setting}"
+    if last and last.merged == merged:
+        remember(where, config.name, seen=seen, merged=merged, experts=last.experts, outcome=last.outcome)
+        return _nothing_new(last.experts, problems, "what has arrived since is left out")
+    log.info("tonight's set: %s", ", ".join(f"{one.capability}/{one.name}" for one in chosen.values()))
+
+    outcomes, failures = _merge_all(config, chosen)
+    if not outcomes:
+        raise_all([f"candidate '{name}' could not be merged: {reason}" for name, reason in failures.items()], NightlyError)
+    night = Night(config=config, suite=suite, where=where, outcomes=outcomes)
+    verdict = judge(night, score_all_here(config, where))
+    settle(night, verdict)
+    _show(night, verdict, problems, failures)
+    message = _message(verdict, problems, failures)
+    if failures:  # told as a failure, and not written down: the next night tries these candidates again
+        return Failed(message=message)
+    uris = {capability: one.uri for capability, one in chosen.items()}
+    remember(where, config.name, seen=seen, merged=merged, experts=uris, outcome=message)
+    return Completed(name="Promoted" if verdict.promoted else "Kept", message=message)
+
+
+def _seen(config: NightlyConfig, setting: str, found: list[ExpertFound], problems: list[ExpertProblem]) -> str:
+    """Over all that arrived, broken experts included: as long as it is the same, nobody has to look at weights again."""
+    everything = {one.uri: one for one in found}
+    broken = hashlib.sha256(canonical_json(problems).encode()).hexdigest()[:32]
+    return "-".join([experts.identity_of_lineup(config.base_model, everything), broken, setting])
+
+
+def _choose(config: NightlyConfig, found: list[ExpertFound], where: Places) -> tuple[dict[str, ExpertFound], list[ExpertProblem]]:
+    """The newest sound expert of every capability: one that is broken leaves its place to the one before it."""
+    chosen, broken = {}, []
+    for capability, newest_first in experts.lineup(found, config.capabilities).items():
+        for expert in newest_first:
+            problems = check(expert, config, where)
+            if not problems:
+                chosen[capability] = expert
+                break
+            broken += [
+                ExpertProblem(uri=expert.uri, capability=capability, name=expert.name, problem=problem) for problem in problems
+            ]
+    return chosen, broken
+
+
+def _merge_all(config: NightlyConfig, chosen: dict[str, ExpertFound]) -> tuple[dict[str, MergeOutcome], dict[str, str]]:
+    """Every candidate merged and benchmarked, and why others were not. One that fails does not stop the others."""
+    outcomes: dict[str, MergeOutcome] = {}
+    failures: dict[str, str] = {}
+    uris = {capability: one.uri for capability, one in chosen.items()}
+    for candidate in config.candidates:
+        state: Any = merge_flow(
+            candidate.recipe(config.base_model, uris), suite=config.suite, data_dir=config.data_dir, limit=config.limit,
+            device=config.device, memory=config.memory, registered_model=config.name, return_state=True,
+        )  # fmt: skip
+        if state.is_completed():
+            outcomes[candidate.name] = state.result()
+        else:
+            failures[candidate.name] = state.message or state.name
+    return outcomes, failures
+
+
+def score_all_here(config: NightlyConfig, where: Places) -> Any:
+    """A function that scores one more model, as the candidates were scored."""
+
+    def score(subject: Any) -> Any:
+        gpu = gpu_deployment()
+        device = config.device if gpu else _picked(config.device)
+        found = score_all({"one": subject}, config.suite, config.data_dir, config.limit, where, device=device, gpu=gpu)
+        return read_scores(where, found["one"])
+
+    return score
+
+
+def _picked(device: str) -> str:
+    from ota_core.engine import pick_device
+
+    return pick_device(device)
+
+
+def _told(problem: ExpertProblem) -> str:
+    return f"{problem.capability}/{problem.name}: {problem.problem}"
+
+
+def _left_out(problems: list[ExpertProblem]) -> str:
+    return f"; left out: {'; '.join(_told(one) for one in problems)}" if problems else ""
+
+
+def _nothing_new(uris: dict[str, str], problems: list[ExpertProblem], why: str) -> State[Any]:
+    names = ", ".join("/".join(uri.rstrip("/").split("/")[-2:]) for uri in uris.values())
+    return Completed(name="NothingNew", message=f"this set was merged last ({names}): {why}{_left_out(problems)}")
+
+
+def _no_expert(config: NightlyConfig, problems: list[ExpertProblem]) -> State[Any]:
+    wanted = f" of {', '.join(config.capabilities)}" if config.capabilities else ""
+    return Completed(
+        name="NothingNew", message=f"no complete, sound expert{wanted} lies below {config.experts}{_left_out(problems)}"
+    )
+
+
+def _message(verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str]) -> str:
+    failed = "".join(f"; candidate {name} failed: {reason}" for name, reason in failures.items())
+    return f"{verdict.headline}{_left_out(problems)}{failed}"
+
+
+def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str]) -> None:
+    """The night's pages in the Prefect UI."""
+    table = comparison_table(night.outcomes, night.where, more=verdict.champion_scores)
+    show_scores(table, title="Tonight's candidates")
+    pages = [f"# {verdict.headline}", ""]
+    if problems:
+        pages += ["## Left out", "", *(f"- **{one.capability}/{one.name}**: {one.problem}" for one in problems), ""]
+    if failures:
+        pages += ["## Failed", "", *(f"- **{name}**: {reason}" for name, reason in failures.items()), ""]
+    show_markdown("gate", "\n".join([*pages, *verdict.pages]), verdict.headline)
+
+
+def run_nightly(config: str | None, *, force: bool) -> str:
+    """One night in this process; the message of its end. Raises OtaError with what went wrong."""
+    state: Any = nightly_flow(config, force, return_state=True)
+    if not state.is_completed():
+        error = state.result(raise_on_failure=False)
+        raise error if isinstance(error, OtaError) else OtaError(state.message or state.name)
+    return f"{state.name}: {state.message}"

@@ -1,0 +1,180 @@
+"""The end of a night: which candidate, if any, becomes champion, and the steps that make it so.
+
+``judge`` only reads; ``settle`` writes, in an order that leaves one champion wherever it is interrupted: publish the weights, move the alias,
+point ``latest.json``. All of it can be done again.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from flows.merge import MergeOutcome
+from tasks import promotion
+from tasks.gate import GateDecision, best, decide
+from tasks.nightly import NightlyConfig
+from tasks.promotion import CHAMPION, Version
+from tasks.publish import Latest, publish, publish_champion, read_latest
+from tasks.scores import ModelScores
+from tasks.settings import Places
+from tasks.stages import Subject, read_scores
+from tasks.suites import Suite
+
+Score = Callable[[Subject], ModelScores]
+BY = "nightly"
+STEP: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "retries": 2, "retry_delay_seconds": 10}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Night:
+    """What was merged tonight."""
+
+    config: NightlyConfig
+    suite: Suite
+    where: Places
+    outcomes: Mapping[str, MergeOutcome]
+    """By the candidate's name."""
+
+    @property
+    def registry(self) -> dict[str, Any]:
+        return {"root": self.where.tracking, "name": self.config.name}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the gate found."""
+
+    decisions: Mapping[str, GateDecision]
+    """Of every candidate that is not the champion already."""
+    winner: str | None
+    """The candidate that becomes champion."""
+    challenger: str | None
+    """The candidate that is kept as challenger: the best one, of a night without a winner."""
+    champion: Version | None
+    """As the night found it."""
+    champion_scores: Mapping[str, ModelScores] = field(default_factory=dict)
+    """Name for tables → its scores; empty where it is one of tonight's candidates, or there is none."""
+    headline: str = ""
+
+    @property
+    def promoted(self) -> bool:
+        return self.winner is not None
+
+    @property
+    def pages(self) -> list[str]:
+        """The decisions in Markdown, the one that counts first."""
+        first = self.winner or self.challenger
+        names = sorted(self.decisions, key=lambda name: name != first)
+        return [self.decisions[name].to_markdown() for name in names]
+
+
+def judge(night: Night, score: Score) -> Verdict:
+    """Gate every candidate against the champion, scored on the same suite (``score`` does it), and against the base. Raises OtaError.
+
+    Of the candidates that pass, the one with the highest average wins. A version that somebody rolled back is not promoted again.
+    """
+    scores = {name: read_scores(night.where, outcome.scores["merged"]) for name, outcome in night.outcomes.items()}
+    base = read_scores(night.where, next(iter(night.outcomes.values())).scores["base"])
+    champion = promotion.current(CHAMPION, **night.registry)
+    standing = [name for name, outcome in night.outcomes.items() if champion and outcome.digest == champion.digest]
+    champion_scores = scores[standing[0]] if standing else score(_subject(night, champion)) if champion else None
+    decisions = {
+        name: decide(name, found, champion=champion_scores, base=base, suite=night.suite, settings=night.config.gate)
+        for name, found in scores.items()
+        if name not in standing
+    }
+    decisions = {name: _withheld(night, name, decision) for name, decision in decisions.items()}
+    passed = {name: scores[name] for name, decision in decisions.items() if decision.promoted}
+    winner = best(passed) if passed else None
+    challenger = best({name: scores[name] for name in decisions}) if decisions and winner is None else None
+    verdict = Verdict(
+        decisions=decisions, winner=winner, challenger=challenger, champion=champion,
+        champion_scores={f"champion v{champion.version}": champion_scores} if champion and champion_scores and not standing else {},
+        headline=_headline(winner, challenger, champion, standing, decisions, scores),
+    )  # fmt: skip
+    return verdict
+
+
+def _subject(night: Night, champion: Version) -> Subject:
+    """The champion as something to score: the published copy, or its artifact."""
+    latest = read_latest(night.config.publish, night.config.name) if night.config.publish else None
+    published = latest.uri if latest and latest.version == champion.version else None
+    return Subject(
+        name=f"champion v{champion.version}", role="merge", path=None, digest=champion.digest,
+        location=published or champion.source_uri,
+    )  # fmt: skip
+
+
+def _withheld(night: Night, name: str, decision: GateDecision) -> GateDecision:
+    """The decision, but that what somebody rolled back stays back: by hand it can be promoted again."""
+    number = night.outcomes[name].logged.model_version
+    version = promotion.version(number, **night.registry) if number else None
+    if not decision.promoted or version is None or "rolled_back_at" not in version.tags:
+        return decision
+    reason = (
+        f"It would pass, but version {number} was rolled back by {version.tags.get('rolled_back_by')} on {version.tags['rolled_back_at']} "
+        f"({version.tags.get('rolled_back_reason')}); to have it again: ota promote {number}."
+    )
+    return decision.model_copy(update={"promoted": False, "reasons": (*decision.reasons, reason)})
+
+
+def _headline(
+    winner: str | None,
+    challenger: str | None,
+    champion: Version | None,
+    standing: list[str],
+    decisions: Mapping[str, GateDecision],
+    scores: Mapping[str, ModelScores],
+) -> str:
+    if winner:
+        before = f", in place of version {champion.version}" if champion else ", the first one"
+        return f"{winner} is the new champion{before}: average {100 * decisions[winner].average:.1f} %"
+    stays = f"version {champion.version} stays champion" if champion else "there is still no champion"
+    if challenger is None:
+        return f"{stays}: it is tonight's {standing[0]}, average {100 * (scores[standing[0]].average or 0):.1f} %"
+    return f"{stays}; {challenger} is the challenger: {decisions[challenger].reasons[0]}"
+
+
+def settle(night: Night, verdict: Verdict) -> Latest | None:
+    """Log the decisions, publish and promote the winner or name the challenger, and have ``latest.json`` name the champion. Raises OtaError."""
+    for name, decision in verdict.decisions.items():
+        log_decision(night, name, decision)
+    if verdict.winner:
+        promote(night, verdict.winner, verdict.decisions[verdict.winner])
+    elif verdict.challenger:
+        number = night.outcomes[verdict.challenger].logged.model_version
+        if number:
+            promotion.reject(number, verdict.decisions[verdict.challenger], **night.registry)
+    if night.config.publish and (verdict.promoted or verdict.champion):
+        return point_latest(night)
+    return None
+
+
+@task(name="log decision", task_run_name="log the gate's decision on {name}", **STEP)
+def log_decision(night: Night, name: str, decision: GateDecision) -> None:
+    """The gate's numbers, in the candidate's MLflow run."""
+    promotion.log_decision(night.outcomes[name].logged.run_id, decision, root=night.where.tracking)
+
+
+@task(name="promote", task_run_name="publish and promote {name}", **STEP)
+def promote(night: Night, name: str, decision: GateDecision) -> None:
+    """Publish the weights, then move the alias: who follows the alias finds them."""
+    outcome = night.outcomes[name]
+    version = outcome.logged.model_version
+    assert version is not None  # what is logged is registered
+    if night.config.publish:
+        publish(
+            outcome.merged.uri, root=night.config.publish, name=night.config.name, version=version, cache=night.where.cache
+        )  # fmt: skip
+    promotion.promote(version, by=BY, reason=" ".join(decision.reasons), decision=decision, **night.registry)
+
+
+@task(name="publish", task_run_name="point latest.json at the champion", **STEP)
+def point_latest(night: Night) -> Latest:
+    """Also where an earlier night was interrupted between the alias and the pointer, or somebody promoted by hand."""
+    assert night.config.publish is not None
+    return publish_champion(
+        night.config.publish, cache=night.where.cache, tracking=night.where.tracking, name=night.config.name
+    )  # fmt: skip

@@ -1,0 +1,215 @@
+"""Pushing an expert and listing experts as a person types it, and the event that a real Prefect server then knows."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.events import EXPERT_ARRIVED, expert_arrived
+from ota_core.errors import OtaError
+from tasks import s3, storage
+from tasks.experts import find_experts
+from tasks.storage import EXPERT_JSON, fetch, upload_folder
+from tests.checkpoints import SHAPES, random_base, random_expert, write_checkpoint, write_expert
+from tests.s3_fixture import S3Test
+
+BASE = "s3://models/base"
+TIME = 1_764_009_005  # 2025-11-24T18:30:05 UTC
+EXPERT = random_expert(random_base(), 1, step=100, beta2=0.99)
+
+
+def push(folder: Path, prefix: object, *options: str, capability: str = "math", base: str = BASE) -> Any:
+    arguments = ["push", str(folder), str(prefix), "--capability", capability, "--base-model", base, *options]
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture(autouse=True)
+def no_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """What a training run leaves, written at a known time."""
+    folder = write_expert(tmp_path / "trained", EXPERT)
+    (folder / "trainer_state.json").write_text('{"global_step": 120}')
+    (folder / "training_args.bin").write_bytes(b"not the model's")
+    for path in folder.iterdir():
+        os.utime(path, (TIME, TIME))
+    return folder
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def manifest_of(uri: str) -> dict[str, Any]:
+    return dict(json.loads(storage.read_bytes(f"{uri}/{EXPERT_JSON}")))
+
+
+def test_push_and_list(trained: Path, tmp_path: Path, s3_server: S3Test, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    real = s3.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, content, **options: sent.extend([one.uri for one in s3.list_objects(s3_server.uri)]) or real(uri, content, **options))  # fmt: skip
+    before = state(trained)
+    result = push(trained, f"{s3_server.uri}/experts/", base=BASE + "/")
+    uri = f"{s3_server.uri}/experts/math/2025-11-24T18-30-05"
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert f"{uri}: pushed" in result.stdout and "PREFECT_API_URL names no server" in result.stdout
+    assert state(trained) == before, "the user's folder was written to"
+    # Everything else was there when the manifest was written, and nothing but the model's files.
+    assert sorted(sent) == [f"{uri}/{name}" for name in ("config.json", "exp_avg_sq.safetensors", "model.safetensors")]
+    manifest = manifest_of(uri)
+    assert {key: manifest[key] for key in ("capability", "base_model", "trained_at", "step", "beta2")} == {
+        "capability": "math", "base_model": BASE, "trained_at": "2025-11-24T18:30:05+00:00", "step": 100, "beta2": 0.99,
+    }  # fmt: skip
+    assert fetch(uri, cache=tmp_path / "cache", require_expert_json=True).expert == manifest
+    assert push(trained, f"{s3_server.uri}/experts", "--trained-at", "2025-11-25", "--name", "late").exit_code == 0
+    s3.write_bytes(f"{s3_server.uri}/experts/code/bad/{EXPERT_JSON}", b"{}")
+    result = CliRunner().invoke(app, ["experts", f"{s3_server.uri}/experts", "--base-model", BASE])
+    assert result.exit_code == 0, result.output
+    rows = {name: line for line in result.stdout.splitlines() for name in ("late", "2025-11-24T18-30-05") if f"│ {name}" in line}
+    assert "newest" in rows["late"] and "2025-11-25 00:00:00" in rows["late"] and "newest" not in rows["2025-11-24T18-30-05"]
+    assert "problem: code/bad: " in result.stdout and "lacks capability, base_model, trained_at" in result.stdout
+    result = CliRunner().invoke(app, ["experts", f"{s3_server.uri}/else", "--base-model", BASE])
+    assert f"no complete expert of {BASE}; expected {s3_server.uri}/else/<capability>/<name>/expert.json" in result.stdout
+
+
+def test_a_complete_expert_is_never_replaced(trained: Path, s3_server: S3Test) -> None:
+    assert push(trained, s3_server.uri, "--name", "a").exit_code == 0
+    before = s3.list_objects(s3_server.uri)
+    result = push(trained, s3_server.uri, "--name", "a")
+    assert result.exit_code == 0 and "was there already, with the same content" in result.stdout
+    for change in (["--trained-at", "2020-01-01"], ["--base", "s3://models/other"]):
+        options = {"base": change[1]} if change[0] == "--base" else {}
+        result = push(trained, s3_server.uri, "--name", "a", *([] if options else change), **options)
+        assert result.exit_code == 2 and "holds a complete expert already, with other content" in result.stderr
+    write_checkpoint(trained, random_expert(random_base(), 2).weights)
+    result = push(trained, s3_server.uri, "--name", "a", "--trained-at", "2025-11-24T18:30:05")
+    assert result.exit_code == 2 and "with other content (model.safetensors); experts are never replaced" in result.stderr
+    assert s3.list_objects(s3_server.uri) == before
+
+
+def test_an_upload_that_broke_off_is_continued(trained: Path, s3_server: S3Test) -> None:
+    upload_folder(trained, f"{s3_server.uri}/math/a", files={"config.json": storage.sha256_file(trained / "config.json")})
+    assert push(trained, s3_server.uri, "--name", "a").exit_code == 0
+    s3.write_bytes(f"{s3_server.uri}/math/b/model-00002-of-00002.safetensors", b"another model's")
+    result = push(trained, s3_server.uri, "--name", "b")
+    assert result.exit_code == 2 and "files of another model" in result.stderr and "model-00002-of-00002" in result.stderr
+    assert not storage.exists(f"{s3_server.uri}/math/b/{EXPERT_JSON}")
+
+
+def test_two_pushes_at_once(trained: Path, s3_server: S3Test, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest of the other one appears while this one uploads: the first wins."""
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, content, **options: _after(uri, content, options))
+    theirs: dict[str, bytes] = {}
+
+    def _after(uri: str, content: bytes, options: Any) -> bool:
+        s3.write_bytes(uri, theirs.get("content", content))
+        return s3.write_bytes(uri, content, **options)
+
+    result = push(trained, s3_server.uri, "--name", "same")
+    assert result.exit_code == 0 and "was there already" in result.stdout
+    theirs["content"] = json.dumps(manifest_of(f"{s3_server.uri}/math/same") | {"trained_at": "2020-01-01"}).encode()
+    result = push(trained, s3_server.uri, "--name", "other")
+    assert result.exit_code == 2 and "with other content (trained_at)" in result.stderr
+
+
+def test_a_local_prefix(trained: Path, tmp_path: Path) -> None:
+    assert push(trained, tmp_path / "experts").exit_code == 0
+    [one], problems = find_experts(str(tmp_path / "experts"), base_model=BASE)
+    assert problems == [] and one.name == "2025-11-24T18-30-05" and one.trained_at.timestamp() == TIME
+    assert "was there already" in push(trained, tmp_path / "experts").stdout
+    result = push(trained, tmp_path / "experts", "--name", one.name, "--trained-at", "2020-01-01")
+    assert result.exit_code == 2 and "with other content (trained_at)" in result.stderr
+    assert [path.name for path in (tmp_path / "experts" / "math").iterdir()] == [one.name]
+
+
+def test_what_training_wrote_beside_the_weights(trained: Path, tmp_path: Path) -> None:
+    """The optimizer's own count is believed before the trainer's, either before none; an old expert.json comes last."""
+    (trained / "exp_avg_sq.safetensors").unlink()
+    state = {name: {"exp_avg_sq": torch.tensor(EXPERT.v[name]), "step": torch.tensor(90.0)} for name in SHAPES}
+    torch.save({"state": state, "param_groups": [{"params": list(SHAPES), "betas": (0.9, 0.95)}]}, trained / "optimizer.pt")
+
+    def facts(name: str) -> dict[str, Any]:
+        result = push(trained, tmp_path / "experts", "--name", name, "--without-moments")
+        assert result.exit_code == 0, (result.output, result.exception)
+        manifest = json.loads((tmp_path / "experts" / "math" / name / EXPERT_JSON).read_text())
+        return {key: manifest[key] for key in ("step", "beta2", "optimizer") if key in manifest}
+
+    assert facts("a") == {"step": 90, "beta2": 0.95}
+    (trained / "optimizer.pt").unlink()
+    assert facts("b") == {"step": 120}
+    (trained / "training.json").write_text('{"step": 110, "beta2": 0.9, "optimizer": "adamw_torch"}')
+    assert facts("c") == {"step": 110, "beta2": 0.9, "optimizer": "adamw_torch"}
+    (trained / EXPERT_JSON).write_text(
+        '{"capability": "math", "base_model": "s3://models/base", "trained_at": "2025-01-01", "step": 7}'
+    )
+    assert facts("d") == {"step": 110, "beta2": 0.9, "optimizer": "adamw_torch"}
+    assert json.loads((tmp_path / "experts/math/d" / EXPERT_JSON).read_text())["trained_at"] == "2025-01-01T00:00:00+00:00"
+
+
+def test_wrong_input_is_refused_with_all_problems_and_nothing_is_written(
+    trained: Path, tmp_path: Path, s3_server: S3Test
+) -> None:
+    (trained / "exp_avg_sq.safetensors").unlink()
+    (trained / EXPERT_JSON).write_text('{"capability": "code", "base_model": "s3://models/base"}')
+    (trained / "model.safetensors").write_bytes(b"short")
+    result = push(trained, s3_server.uri, "--name", "a/b")
+    assert result.exit_code == 2
+    for text in (
+        "name 'a/b' cannot be part of an address",
+        "is truncated",
+        "holds no second moments",
+        "says capability 'code', but 'math'",
+    ):
+        assert text in result.stderr, result.stderr
+    result = push(tmp_path / "nothing", s3_server.uri)
+    assert result.exit_code == 2 and "does not exist; expected a checkpoint folder" in result.stderr
+    write_expert(trained, EXPERT)
+    (trained / EXPERT_JSON).unlink()
+    result = push(trained, s3_server.uri, "--trained-at", "yesterday")
+    assert result.exit_code == 2 and "trained_at is 'yesterday', expected a date or time" in result.stderr
+    (trained / "config.json").unlink()
+    result = push(trained, s3_server.uri)
+    assert result.exit_code == 2 and "holds no config.json" in result.stderr
+    assert s3.list_objects(s3_server.uri) == []
+
+
+def test_a_server_that_is_away_does_not_hide_that_the_expert_is_there(trained: Path, tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        started = time.monotonic()
+        result = push(trained, tmp_path / "experts")
+        assert result.exit_code == 0 and ": pushed" in result.stdout
+        assert (
+            "event ota.expert.arrived not sent: the Prefect server at http://127.0.0.1:9/api did not take the event"
+            in result.stdout
+        )
+        assert time.monotonic() - started < 15
+        with pytest.raises(OtaError, match="check PREFECT_API_URL"):
+            expert_arrived("s3://b/math/a", "math", "a")
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_event_arrives(trained: Path, tmp_path: Path) -> None:
+    from prefect.client.orchestration import get_client
+
+    result = push(trained, tmp_path / "experts", "--name", "a")
+    assert result.exit_code == 0 and "event ota.expert.arrived sent" in result.stdout, (result.output, result.exception)
+    query = {"filter": {"event": {"name": [EXPERT_ARRIVED]}}}
+    end = time.monotonic() + 60
+    with get_client(sync_client=True) as client:  # the server writes events down every few seconds
+        while not (events := client._client.post("/events/filter", json=query).json()["events"]):
+            assert time.monotonic() < end, "no event arrived"
+            time.sleep(0.3)
+    [event] = events
+    assert event["resource"]["prefect.resource.id"] == "ota.expert.math.a"
+    assert event["payload"] == {"uri": str(tmp_path / "experts" / "math" / "a"), "capability": "math"}
