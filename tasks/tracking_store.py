@@ -130,7 +130,7 @@ def clear_errors(store: Store, doing: str, safe: str) -> Iterator[None]:
         )
         raise StorageError(
             f"MLflow at {store.shown} failed while {doing}: {seen[0] if seen else type(error).__name__}. {safe} "
-            f"What to do: {where}, then run the same again; logging continues in the same run"
+            f"What to do: {where}, then run the same again"
         ) from error
 
 
