@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli_retention import gc
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -361,6 +362,8 @@ def _print(item: Any) -> None:
 
     Console(soft_wrap=True).print(item)
 
+
+app.command()(gc)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from ota_core.artifact import RECORD, Kind, Record
 from ota_core.errors import StorageError
@@ -36,6 +36,13 @@ class File:
     inode: tuple[int, int] | None = None
     """Device and inode of a local file: hard links of one file are one on the disk."""
     links: int = 1
+    blocks: int | None = None
+    """Bytes on the disk of a local file, which may have holes."""
+
+    @property
+    def disk(self) -> int:
+        """Bytes that it takes."""
+        return self.size if self.blocks is None else min(self.size, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,11 @@ class Stored:
         produced = _time(self.record.provenance.get("produced_at")) if self.record else None
         return max(self.touched, produced) if produced else self.touched
 
-    @property
-    def alive(self) -> bool:
-        """Whether it is a temporary of a process of this machine that still runs."""
-        owner = _OWNED.fullmatch(self.name)
-        return owner is not None and owner["host"] == platform.node() and is_alive(int(owner["pid"]), float(owner["started"]))
+
+def is_temporary_of_live_process(name: str) -> bool:
+    """Whether this is the name of a temporary of the store whose process runs on this machine."""
+    owner = _OWNED.fullmatch(name)
+    return owner is not None and owner["host"] == platform.node() and is_alive(int(owner["pid"]), float(owner["started"]))
 
 
 def list_root(root: str) -> list[Stored]:
@@ -93,7 +100,7 @@ def list_root(root: str) -> list[Stored]:
 def is_as_listed(stored: Stored, place: str) -> bool:
     """Whether the folder, which lies at ``place`` now, holds what was listed, and nobody has touched it since."""
     try:
-        files = dict(_remote_files(place)) if storage.is_s3(place) else _local_files(Path(place))
+        files = dict(_remote_files(place)) if storage.is_s3(place) else local_files(Path(place))
     except FileNotFoundError:
         return False
 
@@ -103,16 +110,23 @@ def is_as_listed(stored: Stored, place: str) -> bool:
     return seen(files) == seen(stored.files)
 
 
-def freed(going: Iterable[Stored]) -> int:
-    """The bytes that deleting these gives back: a local file only when its last hard link goes."""
+class HasFiles(Protocol):
+    """A folder or file of which something must be known."""
+
+    @property
+    def files(self) -> Mapping[str, File]: ...
+
+
+def freed(going: Iterable[HasFiles]) -> int:
+    """The bytes that deleting these gives back: a local file's only when its last hard link goes."""
     links: dict[tuple[int, int], list[File]] = defaultdict(list)
     total = 0
     for one in (file for stored in going for file in stored.files.values()):
         if one.inode is None:
-            total += one.size
+            total += one.disk
         else:
             links[one.inode].append(one)
-    return total + sum(same[0].size for same in links.values() if len(same) >= same[0].links)
+    return total + sum(same[0].disk for same in links.values() if len(same) >= same[0].links)
 
 
 def _remote(root: str) -> list[Stored]:
@@ -140,12 +154,12 @@ def _local(root: Path) -> list[Stored]:
         for entry in _entries(root / kind):
             if entry.is_dir(follow_symlinks=False) and (_FINGERPRINT.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name)):
                 try:
-                    files = _local_files(Path(entry.path))
-                    times = (
-                        [_local_time(entry.stat(follow_symlinks=False))] if not files else [f.modified for f in files.values()]
-                    )
+                    files, stat = local_files(Path(entry.path)), os.lstat(entry.path)
                 except FileNotFoundError:  # it was renamed or removed during the listing: somebody is at work there
                     continue
+                times = [file.modified for file in files.values()]
+                if entry.name.startswith(".") or not files:  # a rename is a sign of life, too
+                    times.append(datetime.fromtimestamp(max(stat.st_mtime, stat.st_ctime), UTC))
                 found.append(Stored(kind, entry.name, entry.path, files, max(times)))
     return found
 
@@ -162,24 +176,22 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         ) from error
 
 
-def _local_files(folder: Path) -> dict[str, File]:
-    files = {}
-    for parent, _, names in os.walk(folder, onerror=_fail):
-        for name in names:
-            path = Path(parent, name)
-            stat = path.lstat()
-            files[path.relative_to(folder).as_posix()] = File(
-                stat.st_size, _local_time(stat), (stat.st_dev, stat.st_ino), stat.st_nlink
-            )
-    return files
+def local_files(place: Path) -> dict[str, File]:
+    """Every file below a folder by its relative name, or the one file by its own. Raises OSError."""
+    if not place.is_dir():
+        return {place.name: _local_file(place)}
+    paths = (Path(parent, name) for parent, _, names in os.walk(place, onerror=_fail) for name in names)
+    return {path.relative_to(place).as_posix(): _local_file(path) for path in paths}
 
 
 def _fail(error: OSError) -> None:
     raise error
 
 
-def _local_time(stat: os.stat_result) -> datetime:
-    return datetime.fromtimestamp(stat.st_mtime, UTC)
+def _local_file(path: Path) -> File:
+    stat = path.lstat()
+    time = datetime.fromtimestamp(stat.st_mtime, UTC)
+    return File(stat.st_size, time, (stat.st_dev, stat.st_ino), stat.st_nlink, stat.st_blocks * 512)
 
 
 def _with_record(stored: Stored) -> Stored:

@@ -38,6 +38,8 @@ class Version(_Frozen):
     digest: str | None
     wanted: str | None
     """Why it must stay: its aliases, or that the champion replaced it. None where nothing says so."""
+    inputs: frozenset[str] = frozenset()
+    """Digests of base and experts; looked up for wanted versions only."""
     weights_deleted: bool
 
 
@@ -127,6 +129,7 @@ def _versions(client: MlflowClient) -> tuple[tuple[Version, ...], tuple[str, ...
         Version(
             number=number, fingerprint=one.tags.get(TAG_FINGERPRINT), uri=one.tags.get(TAG_SOURCE) or one.source,
             digest=one.tags.get(TAG_DIGEST), wanted=_first(wanted.get(number)), weights_deleted=TAG_WEIGHTS_DELETED in one.tags,
+            inputs=_inputs_of(client, one.run_id) if number in wanted else frozenset(),
         )
         for number, one in sorted(found.items(), key=lambda item: int(item[0]))
     )  # fmt: skip
@@ -152,10 +155,26 @@ def _runs(client: MlflowClient, since: datetime) -> tuple[Run, ...]:
         Run(
             fingerprint=run.data.tags[TAG_FINGERPRINT],
             digest=run.data.tags.get(TAG_DIGEST),
-            inputs=frozenset(filter(None, (_digest(one.dataset.source) for one in run.inputs.dataset_inputs))),
+            inputs=_inputs(run),
         )
         for _, run in sorted(found.items())
     )
+
+
+def _inputs_of(client: MlflowClient, run_id: str | None) -> frozenset[str]:
+    """Of the run that registered a version; nothing where there is no such run any more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _inputs(client.get_run(run_id)) if run_id else frozenset()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return frozenset()
+
+
+def _inputs(run: Any) -> frozenset[str]:
+    return frozenset(filter(None, (_digest(one.dataset.source) for one in run.inputs.dataset_inputs)))
 
 
 def _digest(source: str) -> str | None:

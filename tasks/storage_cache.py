@@ -133,11 +133,14 @@ def combined_digest(files: Mapping[str, FileInfo]) -> str:
 
 
 @contextmanager
-def locked(cache: Path, name: str) -> Iterator[None]:
-    """Hold the lock of this name against other threads and processes; the system releases it when a process dies."""
+def locked(cache: Path, name: str, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of this name against other threads and processes; the system releases it when a process dies.
+
+    Without ``wait``, raises filelock.Timeout when somebody else holds it.
+    """
     folder = cache / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{_short_key(name)}.lock", thread_local=False):
+    with FileLock(folder / f"{_short_key(name)}.lock", thread_local=False, blocking=wait):
         yield
 
 
