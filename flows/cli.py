@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import cli_experts, cli_registry, cli_stack
+from flows import cli_experts, cli_registry, cli_retention, cli_stack
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -370,6 +370,7 @@ app.command()(cli_registry.rollback)
 app.command()(cli_registry.champion)
 app.command()(cli_experts.push)
 app.command()(cli_experts.experts)
+app.command()(cli_retention.gc)
 
 if __name__ == "__main__":
     sys.exit(app())

@@ -4,6 +4,7 @@ The root is a folder or ``s3://bucket/prefix``. What the bytes depend on is in t
 computed again, one whose files are damaged or gone counts as not there.
 """
 
+import logging
 import os
 import platform
 import shutil
@@ -26,10 +27,12 @@ from ota_core.artifact import (
     read_record,
     write_record,
 )
-from ota_core.errors import ArtifactError
+from ota_core.errors import ArtifactError, StorageError
 from tasks import storage
 from tasks.processes import is_alive, start_time
-from tasks.storage_cache import link_or_copy, locked, remove_tree
+from tasks.storage_cache import USE_NOTED_SECONDS, link_or_copy, locked, note_use, remove_tree
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +58,15 @@ class ArtifactStore:
     def find(self, kind: Kind, fingerprint: str) -> ArtifactRef | None:
         """The artifact if its record is there and lists only files that are there with their sizes, else None.
 
+        Its record's time of change is the last time that somebody found it, to the hour: ``tasks/retention.py`` goes by that.
         Raises StorageError when the root cannot be read.
         """
         uri = self._uri(kind, fingerprint)
-        record = _remote_record(uri) if storage.is_s3(uri) else _local_record(Path(uri))
+        if storage.is_s3(uri):
+            record = _remote_record(uri, in_use=True)
+        else:
+            note_use(Path(uri) / RECORD)  # before the look: who removes looks after the folder has left its place
+            record = _local_record(Path(uri))
         if record is None or (record.kind, record.fingerprint) != (kind, fingerprint):
             return None
         return _ref(record, uri)
@@ -120,6 +128,7 @@ class ArtifactStore:
         copy = self._copy(ref.kind, ref.fingerprint)
         with locked(self.cache, f"copy {copy}"):
             if _local_record(copy) == record:
+                note_use(copy / RECORD)
                 return copy
             folder, _ = storage.download_folder(ref.uri, cache=self.cache, names=[*record.files, RECORD])
             problems = missing_files(folder, record.files)
@@ -138,14 +147,20 @@ class ArtifactStore:
             raise ArtifactError(f"{ref.uri} holds no complete artifact any more; run its stage again")
         return record
 
-    def delete(self, ref: ArtifactRef) -> None:
-        """Remove the artifact, its record first. One that is gone already is fine."""
+    def delete(self, ref: ArtifactRef, *, unless: Callable[[str], bool] | None = None) -> bool:
+        """Remove the artifact, its record first, and tell whether that was done. One that is gone already is fine.
+
+        ``unless``, asked under the artifact's lock with the place where its files lie then, spares it by True.
+        """
         with self._lock(ref.kind, ref.fingerprint):
-            if storage.is_s3(ref.uri):
-                storage.delete_prefix(ref.uri, first=RECORD)
-                shutil.rmtree(self._copy(ref.kind, ref.fingerprint), ignore_errors=True)
-            elif Path(ref.uri).is_dir():
-                remove_tree(Path(ref.uri))
+            if not storage.is_s3(ref.uri):
+                asked = (lambda folder: unless(str(folder))) if unless else None
+                return not Path(ref.uri).is_dir() or remove_tree(Path(ref.uri), unless=asked)
+            if unless and unless(ref.uri):
+                return False
+            storage.delete_prefix(ref.uri, first=RECORD)
+            shutil.rmtree(self._copy(ref.kind, ref.fingerprint), ignore_errors=True)
+            return True
 
     def _uri(self, kind: Kind, fingerprint: str) -> str:
         root = self.root if storage.is_s3(self.root) else str(Path(self.root).expanduser().absolute())
@@ -252,15 +267,29 @@ def _local_record(folder: Path) -> Record | None:
         return None
 
 
-def _remote_record(uri: str) -> Record | None:
-    there = {one.uri.removeprefix(uri + "/"): one.size for one in storage.list_objects(uri)}
-    if RECORD not in there:
+def _remote_record(uri: str, *, in_use: bool = False) -> Record | None:
+    """As ``_local_record``, from one listing; ``in_use`` notes that somebody wants it."""
+    listed = {one.uri.removeprefix(uri + "/"): one for one in storage.list_objects(uri)}
+    if RECORD not in listed:
         return None
     try:
-        record = Record.model_validate_json(storage.read_bytes(storage.join(uri, RECORD)))
+        record = Record.model_validate_json(storage.read_bytes(listed[RECORD].uri))
     except ValueError:
         return None
-    return record if all(there.get(name) == size for name, size in record.files.items()) else None
+    if any(name not in listed or listed[name].size != size for name, size in record.files.items()):
+        return None
+    return record if not in_use or _note_remote_use(listed[RECORD]) else None
+
+
+def _note_remote_use(record: storage.S3Object) -> bool:
+    """``storage_cache.note_use`` in S3; False when the record was deleted meanwhile."""
+    if record.modified is None or (datetime.now(UTC) - record.modified).total_seconds() < USE_NOTED_SECONDS:
+        return True
+    try:
+        return storage.touch(record.uri)
+    except StorageError as error:  # who may only read can use it all the same
+        log.warning("cannot note that %s is in use (%s); ota gc may take it for unused", record.uri, error)
+        return True
 
 
 def _provenance(seconds: float) -> dict[str, Any]:

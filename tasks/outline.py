@@ -25,7 +25,7 @@ from ota_core.safetensors_io import MAX_HEADER
 from ota_core.torch_file import ZIP
 from tasks import s3
 from tasks.s3_body import read_exactly
-from tasks.storage_cache import locked, remove_tree, temporary_sibling
+from tasks.storage_cache import locked, note_use, remove_tree, temporary_sibling
 from tasks.torch_outline import zip_ranges
 
 VERSION = 1  # of the outlines' content: another version does not use this one's
@@ -78,6 +78,7 @@ def outline(objects: Mapping[str, s3.S3Object], *, cache: Path) -> tuple[Path, O
     folder = cache / "outlines" / hashlib.sha256(canonical_json(listing).encode()).hexdigest()[:32]
     with locked(cache, f"outline {folder.name}"):
         known = _known(folder)
+        note_use(folder)
         if known is None:
             for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a killed process: this one holds the lock
                 shutil.rmtree(stale)

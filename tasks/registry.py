@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 CHALLENGER = "challenger"
 TAG_DIGEST = "model_digest"
 TAG_SOURCE = "source_uri"
+TAG_WEIGHTS_DELETED = "weights_deleted"
+"""When ``ota gc`` deleted the weights of a version (UTC); such a version must not be promoted."""
 # Set once the alias has been dealt with, so that a later call for the same digest never moves it again.
 _ANNOUNCED = "announced"
 
@@ -52,6 +54,8 @@ def register_version(
         for extra in same[1:]:
             if extra.run_id == run_id:
                 client.delete_model_version(name, extra.version)
+    if TAG_WEIGHTS_DELETED in version.tags:  # they were computed again
+        client.delete_model_version_tag(name, version.version, TAG_WEIGHTS_DELETED)
     if version.tags.get(_ANNOUNCED) != "true":
         newest = max(int(v.version) for v in client.search_model_versions(f"name='{name}'", order_by=["version_number DESC"]))
         if int(version.version) == newest:

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +43,8 @@ class S3Object(BaseModel):
     size: int
     etag: str
     """As the server gives it, without the quotes."""
+    modified: datetime | None = None
+    """When it was written or touched, by the server's clock; None where it is not from a listing."""
 
 
 def is_s3(uri: str) -> bool:
@@ -171,7 +174,8 @@ def list_objects(uri: str) -> list[S3Object]:
         for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # consoles make empty objects that stand for folders
-                    found.append(S3Object(uri=f"s3://{bucket}/{item['Key']}", size=item["Size"], etag=item["ETag"].strip('"')))
+                    uri_of, etag = f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"')
+                    found.append(S3Object(uri=uri_of, size=item["Size"], etag=etag, modified=item["LastModified"]))
     return sorted(found, key=lambda one: one.uri)
 
 
@@ -247,6 +251,22 @@ def copy_object(source: str, target: str) -> None:
         metadata = {"Metadata": answer.get("Metadata", {}), "MetadataDirective": "REPLACE"}
         config = TransferConfig(multipart_threshold=_COPY_AT_ONCE, multipart_chunksize=_COPY_RANGE)
         s3.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, ExtraArgs=metadata, Config=config)
+
+
+def touch(uri: str) -> bool:
+    """Give an object of at most 5 GB the present time; False when it is gone. Raises StorageError."""
+    s3, (bucket, key) = client(), split_uri(uri)
+    with s3_errors("touch", uri, s3):
+        try:
+            # S3 refuses a copy of an object onto itself that changes nothing; replacing metadata counts as a change.
+            kept = s3.head_object(Bucket=bucket, Key=key).get("Metadata", {})
+            source = {"Bucket": bucket, "Key": key}
+            s3.copy_object(Bucket=bucket, Key=key, CopySource=source, Metadata=kept, MetadataDirective="REPLACE")
+        except boto_errors.ClientError as error:
+            if error_code(error) in _MISSING:
+                return False
+            raise
+    return True
 
 
 def read_range(s3: Any, one: S3Object, start: int, stop: int) -> IO[bytes]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
 from tasks import s3
-from tasks.s3 import S3Object, delete_prefix, exists, head, is_s3, join, list_objects, read_bytes, write_bytes
+from tasks.s3 import S3Object, delete_prefix, exists, head, is_s3, join, list_objects, read_bytes, touch, write_bytes
 from tasks.storage_cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
 from tasks.storage_download import OBJECTS_AT_ONCE, PART_SIZE, Progress, Ticker, download
 from tasks.storage_layout import (
@@ -27,8 +27,8 @@ from tasks.storage_layout import write_expert_json as write_expert_json
 
 __all__ = [
     "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "upload_folder", "write_bytes",
-    "write_expert_json",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "touch", "upload_folder",
+    "write_bytes", "write_expert_json",
 ]  # fmt: skip
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")

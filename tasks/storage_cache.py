@@ -7,17 +7,22 @@
 <cache>/partial/                   downloads under way
 <cache>/locks/                     one lock file per object, checkpoint or artifact
 <cache>/digests.sqlite             digest by (path, size, time of change, inode)
+<cache>/artifacts/<root>/…         outputs that were made here and published to S3 (tasks/artifacts.py)
+
+Last use is the time of change of what stands for it: the entry of an object, the folder of a checkpoint, outline or artifact
+(``note_use``). A blob's own time must not move: digests.sqlite would take every link to it for a changed file.
 """
 
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -29,7 +34,11 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import canonical_json, write_text_atomic
 from ota_core.errors import StorageError
 
+log = logging.getLogger(__name__)
+
 CHUNK = 8 * 1024 * 1024
+# Last use is noted no finer than this: an artifact in S3 would else be touched several times by every run.
+USE_NOTED_SECONDS = 3600.0
 HASH_THREADS = 4
 # A file changed less than this ago may change again within the resolution of its time stamp; its digest is not remembered.
 SETTLED_NS = 2_000_000_000
@@ -101,6 +110,12 @@ def remember_digests(digests: Mapping[Path, str], *, cache: Path) -> None:
         memo.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?)", rows)
 
 
+def forget_digests(paths: Iterable[Path], *, cache: Path) -> None:
+    """Drop the digests of files that are gone."""
+    with _memo(cache) as memo, memo:
+        memo.executemany("DELETE FROM digests WHERE path=?", [(str(path),) for path in paths])
+
+
 def digest_files(folder: Path, names: Sequence[str], *, cache: Path) -> dict[str, FileInfo]:
     """Size and digest of these files below a folder."""
 
@@ -118,12 +133,26 @@ def combined_digest(files: Mapping[str, FileInfo]) -> str:
 
 
 @contextmanager
-def locked(cache: Path, name: str) -> Iterator[None]:
-    """Hold the lock of this name against other threads and processes; the system releases it when a process dies."""
+def locked(cache: Path, name: str, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of this name against other threads and processes; the system releases it when a process dies.
+
+    Without ``wait``, raises filelock.Timeout when somebody else holds it.
+    """
     folder = cache / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{_short_key(name)}.lock", thread_local=False):
+    with FileLock(folder / f"{_short_key(name)}.lock", thread_local=False, blocking=wait):
         yield
+
+
+def note_use(path: Path) -> None:
+    """Note in its time of change that this file or folder is in use, if no use was noted within the hour. A missing one is left so."""
+    try:
+        if time.time() - path.stat().st_mtime > USE_NOTED_SECONDS:
+            os.utime(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # somebody else's folder, or a read-only disk: it can be used all the same
+        log.warning("cannot note that %s is in use (%s); ota gc may take it for unused", path, error.strerror)
 
 
 def blob_path(cache: Path, digest: str) -> Path:
@@ -133,8 +162,10 @@ def blob_path(cache: Path, digest: str) -> Path:
 
 def find_object(cache: Path, endpoint: str, uri: str, etag: str, size: int) -> KnownObject | None:
     """The entry of an unchanged object whose content is still in the cache; a blob of the wrong size is thrown away."""
+    entry = _object_path(cache, endpoint, uri, etag, size)
+    note_use(entry)  # before the look at the blob: who cleans up removes first, then looks again whether it is in use
     try:
-        known = KnownObject.model_validate_json(_object_path(cache, endpoint, uri, etag, size).read_text())
+        known = KnownObject.model_validate_json(entry.read_text())
     except FileNotFoundError:
         return None
     blob = blob_path(cache, known.digest)
@@ -172,6 +203,7 @@ def link_folder(cache: Path, target: Path, files: Mapping[str, FileInfo]) -> Pat
     with locked(cache, f"folder {target}"):
         if target.is_dir():
             if all((target / name).is_file() and (target / name).stat().st_size == info.size for name, info in files.items()):
+                note_use(target)
                 return target
             remove_tree(target)
         for stale in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed process: this one holds the lock
@@ -206,11 +238,24 @@ def temporary_sibling(target: Path) -> Path:
     return temporary
 
 
-def remove_tree(folder: Path) -> None:
-    """Remove a folder; it leaves its name in one step, so that no reader sees half of it."""
+def remove_tree(folder: Path, *, unless: Callable[[Path], bool] | None = None) -> bool:
+    """Remove a folder; it leaves its name in one step, so that no reader sees half of it. Returns whether it is gone.
+
+    ``unless`` is asked before and, with the folder's place then, once nobody can find it any more: who came to use it in between is
+    seen, and the folder goes back.
+    """
+    if unless and unless(folder):
+        return False
     trash = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.trash")
     os.replace(folder, trash)
+    if unless and unless(trash):
+        try:
+            os.rename(trash, folder)
+            return False
+        except OSError:  # it was made anew already
+            pass
     shutil.rmtree(trash)
+    return True
 
 
 def _object_path(cache: Path, endpoint: str, uri: str, etag: str, size: int) -> Path:

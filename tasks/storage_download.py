@@ -98,7 +98,7 @@ class _Claim:
 def _obtain(one: s3.S3Object, job: _Job, expected: str | None) -> KnownObject:
     """The object's content in the cache: found there, or downloaded and verified. One at a time per object on this machine."""
     expected = expected.lower() if expected else None
-    with locked(job.cache, f"object {job.endpoint} {one.uri}"):
+    with locked(job.cache, object_lock(_place(one, job))):
         known = find_object(job.cache, job.endpoint, one.uri, one.etag, one.size)
         noted = known
         if known is None:
@@ -164,9 +164,18 @@ def _mismatch(one: s3.S3Object, claim: _Claim, seen: str) -> StorageError:
     )
 
 
+def object_lock(place: str) -> str:
+    """The lock of one object's download, by the part of its partial files' names before the "-"."""
+    return f"object {place}"
+
+
+def _place(one: s3.S3Object, job: _Job) -> str:
+    return hashlib.sha256(f"{job.endpoint} {one.uri}".encode()).hexdigest()[:32]
+
+
 def _partial_paths(one: s3.S3Object, job: _Job) -> tuple[Path, Path]:
     """Where this object's download grows, and its journal. Remains of other versions of the object are removed."""
-    place = hashlib.sha256(f"{job.endpoint} {one.uri}".encode()).hexdigest()[:32]
+    place = _place(one, job)
     version = hashlib.sha256(f"{one.etag} {one.size} {job.part_size}".encode()).hexdigest()[:16]
     folder = job.cache / "partial"
     folder.mkdir(parents=True, exist_ok=True)

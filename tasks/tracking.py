@@ -77,7 +77,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
     drawn.
     """
     store = resolve_store(tracking_uri=tracking_uri, root=root)
-    safe = f"Nothing is lost: the merged model lies at {run.model_uri}."
+    safe = f"Nothing is lost: the merged model lies at {run.model_uri}, and a repeat continues in the same run."
     with clear_errors(store, f"logging {run.name!r}", safe), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)

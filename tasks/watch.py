@@ -8,6 +8,7 @@ from ota_core.artifact import canonical_json
 from ota_core.errors import StorageError
 from tasks import storage
 from tasks.storage import EXPERT_JSON, Fetched
+from tasks.storage_cache import note_use
 from tasks.storage_layout import folder_model_files
 
 
@@ -40,7 +41,12 @@ def _digest(value: object) -> str:
 
 
 def is_intact(fetched: Fetched) -> bool:
-    """Whether every file of a fetched checkpoint is there with its size, and ``expert.json`` where there was one."""
+    """Whether every file of a fetched checkpoint is there with its size, and ``expert.json`` where there was one.
+
+    Who asks is about to use it: a folder of the cache is noted as in use.
+    """
+    if storage.is_s3(fetched.source):
+        note_use(fetched.path)
     if fetched.expert is not None and not (fetched.path / EXPERT_JSON).is_file():
         return False
     return all(
