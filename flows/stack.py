@@ -124,7 +124,7 @@ def _fill(stack: Stack, experts: Experts, step: Step) -> list[str]:
             stack_control.start(stack, worker.name)
             stack_control.wait_healthy(stack, worker.name)
     if experts != "none":
-        with step(f"{experts} experts: train what is not trained yet, upload", f"{stack.urls['prefect']}/runs"):
+        with step(f"{experts} experts: train, upload", f"{stack.urls['prefect']}/runs"):
             _seed(stack, experts)
     return deployments
 
