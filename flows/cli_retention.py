@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tasks.retention_cache import CacheOutcome, CachePlan
 
 ROWS = 40
+_USUAL = "unreferenced"
 
 
 def gc(
@@ -120,27 +121,28 @@ def _lines(plan: "Plan", cache: "CachePlan | None", everything: bool) -> Iterabl
 def _table(
     title: str, rows: Sequence[tuple[dict[str, Any], datetime]], frees: int, now: datetime, everything: bool
 ) -> "RenderableType":
-    """One row per thing. What it is gives way where the terminal is narrow, ids and sizes never."""
+    """One row per thing. Only what it is takes a second line where the terminal is narrow."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_footer=True, pad_edge=False)
-    table.add_column("kind", no_wrap=True, footer=f"{len(rows):,}")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
+    )
+    shown = rows if everything else rows[:ROWS]
+    table.add_column("kind", no_wrap=True)
     table.add_column("id", no_wrap=True)
-    table.add_column("what", ratio=1, overflow="ellipsis", no_wrap=True, footer="frees")
-    table.add_column("why", overflow="fold")
+    table.add_column("what", overflow="fold", footer=f"{len(rows):,} in all, which frees")
     table.add_column("unused", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True, footer=size_text(frees))
-    shown = rows if everything else rows[:ROWS]
     for facts, used in shown:
-        name = str(facts["name"]).lstrip(".")[:8]
-        table.add_row(
-            facts["kind"], name, Text(facts["what"]), facts.get("why", ""), age_text(now - used), size_text(facts["bytes"])
-        )  # fmt: skip
+        what = Text(facts["what"])
+        if facts.get("why", _USUAL) != _USUAL:
+            what.append(f" ({facts['why']})" if facts["what"] else facts["why"], style="dim")
+        table.add_row(facts["kind"], facts["name"].lstrip(".")[:8], what, age_text(now - used), size_text(facts["bytes"]))
     if len(rows) > len(shown):
         rest = sum(facts["bytes"] for facts, _ in rows[len(shown) :])
-        table.add_row("…", "", Text(f"{len(rows) - len(shown):,} smaller ones (--all lists them)"), "", "", size_text(rest))
+        table.add_row("…", "", Text(f"{len(rows) - len(shown):,} smaller ones (--all lists them)"), "", size_text(rest))
     return table
 
 
@@ -148,7 +150,9 @@ def _kept(kept: dict[str, list[int]]) -> "RenderableType":
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title="Kept", title_justify="left", title_style="bold", show_footer=True, pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, title="Kept", title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
+    )
     table.add_column("why", footer="")
     table.add_column("artifacts", justify="right", footer=f"{sum(map(len, kept.values())):,}")
     table.add_column("size", justify="right", footer=size_text(sum(map(sum, kept.values()))))

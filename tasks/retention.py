@@ -133,43 +133,46 @@ class Retention:
     def collect(self, plan: Plan, progress: Progress | None = None) -> Outcome:
         """Delete what the plan says, one artifact after the other, each whole or not at all.
 
-        Right before each one MLflow is asked again, and one that was used since the listing is spared. A version's tag that its
-        weights are gone comes before the deletion. What a break leaves, the next call takes. Raises StorageError.
+        Right before each one MLflow is asked again, and one that was used since the listing is spared. What a break leaves, the next
+        call takes. Raises StorageError.
         """
         outcome, known, items = Outcome(), plan.references, plan.going
         self._mend_tags(plan)
         for done in range(len(items)):
             if progress:
                 progress("delete", done, len(items))
+            # The tag first, then the look at the aliases: whoever promotes the version now sees the one or is seen by the other.
+            versions = [v for v in known.versions if items[done].stored.kind == "merged" and _is_at(v, items[done].stored)]
+            marked = [v for v in versions if not v.weights_deleted and v.wanted is None]
+            for version in marked:
+                self.tracking.mark_deleted(version, True)
             fresh = self.tracking.references(self.since)
             if fresh != known:
                 again = {one.stored.uri: one for one in self._judge([one.stored for one in plan.items], fresh)}
                 items, known = [again[one.stored.uri] for one in items], fresh
-            (outcome.deleted if self._delete(items[done], known, outcome) else outcome.spared).append(items[done])
+            if self._delete(items[done]):
+                outcome.deleted.append(items[done])
+                outcome.versions += [version.number for version in versions]
+                continue
+            outcome.spared.append(items[done])
+            for version in marked:
+                self.tracking.mark_deleted(version, False)
         if progress:
             progress("delete", len(items), len(items))
         return outcome
 
-    def _delete(self, item: Item, references: References, outcome: Outcome) -> bool:
+    def _delete(self, item: Item) -> bool:
+        """Whether it is gone: not where something speaks for it now, or it is not as it was listed."""
         one = item.stored
         if item.keep:
             return False
-        if one.temporary:
-            if is_temporary_of_live_process(one.name) or not is_as_listed(one, one.uri):
-                return False
-            shutil.rmtree(one.uri)
-            return True
-        versions = [v for v in references.versions if one.kind == "merged" and _is_at(v, one)]
-        marked = [v for v in versions if not v.weights_deleted]
-        for version in marked:
-            self.tracking.mark_deleted(version, True)
-        ref = ArtifactRef(kind=one.kind, fingerprint=one.name, uri=one.uri)
-        if self.store.delete(ref, unless=lambda place: not is_as_listed(one, place)):
-            outcome.versions += [v.number for v in versions]
-            return True
-        for version in marked:
-            self.tracking.mark_deleted(version, False)
-        return False
+        if not one.temporary:
+            ref = ArtifactRef(kind=one.kind, fingerprint=one.name, uri=one.uri)
+            return self.store.delete(ref, unless=lambda place: not is_as_listed(one, place))
+        if is_temporary_of_live_process(one.name) or not is_as_listed(one, one.uri):
+            return False
+        shutil.rmtree(one.uri)
+        return True
 
     def _mend_tags(self, plan: Plan) -> None:
         """Take back what an interrupted deletion, or one before the weights were made again, said of weights that are there."""
@@ -340,7 +343,7 @@ def describe(one: Stored) -> str:
         names = "+".join(name for name in known.get("sources", {}) if name != "base")
         densities = sorted({e["density"] for e in config.get("experts", ()) if e.get("density") not in (None, 1.0)})
         rho = f"rho={'/'.join(f'{d:g}' for d in densities)}" if densities else ""
-        return " ".join(filter(None, [str(config.get("merge_method", "")), names, rho]))
+        return " ".join(filter(None, [str(config.get("merge_method", "")), rho, names]))
     if one.kind in _PARTS:
         return " ".join(filter(None, [config.get("part"), config.get("shard"), f"of {record.inputs.get('merge', '')[:8]}"]))
     words: dict[str, list[Any]] = {

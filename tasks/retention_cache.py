@@ -26,6 +26,9 @@ from tasks.storage_cache import KnownObject, blob_path, forget_digests, locked, 
 from tasks.storage_download import object_lock
 
 
+_NEVER = datetime.fromtimestamp(0, UTC)
+
+
 @dataclass(frozen=True)
 class Cached:
     """One thing in the cache. Sizes are those on the disk: outlines are mostly holes."""
@@ -103,10 +106,11 @@ def collect_cache(plan: CachePlan, progress: Callable[[str, int, int], None] | N
     # Folders first: a blob whose folder turns out to be in use stays as well.
     order = sorted(plan.going, key=lambda one: one.kind == "download")
     busy: set[Any] = set()
+    known = _Known(plan.cache)
     for done, one in enumerate(order):
         if progress:
             progress("delete", done, len(order))
-        if one.inodes & busy or not _remove(plan.cache, one):
+        if one.inodes & busy or not _remove(plan.cache, one, known):
             outcome.spared.append(one)
             busy |= one.inodes
         else:
@@ -114,13 +118,31 @@ def collect_cache(plan: CachePlan, progress: Callable[[str, int, int], None] | N
     if progress:
         progress("delete", len(order), len(order))
     forget_digests([one.path / name for one in outcome.deleted if one.kind != "download" for name in one.files], cache=plan.cache)
-    for path, known in _entries(plan.cache):
-        if _time(path) < plan.since and not blob_path(plan.cache, known.digest).is_file():
+    for path, entry in _entries(plan.cache):
+        if _time(path) < plan.since and not blob_path(plan.cache, entry.digest).is_file():
             path.unlink(missing_ok=True)
     return outcome
 
 
-def _remove(cache: Path, one: Cached) -> bool:
+class _Known:
+    """The entries of every blob, read again when one was added."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._state: dict[Path, datetime] = {}
+        self._of: dict[Path, list[Path]] = {}
+
+    def last_use(self, blob: Path) -> datetime:
+        """The last use that an entry notes."""
+        state = {folder: _time(folder) for folder in (self._cache / "objects", *(self._cache / "objects").glob("*"))}
+        if state != self._state:
+            self._state, self._of = state, defaultdict(list)
+            for path, known in _entries(self._cache):
+                self._of[blob_path(self._cache, known.digest)].append(path)
+        return max(map(_time, self._of.get(blob, [])), default=_NEVER)
+
+
+def _remove(cache: Path, one: Cached, known: _Known) -> bool:
     """Whether it is gone: not where it was used since it was listed."""
 
     def used(place: Path) -> bool:
@@ -133,7 +155,7 @@ def _remove(cache: Path, one: Cached) -> bool:
             one.path.unlink(missing_ok=True)
         return True
     if one.kind == "download":
-        return _remove_blob(cache, one)
+        return _remove_blob(one, known)
     if one.kind == "partial":
         return _remove_partial(cache, one)
     lock = {"checkpoint": f"folder {one.path}", "outline": f"outline {one.path.name}", "copy": f"copy {one.path}"}[one.kind]
@@ -141,19 +163,17 @@ def _remove(cache: Path, one: Cached) -> bool:
         return not one.path.is_dir() or remove_tree(one.path, unless=used)
 
 
-def _remove_blob(cache: Path, one: Cached) -> bool:
-    entries = [path for path, known in _entries(cache) if blob_path(cache, known.digest) == one.path]
-    if any(_time(path) > one.used for path in entries):
+def _remove_blob(one: Cached, known: _Known) -> bool:
+    """Its entries stay until the end: without a blob they mean nothing."""
+    if known.last_use(one.path) > one.used:
         return False
     trash = one.path.with_name(f".{one.path.name}.{uuid.uuid4().hex[:8]}.trash")
     with suppress(FileNotFoundError):
         os.replace(one.path, trash)
-        if any(_time(path) > one.used for path in entries):
+        if known.last_use(one.path) > one.used:
             os.replace(trash, one.path)
             return False
         trash.unlink()
-    for path in entries:
-        path.unlink(missing_ok=True)
     return True
 
 
@@ -243,7 +263,7 @@ def _time(path: Path) -> datetime:
     try:
         return datetime.fromtimestamp(path.stat().st_mtime, UTC)
     except FileNotFoundError:  # gone: nobody uses it
-        return datetime.fromtimestamp(0, UTC)
+        return _NEVER
 
 
 def _changed(path: Path) -> datetime:
