@@ -15,7 +15,7 @@ from flows.steps import fetch, several_at_once
 from ota_core.engine import pick_device
 from tasks import stages
 from tasks.scores import ModelScores, to_markdown_of_one
-from tasks.settings import Places, places
+from tasks.settings import Device, Places, places
 from tasks.stages import Subject
 from tasks.suites import load_suite
 from tasks.tracking import LoggedRun, log_benchmark
@@ -41,7 +41,7 @@ def benchmark_flow(
     suite: str = "public",
     data_dir: str | None = None,
     limit: int | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     tracking_uri: str | None = None,
     gpu: str | None = None,
 ) -> dict[str, float | None]:
@@ -52,7 +52,7 @@ def benchmark_flow(
         suite: Benchmark suite: a name in deployments/suites or a file.
         data_dir: Data of a local suite: a folder or s3://….
         limit: Documents per task, for a quick look.
-        device: cpu, cuda or auto.
+        device: What to compute on; auto: cuda where there is one.
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         gpu: Deployment that benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
     """

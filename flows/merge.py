@@ -33,7 +33,7 @@ from tasks.inputs import fetch_all, model_sources
 from tasks.jobs import MergeJob, ScoreJob
 from tasks.parts import SpreadMerge
 from tasks.recipes import read_recipe
-from tasks.settings import Places, places
+from tasks.settings import Device, Places, places
 from tasks.sources import MergeSources
 from tasks.stages import Subject
 from tasks.storage import Fetched, is_s3
@@ -85,7 +85,7 @@ def merge_flow(
     suite: str | None = "public",
     data_dir: str | None = None,
     limit: int | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     memory: str = "2GiB",
     shard_size: str = "5GB",
     recipe_dir: Path | None = None,
@@ -103,7 +103,7 @@ def merge_flow(
         suite: Benchmark suite: a name in deployments/suites or a file; none to skip the benchmark.
         data_dir: Data of a local suite: a folder or s3://….
         limit: Documents per task, for a quick look.
-        device: cpu, cuda or auto.
+        device: What to compute on; auto: cuda where there is one.
         memory: Budget of the merge, or of each of its parts.
         shard_size: Largest weight file of the merged model, and so the number of parts.
         recipe_dir: Folder that relative paths of the recipe start from.

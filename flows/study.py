@@ -14,7 +14,7 @@ from flows.pages import show_scores
 from flows.run_log import hide_tracebacks_of_user_errors
 from flows.single import comparison_table
 from ota_core.errors import OtaError, raise_all
-from tasks.settings import places
+from tasks.settings import Device, places
 from tasks.study import StudyConfig, load_study
 
 hide_tracebacks_of_user_errors()
@@ -30,13 +30,13 @@ def _run_name() -> str:
     name="study", flow_run_name=_run_name, persist_result=False, on_cancellation=[cancel_children], on_crashed=[cancel_children]
 )  # fmt: skip
 def study_flow(
-    study: StudyConfig | str = "deployments/studies/demo.yaml", device: str = "auto", memory: str = "2GiB"
+    study: StudyConfig | str = "deployments/studies/demo.yaml", device: Device = "auto", memory: str = "2GiB"
 ) -> dict[str, MergeOutcome]:
     """Merge and benchmark every cell of a grid, and compare all. A cell that fails does not stop the others; the run then fails at its end.
 
     Args:
         study: The study, or where its YAML lies (s3://… or a file).
-        device: cpu, cuda or auto.
+        device: What to compute on; auto: cuda where there is one.
         memory: Budget of each merge.
     """
     use_blocks()

@@ -111,7 +111,9 @@ def _withheld(night: Night, name: str, decision: GateDecision) -> GateDecision:
     """The decision, but that what somebody rolled back stays back: by hand it can be promoted again."""
     number = night.outcomes[name].logged.model_version
     version = promotion.version(number, **night.registry) if number else None
-    if not decision.promoted or version is None or "rolled_back_at" not in version.tags:
+    if not decision.promoted or version is None:
+        return decision
+    if version.tags.get("rolled_back_at", "") <= version.tags.get("promoted_at", ""):  # never, or promoted by hand since
         return decision
     reason = (
         f"It would pass, but version {number} was rolled back by {version.tags.get('rolled_back_by')} on {version.tags['rolled_back_at']} "

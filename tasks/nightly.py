@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint, write_text_atomic
 from ota_core.errors import OtaError, RecipeError, raise_all
@@ -13,7 +13,7 @@ from ota_core.recipe import DType, MergeParameters, MergeRecipe, Method
 from tasks import storage
 from tasks.gate import GateSettings
 from tasks.recipes import read_yaml
-from tasks.settings import Places
+from tasks.settings import Device, Places
 from tasks.suites import Suite, score_identity
 
 
@@ -62,15 +62,8 @@ class NightlyConfig(_Strict):
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents per task.")
     gate: GateSettings = Field(GateSettings(), description="How sure the gate must be.")
     publish: str | None = Field(None, description="Where champions are copied to: s3://bucket/merged or a folder.")
-    device: str = Field("auto", description="cpu, cuda or auto.")
+    device: Device = Field("auto", description="What to compute on; auto: cuda where there is one.")
     memory: str = Field("2GiB", description="Budget of each merge.")
-
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, value: str) -> str:
-        if value not in {"cpu", "cuda", "auto"}:
-            raise ValueError(f"got '{value}', expected cpu, cuda or auto")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "NightlyConfig":

@@ -8,7 +8,6 @@ from ota_core.recipe import MergeRecipe, parse_recipe
 from ota_core.recipe_yaml import load_yaml, parse_yaml
 from tasks.storage import is_s3, read_bytes
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -2,8 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+Device = Literal["auto", "cpu", "cuda"]
+"""What a flow may be asked to compute on; auto: cuda where torch sees one."""
 
 
 class Places(BaseModel):
