@@ -63,6 +63,8 @@ def test_the_lock_fits_all_that_the_project_asks_for() -> None:
         PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"] + PROJECT["optional-dependencies"]["demo"]
     )
     assert {name for name in everything if name not in LOCK} == set()
+    other = {name: metadata.version(name) for name in everything if metadata.version(name).split("+")[0] != LOCK[name]}
+    assert other == {}, "installed in versions that are not the lock's, so that this test read other requirements"
     surplus = set(LOCK) - set(everything) - {"setuptools"}
     assert surplus == set(), "nothing asks for these any more"
 
