@@ -18,7 +18,7 @@ from prefect.states import Completed, Failed
 from flows.blocks import use_blocks
 from flows.deployed import cancel_children
 from flows.merge import MergeOutcome, merge_flow, score_all
-from flows.pages import show_markdown, show_scores
+from flows.pages import show_markdown, show_mlflow, show_scores
 from flows.pools import gpu_deployment
 from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from flows.single import comparison_table
@@ -195,6 +195,9 @@ def _message(verdict: Verdict, problems: list[ExpertProblem], failures: dict[str
 
 def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str]) -> None:
     """The night's pages in the Prefect UI."""
+    first = verdict.winner or verdict.challenger
+    if first:
+        show_mlflow(first, night.outcomes[first].logged.url)
     table = comparison_table(night.outcomes, night.where, more=verdict.champion_scores)
     show_scores(table, title="Tonight's candidates")
     pages = [f"# {verdict.headline}", ""]
@@ -202,7 +205,7 @@ def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failure
         pages += ["## Left out", "", *(f"- **{one.capability}/{one.name}**: {one.problem}" for one in problems), ""]
     if failures:
         pages += ["## Failed", "", *(f"- **{name}**: {reason}" for name, reason in failures.items()), ""]
-    show_markdown("gate", "\n".join([*pages, *verdict.pages]), verdict.headline)
+    show_markdown("gate", "\n".join([*pages, *verdict.pages(night)]), verdict.headline)
 
 
 def run_nightly(config: str | None, *, force: bool) -> str:

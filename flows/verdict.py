@@ -62,12 +62,11 @@ class Verdict:
     def promoted(self) -> bool:
         return self.winner is not None
 
-    @property
-    def pages(self) -> list[str]:
-        """The decisions in Markdown, the one that counts first."""
+    def pages(self, night: Night) -> list[str]:
+        """The decisions in Markdown, the one that counts first, each with the way to its MLflow run."""
         first = self.winner or self.challenger
         names = sorted(self.decisions, key=lambda name: name != first)
-        return [self.decisions[name].to_markdown() for name in names]
+        return [self.decisions[name].to_markdown(run_url=night.outcomes[name].logged.url) for name in names]
 
 
 def judge(night: Night, score: Score) -> Verdict:
