@@ -200,7 +200,7 @@ def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failure
         show_mlflow(first, night.outcomes[first].logged.url)
     table = comparison_table(night.outcomes, night.where, more=verdict.champion_scores)
     show_scores(table, title="Tonight's candidates")
-    pages = [f"# {verdict.headline}", ""]
+    pages: list[str] = []  # the headline stands above the page
     if problems:
         pages += ["## Left out", "", *(f"- **{one.capability}/{one.name}**: {one.problem}" for one in problems), ""]
     if failures:
