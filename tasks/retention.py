@@ -32,8 +32,8 @@ from ota_core.errors import OtaError
 from tasks import storage
 from tasks.artifacts import ArtifactStore
 from tasks.retention_listing import KINDS, Stored, freed, is_as_listed, is_temporary_of_live_process, list_root
-from tasks.retention_references import References, Run, Tracking, Version
 from tasks.storage_cache import USE_NOTED_SECONDS
+from tasks.tracking_references import References, Run, Tracking, Version
 
 NOT_UNASKED: frozenset[Kind] = frozenset({"checkpoint", "data"})
 DEFAULT_KINDS: frozenset[Kind] = frozenset(KINDS) - NOT_UNASKED

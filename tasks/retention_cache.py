@@ -25,7 +25,6 @@ from tasks.retention_listing import File, freed, is_temporary_of_live_process, l
 from tasks.storage_cache import KnownObject, blob_path, forget_digests, locked, remove_tree
 from tasks.storage_download import object_lock
 
-
 _NEVER = datetime.fromtimestamp(0, UTC)
 
 

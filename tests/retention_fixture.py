@@ -20,12 +20,12 @@ from tasks.artifacts import ArtifactStore
 from tasks.inputs import model_sources
 from tasks.registry import REGISTERED_MODEL
 from tasks.retention import DEFAULT_KINDS, Plan, Retention
-from tasks.retention_references import TAG_REPLACED, Tracking
 from tasks.scores import ModelScores
 from tasks.settings import Places, places
 from tasks.stages import Subject
 from tasks.suites import load_suite
 from tasks.tracking import InputRef, log_merge
+from tasks.tracking_references import TAG_REPLACED, Tracking
 from tests.flows.merge_fixture import write_v
 from tests.tasks.mlflow_server import a_merge
 from tests.tiny_models import perturb, write_tiny_llama

@@ -18,11 +18,11 @@ import pytest
 from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import OtaError, StorageError
 from tasks import s3, stages, storage
-from tasks.artifacts import BuildResult
+from tasks.artifacts import ArtifactStore, BuildResult
 from tasks.registry import REGISTERED_MODEL, TAG_DIGEST, TAG_WEIGHTS_DELETED
 from tasks.retention import Plan
 from tasks.retention_listing import list_root
-from tasks.retention_references import Tracking
+from tasks.tracking_references import Tracking
 from tasks.tracking_run import TAG_FINGERPRINT
 from tests.retention_fixture import Shop, empty_database, keys, names, open_shop, quick_scores, usual_past, why, write_models
 from tests.s3_fixture import S3Test
@@ -279,7 +279,7 @@ def test_a_killed_process_leaves_whole_artifacts(settled: Shop, tmp_path: Path) 
         "from pathlib import Path\n"
         "from tasks.artifacts import ArtifactStore\n"
         "from tasks.retention import Retention\n"
-        "from tasks.retention_references import Tracking\n"
+        "from tasks.tracking_references import Tracking\n"
         "store = ArtifactStore(sys.argv[1], Path(sys.argv[2]))\n"
         "rule = Retention(store, Tracking(tracking_uri=None, root=Path(sys.argv[3])), 14, now=datetime.now(UTC) + timedelta(days=30))\n"
         "rule.collect(rule.plan())\n"
@@ -519,3 +519,44 @@ def test_a_run_is_known_by_its_tags_alone(shop: Shop) -> None:
     merged = shop.made["red ota"]["merged"]
     assert tags[TAG_FINGERPRINT] == merged.fingerprint
     assert tags[TAG_DIGEST] == stages.merged_subject(shop.where, "red", merged).digest
+
+
+def test_finding_in_s3_is_using_to_the_hour(
+    s3_server: S3Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(folder: Path) -> BuildResult:
+        (folder / "m.bin").write_bytes(b"m")
+        return BuildResult()
+
+    def modified() -> datetime | None:
+        return next(one.modified for one in s3.list_objects(ref.uri) if one.uri.endswith(RECORD))
+
+    store = ArtifactStore(s3_server.uri, tmp_path / "cache")
+    ref = store.produce("moments", FP, config={}, inputs={}, build=build)
+    made = modified()
+    time.sleep(1.1)
+    assert store.find("moments", FP) == ref and modified() == made, "made within the hour: not noted again"
+    monkeypatch.setattr("tasks.artifacts.USE_NOTED_SECONDS", 0.0)
+    assert store.find("moments", FP) == ref
+    assert made and (now := modified()) and now > made
+    assert store.read_record(ref).files == {"m.bin": 1}
+
+    def denied(uri: str) -> bool:
+        raise StorageError("access denied")
+
+    monkeypatch.setattr(storage, "touch", denied)
+    assert store.find("moments", FP) == ref, "who may only read can use it"
+    assert "access denied" in caplog.text
+    monkeypatch.setattr(storage, "touch", lambda _: False)
+    assert store.find("moments", FP) is None, "deleted between the listing and the touch"
+    monkeypatch.undo()
+    assert not s3.touch(f"{s3_server.uri}/nothing")
+
+
+def test_a_model_published_below_the_same_prefix_is_not_seen(s3_server: S3Test, tmp_path: Path) -> None:
+    root = f"{s3_server.uri}/team"
+    for name in (f"merged/ota-merged/3/{RECORD}", "merged/ota-merged/3/model.safetensors", "merged/ota-merged/latest.json"):
+        s3.write_bytes(f"{root}/{name}", b"{}")
+    s3.write_bytes(f"{root}/masks/{FP}/half.bin", b"m" * 10)
+    (found,) = list_root(root)
+    assert (found.kind, found.name, found.size, found.complete) == ("masks", FP, 10, False)
