@@ -549,7 +549,6 @@ def test_finding_in_s3_is_using_to_the_hour(
     assert "access denied" in caplog.text
     monkeypatch.setattr(storage, "touch", lambda _: False)
     assert store.find("moments", FP) is None, "deleted between the listing and the touch"
-    monkeypatch.undo()
     assert not s3.touch(f"{s3_server.uri}/nothing")
 
 
