@@ -98,14 +98,14 @@ def test_an_empty_registry_keeps_what_is_recent_and_says_that_it_knows_nothing(s
         assert shop.store.find(ref.kind, ref.fingerprint), "finding is using"
     plan = shop.retention(later=0).plan()
     red = keys(shop.made["red ota"].values())
-    assert names(plan, going=True) == {key for key in red if key[0] != "scores"}, "whose scores are whose, only MLflow would tell"
+    assert names(plan, going=True) == set(red), "the records tell whose scores are whose"
     reasons = why(plan)
     assert {reasons[key] for key in keys(shop.made["blue ota"].values())} == {"used in the last 14 days"}
     assert "knows none of the 2 merged models here" in plan.notes[0]
 
 
 def test_a_merge_found_by_its_fingerprint_keeps_what_was_not_touched_with_it(shop: Shop) -> None:
-    """Nobody logged it, so its own scores cannot be told from others: all scores stay but those known to be of what goes."""
+    """Nobody logged it; the digests in the records tell its scores from others."""
     shop.merge("red", log=False)
     shop.merge("grey")
     shop.age(20)
@@ -120,9 +120,9 @@ def test_a_merge_found_by_its_fingerprint_keeps_what_was_not_touched_with_it(sho
     assert {reasons[key] for key in keys(red[n] for n in ("moments red0", "moments red1", "mask red0", "scores red0"))} == {
         "belongs to a kept merge"
     }
-    assert reasons["scores", red["scores red"].fingerprint] == "reference not resolved"
+    assert reasons["scores", red["scores red"].fingerprint] == "belongs to a kept merge"
     assert reasons["scores", grey["scores grey"].fingerprint] == "unreferenced"
-    assert reasons["scores", grey["scores grey0"].fingerprint] == "reference not resolved"
+    assert reasons["scores", grey["scores grey0"].fingerprint] == "unreferenced"
     assert {("merged", grey["merged"].fingerprint), ("moments", grey["moments grey0"].fingerprint)} < names(plan, going=True)
 
 
