@@ -53,9 +53,13 @@ def _template(pool: str) -> dict[str, Any] | None:
     if file is None or not file.is_file():
         return None
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        template = dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise StackError(f"{file} is no JSON object ({error}); mend it") from None
+    directory = template.get("variables", {}).get("properties", {}).get("working_dir")
+    if directory is not None:  # the template's is the image's
+        directory["default"] = str(ROOT)
+    return template
 
 
 def create_automations(file: Path = AUTOMATIONS) -> list[str]:

@@ -51,7 +51,7 @@ class Verdict:
     winner: str | None
     """The candidate that becomes champion."""
     challenger: str | None
-    """The candidate that is kept as challenger: the best one, of a night without a winner."""
+    """The candidate that is kept as challenger: the best one of those that do not become champion."""
     champion: Version | None
     """As the night found it."""
     champion_scores: Mapping[str, ModelScores] = field(default_factory=dict)
@@ -88,7 +88,9 @@ def judge(night: Night, score: Score) -> Verdict:
     decisions = {name: _withheld(night, name, decision) for name, decision in decisions.items()}
     passed = {name: scores[name] for name, decision in decisions.items() if decision.promoted}
     winner = best(passed) if passed else None
-    challenger = best({name: scores[name] for name in decisions}) if decisions and winner is None else None
+    decisions = {name: _second(decision, winner) if name != winner else decision for name, decision in decisions.items()}
+    rest = {name: scores[name] for name in decisions if name != winner}
+    challenger = best(rest) if rest else None
     verdict = Verdict(
         decisions=decisions, winner=winner, challenger=challenger, champion=champion,
         champion_scores={f"champion v{champion.version}": champion_scores} if champion and champion_scores and not standing else {},
@@ -122,6 +124,14 @@ def _withheld(night: Night, name: str, decision: GateDecision) -> GateDecision:
     return decision.model_copy(update={"promoted": False, "reasons": (*decision.reasons, reason)})
 
 
+def _second(decision: GateDecision, winner: str | None) -> GateDecision:
+    """The decision on a candidate that passed, but is not the best that did: there is one champion."""
+    if not decision.promoted or winner is None:
+        return decision
+    reason = f"It passes the gate, but so does {winner}, with an average at least as high."
+    return decision.model_copy(update={"promoted": False, "reasons": (*decision.reasons, reason)})
+
+
 def _headline(
     winner: str | None,
     challenger: str | None,
@@ -145,7 +155,7 @@ def settle(night: Night, verdict: Verdict) -> Latest | None:
         log_decision(night, name, decision)
     if verdict.winner:
         promote(night, verdict.winner, verdict.decisions[verdict.winner])
-    elif verdict.challenger:
+    if verdict.challenger:
         number = night.outcomes[verdict.challenger].logged.model_version
         if number:
             promotion.reject(number, verdict.decisions[verdict.challenger], **night.registry)

@@ -298,6 +298,7 @@ def _provenance(seconds: float) -> dict[str, Any]:
         "host": platform.node(),
         "python": platform.python_version(),
         "seconds": round(seconds, 3),
+        **({"work_pool": os.environ["OTA_WORK_POOL"]} if os.environ.get("OTA_WORK_POOL") else {}),
     }
 
 

@@ -62,7 +62,7 @@ def _worker(stack: Stack, worker: Worker) -> dict[str, object]:
         **{key: value for key, value in stack.client_environment("").items() if key not in inherited},
         "OTA_HOME": str(home),
         "OTA_WORK_POOL": worker.pool,
-        "OTA_NIGHTLY": str(ROOT / "deployments" / "nightly.yaml"),
+        "OTA_NIGHTLY": os.environ.get("OTA_NIGHTLY") or str(ROOT / "deployments" / "nightly.yaml"),
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),

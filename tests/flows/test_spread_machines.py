@@ -20,7 +20,7 @@ from tasks.processes import wait_for_end
 from tests.flows.merge_fixture import World
 from tests.flows.test_spread import REPOSITORY, assert_same, kinds_left, sharded
 
-POOL, DEPLOYMENT = "ota-parts", "part/ota"
+CPU, GPU = "ota-cpu", "ota-gpu"
 
 
 @pytest.fixture(autouse=True)
@@ -126,12 +126,12 @@ def prefect(*arguments: str, **options: Any) -> list[str]:
 
 
 @contextmanager
-def workers(folder: Path, count: int = 2) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Prefect process workers of the pool, in process groups of their own."""
+def workers(folder: Path, count: int = 2, pool: str = GPU) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Prefect process workers of a pool, in process groups of their own."""
     running = []
     try:
         for i in range(count):
-            command = prefect("worker", "start", "--pool", POOL, "--name", f"worker{i}", "--limit", "1")
+            command = prefect("worker", "start", "--pool", pool, "--name", f"worker{i}", "--limit", "1")
             with open(folder / f"worker{i}.log", "wb") as log:
                 running.append(
                     subprocess.Popen(command, env=server_environment(), stdout=log, stderr=log, start_new_session=True)
@@ -161,10 +161,11 @@ def server_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def deployed(prefect_server: None) -> None:
-    """The pool and the deployment of deployments/prefect.yaml, as a user makes them."""
+    """The pools and the deployments of deployments/prefect.yaml, as a user makes them."""
     for command in (
-        prefect("work-pool", "create", POOL, "--type", "process"),
-        prefect("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"),
+        prefect("work-pool", "create", CPU, "--type", "process"),
+        prefect("work-pool", "create", GPU, "--type", "process"),
+        prefect("--no-prompt", "deploy", "--all"),
     ):
         done = subprocess.run(command, cwd=REPOSITORY, env=server_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -197,7 +198,7 @@ def test_two_prefect_workers_give_the_bytes_of_one_process(world: World, deploye
 def test_what_a_worker_says_of_an_error_reaches_the_parent(world: World, deployed: None, tmp_path: Path) -> None:
     recipe = world.recipe(density=0.4, compression="rank1")
     broken = break_moments(world, recipe, tmp_path)
-    with workers(tmp_path, 1), pytest.raises(OtaError, match=r"(?s)compress math: .*exp_avg_sq.*"):
+    with workers(tmp_path, 1, CPU), pytest.raises(OtaError, match=r"(?s)compress math: .*exp_avg_sq.*"):
         sharded(world.at(tmp_path / "home"), broken, runner=Runner(kind="workers"))
 
 
@@ -242,7 +243,7 @@ def test_cancelling_the_parent_on_the_server_cancels_its_parts(world: World, dep
     from prefect.states import Cancelling
 
     (tmp_path / "prefect.yaml").write_text(
-        "name: test\npull: []\ndeployments:\n- {name: test, entrypoint: flows.merge.merge_flow, work_pool: {name: ota-parts}}\n"
+        "name: test\npull: []\ndeployments:\n- {name: test, entrypoint: flows.merge.merge_flow, work_pool: {name: ota-gpu}}\n"
     )
     command = prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(tmp_path / "prefect.yaml"))
     done = subprocess.run(command, cwd=REPOSITORY, env=server_environment(), capture_output=True, text=True)
@@ -271,5 +272,5 @@ def wait_until(holds: Callable[[], bool], log: Callable[[], str], seconds: float
 
 def test_a_missing_deployment_is_named(world: World, tmp_path: Path) -> None:
     recipe = world.recipe("linear")
-    with pytest.raises(OtaError, match=r"no deployment 'part/nowhere'.*deployments/prefect.yaml"):
+    with pytest.raises(OtaError, match=r"no deployment 'part/nowhere'.*deploy --all"):
         sharded(world.at(tmp_path / "home"), recipe, runner=Runner(kind="workers", deployment="part/nowhere"))

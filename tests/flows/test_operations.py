@@ -1,0 +1,251 @@
+"""Operations from end to end, with the processes of the local stack: Prefect, MLflow and S3 servers, a CPU and a GPU worker.
+
+One story in its order: a first night, a night without news, a broken expert, a worse one, a GPU worker that dies in the middle of a merge.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tasks import s3, stack_control
+from tasks.promotion import CHAMPION, Version, current
+from tasks.publish import read_latest
+from tasks.registry import CHALLENGER
+from tasks.s3_server import environment
+from tasks.stack_credentials import secret_of
+from tasks.stack_layout import ROOT, Stack, load_stack
+from tasks.storage import EXPERT_JSON, upload_folder, write_expert_json
+from tests.tiny_models import perturb, write_tiny_llama
+from tests.tiny_suite import write_tiny_suite
+from tests.tiny_training import memorise, rows_of
+
+pytestmark = pytest.mark.slow
+BUCKET = "s3://ota-test"
+EXPERTS, BASE = f"{BUCKET}/experts", f"{BUCKET}/models/base"
+NAME = "ota-merged"
+SETTINGS = ("AWS_", "OTA_", "PREFECT_", "MLFLOW_")
+
+
+@dataclass
+class Operations:
+    """The stack, and the models of the story."""
+
+    home: Path
+    stack: Stack
+    models: Path
+    seen: set[Any] = field(default_factory=set)
+    """Nightly runs that a test has looked at."""
+
+    def ota(self, *arguments: str) -> str:
+        """A command as from a shell that sourced the stack's env.sh."""
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def push(self, folder: Path, capability: str, name: str, trained_at: str) -> None:
+        """A new expert, as its trainer would bring it; the event says that it is there."""
+        said = self.ota(
+            "push", str(folder), EXPERTS, "--capability", capability, "--base-model", BASE, "--name", name, "--trained-at", trained_at
+        )  # fmt: skip
+        assert "ota.expert.arrived" in said and "not sent" not in said, said
+
+    def nightly(self) -> Any:
+        """A run of the deployment, to its end."""
+        from prefect.deployments import run_deployment
+
+        return self.looked_at(run_deployment("nightly/nightly", timeout=600, poll_interval=1, as_subflow=False))
+
+    def started_by_event(self, seconds: float = 240) -> Any:
+        """The nightly run that the arrival of an expert started, at its end."""
+        from prefect.client.orchestration import get_client
+
+        def new() -> list[Any]:
+            with get_client(sync_client=True) as client:
+                runs = [run for run in client.read_flow_runs(limit=100) if run.id not in self.seen and is_night(run)]
+                return [run for run in runs if run.state.is_final()]
+
+        wait_until(lambda: bool(new()), self.logs, seconds)
+        (run,) = new()
+        assert run.created_by is not None and run.created_by.type == "AUTOMATION", run.created_by
+        return self.looked_at(run)
+
+    def looked_at(self, run: Any) -> Any:
+        self.seen.add(run.id)
+        return run
+
+    def logs(self) -> str:
+        names = ("worker-cpu", "worker-gpu")
+        return "\n".join((self.stack.log(name)).read_text(errors="replace")[-4000:] for name in names)
+
+    def champion(self) -> Version | None:
+        return current(CHAMPION)
+
+
+def is_night(run: Any) -> bool:
+    return run.deployment_id is not None and run.auto_scheduled is False and run.name.startswith("nightly")
+
+
+def wait_until(holds: Callable[[], bool], log: Callable[[], str], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, log()
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operations]:
+    pytest.importorskip("supervisor", reason="supervisor is not installed: pip install 'ota-merging[demo]'")
+    root = tmp_path_factory.mktemp("operations")
+    home, models = root / "home", root / "models"
+    suite, data = write_tiny_suite(root / "suite", n=16)
+    base = write_tiny_llama(models / "base", hidden=48)
+    for name, steps in {"math": 150, "knowledge": 170, "math2": 160}.items():
+        memorise(base, models / name, rows_of(data), seed=1, steps=steps)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+    config = root / "nightly.yaml"
+    config.write_text(yaml.safe_dump(configuration(suite, data)))
+    up = [sys.executable, "-m", "flows.cli", "stack", "up", "--free-ports", "--experts", "none", "--home", str(home)]
+    try:
+        done = subprocess.run(up, cwd=ROOT, env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        stack = load_stack(home)
+        assert stack is not None
+        with environment({**stack.client_environment(secret_of(stack)), "OTA_HOME": str(root / "client")}):
+            s3.create_bucket(BUCKET)
+            upload_folder(base, BASE)
+            for name in ("math", "knowledge"):
+                write_expert_json(models / name, capability=name, base_model=BASE, trained_at="2026-11-20")
+                upload_folder(models / name, f"{EXPERTS}/{name}/2026-11-20", last=EXPERT_JSON)
+            use_configuration(config)
+            yield Operations(home=home, stack=stack, models=models)
+    finally:
+        stack_control.stop(home)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def configuration(suite: Path, data: Path) -> dict[str, Any]:
+    return {
+        "experts": EXPERTS, "base_model": BASE, "suite": str(suite), "data_dir": str(data), "publish": f"{BUCKET}/merged", "name": NAME,
+        "memory": "256MiB",
+        "candidates": [
+            {"name": "ota rho=0.80", "merge_method": "ota", "parameters": {"density": 0.8, "compression": "rank1"}},
+            {"name": "linear", "merge_method": "linear"},
+        ],
+    }  # fmt: skip
+
+
+def use_configuration(config: Path) -> None:
+    """Every run of the deployment, by hand or by event, takes it."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("nightly/nightly")
+        client.update_deployment(deployment.id, DeploymentUpdate(parameters={"config": str(config)}))
+
+
+def runs_of_stage() -> list[Any]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["stage"])), limit=200)
+
+
+def pages_of(run: Any) -> dict[str, Any]:
+    """The artifacts of a run, as the Prefect UI shows them, by key."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])))
+    return {one.key: one.data for one in found if one.key}
+
+
+def test_the_first_night_merges_on_the_gpu_worker_and_promotes(operations: Operations) -> None:
+    night = operations.nightly()
+    assert night.state.name == "Promoted", (night.state.message, operations.logs())
+    assert night.work_pool_name == "ota-cpu"
+    stages = runs_of_stage()
+    assert {run.name.split()[0] for run in stages} == {"merge", "benchmark"}
+    assert {(run.work_pool_name, run.state_name) for run in stages} == {("ota-gpu", "Completed")}
+    champion = operations.champion()
+    assert champion is not None and "gate/decision" in champion.tags
+    record = json.loads(s3.read_bytes(f"{champion.source_uri}/record.json"))
+    assert record["provenance"]["work_pool"] == "ota-gpu"
+    latest = read_latest(f"{BUCKET}/merged", NAME)
+    assert latest is not None and (latest.version, latest.digest) == (champion.version, champion.digest)
+    assert s3.exists(f"{latest.uri}/record.json") and s3.exists(f"{latest.uri}/model.safetensors")
+    pages = pages_of(night)
+    assert {"scores", "gate"} <= set(pages) and "champion" in pages["gate"]
+
+
+def test_a_second_night_does_nothing(operations: Operations) -> None:
+    before, stages = operations.champion(), len(runs_of_stage())
+    night = operations.nightly()
+    assert night.state.name == "NothingNew" and "2026-11-20" in night.state.message
+    assert len(runs_of_stage()) == stages
+    assert operations.champion() == before
+
+
+def test_a_broken_expert_is_left_out_by_name(operations: Operations) -> None:
+    from safetensors.torch import load_file, save_file
+
+    before = operations.champion()
+    broken = shutil.copytree(operations.models / "knowledge", operations.models / "nan")
+    (broken / EXPERT_JSON).unlink()
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    operations.push(broken, "knowledge", "2026-11-21", "2026-11-21")
+    night = operations.started_by_event()
+    assert night.state.name == "NothingNew", night.state.message
+    assert "knowledge/2026-11-21" in night.state.message and "model.norm.weight" in night.state.message
+    assert operations.champion() == before
+
+
+def test_a_worse_set_is_not_promoted(operations: Operations) -> None:
+    before = operations.champion()
+    worse = perturb(operations.models / "knowledge", operations.models / "worse", seed=1, scale=1.0)
+    (worse / EXPERT_JSON).unlink()
+    operations.push(worse, "knowledge", "2026-11-22", "2026-11-22")
+    night = operations.started_by_event()
+    assert night.state.name == "Kept", night.state.message
+    assert operations.champion() == before
+    challenger = current(CHALLENGER)
+    assert challenger is not None and challenger.tags["gate/decision"] == CHALLENGER
+    assert "not higher" in challenger.tags["gate/reason"], challenger.tags
+
+
+def test_a_merge_survives_the_death_of_its_gpu_worker(operations: Operations) -> None:
+    operations.push(operations.models / "math2", "math", "2026-11-23", "2026-11-23")
+    before = {run.id for run in runs_of_stage()}
+
+    def merging() -> list[Any]:
+        new = [run for run in runs_of_stage() if run.id not in before and run.name.startswith("merge")]
+        return [run for run in new if run.state_name == "Running"]
+
+    wait_until(lambda: bool(merging()), operations.logs, 120)
+    (killed,) = merging()
+    worker = psutil.Process(stack_control.processes(operations.home)["worker-gpu"].pid)
+    for process in [*worker.children(recursive=True), worker]:
+        process.kill()  # as when the machine goes away: no goodbye; supervisord starts another worker
+    night = operations.started_by_event(seconds=420)
+    assert night.state.is_completed(), (night.state.message, operations.logs())
+    lost = next(run for run in runs_of_stage() if run.id == killed.id)
+    again = [run for run in runs_of_stage() if run.id not in before and run.name == killed.name and run.id != killed.id]
+    assert lost.state_name == "Crashed" and "silent" in lost.state.message, lost.state
+    assert again and any(run.state_name == "Completed" for run in again)
