@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint, write_text_atomic
 from ota_core.errors import OtaError, RecipeError
@@ -141,8 +141,9 @@ def last_night(where: Places, name: str) -> LastNight | None:
         content = Path(uri).read_bytes() if Path(uri).is_file() else None
     try:
         return LastNight.model_validate_json(content) if content is not None else None
-    except ValueError as error:
-        raise NightlyError(f"{uri} is damaged ({error}); delete it, and the next night merges again what is there") from None
+    except ValidationError as error:
+        seen = "; ".join(" ".join([*map(str, item["loc"]), item["msg"]]) for item in error.errors())
+        raise NightlyError(f"{uri} is damaged ({seen}); delete it, and the next night merges again what is there") from None
 
 
 def remember(
