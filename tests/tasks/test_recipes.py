@@ -55,7 +55,7 @@ def test_what_is_wrong_with_a_recipe_in_s3_is_told_with_its_address(s3_server: S
 def test_what_is_not_there(s3_server: S3Test, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=f"{s3_server.uri}/none.yaml"):
         read_yaml(f"{s3_server.uri}/none.yaml")
-    with pytest.raises(RecipeError, match="none.yaml does not exist; expected a YAML file"):
+    with pytest.raises(RecipeError, match=r"none\.yaml does not exist; expected a YAML file"):
         read_yaml(str(tmp_path / "none.yaml"))
     with pytest.raises(RecipeError, match="cannot be read as text"):
         read_yaml(str(tmp_path))
