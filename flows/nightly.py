@@ -27,7 +27,7 @@ from flows.steps import ONE_AT_A_TIME, several_at_once
 from flows.verdict import Night, Verdict, judge, settle
 from ota_core.artifact import canonical_json
 from ota_core.errors import OtaError, RecipeError, raise_all
-from ota_core.recipe import NEEDS_MOMENTS
+from ota_core.recipe import NEEDS_MOMENTS, default
 from tasks import expert_check, experts, stages
 from tasks.experts import ExpertFound, ExpertProblem
 from tasks.nightly import NightlyConfig, NightlyError, last_night, load_nightly, remember
@@ -48,8 +48,10 @@ def look(config: NightlyConfig) -> tuple[list[ExpertFound], list[ExpertProblem]]
 @task(name="check", task_run_name="check {expert.capability}/{expert.name}", cache_policy=NO_CACHE, persist_result=False)
 def check(expert: ExpertFound, config: NightlyConfig, where: Places) -> list[str]:
     """What is wrong with one expert's weights and second moments; remembered by their content."""
-    recipes = [one.recipe(config.base_model, {expert.capability: expert.uri}) for one in config.candidates]
-    reading = [recipe.setting("missing_curvature") for recipe in recipes if recipe.merge_method in NEEDS_MOMENTS]
+    reading = [
+        one.parameters.missing_curvature or default(one.merge_method, "missing_curvature")
+        for one in config.candidates if one.merge_method in NEEDS_MOMENTS
+    ]  # fmt: skip
     with ONE_AT_A_TIME, Progress() as progress:
         return expert_check.check(
             where, expert.uri, config.base_model, needs_moments=bool(reading),

@@ -202,7 +202,7 @@ def bring_model(subject: Subject, places: Places) -> Path:
     if subject.artifact is not None:
         return store_of(places).local_path(subject.artifact)
     if subject.location is None:
-        raise StorageError(f"{subject.name}: the model lies in {subject.path}, a folder of another machine; keep it in s3://…")
+        raise StorageError(f"{subject.name}: the model lies in a folder of another machine; keep it in s3://…")
     fetched = storage.fetch(subject.location, cache=places.cache)
     if fetched.digest != subject.digest:
         raise StorageError(
