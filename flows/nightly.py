@@ -4,10 +4,8 @@ Every step is found done by the next run: a night that was interrupted is simply
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -30,13 +28,12 @@ from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe import NEEDS_MOMENTS, default
 from tasks import expert_check, experts, stages
 from tasks.experts import ExpertFound, ExpertProblem
-from tasks.nightly import NightlyConfig, NightlyError, last_night, load_nightly, remember
+from tasks.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember
 from tasks.settings import Places, places
 from tasks.stages import read_scores
 from tasks.suites import digest_folder, load_suite
 
 hide_tracebacks_of_user_errors()
-CONFIG = Path(__file__).resolve().parents[1] / "deployments" / "nightly.yaml"
 
 
 @task(name="look", task_run_name="look at {config.experts}", cache_policy=NO_CACHE, persist_result=False)
@@ -76,7 +73,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     """
     use_blocks()
     if not isinstance(config, NightlyConfig):
-        config = load_nightly(config or os.environ.get("OTA_NIGHTLY") or str(CONFIG))
+        config = load_nightly(find_config(config))
     where, log = places(), get_run_logger()
     suite, data = load_suite(config.suite), stages.bring_data(config.data_dir, where)
     stages.check_suite(suite, data, config.limit)

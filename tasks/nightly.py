@@ -1,5 +1,6 @@
 """What a nightly merge is configured by, and what it remembers: which set of experts it merged last. Prefect is not needed here."""
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -105,6 +106,11 @@ class NightlyConfig(_Strict):
         scores, inputs = score_identity("", suite, data, limit=self.limit)
         said = self.model_dump(mode="json", include={"name", "base_model", "capabilities", "candidates", "gate", "publish"})
         return fingerprint("merged", {"night": said, "scores": scores, "versions": ALGORITHM_VERSION}, inputs)
+
+
+def find_config(given: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
+    """Where the configuration lies: as given, else OTA_NIGHTLY, else deployments/nightly.yaml."""
+    return given or environment.get("OTA_NIGHTLY") or "deployments/nightly.yaml"
 
 
 def load_nightly(uri: str) -> NightlyConfig:

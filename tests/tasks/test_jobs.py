@@ -77,9 +77,7 @@ def merge_job(machines: Machines, recipe: MergeRecipe, shard_size: int) -> tuple
             for i in range(len(experts)) if recipe.ffg(i)
         }  # fmt: skip
         ready = stages.with_masks(where, ready, masks) if masks else ready
-        made = [
-            one.model_copy(update={"compressed": moments[i], "masks": masks.get(i)}) for i, one in enumerate(sources.experts)
-        ]
+        made = [one.model_copy(update={"compressed": moments[i], "masks": masks.get(i)}) for i, one in enumerate(sources.experts)]
         sources = sources.model_copy(update={"experts": tuple(made)})
     return MergeJob(step=step, recipe=recipe, sources=sources, shard_size=shard_size, memory=MEMORY), ready
 
