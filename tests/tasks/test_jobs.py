@@ -87,7 +87,6 @@ def merge_job(machines: Machines, recipe: MergeRecipe, shard_size: int) -> tuple
     [
         ("ota", {"density": 0.4, "compression": "rank1"}, MAX_SHARD_BYTES),
         ("ota", {"density": 0.4, "compression": "log8", "mask_curvature": "full", "lambda": 0.5}, 5_000),
-        ("ota", {}, MAX_SHARD_BYTES),
         ("linear", {}, 5_000),
     ],
 )

@@ -165,18 +165,18 @@ def test_the_note_of_the_last_night(where: Places) -> None:
     assert last_night(where, "another") is None
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b'{"seen": "s"}', b"\xff\xfe"])
-def test_a_damaged_note_is_told_with_its_place(where: Places, content: bytes) -> None:
+def test_a_damaged_note_is_told_with_its_place(where: Places) -> None:
     from tasks import storage
 
     remember(where, "n", **NOTE)
     uri = storage.join(where.artifacts, "nightly", "n.json")
-    if storage.is_s3(uri):
-        storage.write_bytes(uri, content)
-    else:
-        Path(uri).write_bytes(content)
-    with pytest.raises(NightlyError, match=f"^{re.escape(uri)} is damaged .*delete it"):
-        last_night(where, "n")
+    for content in (b"{", b"", b'{"seen": "s"}', b"\xff\xfe"):
+        if storage.is_s3(uri):
+            storage.write_bytes(uri, content)
+        else:
+            Path(uri).write_bytes(content)
+        with pytest.raises(NightlyError, match=f"^{re.escape(uri)} is damaged .*delete it"):
+            last_night(where, "n")
 
 
 def test_a_note_that_cannot_be_written_is_told(s3_server: S3Test, tmp_path: Path) -> None:
