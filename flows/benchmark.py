@@ -1,7 +1,5 @@
 """One model on one suite: fetch it, score it (on the GPU pool where there is one), log it to MLflow."""
 
-from typing import Any
-
 from prefect import flow, task
 from prefect.logging import get_run_logger
 
@@ -10,6 +8,7 @@ from flows.deployed import cancel_children
 from flows.merge import score_all
 from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
+from flows.report import short_name
 from flows.run_log import hide_tracebacks_of_user_errors
 from flows.steps import fetch, several_at_once
 from ota_core.engine import pick_device
@@ -19,16 +18,19 @@ from tasks.settings import Device, Places, places
 from tasks.stages import Subject
 from tasks.suites import load_suite
 from tasks.tracking import LoggedRun, log_benchmark
-from tasks.watch import identity_of_source
+from tasks.watch import identity_of_source, is_intact
 
 hide_tracebacks_of_user_errors()
 
 
 @task(name="log", task_run_name="log {name}", retries=2, retry_delay_seconds=10)
-def log_scores(name: str, subject: Subject, scores: ModelScores, where: Places, tracking_uri: str | None) -> LoggedRun:
+def log_scores(
+    name: str, subject: Subject, fingerprint: str, scores: ModelScores, where: Places, tracking_uri: str | None
+) -> LoggedRun:
     """Log the scores to MLflow; finds the run of an earlier try."""
     return log_benchmark(
-        name, source=subject.location or "", digest=subject.digest, scores=scores, tracking_uri=tracking_uri, root=where.tracking
+        name, source=subject.location or "", digest=subject.digest, fingerprint=fingerprint, scores=scores,
+        tracking_uri=tracking_uri, root=where.tracking,
     )  # fmt: skip
 
 
@@ -59,13 +61,16 @@ def benchmark_flow(
     use_blocks()
     where, gpu = places(), gpu or gpu_deployment()
     stages.check_suite(load_suite(suite), stages.bring_data(data_dir, where), limit)
-    fetched: Any = fetch(model, identity_of_source(model), where)
-    name = model.rstrip("/").rpartition("/")[2] or model
+    identity = identity_of_source(model)
+    fetched = fetch(model, identity, where)
+    if not is_intact(fetched):  # Prefect remembers a copy that has left the cache
+        fetched = fetch.with_options(refresh_cache=True)(model, identity, where)
+    name = short_name(model)
     subject = Subject(name=name, role="model", path=fetched.path, digest=fetched.digest, location=fetched.resolved)
     device = device if gpu else pick_device(device)
     refs = score_all({"model": subject}, suite, data_dir, limit, where, device=device, gpu=gpu)
     scores = stages.read_scores(where, refs["model"])
-    logged = log_scores(name, subject, scores, where, tracking_uri)
+    logged = log_scores(name, subject, refs["model"].fingerprint, scores, where, tracking_uri)
     show_markdown("scores", to_markdown_of_one(name, scores), f"Scores of {name}")
     show_mlflow(name, logged.url)
     get_run_logger().info("scores of %s: %s", model, scores.by_capability())

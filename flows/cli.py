@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import cli_experts, cli_registry, cli_retention, cli_stack
+from flows import cli_experts, cli_flows, cli_registry, cli_retention, cli_stack
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -365,6 +365,9 @@ def _print(item: Any) -> None:
     Console(soft_wrap=True).print(item)
 
 
+app.command()(cli_flows.nightly)
+app.command()(cli_flows.study)
+app.command()(cli_flows.benchmark)
 app.command()(cli_registry.promote)
 app.command()(cli_registry.rollback)
 app.command()(cli_registry.champion)

@@ -4,9 +4,8 @@ Every step is found done by the next run: a night that was interrupted is simply
 """
 
 import hashlib
-import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
@@ -25,17 +24,16 @@ from flows.single import comparison_table
 from flows.steps import ONE_AT_A_TIME, several_at_once
 from flows.verdict import Night, Verdict, judge, settle
 from ota_core.artifact import canonical_json
-from ota_core.errors import OtaError, raise_all
-from ota_core.recipe import NEEDS_MOMENTS
+from ota_core.errors import OtaError, RecipeError, raise_all
+from ota_core.recipe import NEEDS_MOMENTS, default
 from tasks import expert_check, experts, stages
 from tasks.experts import ExpertFound, ExpertProblem
-from tasks.nightly import NightlyConfig, NightlyError, last_night, load_nightly, remember
+from tasks.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember
 from tasks.settings import Places, places
 from tasks.stages import read_scores
 from tasks.suites import digest_folder, load_suite
 
 hide_tracebacks_of_user_errors()
-CONFIG = Path(__file__).resolve().parents[1] / "deployments" / "nightly.yaml"
 
 
 @task(name="look", task_run_name="look at {config.experts}", cache_policy=NO_CACHE, persist_result=False)
@@ -47,8 +45,10 @@ def look(config: NightlyConfig) -> tuple[list[ExpertFound], list[ExpertProblem]]
 @task(name="check", task_run_name="check {expert.capability}/{expert.name}", cache_policy=NO_CACHE, persist_result=False)
 def check(expert: ExpertFound, config: NightlyConfig, where: Places) -> list[str]:
     """What is wrong with one expert's weights and second moments; remembered by their content."""
-    recipes = [one.recipe(config.base_model, {expert.capability: expert.uri}) for one in config.candidates]
-    reading = [recipe.setting("missing_curvature") for recipe in recipes if recipe.merge_method in NEEDS_MOMENTS]
+    reading = [
+        one.parameters.missing_curvature or default(one.merge_method, "missing_curvature")
+        for one in config.candidates if one.merge_method in NEEDS_MOMENTS
+    ]  # fmt: skip
     with ONE_AT_A_TIME, Progress() as progress:
         return expert_check.check(
             where, expert.uri, config.base_model, needs_moments=bool(reading),
@@ -73,7 +73,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     """
     use_blocks()
     if not isinstance(config, NightlyConfig):
-        config = load_nightly(config or os.environ.get("OTA_NIGHTLY") or str(CONFIG))
+        config = load_nightly(find_config(config))
     where, log = places(), get_run_logger()
     suite, data = load_suite(config.suite), stages.bring_data(config.data_dir, where)
     stages.check_suite(suite, data, config.limit)
@@ -83,17 +83,20 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     last = None if force else last_night(where, config.name)
     seen = _seen(config, setting, found, problems)
     if last and last.seen == seen:
-        return _nothing_new(last.experts, problems, "nothing has arrived since")
+        return _nothing_new(last.experts, last.left_out, "nothing has arrived since")
     chosen, unhealthy = _choose(config, found, where)
     problems = [*problems, *unhealthy]
-    for problem in problems:
-        log.warning("left out: %s", _told(problem))
+    left_out = [f"{problem.capability}/{problem.name}: {problem.problem}" for problem in problems]
+    for line in left_out:
+        log.warning("left out: %s", line)
     if not chosen:
-        return _no_expert(config, problems)
+        return _no_expert(config, left_out)
     merged = f"{experts.identity_of_lineup(config.base_model, chosen)}-{setting}"
     if last and last.merged == merged:
-        remember(where, config.name, seen=seen, merged=merged, experts=last.experts, outcome=last.outcome)
-        return _nothing_new(last.experts, problems, "what has arrived since is left out")
+        remember(
+            where, config.name, seen=seen, merged=merged, experts=last.experts, left_out=left_out, outcome=last.outcome
+        )  # fmt: skip
+        return _nothing_new(last.experts, left_out, "what has arrived since is left out")
     log.info("tonight's set: %s", ", ".join(f"{one.capability}/{one.name}" for one in chosen.values()))
 
     outcomes, failures = _merge_all(config, chosen)
@@ -103,11 +106,11 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     verdict = judge(night, score_all_here(config, where))
     settle(night, verdict)
     _show(night, verdict, problems, failures)
-    message = _message(verdict, problems, failures)
+    message = _message(verdict, left_out, failures)
     if failures:  # told as a failure, and not written down: the next night tries these candidates again
         return Failed(message=message)
     uris = {capability: one.uri for capability, one in chosen.items()}
-    remember(where, config.name, seen=seen, merged=merged, experts=uris, outcome=message)
+    remember(where, config.name, seen=seen, merged=merged, experts=uris, left_out=left_out, outcome=message)
     return Completed(name="Promoted" if verdict.promoted else "Kept", message=message)
 
 
@@ -139,8 +142,13 @@ def _merge_all(config: NightlyConfig, chosen: dict[str, ExpertFound]) -> tuple[d
     failures: dict[str, str] = {}
     uris = {capability: one.uri for capability, one in chosen.items()}
     for candidate in config.candidates:
+        try:
+            recipe = candidate.recipe(config.base_model, uris)
+        except RecipeError as error:  # of what only the experts that were found tell: their number, their names
+            failures[candidate.name] = str(error)
+            continue
         state: Any = merge_flow(
-            candidate.recipe(config.base_model, uris), suite=config.suite, data_dir=config.data_dir, limit=config.limit,
+            recipe, suite=config.suite, data_dir=config.data_dir, limit=config.limit,
             device=config.device, memory=config.memory, registered_model=config.name, return_state=True,
         )  # fmt: skip
         if state.is_completed():
@@ -168,29 +176,25 @@ def _picked(device: str) -> str:
     return pick_device(device)
 
 
-def _told(problem: ExpertProblem) -> str:
-    return f"{problem.capability}/{problem.name}: {problem.problem}"
+def _left_out(lines: Sequence[str]) -> str:
+    return f"; left out: {'; '.join(lines)}" if lines else ""
 
 
-def _left_out(problems: list[ExpertProblem]) -> str:
-    return f"; left out: {'; '.join(_told(one) for one in problems)}" if problems else ""
-
-
-def _nothing_new(uris: dict[str, str], problems: list[ExpertProblem], why: str) -> State[Any]:
+def _nothing_new(uris: dict[str, str], left_out: Sequence[str], why: str) -> State[Any]:
     names = ", ".join("/".join(uri.rstrip("/").split("/")[-2:]) for uri in uris.values())
-    return Completed(name="NothingNew", message=f"this set was merged last ({names}): {why}{_left_out(problems)}")
+    return Completed(name="NothingNew", message=f"this set was merged last ({names}): {why}{_left_out(left_out)}")
 
 
-def _no_expert(config: NightlyConfig, problems: list[ExpertProblem]) -> State[Any]:
+def _no_expert(config: NightlyConfig, left_out: Sequence[str]) -> State[Any]:
     wanted = f" of {', '.join(config.capabilities)}" if config.capabilities else ""
     return Completed(
-        name="NothingNew", message=f"no complete, sound expert{wanted} lies below {config.experts}{_left_out(problems)}"
+        name="NothingNew", message=f"no complete, sound expert{wanted} lies below {config.experts}{_left_out(left_out)}"
     )
 
 
-def _message(verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str]) -> str:
+def _message(verdict: Verdict, left_out: Sequence[str], failures: dict[str, str]) -> str:
     failed = "".join(f"; candidate {name} failed: {reason}" for name, reason in failures.items())
-    return f"{verdict.headline}{_left_out(problems)}{failed}"
+    return f"{verdict.headline}{_left_out(left_out)}{failed}"
 
 
 def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str]) -> None:

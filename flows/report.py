@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
 
 def merge_name(recipe: MergeRecipe) -> str:
     """A short name that says what is merged, for example ``ota math+code rho=0.40``."""
-    experts = "+".join(entry.name or entry.capability or _short(entry.model) for entry in recipe.models)
+    experts = "+".join(entry.name or entry.capability or short_name(entry.model) for entry in recipe.models)
     method, *settings = merge_label(recipe).split(" ")
     return " ".join([method, experts, *settings])[:200].replace("'", "").replace("`", "")
 
@@ -55,7 +55,7 @@ def _decimals(value: float) -> str:
     return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
 
 
-def _short(model: str) -> str:
+def short_name(model: str) -> str:
     """The part of a path that names the expert: the capability in the S3 layout …/<capability>/<expert>."""
     parts = [part for part in model.split("@")[0].split("/") if part and part != "s3:"]
     last = parts[-1] if parts else model

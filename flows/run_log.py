@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
 from ota_core.errors import OtaError
@@ -43,17 +45,21 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            for what in self._artifacts:
-                self._context.run(self._show, what, 100.0)
+            with self._lock:  # a thread of the stage may still be telling
+                for what in self._artifacts:
+                    self._context.run(self._show, what, 100.0)
 
     def _show(self, what: str, percent: float) -> None:
         known = self._artifacts.get(what)
-        if known is None:
-            made: Any = create_progress_artifact(progress=percent, description=what)
-            self._artifacts[what] = made
-        else:
-            update: Callable[..., Any] = update_progress_artifact
-            update(artifact_id=known, progress=percent, description=what)
+        try:
+            if known is None:
+                made: Any = create_progress_artifact(progress=percent, description=what)
+                self._artifacts[what] = made
+            else:
+                update: Callable[..., Any] = update_progress_artifact
+                update(artifact_id=known, progress=percent, description=what)
+        except (httpx.HTTPError, PrefectException) as error:  # a server that is away for a moment must not end hours of work
+            self._log.warning("the progress of %s cannot be shown: %s", what, error)
 
 
 class _UserErrorsOnce(logging.Filter):

@@ -40,12 +40,13 @@ def study_flow(
         memory: Budget of each merge.
     """
     use_blocks()
-    config = load_study(study) if isinstance(study, str) else study
+    config, folder = load_study(study) if isinstance(study, str) else (study, None)
     outcomes: dict[str, MergeOutcome] = {}
     problems = []
     for cell, recipe in config.recipes().items():
         state: Any = merge_flow(
-            recipe, suite=config.suite, data_dir=config.data_dir, limit=config.limit, device=device, memory=memory, return_state=True
+            recipe, suite=config.suite, data_dir=config.data_dir, limit=config.limit, device=device, memory=memory,
+            recipe_dir=folder, return_state=True,
         )  # fmt: skip
         if state.is_completed():
             outcomes[cell] = state.result()

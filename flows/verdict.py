@@ -120,7 +120,7 @@ def _withheld(night: Night, name: str, decision: GateDecision) -> GateDecision:
         f"It would pass, but version {number} was rolled back by {version.tags.get('rolled_back_by')} on {version.tags['rolled_back_at']} "
         f"({version.tags.get('rolled_back_reason')}); to have it again: ota promote {number}."
     )
-    return decision.model_copy(update={"promoted": False, "reasons": (*decision.reasons, reason)})
+    return decision.model_copy(update={"promoted": False, "reasons": (reason, *decision.reasons)})
 
 
 def _second(decision: GateDecision, winner: str | None) -> GateDecision:
@@ -128,7 +128,7 @@ def _second(decision: GateDecision, winner: str | None) -> GateDecision:
     if not decision.promoted or winner is None:
         return decision
     reason = f"It passes the gate, but so does {winner}, with an average at least as high."
-    return decision.model_copy(update={"promoted": False, "reasons": (*decision.reasons, reason)})
+    return decision.model_copy(update={"promoted": False, "reasons": (reason, *decision.reasons)})
 
 
 def _headline(
@@ -145,7 +145,9 @@ def _headline(
     stays = f"version {champion.version} stays champion" if champion else "there is still no champion"
     if challenger is None:
         return f"{stays}: it is tonight's {standing[0]}, average {100 * (scores[standing[0]].average or 0):.1f} %"
-    return f"{stays}; {challenger} is the challenger: {decisions[challenger].reasons[0]}"
+    decision = decisions[challenger]
+    fallen = sum(check.falls_below for check in decision.checks)  # each has its sentence, after the one on what matters most
+    return f"{stays}; {challenger} is the challenger: {' '.join(decision.reasons[: 1 + fallen])}"
 
 
 def settle(night: Night, verdict: Verdict) -> Latest | None:

@@ -3,16 +3,15 @@
 Machines share the root of the artifacts and the places where the models lie. Everything here knows nothing of Prefect.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ota_core.artifact import ArtifactRef
-from ota_core.errors import ArtifactError, StorageError
+from ota_core.errors import ArtifactError
 from ota_core.recipe import MergeRecipe
 from ota_core.stream import Progress, parse_memory
-from tasks import stages, storage
+from tasks import stages
 from tasks.settings import Places
 from tasks.sources import MergeSources
 from tasks.stages import Step, Subject
@@ -73,28 +72,11 @@ class ScoreJob(_Job):
                 f"suite '{self.suite}' or its data ({self.data_dir or 'none'}) differ on this machine from those of the flow that asks for scores; "
                 "install the same version of this package on all machines, and keep the data in s3://… or a shared folder"
             )
-        if done := stages.store_of(where).find("scores", self.step.fingerprint):
-            return done  # the model is not even fetched
-        subject = self.subject.model_copy(update={"path": _bring(self.subject, where)})
+        subject = self.subject.model_copy(update={"path": None})  # a folder of the machine that asks
         return stages.score(where, self.step, subject, self.suite, data, self.limit, device=device, progress=progress)
 
 
 Job = Annotated[MergeJob | ScoreJob, Field(discriminator="kind")]
-
-
-def _bring(subject: Subject, where: Places) -> Path:
-    """The model on this machine, the same that the job's sender means. Raises StorageError."""
-    if subject.artifact is not None:
-        return stages.store_of(where).local_path(subject.artifact)
-    if subject.location is None:
-        raise StorageError(f"{subject.name}: the model lies in {subject.path}, a folder of another machine; keep it in s3://…")
-    fetched = storage.fetch(subject.location, cache=where.cache)
-    if fetched.digest != subject.digest:
-        raise StorageError(
-            f"{subject.location} ({subject.name}) is not what it was when the run began: its digest is {fetched.digest}, expected {subject.digest}; "
-            "run again"
-        )
-    return fetched.path
 
 
 def missing_after(name: str, where: Places) -> ArtifactError:

@@ -1,18 +1,20 @@
 """What a nightly merge is configured by, and what it remembers: which set of experts it merged last. Prefect is not needed here."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint, write_text_atomic
-from ota_core.errors import OtaError, RecipeError, raise_all
-from ota_core.recipe import DType, MergeParameters, MergeRecipe, Method
+from ota_core.errors import OtaError, RecipeError
+from ota_core.recipe import DType, MergeParameters, MergeRecipe, Method, parse_recipe
+from ota_core.stream import parse_memory
 from tasks import storage
 from tasks.gate import GateSettings
-from tasks.recipes import read_yaml
+from tasks.recipes import parse_config, read_yaml
 from tasks.settings import Device, Places
 from tasks.suites import Suite, score_identity
 
@@ -26,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class Candidate(_Strict):
-    """One way to merge: a recipe without its models, which the night fills in."""
+    """One way to merge: a recipe without its models, which the night fills in. A mistake in it is told before anything is fetched."""
 
     name: str = Field(min_length=1, max_length=60, pattern=r"^[^'`/]+$", description="Its label in tables and in the registry.")
     merge_method: Method = Field(description="How task vectors are combined.")
@@ -36,11 +38,24 @@ class Candidate(_Strict):
 
     def recipe(self, base_model: str, experts: Mapping[str, str]) -> MergeRecipe:
         """The recipe for these experts, capability → address. Raises RecipeError."""
-        from ota_core.recipe import parse_recipe
-
+        if self.name == "base" or self.name in experts:
+            raise RecipeError(f"candidate '{self.name}': a row of the table of scores has that name already; choose another")
         raw = self.model_dump(mode="json", by_alias=True, exclude={"name"}, exclude_none=True)
         models = [{"model": uri, "capability": capability} for capability, uri in experts.items()]
         return parse_recipe({**raw, "base_model": base_model, "models": models}, f"candidate '{self.name}'")
+
+    @model_validator(mode="after")
+    def _mergeable(self) -> "Candidate":
+        _try(self, ("first expert", "second expert"))
+        return self
+
+
+def _try(candidate: Candidate, capabilities: Sequence[str]) -> None:
+    """Raises ValueError for a candidate that cannot merge experts of these capabilities, wherever they lie."""
+    try:
+        candidate.recipe("s3://any/base", {capability: "s3://any/expert" for capability in capabilities})
+    except RecipeError as error:
+        raise ValueError("\n".join(error.problems)) from None
 
 
 class NightlyConfig(_Strict):
@@ -53,7 +68,7 @@ class NightlyConfig(_Strict):
         description="Where experts arrive: s3://bucket/prefix or a folder, with <capability>/<expert>/ below it."
     )
     base_model: str = Field(description="The base that experts must have been trained from.")
-    capabilities: tuple[str, ...] | None = Field(
+    capabilities: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None, description="The capabilities that are merged; by default all that are found."
     )
     candidates: Annotated[tuple[Candidate, ...], Field(min_length=1)] = Field(description="The merges to try.")
@@ -67,42 +82,40 @@ class NightlyConfig(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "NightlyConfig":
+        problems = []
         names = [one.name for one in self.candidates]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"candidates need different names, got twice: {', '.join(twice)}")
-        for one in self.candidates:  # a mistake in a recipe is told now, not after the experts were fetched
-            one.recipe(self.base_model, {capability: "s3://any/expert" for capability in self.capabilities or ("one", "two")})
+            problems.append(f"candidates need different names, got twice: {', '.join(twice)}")
+        for one in self.candidates if self.capabilities else ():  # once more, now that the experts' number and names are known
+            try:
+                _try(one, self.capabilities or ())
+            except ValueError as error:
+                problems.append(str(error))
+        try:
+            parse_memory(self.memory)
+        except OtaError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def digest(self, suite: Suite, data: str | None) -> str:
-        """What, beside the experts, decides a night's result: candidates, suite with its data, gate, versions of the algorithms."""
+        """What, beside the experts, decides a night's result: capabilities, candidates, suite with its data, gate, versions of the
+        algorithms."""
         scores, inputs = score_identity("", suite, data, limit=self.limit)
-        said = self.model_dump(mode="json", include={"name", "base_model", "candidates", "gate", "publish"})
+        said = self.model_dump(mode="json", include={"name", "base_model", "capabilities", "candidates", "gate", "publish"})
         return fingerprint("merged", {"night": said, "scores": scores, "versions": ALGORITHM_VERSION}, inputs)
+
+
+def find_config(given: str | None = None, environment: Mapping[str, str] = os.environ) -> str:
+    """Where the configuration lies: as given, else OTA_NIGHTLY, else deployments/nightly.yaml."""
+    return given or environment.get("OTA_NIGHTLY") or "deployments/nightly.yaml"
 
 
 def load_nightly(uri: str) -> NightlyConfig:
     """The configuration at a path or ``s3://…``. Raises RecipeError with every problem."""
-    raw = read_yaml(uri)
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{uri}: expected a mapping with experts, base_model, candidates and suite, got {type(raw).__name__}")
-    try:
-        return NightlyConfig.model_validate(raw)
-    except ValidationError as error:
-        raise_all([f"{uri}: {line}" for item in error.errors() for line in _explain(dict(item))], RecipeError)
-        raise
-
-
-def _explain(item: dict[str, Any]) -> list[str]:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "value_error":
-        return [f"{where}: {line}".lstrip(": ") for line in str(item["ctx"]["error"]).split("\n")]
-    if item["type"] == "missing":
-        return [f"the key '{where}' is missing"]
-    if item["type"] == "extra_forbidden":
-        return [f"unknown key '{where}'; known are {', '.join(NightlyConfig.model_fields)}"]
-    return [f"{where}: {item['msg']}, got {item['input']!r}"]
+    return parse_config(NightlyConfig, read_yaml(uri), uri)
 
 
 class LastNight(_Strict):
@@ -114,31 +127,38 @@ class LastNight(_Strict):
     """Over the set that was merged, and the configuration."""
     experts: dict[str, str]
     """Capability → address."""
+    left_out: tuple[str, ...] = ()
+    """Broken experts and what is wrong with them: told every night until they are gone or mended."""
     outcome: str
     at: str
 
 
 def _memory(where: Places, name: str) -> str:
-    return storage.join(where.artifacts, "nightly", f"{name}.json")
+    root = where.artifacts if storage.is_s3(where.artifacts) else str(Path(where.artifacts).expanduser().absolute())
+    return storage.join(root, "nightly", f"{name}.json")
 
 
 def last_night(where: Places, name: str) -> LastNight | None:
     """What the last finished night of this name left, None before the first. Raises StorageError, and NightlyError for a damaged note."""
     uri = _memory(where, name)
     if storage.is_s3(uri):
-        text = storage.read_bytes(uri).decode() if storage.exists(uri) else None
+        content = storage.read_bytes(uri) if storage.exists(uri) else None
     else:
-        text = Path(uri).read_text(encoding="utf-8") if Path(uri).is_file() else None
+        content = Path(uri).read_bytes() if Path(uri).is_file() else None
     try:
-        return LastNight.model_validate_json(text) if text is not None else None
-    except ValueError as error:
-        raise NightlyError(f"{uri} is damaged ({error}); delete it, and the next night merges again what is there") from None
+        return LastNight.model_validate_json(content) if content is not None else None
+    except ValidationError as error:
+        seen = "; ".join(" ".join([*map(str, item["loc"]), item["msg"]]) for item in error.errors())
+        raise NightlyError(f"{uri} is damaged ({seen}); delete it, and the next night merges again what is there") from None
 
 
-def remember(where: Places, name: str, *, seen: str, merged: str, experts: Mapping[str, str], outcome: str) -> None:
+def remember(
+    where: Places, name: str, *, seen: str, merged: str, experts: Mapping[str, str], left_out: Sequence[str], outcome: str
+) -> None:
     """Write down what this night did: the last step, so that a night that was interrupted is done again."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    text = canonical_json(LastNight(seen=seen, merged=merged, experts=dict(experts), outcome=outcome, at=at)) + "\n"
+    note = LastNight(seen=seen, merged=merged, experts=dict(experts), left_out=tuple(left_out), outcome=outcome, at=at)
+    text = canonical_json(note) + "\n"
     uri = _memory(where, name)
     if storage.is_s3(uri):
         storage.write_bytes(uri, text.encode())

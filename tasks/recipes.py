@@ -1,12 +1,17 @@
 """Recipes and other YAML files from wherever they lie: a file of this machine or ``s3://…``."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
-from ota_core.errors import RecipeError
+from pydantic import BaseModel, ValidationError
+
+from ota_core.errors import RecipeError, raise_all
 from ota_core.recipe import MergeRecipe, parse_recipe
-from ota_core.recipe_yaml import load_yaml, parse_yaml
+from ota_core.recipe_yaml import load_yaml, nearest, parse_yaml
 from tasks.storage import is_s3, read_bytes
+
+M = TypeVar("M", bound=BaseModel)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,6 +31,52 @@ def read_yaml(uri: str) -> Any:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{uri} is no text ({error}); expected YAML in UTF-8") from None
     return parse_yaml(text, uri)
+
+
+def parse_config(kind: type[M], raw: Any, where: str) -> M:
+    """A configuration of this kind from what its YAML holds. Raises RecipeError with every problem: unknown keys with the nearest known,
+    missing ones, values out of range, and what the kind's own checks say."""
+    if not isinstance(raw, dict):
+        needed = [name for name, field in kind.model_fields.items() if field.is_required()]
+        raise RecipeError(f"{where}: expected a mapping with {', '.join(needed)}, got {type(raw).__name__}")
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        # A list with a wrong entry counts as one entry short, too.
+        items = [item for item in error.errors() if not (item["type"] == "too_short" and item["input"])]
+        raise_all([f"{where}: {line}" for item in items for line in _explain(kind, dict(item))], RecipeError)
+        raise
+
+
+def _explain(kind: type[BaseModel], item: dict[str, Any]) -> list[str]:
+    """One pydantic problem in the file's own words."""
+    location = item["loc"]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"]).split("\n")
+    if item["type"] == "missing":
+        return [f"the key '{where}' is missing"]
+    if item["type"] == "extra_forbidden":
+        return [f"unknown key '{where}'; {nearest(str(location[-1]), _known_keys(kind, location[:-1]))}"]
+    if item["type"] == "literal_error":
+        return [f"{where}: unknown {item['input']!r}; expected {item['ctx']['expected']}"]
+    return [f"{where}: got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"]
+
+
+def _known_keys(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys of the mapping at a location: of the model that the annotations lead to."""
+    for part in location:
+        if not isinstance(part, int):
+            field = next(field for name, field in kind.model_fields.items() if part in {name, field.alias})
+            kind = next(_models(field.annotation), kind)
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
 
 
 def read_recipe(uri: str) -> tuple[MergeRecipe, Path | None]:

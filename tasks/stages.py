@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core import engine
 from ota_core.artifact import ArtifactRef, fingerprint
+from ota_core.errors import StorageError
 from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
 from ota_core.output import plan_files
 from ota_core.plan import open_plan
 from ota_core.recipe import MergeRecipe
 from ota_core.writer import MAX_SHARD_BYTES
+from tasks import storage
 from tasks.artifacts import ArtifactStore, BuildResult
 from tasks.benchmark import load_suite, score_identity, score_model
 from tasks.inputs import assemble
@@ -187,12 +189,27 @@ class Subject(BaseModel):
     role: str
     capability: str | None = None
     path: Path | None
-    """Its folder on this machine; None for one that lies elsewhere and is not benchmarked here."""
+    """Its folder on this machine; None for one that lies elsewhere, and is brought here when it is to be scored."""
     digest: str
     location: str | None = None
     """Where another machine finds it: ``s3://…``, ``org/name@commit`` or a folder that both see."""
     artifact: ArtifactRef | None = None
     """A model that this tool merged."""
+
+
+def bring_model(subject: Subject, places: Places) -> Path:
+    """The model on this machine, the same that whoever asks for its scores means. Raises ArtifactError, StorageError."""
+    if subject.artifact is not None:
+        return store_of(places).local_path(subject.artifact)
+    if subject.location is None:
+        raise StorageError(f"{subject.name}: the model lies in a folder of another machine; keep it in s3://…")
+    fetched = storage.fetch(subject.location, cache=places.cache)
+    if fetched.digest != subject.digest:
+        raise StorageError(
+            f"{subject.location} ({subject.name}) is not what it was when the run began: its digest is {fetched.digest}, expected "
+            f"{subject.digest}; run again"
+        )
+    return fetched.path
 
 
 def bring_data(data: str | None, places: Places) -> Path | None:
@@ -219,11 +236,11 @@ def score(
     places: Places, step: Step, subject: Subject, suite: str, data_dir: Path | None, limit: int | None, *, device: str = "cpu",
     progress: Progress | None = None,
 ) -> ArtifactRef:  # fmt: skip
-    """Benchmark one model, or find its scores: no model is scored twice on the same suite."""
+    """Benchmark one model, or find its scores: no model is scored twice on the same suite, and none is fetched for scores that are there."""
 
     def build(folder: Path) -> BuildResult:
-        assert subject.path is not None
-        scores = score_model(subject.path, load_suite(suite), data_dir=data_dir, device=device, limit=limit, progress=progress)
+        path = subject.path or bring_model(subject, places)
+        scores = score_model(path, load_suite(suite), data_dir=data_dir, device=device, limit=limit, progress=progress)
         (folder / SCORES_FILE).write_text(scores.model_dump_json(indent=1), encoding="utf-8")
         return BuildResult(
             results={"capabilities": scores.by_capability()}, provenance={"model": subject.name, "seconds": scores.seconds}

@@ -1,13 +1,15 @@
 """A study: one set of experts, a grid of methods and parameters. Prefect is not needed here."""
 
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ota_core.errors import RecipeError, raise_all
 from ota_core.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
-from tasks.recipes import read_yaml
+from tasks.recipes import find_file, parse_config, read_yaml
+from tasks.storage import is_s3
 
 
 class _Strict(BaseModel):
@@ -19,6 +21,15 @@ class GridEntry(_Strict):
 
     merge_method: Method = Field(description="How task vectors are combined.")
     parameters: dict[str, Any] = Field({}, description="Parameter to a value, or to a list of values that are all tried.")
+
+    @model_validator(mode="after")
+    def _has_cells(self) -> "GridEntry":
+        empty = [key for key, values in self.parameters.items() if values == []]
+        if empty:
+            raise ValueError(
+                f"grid: {self.merge_method} has no value for {', '.join(empty)}; give at least one, or leave the key out"
+            )
+        return self
 
 
 class StudyConfig(_Strict):
@@ -56,16 +67,11 @@ class StudyConfig(_Strict):
         return found
 
 
-def load_study(uri: str) -> StudyConfig:
-    """The study at a path or ``s3://…``. Raises RecipeError with every problem."""
-    raw = read_yaml(uri)
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{uri}: expected a mapping with name, base_model, models, grid and suite, got {type(raw).__name__}")
-    try:
-        study = StudyConfig.model_validate(raw)
-    except ValidationError as error:
-        problems = [f"{uri}: {'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}" for item in error.errors()]
-        raise_all(problems, RecipeError)
-        raise
+def load_study(uri: str) -> tuple[StudyConfig, Path | None]:
+    """The study at a path or ``s3://…``, and the folder that its relative paths start from (none in S3).
+
+    Raises RecipeError with every problem, StorageError.
+    """
+    study = parse_config(StudyConfig, read_yaml(uri), uri)
     study.recipes()
-    return study
+    return study, None if is_s3(uri) else find_file(uri).resolve().parent

@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 
 TAG_ROLE = "role"
 TAG_MODEL = "model_name"
+TAG_SCORES = "scores_fingerprint"
 SCORES_OF_ONE = "scores.json"
 _PARENT = "mlflow.parentRunId"
 _NOTE = "mlflow.note.content"
@@ -112,21 +113,25 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
 
 
 def log_benchmark(
-    name: str, *, source: str, digest: str, scores: ModelScores, tracking_uri: str | None = None, root: Path | None = None
-) -> LoggedRun:
-    """Log one model's scores on a suite as a run of its own, known by the model's digest and the suite's. Raises StorageError."""
+    name: str, *, source: str, digest: str, fingerprint: str, scores: ModelScores, tracking_uri: str | None = None,
+    root: Path | None = None,
+) -> LoggedRun:  # fmt: skip
+    """Log one model's scores on a suite as a run of its own, known by the scores' ``fingerprint``: of model, suite and data.
+
+    Raises StorageError.
+    """
     store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, f"logging the scores of {name!r}", "The scores are kept as an artifact."), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
-        identity = {TAG_ROLE: "benchmark", TAG_DIGEST: digest, "suite_digest": scores.suite_digest}
+        identity = {TAG_ROLE: "benchmark", TAG_SCORES: fingerprint}
         run = _find_or_create(client, experiment, identity, f"benchmark {name}")
         metrics = {f"score/{key}": value for key, value in scores.by_capability().items() if value is not None}
         if scores.average is not None:
             metrics["score/avg"] = scores.average
         with _in_progress(client, run):
             params = {"model": source or name, "suite": scores.suite, "limit": scores.limit or "none"}
-            _log_values(client, run, params, metrics, {TAG_SOURCE: source})
+            _log_values(client, run, params, metrics, {TAG_SOURCE: source, TAG_DIGEST: digest})
             client.log_dict(run.info.run_id, scores.model_dump(mode="json"), SCORES_OF_ONE)
     url = page_url(store.shown, experiment, run.info.run_id) if store.is_server else None
     return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)

@@ -1,0 +1,92 @@
+"""The commands that run the other flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``."""
+
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Memory = Annotated[str, typer.Option(help="Memory budget of each merge, for example 2GiB.")]
+
+
+def nightly(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="Configuration (YAML): a file or s3://….",
+            show_default="$OTA_NIGHTLY or deployments/nightly.yaml",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge and judge also when nothing has arrived since the last time.")
+    ] = False,
+) -> None:
+    """Merge the newest experts in every configured way, and promote the best merge if it passes the gate."""
+    from flows.cli import _user_errors
+    from flows.single import prepare_prefect
+    from tasks.nightly import find_config, load_nightly
+
+    with _user_errors():
+        load_nightly(find_config(config))  # what needs no server is checked before one is started
+        prepare_prefect()
+        from flows.nightly import run_nightly
+
+        typer.echo(run_nightly(config, force=force))
+
+
+def study(
+    file: Annotated[str, typer.Argument(metavar="STUDY", help="Study (YAML): a file or s3://….", show_default=False)],
+    device: Device = "auto",
+    memory: Memory = "2GiB",
+) -> None:
+    """Merge and benchmark every cell of a grid, and compare all."""
+    from flows.cli import _print, _user_errors
+    from flows.single import comparison_table, prepare_prefect
+    from ota_core.engine import pick_device
+    from ota_core.stream import parse_memory
+    from tasks.scores import render
+    from tasks.settings import places
+    from tasks.study import load_study
+    from tasks.suites import load_suite
+
+    with _user_errors():
+        config, _ = load_study(file)
+        load_suite(config.suite)
+        parse_memory(memory)
+        pick_device(device)
+        prepare_prefect()
+        from flows.study import study_flow
+
+        outcomes = study_flow(file, device=device, memory=memory)
+        _print(render(comparison_table(outcomes, places()), title=f"Study {config.name}"))
+
+
+def benchmark(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint: a folder, s3://… or org/name@revision.", show_default=False)
+    ],
+    suite: Annotated[str, typer.Option(help="Benchmark suite: a name in deployments/suites or a file.")] = "public",
+    data_dir: Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")] = None,
+    device: Device = "auto",
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
+    ] = None,
+) -> None:
+    """Score MODEL on every capability of a suite, and log the scores to MLflow."""
+    from flows.cli import _user_errors
+    from flows.single import prepare_prefect
+    from ota_core.engine import pick_device
+    from tasks.scores import NOT_MEASURED
+    from tasks.suites import load_suite
+
+    with _user_errors():
+        load_suite(suite)
+        pick_device(device)
+        prepare_prefect()
+        from flows.benchmark import benchmark_flow
+
+        scores = benchmark_flow(model, suite, data_dir, limit, device, tracking_uri)
+        width = max(map(len, scores))
+        for capability, score in scores.items():
+            typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")

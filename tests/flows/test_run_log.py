@@ -1,0 +1,113 @@
+"""How far a long stage is, as the run's page shows it; and that telling it can do no harm."""
+
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from prefect import flow
+
+from flows.run_log import Progress
+from tests.flows.nightly_fixture import artifacts_of
+
+
+def shown(work: Callable[[], None]) -> list[tuple[str, float]]:
+    """(what, percent) of the progress artifacts of a flow that does this."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    state: Any = flow(name="working")(work)(return_state=True)
+    assert state.is_completed() or state.is_failed()
+    chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=chosen, limit=200)
+    # A flow that fails leaves its result as an artifact, too.
+    return sorted((one.description, one.data) for one in found if one.type == "progress")
+
+
+def test_a_short_stage_leaves_no_trace(prefect_server: None) -> None:
+    def work() -> None:
+        with Progress() as progress:
+            for done in range(100):
+                progress("merge", done, 100)
+            progress("empty", 0, 0)
+
+    assert shown(work) == []
+
+
+def test_only_after_the_interval_and_not_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    import flows.run_log
+
+    now, told, logged = [0.0], [], []
+    monkeypatch.setattr(flows.run_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(flows.run_log, "get_run_logger", lambda: SimpleNamespace(info=lambda *what: logged.append(what)))
+    progress = Progress()
+    monkeypatch.setattr(progress, "_show", lambda what, percent: told.append((what, percent)))
+    for seconds, done in [(9.9, 1), (10.0, 2), (19.9, 3), (20.0, 4), (20.1, 5)]:
+        now[0] = seconds
+        progress("merge", done, 10)
+    assert told == [("merge", 20.0), ("merge", 40.0)] and len(logged) == 2
+
+
+def test_progress_from_several_threads_ends_at_one_hundred(prefect_server: None) -> None:
+    def work() -> None:
+        with Progress(every=0.05) as progress:
+
+            def part(what: str) -> None:
+                for done in range(10):
+                    progress(what, done, 10)
+                    time.sleep(0.02)
+
+            threads = [threading.Thread(target=part, args=(what,)) for what in ("masks", "merge") for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    found = shown(work)
+    assert found and {what for what, _ in found} <= {"masks", "merge"} and all(percent == 100 for _, percent in found)
+    assert len({what for what, _ in found}) == len(found), "each stage has one artifact, which is updated"
+
+
+def test_a_stage_that_fails_stays_where_it_was(prefect_server: None) -> None:
+    def work() -> None:
+        with Progress(every=0.0) as progress:
+            progress("merge", 3, 10)
+            raise RuntimeError("out of memory")
+
+    assert shown(work) == [("merge", 30.0)]
+
+
+def test_a_server_that_is_away_does_not_end_the_stage(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flows.run_log
+
+    def away(**_: Any) -> None:
+        raise httpx.ConnectError("no route to host")
+
+    monkeypatch.setattr(flows.run_log, "create_progress_artifact", away)
+    ended = []
+
+    def work() -> None:
+        with Progress(every=0.0) as progress:
+            progress("merge", 3, 10)
+        ended.append(True)
+
+    assert shown(work) == [] and ended
+
+
+def test_artifacts_by_key_or_type(prefect_server: None) -> None:
+    from flows.pages import show_markdown, show_mlflow
+
+    @flow
+    def pages() -> None:
+        show_markdown("gate", "# yes", "the gate")
+        show_mlflow("linear", None)
+        show_mlflow("ota", "http://mlflow/run")
+
+    state: Any = pages(return_state=True)
+    found = artifacts_of(state.state_details.flow_run_id)
+    assert set(found) == {"gate", "mlflow-run"} and found["gate"].data == "# yes"
+    assert found["mlflow-run"].data == "[MLflow: ota](http://mlflow/run)"

@@ -1,0 +1,208 @@
+"""Stages as another machine is told of them: through JSON, with caches of its own, over one root of artifacts in S3."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from ota_core.artifact import RECORD, ArtifactRef, read_record
+from ota_core.errors import OtaError, StorageError
+from ota_core.recipe import MergeRecipe
+from ota_core.writer import MAX_SHARD_BYTES
+from tasks import stages, storage
+from tasks.inputs import fetch_all
+from tasks.jobs import Job, MergeJob, ScoreJob, missing_after
+from tasks.settings import Places, places
+from tasks.sources import MergeSources
+from tasks.stages import Subject
+from tasks.suites import SuiteError, load_suite
+from tests.flows.merge_fixture import EXPERTS, RUN, upload, write_experts
+from tests.s3_fixture import S3Test
+from tests.tiny_models import perturb
+from tests.tiny_suite import write_tiny_suite
+
+MEMORY = "256MiB"
+JOB: TypeAdapter[MergeJob | ScoreJob] = TypeAdapter(Job)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """A base and experts in S3, a root of artifacts beside them, and two machines that share nothing else."""
+
+    uri: str
+    models: Path
+    sender: Places
+    other: Places
+
+    def recipe(self, method: str = "ota", **parameters: Any) -> MergeRecipe:
+        models = [{"model": f"{self.uri}/experts/{name}/{RUN}"} for name in EXPERTS]
+        raw = {"merge_method": method, "base_model": f"{self.uri}/models/base", "models": models, "parameters": parameters}
+        return MergeRecipe.model_validate(raw)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_experts(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def machines(models: Path, s3_server: S3Test, tmp_path: Path) -> Iterator[Machines]:
+    upload(models, s3_server.uri)
+    root = f"{s3_server.uri}/artifacts"
+    yield Machines(s3_server.uri, models, places(tmp_path / "sender", root), places(tmp_path / "other", root))
+
+
+def sent(job: MergeJob | ScoreJob) -> MergeJob | ScoreJob:
+    """What arrives of a job."""
+    return JOB.validate_json(job.model_dump_json(by_alias=True))
+
+
+def merge_job(machines: Machines, recipe: MergeRecipe, shard_size: int) -> tuple[MergeJob, Any]:
+    """The job with second moments and masks made on the sender, and the sender's own inputs."""
+    where = machines.sender
+    fetched = fetch_all(recipe, cache=where.cache, recipe_dir=None)
+    inputs = stages.inputs_of(recipe, fetched, where, None)
+    step = stages.merge_step(recipe, inputs, shard_size)
+    sources, ready = MergeSources.of(recipe, inputs, fetched), inputs
+    if recipe.merge_method == "ota":
+        moments = [stages.compress(where, stages.moments_step(recipe, one), one, memory=MEMORY) for one in inputs.experts]
+        experts = tuple(stages.with_compressed(where, one, ref) for one, ref in zip(inputs.experts, moments, strict=True))
+        ready = stages.MergeInputs(base=inputs.base, experts=experts)
+        masks = {
+            i: stages.mask(where, stages.mask_step(recipe, inputs, i), recipe, ready, i, memory=MEMORY)
+            for i in range(len(experts)) if recipe.ffg(i)
+        }  # fmt: skip
+        ready = stages.with_masks(where, ready, masks) if masks else ready
+        made = [one.model_copy(update={"compressed": moments[i], "masks": masks.get(i)}) for i, one in enumerate(sources.experts)]
+        sources = sources.model_copy(update={"experts": tuple(made)})
+    return MergeJob(step=step, recipe=recipe, sources=sources, shard_size=shard_size, memory=MEMORY), ready
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "shard_size"),
+    [
+        ("ota", {"density": 0.4, "compression": "rank1"}, MAX_SHARD_BYTES),
+        ("ota", {"density": 0.4, "compression": "log8", "mask_curvature": "full", "lambda": 0.5}, 5_000),
+        ("linear", {}, 5_000),
+    ],
+)
+def test_a_merge_elsewhere_gives_the_bytes_of_one_here(
+    machines: Machines, tmp_path: Path, method: str, parameters: dict[str, Any], shard_size: int
+) -> None:
+    recipe = machines.recipe(method, **parameters)
+    job, ready = merge_job(machines, recipe, shard_size)
+    ref = sent(job).run(machines.other, "cpu")
+    assert ref.uri.startswith(f"{machines.uri}/artifacts/merged/") and ref.fingerprint == job.step.fingerprint
+    there = stages.store_of(machines.sender).local_path(ref)
+    local = places(tmp_path / "alone")
+    alone = Path(stages.merge(local, job.step, recipe, ready, shard_size=shard_size, memory=MEMORY).uri)
+    record, own = read_record(there), read_record(alone)
+    weights = sorted(path.name for path in alone.glob("*.safetensors"))
+    assert len(weights) > 1 if shard_size < MAX_SHARD_BYTES else weights == ["model.safetensors"]
+    assert sorted(record.files) == sorted(own.files) and record.results == own.results
+    assert record.provenance["digest"] == own.provenance["digest"]
+    for name in own.files:
+        assert name == RECORD or (alone / name).read_bytes() == (there / name).read_bytes(), name
+
+
+def test_a_merge_that_is_there_is_found(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ota_core import engine
+
+    job, _ = merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)
+    first = sent(job).run(machines.other, "cpu")
+    monkeypatch.setattr(engine, "merge_into", None)
+    assert sent(job).run(machines.sender, "cpu") == first
+
+
+def test_an_expert_that_was_replaced_meanwhile_is_refused(machines: Machines, tmp_path: Path) -> None:
+    job, _ = merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)
+    storage.upload_folder(perturb(machines.models / "base", tmp_path / "new", seed=9), f"{machines.uri}/experts/math/{RUN}")
+    with pytest.raises(OtaError, match=r"experts/math.* is not what it was when the merge began; run the merge again"):
+        sent(job).run(machines.other, "cpu")
+    assert stages.store_of(machines.other).find("merged", job.step.fingerprint) is None
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> tuple[Path, Path]:
+    return write_tiny_suite(tmp_path / "suite", n=4)
+
+
+def score_job(machines: Machines, suite: tuple[Path, Path], **changes: Any) -> ScoreJob:
+    """Score the base; by what the sender knows of it."""
+    fetched = storage.fetch(f"{machines.uri}/models/base", cache=machines.sender.cache)
+    known = {"name": "base", "role": "base", "path": fetched.path, "digest": fetched.digest, "location": fetched.resolved}
+    subject = Subject.model_validate(known | changes)
+    file, data = suite
+    step = stages.score_step(subject, load_suite(str(file)), data, None)
+    return ScoreJob(step=step, subject=subject, suite=str(file), data_dir=str(data), limit=None)
+
+
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts fetches by the cache that they go into."""
+    calls: Counter[str] = Counter()
+    whole = storage.fetch
+
+    def fetch(source: str, *, cache: Path, **options: Any) -> Any:
+        calls[cache.parent.name] += 1
+        return whole(source, cache=cache, **options)
+
+    monkeypatch.setattr(storage, "fetch", fetch)
+    return calls
+
+
+def test_scores_made_elsewhere_and_scores_that_are_there(
+    machines: Machines, suite: tuple[Path, Path], fetches: Counter[str], tmp_path: Path
+) -> None:
+    job = score_job(machines, suite)
+    ref = sent(job).run(machines.other, "cpu")
+    assert fetches["other"] == 1  # the sender's folder is of no use there
+    scores = stages.read_scores(machines.sender, ref)
+    assert set(scores.by_capability()) == {"math", "knowledge"} and scores.capabilities["math"].n_samples == 4
+    third = places(tmp_path / "third", machines.other.artifacts)
+    assert sent(job).run(third, "cpu") == ref and fetches["third"] == 0
+
+
+def test_a_merged_model_is_found_by_its_artifact(machines: Machines, suite: tuple[Path, Path]) -> None:
+    merging, _ = merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)
+    merged: ArtifactRef = sent(merging).run(machines.sender, "cpu")
+    subject = stages.merged_subject(machines.sender, "linear", merged, benchmark=False)
+    assert subject.path is None
+    job = score_job(machines, suite, **subject.model_dump())
+    assert stages.read_scores(machines.sender, sent(job).run(machines.other, "cpu")).average is not None
+
+
+@pytest.mark.parametrize("change", ["task", "data"])
+def test_a_suite_that_differs_on_this_machine_is_refused(machines: Machines, suite: tuple[Path, Path], change: str) -> None:
+    job, (file, data) = score_job(machines, suite), suite
+    if change == "task":
+        path = file.parent / "tiny" / "sums.yaml"
+        path.write_text(path.read_text().replace("max_gen_toks: 4", "max_gen_toks: 5"))
+    else:
+        (data / "sums.jsonl").write_text((data / "sums.jsonl").read_text().replace("Q: 1", "Q: 2"))
+    with pytest.raises(SuiteError, match=r"differ on this machine from those of the flow that asks for scores"):
+        sent(job).run(machines.other, "cpu")
+
+
+def test_a_model_that_changed_meanwhile_is_refused(machines: Machines, suite: tuple[Path, Path], tmp_path: Path) -> None:
+    job = score_job(machines, suite)
+    storage.upload_folder(perturb(machines.models / "base", tmp_path / "new", seed=9), f"{machines.uri}/models/base")
+    with pytest.raises(StorageError, match=r"models/base \(base\) is not what it was when the run began: its digest is"):
+        sent(job).run(machines.other, "cpu")
+    assert stages.store_of(machines.other).find("scores", job.step.fingerprint) is None
+
+
+def test_a_model_that_only_the_sender_has_is_refused(machines: Machines, suite: tuple[Path, Path]) -> None:
+    with pytest.raises(StorageError, match="base: the model lies in a folder of another machine"):
+        sent(score_job(machines, suite, location=None)).run(machines.other, "cpu")
+
+
+def test_names_and_what_is_said_of_an_output_that_is_nowhere(machines: Machines, suite: tuple[Path, Path]) -> None:
+    job = score_job(machines, suite)
+    assert job.name == "benchmark base"
+    assert "benchmark base is done, but s3://" in str(missing_after(job.name, machines.sender))
+    assert merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)[0].name == "merge linear"
