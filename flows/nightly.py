@@ -22,7 +22,7 @@ from flows.pools import gpu_deployment
 from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from flows.single import comparison_table
 from flows.steps import ONE_AT_A_TIME, several_at_once
-from flows.verdict import Night, Verdict, judge, settle
+from flows.verdict import Night, Verdict, judge, keep_published, settle
 from ota_core.artifact import canonical_json
 from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe import NEEDS_MOMENTS, default
@@ -83,6 +83,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     last = None if force else last_night(where, config.name)
     seen = _seen(config, setting, found, problems)
     if last and last.seen == seen:
+        keep_published(config, where)
         return _nothing_new(last.experts, last.left_out, "nothing has arrived since")
     chosen, unhealthy = _choose(config, found, where)
     problems = [*problems, *unhealthy]
@@ -96,6 +97,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         remember(
             where, config.name, seen=seen, merged=merged, experts=last.experts, left_out=left_out, outcome=last.outcome
         )  # fmt: skip
+        keep_published(config, where)
         return _nothing_new(last.experts, left_out, "what has arrived since is left out")
     log.info("tonight's set: %s", ", ".join(f"{one.capability}/{one.name}" for one in chosen.values()))
 
