@@ -54,8 +54,8 @@ def gc(
     from tasks.artifacts import ArtifactStore
     from tasks.retention import Retention
     from tasks.retention_cache import collect_cache, plan_cache
-    from tasks.retention_references import Tracking
     from tasks.settings import places
+    from tasks.tracking_references import Tracking
 
     with _user_errors():
         where = places(home, artifacts)

@@ -17,12 +17,12 @@ from prefect.states import Completed, Failed
 from flows.blocks import use_blocks
 from flows.deployed import cancel_children
 from flows.merge import MergeOutcome, merge_flow, score_all
-from flows.pages import show_markdown, show_scores
+from flows.pages import show_markdown, show_mlflow, show_scores
 from flows.pools import gpu_deployment
 from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from flows.single import comparison_table
 from flows.steps import ONE_AT_A_TIME, several_at_once
-from flows.verdict import Night, Verdict, judge, settle
+from flows.verdict import Night, Verdict, judge, keep_published, settle
 from ota_core.artifact import canonical_json
 from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe import NEEDS_MOMENTS, default
@@ -83,6 +83,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     last = None if force else last_night(where, config.name)
     seen = _seen(config, setting, found, problems)
     if last and last.seen == seen:
+        keep_published(config, where)
         return _nothing_new(last.experts, last.left_out, "nothing has arrived since")
     chosen, unhealthy = _choose(config, found, where)
     problems = [*problems, *unhealthy]
@@ -96,6 +97,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         remember(
             where, config.name, seen=seen, merged=merged, experts=last.experts, left_out=left_out, outcome=last.outcome
         )  # fmt: skip
+        keep_published(config, where)
         return _nothing_new(last.experts, left_out, "what has arrived since is left out")
     log.info("tonight's set: %s", ", ".join(f"{one.capability}/{one.name}" for one in chosen.values()))
 
@@ -199,14 +201,17 @@ def _message(verdict: Verdict, left_out: Sequence[str], failures: dict[str, str]
 
 def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str]) -> None:
     """The night's pages in the Prefect UI."""
+    first = verdict.winner or verdict.challenger
+    if first:
+        show_mlflow(first, night.outcomes[first].logged.url)
     table = comparison_table(night.outcomes, night.where, more=verdict.champion_scores)
     show_scores(table, title="Tonight's candidates")
-    pages = [f"# {verdict.headline}", ""]
+    pages: list[str] = []  # the headline stands above the page
     if problems:
         pages += ["## Left out", "", *(f"- **{one.capability}/{one.name}**: {one.problem}" for one in problems), ""]
     if failures:
         pages += ["## Failed", "", *(f"- **{name}**: {reason}" for name, reason in failures.items()), ""]
-    show_markdown("gate", "\n".join([*pages, *verdict.pages]), verdict.headline)
+    show_markdown("gate", "\n".join([*pages, *verdict.pages(night)]), verdict.headline)
 
 
 def run_nightly(config: str | None, *, force: bool) -> str:

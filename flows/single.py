@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from ota_core import engine
 from ota_core.agreement import Agreement, agreement
@@ -21,7 +21,7 @@ from ota_core.recipe import MergeRecipe
 from ota_core.stream import Stream, parse_memory
 from tasks import storage
 from tasks.architecture import parameter_layout
-from tasks.settings import Places, places
+from tasks.settings import Device, Places, places
 from tasks.streaming import Streams
 from tasks.suites import load_suite
 
@@ -164,8 +164,11 @@ def run_recipe(
 
     chosen = runner_of(runner, address=address, parts=parts)
     chosen.task_runner()  # says what is not installed
+    device = options.get("device", "auto")
+    if device not in get_args(Device):
+        raise OtaError(f"device: got '{device}', expected {', '.join(get_args(Device))}")
     if chosen.kind == "threads":
-        engine.pick_device(options.get("device", "auto"))
+        engine.pick_device(device)
     with server_for(chosen):
         outcome = merge_flow(recipe, runner=chosen, **options)
     where = places(options.get("home"), options.get("artifacts"))

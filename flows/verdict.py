@@ -62,12 +62,11 @@ class Verdict:
     def promoted(self) -> bool:
         return self.winner is not None
 
-    @property
-    def pages(self) -> list[str]:
-        """The decisions in Markdown, the one that counts first."""
+    def pages(self, night: Night) -> list[str]:
+        """The decisions in Markdown, the one that counts first, each with the way to its MLflow run."""
         first = self.winner or self.challenger
         names = sorted(self.decisions, key=lambda name: name != first)
-        return [self.decisions[name].to_markdown() for name in names]
+        return [self.decisions[name].to_markdown(run_url=night.outcomes[name].logged.url) for name in names]
 
 
 def judge(night: Night, score: Score) -> Verdict:
@@ -151,7 +150,7 @@ def _headline(
     return f"{stays}; {challenger} is the challenger: {' '.join(decision.reasons[: 1 + fallen])}"
 
 
-def settle(night: Night, verdict: Verdict) -> Latest | None:
+def settle(night: Night, verdict: Verdict) -> None:
     """Log the decisions, publish and promote the winner or name the challenger, and have ``latest.json`` name the champion. Raises OtaError."""
     for name, decision in verdict.decisions.items():
         log_decision(night, name, decision)
@@ -161,9 +160,7 @@ def settle(night: Night, verdict: Verdict) -> Latest | None:
         number = night.outcomes[verdict.challenger].logged.model_version
         if number:
             promotion.reject(number, verdict.decisions[verdict.challenger], **night.registry)
-    if night.config.publish and (verdict.promoted or verdict.champion):
-        return point_latest(night)
-    return None
+    keep_published(night.config, night.where)
 
 
 @task(name="log decision", task_run_name="log the gate's decision on {name}", **STEP)
@@ -186,9 +183,13 @@ def promote(night: Night, name: str, decision: GateDecision) -> None:
 
 
 @task(name="publish", task_run_name="point latest.json at the champion", **STEP)
-def point_latest(night: Night) -> Latest:
-    """Also where an earlier night was interrupted between the alias and the pointer, or somebody promoted by hand."""
-    assert night.config.publish is not None
-    return publish_champion(
-        night.config.publish, cache=night.where.cache, tracking=night.where.tracking, name=night.config.name
-    )  # fmt: skip
+def point_latest(config: NightlyConfig, where: Places) -> Latest:
+    """Publish the champion unless it is, and have ``latest.json`` name it."""
+    assert config.publish is not None
+    return publish_champion(config.publish, cache=where.cache, tracking=where.tracking, name=config.name)
+
+
+def keep_published(config: NightlyConfig, where: Places) -> None:
+    """What is published follows the champion, also where somebody promoted by hand or an earlier night ended early. Raises OtaError."""
+    if config.publish and promotion.current(CHAMPION, root=where.tracking, name=config.name):
+        point_latest(config, where)

@@ -119,10 +119,12 @@ class ModelEntry(_Strict):
 class MergeRecipe(_Strict):
     """A validated recipe. ``setting(key, expert)`` gives the value in force, with the method's default where none is given."""
 
-    merge_method: Method
+    merge_method: Method = Field(description="How the experts' edits of the base are combined.")
     base_model: str | None = Field(None, description="The model that all experts were fine-tuned from.")
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
-    parameters: MergeParameters = MergeParameters()
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="The experts.")
+    parameters: MergeParameters = Field(
+        MergeParameters(), description="Of the method, for all experts; what is left out has its default."
+    )
     dtype: DType | None = Field(None, description="Data type of the output; arithmetic never depends on it.")
     out_dtype: DType | None = Field(None, description="Wins over dtype.")
     tokenizer_source: str = Field("base", description="base, model:<name> or union.")

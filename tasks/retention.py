@@ -21,6 +21,7 @@ interrupted work. Kinds checkpoint and data take minutes of training and are col
 """
 
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -32,12 +33,13 @@ from ota_core.errors import OtaError
 from tasks import storage
 from tasks.artifacts import ArtifactStore
 from tasks.retention_listing import KINDS, Stored, freed, is_as_listed, is_temporary_of_live_process, list_root
-from tasks.retention_references import References, Run, Tracking, Version
 from tasks.storage_cache import USE_NOTED_SECONDS
+from tasks.tracking_references import References, Run, Tracking, Version
 
 NOT_UNASKED: frozenset[Kind] = frozenset({"checkpoint", "data"})
 DEFAULT_KINDS: frozenset[Kind] = frozenset(KINDS) - NOT_UNASKED
 LEAST_DAYS = 1
+REFERENCES_SECONDS = 10.0
 _PARTS = ("surveys", "facts", "shards")
 _TRAINED = ("checkpoint", "data")
 Progress = Callable[[str, int, int], None]
@@ -133,10 +135,11 @@ class Retention:
     def collect(self, plan: Plan, progress: Progress | None = None) -> Outcome:
         """Delete what the plan says, one artifact after the other, each whole or not at all.
 
-        Right before each one MLflow is asked again, and one that was used since the listing is spared. What a break leaves, the next
-        call takes. Raises StorageError.
+        Right before each one it is looked at again, and spared when it was used since the listing. MLflow is asked again before each
+        merged model, and some seconds after the last time for what can be computed again. What a break leaves, the next call takes.
+        Raises StorageError.
         """
-        outcome, known, items = Outcome(), plan.references, plan.going
+        outcome, known, items, asked = Outcome(), plan.references, plan.going, float("-inf")
         self._mend_tags(plan)
         for done in range(len(items)):
             if progress:
@@ -146,7 +149,9 @@ class Retention:
             marked = [v for v in versions if not v.weights_deleted and v.wanted is None]
             for version in marked:
                 self.tracking.mark_deleted(version, True)
-            fresh = self.tracking.references(self.since)
+            fresh = known
+            if items[done].stored.kind == "merged" or time.monotonic() - asked > REFERENCES_SECONDS:
+                fresh, asked = self.tracking.references(self.since), time.monotonic()
             if fresh != known:
                 again = {one.stored.uri: one for one in self._judge([one.stored for one in plan.items], fresh)}
                 items, known = [again[one.stored.uri] for one in items], fresh

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from tasks.artifacts import ArtifactStore
 from tasks.inputs import model_sources
 from tasks.registry import REGISTERED_MODEL
 from tasks.retention import DEFAULT_KINDS, Plan, Retention
-from tasks.retention_references import TAG_REPLACED, Tracking
 from tasks.scores import ModelScores
 from tasks.settings import Places, places
 from tasks.stages import Subject
 from tasks.suites import load_suite
 from tasks.tracking import InputRef, log_merge
+from tasks.tracking_references import TAG_REPLACED, Tracking
 from tests.flows.merge_fixture import write_v
+from tests.s3_fixture import S3Test
 from tests.tasks.mlflow_server import a_merge
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
@@ -200,3 +203,64 @@ def quick_scores(patch: pytest.MonkeyPatch) -> None:
         )  # fmt: skip
 
     patch.setattr(stages, "score_model", score)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, a suite and an empty database, for all tests of a file."""
+    folder = tmp_path_factory.mktemp("ground")
+    empty_database(folder)
+    return write_models(folder)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lm-eval, and the embedded MLflow."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    quick_scores(monkeypatch)
+
+
+@pytest.fixture
+def shop(ground: Path, tmp_path: Path) -> Shop:
+    """An empty one."""
+    return open_shop(tmp_path / "home", None, ground, ground / "mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def lived(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Shop, Path]:
+    """A shop with the usual past, and a copy of its home as it was then."""
+    folder = tmp_path_factory.mktemp("lived")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        quick_scores(patch)
+        shop = open_shop(folder / "home", None, ground, ground / "mlflow.db")
+        usual_past(shop)
+    return shop, shutil.copytree(folder / "home", folder / "copy")
+
+
+@pytest.fixture
+def settled(lived: tuple[Shop, Path]) -> Shop:
+    """The shop with the usual past, in the place that its MLflow names."""
+    shop, copy = lived
+    for name in ("artifacts", "cache"):
+        shutil.rmtree(shop.where.cache.parent / name)
+        shutil.copytree(copy / name, shop.where.cache.parent / name)
+    # MLflow keeps its connections: the database must stay the same file.
+    with (
+        closing(sqlite3.connect(copy / "tracking" / "mlflow.db")) as source,
+        closing(sqlite3.connect(shop.where.tracking / "mlflow.db")) as target,
+    ):
+        source.backup(target)
+    return replace(shop, made=dict(shop.made), versions=dict(shop.versions), runs=dict(shop.runs))
+
+
+@pytest.fixture(params=["folder", "s3"])
+def either(request: pytest.FixtureRequest, ground: Path, tmp_path: Path) -> Shop:
+    """The usual past on either kind of root."""
+    if request.param == "folder":
+        settled: Shop = request.getfixturevalue("settled")
+        return settled
+    server: S3Test = request.getfixturevalue("s3_server")
+    shop = open_shop(tmp_path / "home", f"{server.uri}/deep/artifacts", ground, ground / "mlflow.db")
+    usual_past(shop)
+    return shop

@@ -89,7 +89,6 @@ def test_ota_run_says_where_everything_is(world: World, tmp_path: Path) -> None:
         ({"data_dir": "nowhere"}, "nowhere is not a folder"),
         ({"limit": 0}, "limit is 0; expected at least one"),
         ({"memory": "two bananas"}, "memory: got 'two bananas'"),
-        ({"device": "gpu"}, "expected cpu, cuda or auto"),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_read(
@@ -99,6 +98,14 @@ def test_wrong_settings_are_told_before_anything_is_read(
     with pytest.raises(OtaError, match=message):
         _ = run.outcome
     assert counts == {}
+
+
+def test_a_device_that_is_none_is_told_with_the_known_ones(world: World, tmp_path: Path) -> None:
+    from prefect.exceptions import ParameterTypeError
+
+    run = world.at(tmp_path / "home").run(world.recipe(density=0.4), device="gpu")
+    with pytest.raises(ParameterTypeError, match="device: Input should be 'auto', 'cpu' or 'cuda'"):
+        _ = run.outcome
 
 
 def test_bad_second_moments_of_two_experts_are_both_named(world: World, tmp_path: Path) -> None:

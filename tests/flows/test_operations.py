@@ -33,7 +33,7 @@ from tests.tiny_training import memorise, rows_of
 pytestmark = pytest.mark.slow
 BUCKET = "s3://ota-test"
 EXPERTS, BASE = f"{BUCKET}/experts", f"{BUCKET}/models/base"
-NAME = "ota-merged"
+NAME, MOMENTS = "ota-merged", "exp_avg_sq.safetensors"
 SETTINGS = ("AWS_", "OTA_", "PREFECT_", "MLFLOW_")
 
 
@@ -221,6 +221,7 @@ def test_a_worse_set_is_not_promoted(operations: Operations) -> None:
     before = operations.champion()
     worse = perturb(operations.models / "knowledge", operations.models / "worse", seed=1, scale=1.0)
     (worse / EXPERT_JSON).unlink()
+    shutil.copy(operations.models / "knowledge" / MOMENTS, worse / MOMENTS)  # noise would make them negative
     operations.push(worse, "knowledge", "2026-11-22", "2026-11-22")
     night = operations.started_by_event()
     assert night.state.name == "Kept", night.state.message

@@ -2,13 +2,9 @@
 
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,71 +18,11 @@ from tasks.artifacts import BuildResult
 from tasks.registry import REGISTERED_MODEL, TAG_DIGEST, TAG_WEIGHTS_DELETED
 from tasks.retention import Plan
 from tasks.retention_listing import list_root
-from tasks.retention_references import Tracking
+from tasks.tracking_references import Tracking
 from tasks.tracking_run import TAG_FINGERPRINT
-from tests.retention_fixture import Shop, empty_database, keys, names, open_shop, quick_scores, usual_past, why, write_models
-from tests.s3_fixture import S3Test
+from tests.retention_fixture import Shop, keys, names, why
 
-FP = "0123456789abcdef0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ground")
-    empty_database(folder)
-    return write_models(folder)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    quick_scores(monkeypatch)
-
-
-@pytest.fixture
-def shop(ground: Path, tmp_path: Path) -> Shop:
-    """An empty one."""
-    return open_shop(tmp_path / "home", None, ground, ground / "mlflow.db")
-
-
-@pytest.fixture(scope="module")
-def lived(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Shop, Path]:
-    """A shop with the usual past, and a copy of its home as it was then."""
-    folder = tmp_path_factory.mktemp("lived")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        quick_scores(patch)
-        shop = open_shop(folder / "home", None, ground, ground / "mlflow.db")
-        usual_past(shop)
-    return shop, shutil.copytree(folder / "home", folder / "copy")
-
-
-@pytest.fixture
-def settled(lived: tuple[Shop, Path]) -> Shop:
-    """The shop with the usual past, in the place that its MLflow names."""
-    shop, copy = lived
-    for name in ("artifacts", "cache"):
-        shutil.rmtree(shop.where.cache.parent / name)
-        shutil.copytree(copy / name, shop.where.cache.parent / name)
-    # MLflow keeps its connections: the database must stay the same file.
-    with (
-        closing(sqlite3.connect(copy / "tracking" / "mlflow.db")) as source,
-        closing(sqlite3.connect(shop.where.tracking / "mlflow.db")) as target,
-    ):
-        source.backup(target)
-    return replace(shop, made=dict(shop.made), versions=dict(shop.versions), runs=dict(shop.runs))
-
-
-@pytest.fixture(params=["folder", "s3"])
-def either(request: pytest.FixtureRequest, ground: Path, tmp_path: Path) -> Shop:
-    """The usual past on either kind of root."""
-    if request.param == "folder":
-        settled: Shop = request.getfixturevalue("settled")
-        return settled
-    server: S3Test = request.getfixturevalue("s3_server")
-    shop = open_shop(tmp_path / "home", f"{server.uri}/deep/artifacts", ground, ground / "mlflow.db")
-    usual_past(shop)
-    return shop
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def old(shop: Shop) -> set[tuple[str, str]]:
@@ -162,14 +98,14 @@ def test_an_empty_registry_keeps_what_is_recent_and_says_that_it_knows_nothing(s
         assert shop.store.find(ref.kind, ref.fingerprint), "finding is using"
     plan = shop.retention(later=0).plan()
     red = keys(shop.made["red ota"].values())
-    assert names(plan, going=True) == {key for key in red if key[0] != "scores"}, "whose scores are whose, only MLflow would tell"
+    assert names(plan, going=True) == set(red), "the records tell whose scores are whose"
     reasons = why(plan)
     assert {reasons[key] for key in keys(shop.made["blue ota"].values())} == {"used in the last 14 days"}
     assert "knows none of the 2 merged models here" in plan.notes[0]
 
 
 def test_a_merge_found_by_its_fingerprint_keeps_what_was_not_touched_with_it(shop: Shop) -> None:
-    """Nobody logged it, so its own scores cannot be told from others: all scores stay but those known to be of what goes."""
+    """Nobody logged it; the digests in the records tell its scores from others."""
     shop.merge("red", log=False)
     shop.merge("grey")
     shop.age(20)
@@ -184,9 +120,9 @@ def test_a_merge_found_by_its_fingerprint_keeps_what_was_not_touched_with_it(sho
     assert {reasons[key] for key in keys(red[n] for n in ("moments red0", "moments red1", "mask red0", "scores red0"))} == {
         "belongs to a kept merge"
     }
-    assert reasons["scores", red["scores red"].fingerprint] == "reference not resolved"
+    assert reasons["scores", red["scores red"].fingerprint] == "belongs to a kept merge"
     assert reasons["scores", grey["scores grey"].fingerprint] == "unreferenced"
-    assert reasons["scores", grey["scores grey0"].fingerprint] == "reference not resolved"
+    assert reasons["scores", grey["scores grey0"].fingerprint] == "unreferenced"
     assert {("merged", grey["merged"].fingerprint), ("moments", grey["moments grey0"].fingerprint)} < names(plan, going=True)
 
 
@@ -279,7 +215,7 @@ def test_a_killed_process_leaves_whole_artifacts(settled: Shop, tmp_path: Path) 
         "from pathlib import Path\n"
         "from tasks.artifacts import ArtifactStore\n"
         "from tasks.retention import Retention\n"
-        "from tasks.retention_references import Tracking\n"
+        "from tasks.tracking_references import Tracking\n"
         "store = ArtifactStore(sys.argv[1], Path(sys.argv[2]))\n"
         "rule = Retention(store, Tracking(tracking_uri=None, root=Path(sys.argv[3])), 14, now=datetime.now(UTC) + timedelta(days=30))\n"
         "rule.collect(rule.plan())\n"
@@ -358,142 +294,6 @@ def test_a_damaged_database_is_no_empty_one(shop: Shop) -> None:
     (shop.where.tracking / "mlflow.db").write_bytes(b"no database" * 100)
     with pytest.raises(StorageError, match="failed while reading what is in use"):
         shop.retention().plan()
-
-
-def part(shop: Shop, kind: Any, name: str, merge: str) -> ArtifactRef:
-    def build(folder: Path) -> BuildResult:
-        (folder / "part.bin").write_bytes(b"p" * 1000)
-        return BuildResult()
-
-    return shop.store.produce(
-        kind, name * 32, config={"part": kind, "shard": "model.safetensors"}, inputs={"merge": merge}, build=build
-    )
-
-
-def test_leftovers_of_interrupted_work(settled: Shop) -> None:
-    shop = settled
-    merge = shop.made["red ota"]["merged"].fingerprint
-    finished = [part(shop, kind, "a", merge) for kind in ("surveys", "facts", "shards")]
-    unfinished = [part(shop, "shards", "b", FP), part(shop, "surveys", "c", FP)]
-    root = Path(shop.where.artifacts)
-    (root / "moments" / FP).mkdir()
-    (root / "moments" / FP / "half.safetensors").write_bytes(b"h" * 500)
-    damaged = shop.made["grey ota"]["moments grey0"]
-    (Path(damaged.uri) / "moments.safetensors").unlink()
-    dead = root / "moments" / f".{FP}.{os.uname().nodename}.999999999.0.1.tmp"
-    foreign = [root / "merged" / "our-model" / "3", root / "notes", root / "moments" / "by hand"]
-    for folder in (dead, *foreign):
-        folder.mkdir(parents=True)
-        (folder / RECORD).write_text("{}")
-
-    plan = shop.retention().plan()
-    reasons = why(plan)
-    assert {reasons[ref.kind, ref.fingerprint] for ref in finished} == {"parts of a finished merge"}
-    assert {reasons[ref.kind, ref.fingerprint] for ref in unfinished} == {"interrupted work"}
-    assert reasons["moments", FP] == reasons["moments", dead.name] == "interrupted work"
-    assert reasons["moments", damaged.fingerprint] == "damaged"
-    assert not any(folder.name in {name for _, name in reasons} for folder in foreign)
-    shop.retention().collect(plan)
-    assert not dead.exists()
-    assert all((folder / RECORD).exists() for folder in foreign), "what is not the store's is not touched"
-
-    young = shop.retention(later=0).plan()
-    assert not young.going
-
-
-def test_a_temporary_of_a_running_process_stays(shop: Shop) -> None:
-    shop.merge("red")
-    begun, end = threading.Event(), threading.Event()
-
-    def build(folder: Path) -> BuildResult:
-        (folder / "slow.bin").write_bytes(b"s")
-        begun.set()
-        assert end.wait(60)
-        return BuildResult()
-
-    def work() -> None:
-        shop.store.produce("moments", FP, config={}, inputs={"moments": "xxh3:1"}, build=build)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        assert begun.wait(60)
-        plan = shop.retention().plan()
-        assert [item.why for item in plan.items if item.stored.temporary] == ["being written"]
-        shop.retention().collect(plan)
-    finally:
-        end.set()
-        thread.join()
-    assert shop.store.find("moments", FP)
-
-
-def test_parts_of_a_merge_under_way_stay_together(shop: Shop) -> None:
-    refs = [part(shop, "shards", "b", FP), part(shop, "surveys", "c", FP)]
-    shop.age(20)
-    assert names(shop.retention(later=0).plan(), going=True) == keys(refs)
-    assert shop.store.find("shards", "b" * 32)
-    assert not shop.retention(later=0).plan().going
-
-
-def test_hard_links_are_counted_once_and_only_when_the_last_goes(settled: Shop) -> None:
-    shop = settled
-    merged = shop.made["red ota"]["merged"]
-    weights = Path(merged.uri) / "model.safetensors"
-
-    def build(folder: Path) -> BuildResult:
-        os.link(weights, folder / "model.safetensors")
-        (folder / "own.bin").write_bytes(b"o" * 8192)
-        return BuildResult()
-
-    shop.store.produce("shards", "d" * 32, config={}, inputs={"merge": merged.fingerprint}, build=build)
-    plan = shop.retention().plan()
-    shard = next(item.stored for item in plan.going if item.stored.name == "d" * 32)
-    rest = sum(item.stored.size for item in plan.going) - shard.size
-    assert shard.size > weights.stat().st_size + 8192
-    assert plan.frees == rest + shard.size - weights.stat().st_size
-
-
-def test_kinds_narrow_and_widen_what_is_collected(settled: Shop) -> None:
-    shop = settled
-
-    def trained(kind: Any, name: str, **inputs: str) -> str:
-        def build(folder: Path) -> BuildResult:
-            (folder / "x").write_text("x")
-            return BuildResult()
-
-        shop.store.produce(kind, name * 32, config={"seed": 1}, inputs=inputs, build=build)
-        return name * 32
-
-    data = trained("data", "1")
-    base = trained("checkpoint", "2", data=data)
-    expert = trained("checkpoint", "3", data=data, base=base)
-    assert not {"checkpoint", "data"} & {kind for kind, _ in names(shop.retention().plan(), going=True)}
-    plan = shop.retention(kinds={"masks"}).plan()
-    assert names(plan, going=True) == {key for key in old(shop) if key[0] == "masks"}
-    assert why(plan)["merged", shop.made["grey ota"]["merged"].fingerprint] == "kind not collected"
-    both: Any = {"checkpoint", "data"}
-    assert names(shop.retention(kinds=both).plan(), going=True) == {("data", data), ("checkpoint", base), ("checkpoint", expert)}
-    shop.age(20)
-    assert shop.store.find("checkpoint", expert)
-    plan = shop.retention(later=0, kinds=both).plan()
-    assert not plan.going and why(plan)["data", data] == "trained on or from"
-
-
-def test_records_that_are_not_understood_stay(settled: Shop) -> None:
-    shop = settled
-    ref = shop.made["grey ota"]["moments grey0"]
-    path = Path(ref.uri) / RECORD
-    path.write_text(path.read_text().replace('"results"', '"of_a_later_version": 1, "results"'))
-    assert why(shop.retention().plan())["moments", ref.fingerprint] == "record not understood"
-
-
-def test_a_tag_of_an_interrupted_deletion_is_taken_back_when_the_weights_stay(settled: Shop) -> None:
-    shop = settled
-    shop.client.set_model_version_tag(
-        REGISTERED_MODEL, shop.versions["red ota"], TAG_WEIGHTS_DELETED, "2026-01-01T00:00:00+00:00"
-    )
-    shop.retention().collect(shop.retention().plan())
-    assert TAG_WEIGHTS_DELETED not in shop.client.get_model_version(REGISTERED_MODEL, shop.versions["red ota"]).tags
 
 
 def test_other_roots_are_not_this_ones_versions(settled: Shop, ground: Path, tmp_path: Path) -> None:
