@@ -81,8 +81,11 @@ def test_merge_in_files_of_a_size(recipe: Path) -> None:
      (["--address", "tcp://x:1"], "only dask and ray connect to an address")],
 )  # fmt: skip
 def test_run_refuses_what_is_no_runner(recipe: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    result = invoke("run", recipe, "--suite", "none", *options)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):  # other tests of the session may have a server
+        result = invoke("run", recipe, "--suite", "none", *options)
     assert result.exit_code == 2 and message in result.stderr, result.output
 
 

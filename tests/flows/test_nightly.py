@@ -59,7 +59,7 @@ def test_the_first_night_promotes_and_the_second_does_nothing(two: Nights, count
     name, message = again.shown
     assert name == "NothingNew" and again.state.is_completed() and counts == {}
     assert f"math/{FIRST}" in message and f"knowledge/{FIRST}" in message and "nothing has arrived since" in message
-    assert set(task_states(again.id)) == {f"look at {two.experts}"} and again.artifacts == {}
+    assert set(task_states(again.id)) == {f"look at {two.experts}", "point latest.json at the champion"} and again.artifacts == {}
 
     forced = two.run(force=True)
     assert forced.state.name == "Kept" and counts["merge"] == counts["score"] == 0
@@ -73,8 +73,8 @@ def test_what_the_prefect_ui_shows(two: Nights) -> None:
     assert set(rows) == {"base", "math", "knowledge", "ota rho=0.80", "linear"}
     assert rows["ota rho=0.80"]["average"] == "100.0" and float(rows["base"]["average"]) < 50
     assert table.type == "table" and table.description.startswith("Tonight's candidates. Scores and retention")
-    assert gate.type == "markdown" and gate.data.startswith("# ota rho=0.80 is the new champion")
-    assert "# ota rho=0.80: promoted to champion" in gate.data and "# linear: kept as challenger" in gate.data
+    assert gate.type == "markdown" and "ota rho=0.80 is the new champion" in gate.description
+    assert gate.data.startswith("# ota rho=0.80: promoted to champion") and "# linear: kept as challenger" in gate.data
     assert gate.data.index("# ota rho=0.80: promoted") < gate.data.index("# linear: kept") and "| math | base | 12 |" in gate.data
     assert "Left out" not in gate.data and "Failed" not in gate.data
     states = task_states(night.id)
@@ -208,6 +208,8 @@ def test_what_was_rolled_back_is_not_promoted_again_by_itself(two: Nights) -> No
     promoted(two, LINEAR)
     left = two.champion
     back = promotion.rollback(by="anna", reason="rude answers", name=two.name).champion
+    assert two.run(LINEAR).state.name == "NothingNew"  # but what is published follows the hand
+    assert two.latest and two.latest.version == back.version
     night = two.run(LINEAR, force=True)
     champion, challenger, latest = two.champion, two.challenger, two.latest
     assert night.state.name == "Kept" and champion and challenger and left and latest
