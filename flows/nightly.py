@@ -88,6 +88,9 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     chosen, unhealthy = _choose(config, found, where)
     problems = [*problems, *unhealthy]
     left_out = [f"{problem.capability}/{problem.name}: {problem.problem}" for problem in problems]
+    left_out += [
+        f"{capability}: no sound expert has arrived" for capability in config.capabilities or () if capability not in chosen
+    ]
     for line in left_out:
         log.warning("left out: %s", line)
     if not chosen:

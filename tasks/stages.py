@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core import engine
 from ota_core.artifact import ArtifactRef, fingerprint
-from ota_core.errors import StorageError
+from ota_core.errors import ArtifactError, StorageError
 from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
 from ota_core.output import plan_files
 from ota_core.plan import open_plan
@@ -171,6 +171,11 @@ def merge(
         report = engine.merge_into(
             folder, recipe, inputs, memory=memory, device=device, shard_size=shard_size, progress=progress
         )  # fmt: skip
+        if report.fingerprint != step.fingerprint:  # asked for by another machine
+            raise ArtifactError(
+                f"this machine would name the merge {report.fingerprint}, who asks for it {step.fingerprint}: their versions of this package "
+                "differ; install the same one on all machines"
+            )
         provenance = {**engine.environment(device), "sources": engine.sources(inputs), "recipe": engine.described(recipe)}
         # Hashed here, where the files were just written: nobody has to bring the model home to know what it is.
         provenance["digest"] = digest_folder(folder, cache=places.cache)[0]
