@@ -108,6 +108,8 @@ def wait_until(holds: Callable[[], bool], log: Callable[[], str], seconds: float
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operations]:
     pytest.importorskip("supervisor", reason="supervisor is not installed: pip install 'ota-merging[demo]'")
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     root = tmp_path_factory.mktemp("operations")
     home, models = root / "home", root / "models"
     suite, data = write_tiny_suite(root / "suite", n=16)
@@ -123,7 +125,10 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operations]
         assert done.returncode == 0, done.stdout + done.stderr
         stack = load_stack(home)
         assert stack is not None
-        with environment({**stack.client_environment(secret_of(stack)), "OTA_HOME": str(root / "client")}):
+        with (
+            environment({**stack.client_environment(secret_of(stack)), "OTA_HOME": str(root / "client")}),
+            temporary_settings({PREFECT_API_URL: stack.api}),  # another test's server may stand in the settings
+        ):
             s3.create_bucket(BUCKET)
             upload_folder(base, BASE)
             for name in ("math", "knowledge"):
