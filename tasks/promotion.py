@@ -21,7 +21,15 @@ from ota_core.errors import OtaError, StorageError
 from tasks.artifacts import record_at
 from tasks.gate import GateDecision, GateError
 from tasks.promotion_history import Move, champions, history_tag, moves_of, next_time
-from tasks.registry import CHALLENGER, REGISTERED_MODEL, TAG_DIGEST, TAG_SOURCE, set_announced
+from tasks.registry import (
+    CHALLENGER,
+    CHAMPION,
+    REGISTERED_MODEL,
+    TAG_DIGEST,
+    TAG_REPLACED,
+    TAG_SOURCE,
+    set_announced,
+)
 from tasks.tracking_store import Store, batches, clear_errors, connect, locked, resolve_store, store_errors
 
 if TYPE_CHECKING:
@@ -30,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHAMPION = "champion"
 _MOVE = "champion_move"
 """Tag of a version: the move that made it champion, or was about to, as JSON. Written before the alias moves."""
 
@@ -122,11 +129,11 @@ def promote(
         _finish(client, model)
         before = _alias(model, CHAMPION)
         if before == target.version:
-            return Moved(champion=target, replaced=target.tags.get("replaced_champion") or None, moved=False)
+            return Moved(champion=target, replaced=target.tags.get(TAG_REPLACED) or None, moved=False)
         move = Move.model_validate(
             {"action": "promote", "from": before, "to": target.version, "by": by, "reason": reason, "at": next_time(model.tags)}
         )
-        tags = {"replaced_champion": before or "", "promoted_at": move.at, "promoted_by": by, "promoted_reason": reason}
+        tags = {TAG_REPLACED: before or "", "promoted_at": move.at, "promoted_by": by, "promoted_reason": reason}
         target = _tag(client, target, tags | (_gate_tags(decision) if decision else {}))
         return Moved(champion=_move(client, target, move), replaced=before, moved=True)
 

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHALLENGER = "challenger"
+CHAMPION, CHALLENGER = "champion", "challenger"
 TAG_DIGEST = "model_digest"
 TAG_SOURCE = "source_uri"
+TAG_REPLACED = "replaced_champion"
+"""Of a champion: the number of the version that it replaced, to which a rollback returns."""
 TAG_WEIGHTS_DELETED = "weights_deleted"
 """When ``ota gc`` deleted the weights of a version (UTC); such a version must not be promoted."""
 # Set once the alias has been dealt with, so that a later call for the same digest never moves it again.

@@ -2,7 +2,7 @@
 
 An artifact is kept when one of these holds:
 
-1. Version of the registered model with an alias, or the one that the champion replaced (its tag ``replaced_champion``): the merged model
+1. Version of a registered model with an alias, or the one that its champion replaced (its tag ``replaced_champion``): the merged model
    of that recipe fingerprint, or at that address. A version that names neither keeps every merged model.
 2. Run in MLflow that was started or ended within the days: the merged model of its tag ``recipe_fingerprint``.
 3. Written, produced (the record's ``produced_at``) or found by a run (``ArtifactStore.find`` notes it) within the days; temporaries of

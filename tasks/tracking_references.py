@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
-from tasks.registry import REGISTERED_MODEL, TAG_DIGEST, TAG_SOURCE, TAG_WEIGHTS_DELETED
+from tasks.registry import CHAMPION, REGISTERED_MODEL, TAG_DIGEST, TAG_REPLACED, TAG_SOURCE, TAG_WEIGHTS_DELETED
 from tasks.tracking_run import TAG_FINGERPRINT
 from tasks.tracking_store import EXPERIMENT, clear_errors, connect, resolve_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-CHAMPION = "champion"
-TAG_REPLACED = "replaced_champion"
-"""Tag of a champion's version: the number of the version that it replaced, to which a rollback returns."""
 
 
 class _Frozen(BaseModel):
@@ -29,8 +25,9 @@ class _Frozen(BaseModel):
 
 
 class Version(_Frozen):
-    """One version of the registered model."""
+    """One version of a registered model."""
 
+    model: str
     number: str
     fingerprint: str | None
     """Of the recipe, which is the name of the merged artifact."""
@@ -89,12 +86,12 @@ class Tracking:
 
     def mark_deleted(self, version: Version, deleted: bool) -> None:
         """Set, or take back, the tag that says that a version's weights are gone. Raises StorageError."""
-        with self._asked(f"marking version {version.number} of {REGISTERED_MODEL}") as client:
+        with self._asked(f"marking version {version.number} of {version.model}") as client:
             if deleted:
                 now = datetime.now(UTC).isoformat(timespec="seconds")
-                client.set_model_version_tag(REGISTERED_MODEL, version.number, TAG_WEIGHTS_DELETED, now)
+                client.set_model_version_tag(version.model, version.number, TAG_WEIGHTS_DELETED, now)
             else:
-                client.delete_model_version_tag(REGISTERED_MODEL, version.number, TAG_WEIGHTS_DELETED)
+                client.delete_model_version_tag(version.model, version.number, TAG_WEIGHTS_DELETED)
 
     @contextmanager
     def _asked(self, doing: str) -> Iterator[MlflowClient]:
@@ -104,15 +101,23 @@ class Tracking:
 
 
 def _versions(client: MlflowClient) -> tuple[tuple[Version, ...], tuple[str, ...]]:
-    from mlflow.exceptions import MlflowException
+    """The versions of every registered model that this tool registers merges in: nights may have names of their own."""
+    by_model: dict[str, dict[str, Any]] = {}
+    for one in _pages(client.search_model_versions):
+        by_model.setdefault(one.name, {})[str(one.version)] = one
+    versions: list[Version] = []
+    problems: list[str] = []
+    for model, found in sorted(by_model.items()):
+        # What others registered says nothing of the artifacts here.
+        if model == REGISTERED_MODEL or any(TAG_FINGERPRINT in one.tags for one in found.values()):
+            of_model, wrong = _versions_of(client, model, found)
+            versions += of_model
+            problems += wrong
+    return tuple(versions), tuple(problems)
 
-    try:
-        aliases = dict(client.get_registered_model(REGISTERED_MODEL).aliases)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return (), ()
-    found = {str(one.version): one for one in _pages(client.search_model_versions, filter_string=f"name='{REGISTERED_MODEL}'")}
+
+def _versions_of(client: MlflowClient, model: str, found: dict[str, Any]) -> tuple[list[Version], list[str]]:
+    aliases = dict(client.get_registered_model(model).aliases)
     wanted: dict[str, list[str]] = {}
     for alias, number in sorted(aliases.items()):
         wanted.setdefault(str(number), []).append(alias)
@@ -125,15 +130,15 @@ def _versions(client: MlflowClient) -> tuple[tuple[Version, ...], tuple[str, ...
         wanted.setdefault(replaced, []).append("replaced by the champion")
     elif replaced:
         problems.append(f"the champion replaced version {replaced}, which is not there: no rollback is possible")
-    versions = tuple(
+    versions = [
         Version(
-            number=number, fingerprint=one.tags.get(TAG_FINGERPRINT), uri=one.tags.get(TAG_SOURCE) or one.source,
+            model=model, number=number, fingerprint=one.tags.get(TAG_FINGERPRINT), uri=one.tags.get(TAG_SOURCE) or one.source,
             digest=one.tags.get(TAG_DIGEST), wanted=_first(wanted.get(number)), weights_deleted=TAG_WEIGHTS_DELETED in one.tags,
             inputs=_inputs_of(client, one.run_id) if number in wanted else frozenset(),
         )
         for number, one in sorted(found.items(), key=lambda item: int(item[0]))
-    )  # fmt: skip
-    return versions, tuple(problems)
+    ]  # fmt: skip
+    return versions, problems
 
 
 def _first(names: list[str] | None) -> str | None:

@@ -160,6 +160,21 @@ def test_other_aliases_count_and_a_version_that_names_nothing_keeps_every_merge(
     assert f"version {lost.version} (by-hand) names neither its recipe nor its weights" in plan.notes[0]
 
 
+def test_a_champion_under_another_name_counts(settled: Shop) -> None:
+    """A nightly merge may have a registered model of its own; what somebody else registered says nothing."""
+    shop, client = settled, settled.client
+    merged = shop.made["grey ota"]["merged"]
+    assert (merged.kind, merged.fingerprint) in names(shop.retention().plan(), going=True)
+    client.create_registered_model("theirs")
+    client.create_model_version("theirs", source="runs:/0/model")
+    client.set_registered_model_alias("theirs", "champion", "1")
+    assert (merged.kind, merged.fingerprint) in names(shop.retention().plan(), going=True)
+    client.create_registered_model("ota-other")
+    client.create_model_version("ota-other", source=merged.uri, tags={"recipe_fingerprint": merged.fingerprint})
+    client.set_registered_model_alias("ota-other", "champion", "1")
+    assert (merged.kind, merged.fingerprint) not in names(shop.retention().plan(), going=True)
+
+
 def test_a_replaced_champion_that_is_gone_is_said(settled: Shop) -> None:
     shop = settled
     shop.client.delete_model_version(REGISTERED_MODEL, shop.versions["blue ota"])
