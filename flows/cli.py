@@ -1,6 +1,5 @@
 """The command ``ota``. Heavy packages are imported by the commands that need them, so that ``ota --help`` answers at once."""
 
-import errno
 import json
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import cli_experts, cli_flows, cli_registry, cli_retention, cli_stack
+from flows.cli_common import Artifacts, DataDir, Device, Home, Limit, TrackingUri, progress_bars, show, user_errors
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -25,56 +25,13 @@ app.add_typer(cli_stack.app, name="stack")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Memory = Annotated[str, typer.Option(help="Memory budget, for example 2GiB.")]
-Home = Annotated[
-    Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota")
-]
 Fetch = Annotated[
     bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
-
-# What the machine refuses: no space, no permission, a read-only disk. The user can mend it; a traceback would not help.
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """A user's mistake ends with its message and exit code 2, without a traceback."""
-    try:
-        yield
-    except OtaError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-        typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A function that draws (stage, done, total) as progress bars on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bars:
-        known: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in known:
-                known[what] = bars.add_task(what, total=total)
-            elif done == 0:  # a further pass over the same blocks
-                bars.reset(known[what], total=total)
-            bars.update(known[what], completed=done, total=total)
-
-        yield report
 
 
 @contextmanager
@@ -112,12 +69,12 @@ def merge(
     from ota_core.recipe import load_recipe
     from ota_core.stream import parse_size
 
-    with _user_errors():
+    with user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
         file_size = parse_size(shard_size, "shard size", "1KB")
         with (
-            _progress() as progress,
+            progress_bars() as progress,
             _inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
         ):
             report = engine.merge(
@@ -143,7 +100,7 @@ def plan(recipe: Recipe, memory: Memory = "2GiB", home: Home = None) -> None:
     from flows.describe import describe_plan
     from ota_core.recipe import load_recipe
 
-    with _user_errors():
+    with user_errors():
         for line in describe_plan(load_recipe(recipe), recipe.resolve().parent, memory, home):
             typer.echo(line)
 
@@ -173,7 +130,7 @@ def compress(
     from flows.single import compress_source
     from ota_core.compression import compression_label
 
-    with _user_errors(), _progress() as progress:
+    with user_errors(), progress_bars() as progress:
         done = compress_source(
             source,
             out,
@@ -221,11 +178,11 @@ def mask(
     from ota_core.output import check_free
     from ota_core.recipe import load_recipe
 
-    with _user_errors():
+    with user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
         with (
-            _progress() as progress,
+            progress_bars() as progress,
             _inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
         ):
             started = time.perf_counter()
@@ -257,7 +214,7 @@ def inspect(
     """Say what PATH holds."""
     from flows.describe import describe_source
 
-    with _user_errors():
+    with user_errors():
         for line in describe_source(path, home):
             typer.echo(line)
 
@@ -266,18 +223,13 @@ def inspect(
 def run(
     recipe: Recipe,
     suite: Annotated[str, typer.Option(help="Benchmark suite: a name in deployments/suites, a file, or 'none'.")] = "public",
-    data_dir: Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")] = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
     device: Device = "auto",
     memory: Memory = "2GiB",
     home: Home = None,
-    artifacts: Annotated[
-        str | None,
-        typer.Option(help="Root of the artifacts: a folder or s3://….", show_default="$OTA_ARTIFACTS or inside the home folder"),
-    ] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
-    ] = None,
+    artifacts: Artifacts = None,
+    tracking_uri: TrackingUri = None,
     runner: Annotated[
         str | None,
         typer.Option(help="Where the merge's parts run: threads, dask, ray or workers.", show_default="$OTA_RUNNER or threads"),
@@ -298,7 +250,7 @@ def run(
     from flows.single import run_recipe
     from ota_core.recipe import load_recipe
 
-    with _user_errors():
+    with user_errors():
         loaded = load_recipe(recipe)
         lines = run_recipe(
             loaded, recipe_dir=recipe.resolve().parent, suite=None if suite == "none" else suite, data_dir=data_dir, limit=limit,
@@ -306,7 +258,7 @@ def run(
             runner=runner, address=address, parts=parts, shard_size=shard_size,
         )  # fmt: skip
         for line in lines:
-            _print(line)
+            show(line)
 
 
 @app.command()
@@ -317,9 +269,9 @@ def demo(
     """Train a small base and five experts, merge them in four ways, and compare. Needs the extra 'demo'."""
     from flows.demo import run_demo
 
-    with _user_errors():
+    with user_errors():
         for line in run_demo(home=home, seed=seed):
-            _print(line)
+            show(line)
 
 
 @app.command()
@@ -339,16 +291,16 @@ def bench(
     """Build synthetic models, and measure every stage against reading the inputs once and writing the output once."""
     from flows.bench import Options, run_bench
 
-    with _user_errors():
+    with user_errors():
         options = Options(
             sizes=_numbers("sizes", sizes, float), experts=_numbers("experts", experts, int), runs=runs, runs_elsewhere=runs_elsewhere,
             grid=grid, out=out.absolute(), keep=keep, device=device, stages=tuple(stages.split(",")) if stages else None, flow=flow,
             mergekit=mergekit,
         )  # fmt: skip
-        with _progress() as progress:
+        with progress_bars() as progress:
             lines = list(run_bench(options, progress))
         for line in lines:
-            _print(line)
+            show(line)
 
 
 def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
@@ -356,13 +308,6 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise OtaError(f"--{option}: got '{text}', expected numbers with commas between them") from None
-
-
-def _print(item: Any) -> None:
-    """Text, or anything rich can draw."""
-    from rich.console import Console
-
-    Console(soft_wrap=True).print(item)
 
 
 app.command()(cli_flows.nightly)

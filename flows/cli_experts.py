@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli_common import progress_bars, show, user_errors
 from ota_core.errors import OtaError
 
 Prefix = Annotated[
@@ -34,11 +35,10 @@ def push(
     ] = False,
 ) -> None:
     """Publish a trained checkpoint as an expert, expert.json last, and tell the Prefect server that it is there."""
-    from flows.cli import _progress, _user_errors
     from tasks.expert_push import push_expert
 
-    with _user_errors():
-        with _progress() as progress:
+    with user_errors():
+        with progress_bars() as progress:
             pushed = push_expert(
                 folder, prefix, capability=capability, base_model=base_model, name=name, trained_at=trained_at,
                 needs_moments=not without_moments, progress=lambda done, total: progress("upload", done, total),
@@ -63,14 +63,13 @@ def _announce(uri: str, capability: str, name: str) -> str:
 
 def experts(prefix: Prefix, base_model: BaseModel) -> None:
     """List the experts below PREFIX that were trained from a base, the newest of each capability marked, and what is wrong with others."""
-    from flows.cli import _print, _user_errors
     from tasks.experts import find_experts, lineup
     from tasks.storage import EXPERT_JSON
 
-    with _user_errors():
+    with user_errors():
         found, problems = find_experts(prefix, base_model=base_model)
         if found:
-            _print(_table(lineup(found)))
+            show(_table(lineup(found)))
         else:
             typer.echo(f"no complete expert of {base_model}; expected {prefix.rstrip('/')}/<capability>/<name>/{EXPERT_JSON}")
         for one in problems:

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+from flows.cli_common import DataDir, Device, Limit, TrackingUri, show, user_errors
+
 Memory = Annotated[str, typer.Option(help="Memory budget of each merge, for example 2GiB.")]
 
 
@@ -22,11 +23,10 @@ def nightly(
     ] = False,
 ) -> None:
     """Merge the newest experts in every configured way, and promote the best merge if it passes the gate."""
-    from flows.cli import _user_errors
     from flows.single import prepare_prefect
     from tasks.nightly import find_config, load_nightly
 
-    with _user_errors():
+    with user_errors():
         load_nightly(find_config(config))  # what needs no server is checked before one is started
         prepare_prefect()
         from flows.nightly import run_nightly
@@ -40,7 +40,6 @@ def study(
     memory: Memory = "2GiB",
 ) -> None:
     """Merge and benchmark every cell of a grid, and compare all."""
-    from flows.cli import _print, _user_errors
     from flows.single import comparison_table, prepare_prefect
     from ota_core.engine import pick_device
     from ota_core.stream import parse_memory
@@ -49,7 +48,7 @@ def study(
     from tasks.study import load_study
     from tasks.suites import load_suite
 
-    with _user_errors():
+    with user_errors():
         config, _ = load_study(file)
         load_suite(config.suite)
         parse_memory(memory)
@@ -58,7 +57,7 @@ def study(
         from flows.study import study_flow
 
         outcomes = study_flow(file, device=device, memory=memory)
-        _print(render(comparison_table(outcomes, places()), title=f"Study {config.name}"))
+        show(render(comparison_table(outcomes, places()), title=f"Study {config.name}"))
 
 
 def benchmark(
@@ -66,21 +65,18 @@ def benchmark(
         str, typer.Argument(metavar="MODEL", help="A checkpoint: a folder, s3://… or org/name@revision.", show_default=False)
     ],
     suite: Annotated[str, typer.Option(help="Benchmark suite: a name in deployments/suites or a file.")] = "public",
-    data_dir: Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")] = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
     device: Device = "auto",
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
-    ] = None,
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
-    from flows.cli import _user_errors
     from flows.single import prepare_prefect
     from ota_core.engine import pick_device
     from tasks.scores import NOT_MEASURED
     from tasks.suites import load_suite
 
-    with _user_errors():
+    with user_errors():
         load_suite(suite)
         pick_device(device)
         prepare_prefect()

@@ -8,13 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli_common import Home, TrackingUri, user_errors
+
 Name = Annotated[str, typer.Option(help="Registered model in MLflow.")]
-TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
-]
-Home = Annotated[
-    Path | None, typer.Option(help="Folder with the embedded MLflow and caches.", show_default="$OTA_HOME or ~/.ota")
-]
 Publish = Annotated[
     str | None,
     typer.Option(metavar="ROOT", help="Also copy it to ROOT/<name>/<version> (a folder or s3://…) and point latest.json to it."),
@@ -30,13 +26,11 @@ def promote(
     name: Name = "ota-merged",
 ) -> None:
     """Make VERSION of the registered model the champion, whatever the gate said."""
-    from flows.cli import _user_errors
     from tasks import promotion
     from tasks.registry import CHALLENGER
-    from tasks.settings import places
 
-    with _user_errors():
-        where: dict[str, Any] = {"tracking_uri": tracking_uri, "root": places(home).tracking, "name": name}
+    with user_errors():
+        where = _registry(tracking_uri, home, name)
         if version == CHALLENGER:
             found = promotion.current(CHALLENGER, **where)
             if found is None:
@@ -58,24 +52,20 @@ def rollback(
     name: Name = "ota-merged",
 ) -> None:
     """Make the version champion again that the champion replaced. Every call goes one promotion further back."""
-    from flows.cli import _user_errors
     from tasks import promotion
-    from tasks.settings import places
 
-    with _user_errors():
-        where: dict[str, Any] = {"tracking_uri": tracking_uri, "root": places(home).tracking, "name": name}
+    with user_errors():
+        where = _registry(tracking_uri, home, name)
         _report(promotion.rollback(by=_user(), reason=reason, to=to, **where), publish, tracking_uri, home, name)
 
 
 def champion(tracking_uri: TrackingUri = None, home: Home = None, name: Name = "ota-merged") -> None:
     """Show the champion, the challenger, and the history of promotions and rollbacks."""
-    from flows.cli import _user_errors
     from tasks import promotion
     from tasks.registry import CHALLENGER
-    from tasks.settings import places
 
-    with _user_errors():
-        where: dict[str, Any] = {"tracking_uri": tracking_uri, "root": places(home).tracking, "name": name}
+    with user_errors():
+        where = _registry(tracking_uri, home, name)
         for alias in (promotion.CHAMPION, CHALLENGER):
             for line in _described(alias, promotion.current(alias, **where)):
                 typer.echo(line)
@@ -83,6 +73,13 @@ def champion(tracking_uri: TrackingUri = None, home: Home = None, name: Name = "
         typer.echo("history:" if moves else "history: none")
         for move in moves:
             typer.echo(f"  {move.at[:19]}Z  {move.action:<8}  {move.from_version or '–'} → {move.to}  {move.by}: {move.reason}")
+
+
+def _registry(tracking_uri: str | None, home: Path | None, name: str) -> dict[str, Any]:
+    """Which registered model, as ``tasks.promotion`` takes it."""
+    from tasks.settings import places
+
+    return {"tracking_uri": tracking_uri, "root": places(home).tracking, "name": name}
 
 
 def _described(alias: str, version: Any) -> Iterator[str]:

@@ -4,11 +4,11 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.cli_common import Artifacts, Home, TrackingUri, progress_bars, user_errors
 from ota_core.errors import OtaError
 
 if TYPE_CHECKING:
@@ -34,30 +34,20 @@ def gc(
     cache: Annotated[
         bool, typer.Option("--cache", help="Also what was downloaded to this machine and not used for so long.")
     ] = False,
-    home: Annotated[
-        Path | None,
-        typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota"),
-    ] = None,
-    artifacts: Annotated[
-        str | None,
-        typer.Option(help="Root of the artifacts: a folder or s3://….", show_default="$OTA_ARTIFACTS or inside the home folder"),
-    ] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
-    ] = None,
+    home: Home = None,
+    artifacts: Artifacts = None,
+    tracking_uri: TrackingUri = None,
     everything: Annotated[bool, typer.Option("--all", help=f"List every row, not the {ROWS} largest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
 ) -> None:
     """List the artifacts that no champion, challenger or recent run refers to, with their sizes; --delete removes them."""
-    # Here, because flows.cli imports this module.
-    from flows.cli import _progress, _user_errors
     from tasks.artifacts import ArtifactStore
     from tasks.retention import Retention
     from tasks.retention_cache import collect_cache, plan_cache
     from tasks.settings import places
     from tasks.tracking_references import Tracking
 
-    with _user_errors():
+    with user_errors():
         where = places(home, artifacts)
         tracking = Tracking(tracking_uri=tracking_uri, root=where.tracking)
         rule = Retention(ArtifactStore(where.artifacts, where.cache), tracking, days, _kinds(kinds))
@@ -68,7 +58,7 @@ def gc(
         done: Outcome | None = None
         emptied: CacheOutcome | None = None
         if delete:
-            with _progress() as progress:
+            with progress_bars() as progress:
                 done = rule.collect(plan, progress)
                 emptied = collect_cache(local, lambda _, count, total: progress("cache", count, total)) if local else None
         if as_json:

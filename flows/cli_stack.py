@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli_common import user_errors
+
 app = typer.Typer(
     no_args_is_help=True, help="Prefect, MLflow, S3 and workers as processes on this machine. Needs the extra 'demo'."
 )
@@ -33,10 +35,9 @@ def up(
 ) -> None:
     """Start everything in the background, deploy everything, upload the demo's experts."""
     from flows import stack
-    from flows.cli import _user_errors
     from tasks.stack_layout import StackError, choose_ports, home_of
 
-    with _user_errors():
+    with user_errors():
         if experts not in ("demo", "smoke", "none"):
             raise StackError(f"--experts: got '{experts}', expected demo, smoke or none")
         asked = {"prefect": prefect_port, "mlflow": mlflow_port, "s3": s3_port}
@@ -56,10 +57,9 @@ def down(
 ) -> None:
     """Stop the stack's processes, and nothing else. Its data stay."""
     from flows import stack
-    from flows.cli import _user_errors
     from tasks.stack_layout import folder_of, home_of
 
-    with _user_errors():
+    with user_errors():
         where = home_of(home)
         if delete and folder_of(where).is_dir():
             typer.confirm(
@@ -77,16 +77,15 @@ def status(home: Home = None) -> None:
     from rich.table import Table
 
     from flows import stack
-    from flows.cli import _user_errors
     from tasks.stack_layout import home_of
 
-    with _user_errors():
+    with user_errors():
         rows = stack.status(home_of(home))
         table = Table("name", "state", "pid", "uptime", "health", "url", box=None, pad_edge=False)
         for process, problem, url in rows:
             uptime = "" if process.uptime is None else str(process.uptime)
             table.add_row(process.name, process.state.lower(), str(process.pid or ""), uptime, problem or "ok", url)
-        _print(table)
+        show(table)
         if any(row.problem for row in rows):
             raise typer.Exit(1)
 
@@ -98,10 +97,9 @@ def restart(
 ) -> None:
     """Restart one process, and wait until it does its work again."""
     from flows import stack
-    from flows.cli import _user_errors
     from tasks.stack_layout import home_of
 
-    with _user_errors(), _step(f"restart {name}"):
+    with user_errors(), _step(f"restart {name}"):
         stack.restart(home_of(home), name)
 
 
@@ -128,7 +126,7 @@ def _say_up(done: Any, asked_ports: bool) -> None:
     for name in stack.names:
         table.add_row(name, stack.urls.get(name, ""), _short(stack.log(name)))
     typer.echo("")
-    _print(table)
+    show(table)
     ota = _short(_program("ota"))
     lines = ["", f". {env}    # this shell uses the stack", f"{ota} stack status", f"{ota} stack down"]
     shown = [name for name in done.deployments if not name.startswith(("part/", "stage/"))]
@@ -146,7 +144,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _print(table: Any) -> None:
+def show(table: Any) -> None:
     """As wide as the terminal; as wide as needed where nobody looks."""
     from rich.console import Console
 

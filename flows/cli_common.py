@@ -1,0 +1,71 @@
+"""What the files of the command ``ota`` share: options, how a user's mistake ends, progress bars."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ota_core.errors import OtaError
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Home = Annotated[
+    Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota")
+]
+Artifacts = Annotated[
+    str | None,
+    typer.Option(help="Root of the artifacts: a folder or s3://….", show_default="$OTA_ARTIFACTS or inside the home folder"),
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
+]
+DataDir = Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")]
+Limit = Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")]
+
+# What the machine refuses: no space, no permission, a read-only disk. The user can mend it; a traceback would not help.
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's mistake ends with its message and exit code 2, without a traceback."""
+    try:
+        yield
+    except OtaError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """A function that draws (stage, done, total) as progress bars on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bars:
+        known: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=total)
+            elif done == 0:  # a further pass over the same blocks
+                bars.reset(known[what], total=total)
+            bars.update(known[what], completed=done, total=total)
+
+        yield report
+
+
+def show(item: Any) -> None:
+    """Text, or anything rich can draw."""
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(item)
