@@ -11,7 +11,6 @@ from flows.pools import gpu_deployment
 from flows.report import short_name
 from flows.run_log import hide_tracebacks_of_user_errors
 from flows.steps import fetch, several_at_once
-from ota_core.engine import pick_device
 from tasks import stages
 from tasks.scores import ModelScores, to_markdown_of_one
 from tasks.settings import Device, Places, places
@@ -67,7 +66,6 @@ def benchmark_flow(
         fetched = fetch.with_options(refresh_cache=True)(model, identity, where)
     name = short_name(model)
     subject = Subject(name=name, role="model", path=fetched.path, digest=fetched.digest, location=fetched.resolved)
-    device = device if gpu else pick_device(device)
     refs = score_all({"model": subject}, suite, data_dir, limit, where, device=device, gpu=gpu)
     scores = stages.read_scores(where, refs["model"])
     logged = log_scores(name, subject, refs["model"].fingerprint, scores, where, tracking_uri)

@@ -158,9 +158,8 @@ def merge_flow(
     subjects = _subjects(inputs, fetched, result)
     scores: dict[str, ArtifactRef] = {}
     if suite and tests:
-        scores = score_all(subjects, suite, data_dir, limit, where, device=device if gpu else here, gpu=gpu)
-    run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where)
-    run = run.model_copy(update={"registered_model": registered_model})
+        scores = score_all(subjects, suite, data_dir, limit, where, device=device, gpu=gpu)
+    run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where, registered_model)
     logged = log(run, where, tracking_uri)
     path = str(subjects["merged"].path or merged.uri)
     get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
@@ -192,6 +191,7 @@ def score_all(
 ) -> dict[str, ArtifactRef]:
     """The scores of these models, each a task: here, or on the workers of the GPU pool. Raises OtaError."""
     tests, data = load_suite(suite), stages.bring_data(data_dir, where)
+    here = device if gpu else _device(device)  # the worker knows its own
     futures = {}
     for key, subject in subjects.items():
         step = stages.score_step(subject, tests, data, limit)
@@ -199,7 +199,7 @@ def score_all(
             job = ScoreJob(step=step, subject=subject, suite=suite, data_dir=_for_others(data_dir), limit=limit)
             futures[key] = missing(send, step, where).submit(step, where, job, device, gpu)
         else:
-            futures[key] = missing(benchmark, step, where).submit(step, where, subject, suite, data, limit, device)
+            futures[key] = missing(benchmark, step, where).submit(step, where, subject, suite, data, limit, here)
     return dict(zip(futures, results(futures.values()), strict=True))
 
 

@@ -167,18 +167,12 @@ def score_all_here(config: NightlyConfig, where: Places) -> Any:
     """A function that scores one more model, as the candidates were scored."""
 
     def score(subject: Any) -> Any:
-        gpu = gpu_deployment()
-        device = config.device if gpu else _picked(config.device)
-        found = score_all({"one": subject}, config.suite, config.data_dir, config.limit, where, device=device, gpu=gpu)
+        found = score_all(
+            {"one": subject}, config.suite, config.data_dir, config.limit, where, device=config.device, gpu=gpu_deployment()
+        )  # fmt: skip
         return read_scores(where, found["one"])
 
     return score
-
-
-def _picked(device: str) -> str:
-    from ota_core.engine import pick_device
-
-    return pick_device(device)
 
 
 def _left_out(lines: Sequence[str]) -> str:

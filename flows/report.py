@@ -71,6 +71,7 @@ def merge_run(
     scores: dict[str, ArtifactRef],
     refs: dict[str, list[ArtifactRef]],
     where: Places,
+    registered_model: str,
 ) -> MergeRun:
     """Everything that MLflow is told of a merge (names: design.md)."""
     store = stages.store_of(where)
@@ -103,6 +104,7 @@ def merge_run(
         record=record.model_dump(mode="json"),
         model_uri=merged.uri,
         model_digest=subjects["merged"].digest,
+        registered_model=registered_model,
         model_card=model_card(
             recipe, inputs, record.results, merged.fingerprint, {k: v for k, v in own.items() if v is not None}
         ),

@@ -163,8 +163,7 @@ class ArtifactStore:
             return True
 
     def _uri(self, kind: Kind, fingerprint: str) -> str:
-        root = self.root if storage.is_s3(self.root) else str(Path(self.root).expanduser().absolute())
-        return storage.join(root, kind, fingerprint)
+        return storage.join(storage.absolute(self.root), kind, fingerprint)
 
     def _copy(self, kind: Kind, fingerprint: str) -> Path:
         """Where the copy of a remote artifact lies that was built on this machine."""

@@ -3,12 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint, write_text_atomic
+from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint
 from ota_core.errors import OtaError, RecipeError
 from ota_core.recipe import DType, MergeParameters, MergeRecipe, Method, parse_recipe
 from ota_core.stream import parse_memory
@@ -134,17 +133,13 @@ class LastNight(_Strict):
 
 
 def _memory(where: Places, name: str) -> str:
-    root = where.artifacts if storage.is_s3(where.artifacts) else str(Path(where.artifacts).expanduser().absolute())
-    return storage.join(root, "nightly", f"{name}.json")
+    return storage.join(storage.absolute(where.artifacts), "nightly", f"{name}.json")
 
 
 def last_night(where: Places, name: str) -> LastNight | None:
     """What the last finished night of this name left, None before the first. Raises StorageError, and NightlyError for a damaged note."""
     uri = _memory(where, name)
-    if storage.is_s3(uri):
-        content = storage.read_bytes(uri) if storage.exists(uri) else None
-    else:
-        content = Path(uri).read_bytes() if Path(uri).is_file() else None
+    content = storage.read_note(uri)
     try:
         return LastNight.model_validate_json(content) if content is not None else None
     except ValidationError as error:
@@ -158,10 +153,4 @@ def remember(
     """Write down what this night did: the last step, so that a night that was interrupted is done again."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
     note = LastNight(seen=seen, merged=merged, experts=dict(experts), left_out=tuple(left_out), outcome=outcome, at=at)
-    text = canonical_json(note) + "\n"
-    uri = _memory(where, name)
-    if storage.is_s3(uri):
-        storage.write_bytes(uri, text.encode())
-    else:
-        Path(uri).parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(Path(uri), text)
+    storage.write_note(_memory(where, name), canonical_json(note) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.artifact import RECORD, Record, write_text_atomic
+from ota_core.artifact import RECORD, Record
 from ota_core.errors import StorageError
 from tasks import storage
 from tasks.artifacts import record_at
@@ -93,21 +93,14 @@ def point_latest(root: str, name: str, version: str, digest: str, *, mlflow_run:
     held = read_latest(root, name)
     if held is not None and held.model_copy(update={"published_at": now}) == latest:
         return held
-    place, text = _latest_uri(root, name), latest.model_dump_json(indent=2) + "\n"
-    if storage.is_s3(place):
-        storage.write_bytes(place, text.encode())
-    else:
-        write_text_atomic(Path(place), text)
+    storage.write_note(_latest_uri(root, name), latest.model_dump_json(indent=2) + "\n")
     return latest
 
 
 def read_latest(root: str, name: str) -> Latest | None:
     """What ``latest.json`` says, None where there is none. Raises StorageError when it is damaged or the root cannot be read."""
     place = _latest_uri(root, name)
-    if storage.is_s3(place):
-        content = storage.read_bytes(place) if storage.exists(place) else None
-    else:
-        content = Path(place).read_bytes() if Path(place).exists() else None
+    content = storage.read_note(place)
     try:
         return None if content is None else Latest.model_validate_json(content)
     except ValueError as error:
@@ -137,15 +130,11 @@ def publish_champion(
 
 def version_uri(root: str, name: str, version: str) -> str:
     """The folder of a published version."""
-    return storage.join(_absolute(root), name, version)
+    return storage.join(storage.absolute(root), name, version)
 
 
 def _latest_uri(root: str, name: str) -> str:
-    return storage.join(_absolute(root), name, LATEST)
-
-
-def _absolute(root: str) -> str:
-    return root if storage.is_s3(root) else str(Path(root).expanduser().absolute())
+    return storage.join(storage.absolute(root), name, LATEST)
 
 
 def _is_published(record: Record, target: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ota_core.artifact import write_text_atomic
 from ota_core.errors import StorageError
 from tasks import s3
 from tasks.s3 import S3Object, delete_prefix, exists, head, is_s3, join, list_objects, read_bytes, touch, write_bytes
@@ -26,12 +27,33 @@ from tasks.storage_layout import (
 from tasks.storage_layout import write_expert_json as write_expert_json
 
 __all__ = [
-    "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
+    "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
     "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "touch", "upload_folder",
     "write_bytes", "write_expert_json",
 ]  # fmt: skip
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def absolute(root: str) -> str:
+    """A root as it reads from any working directory: ``s3://…`` as it is, a folder by its whole path."""
+    return root if is_s3(root) else str(Path(root).expanduser().absolute())
+
+
+def read_note(uri: str) -> bytes | None:
+    """A small file here or in S3, None where there is none. Raises StorageError when the server refuses."""
+    if is_s3(uri):
+        return read_bytes(uri) if exists(uri) else None
+    return Path(uri).read_bytes() if Path(uri).is_file() else None
+
+
+def write_note(uri: str, text: str) -> None:
+    """Write, or replace, a small file here or in S3 in one step: a reader sees the old or the new one, whole."""
+    if is_s3(uri):
+        write_bytes(uri, text.encode())
+        return
+    Path(uri).parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(Path(uri), text)
 
 
 class Fetched(BaseModel):
