@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -83,6 +83,7 @@ def test_binary_scores_give_mcnemars_exact_test(won: int, lost: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-20, 20), min_size=1, max_size=9))
+@example([-2, -9, 11])  # adds up to nothing, which sevenths do only up to rounding
 def test_any_scores_give_the_share_of_all_sign_patterns(differences: list[int]) -> None:
     patterns = list(itertools.product((1, -1), repeat=len(differences)))
     low = sum(sum(s * d for s, d in zip(signs, differences, strict=True)) <= sum(differences) for signs in patterns)
