@@ -43,7 +43,7 @@ def study_flow(
     config, folder = load_study(study) if isinstance(study, str) else (study, None)
     outcomes: dict[str, MergeOutcome] = {}
     problems = []
-    for cell, recipe in config.recipes().items():
+    for cell, recipe in ((one.label, one.recipes[0]) for one in config.cells()):
         state: Any = merge_flow(
             recipe, suite=config.suite, data_dir=config.data_dir, limit=config.limit, device=device, memory=memory,
             recipe_dir=folder, return_state=True,
