@@ -69,7 +69,7 @@ class TuneConfig(_Strict):
             for name, ends in (("lambda", self.lambda_), ("density", self.density))
             if not ends[0] < ends[1]
         ]
-        if not 0 < self.density[0] or self.density[1] > 1:
+        if self.density[0] <= 0 or self.density[1] > 1:
             problems.append(f"tune.density: got {list(self.density)}, expected ends within (0, 1]")
         if problems:
             raise ValueError("\n".join(problems))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -33,7 +34,7 @@ class Cell:
     def method(self) -> str:
         return self.recipes[0].merge_method
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """Every parameter in force by name, as far as it has an effect; one that differs between experts is a tuple.
 
@@ -56,19 +57,23 @@ def settings_of(recipe: MergeRecipe) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def canonical(cell: Cell, *, without: Iterable[str] = (), experts: bool = True) -> str:
+    """One spelling for all cells that merge the same experts (unless ``experts`` is false) and agree in every setting but those of ``without``."""
+    left_out = set(without)
+    rest = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in cell.settings.items() if key not in left_out
+    }
+    return canonical_json([list(cell.experts) if experts else [], list(cell.tune), rest])
+
+
 def join_equal(cells: Iterable[Cell]) -> tuple[Cell, ...]:
     """The cells without those that merge the same experts in the same way as an earlier one, which remembers their labels."""
     found: dict[str, Cell] = {}
     for cell in cells:
-        key = canonical_json([list(cell.experts), list(cell.tune), _plain(cell.settings)])
-        first = found.setdefault(key, cell)
+        first = found.setdefault(key := canonical(cell), cell)
         if cell.label not in {first.label, *first.equal}:
             found[key] = replace(first, equal=(*first.equal, cell.label))
     return tuple(found.values())
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def families(cells: Sequence[Cell], vary: Iterable[str]) -> list[list[Cell]]:
@@ -76,12 +81,9 @@ def families(cells: Sequence[Cell], vary: Iterable[str]) -> list[list[Cell]]:
 
     Tuned cells belong to none: what they differ in is decided by a search.
     """
-    ignored = set(vary)
     groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if not cell.tune:
-            rest = {key: value for key, value in _plain(cell.settings).items() if key not in ignored}
-            groups.setdefault(canonical_json([list(cell.experts), rest]), []).append(cell)
+    for cell in (one for one in cells if not one.tune):
+        groups.setdefault(canonical(cell, without=vary), []).append(cell)
     return [group for group in groups.values() if len(group) > 1]
 
 
