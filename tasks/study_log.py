@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks.tracking import TAG_ROLE, LoggedRun, _find_or_create, _in_progress, _log_values
-from tasks.tracking_run import TAG_FINGERPRINT
+from tasks.tracking_run import TAG_FINGERPRINT, LoggedRun
 from tasks.tracking_store import clear_errors, connect, experiment_id, locked, page_url, resolve_store
+from tasks.tracking_write import TAG_ROLE, find_or_create, in_progress, log_values
 
 TAG_STUDY = "study"
 ROLE = "study"
@@ -20,9 +20,9 @@ def log_study(
     with clear_errors(store, f"logging the study {name!r}", f"Its tables and figures lie in {folder}."), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
-        run = _find_or_create(client, experiment, {TAG_ROLE: ROLE, TAG_STUDY: name}, f"study {name}")
-        with _in_progress(client, run):
-            _log_values(client, run, params, metrics, {})
+        run = find_or_create(client, experiment, {TAG_ROLE: ROLE, TAG_STUDY: name}, f"study {name}")
+        with in_progress(client, run):
+            log_values(client, run, params, metrics, {})
             client.log_artifacts(run.info.run_id, str(folder))
     url = page_url(store.shown, experiment, run.info.run_id) if store.is_server else None
     return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)
