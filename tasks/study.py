@@ -56,7 +56,7 @@ class TuneConfig(_Strict):
 
     suite: str = Field(description="Suite whose documents decide; they must be others than those of the study's suite.")
     data_dir: str | None = Field(None, description="Its data, if not the study's.")
-    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents per task.")
+    limit: Annotated[int, Field(ge=1)] = Field(100, description="Documents per task.")
     trials: Annotated[int, Field(ge=1)] = Field(description="Merges that are scored for each tuned entry, on each replicate.")
     lambda_: tuple[float, float] = Field((0.3, 3.0), alias="lambda", description="Lowest and highest λ.")
     density: tuple[float, float] = Field((0.05, 1.0), description="Lowest and highest density, within (0, 1].")

@@ -61,7 +61,7 @@ def methods_table(results: StudyResults) -> list[StudyTable]:
         return []
     rows: list[Row] = [{"model": "base", "kind": "base"} | _scores(results, results.models())]
     rows += [{"model": name, "kind": "expert"} | _scores(results, results.models(expert=name)) for name in results.experts]
-    rows += [{"model": cell.label, "kind": "merge"} | _merge(results, cell) for cell in chosen.values()]
+    rows += [{"model": words(cell), "kind": "merge"} | _merge(results, cell) for cell in chosen.values()]
     caption = (
         "Of each method the first merge of all experts in the grid, with and without FFG, tuned and untuned: not the best one, which would be "
         f"chosen by the scores that it is compared on. {_explained(results)}"
@@ -252,7 +252,7 @@ def tuning_table(results: StudyResults) -> list[StudyTable]:
 
 def words(cell: Cell, skip: Sequence[str] = ()) -> str:
     """A cell's method and the settings that are not the method's defaults, but for those of ``skip``: ``ota density=0.4 compression=rank1``."""
-    found = [cell.method]
+    found = [cell.method, *(["tuned"] if cell.tune else [])]
     for key, value in cell.settings.items():
         if key not in {"merge_method", *skip} and value != (1.0 if key == "density" else default(cell.method, key)):
             found.append(f"{key}={_number(value)}")
