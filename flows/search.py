@@ -21,18 +21,19 @@ from flows.blocks import use_blocks
 from flows.deployed import cancel_children
 from flows.merge import MergeOutcome, _fetch_all, merge_flow, score_all
 from flows.pages import show_markdown, show_mlflow
-from flows.report import merge_name
+from flows.pools import gpu_deployment
+from flows.report import merge_label, merge_name
 from flows.run_log import Progress, hide_tracebacks_of_user_errors
+from flows.search_pool import PoolModels
 from flows.spread import results
 from flows.steps import ONE_AT_A_TIME, compress, missing, several_at_once
-from ota_core.artifact import canonical_json
+from ota_core.artifact import ArtifactRef, canonical_json
 from ota_core.engine import pick_device
 from ota_core.errors import OtaError
-from ota_core.inputs import MergeInputs
+from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.stream import parse_memory
 from tasks import search_log, stages
-from tasks.scores import ModelScores
 from tasks.search import Point, Search, Trial, Tuned
 from tasks.search_config import SearchConfig, floors_of, load_search, recipe_of
 from tasks.search_log import SearchRun
@@ -40,8 +41,9 @@ from tasks.search_merge import TrialModels
 from tasks.search_overlap import check_apart
 from tasks.search_result import files, markdown, recipe_text, verdict
 from tasks.settings import Device, Places, places
+from tasks.sources import MergeSources
 from tasks.stages import Subject
-from tasks.storage import write_note
+from tasks.storage import Fetched, write_note
 from tasks.suites import Suite, load_suite
 from tasks.tracking import LoggedRun
 
@@ -85,6 +87,7 @@ def search_flow(
     home: Path | None = None,
     artifacts: str | None = None,
     tracking_uri: str | None = None,
+    gpu: str | None = None,
 ) -> SearchOutcome:
     """Find the densities and λ with the best average under a floor for each capability, within a budget of evaluations.
 
@@ -97,12 +100,14 @@ def search_flow(
         home: Folder for artifacts, caches, trials and the embedded MLflow; OTA_HOME or ~/.ota by default.
         artifacts: Root of the artifacts, a folder or s3://…, if not in home.
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
+        gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
     """
     use_blocks()
     config = load_search(search) if isinstance(search, str) else search
     recipe, folder = recipe_of(config)
     recipe_dir = recipe_dir or folder
-    tests, where, here = load_suite(config.suite), places(home, artifacts), pick_device(device)
+    tests, where, gpu = load_suite(config.suite), places(home, artifacts), gpu or gpu_deployment()
+    here = "cpu" if gpu else pick_device(device)
     parse_memory(memory)
     data = stages.bring_data(config.data_dir, where)
     stages.check_suite(tests, data, config.budget.rungs[-1])
@@ -116,8 +121,8 @@ def search_flow(
     fetched = _fetch_all(recipe, recipe_dir, where, None)
     inputs = stages.inputs_of(recipe, fetched, where, recipe_dir)
     stages.output_files(recipe, inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
-    ready = _compressed(recipe, inputs, where, memory)
-    reference = _References(config, tests, inputs, where, device=here)
+    moments = _compressed(recipe, inputs, where, memory)
+    reference = _References(config, tests, inputs, fetched, where, device=device, gpu=gpu)
 
     tried = Search(
         recipe, config.space, config.budget, floors=reference.floors, seed=config.seed, storage=where.tracking.parent / "searches",
@@ -126,20 +131,29 @@ def search_flow(
     logging: dict[str, Any] = {"tracking_uri": tracking_uri, "root": where.tracking}
     with ExitStack() as stack:
         stack.enter_context(tried)
-        models = stack.enter_context(
-            TrialModels(
-                ready, where, where.tracking.parent / "searches" / f"{tried.name}.model", suite=config.suite, tests=tests, data=data,
+        models: TrialModels | PoolModels
+        if gpu:
+            sources = _with_compressed(MergeSources.of(recipe, inputs, fetched), moments)
+            models = PoolModels(
+                inputs, sources, where, suite=config.suite, data_dir=config.data_dir, device=device, memory=memory, deployment=gpu
+            )  # fmt: skip
+        else:
+            experts = zip(inputs.experts, moments, strict=True) if moments else []
+            ready = [stages.with_compressed(where, expert, ref) for expert, ref in experts] or inputs.experts
+            models = TrialModels(
+                MergeInputs(base=inputs.base, experts=tuple(ready)), where, where.tracking.parent / "searches" / f"{tried.name}.model", suite=config.suite, tests=tests, data=data,
                 device=here, memory=memory,
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        stack.enter_context(models)
         logged = search_log.begin(_search_run(config, recipe, inputs, tried), **logging)
         stack.push(_failed(logged, logging))
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its line in MLflow
             log_trial(trial, None, logged, logging)
         shown = _Shown(config)
         while (point := tried.ask()) is not None:
-            label = ", ".join(f"{name} {value:g}" for name, value in point.values.items()) or "the recipe as given"
-            trial = run_trial.with_options(task_run_name=f"trial {point.number}: {label}"[:200])(tried, point, models)
+            trial = run_trial.with_options(task_run_name=f"trial {point.number}: {merge_label(point.recipe)}"[:200])(
+                tried, point, models
+            )
             found = tried.result()
             log_trial(trial, found.best, logged, logging)
             shown(found)
@@ -156,13 +170,13 @@ def search_flow(
     if config.test:
         test = merge_flow(
             tuned.best.recipe, suite=config.test, data_dir=test_data_dir, device=device, memory=memory, recipe_dir=recipe_dir, home=home,
-            artifacts=artifacts, tracking_uri=tracking_uri,
+            artifacts=artifacts, tracking_uri=tracking_uri, gpu=gpu,
         )  # fmt: skip
     return SearchOutcome(tuned=tuned, recipe=text, test=test, logged=logged)
 
 
 @task(name="trial", cache_policy=NO_CACHE, persist_result=False)
-def run_trial(tried: Search, point: Point, models: TrialModels) -> Trial:
+def run_trial(tried: Search, point: Point, models: TrialModels | PoolModels) -> Trial:
     """Merge one point and score it, on more and more documents while it is good."""
     log = get_run_logger()
 
@@ -198,39 +212,30 @@ def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, logging: dict
 class _References:
     """Scores of base and experts, each measured once for every number of documents that is asked for."""
 
-    def __init__(self, config: SearchConfig, tests: Suite, inputs: MergeInputs, where: Places, *, device: str) -> None:
-        self._config, self._tests, self._inputs, self._where, self._device = config, tests, inputs, where, device
+    def __init__(
+        self, config: SearchConfig, tests: Suite, inputs: MergeInputs, fetched: list[Fetched], where: Places, *, device: str, gpu: str | None
+    ) -> None:  # fmt: skip
+        self._config, self._tests, self._where, self._device, self._gpu = config, tests, where, device, gpu
+        models = [*([inputs.base] if inputs.base else []), *inputs.experts]
+        self._subjects = [
+            Subject(
+                name=model.name, role="expert" if isinstance(model, ExpertInput) else "base", capability=getattr(model, "capability", None),
+                path=one.path, digest=one.digest, location=one.resolved,
+            )
+            for model, one in zip(models, fetched, strict=True)
+        ]  # fmt: skip
 
     def floors(self, limit: int) -> dict[str, float]:
         """The floors as measured on so many documents. On fewer than all, only those models are scored that floors refer to."""
         wanted, last = self._config.floors(), limit == self._config.budget.rungs[-1]
         kinds = {one.kind for one in wanted.values()}
-        models = {key: subject for key, subject in self._subjects().items() if last or subject.role in kinds}
+        models = {f"{one.role}/{one.name}": one for one in self._subjects if last or one.role in kinds}
         refs = score_all(
-            models, self._config.suite, self._config.data_dir, limit, self._where, device=self._device, gpu=None
-        )  # fmt: skip
-        found: dict[str, ModelScores] = {key: stages.read_scores(self._where, ref) for key, ref in refs.items()}
-        experts = {
-            subject.name: (subject.capability or subject.name, found[key])
-            for key, subject in models.items()
-            if subject.role == "expert"
-        }
-        return floors_of(wanted, self._tests.capabilities, found.get("base"), experts)
-
-    def _subjects(self) -> dict[str, Subject]:
-        base = self._inputs.base
-        models = [("base", "base", base)] if base else []
-        models += [(f"expert/{one.name}", "expert", one) for one in self._inputs.experts]  # type: ignore[list-item]
-        return {
-            key: Subject(
-                name=one.name,
-                role=role,
-                capability=getattr(one, "capability", None),
-                path=one.path,
-                digest=one.digest or "unknown",
-            )
-            for key, role, one in models
-        }
+            models, self._config.suite, self._config.data_dir, limit, self._where, device=self._device, gpu=self._gpu
+        )
+        found = {key: stages.read_scores(self._where, ref) for key, ref in refs.items()}
+        experts = {one.name: (one.capability or one.name, found[key]) for key, one in models.items() if one.role == "expert"}
+        return floors_of(wanted, self._tests.capabilities, found.get("base/base"), experts)
 
 
 class _Shown:
@@ -255,17 +260,21 @@ class _Shown:
             get_run_logger().warning("the progress of the search cannot be shown: %s", error)
 
 
-def _compressed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> MergeInputs:
-    """The inputs with the experts' second moments compressed, each a cached task: every trial reads these."""
+def _compressed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> list[ArtifactRef]:
+    """The experts' second moments, compressed, each a cached task: every trial reads these. Empty for a method without."""
     if recipe.merge_method not in NEEDS_MOMENTS:
-        return inputs
+        return []
     steps = [stages.moments_step(recipe, expert) for expert in inputs.experts]
-    refs = results(
-        missing(compress, step, where).submit(step, where, expert, memory)
-        for step, expert in zip(steps, inputs.experts, strict=True)
-    )
-    experts = [stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs, strict=True)]
-    return MergeInputs(base=inputs.base, experts=tuple(experts))
+    return results(
+        missing(compress, step, where).submit(step, where, expert, memory) for step, expert in zip(steps, inputs.experts, strict=True)
+    )  # fmt: skip
+
+
+def _with_compressed(sources: MergeSources, moments: list[ArtifactRef]) -> MergeSources:
+    if not moments:
+        return sources
+    experts = [one.model_copy(update={"compressed": ref}) for one, ref in zip(sources.experts, moments, strict=True)]
+    return sources.model_copy(update={"experts": tuple(experts)})
 
 
 def _identity(recipe: MergeRecipe, inputs: MergeInputs, tests: Suite, data: Path | None) -> str:

@@ -17,7 +17,8 @@ from tasks.storage import is_s3
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHOWN = 10
+SHOWN = 6
+LEGEND = "Scores on the validation suite in percent; * below the floor."
 
 
 def recipe_text(tuned: Tuned, config: SearchConfig, recipe_dir: Path | None, out: str) -> str:
@@ -51,23 +52,23 @@ def ranked(tuned: Tuned) -> list[Trial]:
 
 
 def render(tuned: Tuned, dimensions: tuple[Dimension, ...]) -> Table:
-    """The best trials and the recipe as given, for a terminal."""
+    """The best trials and the recipe as given, a column each: narrow enough for 80 columns of a terminal."""
     from rich import box
     from rich.table import Table
 
-    header, rows = text_rows(tuned, dimensions)
-    caption = "Scores on the validation suite in percent; * below the floor."
+    header, rows = text_rows(tuned, dimensions, SHOWN)
     drawn = Table(
-        title="Best trials", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        title="Best trials", caption=LEGEND, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
     )
-    for i, column in enumerate(header):
-        drawn.add_column(column.replace("_", " ").replace("/", " "), justify="right" if i else "left", no_wrap=i == 0)
-    for cells in rows:
-        drawn.add_row(*cells)
+    for i, cell in enumerate([header[0], *(row[0] for row in rows)]):
+        drawn.add_column(cell, justify="right" if i else "left")
+    ends = {0, len(tuned.best.last)}  # lines below the average, and between scores and values
+    for i, name in enumerate(header[1:]):
+        drawn.add_row(name, *(row[i + 1] for row in rows), end_section=i in ends)
     return drawn
 
 
-def text_rows(tuned: Tuned, dimensions: tuple[Dimension, ...], shown: int = SHOWN) -> tuple[list[str], list[list[str]]]:
+def text_rows(tuned: Tuned, dimensions: tuple[Dimension, ...], shown: int) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the best trials; the recipe as given is always among them."""
     names = list(tuned.best.last)
     trials = ranked(tuned)[:shown]
@@ -77,16 +78,16 @@ def text_rows(tuned: Tuned, dimensions: tuple[Dimension, ...], shown: int = SHOW
     for trial in trials:
         scores = [_percent(trial.last[name]) + ("*" if name in trial.shortfall else "") for name in names]
         values = [f"{trial.values[one.name]:g}" if one.name in trial.values else "" for one in dimensions]
-        label = f"{trial.number} (recipe)" if trial.origin == "recipe" else str(trial.number)
+        label = "recipe" if trial.origin == "recipe" else str(trial.number)
         rows.append([label, _percent(trial.average), *scores, *values])
     return ["trial", "average", *names, *(one.name for one in dimensions)], rows
 
 
 def markdown(tuned: Tuned, dimensions: tuple[Dimension, ...]) -> str:
     """The best trials as a page of the flow run."""
-    header, rows = text_rows(tuned, dimensions)
+    header, rows = text_rows(tuned, dimensions, 2 * SHOWN)
     lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---", *["---:"] * (len(header) - 1)], *rows]]
-    return "\n".join([verdict(tuned), "", *lines, "", "Scores on the validation suite in percent; * below the floor.", ""])
+    return "\n".join([verdict(tuned), "", *lines, "", LEGEND, ""])
 
 
 def verdict(tuned: Tuned) -> str:
@@ -95,9 +96,11 @@ def verdict(tuned: Tuned) -> str:
     spent = f"{len(tuned.trials)} trials, {tuned.evaluations:g} evaluations"
     if not tuned.feasible:
         return f"No trial holds all floors ({spent}). Trial {best.number} misses them by the least: {missed(best)}."
-    better = f"average {_percent(best.average)} %, the recipe as given {_percent(tuned.start.average)} %"
-    held = "under all floors" if not tuned.start.shortfall else f"which misses floors: {missed(tuned.start)}"
-    return f"Trial {best.number} is the best: {better} {held} ({spent})."
+    before = f"the recipe as given {_percent(tuned.start.average)} %"
+    if tuned.start.shortfall:
+        before += f", which misses floors: {missed(tuned.start)}"
+    held = " and holds all floors" if best.floors else ""
+    return f"Trial {best.number} is the best{held}: average {_percent(best.average)} %; {before} ({spent})."
 
 
 def files(tuned: Tuned, dimensions: tuple[Dimension, ...], recipe_yaml: str, title: str) -> dict[str, str | bytes]:
