@@ -7,7 +7,7 @@ asynchronous successive halving (Li et al. 2020): few documents first, more for 
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
@@ -150,16 +150,17 @@ def tune(
     seed: int = 0,
     storage: Path | None = None,
     identity: str = "",
+    names: Sequence[str] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> Tuned:
     """The best point of the space for this recipe. The recipe itself is always tried first, on all documents.
 
     A method that uses nothing of the space has one point, and is evaluated once. The same arguments give the same trials. With
-    ``storage``, a file, an interrupted search goes on where it stopped, and a larger budget adds to it; ``identity`` then names what
-    ``evaluate`` measures (suite, data, models). ``on_trial`` is told of every trial as it ends. Raises SearchError, and what
+    ``storage``, a folder, an interrupted search goes on where it stopped, and a larger budget adds to it; ``identity`` then names what
+    ``evaluate`` measures (suite, data, models). ``names``: the experts', where the recipe does not tell them. ``on_trial`` is told of every trial as it ends. Raises SearchError, and what
     ``evaluate`` raises.
     """
-    with Search(recipe, space, budget, floors=floors, seed=seed, storage=storage, identity=identity) as search:
+    with Search(recipe, space, budget, floors=floors, seed=seed, storage=storage, identity=identity, names=names) as search:
         while (point := search.ask()) is not None:
             trial = search.run(point, evaluate)
             if on_trial:
@@ -172,22 +173,23 @@ class Search:
 
     def __init__(
         self, recipe: MergeRecipe, space: Space, budget: Budget, *, floors: FloorsAt | None = None, seed: int = 0,
-        storage: Path | None = None, identity: str = "",
+        storage: Path | None = None, identity: str = "", names: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         self._recipe, self._budget, self._seed = recipe, budget, seed
-        self._dimensions = space.dimensions(recipe)
+        self.dimensions = space.dimensions(recipe, names)
         # Where there is nothing to choose, there is nothing to stop early.
-        self.rungs = budget.rungs if self._dimensions else budget.rungs[-1:]
+        self.rungs = budget.rungs if self.dimensions else budget.rungs[-1:]
         self._floors = {limit: dict(floors(limit)) if floors else {} for limit in self.rungs}
-        self._starts = starts(recipe, self._dimensions)
-        ranges = {one.name: one.within.model_dump() for one in self._dimensions}
+        self._starts = starts(recipe, self.dimensions)
+        ranges = {one.name: one.within.model_dump() for one in self.dimensions}
         named = {"recipe": _described(recipe), "space": ranges, "rungs": list(self.rungs), "reduction": budget.reduction, "seed": seed,
                  "floors": {str(limit): floor for limit, floor in self._floors.items()}, "identity": identity}  # fmt: skip
         self.name = study_name(canonical_json(named))
-        self._storage, self._stack = storage, ExitStack()
+        self._file = storage / f"{self.name}.db" if storage else None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._study = open_study(self._storage, self.name, self._budget.reduction, self._stack)
+        self._study = open_study(self._file, self.name, self._budget.reduction, self._stack)
         give_up_running(self._study)
         return self
 
@@ -212,13 +214,13 @@ class Search:
         ladder = math.fsum(budget.cost(limit) for limit in self.rungs)
         if budget.evaluations is not None and self.spent + ladder > budget.evaluations + 1e-9:
             return None
-        if number and not self._dimensions:
+        if number and not self.dimensions:
             return None
         origin: Origin = "recipe" if number == 0 else "start" if number <= len(self._starts) else "search"
-        fixed = {"recipe": values_of(self._recipe, self._dimensions), "start": self._starts[number - 1 :][:1]}.get(origin)
+        fixed = {"recipe": values_of(self._recipe, self.dimensions), "start": self._starts[number - 1 :][:1]}.get(origin)
         point = fixed[0] if isinstance(fixed, list) else fixed
         outside = origin == "recipe" and point is None  # the optimiser learns nothing from a point that it could not choose
-        self._asked = ask(self._study, () if outside else self._dimensions, number, self._seed, point)
+        self._asked = ask(self._study, () if outside else self.dimensions, number, self._seed, point)
         return self._point(number, origin, self._asked.params)
 
     def run(self, point: Point, evaluate: Evaluate) -> Trial:
@@ -252,8 +254,8 @@ class Search:
         return Tuned(trials=trials, evaluations=self.spent)
 
     def _point(self, number: int, origin: Origin, params: Mapping[str, float]) -> Point:
-        values = {one.name: round_value(params[one.name], one.within) for one in self._dimensions if one.name in params}
-        recipe = self._recipe if origin == "recipe" else apply(self._recipe, self._dimensions, values)
+        values = {one.name: round_value(params[one.name], one.within) for one in self.dimensions if one.name in params}
+        recipe = self._recipe if origin == "recipe" else apply(self._recipe, self.dimensions, values)
         return Point(number=number, origin=origin, values=values, recipe=recipe)
 
     def _trial(self, number: int, one: Any) -> Trial:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ota_core.errors import RecipeError
 from ota_core.inputs import expert_name, unique_names
@@ -77,6 +77,12 @@ class Space(_Strict):
     power: Range | None = Field(None, description="Exponent of the curvature (ota).")
     t: Range | None = Field(None, description="Position between two models (slerp).")
 
+    @field_validator("density", mode="before")
+    @classmethod
+    def _ratios(cls, raw: Any) -> Any:
+        """Densities 0.05 and 0.1 differ as much as 0.5 and 1: written without a scale, the range is logarithmic."""
+        return f"{raw}:log" if isinstance(raw, str) and raw.count(":") == 1 else raw
+
     @model_validator(mode="after")
     def _possible(self) -> "Space":
         limits = {"density": (0, 1), "t": (0, 1), "scaling_factor": (0, math.inf), "power": (0, math.inf)}
@@ -87,13 +93,16 @@ class Space(_Strict):
                 raise ValueError(f"{key}: the range {found} leaves {expected}")
         return self
 
-    def dimensions(self, recipe: MergeRecipe) -> tuple["Dimension", ...]:
-        """What can be varied in this recipe, in a fixed order; empty for a method that has none of it."""
+    def dimensions(self, recipe: MergeRecipe, names: Sequence[str] | None = None) -> tuple["Dimension", ...]:
+        """What can be varied in this recipe, in a fixed order; empty for a method that has none of it.
+
+        names: the experts', for the dimensions' names; by default as far as the recipe alone tells them.
+        """
         in_force = recipe.effective()
         used = {*in_force["parameters"], *in_force["experts"][0]}
         if recipe.merge_method == "ota" and recipe.base_model is None:  # without task vectors there is nothing to cut or scale
             used -= {"density", "lambda"}
-        names = expert_names(recipe)
+        names = names or expert_names(recipe)
         found: list[Dimension] = []
         for key, each in (("density", self.per_expert), ("lambda", False), ("weight", True), ("scaling_factor", True),
                           ("power", False), ("t", False)):  # fmt: skip
