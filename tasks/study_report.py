@@ -10,8 +10,8 @@ import pandas as pd
 from tasks.pictures.page import Block, Picture, Section, table, to_html, to_png
 from tasks.pictures.study import pictures
 from tasks.scores import NOT_MEASURED
-from tasks.study_scores import BELOW, StudyResults
-from tasks.study_tables import ERROR, StudyTable, all_tables
+from tasks.study_scores import AVERAGE, BELOW, RETENTION, StudyResults
+from tasks.study_tables import DIFFERENCE, ERROR, StudyTable, all_tables
 
 TABLES, FIGURES = "tables", "figures"
 RESULTS, PAGE = "results.md", "study.html"
@@ -102,12 +102,13 @@ def _cell(one: StudyTable, name: str, row: "pd.Series[object]") -> str:
     if isinstance(value, str):
         return value
     if value is None or pd.isna(value):
-        blank = row.get("kind") in {"base", "expert"} or name not in one.percent  # retention says nothing of base and experts
+        # Retention says nothing of base and experts, nor a difference of what it is the difference to.
+        blank = row.get("kind") in {"base", "expert"} or name not in one.percent or name == DIFFERENCE
         return "" if blank else NOT_MEASURED
     if name not in one.percent:
         return f"{value:.3g}"
     error = row.get(f"{name}{ERROR}")
-    sign = "+" if name == "difference" else ""
+    sign = "+" if name == DIFFERENCE else ""
     text = f"{100 * float(value):{sign}.1f}"  # type: ignore[arg-type]
     return text if error is None or math.isnan(error) else f"{text} ± {100 * float(error):.1f}"  # type: ignore[arg-type]
 
@@ -129,10 +130,20 @@ def to_markdown(one: StudyTable) -> str:
 
 
 def render(folder: Path, written: Path | None) -> list[object]:
-    """What the command prints at the end: the table of methods as it was written, and where everything is."""
-    from rich.markdown import Markdown
+    """What the command prints at the end: the averages of the merges of all experts, and where everything is."""
+    from rich import box
+    from rich.table import Table
 
-    text = (folder / RESULTS).read_text(encoding="utf-8")
-    first = text.partition("\n## ")[2].partition("\n## ")[0]
-    shown = "\n".join(line for line in first.splitlines() if not line.startswith(("![", "*")))
-    return [Markdown(f"## {shown}") if first else text, f"results: {written or folder / RESULTS}", f"page: {folder / PAGE}"]
+    methods = folder / TABLES / "methods.csv"
+    lines: list[object] = []
+    if methods.is_file():
+        frame = pd.read_csv(methods)
+        drawn = Table(title="Methods: percent ± standard error", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        drawn.add_column("model", no_wrap=True)
+        for name in (AVERAGE, RETENTION):
+            drawn.add_column(name, justify="right", no_wrap=True)
+        shown = StudyTable("methods", "", "", frame, (AVERAGE, RETENTION))
+        for _, row in frame.iterrows():
+            drawn.add_row(str(row["model"]), *(_cell(shown, name, row) for name in (AVERAGE, RETENTION)))
+        lines.append(drawn)
+    return [*lines, f"results: {written or folder / RESULTS}", f"page: {folder / PAGE}"]

@@ -15,6 +15,8 @@ from tasks.study_tables import ERROR, StudyTable, all_tables, grafted
 
 VARIANTS = tuple(VARIANT_COLOURS)
 _REFERENCE = "#595959"
+# Without these the symbols are as faint as the bands of the same colours.
+_LEGEND = alt.Legend(symbolOpacity=1, symbolStrokeWidth=0)
 
 
 def pictures(results: StudyResults) -> dict[str, Picture]:
@@ -98,15 +100,20 @@ def _grafting(results: StudyResults, table: StudyTable) -> Picture:
 
 def _lines(data: pd.DataFrame, facet: str, order: list[str], title: str) -> alt.TopLevelMixin:
     """Score against density, a line a variant, with bands and dashed references; a panel each value of ``facet``."""
-    ticks = sorted(set(data["density"]))
+    ticks = sorted({*data["density"], 1.0})
+    ends = [ticks[0], 1.0]
     x = alt.X(
-        "density:Q", title="density", scale=alt.Scale(type="log"), axis=alt.Axis(values=ticks, format="~g", labelOverlap="greedy")
+        "density:Q",
+        title="density",
+        scale=alt.Scale(type="log", domain=ends),
+        axis=alt.Axis(values=ticks, format="~g", labelOverlap="greedy"),
     )
     y = alt.Y("score:Q", title=title, scale=alt.Scale(zero=False))
     colour = alt.Color(
         "variant:N",
         title="elements kept by",
         scale=alt.Scale(domain=list(VARIANTS), range=[VARIANT_COLOURS[name] for name in VARIANTS]),
+        legend=_LEGEND,
     )
     shape = alt.Shape("variant:N", title="elements kept by", scale=alt.Scale(domain=list(VARIANTS), range=["circle", "square"]))
     base = alt.Chart().encode(x=x)
@@ -122,7 +129,8 @@ def _lines(data: pd.DataFrame, facet: str, order: list[str], title: str) -> alt.
             y=y, color=colour, shape=shape, tooltip=_tooltip("variant", "density")
         )
     )
-    return _facet(alt.layer(*layers, data=data).properties(width=PANEL, height=190), facet, order)
+    width, height = (460, 240) if len(order) == 1 else (PANEL, 190)
+    return _facet(alt.layer(*layers, data=data).properties(width=width, height=height), facet, order)
 
 
 def _compression(results: StudyResults, table: StudyTable) -> Picture:
@@ -138,11 +146,12 @@ def _compression(results: StudyResults, table: StudyTable) -> Picture:
         for _, row in frame.iterrows()
     ]
     data = pd.DataFrame(rows)
+    low, high = math.floor(math.log10(data["bytes"].min())), math.ceil(math.log10(data["bytes"].max()))
     x = alt.X(
         "bytes:Q",
         title="stored second moments, bytes/parameter",
-        scale=alt.Scale(type="log", padding=24),
-        axis=alt.Axis(format="~g", tickCount=5),
+        scale=alt.Scale(type="log", domain=[10.0**low, 10.0**high], nice=False),
+        axis=alt.Axis(format="~g", values=[10.0**power for power in range(low, high + 1)]),
     )
     y = alt.Y("score:Q", title="average in percent", scale=alt.Scale(zero=False, padding=12))
     colour = alt.Color("moments:N", title=None, sort=list(dict.fromkeys(data["moments"])), legend=None)
