@@ -23,7 +23,7 @@ from flows.run_log import hide_tracebacks_of_user_errors
 from flows.runners import Runner, runner_of
 from flows.spread import results, spread_flow
 from flows.steps import benchmark, compress, fetch, log, mask, merge, missing, send, several_at_once
-from ota_core.artifact import ArtifactRef
+from ota_core.artifact import CARD, ArtifactRef
 from ota_core.errors import OtaError
 from ota_core.inputs import MergeInputs
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
@@ -160,6 +160,8 @@ def merge_flow(
     if suite and tests:
         scores = score_all(subjects, suite, data_dir, limit, where, device=device, gpu=gpu)
     run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where, registered_model)
+    if run.model_card:  # now with the scores
+        stages.store_of(where).annotate(merged, {CARD: run.model_card})
     logged = log(run, where, tracking_uri)
     path = str(subjects["merged"].path or merged.uri)
     get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)

@@ -92,8 +92,7 @@ def merge_run(
         values = [recipe.setting(key, i) for i in range(len(recipe.models))]
         if any(value is not None for value in values):
             params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
-    table = comparison(found, subjects) if found else None
-    own = found["merged"].by_capability() if found else {}
+    rows = rows_of(comparison(found, subjects), found, subjects) if found else []
     return MergeRun(
         name=merge_name(recipe),
         method=recipe.merge_method,
@@ -105,9 +104,7 @@ def merge_run(
         model_uri=merged.uri,
         model_digest=subjects["merged"].digest,
         registered_model=registered_model,
-        model_card=model_card(
-            recipe, inputs, record.results, merged.fingerprint, {k: v for k, v in own.items() if v is not None}
-        ),
+        model_card=model_card(recipe, inputs, record.results, merged.fingerprint, rows, found["merged"].suite if found else None),
         inputs=_lineage(inputs, fetched),
         children=[
             ChildRun(
@@ -120,7 +117,7 @@ def merge_run(
             for key, subject in subjects.items()
             if key in found
         ],
-        table=rows_of(table, found, subjects) if table is not None else [],
+        table=rows,
     )
 
 

@@ -29,6 +29,8 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {"masks": ("moments",), "merged": ("mo
 # surveys, facts and shards are parts of one merge and name it by its fingerprint, which holds the versions of all of its stages.
 
 RECORD = "record.json"
+CARD = "README.md"
+"""The model card of a checkpoint."""
 
 Kind = Literal["checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks"]
 
@@ -140,6 +142,11 @@ def read_record(folder: Path) -> Record:
     return record
 
 
+def has_size(name: str, size: int, expected: int) -> bool:
+    """Whether a file has the size that its record lists. A model card is written again when more is known of the model, such as its scores."""
+    return size == expected or name == CARD
+
+
 def missing_files(folder: Path, files: Mapping[str, int]) -> Sequence[str]:
     """What the folder lacks of the files that a record lists, one phrase per file."""
     problems = []
@@ -147,6 +154,6 @@ def missing_files(folder: Path, files: Mapping[str, int]) -> Sequence[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != size:
+        elif not has_size(name, path.stat().st_size, size):
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
     return problems

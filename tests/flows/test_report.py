@@ -117,9 +117,12 @@ def test_artifacts(logged: FlowRun, parent: Run, client: MlflowClient, tmp_path:
     assert (reference["uri"], reference["digest"]) == (logged.outcome.merged.uri, logged.outcome.digest)
     card = (folder / "README.md").read_text()
     scores = scores_of(logged)
-    assert all(f"| {name} | {100 * value:.1f} % |" in card for name, value in scores["merged"].items())
     head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == [f"{world.uri}/models/base"]
+    assert "base_model" not in head, "a hub knows no addresses in S3"
+    metrics = head["model-index"][0]["results"][0]["metrics"]
+    assert {one["type"]: one["value"] for one in metrics} == pytest.approx(scores["merged"], abs=1e-6)
+    assert (Path(logged.outcome.path) / "README.md").read_text() == card, "beside the model, too"
+    read_record(Path(logged.outcome.path))
     table = pd.read_csv(folder / "tables" / "scores.csv", index_col="model")
     assert list(table.index) == ["base", *EXPERTS, LABEL]
     for row, key in zip(table.index, ("base", "expert/math", "expert/knowledge", "merged"), strict=True):
