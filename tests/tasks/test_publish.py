@@ -244,7 +244,7 @@ def test_latest_is_not_written_again_for_the_same_version(model: Path, tmp_path:
     publish_one(str(model), str(root), tmp_path)
     point_latest(str(root), "ota-merged", "1", "digest1")
     place = root / "ota-merged" / "latest.json"
-    place.write_text(place.read_text().replace("20", "19"))  # years ago
+    place.write_text(place.read_text().replace('"20', '"19'))  # years ago
     assert point_latest(str(root), "ota-merged", "1", "digest1").published_at.startswith("19")
     place.write_text("{")
     with pytest.raises(StorageError, match="cannot be read as a pointer"):
