@@ -25,9 +25,8 @@ def count_mask(kept: Bools, first: int, height: int, bins: Counts, empty: Counts
         column = columns[(first + i) // height]
         count = 0
         for j in range(width):
-            bit = np.int32(kept[i, j])
-            column[j] += bit
-            count += bit
+            column[j] += kept[i, j]
+            count += kept[i, j]
         bins[min(BINS - 1, BINS * count // width)] += 1
         empty[0] += count == 0
         total += count

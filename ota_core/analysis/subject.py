@@ -87,10 +87,10 @@ def mask_recipe(recipe: MergeRecipe, options: AnalysisOptions) -> MergeRecipe:
     an analysis. Without a base there are no edits to mask.
     """
     ota = recipe.merge_method == "ota"
-    keys = ("scope", "metric", "mask_curvature") if ota else ()
+    keys = ["scope", "metric", "mask_curvature"] if ota else []
     parameters: dict[str, Any] = {}
     if recipe.merge_method in NEEDS_MOMENTS:
-        keys += ("compression", "rank", "bias_correction", "missing_curvature")
+        keys += ["compression", "rank", "bias_correction", "missing_curvature"]
     elif recipe.base_model is not None:
         # The merge needs no curvature: a tensor that moved without is no reason to refuse the analysis.
         parameters["missing_curvature"] = "mean"
