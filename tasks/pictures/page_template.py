@@ -15,8 +15,8 @@ figcaption { max-width: 90ch; margin: 0 0 8px; }
 figure { margin: 28px 0 0; break-inside: avoid; }
 .chart { width: 100%; overflow: hidden; }
 .chart svg { max-width: 100%; height: auto; display: block; }
-.chart .vega-bindings { font-size: 14px; margin: 4px 6px; }
-.chart select { font: inherit; margin-left: 6px; max-width: 100%; }
+.menu { font-size: 14px; }
+.menu select { font: inherit; margin-left: 4px; max-width: 100%; }
 .table { overflow-x: auto; max-width: 100%; margin: 12px 0; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -50,7 +50,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 }
 @media print {
   main { max-width: none; padding: 0; }
-  nav, button { display: none; }
+  nav, button, .menu { display: none; }
   body { font-size: 12px; }
   h2, h3, figcaption { break-after: avoid; }
   a { color: inherit; text-decoration: none; }
@@ -64,9 +64,11 @@ SCRIPT = """
 const options = {renderer: "svg", actions: false, ast: true, mode: "vega-lite"};
 async function draw(place) {
   const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
+  const menu = document.getElementById(place.dataset.menu);
   let columns = spec.columns;
   for (;;) {
-    const made = await vegaEmbed(place, columns ? {...spec, columns} : spec, options);
+    menu.replaceChildren();
+    const made = await vegaEmbed(place, columns ? {...spec, columns} : spec, {...options, bind: menu});
     const picture = place.querySelector("svg");
     if (!columns || columns === 1 || picture.viewBox.baseVal.width <= place.clientWidth) return;
     made.finalize();
@@ -134,7 +136,8 @@ FIGURE = """
 <figure>
 <h3>{{ title }}</h3>
 <figcaption>{{ caption }}</figcaption>
-<div class="chart" data-spec="spec-{{ number }}" role="img" aria-label="{{ title }}"></div>
+<div class="menu" id="menu-{{ number }}"></div>
+<div class="chart" data-menu="menu-{{ number }}" data-spec="spec-{{ number }}" role="img" aria-label="{{ title }}"></div>
 </figure>
 """.strip()
 

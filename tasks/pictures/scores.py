@@ -1,0 +1,151 @@
+"""Pictures of scores: base, experts and merges on each capability, and what the merges retain of the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import altair as alt
+
+from ota_core.errors import OtaError
+from tasks.pictures.page import Picture
+from tasks.pictures.style import FACE, INK, OWN, PANEL
+from tasks.plots import AVERAGE, NAME, ROLES, STDERR_SUFFIX, capability_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = Mapping[str, str | float | None]
+
+
+def pictures_of_scores(rows: Sequence[Row] | pd.DataFrame) -> dict[str, Picture]:
+    """Name to picture: ``scores``, and ``retention`` where a merge and an expert on its own capability were measured.
+
+    ``rows`` are those that MLflow gets (``flows/report.rows_of``): model, role (base, expert, merge), capability (the expert's own), a
+    score in 0…1 for each capability or None, ``<capability>_stderr``, average. Raises OtaError for a table without a score or with an unknown role.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    missing = [column for column in ("model", "role") if column not in table]
+    if missing or table.empty:
+        raise OtaError(
+            f"the table of scores has {len(table)} models and lacks the columns {missing}; pictures need one model and all columns"
+        )
+    unknown = sorted(set(table["role"]) - set(ROLES))
+    if unknown:
+        raise OtaError(f"the table of scores holds the roles {unknown}; expected {list(ROLES)}")
+    capabilities = capability_columns(table)
+    scores = _long(table, capabilities)
+    if scores.empty:
+        raise OtaError(
+            f"no model of the table has a score ({', '.join(capabilities) or 'no capability'}); benchmark one, then draw"
+        )
+    pictures = {"scores": _scores(table, scores)}
+    kept = _retention(scores)
+    if not kept.empty:
+        pictures["retention"] = Picture(
+            "How much of each expert does the merge retain?",
+            "Score of the merge as a share of the expert's, on the expert's own capability. 100 %: as good as the expert. The black tick is "
+            "where the base stands; a bar that ends before it lost what the base could do.",
+            _retention_bars(kept),
+        )
+    return pictures
+
+
+def _long(table: pd.DataFrame, capabilities: Sequence[str]) -> pd.DataFrame:
+    """One row for each measured score, in the order of base, experts, merges: model, role, capability, score, low, high, face."""
+    import pandas as pd
+
+    rows = []
+    for role in ROLES:
+        for _, row in table[table["role"] == role].iterrows():
+            for capability in capabilities:
+                score, error = row[capability], row.get(f"{capability}{STDERR_SUFFIX}")
+                if pd.isna(score):
+                    continue
+                own = role == "expert" and row.get("capability") == capability
+                bar = (
+                    {"low": score - error, "high": score + error, "stderr": error}
+                    if error is not None and not pd.isna(error)
+                    else {}
+                )
+                face = NAME[OWN if own else role]
+                rows.append({"model": row["model"], "role": role, "capability": capability, "score": score, "face": face, **bar})
+    return pd.DataFrame(rows, columns=["model", "role", "capability", "score", "stderr", "low", "high", "face"])
+
+
+def _scores(table: pd.DataFrame, scores: pd.DataFrame) -> Picture:
+    models = [str(name) for role in ROLES for name in table.loc[table["role"] == role, "model"]]
+    panels = list(dict.fromkeys(scores["capability"]))
+    panels = [p for p in panels if p != AVERAGE] + [p for p in panels if p == AVERAGE]
+    base = scores[scores["role"] == "base"].set_index("capability")["score"]
+    scores = scores.assign(base=scores["capability"].map(base).astype(float), end=scores["high"].fillna(scores["score"]))
+    faces = {NAME[key]: colour for key, colour in FACE.items() if (scores["face"] == NAME[key]).any()}
+    tooltip = [
+        "model:N",
+        "capability:N",
+        alt.Tooltip("score:Q", format=".4~p"),
+        alt.Tooltip("stderr:Q", title="± standard error", format=".3~p"),
+    ]
+    chart = alt.Chart(scores).encode(y=alt.Y("model:N", title=None, sort=None, scale=alt.Scale(domain=models)), tooltip=tooltip)
+    # Room for the numbers behind the longest bars.
+    x = alt.X(
+        "score:Q", title="accuracy", scale=alt.Scale(domain=[0, 1.15]), axis=alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
+    )
+    bars = chart.mark_bar(height={"band": 0.78}).encode(
+        x=x, color=alt.Color("face:N", title=None, scale=alt.Scale(domain=list(faces), range=list(faces.values())))
+    )
+    errors = chart.transform_filter("isValid(datum.low)").mark_rule(color=INK, strokeWidth=1.2).encode(x="low:Q", x2="high:Q")
+    numbers = chart.mark_text(align="left", dx=4, fontSize=11, color=INK).encode(
+        x="end:Q", text=alt.Text("score:Q", format=".1%")
+    )
+    level = chart.mark_rule(color=INK, strokeDash=[4, 3], strokeWidth=1).encode(
+        x="mean(base):Q", y=alt.Undefined, tooltip=alt.Undefined
+    )
+    level = alt.Chart(scores).mark_rule(color=INK, strokeDash=[4, 3], strokeWidth=1).encode(x="mean(base):Q")
+    panel = alt.layer(bars, errors, level, numbers).properties(width=PANEL - 40, height=alt.Step(19))
+    drawn = panel.facet(alt.Facet("capability:N", title=None, sort=panels), columns=3).resolve_axis(
+        x="independent", y="independent"
+    )
+    what = "Accuracy of each model on each capability, in percent"
+    what += "; thin lines: ± one standard error" if scores["stderr"].notna().any() else ""
+    what += "; dashed: the base's level" if len(base) else ""
+    return Picture("How good is the merge?", f"{what}.", drawn)
+
+
+def _retention(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row for each merge and capability that has an expert of its own: retention, and the base's score on the same scale.
+
+    Of several experts on a capability the best counts, as in ``tasks.scores.retention``.
+    """
+    own = scores[scores["face"] == NAME[OWN]].groupby("capability")["score"].max()
+    own = own[own > 0]
+    base = scores[scores["role"] == "base"].set_index("capability")["score"]
+    kept = scores[(scores["role"] == "merge") & scores["capability"].isin(own.index)][["model", "capability", "score"]]
+    expert = kept["capability"].map(own).astype(float)
+    return kept.assign(expert=expert, retention=kept["score"] / expert, base=kept["capability"].map(base).astype(float) / expert)
+
+
+def _retention_bars(kept: pd.DataFrame) -> alt.TopLevelMixin:
+    capabilities, models = (list(dict.fromkeys(kept[column])) for column in ("capability", "model"))
+    most = max(1.0, float(kept[["retention", "base"]].max().max()))
+    kept = kept.assign(whole=1.0)
+    tooltip = [alt.Tooltip("model:N", title="merge"), "capability:N", alt.Tooltip("retention:Q", format=".4~p")]
+    tooltip += [
+        alt.Tooltip("score:Q", title="merge's score", format=".4~p"),
+        alt.Tooltip("expert:Q", title="expert's score", format=".4~p"),
+    ]
+    tooltip += [alt.Tooltip("base:Q", title="base / expert", format=".4~p")]
+    y = alt.Y("capability:N", title=None, sort=None, scale=alt.Scale(domain=capabilities))
+    chart = alt.Chart(kept).encode(y=y, tooltip=tooltip)
+    scale = alt.Scale(domain=[0, most * 1.16], nice=False)
+    x = alt.X("retention:Q", title="merge / expert", scale=scale, axis=alt.Axis(format="%", tickCount=6))
+    bars = chart.mark_bar(color=FACE["merge"], height={"band": 0.7}).encode(x=x)
+    numbers = chart.mark_text(align="left", dx=5, fontSize=12, color=INK).encode(
+        x="retention:Q", text=alt.Text("retention:Q", format=".0%")
+    )
+    base = chart.mark_tick(color="black", thickness=3, height={"band": 0.9}).encode(x="base:Q")
+    whole = alt.Chart(kept).mark_rule(color=INK, strokeWidth=1.5).encode(x="min(whole):Q")
+    panel = alt.layer(bars, whole, base, numbers).properties(width=PANEL + 100, height=alt.Step(26))
+    return panel.facet(alt.Facet("model:N", title=None, sort=models), columns=2).resolve_axis(x="independent", y="independent")
