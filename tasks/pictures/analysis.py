@@ -106,7 +106,7 @@ def _task_vectors(table: pd.DataFrame) -> Pictures:
         )
     cells = place(rows[rows["measure"] == "relative_norm"])
     if not cells.empty:
-        shade = Shade.of(cells["value"], "length of the task vector / of the base's weights", ".2~p")
+        shade = Shade.of(cells["value"], "task vector / base (square-root scale)", ".2~p", root=True)
         yield (
             "task_vector_roles",
             Picture(
@@ -128,7 +128,7 @@ def _lines(layers: pd.DataFrame) -> alt.ConcatChart:
             continue
         chart = alt.Chart(part[["expert", "layer", "value", "elements"]]).encode(
             x=layer_axis("layer", count),
-            y=alt.Y("value:Q", title=title, axis=alt.Axis(format=form, tickCount=5)),
+            y=alt.Y("value:Q", title=title, scale=alt.Scale(nice=True), axis=alt.Axis(format=form, tickCount=5)),
             color=alt.Color("expert:N", sort=experts, scale=alt.Scale(domain=experts, range=_first(CATEGORIES, len(experts)))),
             shape=alt.Shape("expert:N", sort=experts, scale=alt.Scale(domain=experts, range=_first(SHAPES, len(experts)))),
             tooltip=[
@@ -179,7 +179,12 @@ def _against_bytes(wide: pd.DataFrame, measure: str, title: str, axis: str, vari
         .mark_point(size=80, opacity=0.85)
         .encode(
             x=bytes_axis,
-            y=alt.Y(f"{measure}:Q", title=axis, axis=alt.Axis(format="~g", tickCount=5)),
+            y=alt.Y(
+                f"{measure}:Q",
+                title=axis,
+                scale=alt.Scale(zero=measure == "sqrt_error", nice=True),
+                axis=alt.Axis(format="~g", tickCount=5),
+            ),
             color=alt.Color(
                 "variant:N", title="compression", scale=alt.Scale(domain=variants, range=_first(CATEGORIES, len(variants)))
             ),

@@ -34,22 +34,25 @@ class Shade:
     high: float
     diverging: bool = False
     """Colours run from a middle to both sides; the middle lies halfway between ``low`` and ``high``."""
+    root: bool = False
+    """Colours follow the square root, for values that differ by an order of magnitude; ``low`` is 0."""
 
     @classmethod
-    def of(cls, values: pd.Series, legend: str, format: str, *, about: float | None = None) -> Shade:
+    def of(cls, values: pd.Series, legend: str, format: str, *, about: float | None = None, root: bool = False) -> Shade:
         """The range of ``values``: from 0 (or the lowest, if that is below) up, or as far to both sides of ``about``."""
         values = values.dropna()
         if about is None:
             high = float(values.max())
-            return cls(legend, format, min(0.0, float(values.min())), high if high > 0 else 1.0)
-        reach = float((values - about).abs().max()) or 1.0
+            return cls(legend, format, min(0.0, float(values.min())), high if high > 0 else 1.0, root=root)
+        reach = float((values - about).abs().max()) if len(values) else 0.0
+        reach = reach or 1.0
         return cls(legend, format, about - reach, about + reach, diverging=True)
 
     def colour(self, field: str = "value") -> alt.Color:
         scheme = DIVERGING if self.diverging else SEQUENTIAL
         return alt.Color(
             f"{field}:Q",
-            scale=alt.Scale(scheme=scheme, domain=[self.low, self.high]),
+            scale=alt.Scale(type="sqrt" if self.root else "linear", scheme=scheme, domain=[self.low, self.high]),
             legend=alt.Legend(title=self.legend, format=self.format, tickCount=4),
         )
 
@@ -59,7 +62,7 @@ class Shade:
         if self.diverging:  # dark at both ends
             light = f"abs({value} - {self.low + span / 2}) < {0.36 * span}"
         else:  # viridis: dark below
-            light = f"{value} > {self.low + 0.55 * span}"
+            light = f"{value} > {self.low + (0.55**2 if self.root else 0.55) * span}"
         return alt.condition(light, alt.value("black"), alt.value("white"))  # type: ignore[no-any-return]
 
 
@@ -100,7 +103,7 @@ def layer_axis(field: str, layers: int) -> alt.X:
         f"{field}:Q",
         title="layer",
         scale=alt.Scale(domain=[-0.5, layers - 0.5], nice=False, zero=False),
-        axis=alt.Axis(values=list(range(0, layers, every)), format="d", grid=False, domain=False),
+        axis=alt.Axis(values=list(range(0, layers, every)), format="d", grid=False, domain=False, labelOverlap=False),
     )
 
 

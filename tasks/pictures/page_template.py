@@ -15,7 +15,7 @@ figcaption { max-width: 90ch; margin: 0 0 8px; }
 figure { margin: 28px 0 0; break-inside: avoid; }
 .chart { width: 100%; overflow: hidden; }
 .chart svg { max-width: 100%; height: auto; display: block; }
-.menu { font-size: 14px; }
+.menu:not(:empty) { font-size: 14px; margin: 0 0 8px; }
 .menu select { font: inherit; margin-left: 4px; max-width: 100%; }
 .table { overflow-x: auto; max-width: 100%; margin: 12px 0; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; }
@@ -72,7 +72,7 @@ async function draw(place) {
     const picture = place.querySelector("svg");
     if (!columns || columns === 1 || picture.viewBox.baseVal.width <= place.clientWidth) return;
     made.finalize();
-    columns -= 1;
+    columns -= columns > 2 && columns % 2 === 0 ? 2 : 1;  // panels that come in pairs stay beside each other
   }
 }
 let width = 0, drawn = Promise.resolve();

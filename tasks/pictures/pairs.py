@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import altair as alt
@@ -20,31 +20,32 @@ _AGREEMENT = {"cosine": "cosine of the task vectors", "sign_conflict": "sign con
 
 def overlap_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
     """How alike the experts' curvature is."""
-    rows = _pairs(table, "curvature_overlap", _OVERLAP)
-    if rows.empty:
-        return
-    shade = Shade("overlap (1 = the same)", ".2f", min(0.0, float(rows["value"].min())), 1.0)
-    shades = dict.fromkeys(_OVERLAP.values(), shade)
     yield from _pictures(
-        rows, "curvature_overlap", shades, "Do the experts' curvatures overlap?",
+        _pairs(table, "curvature_overlap", _OVERLAP), "curvature_overlap", _overlap_shades, "Do the experts' curvatures overlap",
         "High: the experts are sensitive in the same places. The masks hold each expert's largest v, at the recipe's density.",
     )  # fmt: skip
 
 
 def agreement_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
     """Whether the experts' task vectors pull in the same direction."""
-    rows = _pairs(table, "task_vector", _AGREEMENT)
-    if rows.empty:
-        return
-    cosine, conflict = (rows.loc[rows["measure"] == measure, "value"] for measure in _AGREEMENT)
-    shades = {
-        "cosine of the task vectors": Shade.of(cosine, "cosine (0 = unrelated)", ".2f", about=0.0),
-        "sign conflict": Shade.of(conflict, "moved in opposite directions (50% = by chance)", ".0%", about=0.5),
-    }
     yield from _pictures(
-        rows, "task_vector_pairs", shades, "Do the experts pull in the same direction?",
+        _pairs(table, "task_vector", _AGREEMENT), "task_vector_pairs", _agreement_shades, "Do the experts pull in the same direction",
         "Cosine of each pair of task vectors, and of the elements that both experts moved, the share moved in opposite directions.",
     )  # fmt: skip
+
+
+def _overlap_shades(rows: pd.DataFrame) -> dict[str, Shade]:
+    """One scale for all three: 1 is the most that each can be."""
+    shade = Shade("overlap (1 = the same)", ".2f", min(0.0, float(rows["value"].min())), 1.0)
+    return dict.fromkeys(_OVERLAP.values(), shade)
+
+
+def _agreement_shades(rows: pd.DataFrame) -> dict[str, Shade]:
+    cosine, conflict = (rows.loc[rows["measure"] == measure, "value"] for measure in _AGREEMENT)
+    return {
+        _AGREEMENT["cosine"]: Shade.of(cosine, "cosine (0 = unrelated)", ".2f", about=0.0),
+        _AGREEMENT["sign_conflict"]: Shade.of(conflict, "moved in opposite directions (50% = by chance)", ".0%", about=0.5),
+    }
 
 
 def _pairs(table: pd.DataFrame, analysis: str, names: Mapping[str, str]) -> pd.DataFrame:
@@ -55,19 +56,16 @@ def _pairs(table: pd.DataFrame, analysis: str, names: Mapping[str, str]) -> pd.D
 
 
 def _pictures(
-    rows: pd.DataFrame, key: str, shades: Mapping[str, Shade], title: str, caption: str
+    rows: pd.DataFrame, key: str, shades_of: Callable[[pd.DataFrame], dict[str, Shade]], question: str, caption: str
 ) -> Iterator[tuple[str, Picture]]:
     whole = rows[(rows["role"] == "all") & rows["layer"].isna()]
     if not whole.empty:
-        yield key, Picture(title, f"{caption} Over the whole model.", _squares(whole, shades))
+        yield key, Picture(f"{question}?", f"{caption} Over the whole model.", _squares(whole, shades_of(whole)))
     cells = place(rows)
     if not cells.empty:
         many = cells["pair"].nunique() > 1
-        how = "Mean over all pairs of experts; on a page, a menu above the picture shows a single pair." if many else ""
-        yield (
-            f"{key}_layers",
-            Picture(f"{title.removesuffix('?')}, by layer and role?", f"{caption} {how}".strip(), _layers(cells, shades)),
-        )
+        how = " Mean over all pairs of experts; on a page, a menu above the picture shows a single pair." if many else ""
+        yield f"{key}_layers", Picture(f"{question}, by layer and role?", f"{caption}{how}", _layers(cells, shades_of(cells)))
 
 
 def _squares(whole: pd.DataFrame, shades: Mapping[str, Shade]) -> alt.ConcatChart:

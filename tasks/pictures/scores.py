@@ -97,14 +97,13 @@ def _scores(table: pd.DataFrame, scores: pd.DataFrame) -> Picture:
         x=x, color=alt.Color("face:N", title=None, scale=alt.Scale(domain=list(faces), range=list(faces.values())))
     )
     errors = chart.transform_filter("isValid(datum.low)").mark_rule(color=INK, strokeWidth=1.2).encode(x="low:Q", x2="high:Q")
-    numbers = chart.mark_text(align="left", dx=4, fontSize=11, color=INK).encode(
-        x="end:Q", text=alt.Text("score:Q", format=".1%")
-    )
-    level = chart.mark_rule(color=INK, strokeDash=[4, 3], strokeWidth=1).encode(
-        x="mean(base):Q", y=alt.Undefined, tooltip=alt.Undefined
-    )
+    text = {"align": "left", "dx": 4, "fontSize": 11}
+    numbers = [  # with a white rim, readable where the base's line crosses them
+        chart.mark_text(**text, **ink).encode(x="end:Q", text=alt.Text("score:Q", format=".1%"))
+        for ink in ({"color": "white", "stroke": "white", "strokeWidth": 3}, {"color": INK})
+    ]
     level = alt.Chart(scores).mark_rule(color=INK, strokeDash=[4, 3], strokeWidth=1).encode(x="mean(base):Q")
-    panel = alt.layer(bars, errors, level, numbers).properties(width=PANEL - 40, height=alt.Step(19))
+    panel = alt.layer(bars, errors, level, *numbers).properties(width=PANEL - 40, height=alt.Step(19))
     drawn = panel.facet(alt.Facet("capability:N", title=None, sort=panels), columns=3).resolve_axis(
         x="independent", y="independent"
     )
@@ -142,9 +141,9 @@ def _retention_bars(kept: pd.DataFrame) -> alt.TopLevelMixin:
     scale = alt.Scale(domain=[0, most * 1.16], nice=False)
     x = alt.X("retention:Q", title="merge / expert", scale=scale, axis=alt.Axis(format="%", tickCount=6))
     bars = chart.mark_bar(color=FACE["merge"], height={"band": 0.7}).encode(x=x)
-    numbers = chart.mark_text(align="left", dx=5, fontSize=12, color=INK).encode(
-        x="retention:Q", text=alt.Text("retention:Q", format=".0%")
-    )
+    # In a column at the right, where nothing crosses them.
+    text = alt.Text("retention:Q", format=".0%")
+    numbers = chart.mark_text(align="right", fontSize=12, color=INK).encode(x=alt.value(PANEL + 98), text=text)
     base = chart.mark_tick(color="black", thickness=3, height={"band": 0.9}).encode(x="base:Q")
     whole = alt.Chart(kept).mark_rule(color=INK, strokeWidth=1.5).encode(x="min(whole):Q")
     panel = alt.layer(bars, whole, base, numbers).properties(width=PANEL + 100, height=alt.Step(26))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BIN = 0.05
 """Width of a bin: 20 of them from 0 to 1."""
 _ALL = "all"
-_PANEL = 215
+_PANEL = 195
 """Four in a row: rows and columns of two experts."""
 
 
@@ -93,10 +93,10 @@ def _histograms(bins: pd.DataFrame) -> alt.FacetChart:
                 "left:Q",
                 title="kept share of a row or column",
                 scale=alt.Scale(domain=[0, 1]),
-                axis=alt.Axis(format="%", tickCount=5, grid=False),
+                axis=alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1], grid=False),
             ),
             x2="right:Q",
-            y=alt.Y("share:Q", title="share of them", axis=alt.Axis(format="%", tickCount=4)),
+            y=alt.Y("share:Q", title="share of them", scale=alt.Scale(nice=True), axis=alt.Axis(format="%", tickCount=4)),
             y2=alt.datum(0),
             color=_colour(),
             tooltip=tooltip,
