@@ -72,7 +72,7 @@ class MergeReport(BaseModel):
 
 
 _HEADER = template("""
-<h1>{{ report.name }}</h1>
+<h1>{{ name }}</h1>
 <p>{{ report.method }} merge of {{ experts | join(", ") }}{% if base %} over {{ base }}{% endif %}.</p>
 <p class="verdict {{ mood }}">{{ verdict }}</p>
 <dl>
@@ -101,7 +101,7 @@ def report_html(report: MergeReport) -> str:
     """The page. The same report gives the same bytes. Raises OtaError for scores or an analysis that are not in the agreed form."""
     mood, verdict = _verdict(report)
     header = _HEADER.render(
-        report=report, mood=mood, verdict=verdict, versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        report=report, name=Markup("+<wbr>").join(report.name.split("+")), mood=mood, verdict=verdict, versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
         experts=[one.name for one in report.inputs if one.role == "expert"],
         base=next((one.source for one in report.inputs if one.role == "base"), None),
     )  # fmt: skip
@@ -186,25 +186,36 @@ def _inputs(report: MergeReport) -> Iterator[Block]:
 
 
 def _verdict(report: MergeReport) -> tuple[Literal["good", "bad", ""], str]:
-    """One sentence or two that a reader takes away, and whether they are good news."""
-    if report.gate:
-        return ("good" if report.gate.promoted else "bad"), f"{_gate_headline(report.gate)}. {' '.join(report.gate.reasons[:1])}"
+    """What a reader takes away, in a few sentences, and whether it is good news: the gate's word, else the scores beside the base's."""
     merge = next((row for row in report.scores if row["role"] == "merge"), None)
+    said = [f"{_gate_headline(report.gate)}.", *report.gate.reasons[:1]] if report.gate else []
     if merge is None:
-        return "", "Not benchmarked: how good the merge is, nobody has measured."
-    text, better = f"Average {_percent(merge.get(AVERAGE))}", None
-    base = _base(report)
-    if base is not None and _number(base.get(AVERAGE)) is not None and _number(merge.get(AVERAGE)) is not None:
-        difference = float(merge[AVERAGE] or 0) - float(base[AVERAGE] or 0)
-        better = difference > 0
-        text += f", {100 * abs(difference):.1f} points {'above' if better else 'below'} the base"
+        return _mood(report, None, []), " ".join(said) or "Not benchmarked: how good the merge is, nobody has measured."
+    average, base = _number(merge.get(AVERAGE)), _base(report)
+    before = None if base is None else _number(base.get(AVERAGE))
+    difference = None if average is None or before is None else average - before
+    if not report.gate:  # whose reason compares the average
+        beside = (
+            ""
+            if difference is None
+            else f", {100 * abs(difference):.1f} points {'below' if difference < 0 else 'above'} the base"
+        )
+        said.append(f"Average {_percent(average)}{beside}.")
     if _number(merge.get("retention")) is not None:
-        text += f"; it retains {_percent(merge['retention'])} of the experts' scores on their own capabilities"
-    if base is None:
-        return "", f"{text}."
+        said.append(f"It retains {_percent(merge['retention'])} of the experts' scores on their own capabilities.")
     below = _below_base(report, merge)
-    text += f". Below the base on {', '.join(below)}." if below else ". Below the base on no capability."
-    return ("good" if better and not below else "bad" if better is False or below else ""), text
+    if base is not None:
+        said.append(f"It is below the base on {', '.join(below) or 'no capability'}.")
+    return _mood(report, difference, below), " ".join(said)
+
+
+def _mood(report: MergeReport, difference: float | None, below: list[str]) -> Literal["good", "bad", ""]:
+    """Good: promoted, or without a gate better than the base and nowhere below it."""
+    if report.gate:
+        return "good" if report.gate.promoted else "bad"
+    if difference is None:
+        return ""
+    return "good" if difference > 0 and not below else "bad"
 
 
 def _base(report: MergeReport) -> Row | None:

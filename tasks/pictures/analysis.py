@@ -128,7 +128,7 @@ def _lines(layers: pd.DataFrame) -> alt.ConcatChart:
             continue
         chart = alt.Chart(part[["expert", "layer", "value", "elements"]]).encode(
             x=layer_axis("layer", count),
-            y=alt.Y("value:Q", title=title, scale=alt.Scale(nice=True), axis=alt.Axis(format=form, tickCount=5)),
+            y=alt.Y("value:Q", title=title, scale=alt.Scale(nice=5), axis=alt.Axis(format=form, tickCount=5)),
             color=alt.Color("expert:N", sort=experts, scale=alt.Scale(domain=experts, range=_first(CATEGORIES, len(experts)))),
             shape=alt.Shape("expert:N", sort=experts, scale=alt.Scale(domain=experts, range=_first(SHAPES, len(experts)))),
             tooltip=[
@@ -182,7 +182,7 @@ def _against_bytes(wide: pd.DataFrame, measure: str, title: str, axis: str, vari
             y=alt.Y(
                 f"{measure}:Q",
                 title=axis,
-                scale=alt.Scale(zero=measure == "sqrt_error", nice=True),
+                scale=alt.Scale(zero=measure == "sqrt_error", nice=5),
                 axis=alt.Axis(format="~g", tickCount=5),
             ),
             color=alt.Color(

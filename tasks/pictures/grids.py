@@ -125,7 +125,7 @@ def grid(placed: pd.DataFrame, shade: Shade, tooltip: Sequence[alt.Tooltip | str
     numbers = (
         base.transform_filter("true" if layers <= _WRITE_VALUES else "!isValid(datum.layer)")
         .mark_text(fontSize=11)
-        .encode(x="middle:Q", y=y, text=alt.Text("value:Q", format=shade.format), color=shade.ink(), tooltip=list(tooltip))
+        .encode(x="middle:Q", y=y, text=alt.Text("value:Q", format=shade.format), color=shade.ink())
     )
     return alt.layer(cells, numbers).properties(width=PANEL, height=alt.Step(20))
 

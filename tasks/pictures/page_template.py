@@ -15,6 +15,8 @@ figcaption { max-width: 90ch; margin: 0 0 8px; }
 figure { margin: 28px 0 0; break-inside: avoid; }
 .chart { width: 100%; overflow: hidden; }
 .chart svg { max-width: 100%; height: auto; display: block; }
+.chart .mark-rect ~ .mark-text { pointer-events: none; }
+#vg-tooltip-element { pointer-events: none; font-size: 14px; }
 .menu:not(:empty) { font-size: 14px; margin: 0 0 8px; }
 .menu select { font: inherit; margin-left: 4px; max-width: 100%; }
 .table { overflow-x: auto; max-width: 100%; margin: 12px 0; }
@@ -44,6 +46,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
   h1 { font-size: 23px; }
   table { font-size: 14px; }
   th, td { padding: 5px 8px; }
+  thead th { white-space: nowrap; }
   .table th:first-child { position: sticky; left: 0; background: #fff; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: 6px; }
@@ -52,6 +55,9 @@ dd { margin: 0; overflow-wrap: anywhere; }
   main { max-width: none; padding: 0; }
   nav, button, .menu { display: none; }
   body { font-size: 12px; }
+  .table { overflow: visible; }
+  table { font-size: 11px; }
+  th, td { padding: 3px 6px; }
   h2, h3, figcaption { break-after: avoid; }
   a { color: inherit; text-decoration: none; }
 }

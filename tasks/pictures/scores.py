@@ -10,10 +10,12 @@ import altair as alt
 from ota_core.errors import OtaError
 from tasks.pictures.page import Picture
 from tasks.pictures.style import FACE, INK, OWN, PANEL
-from tasks.plots import AVERAGE, NAME, ROLES, STDERR_SUFFIX, capability_columns
+from tasks.plots import NAME, ROLES, STDERR_SUFFIX, capability_columns
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_SCORES_WIDTH, _RETENTION_WIDTH = PANEL - 40, PANEL + 40
 
 Row = Mapping[str, str | float | None]
 
@@ -37,7 +39,7 @@ def pictures_of_scores(rows: Sequence[Row] | pd.DataFrame) -> dict[str, Picture]
         raise OtaError(f"the table of scores holds the roles {unknown}; expected {list(ROLES)}")
     capabilities = capability_columns(table)
     scores = _long(table, capabilities)
-    if scores.empty:
+    if scores["score"].isna().all():
         raise OtaError(
             f"no model of the table has a score ({', '.join(capabilities) or 'no capability'}); benchmark one, then draw"
         )
@@ -47,70 +49,87 @@ def pictures_of_scores(rows: Sequence[Row] | pd.DataFrame) -> dict[str, Picture]
         pictures["retention"] = Picture(
             "How much of each expert does the merge retain?",
             "Score of the merge as a share of the expert's, on the expert's own capability. 100 %: as good as the expert. The black tick is "
-            "where the base stands; a bar that ends before it lost what the base could do.",
+            "where the base stands; where a bar ends before it, the merge is worse than the base.",
             _retention_bars(kept),
         )
     return pictures
 
 
 def _long(table: pd.DataFrame, capabilities: Sequence[str]) -> pd.DataFrame:
-    """One row for each measured score, in the order of base, experts, merges: model, role, capability, score, low, high, face."""
+    """One row for each model and capability, in the order of base, experts, merges. ``score`` is NaN where it was not measured."""
     import pandas as pd
 
     rows = []
     for role in ROLES:
         for _, row in table[table["role"] == role].iterrows():
             for capability in capabilities:
-                score, error = row[capability], row.get(f"{capability}{STDERR_SUFFIX}")
-                if pd.isna(score):
-                    continue
                 own = role == "expert" and row.get("capability") == capability
-                bar = (
-                    {"low": score - error, "high": score + error, "stderr": error}
-                    if error is not None and not pd.isna(error)
-                    else {}
-                )
-                face = NAME[OWN if own else role]
-                rows.append({"model": row["model"], "role": role, "capability": capability, "score": score, "face": face, **bar})
-    return pd.DataFrame(rows, columns=["model", "role", "capability", "score", "stderr", "low", "high", "face"])
+                found = {
+                    "score": row[capability],
+                    "stderr": row.get(f"{capability}{STDERR_SUFFIX}"),
+                    "face": NAME[OWN if own else role],
+                }
+                rows.append({"model": row["model"], "role": role, "capability": capability, **found})
+    scores = pd.DataFrame(rows, columns=["model", "role", "capability", "score", "stderr", "face"])
+    return scores.astype({"score": float, "stderr": float})
 
 
 def _scores(table: pd.DataFrame, scores: pd.DataFrame) -> Picture:
     models = [str(name) for role in ROLES for name in table.loc[table["role"] == role, "model"]]
     panels = list(dict.fromkeys(scores["capability"]))
-    panels = [p for p in panels if p != AVERAGE] + [p for p in panels if p == AVERAGE]
-    base = scores[scores["role"] == "base"].set_index("capability")["score"]
-    scores = scores.assign(base=scores["capability"].map(base).astype(float), end=scores["high"].fillna(scores["score"]))
-    faces = {NAME[key]: colour for key, colour in FACE.items() if (scores["face"] == NAME[key]).any()}
+    base = scores[scores["role"] == "base"].set_index("capability")["score"].dropna()
+    scores = scores.assign(
+        base=scores["capability"].map(base).astype(float),
+        low=scores["score"] - scores["stderr"],
+        high=scores["score"] + scores["stderr"],
+    )
     tooltip = [
         "model:N",
         "capability:N",
         alt.Tooltip("score:Q", format=".4~p"),
         alt.Tooltip("stderr:Q", title="± standard error", format=".3~p"),
     ]
-    chart = alt.Chart(scores).encode(y=alt.Y("model:N", title=None, sort=None, scale=alt.Scale(domain=models)), tooltip=tooltip)
-    # Room for the numbers behind the longest bars.
-    x = alt.X(
+    y = alt.Y("model:N", title=None, sort=None, scale=alt.Scale(domain=models))
+    chart = alt.Chart(scores).encode(y=y, tooltip=tooltip)
+    measured = chart.transform_filter("isValid(datum.score)")
+    faces = {NAME[key]: colour for key, colour in FACE.items() if (scores["face"] == NAME[key]).any()}
+    x = alt.X(  # with room for the numbers behind the longest bars
         "score:Q", title="accuracy", scale=alt.Scale(domain=[0, 1.15]), axis=alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1])
     )
-    bars = chart.mark_bar(height={"band": 0.78}).encode(
-        x=x, color=alt.Color("face:N", title=None, scale=alt.Scale(domain=list(faces), range=list(faces.values())))
+    colour = alt.Color(
+        "face:N", legend=alt.Legend(title=None, columns=2), scale=alt.Scale(domain=list(faces), range=list(faces.values()))
     )
-    errors = chart.transform_filter("isValid(datum.low)").mark_rule(color=INK, strokeWidth=1.2).encode(x="low:Q", x2="high:Q")
-    text = {"align": "left", "dx": 4, "fontSize": 11}
-    numbers = [  # with a white rim, readable where the base's line crosses them
-        chart.mark_text(**text, **ink).encode(x="end:Q", text=alt.Text("score:Q", format=".1%"))
-        for ink in ({"color": "white", "stroke": "white", "strokeWidth": 3}, {"color": INK})
+    layers = [
+        _whole_row(chart, _SCORES_WIDTH),
+        measured.mark_bar(height={"band": 0.78}).encode(x=x, color=colour),
+        chart.transform_filter("isValid(datum.low)").mark_rule(color=INK, strokeWidth=1.2).encode(x="low:Q", x2="high:Q"),
     ]
-    level = alt.Chart(scores).mark_rule(color=INK, strokeDash=[4, 3], strokeWidth=1).encode(x="mean(base):Q")
-    panel = alt.layer(bars, errors, level, *numbers).properties(width=PANEL - 40, height=alt.Step(19))
-    drawn = panel.facet(alt.Facet("capability:N", title=None, sort=panels), columns=3).resolve_axis(
-        x="independent", y="independent"
+    if len(base):
+        layers.append(alt.Chart(scores).mark_rule(color=INK, strokeDash=[4, 3], strokeWidth=1).encode(x="mean(base):Q"))
+    numbers = measured.transform_calculate(end="isValid(datum.high) ? datum.high : datum.score")
+    for ink in (
+        {"color": "white", "stroke": "white", "strokeWidth": 3},
+        {"color": INK},
+    ):  # readable where the base's line crosses them
+        text = numbers.mark_text(align="left", dx=4, fontSize=11, **ink)
+        layers.append(text.encode(x="end:Q", text=alt.Text("score:Q", format=".1%")))
+    absent = chart.transform_filter("!isValid(datum.score)").mark_text(
+        align="left", fontSize=11, fontStyle="italic", color="#595959"
     )
+    layers.append(absent.encode(x=alt.value(4), text=alt.value("not measured")))
+    panel = alt.layer(*layers).properties(width=_SCORES_WIDTH, height=alt.Step(19))
+    facet = alt.Facet("capability:N", title=None, sort=panels)
     what = "Accuracy of each model on each capability, in percent"
     what += "; thin lines: ± one standard error" if scores["stderr"].notna().any() else ""
     what += "; dashed: the base's level" if len(base) else ""
-    return Picture("How good is the merge?", f"{what}.", drawn)
+    return Picture(
+        "How good is the merge?", f"{what}.", panel.facet(facet, columns=3).resolve_axis(x="independent", y="independent")
+    )
+
+
+def _whole_row(chart: alt.Chart, width: int) -> alt.Chart:
+    """Nothing to see, but to hover over: a bar of one percent is hard to hit."""
+    return chart.mark_rect(opacity=0).encode(x=alt.value(0), x2=alt.value(width))
 
 
 def _retention(scores: pd.DataFrame) -> pd.DataFrame:
@@ -121,30 +140,31 @@ def _retention(scores: pd.DataFrame) -> pd.DataFrame:
     own = scores[scores["face"] == NAME[OWN]].groupby("capability")["score"].max()
     own = own[own > 0]
     base = scores[scores["role"] == "base"].set_index("capability")["score"]
-    kept = scores[(scores["role"] == "merge") & scores["capability"].isin(own.index)][["model", "capability", "score"]]
+    merges = scores[(scores["role"] == "merge") & scores["score"].notna()]
+    kept = merges.loc[merges["capability"].isin(own.index), ["model", "capability", "score"]]
     expert = kept["capability"].map(own).astype(float)
     return kept.assign(expert=expert, retention=kept["score"] / expert, base=kept["capability"].map(base).astype(float) / expert)
 
 
-def _retention_bars(kept: pd.DataFrame) -> alt.TopLevelMixin:
+def _retention_bars(kept: pd.DataFrame) -> alt.FacetChart:
     capabilities, models = (list(dict.fromkeys(kept[column])) for column in ("capability", "model"))
     most = max(1.0, float(kept[["retention", "base"]].max().max()))
-    kept = kept.assign(whole=1.0)
-    tooltip = [alt.Tooltip("model:N", title="merge"), "capability:N", alt.Tooltip("retention:Q", format=".4~p")]
-    tooltip += [
-        alt.Tooltip("score:Q", title="merge's score", format=".4~p"),
-        alt.Tooltip("expert:Q", title="expert's score", format=".4~p"),
-    ]
-    tooltip += [alt.Tooltip("base:Q", title="base / expert", format=".4~p")]
+    shown = {"retention": "retention", "score": "merge's score", "expert": "expert's score", "base": "base / expert"}
+    tooltip = [alt.Tooltip("model:N", title="merge"), "capability:N"]
+    tooltip += [alt.Tooltip(f"{field}:Q", title=title, format=".4~p") for field, title in shown.items()]
     y = alt.Y("capability:N", title=None, sort=None, scale=alt.Scale(domain=capabilities))
     chart = alt.Chart(kept).encode(y=y, tooltip=tooltip)
-    scale = alt.Scale(domain=[0, most * 1.16], nice=False)
+    scale = alt.Scale(domain=[0, most * 1.16], nice=False)  # the numbers stand at the right, where nothing crosses them
     x = alt.X("retention:Q", title="merge / expert", scale=scale, axis=alt.Axis(format="%", tickCount=6))
-    bars = chart.mark_bar(color=FACE["merge"], height={"band": 0.7}).encode(x=x)
-    # In a column at the right, where nothing crosses them.
-    text = alt.Text("retention:Q", format=".0%")
-    numbers = chart.mark_text(align="right", fontSize=12, color=INK).encode(x=alt.value(PANEL + 98), text=text)
-    base = chart.mark_tick(color="black", thickness=3, height={"band": 0.9}).encode(x="base:Q")
-    whole = alt.Chart(kept).mark_rule(color=INK, strokeWidth=1.5).encode(x="min(whole):Q")
-    panel = alt.layer(bars, whole, base, numbers).properties(width=PANEL + 100, height=alt.Step(26))
+    numbers = chart.mark_text(align="right", fontSize=12, color=INK)
+    layers = [
+        _whole_row(chart, _RETENTION_WIDTH),
+        chart.mark_bar(color=FACE["merge"], height={"band": 0.7}).encode(x=x),
+        alt.Chart(kept).mark_rule(color=INK, strokeWidth=1.5).encode(x=alt.datum(1.0)),
+        chart.transform_filter("isValid(datum.base)")
+        .mark_tick(color="black", thickness=3, height={"band": 0.9})
+        .encode(x="base:Q"),
+        numbers.encode(x=alt.value(_RETENTION_WIDTH - 2), text=alt.Text("retention:Q", format=".0%")),
+    ]
+    panel = alt.layer(*layers).properties(width=_RETENTION_WIDTH, height=alt.Step(26))
     return panel.facet(alt.Facet("model:N", title=None, sort=models), columns=2).resolve_axis(x="independent", y="independent")

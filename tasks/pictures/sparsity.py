@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import altair as alt
 
+from tasks.pictures.grids import BEFORE, BEHIND, IN_BLOCK
 from tasks.pictures.page import Picture
 from tasks.pictures.style import PANEL, VARIANT_COLOURS, VARIANT_NAMES
 
@@ -69,7 +70,8 @@ def _bins(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _histograms(bins: pd.DataFrame) -> alt.FacetChart:
-    experts, roles = list(dict.fromkeys(bins["expert"])), list(dict.fromkeys(bins["role"]))
+    experts, there = list(dict.fromkeys(bins["expert"])), set(bins["role"])
+    roles = [role for role in dict.fromkeys([_ALL, *BEFORE, *IN_BLOCK, *BEHIND]) if role in there]
     panels = [f"{expert}: {what}" for expert in experts for what in ("rows", "columns")]
     tooltip = [
         "expert:N",
@@ -96,7 +98,7 @@ def _histograms(bins: pd.DataFrame) -> alt.FacetChart:
                 axis=alt.Axis(format="%", values=[0, 0.25, 0.5, 0.75, 1], grid=False),
             ),
             x2="right:Q",
-            y=alt.Y("share:Q", title="share of them", scale=alt.Scale(nice=True), axis=alt.Axis(format="%", tickCount=4)),
+            y=alt.Y("share:Q", title="share of them", scale=alt.Scale(nice=4), axis=alt.Axis(format="%", tickCount=4)),
             y2=alt.datum(0),
             color=_colour(),
             tooltip=tooltip,
