@@ -92,7 +92,9 @@ class Benchmarked(_Frozen):
             return cls.model_validate_json(gzip.decompress(content))
         except (OSError, EOFError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise OtaError(f"this is no table of document scores as this version logs them ({first}); log the merge again") from None
+            raise OtaError(
+                f"this is no table of document scores as this version logs them ({first}); log the merge again"
+            ) from None
 
 
 def uncertainty(scores: ModelScores) -> dict[str, float]:
