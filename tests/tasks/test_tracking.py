@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 import tasks.registry as registry
 import tasks.tracking as tracking
+import tasks.tracking_write as tracking_write
 from ota_core.errors import StorageError
 from tasks.tracking import LoggedRun, MergeRun, log_merge
 from tests.tasks.mlflow_server import a_merge, free_port, mlflow_server
@@ -92,6 +93,20 @@ def test_a_merge_reads_back_whole(uri: str, request: pytest.FixtureRequest, tmp_
     assert sources == {i.name: {"uri": i.source, "digest": i.digest} for i in run.inputs}
     assert {i.tags[0].value for i in read.inputs.dataset_inputs} == {"base", "expert"}
 
+    # The same as models: base and experts in, the merge out; each benchmarked one is its child's model, with its scores.
+    models = {m.name: m for m in (client.get_logged_model(one.model_id) for one in read.inputs.model_inputs)}
+    assert {n: (m.tags["source_uri"], m.tags["model_digest"]) for n, m in models.items()} == {
+        i.name: (i.source, i.digest) for i in run.inputs
+    }
+    (output,) = read.outputs.model_outputs
+    made = client.get_logged_model(output.model_id)
+    assert (made.source_run_id, made.tags["source_uri"], str(made.status)) == (
+        logged.run_id,
+        run.model_uri,
+        "LoggedModelStatus.READY",
+    )
+    assert {m.key: m.value for m in made.metrics}["score/math"] == 0.6
+
     children = _children(client, logged)
     assert set(children) == {c.name for c in run.children}
     for child in run.children:
@@ -108,7 +123,7 @@ def test_a_merge_reads_back_whole(uri: str, request: pytest.FixtureRequest, tmp_
     assert (folder / "plots/scores.png").read_bytes().startswith(b"\x89PNG")
 
     version = client.get_model_version("ota-merged", logged.model_version)
-    assert (version.source, version.run_id) == (run.model_uri, logged.run_id)
+    assert (version.source, version.run_id, version.model_id) == (run.model_uri, logged.run_id, output.model_id)
     assert version.tags["model_digest"] == run.model_digest
     assert client.get_model_version_by_alias("ota-merged", "challenger").version == version.version
     assert logged.url == (f"{uri}/#/experiments/{logged.experiment_id}/runs/{logged.run_id}" if uri.startswith("http") else None)
@@ -143,7 +158,7 @@ def test_new_scores_update_the_run_and_a_param_keeps_its_first_value(root: Path,
     assert "/mirror/base" in caplog.text
 
 
-@pytest.mark.parametrize("broken", ["_log_values", "_log_artifacts", "_log_child", "register_version"])
+@pytest.mark.parametrize("broken", ["log_values", "_log_artifacts", "_log_child", "register_version"])
 def test_a_failure_in_the_middle_is_finished_by_the_next_call(root: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
     run = a_merge()
@@ -166,7 +181,7 @@ def test_an_error_of_the_program_passes_unchanged(root: Path, monkeypatch: pytes
     def wrong(*args: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(tracking, "_log_values", wrong)
+    monkeypatch.setattr(tracking, "log_values", wrong)
     with pytest.raises(KeyError, match="a bug"):
         log_merge(a_merge(), root=root)
 
@@ -228,13 +243,13 @@ def test_threads_that_log_one_merge_on_a_server_agree_on_one_run(server: str) ->
 def test_clients_that_make_one_run_at_once_agree_on_the_older(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_merge()
     first = log_merge(run, root=root)
-    look, looks = tracking._find, []
+    look, looks = tracking_write.find, []
 
     def too_early(client: MlflowClient, experiment: str, identity: dict[str, str]) -> object:
         looks.append(identity)
         return None if looks.count(identity) == 1 else look(client, experiment, identity)  # the other is there at the second look
 
-    monkeypatch.setattr(tracking, "_find", too_early)
+    monkeypatch.setattr(tracking_write, "find", too_early)
     assert log_merge(run, root=root) == first
     client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
     assert len(looks) == 2 * (1 + len(run.children))
