@@ -163,7 +163,7 @@ def search_flow(
             write_note(out, text)
         search_log.finish(logged, tuned, files(tuned, tried.dimensions, text, _run_name()), **logging)
 
-    show_markdown("search", markdown(tuned, tried.dimensions), "Best trials")
+    show_markdown("search", markdown(tuned), "Best trials")
     show_mlflow(_run_name(), logged.url)
     (get_run_logger().info if tuned.feasible else get_run_logger().warning)(verdict(tuned))
     test = None

@@ -101,7 +101,10 @@ def test_starting_points_are_uniform_distinct_and_inside() -> None:
 
 
 def test_ranges_read_as_they_are_written() -> None:
-    assert Range.model_validate("0.05:1:log") == Range(low=0.05, high=1, log=True) and str(Range(low=0.05, high=1, log=True)) == "0.05:1:log"
+    assert (
+        Range.model_validate("0.05:1:log") == Range(low=0.05, high=1, log=True)
+        and str(Range(low=0.05, high=1, log=True)) == "0.05:1:log"
+    )
     assert Space.model_validate({"density": "0.1:1"}).density == Range(low=0.1, high=1, log=True)  # densities differ by ratios
     assert Space.model_validate({"density": "0.1:1:linear"}).density == Range(low=0.1, high=1)
     assert Space.model_validate(ALL.model_dump(mode="json", by_alias=True)) == ALL
@@ -129,19 +132,30 @@ def test_a_range_that_cannot_be_is_refused(raw: dict[str, Any], message: str) ->
 
 
 def config(**changes: Any) -> SearchConfig:
-    known = {"recipe": recipe("ota", density=0.4).model_dump(mode="json", by_alias=True, exclude_none=True), "suite": "demo-validation"}
+    known = {
+        "recipe": recipe("ota", density=0.4).model_dump(mode="json", by_alias=True, exclude_none=True),
+        "suite": "demo-validation",
+    }
     return SearchConfig.model_validate(known | changes)
 
 
 def test_ranges_without_effect_are_a_mistake_of_the_search() -> None:
     with pytest.raises(OtaError, match="space: the range of t, weight has no effect with merge_method ota; remove it"):
         recipe_of(config(space={"weight": "0:1", "t": "0:1", "lambda": "0:1"}))
-    recipe_of(config(recipe=recipe("linear").model_dump(mode="json", by_alias=True, exclude_none=True)))  # the defaults are no mistake
+    recipe_of(
+        config(recipe=recipe("linear").model_dump(mode="json", by_alias=True, exclude_none=True))
+    )  # the defaults are no mistake
 
 
 @pytest.mark.parametrize(
     ("text", "floor"),
-    [("base", Floor("base")), ("none", Floor("none")), (0.9, Floor("expert", 0.9)), ("0.9", Floor("expert", 0.9)), ("score:0.25", Floor("score", 0.25))],
+    [
+        ("base", Floor("base")),
+        ("none", Floor("none")),
+        (0.9, Floor("expert", 0.9)),
+        ("0.9", Floor("expert", 0.9)),
+        ("score:0.25", Floor("score", 0.25)),
+    ],
 )
 def test_floors_read_as_they_are_written(text: str | float, floor: Floor) -> None:
     assert parse_floor(text) == floor
@@ -188,10 +202,14 @@ def test_a_floor_of_the_base_needs_one() -> None:
 
 def test_a_search_file_names_its_recipe_beside_it(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe("ota", density=0.4).to_yaml())
-    (tmp_path / "search.yaml").write_text("recipe: recipe.yaml\nsuite: demo-validation\nfloor: {default: 0.9, code: base}\nspace: {density: 0.1:1}\n")
+    (tmp_path / "search.yaml").write_text(
+        "recipe: recipe.yaml\nsuite: demo-validation\nfloor: {default: 0.9, code: base}\nspace: {density: 0.1:1}\n"
+    )
     found = load_search(str(tmp_path / "search.yaml"))
     given, folder = recipe_of(found)
-    assert given == recipe("ota", density=0.4) and folder == tmp_path.resolve() and found.floors()["default"] == Floor("expert", 0.9)
+    assert (
+        given == recipe("ota", density=0.4) and folder == tmp_path.resolve() and found.floors()["default"] == Floor("expert", 0.9)
+    )
     (tmp_path / "search.yaml").write_text("recipe: recipe.yaml\nsuit: demo\nbudget: {evaluations: 1}\n")
     with pytest.raises(OtaError) as caught:
         load_search(str(tmp_path / "search.yaml"))
