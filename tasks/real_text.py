@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterator
 
 # Macros of man(7) whose arguments are text, in bold, italics or both; headings and tags too.
-_TEXT_MACROS = frozenset("B I R BR RB BI IB IR RI SB SM SH SS IP TP TQ UR MT".split())
+_TEXT_MACROS = frozenset(
+    ["B", "I", "R", "BR", "RB", "BI", "IB", "IR", "RI", "SB", "SM", "SH", "SS", "IP", "TP", "TQ", "UR", "MT"]
+)
 _LEFT_OUT = {"de": ".", "ig": ".", "nf": "fi", "EX": "EE", "TS": "TE", "PS": "PE", "EQ": "EN"}
 """Macros that begin and end what is no running text: definitions, examples, tables, pictures, equations."""
 _ESCAPES = (

@@ -57,7 +57,9 @@ def train_real(
     texts = [row["text"] for row in read_jsonl(corpora / domain / "train.jsonl")]
     rows = packed(tokenizer, texts, length=training.length)
     if len(rows) < training.batch:
-        raise CheckpointError(f"{domain} gives {len(rows)} rows of {training.length} tokens, fewer than a batch of {training.batch}")
+        raise CheckpointError(
+            f"{domain} gives {len(rows)} rows of {training.length} tokens, fewer than a batch of {training.batch}"
+        )
     return run_trainer(
         network, tokenizer, rows, out,
         seed=seed, training=training, capability=domain, progress=progress, autocast=training.autocast,
