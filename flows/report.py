@@ -76,7 +76,7 @@ def merge_run(
     scores: dict[str, ArtifactRef],
     refs: dict[str, list[ArtifactRef]],
     where: Places,
-    registered_model: str,
+    registered_model: str | None,
     data: str | None = None,
 ) -> MergeRun:
     """Everything that MLflow is told of a merge (names: design.md). ``data``: where the suite's documents lie."""

@@ -74,7 +74,8 @@ def _questions(documents: list[dict[str, str]], settings: QuestionSettings, want
         # Of those that are nearest in length, so that length tells nothing.
         others = sorted({text for other, text in continuations.items() if other != digest and text != true})
         rng.shuffle(others)
-        others.sort(key=lambda text, size=len(true): abs(len(text) - size))  # type: ignore[misc]
+        size = len(true)
+        others.sort(key=lambda text: abs(len(text) - size))  # noqa: B023 - called at once
         choices = [true, *rng.sample(others[: 4 * settings.choices], settings.choices - 1)]
         rng.shuffle(choices)
         rows.append({"context": context, "choices": choices, "answer": choices.index(true)})

@@ -90,17 +90,19 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
             _log_artifacts(client, parent, run)
             for child in run.children:
                 _log_child(client, experiment, run_id, child, models.get(child.digest))
-            version = register_version(
-                client,
-                store,
-                run_id=run_id,
-                uri=run.model_uri,
-                digest=run.model_digest,
-                tags={TAG_FINGERPRINT: run.fingerprint, "method": run.method},
-                description=f"{run.name}: weights at {run.model_uri}",
-                name=run.registered_model,
-                model_id=models[run.model_digest],
-            )
+            version = None
+            if run.registered_model is not None:
+                version = register_version(
+                    client,
+                    store,
+                    run_id=run_id,
+                    uri=run.model_uri,
+                    digest=run.model_digest,
+                    tags={TAG_FINGERPRINT: run.fingerprint, "method": run.method},
+                    description=f"{run.name}: weights at {run.model_uri}",
+                    name=run.registered_model,
+                    model_id=models[run.model_digest],
+                )
     url = page_url(store.shown, experiment, run_id) if store.is_server else None
     return LoggedRun(run_id=run_id, experiment_id=experiment, url=url, model_version=version)
 

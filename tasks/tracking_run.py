@@ -135,8 +135,8 @@ class MergeRun(_Frozen):
     model_uri: str = Field(min_length=1)
     """Where the merged weights lie: ``s3://…`` or a folder."""
     model_digest: str = Field(pattern=_NO_QUOTES)
-    registered_model: str = REGISTERED_MODEL
-    """The registered model that gains a version."""
+    registered_model: str | None = REGISTERED_MODEL
+    """The registered model that gains a version; None for a merge that nobody means to serve, such as a study's."""
     model_card: str | None = None
     inputs: list[InputRef] = []
     children: list[ChildRun] = []
