@@ -37,11 +37,13 @@ def analyse(
     ] = False,
     home: Home = None,
 ) -> None:
-    """Analyse the experts of RECIPE as its merge would see them, and write the tables into the folder OUT. No server is needed."""
+    """Analyse the experts of RECIPE as its merge would see them, and write tables and pictures into the folder OUT. No server is needed."""
     from ota_core.output import check_apart, check_free, new_folder
     from ota_core.recipe import load_recipe
     from ota_core.stream import parse_memory
-    from tasks.analysis import analyse_models, analysis_options, write_tables
+    from tasks.analysis import PICTURES, analyse_models, analysis_options, write_tables
+    from tasks.pictures.analysis import pictures_of
+    from tasks.pictures.page import Section, to_html
 
     with user_errors():
         options = analysis_options(density=density, compressions=compressions, curvature=curvature)
@@ -65,14 +67,18 @@ def analyse(
             with new_folder(out, overwrite=overwrite) as folder:
                 found = analyse_models(loaded, inputs, options, memory=memory, scratch=folder, progress=progress)
                 table = write_tables(folder, found)
-                # The place for pictures: what is written into ``folder`` here appears with the tables, or not at all.
+                pictures = [*pictures_of(table).values()]
+                sections = [Section("Analysis", [*found.notes, *(f"Left out: {what}" for what in found.left_out), *pictures])]
+                (folder / PICTURES).write_text(to_html(f"Analysis of {recipe.name}", sections), encoding="utf-8")
         for item in _summary(table):
             show(item)
         for note in [*notes, *found.notes]:
             typer.echo(f"note: {note}")
         for missing in found.left_out:
             typer.echo(f"left out: {missing}")
-        typer.echo(f"{out}: {len(table):,} numbers (analysis.parquet, analysis.csv) in {time.perf_counter() - started:.1f} s")
+        typer.echo(
+            f"{out}: {len(table):,} numbers (analysis.parquet, analysis.csv), {PICTURES} in {time.perf_counter() - started:.1f} s"
+        )
 
 
 def _summary(table: Any) -> Iterator[Any]:

@@ -38,7 +38,8 @@ def nightly(
 def study(
     file: Annotated[str, typer.Argument(metavar="STUDY", help="Study (YAML): a file or s3://….", show_default=False)],
     write: Annotated[
-        Path | None, typer.Option(help="Markdown file for the results; the figures go into a folder beside it.", show_default="none")
+        Path | None,
+        typer.Option(help="Markdown file for the results; the figures go into a folder beside it.", show_default="none"),
     ] = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Begin with the demo's S3 server, and train the experts that the study names.")

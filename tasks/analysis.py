@@ -22,6 +22,8 @@ from tasks.settings import Places
 from tasks.stages import Step, expert_digests, store_of
 
 PARQUET, CSV, SETTINGS = "analysis.parquet", "analysis.csv", "analysis.json"
+PICTURES = "pictures.html"
+"""What ``ota analyse`` writes beside the tables."""
 TYPES = {
     "analysis": "string", "expert": "string", "other": "string", "layer": "Int64", "role": "string", "variant": "string",
     "measure": "string", "at": "float64", "value": "float64", "unit": "string", "elements": "Int64",

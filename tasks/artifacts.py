@@ -38,10 +38,6 @@ from tasks.tracking_system import sampled
 log = logging.getLogger(__name__)
 
 
-REPORT = "report.html"
-"""What ``ArtifactStore.annotate`` writes beside a merged model; no record lists it."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
     """What a build tells about its output besides the files; it goes into the record."""

@@ -75,7 +75,7 @@ def _questions(documents: list[dict[str, str]], settings: QuestionSettings, want
         others = sorted({text for other, text in continuations.items() if other != digest and text != true})
         rng.shuffle(others)
         size = len(true)
-        others.sort(key=lambda text: abs(len(text) - size))  # noqa: B023 - called at once
+        others.sort(key=lambda text: abs(len(text) - size))
         choices = [true, *rng.sample(others[: 4 * settings.choices], settings.choices - 1)]
         rng.shuffle(choices)
         rows.append({"context": context, "choices": choices, "answer": choices.index(true)})
