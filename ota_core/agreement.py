@@ -1,7 +1,7 @@
 """How far compressed second moments lead to the same saliency as the full ones (methods.md section 2): rank correlation and mask overlap."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -77,10 +77,17 @@ def agreements(
         delta = theta.double() - start.double()
         return [curvature_scores(one, delta) for one in v]
 
+    def pieces(block: Block) -> Iterator[Block]:
+        """Pieces that stay in the cache with the scores of every form."""
+        name, start, stop = block
+        for a, b in row_blocks((stop - start, matrix_shape(shapes[name])[1]), CACHE_ELEMENTS):
+            yield name, start + a, start + b
+
     def count(into: Callable[[int, torch.Tensor], None]) -> None:
         def work(block: Block) -> None:
-            for i, values in enumerate(scores(block)):
-                into(i, values)
+            for piece in pieces(block):
+                for i, values in enumerate(scores(piece)):
+                    into(i, values)
 
         stream.map(work, blocks, what="compare")
 
@@ -99,10 +106,9 @@ def agreements(
     sums, overlaps = PairDots(len(sources)), _Overlaps([0] * len(forms), [0] * len(forms))
 
     def compare(block: Block) -> None:
-        name, start, stop = block
         local, both, either = PairDots(len(sources)), [0] * len(forms), [0] * len(forms)
-        for a, b in row_blocks((stop - start, matrix_shape(shapes[name])[1]), CACHE_ELEMENTS):
-            found = scores((name, start + a, start + b))
+        for piece in pieces(block):
+            found = scores(piece)
             local.add_rows(np.stack([rank_rows(rank, values) for rank, values in zip(ranks, found, strict=True)]))
             masks = [keep(values, tau) for values, tau in zip(found, thresholds, strict=True)]
             for i, mask in enumerate(masks[1:]):

@@ -88,8 +88,9 @@ def _by_cell(
 
     def count(block: Block) -> None:
         local = torch.zeros(len(experts), BINS, dtype=torch.int64)
-        for i, expert in enumerate(experts):
-            count_high(_v(subject, expert, block), local[i])
+        for piece in pieces(subject, block):
+            for i, expert in enumerate(experts):
+                count_high(_v(subject, expert, piece), local[i])
         with lock:
             high[subject.places[block[0].name]] += local
 
