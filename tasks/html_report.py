@@ -81,7 +81,7 @@ _HEADER = template("""
 
 {% if report.model_digest %}<dt>Digest</dt><dd><code>{{ report.model_digest }}</code></dd>{% endif %}
 
-{% if report.record.fingerprint %}<dt>Fingerprint</dt><dd><code>{{ report.record.fingerprint }}</code></dd>{% endif %}
+{% if fingerprint %}<dt>Fingerprint</dt><dd><code>{{ fingerprint }}</code></dd>{% endif %}
 
 {% if report.links %}<dt>See also</dt><dd>
 {% for text, url in report.links.items() %}<a href="{{ url }}" rel="noreferrer">{{ text }}</a>{{ ", " if not loop.last }}{% endfor %}
@@ -101,7 +101,7 @@ def report_html(report: MergeReport) -> str:
     """The page. The same report gives the same bytes. Raises OtaError for scores or an analysis that are not in the agreed form."""
     mood, verdict = _verdict(report)
     header = _HEADER.render(
-        report=report, name=Markup("+<wbr>").join(report.name.split("+")), mood=mood, verdict=verdict, versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        report=report, fingerprint=report.record.get("fingerprint"), name=Markup("+<wbr>").join(report.name.split("+")), mood=mood, verdict=verdict, versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
         experts=[one.name for one in report.inputs if one.role == "expert"],
         base=next((one.source for one in report.inputs if one.role == "base"), None),
     )  # fmt: skip
