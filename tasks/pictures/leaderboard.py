@@ -47,7 +47,7 @@ def _averages(rows: pd.DataFrame, row: alt.Y) -> alt.LayerChart:
     x = alt.X(
         "average:Q",
         title="average score (percent)",
-        axis=alt.Axis(orient="top"),
+        axis=alt.Axis(orient="top", offset=8),
         scale=alt.Scale(domain=[0, min(100.0, 1.05 * top)], nice=True),
     )
     colour = alt.Color(
