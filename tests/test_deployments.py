@@ -57,9 +57,16 @@ def test_prefect_takes_the_file_and_every_name_is_there_once() -> None:
     assert len(PrefectYamlModel.model_validate(RAW).deployments) == len(RAW["deployments"])
     names = [f"{flow_of(one).name}/{one['name']}" for one in RAW["deployments"]]
     assert sorted(names) == sorted(set(names))
-    assert {"merge/merge", "nightly/nightly", "benchmark/benchmark", "study/study", "stage/gpu", "part/cpu", "part/gpu"} == set(
-        names
-    )
+    assert {
+        "merge/merge",
+        "nightly/nightly",
+        "benchmark/benchmark",
+        "study/study",
+        "search/search",
+        "stage/gpu",
+        "part/cpu",
+        "part/gpu",
+    } == set(names)
     assert RAW["prefect-version"].split(".")[:2] == prefect.__version__.split(".")[:2]
 
 
