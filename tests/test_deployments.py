@@ -63,6 +63,7 @@ def test_prefect_takes_the_file_and_every_name_is_there_once() -> None:
         "benchmark/benchmark",
         "study/study",
         "compare/compare",
+        "search/search",
         "stage/gpu",
         "part/cpu",
         "part/gpu",
