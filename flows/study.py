@@ -22,8 +22,9 @@ from flows.merge import merge_flow, score_all
 from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
 from flows.run_log import hide_tracebacks_of_user_errors
-from flows.steps import several_at_once
+from flows.steps import ONE_AT_A_TIME, several_at_once
 from ota_core.artifact import canonical_json
+from ota_core.engine import pick_device
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe import MergeRecipe
 from tasks.scores import ModelScores
@@ -34,6 +35,7 @@ from tasks.study_found import Models, read_all
 from tasks.study_log import log_study, logged_merges
 from tasks.study_report import RESULTS, write_results, write_study
 from tasks.study_scores import CellResult, StudyResults
+from tasks.study_tune import check_splits, chosen, tuned
 from tasks.tracking_run import LoggedRun
 
 hide_tracebacks_of_user_errors()
@@ -138,6 +140,7 @@ class _Run:
         logged = logged_merges(tracking_uri=self.tracking_uri, root=self.where.tracking)
         for number, replicate in enumerate(config.all_replicates()):
             models = Models(replicate, config.limit, self.where, self.recipe_dir)
+            check_splits(models)
             subjects = models.subjects()
             with few_threads(models):
                 refs = score_all(
@@ -169,9 +172,9 @@ class _Run:
 
     def _cell(self, cell: Cell, recipe: MergeRecipe, models: Models, logged: set[str]) -> CellResult:
         """One cell on one replicate, tuned if it is to be: read where it is there, else merged. Raises OtaError."""
-        chosen: dict[str, float] = {}
+        values: dict[str, float] = {}
         if cell.tune:
-            recipe, chosen = tune_cell(cell, recipe, models, self.where, self.device, self.memory)
+            recipe, values = tune_cell(cell, recipe, models, self.device, self.memory)
         known = models.find(recipe)
         if known is None or known[0] not in logged:
             state: Any = merge_flow(
@@ -182,15 +185,20 @@ class _Run:
             if not state.is_completed():
                 raise OtaError(str(state.message))
             self.computed += 1
-        return models.result(cell.label, recipe, chosen)
+        return models.result(cell.label, recipe, values)
 
 
 @task(name="tune", task_run_name="tune {cell.label}", cache_policy=NO_CACHE, persist_result=False)
 def tune_cell(
-    cell: Cell, recipe: MergeRecipe, models: Models, where: Places, device: Device, memory: str
+    cell: Cell, recipe: MergeRecipe, models: Models, device: Device, memory: str
 ) -> tuple[MergeRecipe, dict[str, float]]:
-    """λ and density of one cell on one replicate, by the validation suite. A search that is finished is read."""
-    raise OtaError(f"{cell.label}: tuning is not there yet; remove tune: true from the grid")
+    """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values). On this machine."""
+    folder = models.where.tracking.parent / "searches"
+    with ONE_AT_A_TIME:
+        found = tuned(recipe, cell.tune, models, folder, device=pick_device(device), memory=memory)
+    values = chosen(found, cell.tune)
+    get_run_logger().info("%d trials; best: %s", len(found.trials), ", ".join(f"{k} {v:g}" for k, v in values.items()))
+    return found.best.recipe, values
 
 
 @contextmanager
