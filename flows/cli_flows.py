@@ -1,5 +1,6 @@
 """The commands that run the other flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,28 +37,42 @@ def nightly(
 
 def study(
     file: Annotated[str, typer.Argument(metavar="STUDY", help="Study (YAML): a file or s3://….", show_default=False)],
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Markdown file for the results; the figures go into a folder beside it.", show_default="none"),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Begin with the demo's S3 server, and train the experts that the study names.")
+    ] = False,
     device: Device = "auto",
     memory: Memory = "2GiB",
 ) -> None:
-    """Merge and benchmark every cell of a grid, and compare all."""
-    from flows.single import comparison_table, prepare_prefect
+    """Merge and benchmark every cell of a grid, and write the tables and figures of all."""
+    from flows.single import prepare_prefect
     from ota_core.engine import pick_device
     from ota_core.stream import parse_memory
-    from tasks.scores import render
-    from tasks.settings import places
     from tasks.study import load_study
     from tasks.suites import load_suite
 
     with user_errors():
         config, _ = load_study(file)
-        load_suite(config.suite)
+        for replicate in config.all_replicates():
+            load_suite(replicate.suite)
         parse_memory(memory)
         pick_device(device)
+        command = f"ota study {file}{' --demo' if demo else ''}{f' --write {write}' if write else ''}"
         prepare_prefect()
         from flows.study import study_flow
+        from tasks.study_report import render
 
-        outcomes = study_flow(file, device=device, memory=memory)
-        show(render(comparison_table(outcomes, places()), title=f"Study {config.name}"))
+        if demo:
+            from flows.demo_study import demo_study
+
+            outcome = demo_study(file, config, device=device, memory=memory, write=write, command=command)
+        else:
+            outcome = study_flow(file, device=device, memory=memory, write=write, command=command)
+        for item in render(outcome.folder, write):
+            show(item)
 
 
 def benchmark(

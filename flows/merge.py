@@ -94,7 +94,7 @@ def merge_flow(
     tracking_uri: str | None = None,
     runner: Runner | None = None,
     gpu: str | None = None,
-    registered_model: str = REGISTERED_MODEL,
+    registered_model: str | None = REGISTERED_MODEL,
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -112,7 +112,7 @@ def merge_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         runner: Where the parts of the merge run; OTA_RUNNER or threads by default.
         gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
-        registered_model: The registered model in MLflow that gains a version.
+        registered_model: The registered model in MLflow that gains a version; none: no version.
     """
     use_blocks()
     if isinstance(recipe, str):

@@ -71,7 +71,7 @@ def merge_run(
     scores: dict[str, ArtifactRef],
     refs: dict[str, list[ArtifactRef]],
     where: Places,
-    registered_model: str,
+    registered_model: str | None,
 ) -> MergeRun:
     """Everything that MLflow is told of a merge (names: design.md)."""
     store = stages.store_of(where)

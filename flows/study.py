@@ -1,23 +1,63 @@
-"""A study: every cell of a grid merged and benchmarked, cell by cell cached, and one table of all."""
+"""A study: every cell of a grid merged and scored on every replicate, cell by cell cached; its tables and figures as a folder.
+
+Base and experts are scored first. A cell whose merge, scores and MLflow run are there is read, without a flow run: a study that is
+repeated takes seconds, one that grows computes what is new.
+"""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict
 
 from flows.blocks import use_blocks
 from flows.deployed import cancel_children
-from flows.merge import MergeOutcome, merge_flow
-from flows.pages import show_scores
+from flows.merge import merge_flow, score_all
+from flows.pages import show_markdown, show_mlflow
+from flows.pools import gpu_deployment
 from flows.run_log import hide_tracebacks_of_user_errors
-from flows.single import comparison_table
+from flows.steps import ONE_AT_A_TIME, several_at_once
+from ota_core.artifact import canonical_json
+from ota_core.engine import pick_device
 from ota_core.errors import OtaError, raise_all
-from tasks.settings import Device, places
+from ota_core.recipe import MergeRecipe
+from tasks.scores import ModelScores
+from tasks.settings import Device, Places, places
 from tasks.study import StudyConfig, load_study
+from tasks.study_cells import Cell
+from tasks.study_found import Models, read_all
+from tasks.study_log import log_study, logged_merges
+from tasks.study_report import RESULTS, write_results, write_study
+from tasks.study_scores import CellResult, StudyResults
+from tasks.study_tune import check_splits, chosen, tuned
+from tasks.tracking_run import LoggedRun
 
 hide_tracebacks_of_user_errors()
+
+SMALL_BYTES = 64 * 2**20
+"""Weights of a model below which torch computes with one thread: more of them wait for each other longer than they compute."""
+
+
+class StudyOutcome(BaseModel):
+    """What a study led to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    """results.md, study.html, tables, figures."""
+    cells: dict[str, int]
+    """Label to the number of replicates that were merged and scored."""
+    computed: int
+    """Merges that were not there yet."""
+    results: str
+    """results.md."""
+    logged: LoggedRun
 
 
 def _run_name() -> str:
@@ -27,33 +67,166 @@ def _run_name() -> str:
 
 
 @flow(
-    name="study", flow_run_name=_run_name, persist_result=False, on_cancellation=[cancel_children], on_crashed=[cancel_children]
+    name="study", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
+    on_cancellation=[cancel_children], on_crashed=[cancel_children],
 )  # fmt: skip
 def study_flow(
-    study: StudyConfig | str = "deployments/studies/demo.yaml", device: Device = "auto", memory: str = "2GiB"
-) -> dict[str, MergeOutcome]:
-    """Merge and benchmark every cell of a grid, and compare all. A cell that fails does not stop the others; the run then fails at its end.
+    study: StudyConfig | str = "deployments/studies/demo.yaml",
+    device: Device = "auto",
+    memory: str = "2GiB",
+    write: Path | None = None,
+    recipe_dir: Path | None = None,
+    home: Path | None = None,
+    tracking_uri: str | None = None,
+    command: str | None = None,
+) -> StudyOutcome:
+    """Merge and benchmark every cell of a grid on every replicate, and write the tables and figures of all.
+
+    A cell that fails does not stop the others; the run then fails at its end.
 
     Args:
         study: The study, or where its YAML lies (s3://… or a file).
         device: What to compute on; auto: cuda where there is one.
         memory: Budget of each merge.
+        write: Markdown file for the results, its figures in a folder beside it; the home folder's studies/NAME has them in any case.
+        recipe_dir: Folder that relative paths of a study start from that is given as such.
+        home: Folder for artifacts, caches, studies and the embedded MLflow; OTA_HOME or ~/.ota by default.
+        tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
+        command: What the results say that makes them again.
     """
     use_blocks()
     config, folder = load_study(study) if isinstance(study, str) else (study, None)
-    outcomes: dict[str, MergeOutcome] = {}
-    problems = []
-    for cell, recipe in config.recipes().items():
-        state: Any = merge_flow(
-            recipe, suite=config.suite, data_dir=config.data_dir, limit=config.limit, device=device, memory=memory,
-            recipe_dir=folder, return_state=True,
-        )  # fmt: skip
-        if state.is_completed():
-            outcomes[cell] = state.result()
-        else:
-            problems.append(f"{cell}: {state.message}")
-    if outcomes:
-        show_scores(comparison_table(outcomes, places()), title=f"Study {config.name}")
-    get_run_logger().info("%d cells merged and benchmarked", len(outcomes))
+    recipe_dir, where = recipe_dir or folder, places(home)
+    command = command or f"ota study {study if isinstance(study, str) else config.name}"
+    run = _Run(config, where, recipe_dir, device, memory, home, tracking_uri)
+    results = run.all_cells()
+    problems = list(results.failed)
+    if not results.results:
+        raise_all(problems, OtaError)
+    out = where.tracking.parent / "studies" / config.name
+    tables = write_study(results, out, command=command)
+    if write is not None:
+        write_results(out, results, tables, write, command=command)
+    logged = log_study(
+        config.name, out, params=_params(config), metrics=_metrics(results), tracking_uri=tracking_uri, root=where.tracking
+    )
+    text = (out / RESULTS).read_text(encoding="utf-8")
+    show_markdown("study", text, f"Study {config.name}")
+    show_mlflow(f"study {config.name}", logged.url)
+    get_run_logger().info("%d cells, %d merges of them new: %s", len(results.cells), run.computed, out)
     raise_all(problems, OtaError)
-    return outcomes
+    counts = {cell.label: len(results.of(cell)) for cell in results.cells}
+    return StudyOutcome(folder=out, cells=counts, computed=run.computed, results=text, logged=logged)
+
+
+class _Run:
+    """One run of a study: what all of its cells share."""
+
+    def __init__(
+        self, config: StudyConfig, where: Places, recipe_dir: Path | None, device: Device, memory: str, home: Path | None,
+        tracking_uri: str | None,
+    ) -> None:  # fmt: skip
+        self.config, self.where, self.recipe_dir, self.device, self.memory = config, where, recipe_dir, device, memory
+        self.home, self.tracking_uri, self.computed = home, tracking_uri, 0
+
+    def all_cells(self) -> StudyResults:
+        """Everything merged and scored, replicate by replicate; failed cells are named in the results."""
+        config, cells = self.config, self.config.cells()
+        base: dict[str, ModelScores] = {}
+        alone: dict[str, dict[str, ModelScores]] = {}
+        own: dict[str, str | None] = {}
+        found: list[CellResult] = []
+        failed: dict[str, str] = {}
+        logged = logged_merges(tracking_uri=self.tracking_uri, root=self.where.tracking)
+        for number, replicate in enumerate(config.all_replicates()):
+            models = Models(replicate, config.limit, self.where, self.recipe_dir)
+            check_splits(models)
+            subjects = models.subjects()
+            with few_threads(models):
+                refs = score_all(
+                    subjects,
+                    replicate.suite,
+                    replicate.data_dir,
+                    config.limit,
+                    self.where,
+                    device=self.device,
+                    gpu=gpu_deployment(),
+                )
+                scores = read_all(self.where, refs)
+                base[replicate.name] = scores["base"]
+                names = dict(zip((s.name for s in subjects.values() if s.role == "expert"), config.experts(), strict=True))
+                alone[replicate.name] = {names[s.name]: scores[key] for key, s in subjects.items() if s.role == "expert"}
+                own |= {names[s.name]: s.capability for s in subjects.values() if s.role == "expert"}
+                for cell in cells:
+                    try:
+                        found.append(self._cell(cell, cell.recipes[number], models, logged))
+                    except OtaError as error:
+                        where = f" ({replicate.name})" if replicate.name else ""
+                        failed.setdefault(cell.label, f"{cell.label}{where}: {error}")
+        good = tuple(cell for cell in cells if cell.label not in failed)
+        labels = {cell.label for cell in good}
+        return StudyResults(
+            name=config.name, suite=next(iter(base.values())).suite, experts=own, replicates=tuple(base), base=base, alone=alone, cells=good,
+            results=tuple(one for one in found if one.label in labels), failed=tuple(failed.values()),
+        )  # fmt: skip
+
+    def _cell(self, cell: Cell, recipe: MergeRecipe, models: Models, logged: set[str]) -> CellResult:
+        """One cell on one replicate, tuned if it is to be: read where it is there, else merged. Raises OtaError."""
+        values: dict[str, float] = {}
+        if cell.tune:
+            recipe, values = tune_cell(cell, recipe, models, self.device, self.memory)
+        known = models.find(recipe)
+        if known is None or known[0] not in logged:
+            state: Any = merge_flow(
+                recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
+                memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
+                return_state=True,
+            )  # fmt: skip
+            if not state.is_completed():
+                raise OtaError(str(state.message))
+            self.computed += 1
+        return models.result(cell.label, recipe, values)
+
+
+@task(name="tune", task_run_name="tune {cell.label}", cache_policy=NO_CACHE, persist_result=False)
+def tune_cell(
+    cell: Cell, recipe: MergeRecipe, models: Models, device: Device, memory: str
+) -> tuple[MergeRecipe, dict[str, float]]:
+    """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values). On this machine."""
+    folder = models.where.tracking.parent / "searches"
+    with ONE_AT_A_TIME:
+        found = tuned(recipe, cell.tune, models, folder, device=pick_device(device), memory=memory)
+    values = chosen(found, cell.tune)
+    get_run_logger().info("%d trials; best: %s", len(found.trials), ", ".join(f"{k} {v:g}" for k, v in values.items()))
+    return found.best.recipe, values
+
+
+@contextmanager
+def few_threads(models: Models) -> Iterator[None]:
+    """One thread for torch while small models are merged and scored, as many as before afterwards."""
+    import torch
+
+    assert models.inputs.base is not None
+    size = sum(file.stat().st_size for file in models.inputs.base.path.glob("*.safetensors"))
+    before = torch.get_num_threads()
+    if 0 < size < SMALL_BYTES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _params(config: StudyConfig) -> dict[str, str | int]:
+    return {
+        "suite": config.suite, "experts": ",".join(config.experts()), "cells": len(config.cells()),
+        "replicates": ",".join(one.name for one in config.all_replicates()) or "1", "base_model": config.base_model,
+        "grid": canonical_json([entry.model_dump(mode="json", exclude_defaults=True) for entry in config.grid]),
+    }  # fmt: skip
+
+
+def _metrics(results: StudyResults) -> dict[str, float]:
+    """``score/avg/<cell>`` of each merge of all experts, mean over the replicates."""
+    every = [cell for cell in results.cells if len(cell.experts) == len(results.experts)]
+    values = {f"score/avg/{cell.label}": results.average(results.models(cell)).mean for cell in every}
+    return {name: value for name, value in values.items() if value == value}

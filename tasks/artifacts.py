@@ -31,6 +31,7 @@ from ota_core.errors import ArtifactError, StorageError
 from tasks import storage
 from tasks.processes import is_alive, start_time
 from tasks.storage_cache import USE_NOTED_SECONDS, link_or_copy, locked, note_use, remove_tree
+from tasks.tracking_system import sampled
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class BuildResult:
     results: Mapping[str, Any] = field(default_factory=dict)
     """What the stage measured. Must be the same when the stage runs again."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What does not decide the bytes: device, versions, sources. Host, time and seconds are added by the store."""
+    """What does not decide the bytes: device, versions, sources. Host, time, seconds and what the machine was doing
+    (tasks/tracking_system.py) are added by the store."""
     taken: Mapping[str, str] = field(default_factory=dict)
     """Files that come from other artifacts of the same root: name here → address there. Local ones become hard links (copies across file
     systems); S3 copies its own on the server."""
@@ -95,7 +97,8 @@ class ArtifactStore:
                 return found
             with self._workplace(kind, fingerprint) as temporary:
                 started = time.monotonic()
-                result = build(temporary)
+                with sampled() as system:
+                    result = build(temporary)
                 uri = self._uri(kind, fingerprint)
                 files = dict(sorted((folder_files(temporary) | _take(result.taken, temporary)).items()))
                 if not files:
@@ -110,7 +113,11 @@ class ArtifactStore:
                     inputs=dict(inputs),
                     files=files,
                     results=dict(result.results),
-                    provenance={**_provenance(time.monotonic() - started), **result.provenance},
+                    provenance={
+                        **_provenance(time.monotonic() - started),
+                        **({"system": system.series()} if system else {}),
+                        **result.provenance,
+                    },
                 )
                 if storage.is_s3(uri):
                     return self._publish_remote(temporary, uri, record, result.taken)

@@ -1,5 +1,6 @@
-"""A study: one set of experts, a grid of methods and parameters. Prefect is not needed here."""
+"""A study: one set of experts, a grid of methods, parameters and expert subsets, on one or several replicates. Prefect is not needed here."""
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,10 @@ from ota_core.errors import RecipeError, raise_all
 from ota_core.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
 from tasks.recipes import find_file, parse_config, read_yaml
 from tasks.storage import is_s3
+from tasks.study_cells import Cell, as_subsets, expert_names, join_equal, subset_label, subset_problems, subsets_of
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_TUNABLE = ("lambda", "density")
 
 
 class _Strict(BaseModel):
@@ -17,10 +22,24 @@ class _Strict(BaseModel):
 
 
 class GridEntry(_Strict):
-    """A method, and the values that each of its parameters takes."""
+    """A method, the values that each of its parameters takes, and the experts that it merges."""
 
     merge_method: Method = Field(description="How task vectors are combined.")
     parameters: dict[str, Any] = Field({}, description="Parameter to a value, or to a list of values that are all tried.")
+    experts: tuple[str | tuple[str, ...], ...] = Field(
+        ("all",),
+        description="Subsets of the experts that are merged: all, each (every expert alone, grafted onto the base), pairs, leave_one_out, a name "
+        "or capability, or a list of those.",
+    )
+    tune: bool = Field(
+        False,
+        description="Search its lambda and density, where the entry gives none, within the budget of the study's tune section.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _subsets(cls, raw: Any) -> Any:
+        return {**raw, "experts": as_subsets(raw["experts"])} if isinstance(raw, dict) and "experts" in raw else raw
 
     @model_validator(mode="after")
     def _has_cells(self) -> "GridEntry":
@@ -32,39 +51,181 @@ class GridEntry(_Strict):
         return self
 
 
+class TuneConfig(_Strict):
+    """How grid entries with ``tune: true`` find their λ and density: the same number of trials for each of them, on each replicate."""
+
+    suite: str = Field(description="Suite whose documents decide; they must be others than those of the study's suite.")
+    data_dir: str | None = Field(None, description="Its data, if not the study's.")
+    limit: Annotated[int, Field(ge=1)] = Field(100, description="Documents per task.")
+    trials: Annotated[int, Field(ge=1)] = Field(description="Merges that are scored for each tuned entry, on each replicate.")
+    lambda_: tuple[float, float] = Field((0.3, 3.0), alias="lambda", description="Lowest and highest λ.")
+    density: tuple[float, float] = Field((0.05, 1.0), description="Lowest and highest density, within (0, 1].")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the search.")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "TuneConfig":
+        problems = [
+            f"tune.{name}: got {list(ends)}, expected two ends with low < high"
+            for name, ends in (("lambda", self.lambda_), ("density", self.density))
+            if not ends[0] < ends[1]
+        ]
+        if self.density[0] <= 0 or self.density[1] > 1:
+            problems.append(f"tune.density: got {list(self.density)}, expected ends within (0, 1]")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class Replicate(_Strict):
+    """One set of models that every cell runs on, such as the experts of one training seed."""
+
+    name: str
+    """For tables and logs, such as ``seed=1``; empty where there is only one and nothing to tell apart."""
+    base_model: str
+    models: tuple[ModelEntry, ...]
+    suite: str
+    data_dir: str | None
+    tune: TuneConfig | None
+
+
 class StudyConfig(_Strict):
     """One study."""
 
-    name: str = Field(min_length=1, description="Its name in tables.")
+    name: str = Field(min_length=1, pattern=r"^[^./'`][^/'`]*$", description="Its name in tables and folders.")
     base_model: str = Field(description="The model that all experts were fine-tuned from.")
     models: Annotated[tuple[ModelEntry, ...], Field(min_length=1)] = Field(description="The experts.")
+    replicates: dict[str, tuple[str | int, ...]] = Field(
+        {},
+        description="Placeholder to its values: with seed: [1, 2, 3], {seed} in the addresses of models, data and suites is 1, then 2, then 3, "
+        "every cell runs on each, and tables show means with standard errors.",
+    )
     grid: Annotated[tuple[GridEntry, ...], Field(min_length=1)] = Field(
         description="Methods and values; each combination is a merge."
     )
+    tune: TuneConfig | None = Field(None, description="Budget of the entries that are tuned.")
     dtype: DType | None = Field(None, description="Data type of the outputs.")
     suite: str = Field(description="Benchmark suite: a name in deployments/suites or a file.")
     data_dir: str | None = Field(None, description="Data of a local suite: a folder or s3://….")
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents per task.")
 
-    def recipes(self) -> dict[str, MergeRecipe]:
-        """Every cell's recipe under a name that tells it from the others, in the order of the grid. Raises RecipeError with the problems of all."""
-        found: dict[str, MergeRecipe] = {}
-        problems = []
-        models = [one.model_dump(mode="json", by_alias=True, exclude_none=True) for one in self.models]
+    @model_validator(mode="after")
+    def _fits_together(self) -> "StudyConfig":
+        names = expert_names(self.models)
+        problems = [*_replicate_problems(self)]
+        for number, entry in enumerate(self.grid):
+            problems += [f"grid[{number}].{line}" for line in subset_problems(entry.experts, self.models, names)]
+            if entry.tune and self.tune is None:
+                problems.append(f"grid[{number}].tune: the study has no section 'tune' with the suite and the number of trials")
+        if self.tune is not None and not any(entry.tune for entry in self.grid):
+            problems.append("tune: no entry of the grid says tune: true; remove the section, or tune an entry")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def all_replicates(self) -> tuple[Replicate, ...]:
+        """The sets of models that every cell runs on; one with an empty name where the study names none."""
+        count = min((len(values) for values in self.replicates.values()), default=1)
+        found = []
+        for i in range(count):
+            values = {key: str(given[i]) for key, given in self.replicates.items()}
+            found.append(
+                Replicate(
+                    name=" ".join(f"{key}={value}" for key, value in values.items()),
+                    base_model=_fill(self.base_model, values),
+                    models=tuple(_fill_model(model, values) for model in self.models),
+                    suite=_fill(self.suite, values),
+                    data_dir=_fill(self.data_dir, values) if self.data_dir else None,
+                    tune=self.tune and _fill_tune(self.tune, values, self.data_dir),
+                )
+            )
+        return tuple(found)
+
+    def cells(self) -> tuple[Cell, ...]:
+        """Every cell in the order of the grid, each with a label of its own; what is equal in effect is one cell.
+
+        Raises RecipeError with the problems of all.
+        """
+        found: list[Cell] = []
+        problems: list[str] = []
+        names, replicates = expert_names(self.models), self.all_replicates()
         for number, entry in enumerate(self.grid):
             values = [value if isinstance(value, list) else [value] for value in entry.parameters.values()]
-            for chosen in product(*values):
-                raw: dict[str, Any] = {
-                    "merge_method": entry.merge_method, "base_model": self.base_model, "models": models, "dtype": self.dtype,
-                    "parameters": dict(zip(entry.parameters, chosen, strict=True)),
-                }  # fmt: skip
-                try:
-                    cell = " ".join([entry.merge_method, *(f"{key}={value}" for key, value in raw["parameters"].items())])
-                    found[cell] = parse_recipe(raw, f"study '{self.name}', grid[{number}] ({cell})")
-                except RecipeError as error:
-                    problems += error.problems
+            for chosen, subset in product(product(*values), subsets_of(entry.experts, self.models, names)):
+                parameters = dict(zip(entry.parameters, chosen, strict=True))
+                words = [entry.merge_method, *(f"{key}={value}" for key, value in parameters.items())]
+                label = " ".join([*words, *(["tuned"] if entry.tune else []), *subset_label(subset, names)])
+                recipes = []
+                for one in replicates:
+                    models = [one.models[i].model_dump(mode="json", by_alias=True, exclude_none=True) for i in subset]
+                    raw: dict[str, Any] = {
+                        "merge_method": entry.merge_method, "base_model": one.base_model, "models": models, "dtype": self.dtype,
+                        "parameters": parameters,
+                    }  # fmt: skip
+                    try:
+                        recipes.append(parse_recipe(raw, f"study '{self.name}', grid[{number}] ({label})"))
+                    except RecipeError as error:
+                        problems += error.problems
+                        break
+                else:
+                    tunable = _tunable(recipes[0], parameters) if entry.tune else ()
+                    if entry.tune and not tunable:
+                        problems.append(
+                            f"study '{self.name}', grid[{number}] ({label}): there is nothing to tune; {entry.merge_method} needs lambda or density "
+                            "that the entry does not give; remove tune"
+                        )
+                    found.append(Cell(label=label, experts=tuple(names[i] for i in subset), recipes=tuple(recipes), tune=tunable))
         raise_all(list(dict.fromkeys(problems)), RecipeError)
-        return found
+        return join_equal(found)
+
+    def experts(self) -> tuple[str, ...]:
+        """The experts' names, as cells and tables call them."""
+        return tuple(expert_names(self.models))
+
+
+def _tunable(recipe: MergeRecipe, given: dict[str, Any]) -> tuple[str, ...]:
+    """Which of λ and density this method uses and the grid leaves open."""
+    effective = recipe.effective()
+    return tuple(key for key in _TUNABLE if key not in given and key in {*effective["parameters"], *effective["experts"][0]})
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
+
+
+def _fill_model(model: ModelEntry, values: dict[str, str]) -> ModelEntry:
+    own = model.parameters.preconditioner_path
+    parameters = model.parameters.model_copy(update={"preconditioner_path": own and _fill(own, values)})
+    return model.model_copy(update={"model": _fill(model.model, values), "parameters": parameters})
+
+
+def _fill_tune(tune: TuneConfig, values: dict[str, str], data_dir: str | None) -> TuneConfig:
+    data = tune.data_dir or data_dir
+    return tune.model_copy(update={"suite": _fill(tune.suite, values), "data_dir": data and _fill(data, values)})
+
+
+def _replicate_problems(study: StudyConfig) -> list[str]:
+    """Lists that do not go together, placeholders that nobody fills, values that change nothing."""
+    problems = []
+    lengths = {key: len(values) for key, values in study.replicates.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        seen = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        problems.append(f"replicates: {seen}; expected lists of one length, replicate i takes the i-th value of each")
+    for key, values in study.replicates.items():
+        if len(set(map(str, values))) < len(values) and len(study.replicates) == 1:
+            problems.append(f"replicates.{key}: got {list(values)}, a value twice; the same models are no second replicate")
+    own = [one.parameters.preconditioner_path for one in study.models]
+    models = [study.base_model, *(one.model for one in study.models)]
+    addresses = [*models, *own, study.suite, study.data_dir]
+    if study.tune is not None:
+        addresses += [study.tune.suite, study.tune.data_dir]
+    used = {match for text in addresses if text for match in _PLACEHOLDER.findall(text)}
+    problems += [
+        f"replicates: {{{key}}} has no values; write replicates: {{{key}: [...]}}" for key in sorted(used - set(study.replicates))
+    ]
+    for key in study.replicates:
+        if not any(f"{{{key}}}" in text for text in models):
+            problems.append(f"replicates.{key}: no model's address holds {{{key}}}; every replicate would be the same")
+    return problems
 
 
 def load_study(uri: str) -> tuple[StudyConfig, Path | None]:
@@ -73,5 +234,5 @@ def load_study(uri: str) -> tuple[StudyConfig, Path | None]:
     Raises RecipeError with every problem, StorageError.
     """
     study = parse_config(StudyConfig, read_yaml(uri), uri)
-    study.recipes()
+    study.cells()
     return study, None if is_s3(uri) else find_file(uri).resolve().parent

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from ota_core.artifact import RECORD
+from ota_core.artifact import RECORD, fingerprint
+from ota_core.errors import OtaError
+from tasks.scores import ModelScores
+from tasks.suites import Suite
+from tasks.tracking_system import SystemPoint
 
 TAG_FINGERPRINT = "recipe_fingerprint"
 TAG_FLOW_RUN = "prefect_flow_run_id"
@@ -20,6 +26,15 @@ REFERENCE = "model"
 SCORES_CSV = "tables/scores.csv"
 SCORES_JSON = "tables/scores.json"
 SCORES_PNG = "plots/scores.png"
+SAMPLES = "tables/samples.json.gz"
+"""Every document's score of every benchmarked model, for paired comparisons: a ``Benchmarked`` as JSON."""
+TAG_SUITE = "suite"
+TAG_SUITE_KEY = "suite_key"
+"""Equal for runs whose scores compare: the same tasks, settings, limit, lm-eval and data."""
+TAG_LIMIT = "limit"
+TAG_DATA = "data_digest"
+TAG_CAPABILITIES = "capabilities"
+"""JSON list, in the suite's order. A run that was scored on two suites keeps metrics of both; these are of the last."""
 
 _NO_QUOTES = r"^[^'`\s]+$"  # tags that runs are searched by
 
@@ -36,6 +51,61 @@ class InputRef(_Frozen):
     """Resolved: ``s3://…``, a folder, or a Hugging Face id with its revision."""
     digest: str
     role: Literal["base", "expert", "data"]
+
+
+class Benchmarked(_Frozen):
+    """What the models of a merge scored, document by document, and on what."""
+
+    suite: Suite
+    data_digest: str | None
+    """Of the folder with the documents; None for a suite that reads public ones, which lm-eval's version names."""
+    models: dict[str, ModelScores] = Field(min_length=1)
+    """``base``, ``expert/<name>`` and ``merged``."""
+
+    @property
+    def merged(self) -> ModelScores:
+        return self.models["merged"]
+
+    def key(self) -> str:
+        """What two merges must share for their scores to compare, 12 hex digits."""
+        return fingerprint("scores", {"suite": self.merged.suite_digest, "limit": self.merged.limit},
+                           {"data": self.data_digest or "none"})[:12]  # fmt: skip
+
+    def tags(self) -> dict[str, str]:
+        """What a run says of its benchmark."""
+        tags = {
+            TAG_SUITE: self.merged.suite,
+            TAG_SUITE_KEY: self.key(),
+            TAG_LIMIT: str(self.merged.limit or "none"),
+            TAG_CAPABILITIES: json.dumps(list(self.merged.capabilities)),
+        }
+        return tags | ({TAG_DATA: self.data_digest} if self.data_digest else {})
+
+    def to_bytes(self) -> bytes:
+        """JSON in gzip; the same scores give the same bytes."""
+        return gzip.compress(self.model_dump_json().encode(), mtime=0)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Benchmarked:
+        """What ``to_bytes`` gave. Raises OtaError for anything else."""
+        try:
+            return cls.model_validate_json(gzip.decompress(content))
+        except (OSError, EOFError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise OtaError(f"this is no table of document scores as this version logs them ({first}); log the merge again") from None
+
+
+def uncertainty(scores: ModelScores) -> dict[str, float]:
+    """Metrics that tell how sure the scores are: ``score_stderr/<capability>`` where lm-eval gives one, ``documents/<capability>``.
+
+    ``score_stderr/avg`` is there when every measured capability has its own: the capabilities' documents are independent.
+    """
+    measured = {name: one for name, one in scores.capabilities.items() if one.score is not None}
+    errors = {name: one.stderr for name, one in measured.items() if one.stderr is not None}
+    metrics = {f"score_stderr/{name}": error for name, error in errors.items()}
+    if measured and len(errors) == len(measured):
+        metrics["score_stderr/avg"] = math.hypot(*errors.values()) / len(errors)
+    return metrics | {f"documents/{name}": float(one.n_samples) for name, one in measured.items()}
 
 
 class ChildRun(_Frozen):
@@ -63,11 +133,14 @@ class MergeRun(_Frozen):
     model_uri: str = Field(min_length=1)
     """Where the merged weights lie: ``s3://…`` or a folder."""
     model_digest: str = Field(pattern=_NO_QUOTES)
-    registered_model: str = REGISTERED_MODEL
-    """The registered model that gains a version."""
+    registered_model: str | None = REGISTERED_MODEL
+    """The registered model that gains a version; None for a merge that nobody means to serve, such as a study's."""
     model_card: str | None = None
     inputs: list[InputRef] = []
     children: list[ChildRun] = []
+    benchmarked: Benchmarked | None = None
+    system: list[SystemPoint] = []
+    """What the machines were doing while the stages of this merge ran."""
     table: list[dict[str, str | float | None]] = []
     """Rows of the table of scores: ``model``, ``role``, optionally ``capability``; per capability its score in 0…1 (null: not
     measured) and optionally ``<capability>_stderr``; further columns such as ``average`` and ``retention``."""
@@ -114,6 +187,9 @@ def write_artifacts(folder: Path, run: MergeRun) -> None:
     }
     if run.model_card is not None:
         files["README.md"] = run.model_card
+    if run.benchmarked is not None:
+        (folder / SAMPLES).parent.mkdir(parents=True)
+        (folder / SAMPLES).write_bytes(run.benchmarked.to_bytes())
     if run.table:
         table = pd.DataFrame(run.table)
         files[SCORES_CSV] = table.to_csv(index=False)

@@ -1,21 +1,26 @@
-"""Studies in this process: cells that fail stop no others, cells that were merged are found, one table of all."""
+"""Studies in this process: cells that fail stop no others, cells that were merged are found, tables and figures of all."""
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.study import study_flow
+from tasks.settings import places
+from tasks.stages import read_scores
+from tasks.storage import upload_folder
 from tasks.study import StudyConfig
 from tests.flows.merge_fixture import EXPERTS, RUN, World
 from tests.flows.nightly_fixture import artifacts_of
 from tests.flows.prefect_fixture import flow_run_name
+from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
 
 
 @pytest.fixture
@@ -34,20 +39,118 @@ def raw(world: World, *grid: dict[str, Any], **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+def run(config: dict[str, Any], **options: Any) -> Any:
+    return study_flow(StudyConfig.model_validate(config), device="cpu", memory="256MiB", return_state=True, **options)
+
+
 def test_every_cell_is_merged_once_and_compared(here: World, counts: Counter[str]) -> None:
-    state: Any = study_flow(StudyConfig.model_validate(raw(here)), device="cpu", memory="256MiB", return_state=True)
-    outcomes = state.result()
-    assert list(outcomes) == ["ties density=0.2", "ties density=0.6", "linear"]
-    assert counts["merge"] == 3 and counts["score"] == 6 and len({one.digest for one in outcomes.values()}) == 3
+    state = run(raw(here))
+    outcome = state.result()
+    assert outcome.cells == {"ties density=0.2": 1, "ties density=0.6": 1, "linear": 1} and outcome.computed == 3
+    assert counts["merge"] == 3 and counts["score"] == 6
     id = state.state_details.flow_run_id
     assert flow_run_name(id) == "study small"
-    table = artifacts_of(id)["scores"]
-    assert [row["model"] for row in json.loads(table.data)] == ["base", *EXPERTS, *outcomes]
-    assert table.description.startswith("Study small. ")
+    page = artifacts_of(id)["study"]
+    assert page.data == (outcome.folder / "results.md").read_text() and page.description == "Study small"
+    methods = pd.read_csv(outcome.folder / "tables" / "methods.csv")
+    assert list(methods["model"]) == ["base", *EXPERTS, "ties density=0.2", "linear"]
     counts.clear()
-    more = StudyConfig.model_validate(raw(here, {"merge_method": "ties", "parameters": {"density": [0.2, 0.6, 0.9]}}))
-    assert len(study_flow(more, device="cpu", memory="256MiB")) == 3
+    more = run(raw(here, {"merge_method": "ties", "parameters": {"density": [0.2, 0.6, 0.9]}})).result()
+    assert len(more.cells) == 3 and more.computed == 1
     assert counts["merge"] == counts["score"] == 1
+
+
+def test_scores_in_the_tables_are_those_that_the_merge_flow_measures(here: World) -> None:
+    outcome = run(raw(here, {"merge_method": "linear"})).result()
+    merged = here.run(here.recipe("linear", base=True)).outcome
+    where = places(here.home)
+    scores = {key: read_scores(where, ref).by_capability() for key, ref in merged.scores.items()}
+    table = pd.read_csv(outcome.folder / "tables" / "methods.csv").set_index("model")
+    for row, key in {"base": "base", "math": "expert/math", "linear": "merged"}.items():
+        assert {name: table.loc[row, name] for name in scores[key]} == scores[key]
+
+
+def test_a_study_that_is_repeated_runs_nothing_and_writes_the_same(here: World, counts: Counter[str]) -> None:
+    grid = {"merge_method": "ota", "parameters": {"density": 0.5, "compression": ["none", "rank1"]}, "experts": ["all", "each"]}
+    first = run(raw(here, grid, name="again")).result()
+    before = {path: path.read_bytes() for path in sorted(first.folder.rglob("*")) if path.is_file()}
+    counts.clear()
+    second = run(raw(here, grid, name="again")).result()
+    assert second.computed == 0 and not counts["merge"] and not counts["score"] and len(before) > 8
+    assert {path: path.read_bytes() for path in before} == before
+    table = pd.read_csv(first.folder / "tables" / "compression.csv")
+    assert list(table["second moments"]) == ["full", "rank 1"]
+    assert table["bytes/parameter"][0] == pytest.approx(4, abs=0.01) and table["√v error"][0] == 0
+    assert table["bytes/parameter"][1] < 4 and table["√v error"][1] > 0
+
+
+def test_a_merge_that_was_never_logged_is_logged(here: World) -> None:
+    """Killed between scores and log: the artifacts are there, the run is not."""
+    first = run(raw(here, {"merge_method": "task_arithmetic"}, name="killed")).result()
+    client = MlflowClient(here.tracking_uri)
+    experiment = client.get_experiment_by_name("ota-merging").experiment_id
+    for one in client.search_runs([experiment], "params.merge_method = 'task_arithmetic'"):
+        client.delete_run(one.info.run_id)
+    assert first.computed == 1 and run(raw(here, {"merge_method": "task_arithmetic"}, name="killed")).result().computed == 1
+    assert len(client.search_runs([experiment], "params.merge_method = 'task_arithmetic'")) == 1
+
+
+def test_merges_of_a_study_are_no_candidates_for_serving(here: World) -> None:
+    run(raw(here, {"merge_method": "breadcrumbs", "parameters": {"density": 0.3}}, name="unregistered")).result()
+    client = MlflowClient(here.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name("ota-merging").experiment_id], "params.merge_method = 'breadcrumbs'")
+    assert len(runs) == 1 and not [v for v in client.search_model_versions() if v.run_id == runs[0].info.run_id]
+
+
+def test_the_summary_in_mlflow_is_one_run_however_often_the_study_runs(here: World) -> None:
+    for grid in ({"merge_method": "linear"}, {"merge_method": "ties", "parameters": {"density": [0.2, 0.6]}}):
+        outcome = run(raw(here, grid, name="summary")).result()
+    client = MlflowClient(here.tracking_uri)
+    (one,) = client.search_runs([outcome.logged.experiment_id], "tags.study = 'summary'")
+    assert one.info.run_id == outcome.logged.run_id and one.data.tags["role"] == "study" and one.info.status == "FINISHED"
+    assert {"results.md", "study.html", "tables", "figures"} <= {found.path for found in client.list_artifacts(one.info.run_id)}
+    assert {"score/avg/ties density.0.2", "score/avg/ties density.0.6"} <= set(one.data.metrics)
+
+
+def test_replicates_give_means_over_them(here: World) -> None:
+    """The second replicate is the first with other experts; base and data are shared."""
+    swapped = {"math": "knowledge", "knowledge": "math"}
+    for name in EXPERTS:
+        for seed, source in (("1", name), ("2", swapped[name])):
+            upload_folder(here.models / source, f"{here.uri}/replicates/{name}/{seed}", last="expert.json")
+    models = [{"model": f"{here.uri}/replicates/{name}/{{seed}}", "capability": name} for name in EXPERTS]
+    config = raw(here, {"merge_method": "linear"}, {"merge_method": "ties", "parameters": {"density": 0.3}},
+                 name="twice", models=models, replicates={"seed": [1, 2]})  # fmt: skip
+    outcome = run(config).result()
+    assert outcome.cells == {"linear": 2, "ties density=0.3": 2}
+    scores = pd.read_csv(outcome.folder / "tables" / "scores.csv")
+    mine = scores[(scores["model"] == "math") & (scores["capability"] == "knowledge")].set_index("replicate")["score"]
+    table = pd.read_csv(outcome.folder / "tables" / "methods.csv").set_index("model")
+    assert table.loc["math", "knowledge"] == pytest.approx(mine.mean())
+    assert table.loc["math", "knowledge_se"] == pytest.approx(mine.std() / 2**0.5)
+    assert "over 2 replicates" in outcome.results
+
+
+def test_tuned_cells_are_chosen_on_other_documents(here: World, tmp_path: Path, counts: Counter[str]) -> None:
+    """The validation suite has sums and facts of its own; a suite that shares documents with the test is refused."""
+    suite, data = write_tiny_suite(tmp_path / "validation", n=9)
+    shifted = read_rows(data / "sums.jsonl"), read_rows(data / "facts.jsonl")
+    for rows, name in zip(shifted, ("sums", "facts"), strict=True):
+        write_rows(data / f"{name}.jsonl", [row | {"prompt": f"Now: {row['prompt']}"} for row in rows])
+    tune = {"suite": str(suite), "data_dir": str(data), "trials": 3, "limit": 4}
+    grid = [{"merge_method": "ties", "tune": True}, {"merge_method": "task_arithmetic", "tune": True}]
+    config = raw(here, *grid, name="tuned", tune=tune)
+    outcome = run(config).result()
+    assert outcome.cells == {"ties tuned": 1, "task_arithmetic tuned": 1}
+    assert counts["merge"] == 2 * 3 + 2, "three trials of each method, then the winners for the test"
+    found = pd.read_csv(outcome.folder / "tables" / "tuning.csv").set_index("model")
+    assert 0.05 <= found.loc["ties tuned", "density"] <= 1 and 0.3 <= found.loc["task_arithmetic tuned", "lambda"] <= 3
+    assert pd.isna(found.loc["task_arithmetic tuned", "density"])
+    counts.clear()
+    again = run(config).result()
+    assert again.results == outcome.results and not counts["merge"] and not counts["score"]
+    state = run(raw(here, *grid, name="tuned", tune=tune | {"suite": str(here.suite), "data_dir": str(here.data)}))
+    assert state.is_failed() and "cannot be judged on them" in state.message
 
 
 def test_a_cell_that_fails_stops_no_other(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,32 +160,43 @@ def test_a_cell_that_fails_stops_no_other(here: World, monkeypatch: pytest.Monke
     whole = stages.merge
 
     def failing(places: Any, step: Any, recipe: Any, *args: Any, **kwargs: Any) -> Any:
-        if recipe.merge_method == "breadcrumbs":
+        if recipe.merge_method == "dare_ties":
             raise CheckpointError("the tensor t is not there")
         return whole(places, step, recipe, *args, **kwargs)
 
     monkeypatch.setattr(stages, "merge", failing)
-    config = StudyConfig.model_validate(raw(here, {"merge_method": "breadcrumbs"}, {"merge_method": "task_arithmetic"}))
-    state: Any = study_flow(config, device="cpu", memory="256MiB", return_state=True)
-    assert state.is_failed() and re.search(r"breadcrumbs: .*the tensor t is not there", state.message)
-    table = artifacts_of(state.state_details.flow_run_id)["scores"]
-    assert [row["model"] for row in json.loads(table.data)] == ["base", *EXPERTS, "task_arithmetic"]
+    state = run(raw(here, {"merge_method": "dare_ties"}, {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}}))
+    assert state.is_failed() and re.search(r"dare_ties: .*the tensor t is not there", state.message)
+    page = str(artifacts_of(state.state_details.flow_run_id)["study"].data)
+    assert "| task_arithmetic lambda=0.5 |" in page and "| dare_ties" not in page
+    assert "Left out, because it failed: dare_ties: " in page
 
 
 def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["study", *map(str, arguments)])
 
 
-def test_ota_study_prints_the_table_and_paths_start_at_the_file(here: World) -> None:
+def test_ota_study_prints_the_table_and_paths_start_at_the_file(here: World, tmp_path: Path) -> None:
     """The models are named relative to the study's file."""
     models = [{"model": f"./{name}", "capability": name} for name in EXPERTS]
-    file = here.models / "small-study.yaml"
+    file, written = here.models / "small-study.yaml", tmp_path / "results.md"
     file.write_text(yaml.safe_dump(raw(here, {"merge_method": "linear"}, base_model="./base", models=models)))
-    done = invoke(file, "--device", "cpu", "--memory", "256MiB")
+    done = invoke(file, "--device", "cpu", "--memory", "256MiB", "--write", written)
     assert done.exit_code == 0, (done.output, done.exception)
-    assert "Study small" in done.stdout
     for row in ("base", *EXPERTS, "linear"):
         assert re.search(rf"^ *{row} ", done.stdout, re.MULTILINE), (row, done.stdout)
+    text = written.read_text()
+    assert f"`ota study {file} --write {written}`" in text and "| linear |" in text
+    assert (tmp_path / "results" / "methods.png").is_file()
+    assert f"results: {written}" in done.stdout.replace("\n", "")
+
+
+def test_ota_study_demo_wants_the_demos_experts(here: World, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw(here)))
+    done = invoke(tmp_path / "study.yaml", "--demo")
+    assert (
+        done.exit_code == 2 and "is not of the demo's experts: expected base_model s3://ota-demo/models/seed{seed}" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

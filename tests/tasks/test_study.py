@@ -28,7 +28,7 @@ def problems(folder: Path, **changes: Any) -> tuple[str, ...]:
 
 
 def test_every_combination_is_a_cell_in_the_order_of_the_grid() -> None:
-    recipes = StudyConfig.model_validate(RAW | {"dtype": "float32"}).recipes()
+    recipes = {one.label: one.recipes[0] for one in StudyConfig.model_validate(RAW | {"dtype": "float32"}).cells()}
     assert list(recipes) == [
         "ota density=0.1 lambda=1 compression=rank1",
         "ota density=0.1 lambda=0.5 compression=rank1",
@@ -45,8 +45,8 @@ def test_every_combination_is_a_cell_in_the_order_of_the_grid() -> None:
 
 def test_mergekits_spellings_are_understood() -> None:
     grid = [{"merge_method": "ota", "parameters": {"rank1_approx": [True, False]}}]
-    recipes = StudyConfig.model_validate(RAW | {"grid": grid}).recipes()
-    assert [recipe.setting("compression") for recipe in recipes.values()] == ["rank1", "none"]
+    cells = StudyConfig.model_validate(RAW | {"grid": grid}).cells()
+    assert [cell.recipes[0].setting("compression") for cell in cells] == ["rank1", "none"]
 
 
 def test_the_folder_is_where_relative_paths_start(tmp_path: Path, s3_server: S3Test) -> None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 import tasks.registry as registry
 import tasks.tracking as tracking
+import tasks.tracking_write as tracking_write
 from ota_core.errors import StorageError
 from tasks.tracking import LoggedRun, MergeRun, log_merge
 from tests.tasks.mlflow_server import a_merge, free_port, mlflow_server
@@ -143,7 +144,7 @@ def test_new_scores_update_the_run_and_a_param_keeps_its_first_value(root: Path,
     assert "/mirror/base" in caplog.text
 
 
-@pytest.mark.parametrize("broken", ["_log_values", "_log_artifacts", "_log_child", "register_version"])
+@pytest.mark.parametrize("broken", ["log_values", "_log_artifacts", "_log_child", "register_version"])
 def test_a_failure_in_the_middle_is_finished_by_the_next_call(root: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
     run = a_merge()
@@ -166,7 +167,7 @@ def test_an_error_of_the_program_passes_unchanged(root: Path, monkeypatch: pytes
     def wrong(*args: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(tracking, "_log_values", wrong)
+    monkeypatch.setattr(tracking, "log_values", wrong)
     with pytest.raises(KeyError, match="a bug"):
         log_merge(a_merge(), root=root)
 
@@ -228,13 +229,13 @@ def test_threads_that_log_one_merge_on_a_server_agree_on_one_run(server: str) ->
 def test_clients_that_make_one_run_at_once_agree_on_the_older(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = a_merge()
     first = log_merge(run, root=root)
-    look, looks = tracking._find, []
+    look, looks = tracking_write.find, []
 
     def too_early(client: MlflowClient, experiment: str, identity: dict[str, str]) -> object:
         looks.append(identity)
         return None if looks.count(identity) == 1 else look(client, experiment, identity)  # the other is there at the second look
 
-    monkeypatch.setattr(tracking, "_find", too_early)
+    monkeypatch.setattr(tracking_write, "find", too_early)
     assert log_merge(run, root=root) == first
     client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
     assert len(looks) == 2 * (1 + len(run.children))

@@ -1,0 +1,314 @@
+"""A search for the densities and λ of a recipe: base and experts scored once, then trial by trial merged, scored, reported, logged.
+
+What is searched, how, and how far: tasks/search_config.py. An interrupted run goes on with the trial that it had begun.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import flow, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import PrefectException
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict
+
+from flows.blocks import use_blocks
+from flows.deployed import cancel_children
+from flows.merge import MergeOutcome, _fetch_all, merge_flow, score_all
+from flows.pages import show_markdown, show_mlflow
+from flows.pools import gpu_deployment
+from flows.report import merge_label, merge_name
+from flows.run_log import Progress, hide_tracebacks_of_user_errors
+from flows.search_pool import PoolModels
+from flows.spread import results
+from flows.steps import ONE_AT_A_TIME, compress, missing, several_at_once
+from ota_core.artifact import ArtifactRef, canonical_json
+from ota_core.engine import pick_device
+from ota_core.errors import OtaError
+from ota_core.inputs import ExpertInput, MergeInputs
+from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.stream import parse_memory
+from tasks import search_log, stages
+from tasks.search import Point, Search, Trial, Tuned
+from tasks.search_config import SearchConfig, floors_of, load_search, recipe_of
+from tasks.search_log import SearchRun
+from tasks.search_merge import TrialModels
+from tasks.search_overlap import check_apart
+from tasks.search_result import files, markdown, recipe_text, verdict
+from tasks.settings import Device, Places, places
+from tasks.sources import MergeSources
+from tasks.stages import Subject
+from tasks.storage import Fetched, write_note
+from tasks.suites import Suite, load_suite
+from tasks.tracking import LoggedRun
+
+hide_tracebacks_of_user_errors()
+
+
+class SearchOutcome(BaseModel):
+    """What a search led to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tuned: Tuned
+    recipe: str
+    """The winner's recipe as YAML."""
+    test: MergeOutcome | None
+    """The winner on the suite that judges it."""
+    logged: LoggedRun
+
+
+def _run_name() -> str:
+    given = flow_run.parameters["search"]
+    try:
+        if isinstance(given, str):
+            return f"search {Path(given).stem}"
+        recipe = SearchConfig.model_validate(given).recipe
+        return f"search {Path(recipe).stem if isinstance(recipe, str) else merge_name(recipe)}"
+    except (OtaError, ValueError):
+        return "search"  # the flow says what is wrong with it
+
+
+@flow(
+    name="search", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
+    on_cancellation=[cancel_children], on_crashed=[cancel_children],
+)  # fmt: skip
+def search_flow(
+    search: SearchConfig | str,
+    out: str | None = None,
+    device: Device = "auto",
+    memory: str = "2GiB",
+    recipe_dir: Path | None = None,
+    home: Path | None = None,
+    artifacts: str | None = None,
+    tracking_uri: str | None = None,
+    gpu: str | None = None,
+) -> SearchOutcome:
+    """Find the densities and λ with the best average under a floor for each capability, within a budget of evaluations.
+
+    Args:
+        search: The search, or where its YAML lies (s3://… or a file).
+        out: Where to write the winner's recipe, a file or s3://…; it is kept in MLflow in any case.
+        device: What to compute on; auto: cuda where there is one.
+        memory: Budget of each merge.
+        recipe_dir: Folder that relative paths of a recipe start from that is given as such.
+        home: Folder for artifacts, caches, trials and the embedded MLflow; OTA_HOME or ~/.ota by default.
+        artifacts: Root of the artifacts, a folder or s3://…, if not in home.
+        tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
+        gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
+    """
+    use_blocks()
+    config = load_search(search) if isinstance(search, str) else search
+    recipe, folder = recipe_of(config)
+    recipe_dir = recipe_dir or folder
+    tests, where, gpu = load_suite(config.suite), places(home, artifacts), gpu or gpu_deployment()
+    here = "cpu" if gpu else pick_device(device)
+    parse_memory(memory)
+    data = stages.bring_data(config.data_dir, where)
+    stages.check_suite(tests, data, config.budget.rungs[-1])
+    test_data_dir = config.test_data_dir or config.data_dir
+    if config.test:
+        judge, judge_data = load_suite(config.test), stages.bring_data(test_data_dir, where)
+        stages.check_suite(judge, judge_data, None)
+        compared = check_apart(tests, data, judge, judge_data)
+        get_run_logger().info("%s and %s share none of their %d documents", tests.name, judge.name, compared)
+
+    fetched = _fetch_all(recipe, recipe_dir, where, None)
+    inputs = stages.inputs_of(recipe, fetched, where, recipe_dir)
+    stages.output_files(recipe, inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
+    moments = _compressed(recipe, inputs, where, memory)
+    reference = _References(config, tests, inputs, fetched, where, device=device, gpu=gpu)
+
+    tried = Search(
+        recipe, config.space, config.budget, floors=reference.floors, seed=config.seed, storage=where.tracking.parent / "searches",
+        identity=_identity(recipe, inputs, tests, data), names=[expert.name for expert in inputs.experts],
+    )  # fmt: skip
+    logging: dict[str, Any] = {"tracking_uri": tracking_uri, "root": where.tracking}
+    with ExitStack() as stack:
+        stack.enter_context(tried)
+        models: TrialModels | PoolModels
+        if gpu:
+            sources = _with_compressed(MergeSources.of(recipe, inputs, fetched), moments)
+            models = PoolModels(
+                inputs, sources, where, suite=config.suite, data_dir=config.data_dir, device=device, memory=memory, deployment=gpu
+            )  # fmt: skip
+        else:
+            experts = zip(inputs.experts, moments, strict=True) if moments else []
+            ready = [stages.with_compressed(where, expert, ref) for expert, ref in experts] or inputs.experts
+            models = TrialModels(
+                MergeInputs(base=inputs.base, experts=tuple(ready)), where, where.tracking.parent / "searches" / f"{tried.name}.model", suite=config.suite, tests=tests, data=data,
+                device=here, memory=memory,
+            )  # fmt: skip
+        stack.enter_context(models)
+        logged = search_log.begin(_search_run(config, recipe, inputs, tried), **logging)
+        stack.push(_failed(logged, logging))
+        for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its line in MLflow
+            log_trial(trial, None, logged, logging)
+        shown = _Shown(config)
+        while (point := tried.ask()) is not None:
+            trial = run_trial.with_options(task_run_name=f"trial {point.number}: {merge_label(point.recipe)}"[:200])(
+                tried, point, models
+            )
+            found = tried.result()
+            log_trial(trial, found.best, logged, logging)
+            shown(found)
+        tuned = tried.result()
+        text = recipe_text(tuned, config, recipe_dir, out or "")
+        if out:
+            write_note(out, text)
+        search_log.finish(logged, tuned, files(tuned, tried.dimensions, text, _run_name()), **logging)
+
+    show_markdown("search", markdown(tuned, tried.dimensions), "Best trials")
+    show_mlflow(_run_name(), logged.url)
+    (get_run_logger().info if tuned.feasible else get_run_logger().warning)(verdict(tuned))
+    test = None
+    if config.test:
+        test = merge_flow(
+            tuned.best.recipe, suite=config.test, data_dir=test_data_dir, device=device, memory=memory, recipe_dir=recipe_dir, home=home,
+            artifacts=artifacts, tracking_uri=tracking_uri, gpu=gpu,
+        )  # fmt: skip
+    return SearchOutcome(tuned=tuned, recipe=text, test=test, logged=logged)
+
+
+@task(name="trial", cache_policy=NO_CACHE, persist_result=False)
+def run_trial(tried: Search, point: Point, models: TrialModels | PoolModels) -> Trial:
+    """Merge one point and score it, on more and more documents while it is good."""
+    log = get_run_logger()
+
+    def evaluate(recipe: MergeRecipe, limit: int) -> dict[str, float | None]:
+        with ONE_AT_A_TIME, Progress() as progress:
+            scores = models.score(recipe, limit, f"trial {point.number}", progress)
+        shown = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.by_capability().items() if value is not None)
+        log.info("%d documents a task: average %.1f (%s)", limit, 100 * (scores.average or 0.0), shown)
+        return scores.by_capability()
+
+    trial = tried.run(point, evaluate)
+    log.info(
+        "%s%s",
+        "complete" if trial.complete else "stopped early",
+        f", below the floor: {', '.join(trial.shortfall)}" if trial.shortfall else "",
+    )
+    return trial
+
+
+@task(
+    name="log",
+    task_run_name="log trial {trial.number}",
+    retries=2,
+    retry_delay_seconds=10,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, logging: dict[str, Any]) -> None:
+    """Log one trial to MLflow; finds the run of an earlier try."""
+    search_log.log_trial(parent, trial, best, **logging)
+
+
+class _References:
+    """Scores of base and experts, each measured once for every number of documents that is asked for."""
+
+    def __init__(
+        self, config: SearchConfig, tests: Suite, inputs: MergeInputs, fetched: list[Fetched], where: Places, *, device: str, gpu: str | None
+    ) -> None:  # fmt: skip
+        self._config, self._tests, self._where, self._device, self._gpu = config, tests, where, device, gpu
+        models = [*([inputs.base] if inputs.base else []), *inputs.experts]
+        self._subjects = [
+            Subject(
+                name=model.name, role="expert" if isinstance(model, ExpertInput) else "base", capability=getattr(model, "capability", None),
+                path=one.path, digest=one.digest, location=one.resolved,
+            )
+            for model, one in zip(models, fetched, strict=True)
+        ]  # fmt: skip
+
+    def floors(self, limit: int) -> dict[str, float]:
+        """The floors as measured on so many documents. On fewer than all, only those models are scored that floors refer to."""
+        wanted, last = self._config.floors(), limit == self._config.budget.rungs[-1]
+        kinds = {one.kind for one in wanted.values()}
+        models = {f"{one.role}/{one.name}": one for one in self._subjects if last or one.role in kinds}
+        refs = score_all(
+            models, self._config.suite, self._config.data_dir, limit, self._where, device=self._device, gpu=self._gpu
+        )
+        found = {key: stages.read_scores(self._where, ref) for key, ref in refs.items()}
+        experts = {one.name: (one.capability or one.name, found[key]) for key, one in models.items() if one.role == "expert"}
+        return floors_of(wanted, self._tests.capabilities, found.get("base/base"), experts)
+
+
+class _Shown:
+    """How much of the budget is spent, as a progress bar of the run."""
+
+    def __init__(self, config: SearchConfig) -> None:
+        self._budget, self._artifact = config.budget, None
+
+    def __call__(self, found: Tuned) -> None:
+        parts = [found.evaluations / self._budget.evaluations if self._budget.evaluations else 0.0]
+        parts.append(len(found.trials) / self._budget.trials if self._budget.trials else 0.0)
+        progress, best = 100 * min(max(parts), 1.0), found.best
+        text = f"{len(found.trials)} trials; best average {100 * best.average:.1f} (trial {best.number})"
+        try:
+            if self._artifact is None:
+                made: Any = create_progress_artifact(progress=progress, description=text)
+                self._artifact: UUID | None = made
+            else:
+                update: Any = update_progress_artifact
+                update(artifact_id=self._artifact, progress=progress, description=text)
+        except (httpx.HTTPError, PrefectException) as error:  # a server that is away for a moment must not end hours of work
+            get_run_logger().warning("the progress of the search cannot be shown: %s", error)
+
+
+def _compressed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> list[ArtifactRef]:
+    """The experts' second moments, compressed, each a cached task: every trial reads these. Empty for a method without."""
+    if recipe.merge_method not in NEEDS_MOMENTS:
+        return []
+    steps = [stages.moments_step(recipe, expert) for expert in inputs.experts]
+    return results(
+        missing(compress, step, where).submit(step, where, expert, memory) for step, expert in zip(steps, inputs.experts, strict=True)
+    )  # fmt: skip
+
+
+def _with_compressed(sources: MergeSources, moments: list[ArtifactRef]) -> MergeSources:
+    if not moments:
+        return sources
+    experts = [one.model_copy(update={"compressed": ref}) for one, ref in zip(sources.experts, moments, strict=True)]
+    return sources.model_copy(update={"experts": tuple(experts)})
+
+
+def _identity(recipe: MergeRecipe, inputs: MergeInputs, tests: Suite, data: Path | None) -> str:
+    """What decides a trial's scores besides its values: the models, the method's other settings, suite and data."""
+    subject = Subject(name="", role="merge", path=None, digest="")
+    return canonical_json(
+        {
+            "merge": stages.merge_step(recipe, inputs).fingerprint,
+            "scores": stages.score_step(subject, tests, data, None).fingerprint,
+        }
+    )
+
+
+def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, tried: Search) -> SearchRun:
+    name = _run_name()
+    params: dict[str, str | int | float] = {
+        "merge_method": recipe.merge_method, "base_model": recipe.base_model or "none", "suite": config.suite, "seed": config.seed,
+        "experts": ",".join(expert.name for expert in inputs.experts), "rungs": ",".join(map(str, tried.rungs)),
+        "space": ", ".join(f"{one.name} {one.within}" for one in tried.dimensions) or "nothing",
+        "floor": ", ".join(f"{key} {value}" for key, value in config.floor.items()),
+    }  # fmt: skip
+    tags = {"prefect_flow_run_id": str(flow_run.id)} if flow_run.id else {}
+    return SearchRun(name=name, search=tried.name, params=params, tags=tags)
+
+
+def _failed(logged: LoggedRun, logging: dict[str, Any]) -> Any:
+    """For an ExitStack: an error marks the search's run in MLflow as failed, and passes."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        try:
+            search_log.fail(logged, **logging)
+        except OtaError as second:
+            error.add_note(str(second))
+
+    return leave

@@ -1,0 +1,65 @@
+"""Trials whose merges and benchmarks run on the GPU pool. The same interface as ``tasks.search_merge.TrialModels``."""
+
+from types import TracebackType
+from typing import Any, Self
+
+from flows.merge import score_all
+from flows.steps import missing, send
+from ota_core.artifact import ArtifactRef
+from ota_core.inputs import MergeInputs
+from ota_core.recipe import MergeRecipe
+from ota_core.writer import MAX_SHARD_BYTES
+from tasks import stages
+from tasks.jobs import MergeJob
+from tasks.scores import ModelScores
+from tasks.settings import Places
+from tasks.sources import MergeSources
+from tasks.stages import Subject
+
+
+class PoolModels:
+    """Has recipes of one set of inputs merged and scored. Merged models lie among the artifacts, where every worker finds them.
+
+    A model that this search had made is deleted when another recipe is asked for, or at the end; one that was there before stays.
+    """
+
+    def __init__(
+        self, inputs: MergeInputs, sources: MergeSources, where: Places, *, suite: str, data_dir: str | None, device: str, memory: str,
+        deployment: str,
+    ) -> None:  # fmt: skip
+        self._inputs, self._sources, self._where = inputs, sources, where
+        self._suite, self._data_dir, self._device, self._memory, self._deployment = suite, data_dir, device, memory, deployment
+        self._recipe: MergeRecipe | None = None
+        self._subject: Subject | None = None
+        self._made: ArtifactRef | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._drop()
+
+    def score(self, recipe: MergeRecipe, limit: int, name: str, progress: Any = None) -> ModelScores:
+        """The merged model's scores on so many documents of each task; those that are known are read. Raises OtaError."""
+        subject = self._merged(recipe, name)
+        refs = score_all(
+            {"merged": subject}, self._suite, self._data_dir, limit, self._where, device=self._device, gpu=self._deployment
+        )  # fmt: skip
+        return stages.read_scores(self._where, refs["merged"])
+
+    def _merged(self, recipe: MergeRecipe, name: str) -> Subject:
+        if self._subject is None or self._recipe != recipe:
+            self._drop()
+            step = stages.merge_step(recipe, self._inputs)
+            ref = stages.store_of(self._where).find("merged", step.fingerprint)
+            if ref is None:
+                job = MergeJob(step=step, recipe=recipe, sources=self._sources, shard_size=MAX_SHARD_BYTES, memory=self._memory)
+                made: ArtifactRef = missing(send, step, self._where)(step, self._where, job, self._device, self._deployment)
+                self._made = ref = made
+            self._recipe, self._subject = recipe, stages.merged_subject(self._where, name, ref, benchmark=False)
+        return self._subject
+
+    def _drop(self) -> None:
+        if self._made is not None:
+            stages.store_of(self._where).delete(self._made)
+        self._recipe = self._subject = self._made = None

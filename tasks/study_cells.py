@@ -1,0 +1,156 @@
+"""The cells of a study's grid: subsets of the experts, what makes two cells equal in effect, and families of cells that differ in one thing."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+from ota_core.artifact import canonical_json
+from ota_core.inputs import expert_name, unique_names
+from ota_core.recipe import MergeRecipe, ModelEntry
+
+KEYWORDS = ("all", "each", "pairs", "leave_one_out")
+FFG_SETTINGS = ("density", "precond_threshold", "metric", "scope", "mask_curvature")
+"""What says which elements of an expert FFG keeps."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One merge of a study, on each of its replicates."""
+
+    label: str
+    """Unique in the study."""
+    experts: tuple[str, ...]
+    """Names of the experts that are merged."""
+    recipes: tuple[MergeRecipe, ...]
+    """One for each replicate."""
+    tune: tuple[str, ...] = ()
+    """Parameters that are searched for on a validation suite: lambda, density."""
+    equal: tuple[str, ...] = ()
+    """Labels of the grid that mean the same merge, and are not run again."""
+
+    @property
+    def method(self) -> str:
+        return self.recipes[0].merge_method
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every parameter in force by name, as far as it has an effect; one that differs between experts is a tuple.
+
+        Without FFG ``density`` is 1.0 and its other settings are absent: they decide nothing.
+        """
+        return settings_of(self.recipes[0])
+
+
+def settings_of(recipe: MergeRecipe) -> dict[str, Any]:
+    """See ``Cell.settings``."""
+    effective = recipe.effective()
+    found: dict[str, Any] = {"merge_method": recipe.merge_method, **effective["parameters"]}
+    for key in effective["experts"][0]:
+        values = tuple(expert[key] for expert in effective["experts"])
+        found[key] = values[0] if len(set(values)) == 1 else values
+    if recipe.merge_method == "ota" and not any(recipe.ffg(i) for i in range(len(recipe.models))):
+        for key in FFG_SETTINGS:
+            found.pop(key, None)
+        found["density"] = 1.0
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def canonical(cell: Cell, *, without: Iterable[str] = (), experts: bool = True) -> str:
+    """One spelling for all cells that merge the same experts (unless ``experts`` is false) and agree in every setting but those of ``without``."""
+    left_out = set(without)
+    rest = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in cell.settings.items() if key not in left_out
+    }
+    return canonical_json([list(cell.experts) if experts else [], list(cell.tune), rest])
+
+
+def join_equal(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """The cells without those that merge the same experts in the same way as an earlier one, which remembers their labels."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        first = found.setdefault(key := canonical(cell), cell)
+        if cell.label not in {first.label, *first.equal}:
+            found[key] = replace(first, equal=(*first.equal, cell.label))
+    return tuple(found.values())
+
+
+def families(cells: Sequence[Cell], vary: Iterable[str]) -> list[list[Cell]]:
+    """Groups of at least two cells that merge the same experts and differ in no setting but those of ``vary``, in the grid's order.
+
+    Tuned cells belong to none: what they differ in is decided by a search.
+    """
+    groups: dict[str, list[Cell]] = {}
+    for cell in (one for one in cells if not one.tune):
+        groups.setdefault(canonical(cell, without=vary), []).append(cell)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def expert_names(models: Sequence[ModelEntry]) -> list[str]:
+    """The experts' names as far as the study tells them: name, else capability, else the last part of the address."""
+    return unique_names([expert_name(model.model, model.capability, model.name) for model in models])
+
+
+def as_subsets(raw: Any) -> Any:
+    """``experts`` as a tuple of keywords, names and tuples of names. Raises ValueError on anything else."""
+    items = [raw] if isinstance(raw, str) else raw
+    fits = isinstance(items, list | tuple) and all(
+        isinstance(item, str) or (isinstance(item, list | tuple) and item and all(isinstance(name, str) for name in item))
+        for item in items
+    )
+    if not fits or not items:
+        raise ValueError(
+            f"grid: experts: got {raw!r}, expected {', '.join(KEYWORDS)}, a name, or a list of those and of lists of names"
+        )
+    return tuple(item if isinstance(item, str) else tuple(item) for item in items)
+
+
+def subset_problems(subsets: Sequence[str | tuple[str, ...]], models: Sequence[ModelEntry], names: Sequence[str]) -> list[str]:
+    """What is wrong with an entry's ``experts``: names that nobody has, pairs of one."""
+    known = {*names, *(model.capability for model in models if model.capability)}
+    asked = [name for item in subsets for name in ([item] if isinstance(item, str) else item)]
+    unknown = [name for name in dict.fromkeys(asked) if name not in known and name not in KEYWORDS]
+    problems = [
+        f"experts: there is no expert '{name}'; expected {', '.join(KEYWORDS)} or {', '.join(sorted(known))}" for name in unknown
+    ]
+    inner = [name for item in subsets if not isinstance(item, str) for name in item if name in KEYWORDS and name not in known]
+    problems += [f"experts: '{name}' stands for subsets and cannot stand inside one; write it by itself" for name in inner]
+    if len(models) < 2:
+        problems += [f"experts: '{item}' needs at least two experts" for item in subsets if item in {"pairs", "leave_one_out"}]
+    return problems
+
+
+def subsets_of(
+    subsets: Sequence[str | tuple[str, ...]], models: Sequence[ModelEntry], names: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """The subsets as positions of experts in the study's order, each once. They must have passed ``subset_problems``."""
+    everyone = tuple(range(len(models)))
+
+    def positions(asked: Iterable[str]) -> tuple[int, ...]:
+        wanted = set(asked)
+        return tuple(i for i in everyone if names[i] in wanted or models[i].capability in wanted)
+
+    found: list[tuple[int, ...]] = []
+    for item in subsets:
+        if not isinstance(item, str):
+            found.append(positions(item))
+        elif item == "each":
+            found += [(i,) for i in everyone]
+        elif item == "pairs":
+            found += list(combinations(everyone, 2))
+        elif item == "leave_one_out":
+            found += [tuple(i for i in everyone if i != left) for left in everyone]
+        else:
+            found.append(everyone if item == "all" else positions([item]))
+    return list(dict.fromkeys(found))
+
+
+def subset_label(subset: Sequence[int], names: Sequence[str]) -> list[str]:
+    """The words that tell a subset in a cell's label: none for all, ``on math+code``, ``without math``."""
+    missing = [name for i, name in enumerate(names) if i not in subset]
+    if not missing:
+        return []
+    if len(missing) == 1 and len(names) > 2:
+        return ["without", missing[0]]
+    return ["on", "+".join(names[i] for i in subset)]

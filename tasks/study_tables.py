@@ -1,0 +1,320 @@
+"""The tables of a study, each selected from the grid by what its cells differ in. A table for which the grid has no cells is left out."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from ota_core.recipe import default
+from tasks.study_cells import FFG_SETTINGS, Cell, canonical, families
+from tasks.study_scores import AVERAGE, BELOW, RETENTION, Estimate, StudyResults
+
+ERROR = "_se"
+"""A column's standard errors stand in the column of its name and this."""
+DIFFERENCE = "difference"
+_NAMES = {"none": "full", "rank1": "rank 1", "log8": "log8"}
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """A table of a study: numbers in full, scores and retention as fractions."""
+
+    key: str
+    """Name of its files."""
+    title: str
+    caption: str
+    frame: pd.DataFrame
+    percent: tuple[str, ...] = field(default=())
+    """Columns that are fractions and read as percent."""
+
+
+Row = dict[str, Any]
+
+
+def all_tables(results: StudyResults) -> list[StudyTable]:
+    """Every table that the grid has cells for, in the order of methods.md, section 7."""
+    builders: list[Callable[[StudyResults], list[StudyTable]]] = [
+        methods_table, ffg_table, density_table, grafting_table, compression_table, combination_table, sweep_tables, subsets_table,
+        tuning_table,
+    ]  # fmt: skip
+    return [table for build in builders for table in build(results)]
+
+
+def is_ffg(cell: Cell) -> bool:
+    """Whether Fast Fisher Grafting masks any expert of this cell."""
+    return any(cell.recipes[0].ffg(i) for i in range(len(cell.experts)))
+
+
+def on_all(results: StudyResults) -> list[Cell]:
+    """The cells that merge all experts."""
+    return [cell for cell in results.cells if len(cell.experts) == len(results.experts)]
+
+
+def methods_table(results: StudyResults) -> list[StudyTable]:
+    """Base, experts, and of each method the first cell on all experts in the grid's order: with and without FFG, tuned and untuned."""
+    chosen: dict[tuple[str, bool, bool], Cell] = {}
+    for cell in on_all(results):
+        chosen.setdefault((cell.method, is_ffg(cell), bool(cell.tune)), cell)
+    if not chosen:
+        return []
+    rows: list[Row] = [{"model": "base", "kind": "base"} | _scores(results, results.models())]
+    rows += [{"model": name, "kind": "expert"} | _scores(results, results.models(expert=name)) for name in results.experts]
+    rows += [{"model": words(cell), "kind": "merge"} | _merge(results, cell) for cell in chosen.values()]
+    caption = (
+        "Of each method the first merge of all experts in the grid, with and without FFG, tuned and untuned: not the best one, which would be "
+        f"chosen by the scores that it is compared on. {_explained(results)}"
+    )
+    return [_table(results, "methods", "Methods and capabilities", caption, rows)]
+
+
+def density_families(cells: Sequence[Cell]) -> list[tuple[Cell | None, list[Cell]]]:
+    """(cell without FFG, if the grid has it; cells that differ in density and metric alone), of each merge that FFG masks."""
+    masked = [cell for cell in cells if is_ffg(cell) and "density" in cell.settings and not cell.tune]
+    groups: dict[str, list[Cell]] = {}
+    for cell in masked:
+        groups.setdefault(canonical(cell, without=("density", "metric")), []).append(cell)
+    off = {
+        canonical(cell, without=FFG_SETTINGS): cell
+        for cell in cells
+        if cell.method == "ota" and not is_ffg(cell) and not cell.tune
+    }
+    return [(off.get(canonical(group[0], without=FFG_SETTINGS)), group) for group in groups.values()]
+
+
+def ffg_table(results: StudyResults) -> list[StudyTable]:
+    """The same recipe without FFG and with it, at each density."""
+    rows: list[Row] = []
+    for off, group in density_families(on_all(results)):
+        with_ffg = [cell for cell in group if cell.settings["metric"] == "curvature"]
+        if off is None or not with_ffg:
+            continue
+        recipe = words(off, skip=FFG_SETTINGS)
+        rows.append({"recipe": recipe, "FFG": "off"} | _merge(results, off))
+        for cell in with_ffg:
+            row = {"recipe": recipe, "FFG": f"density {_number(cell.settings['density'])}"} | _merge(results, cell)
+            rows.append(row | _numbers(DIFFERENCE, results.difference(cell, off)))
+    caption = f"{DIFFERENCE}: of the average to the same recipe without FFG{_paired(results)}. {_explained(results)}"
+    return [_table(results, "ffg", "FFG on and off", caption, rows, more=(DIFFERENCE,))] if rows else []
+
+
+def density_table(results: StudyResults) -> list[StudyTable]:
+    """The density sweep of merges of all experts: FFG beside magnitude."""
+    rows: list[Row] = []
+    for off, group in density_families(on_all(results)):
+        if len({cell.settings["density"] for cell in [*group, *([off] if off else [])]}) < 2:
+            continue
+        recipe = words(group[0], skip=("density", "metric"))
+        for density in sorted({cell.settings["density"] for cell in group}, key=str):
+            by = {cell.settings["metric"]: cell for cell in group if cell.settings["density"] == density}
+            row: Row = {"recipe": recipe, "density": density}
+            for metric, name in (("curvature", "FFG"), ("magnitude", "magnitude")):
+                row |= _numbers(name, results.average(results.models(by[metric])) if metric in by else None)
+                row |= _numbers(f"{name} retention", results.retention(by[metric]) if metric in by else None)
+            both = results.difference(by["curvature"], by["magnitude"]) if len(by) == 2 else None
+            rows.append(row | _numbers(DIFFERENCE, both))
+        if off:
+            alike = _numbers("FFG", results.average(results.models(off))) | _numbers("FFG retention", results.retention(off))
+            rows.append({"recipe": recipe, "density": 1.0} | alike | {k.replace("FFG", "magnitude"): v for k, v in alike.items()})
+    names = ("FFG", "FFG retention", "magnitude", "magnitude retention", DIFFERENCE)
+    caption = (
+        f"Average over capabilities of merges of all experts. Density: the fraction of each expert's elements that is kept, ranked by √v·|Δ| (FFG) "
+        f"or by |Δ| (magnitude); at 1 nothing is masked. {DIFFERENCE}: FFG less magnitude{_paired(results)}. {_explained(results)}"
+    )
+    return [_table(results, "density", "Density: FFG against magnitude", caption, rows, only=names)] if rows else []
+
+
+def grafted(results: StudyResults) -> dict[str, list[Cell]]:
+    """Expert to the cells that graft it alone onto the base, in the grid's order."""
+    return {
+        name: [cell for _, group in density_families([c for c in results.cells if c.experts == (name,)]) for cell in group]
+        for name, capability in results.experts.items()
+        if capability in results.capabilities
+    }
+
+
+def grafting_table(results: StudyResults) -> list[StudyTable]:
+    """Single experts grafted onto the base: score on their own capability against density, FFG and magnitude."""
+    cells = {name: found for name, found in grafted(results).items() if found}
+    if not cells:
+        return []
+    own = {name: str(results.experts[name]) for name in cells}
+    rows: list[Row] = [{"grafted by": "base", "density": 0.0}]
+    for name in cells:
+        rows[0] |= _numbers(name, results.score(results.models(), own[name]))
+    points = dict.fromkeys((str(c.settings["metric"]), c.settings["density"]) for found in cells.values() for c in found)
+    for metric, density in sorted(points, key=lambda point: (point[0], point[1])):
+        row: Row = {"grafted by": {"curvature": "FFG"}.get(metric, metric), "density": density}
+        for name, found in cells.items():
+            cell = next((c for c in found if (c.settings["metric"], c.settings["density"]) == (metric, density)), None)
+            row |= _numbers(name, results.score(results.models(cell), own[name]) if cell else None)
+        rows.append(row)
+    last: Row = {"grafted by": "expert", "density": 1.0}
+    for name in cells:
+        last |= _numbers(name, results.score(results.models(expert=name), own[name]))
+    caption = (
+        "Each expert alone, only its best elements grafted onto the base: score on its own capability. The base is density 0, the whole expert "
+        f"density 1. {_explained(results, retention=False)}"
+    )
+    return [_table(results, "grafting", "Single experts grafted onto the base", caption, [*rows, last], only=tuple(cells))]
+
+
+def compression_table(results: StudyResults) -> list[StudyTable]:
+    """The same recipe on full and on compressed second moments."""
+    rows: list[Row] = []
+    for group in families(on_all(results), ("compression", "rank")):
+        recipe = words(group[0], skip=("compression", "rank"))
+        for cell in group:
+            found = results.of(cell)
+            row: Row = {"recipe": recipe, "second moments": moments_name(cell)} | _merge(results, cell)
+            row["bytes/parameter"] = sum(one.bytes_per_param for one in found) / len(found)
+            row["√v error"] = max(one.sqrt_error for one in found)
+            rows.append(row)
+    caption = (
+        "bytes/parameter: what the stored second moments take, mean over the experts. √v error: ‖√ṽ − √v‖ / ‖√v‖, the largest of all experts. "
+        f"{_explained(results)}"
+    )
+    return [_table(results, "compression", "Full and compressed second moments", caption, rows)] if rows else []
+
+
+def moments_name(cell: Cell) -> str:
+    """How a cell stores second moments, for people: full, rank 1, log8, rank 4."""
+    compression = str(cell.settings.get("compression", ""))
+    return f"rank {cell.settings['rank']}" if compression == "rank_k" else _NAMES.get(compression, compression)
+
+
+def combination_table(results: StudyResults) -> list[StudyTable]:
+    """How masked task vectors are combined: weighed by curvature (precond), linear, ties."""
+    rows = _family_rows(results, "masked_merge", "combined by")
+    caption = (
+        "The same masks, then the masked task vectors weighed by curvature (precond), averaged (linear) or merged as TIES does (ties). "
+        f"{_explained(results)}"
+    )
+    return [_table(results, "combination", "Precond, linear and ties after FFG", caption, rows)] if rows else []
+
+
+def sweep_tables(results: StudyResults) -> list[StudyTable]:
+    """Each other parameter that the grid varies alone: λ, power, the density of methods without FFG, …"""
+    covered = {"merge_method", "compression", "rank", "masked_merge", *FFG_SETTINGS}
+    keys = dict.fromkeys(key for cell in on_all(results) for key in cell.settings)
+    found = []
+    for key in [*(key for key in keys if key not in covered), "density"]:
+        rows = _family_rows(results, key, key, lambda cell: key != "density" or cell.method != "ota")  # noqa: B023 - used at once
+        if rows:
+            rows.sort(key=lambda row: (row["recipe"], row[key]) if isinstance(row[key], float) else (row["recipe"], 0))
+            title = {
+                "lambda": "Scale λ of the merged task vector",
+                "power": "Power of the curvature",
+                "density": "Density of other methods",
+            }
+            where = "sweep-density" if key == "density" else key
+            found.append(_table(results, where, title.get(key, f"Parameter {key}"), _explained(results), rows))
+    return found
+
+
+def _family_rows(results: StudyResults, key: str, column: str, keep: Callable[[Cell], bool] = lambda cell: True) -> list[Row]:
+    rows: list[Row] = []
+    for group in families([cell for cell in on_all(results) if keep(cell)], (key,)):
+        rows += [{"recipe": words(cell, skip=(key,)), column: cell.settings.get(key)} | _merge(results, cell) for cell in group]
+    return rows
+
+
+def subsets_table(results: StudyResults) -> list[StudyTable]:
+    """The same recipe on different subsets of at least two experts."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in results.cells:
+        if len(cell.experts) > 1 and not cell.tune:
+            groups.setdefault(canonical(cell, experts=False), []).append(cell)
+    rows: list[Row] = []
+    for group in (found for found in groups.values() if len(found) > 1):
+        rows += [{"recipe": words(cell), "experts": _subset(results, cell)} | _merge(results, cell) for cell in group]
+    caption = f"Retention is over the own capabilities of the experts that are merged. {_explained(results)}"
+    return [_table(results, "experts", "Subsets of the experts", caption, rows)] if rows else []
+
+
+def _subset(results: StudyResults, cell: Cell) -> str:
+    missing = [name for name in results.experts if name not in cell.experts]
+    return "all" if not missing else f"without {missing[0]}" if len(missing) == 1 else "+".join(cell.experts)
+
+
+def tuning_table(results: StudyResults) -> list[StudyTable]:
+    """What the searches of tuned cells found, on each replicate."""
+    rows: list[Row] = []
+    for cell in (cell for cell in results.cells if cell.tune):
+        for one in results.of(cell):
+            rows.append(
+                {"model": cell.label, "replicate": one.replicate or "–"} | {key: one.chosen.get(key) for key in cell.tune}
+            )
+    caption = "λ and density that each tuned method found on the validation suite, all with the same number of trials."
+    return [StudyTable("tuning", "What tuning found", caption, pd.DataFrame(rows))] if rows else []
+
+
+def words(cell: Cell, skip: Sequence[str] = ()) -> str:
+    """A cell's method and the settings that are not the method's defaults, but for those of ``skip``: ``ota density=0.4 compression=rank1``."""
+    found = [cell.method, *(["tuned"] if cell.tune else [])]
+    for key, value in cell.settings.items():
+        if key not in {"merge_method", *skip} and value != (1.0 if key == "density" else default(cell.method, key)):
+            found.append(f"{key}={_number(value)}")
+    return " ".join(found)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(map(_number, value))
+    return f"{value:g}" if isinstance(value, float) and not isinstance(value, bool) else str(value)
+
+
+def _numbers(name: str, found: Estimate | None) -> Row:
+    mean, error = found or (math.nan, math.nan)
+    return {name: mean, f"{name}{ERROR}": error}
+
+
+def _scores(results: StudyResults, models: Sequence[Any]) -> Row:
+    row: Row = {}
+    for name in results.capabilities:
+        row |= _numbers(name, results.score(models, name))
+    return row | _numbers(AVERAGE, results.average(models))
+
+
+def _merge(results: StudyResults, cell: Cell) -> Row:
+    row = _scores(results, results.models(cell)) | _numbers(RETENTION, results.retention(cell))
+    return row | {BELOW: results.below_base(cell).mean}
+
+
+def _table(
+    results: StudyResults,
+    key: str,
+    title: str,
+    caption: str,
+    rows: list[Row],
+    *,
+    more: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> StudyTable:
+    percent = tuple(only) or (*results.capabilities, AVERAGE, RETENTION, *more)
+    frame = pd.DataFrame(rows)
+    if "recipe" in frame and frame["recipe"].nunique() == 1:  # it stands in the caption once
+        caption = f"Recipe: {frame['recipe'].iloc[0]}. {caption}"
+        frame = frame.drop(columns="recipe")
+    return StudyTable(key, title, caption, frame, percent)
+
+
+def _paired(results: StudyResults) -> str:
+    return ", replicate by replicate" if results.over == "replicates" else ", its error as if the two were independent"
+
+
+def _explained(results: StudyResults, *, retention: bool = True) -> str:
+    """What the numbers are, and what the errors are over."""
+    many = len(results.replicates)
+    text = (
+        f"Percent, mean ± standard error over {many} replicates."
+        if many > 1
+        else "Percent ± standard error over documents (one replicate)."
+    )
+    if len(results.averaged) < len(results.capabilities):
+        left_out = ", ".join(name for name in results.capabilities if name not in results.averaged)
+        text += f" The average leaves out what was not measured for every model: {left_out}."
+    if retention:
+        text += " Retention: merge / expert on the experts' own capabilities. below base: capabilities on which the merge is worse than the base."
+    return text

@@ -1,0 +1,54 @@
+"""Results of a study made by hand, without merging anything: every cell's scores from one function of its label and replicate."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tasks.scores import CapabilityScore, ModelScores
+from tasks.study import StudyConfig
+from tasks.study_scores import CellResult, StudyResults
+
+CAPABILITIES = ("math", "code")
+Values = Mapping[str, float | None]
+
+
+def scores(values: Values, stderr: float | None = 0.01) -> ModelScores:
+    found = {
+        name: CapabilityScore(score=value, stderr=None if value is None else stderr, n_samples=100, tasks={})
+        for name, value in values.items()
+    }
+    return ModelScores(
+        suite="tiny", suite_digest="d", capabilities=found, samples={}, limit=None, lm_eval_version="0", seconds=1.0
+    )
+
+
+def config(*grid: dict[str, Any], replicates: int = 2, **changes: Any) -> StudyConfig:
+    raw = {
+        "name": "byhand", "base_model": "base{seed}", "suite": "tiny", "replicates": {"seed": list(range(1, replicates + 1))},
+        "models": [{"model": f"{name}{{seed}}", "capability": name} for name in CAPABILITIES], "grid": list(grid),
+    }  # fmt: skip
+    return StudyConfig.model_validate(raw | changes)
+
+
+def study(
+    *grid: dict[str, Any],
+    of: Callable[[str, int], Values],
+    base: Callable[[int], Values] = lambda number: {"math": 0.1, "code": 0.3},
+    alone: Callable[[str, int], Values] = lambda name, number: {"math": 0.0, "code": 0.0} | {name: 0.8},
+    replicates: int = 2,
+    stderr: float | None = 0.01,
+    cost: Callable[[str], dict[str, Any]] = lambda label: {},
+    **changes: Any,
+) -> StudyResults:
+    """``of``: the scores of a cell's label on the replicate with a number from 0."""
+    made = config(*grid, replicates=replicates, **changes)
+    names, cells = [one.name for one in made.all_replicates()], made.cells()
+    return StudyResults(
+        name=made.name, suite="tiny", experts=dict(zip(made.experts(), (one.capability for one in made.models), strict=True)), replicates=tuple(names),
+        base={name: scores(base(i), stderr) for i, name in enumerate(names)},
+        alone={name: {expert: scores(alone(expert, i), stderr) for expert in made.experts()} for i, name in enumerate(names)},
+        cells=cells,
+        results=tuple(
+            CellResult(label=cell.label, replicate=name, scores=scores(of(cell.label, i), stderr), **cost(cell.label))
+            for i, name in enumerate(names) for cell in cells
+        ),
+    )  # fmt: skip

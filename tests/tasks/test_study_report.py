@@ -1,0 +1,133 @@
+"""The files of a study: the same results give the same bytes; numbers read back in full; the page needs no network."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tasks.study_report import render, to_markdown, write_results, write_study
+from tasks.study_scores import StudyResults
+from tasks.study_tables import all_tables
+from tests.tasks.study_results import study
+
+GRID: list[dict[str, Any]] = [
+    {"merge_method": "linear"},
+    {
+        "merge_method": "ota",
+        "parameters": {"density": [0.2, 0.6], "metric": ["curvature", "magnitude"]},
+        "experts": ["all", "each"],
+    },
+    {"merge_method": "ota", "parameters": {"lambda": [1, 1.5], "density": 1}},
+    {"merge_method": "ota", "parameters": {"density": 0.2, "compression": ["rank1"]}},
+]
+
+
+def made(replicates: int = 3) -> StudyResults:
+    def of(label: str, i: int) -> dict[str, float | None]:
+        return {"math": len(label) % 7 / 10 + i / 50, "code": len(label) % 5 / 10}
+
+    return study(*GRID, of=of, replicates=replicates, cost=lambda label: {"bytes_per_param": 4.0, "sqrt_error": 0.5})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_same_results_give_the_same_bytes_and_leave_nothing_old(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    write_study(made(), first, command="ota study x.yaml")
+    (second / "figures").mkdir(parents=True)
+    (second / "figures" / "old.png").write_bytes(b"x")
+    write_study(made(), second, command="ota study x.yaml")
+    found = files(first)
+    assert found == files(second)
+    names = {Path(name).stem for name in found if name.startswith("figures/")}
+    assert names == {"methods", "density", "grafting", "compression", "lambda"}
+    assert {"study.html", "results.md", "tables/methods.csv", "tables/methods.parquet", "tables/scores.parquet"} <= set(found)
+    for name, content in found.items():
+        assert name.endswith(".png") == content.startswith(b"\x89PNG")
+
+
+def test_numbers_are_kept_in_full(tmp_path: Path) -> None:
+    results = made()
+    write_study(results, tmp_path, command="c")
+    scores = pd.read_parquet(tmp_path / "tables" / "scores.parquet")
+    assert set(scores["kind"]) == {"base", "expert", "merge"}
+    assert len(scores) == 2 * 3 * (1 + 2 + len(results.cells))
+    row = scores[(scores["model"] == "linear") & (scores["replicate"] == "seed=3") & (scores["capability"] == "math")].iloc[0]
+    assert row["score"] == len("linear") % 7 / 10 + 2 / 50 and row["stderr"] == 0.01 and row["documents"] == 100
+    cells = pd.read_csv(tmp_path / "tables" / "cells.csv")
+    assert set(cells[cells["model"].str.startswith("ota density=0.2 metric=magnitude on")]["experts"]) == {"math", "code"}
+
+
+def test_results_say_what_was_run_and_how(tmp_path: Path) -> None:
+    write_study(made(), tmp_path, command="ota study x.yaml")
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("# Results of the study byhand\n")
+    assert "each on 3 replicates (seed=1, seed=2, seed=3), of the experts math, code." in text
+    assert "`ota study x.yaml`" in text and "documents of each capability: math 100, code 100" in text
+    for figure in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / figure).is_file()
+    table = next(one for one in all_tables(made()) if one.key == "methods")
+    assert to_markdown(table) in text
+    base = next(line for line in text.splitlines() if line.startswith("| base |"))
+    assert base == "| base | 10.0 ± 0.0 | 30.0 ± 0.0 | 20.0 ± 0.0 |  |  |"
+
+
+def test_failures_and_equal_cells_are_named(tmp_path: Path) -> None:
+    results = study(
+        {"merge_method": "linear"},
+        {"merge_method": "linear", "parameters": {"normalize": True}},
+        of=lambda *_: {"math": 0.1, "code": 0.1},
+    )
+    failed = StudyResults(**{**results.__dict__, "failed": ("ties (seed=2): no such tensor",)})
+    write_study(failed, tmp_path, command="c")
+    text = (tmp_path / "results.md").read_text()
+    assert "- Left out, because it failed: ties (seed=2): no such tensor" in text
+    assert "- linear is the same merge as linear normalize=True, and was run once." in text
+
+
+def test_the_page_holds_everything(tmp_path: Path) -> None:
+    write_study(made(), tmp_path, command="c")
+    page = (tmp_path / "study.html").read_text()
+    markup = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert "Content-Security-Policy" in page and not re.search(r"<(script|link|img)[^>]+(src|href)=", markup)
+    assert page.count('class="chart"') == 5
+
+
+def test_results_elsewhere_have_their_figures_beside_them(tmp_path: Path) -> None:
+    results = made()
+    tables = write_study(results, tmp_path / "study", command="c")
+    file = tmp_path / "docs" / "results.md"
+    file.parent.mkdir()
+    for _ in range(2):
+        write_results(tmp_path / "study", results, tables, file, command="c")
+    figures = re.findall(r"!\[.*\]\((.*)\)", file.read_text())
+    assert len(figures) == 5 and all(figure.startswith("results/") and (file.parent / figure).is_file() for figure in figures)
+
+
+def test_one_replicate_draws_the_same_pictures(tmp_path: Path) -> None:
+    results = made(replicates=1)
+    assert results.over == "documents"
+    write_study(results, tmp_path, command="c")
+    assert "± one standard error over documents" in (tmp_path / "results.md").read_text()
+
+
+def test_without_any_error_nothing_is_said_to_have_one(tmp_path: Path) -> None:
+    results = study({"merge_method": "linear"}, of=lambda *_: {"math": 0.25, "code": None}, replicates=1, stderr=None)
+    (table,) = write_study(results, tmp_path, command="c")
+    assert math.isnan(table.frame.iloc[-1]["math_se"])
+    assert "| linear | 25.0 | – | 25.0 |" in (tmp_path / "results.md").read_text()
+
+
+def test_the_command_prints_averages_and_where_everything_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    write_study(made(), tmp_path, command="c")
+    for item in render(tmp_path, None):
+        Console(width=80, soft_wrap=True).print(item)
+    out = capsys.readouterr().out
+    assert re.search(r"ota density=0.2 +\d+\.\d ± \d\.\d", out) and "results.md" in out.replace("\n", "")

@@ -1,0 +1,187 @@
+"""Tables of a study against numbers worked out by hand; which cells go into which table."""
+
+import math
+from typing import Any
+
+import pytest
+
+from tasks.study_scores import AVERAGE, BELOW, RETENTION
+from tasks.study_tables import DIFFERENCE, ERROR, StudyTable, all_tables, words
+from tests.tasks.study_results import study
+
+OTA = {"merge_method": "ota", "parameters": {"density": [0.2, 0.6], "metric": ["curvature", "magnitude"]}}
+
+
+def tables(*grid: dict[str, Any], **options: Any) -> dict[str, StudyTable]:
+    return {one.key: one for one in all_tables(study(*grid, **options))}
+
+
+def flat(label: str, number: int) -> dict[str, float]:
+    return {"math": 0.4, "code": 0.2}
+
+
+def test_mean_and_standard_error_over_replicates() -> None:
+    """Three seeds: math 0.2, 0.4, 0.6: mean 0.4, sample deviation 0.2, error 0.2 / √3. code is 0.2 everywhere."""
+    found = tables({"merge_method": "linear"}, of=lambda label, i: {"math": 0.2 * (i + 1), "code": 0.2}, replicates=3)["methods"]
+    row = found.frame.set_index("model").loc["linear"]
+    assert row["math"] == pytest.approx(0.4) and row[f"math{ERROR}"] == pytest.approx(0.2 / math.sqrt(3))
+    assert row["code"] == pytest.approx(0.2) and row[f"code{ERROR}"] == pytest.approx(0)
+    # Averages 0.2, 0.3, 0.4: their deviation is 0.1.
+    assert row[AVERAGE] == pytest.approx(0.3) and row[f"{AVERAGE}{ERROR}"] == pytest.approx(0.1 / math.sqrt(3))
+    # Retentions (0.25 + 0.25) / 2, (0.5 + 0.25) / 2, (0.75 + 0.25) / 2.
+    assert row[RETENTION] == pytest.approx(0.375) and row[f"{RETENTION}{ERROR}"] == pytest.approx(0.125 / math.sqrt(3))
+    assert row[BELOW] == pytest.approx(1), "code 0.2 is below the base's 0.3, math 0.2 is not below 0.1"
+    assert "over 3 replicates" in found.caption
+
+
+def test_one_replicate_has_errors_over_documents() -> None:
+    found = tables({"merge_method": "linear"}, of=flat, replicates=1, stderr=0.03)["methods"]
+    row = found.frame.set_index("model").loc["linear"]
+    assert row[f"math{ERROR}"] == 0.03
+    assert row[f"{AVERAGE}{ERROR}"] == pytest.approx(math.sqrt(2 * 0.03**2) / 2)
+    own = [0.5, 0.25]  # merged / expert, each with the error of both: d(m/e) = √(dm² + (m/e)² de²) / e
+    errors = [math.sqrt(0.03**2 + ratio**2 * 0.03**2) / 0.8 for ratio in own]
+    assert row[f"{RETENTION}{ERROR}"] == pytest.approx(math.hypot(*errors) / 2)
+    assert "over documents (one replicate)" in found.caption
+
+
+def test_no_error_where_the_harness_gives_none() -> None:
+    row = tables({"merge_method": "linear"}, of=flat, replicates=1, stderr=None)["methods"].frame.set_index("model").loc["linear"]
+    assert row["math"] == 0.4 and math.isnan(row[f"math{ERROR}"]) and math.isnan(row[f"{AVERAGE}{ERROR}"])
+
+
+def test_what_is_not_measured_for_every_model_is_left_out_of_averages_and_said() -> None:
+    found = tables({"merge_method": "linear"}, of=lambda label, i: {"math": 0.4, "code": None})["methods"]
+    row = found.frame.set_index("model").loc["linear"]
+    assert row[AVERAGE] == pytest.approx(0.4) and math.isnan(row["code"])
+    assert "The average leaves out what was not measured for every model: code." in found.caption
+
+
+def test_methods_are_the_first_of_each_kind_on_all_experts() -> None:
+    found = tables(
+        {"merge_method": "ties", "parameters": {"density": [0.7, 0.2]}},
+        {"merge_method": "linear", "experts": ["each", "all"]},
+        OTA, {"merge_method": "ota"},
+        of=flat,
+    )["methods"]  # fmt: skip
+    assert list(found.frame["model"]) == ["base", "math", "code", "ties density=0.7", "linear", "ota density=0.2", "ota"]
+    assert list(found.frame["kind"]) == ["base", "expert", "expert", "merge", "merge", "merge", "merge"]
+
+
+def test_ffg_on_and_off_is_the_same_recipe_with_differences_seed_by_seed() -> None:
+    """FFG gains 0.1 and 0.3 in the average on the two seeds: mean 0.2, error 0.1414 / √2 = 0.1, whatever the seeds share."""
+
+    def of(label: str, i: int) -> dict[str, float]:
+        gain = (0.1, 0.3)[i] if "density=0.2 " in label else 0.0
+        return {"math": 0.3 * i + gain, "code": 0.3 * i + gain}
+
+    found = tables(OTA, {"merge_method": "ota"}, {"merge_method": "ota", "parameters": {"density": 0.2, "power": 1}}, of=of)[
+        "ffg"
+    ]
+    assert list(found.frame["FFG"]) == ["off", "density 0.2", "density 0.6"]
+    on = found.frame.iloc[1]
+    assert on[DIFFERENCE] == pytest.approx(0.2) and on[f"{DIFFERENCE}{ERROR}"] == pytest.approx(0.1)
+    assert found.frame.iloc[2][DIFFERENCE] == pytest.approx(0)
+    assert found.caption.startswith("Recipe: ota. ")
+
+
+def test_density_sweep_puts_ffg_beside_magnitude_and_ends_without_a_mask() -> None:
+    def of(label: str, i: int) -> dict[str, float]:
+        value = {"ota": 0.5}.get(label, 0.1 if "magnitude" in label else 0.4)
+        return {"math": value, "code": value}
+
+    frame = tables(OTA, {"merge_method": "ota"}, of=of)["density"].frame
+    assert list(frame["density"]) == [0.2, 0.6, 1.0]
+    assert list(frame["FFG"]) == pytest.approx([0.4, 0.4, 0.5]) and list(frame["magnitude"]) == pytest.approx([0.1, 0.1, 0.5])
+    assert list(frame[DIFFERENCE])[:2] == pytest.approx([0.3, 0.3]) and math.isnan(frame[DIFFERENCE][2])
+    assert list(frame["FFG retention"]) == pytest.approx([0.5, 0.5, 0.625])
+
+
+def test_a_density_that_only_one_metric_has_leaves_the_other_empty() -> None:
+    grid = [
+        {"merge_method": "ota", "parameters": {"density": [0.1, 0.6]}},
+        {"merge_method": "ota", "parameters": {"density": 0.1, "metric": "magnitude"}},
+    ]
+    frame = tables(*grid, of=flat)["density"].frame
+    assert math.isnan(frame["magnitude"][1]) and not math.isnan(frame["magnitude"][0])
+
+
+def test_grafted_experts_show_their_own_capability_between_base_and_expert() -> None:
+    def of(label: str, i: int) -> dict[str, float]:
+        return {"math": 0.6, "code": 0.1} if label.endswith("on math") else {"math": 0.2, "code": 0.7}
+
+    found = tables(OTA | {"experts": "each"}, of=of)
+    assert set(found) == {"grafting"}
+    frame = found["grafting"].frame
+    assert list(zip(frame["grafted by"], frame["density"], strict=True)) == [
+        ("base", 0.0), ("FFG", 0.2), ("FFG", 0.6), ("magnitude", 0.2), ("magnitude", 0.6), ("expert", 1.0),
+    ]  # fmt: skip
+    assert list(frame["math"]) == pytest.approx([0.1, 0.6, 0.6, 0.6, 0.6, 0.8])
+    assert list(frame["code"]) == pytest.approx([0.3, 0.7, 0.7, 0.7, 0.7, 0.8])
+
+
+def test_compressions_of_one_recipe() -> None:
+    grid = [
+        {"merge_method": "ota", "parameters": {"density": 0.4, "compression": ["none", "rank1", "log8"]}},
+        {"merge_method": "ota", "parameters": {"density": 0.4, "compression": "rank_k", "rank": [2, 8]}},
+        {"merge_method": "ota", "parameters": {"density": 0.5, "compression": "rank1"}},
+    ]
+    frame = tables(*grid, of=flat, cost=lambda label: {"bytes_per_param": float(len(label)), "sqrt_error": 0.1})[
+        "compression"
+    ].frame
+    assert list(frame["second moments"]) == ["full", "rank 1", "log8", "rank 2", "rank 8"]
+    assert frame["bytes/parameter"][0] == len("ota density=0.4 compression=none") and set(frame["√v error"]) == {0.1}
+
+
+def test_combinations_after_ffg() -> None:
+    grid = {"merge_method": "ota", "parameters": {"density": 0.4, "masked_merge": ["precond", "linear", "ties"]}}
+    found = tables(grid, of=flat)
+    assert list(found["combination"].frame["combined by"]) == ["precond", "linear", "ties"]
+    assert set(found) == {"methods", "combination"}
+
+
+def test_sweeps_are_sorted_and_of_one_parameter() -> None:
+    grid = [
+        {"merge_method": "ota", "parameters": {"lambda": [2, 1, 1.5]}},
+        {"merge_method": "ties", "parameters": {"density": [0.9, 0.5], "lambda": [1.5, 1]}},
+        {"merge_method": "ota", "parameters": {"power": [1, 0]}},
+    ]
+    found = tables(*grid, of=flat)
+    assert set(found) == {"methods", "lambda", "power", "sweep-density"}
+    rows = [(row["recipe"], row["lambda"]) for _, row in found["lambda"].frame.iterrows()]
+    assert rows == [("ota", 1.0), ("ota", 1.5), ("ota", 2.0), ("ties density=0.5", 1.0), ("ties density=0.5", 1.5),
+                    ("ties density=0.9", 1.0), ("ties density=0.9", 1.5)]  # fmt: skip
+    assert list(found["power"].frame["power"]) == [0.0, 0.5, 1.0], "the power by default is a cell of the grid, too"
+    assert [row["recipe"] for _, row in found["sweep-density"].frame.iterrows()] == [
+        "ties",
+        "ties",
+        "ties lambda=1.5",
+        "ties lambda=1.5",
+    ]
+
+
+def test_subsets_of_experts_and_the_best_expert_of_a_capability() -> None:
+    """Two experts of code, 0.8 and 0.4: where only the weaker is merged, retention is taken against it."""
+    models = [
+        {"model": f"{name}{{seed}}", "name": name, "capability": own}
+        for name, own in (("m", "math"), ("c1", "code"), ("c2", "code"))
+    ]
+    own = {"m": {"math": 0.5, "code": 0.0}, "c1": {"math": 0.0, "code": 0.8}, "c2": {"math": 0.0, "code": 0.4}}
+    grid = {"merge_method": "linear", "experts": ["all", "pairs", "each"]}
+    frame = tables(grid, of=flat, alone=lambda name, i: own[name], models=models)["experts"].frame
+    assert list(frame["experts"]) == ["all", "without c2", "without c1", "without m"]
+    assert list(frame[RETENTION]) == pytest.approx([(0.8 + 0.25) / 2, (0.8 + 0.25) / 2, (0.8 + 0.5) / 2, 0.25])
+
+
+def test_nothing_but_single_cells_gives_no_table_of_comparisons() -> None:
+    assert set(tables({"merge_method": "linear"}, {"merge_method": "ties"}, of=flat)) == {"methods"}
+
+
+def test_words_name_what_is_not_the_default() -> None:
+    grid = {
+        "merge_method": "ota",
+        "parameters": {"density": 0.5, "metric": "curvature", "power": 0.5, "lambda": 1.5, "compression": "rank1"},
+    }
+    (cell,) = study(grid, of=flat).cells
+    assert words(cell) == "ota compression=rank1 lambda=1.5 density=0.5"
+    assert words(cell, skip=("compression", "density")) == "ota lambda=1.5"
