@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import cli_experts, cli_flows, cli_registry, cli_retention, cli_search, cli_stack
+from flows import cli_experts, cli_flows, cli_real, cli_registry, cli_retention, cli_search, cli_stack
 from flows.cli_common import Artifacts, DataDir, Device, Home, Limit, TrackingUri, progress_bars, show, user_errors
 from ota_core.errors import OtaError
 
@@ -312,6 +312,7 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
 
 app.command()(cli_flows.nightly)
 app.command()(cli_flows.study)
+app.command()(cli_real.study_real)
 app.command()(cli_flows.benchmark)
 app.command()(cli_search.search)
 app.command()(cli_registry.promote)

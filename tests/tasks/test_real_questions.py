@@ -1,7 +1,6 @@
 """Questions and passages out of small corpora, and the real suites on a tiny model."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -12,25 +11,11 @@ from tasks.real_corpus import DOMAINS
 from tasks.real_questions import QuestionSettings, write_questions
 from tasks.suites import needs_data
 from tests.tiny_models import write_tiny_llama
+from tests.tiny_real import write_real_corpora
 
 SMALL = QuestionSettings(
     context=40, continuation=30, questions={"validation": 4, "test": 6}, passage=60, passages={"validation": 3, "test": 5}
 )
-
-
-def write_corpora(folder: Path, *, documents: int = 20) -> Path:
-    """Documents of random words in lines, for all domains; different ones in each split."""
-    for domain in DOMAINS:
-        (folder / domain).mkdir(parents=True)
-        for split in ("train", "validation", "test"):
-            rng = random.Random(f"{domain} {split}")
-            rows = []
-            for i in range(documents):
-                words = ["".join(rng.choices("abcdefgh{}", k=rng.randint(2, 9))) for _ in range(60)]
-                text = "\n".join(" ".join(words[at : at + 12]) for at in range(0, 60, 12))
-                rows.append({"text": text, "source": "made up", "digest": f"{domain}{split}{i}"})
-            (folder / domain / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def rows_of(path: Path) -> list[dict[str, object]]:
@@ -38,7 +23,7 @@ def rows_of(path: Path) -> list[dict[str, object]]:
 
 
 def test_questions_are_about_their_own_document(tmp_path: Path) -> None:
-    corpora = write_corpora(tmp_path / "corpora")
+    corpora = write_real_corpora(tmp_path / "corpora")
     counts = write_questions(corpora, tmp_path / "data", SMALL)
     assert counts["code"] == {"validation_questions": 4, "validation_passages": 3, "test_questions": 6, "test_passages": 5}
     for domain in DOMAINS:
@@ -62,7 +47,7 @@ def test_questions_are_about_their_own_document(tmp_path: Path) -> None:
 
 
 def test_the_same_corpora_give_the_same_questions(tmp_path: Path) -> None:
-    corpora = write_corpora(tmp_path / "corpora")
+    corpora = write_real_corpora(tmp_path / "corpora")
     for name in ("a", "b"):
         write_questions(corpora, tmp_path / name, SMALL)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.jsonl"))
@@ -72,12 +57,12 @@ def test_the_same_corpora_give_the_same_questions(tmp_path: Path) -> None:
 
 def test_too_few_documents(tmp_path: Path) -> None:
     with pytest.raises(OtaError, match=r"code/validation.jsonl gives \d questions; expected at least two"):
-        write_questions(write_corpora(tmp_path / "corpora", documents=1), tmp_path / "data", SMALL)
+        write_questions(write_real_corpora(tmp_path / "corpora", documents=1), tmp_path / "data", SMALL)
 
 
 @pytest.mark.parametrize("name, questions, passages", [("real", 6, 5), ("real-validation", 4, 3)])
 def test_the_real_suites_run(name: str, questions: int, passages: int, tmp_path: Path) -> None:
-    write_questions(write_corpora(tmp_path / "corpora"), tmp_path / "data", SMALL)
+    write_questions(write_real_corpora(tmp_path / "corpora"), tmp_path / "data", SMALL)
     suite = load_suite(name)
     assert needs_data(suite)
     found = score_model(write_tiny_llama(tmp_path / "model"), suite, data_dir=tmp_path / "data")
