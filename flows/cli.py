@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows import cli_analysis, cli_compare, cli_experts, cli_flows, cli_registry, cli_retention, cli_search, cli_stack
+from flows import cli_analysis, cli_compare, cli_experts, cli_flows, cli_real, cli_registry, cli_retention, cli_search, cli_stack
 from flows.cli_common import Artifacts, DataDir, Device, Home, Limit, TrackingUri, progress_bars, recipe_inputs, show, user_errors
 from ota_core.errors import OtaError
 
@@ -294,6 +294,7 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
 app.command()(cli_analysis.analyse)
 app.command()(cli_flows.nightly)
 app.command()(cli_flows.study)
+app.command()(cli_real.study_real)
 app.command()(cli_flows.benchmark)
 app.command()(cli_compare.compare)
 app.command()(cli_search.search)

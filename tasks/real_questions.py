@@ -5,7 +5,7 @@ A document gives one passage and one question. All is drawn by the documents' di
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -41,7 +41,7 @@ def write_questions(corpora: Path, out: Path, settings: QuestionSettings) -> dic
     """Write ``<domain>/<split>-{questions,passages}.jsonl`` for every domain of ``corpora``; returns the numbers of rows.
 
     Questions have the fields context, choices, answer (the true one's position); passages have text. Raises OtaError when a
-    domain gives fewer than two questions or passages.
+    domain gives fewer than two questions or passages; what was written by then is the caller's to remove.
     """
     counts: dict[str, dict[str, int]] = {}
     for folder in sorted(path for path in corpora.iterdir() if path.is_dir()):
@@ -74,12 +74,17 @@ def _questions(documents: list[dict[str, str]], settings: QuestionSettings, want
         # Of those that are nearest in length, so that length tells nothing.
         others = sorted({text for other, text in continuations.items() if other != digest and text != true})
         rng.shuffle(others)
-        size = len(true)
-        others.sort(key=lambda text: abs(len(text) - size))
+        others.sort(key=_distance_to(len(true)))
+        if len(others) < settings.choices - 1:
+            continue
         choices = [true, *rng.sample(others[: 4 * settings.choices], settings.choices - 1)]
         rng.shuffle(choices)
         rows.append({"context": context, "choices": choices, "answer": choices.index(true)})
     return rows
+
+
+def _distance_to(size: int) -> Callable[[str], int]:
+    return lambda text: abs(len(text) - size)
 
 
 def _cut(document: dict[str, str], settings: QuestionSettings) -> tuple[str, str] | None:
