@@ -137,7 +137,7 @@ def merge_flow(
         streams = None
         if runner.kind != "threads" and not tests:  # nothing here reads a whole model: headers are enough
             streams = stack.enter_context(Streams(cache=where.cache, memory=parse_memory(memory)))
-        fetched = _fetch_all(recipe, recipe_dir, where, streams)
+        fetched = fetch_models(recipe, recipe_dir, where, streams)
         inputs = stages.inputs_of(recipe, fetched, where, recipe_dir, streams)
         step = stages.merge_step(recipe, inputs, file_size)
         if runner.kind == "threads" and (gpu or len(stages.output_files(recipe, inputs, file_size)) == 1):
@@ -224,7 +224,7 @@ def _device(device: str) -> str:
     return pick_device(device)
 
 
-def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places, streams: Streams | None) -> list[Fetched]:
+def fetch_models(recipe: MergeRecipe, recipe_dir: Path | None, where: Places, streams: Streams | None) -> list[Fetched]:
     """All checkpoints, in parallel, base first. Every source that fails is reported, not only the first.
 
     With ``streams``, only outlines of what lies in S3: whoever needs its tensors reads them there.

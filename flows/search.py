@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.blocks import use_blocks
 from flows.deployed import cancel_children
-from flows.merge import MergeOutcome, _fetch_all, merge_flow
+from flows.merge import MergeOutcome, fetch_models, merge_flow
 from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
 from flows.report import merge_label, merge_name
@@ -116,7 +116,7 @@ def search_flow(
         compared = check_apart(tests, data, judge, judge_data)
         get_run_logger().info("%s and %s share none of their %d documents", tests.name, judge.name, compared)
 
-    fetched = _fetch_all(recipe, recipe_dir, where, None)
+    fetched = fetch_models(recipe, recipe_dir, where, None)
     inputs = stages.inputs_of(recipe, fetched, where, recipe_dir)
     stages.output_files(recipe, inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
     moments = compressed(recipe, inputs, where, memory)
