@@ -138,7 +138,9 @@ def _lines(layers: pd.DataFrame) -> alt.ConcatChart:
                 _ELEMENTS,
             ],
         )
-        panels.append((chart.mark_line() + chart.mark_point()).properties(width=PANEL + 100, height=200))
+        panels.append(
+            (chart.mark_line() + chart.mark_point(size=60 if count <= 12 else 20)).properties(width=PANEL + 100, height=200)
+        )
     return alt.concat(*panels, columns=2)
 
 

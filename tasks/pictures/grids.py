@@ -119,15 +119,16 @@ def grid(placed: pd.DataFrame, shade: Shade, tooltip: Sequence[alt.Tooltip | str
     y = alt.Y(
         "row:N", title=None, sort=None, scale=alt.Scale(domain=row_order(placed)), axis=alt.Axis(ticks=False, domain=False, labelPadding=5)
     )  # fmt: skip
-    cells = base.mark_rect(stroke="white", strokeWidth=0.5).encode(
+    cells = base.mark_rect(stroke="white", strokeWidth=0.5 if layers <= 16 else 0).encode(
         x=layer_axis("left", layers), x2="right:Q", y=y, color=shade.colour(), tooltip=list(tooltip)
     )
     numbers = (
         base.transform_filter("true" if layers <= _WRITE_VALUES else "!isValid(datum.layer)")
         .mark_text(fontSize=11)
-        .encode(x="middle:Q", y=y, text=alt.Text("value:Q", format=shade.format), color=shade.ink())
+        .encode(x=layer_axis("middle", layers), y=y, text=alt.Text("value:Q", format=shade.format), color=shade.ink())
     )
-    return alt.layer(cells, numbers).properties(width=PANEL, height=alt.Step(20))
+    # Whole pixels for each layer: between cells that end within a pixel, hairlines shine through.
+    return alt.layer(cells, numbers).properties(width=layers * max(3, PANEL // layers), height=alt.Step(20))
 
 
 def grids(placed: pd.DataFrame, shade: Shade, tooltip: Sequence[alt.Tooltip | str], *, by: str = "expert") -> alt.FacetChart:

@@ -81,16 +81,21 @@ async function draw(place) {
     columns -= columns > 2 && columns % 2 === 0 ? 2 : 1;  // panels that come in pairs stay beside each other
   }
 }
-let width = 0, drawn = Promise.resolve();
-function drawAll() {
+// From top to bottom with a pause after each, so that a reader can begin at once.
+async function drawAll() {
+  for (const place of document.querySelectorAll(".chart")) {
+    await draw(place);
+    await new Promise((go) => setTimeout(go));
+  }
+  document.documentElement.dataset.drawn = "yes";
+}
+let width = document.documentElement.clientWidth, drawn = drawAll(), waiting;
+function drawAgain() {
   if (document.documentElement.clientWidth === width) return;
   width = document.documentElement.clientWidth;
-  drawn = drawn.then(() => Promise.all(Array.from(document.querySelectorAll(".chart"), draw)))
-    .then(() => { document.documentElement.dataset.drawn = "yes"; });
+  drawn = drawn.then(drawAll);
 }
-let waiting;
-addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAll, 250); });
-drawAll();
+addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAgain, 250); });
 for (const button of document.querySelectorAll("button[data-copy]")) {
   button.addEventListener("click", async () => {
     const source = document.getElementById(button.dataset.copy);
