@@ -14,7 +14,7 @@ from flows.report import comparison
 from flows.steps import missing
 from ota_core.artifact import CARD, ArtifactRef
 from ota_core.inputs import MergeInputs
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import stages
 from tasks.gate import GateDecision
 from tasks.scores import ModelScores, caption
@@ -65,10 +65,14 @@ class MergePage(BaseModel):
 
 
 def analysed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> ArtifactRef:
-    """The analysis of the recipe's experts, as a cached task. Raises OtaError."""
-    from tasks.analysis import analysis_step
+    """The analysis of the recipe's experts, as a cached task; of compressions only the recipe's own. Raises OtaError.
 
-    step = analysis_step(recipe, inputs)
+    Comparing all compressions is half of ``ota analyse``'s work, and says nothing of this merge.
+    """
+    from tasks.analysis import analysis_options, analysis_step
+
+    own = recipe.setting("compression") if recipe.merge_method in NEEDS_MOMENTS else None
+    step = analysis_step(recipe, inputs, analysis_options(compressions="-" if own in {None, "none"} else own))
     found: ArtifactRef = missing(analyse, step, where)(step, where, recipe, inputs, memory)
     return found
 
