@@ -17,7 +17,7 @@ from ota_core.errors import CheckpointError
 from tasks.benchmark_quiet import Progress, quiet
 from tasks.benchmark_tasks import load_tasks, skip_reason
 from tasks.scores import CapabilityScore, ModelScores, mlflow_metric_name
-from tasks.suites import Suite, SuiteError, TaskEntry, load_suite, score_identity, suite_digest
+from tasks.suites import LossEntry, Suite, SuiteError, TaskEntry, load_suite, score_identity, suite_digest
 
 __all__ = ["CapabilityScore", "ModelScores", "Suite", "load_suite", "mlflow_metric_name", "score_identity", "score_model"]
 
@@ -59,11 +59,14 @@ def score_model(
                 name_task(name)
                 results[name] = _evaluate(lm, suite, name, task, limit)
     scores = {name: _capability(suite, name, results) for name in suite.capabilities}
+    losses = {name: _loss(suite, entry, results[entry.task]) for name, entry in suite.losses.items()}
     return ModelScores(
         suite=suite.name,
         suite_digest=suite_digest(suite, limit=limit),
         capabilities={name: score for name, (score, _) in scores.items()},
         samples={name: samples for name, (_, samples) in scores.items()},
+        losses={name: value for name, (value, _) in losses.items()},
+        loss_stderr={name: error for name, (_, error) in losses.items() if error is not None},
         limit=limit,
         lm_eval_version=importlib.metadata.version("lm_eval"),
         seconds=round(time.monotonic() - started, 3),
@@ -96,7 +99,9 @@ def _load_model(model: Path, suite: Suite, device: str) -> Any:
 
     # An absolute path can never be taken for a name on the hub.
     try:
-        lm = HFLM(pretrained=str(model.resolve()), device=device, batch_size=suite.batch_size)
+        lm = HFLM(
+            pretrained=str(model.resolve()), device=device, batch_size=suite.batch_size, dtype=suite.dtype or "auto"
+        )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{model} cannot be loaded for the benchmark: {type(error).__name__}: {error}") from error
     if suite.apply_chat_template and not getattr(lm.tokenizer, "chat_template", None):
@@ -161,6 +166,23 @@ def _capability(
         skipped=tuple(skipped),
     )
     return capability, samples
+
+
+def _loss(suite: Suite, entry: LossEntry, result: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Bits per byte of all documents together, and its standard error; None for the error of a single document.
+
+    lm-eval gives no error for this number. It is a ratio of sums, so its error is that of a ratio estimator (Cochran, Sampling
+    Techniques, 3rd ed., eq. 6.13, for a sample from an unlimited population): documents vary, and are weighted by their bytes.
+    """
+    value = result["results"][entry.task].get(f"{entry.metric},{entry.filter}")
+    if value is None or not _is_number(value):
+        raise SuiteError(f"suite {suite.name}: expected a finite {entry.metric} of task '{entry.task}'; it gave {value}")
+    rows = [row[entry.metric] for rows in result["samples"].values() for row in rows if row["filter"] == entry.filter]
+    if len(rows) < 2:
+        return float(value), None
+    residuals = [-loglikelihood / math.log(2) - value * size for loglikelihood, size in rows]
+    total, n = sum(size for _, size in rows), len(rows)
+    return float(value), math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / total
 
 
 def _is_number(value: Any) -> bool:

@@ -22,7 +22,8 @@ def load_tasks(suite: Suite, data_dir: Path | None, cache: Path) -> dict[str, di
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=suite.include_path, include_defaults=suite.include_defaults)
-    entries = {entry.task: entry for _, entry in suite.entries()}
+    entries = {entry.task: entry for entry in suite.all_tasks()}
+    losses = {loss.task for loss in suite.losses.values()}
     problems: list[str] = []
     for name, entry in entries.items():
         problems += index_problems(suite, name, entry, manager)
@@ -48,9 +49,9 @@ def load_tasks(suite: Suite, data_dir: Path | None, cache: Path) -> dict[str, di
             raise SuiteError(f"suite {suite.name}: lm-eval cannot load task '{name}': {type(error).__name__}: {error}") from error
         for task in loaded[name]["tasks"].values():
             _set_fewshot(suite, entries[name], task)
-    for _, entry in suite.entries():
+    for entry in suite.all_tasks():
         if entry.task in loaded:
-            problems += _metric_problems(suite, entry, loaded[entry.task])
+            problems += _metric_problems(suite, entry, loaded[entry.task], is_loss=entry.task in losses)
     raise_all(problems, SuiteError)
     return loaded
 
@@ -144,8 +145,8 @@ def _set_fewshot(suite: Suite, entry: TaskEntry, task: Any) -> None:
     task.set_fewshot_seed(seed=suite.seed)
 
 
-def _metric_problems(suite: Suite, entry: TaskEntry, loaded: Mapping[str, Any]) -> Iterator[str]:
-    """Filters and metrics that a task cannot give, and metrics of which less is better."""
+def _metric_problems(suite: Suite, entry: TaskEntry, loaded: Mapping[str, Any], *, is_loss: bool) -> Iterator[str]:
+    """Filters and metrics that a task cannot give, and metrics of which less is better (of a loss: more)."""
     where = f"suite {suite.name}: task '{entry.task}'"
     for task in loaded["tasks"].values():
         filters = [item["name"] for item in task.config.filter_list or []] or ["none"]
@@ -158,8 +159,11 @@ def _metric_problems(suite: Suite, entry: TaskEntry, loaded: Mapping[str, Any]) 
         if entry.metric not in known and not own_names:
             yield f"{where} has no metric '{entry.metric}'; {nearest(entry.metric, known)}"
             return
-        if known.get(entry.metric) is False:
+        if known.get(entry.metric) is False and not is_loss:
             yield f"{where}: of {entry.metric} less is better; a capability's score needs a metric of which more is better"
+            return
+        if known.get(entry.metric) is not False and is_loss:
+            yield f"{where}: of {entry.metric} more is better; a loss needs a metric of which less is better"
             return
 
 

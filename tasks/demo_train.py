@@ -133,8 +133,8 @@ def train_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = LlamaForCausalLM(config).float()
-    rows = _packed(tokenizer, texts, length=PACKED)
-    return _train(network, tokenizer, rows, out, seed=seed, training=training, capability=None, progress=progress)
+    rows = packed(tokenizer, texts, length=PACKED)
+    return run_trainer(network, tokenizer, rows, out, seed=seed, training=training, capability=None, progress=progress)
 
 
 def train_expert(
@@ -155,7 +155,7 @@ def train_expert(
     for row in read_jsonl(data / capability / "train.jsonl"):
         masked = len(tokenizer(row["prompt"])["input_ids"])
         rows.append(_row(tokenizer, f"{row['prompt']} {row['answer']}{tokenizer.eos_token}", masked=masked))
-    return _train(network, tokenizer, rows, out, seed=seed, training=training, capability=capability, progress=progress)
+    return run_trainer(network, tokenizer, rows, out, seed=seed, training=training, capability=capability, progress=progress)
 
 
 def load_trained(folder: Path) -> TrainedModel:
@@ -188,7 +188,7 @@ def make_tokenizer(texts: Sequence[str], *, size: int) -> "PreTrainedTokenizerFa
     )
 
 
-def _packed(tokenizer: Any, texts: Sequence[str], *, length: int) -> list[dict[str, list[int]]]:
+def packed(tokenizer: Any, texts: Sequence[str], *, length: int) -> list[dict[str, list[int]]]:
     """All texts one after the other, cut into rows of ``length`` tokens; the rest at the end is dropped."""
     ids = [i for text in texts for i in tokenizer(text + tokenizer.eos_token)["input_ids"]]
     cuts = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
@@ -201,7 +201,7 @@ def _row(tokenizer: Any, text: str, *, masked: int) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": [-100] * masked + ids[masked:]}
 
 
-def _train(
+def run_trainer(
     network: "PreTrainedModel",
     tokenizer: Any,
     rows: list[dict[str, list[int]]],
@@ -211,7 +211,13 @@ def _train(
     training: TrainSettings,
     capability: str | None,
     progress: Progress | None,
+    autocast: bool = False,
 ) -> TrainedModel:
+    """Train ``network`` on ``rows`` (input_ids and labels) and leave what the Trainer saves at ``out``, with ``training.json``.
+
+    ``capability`` None: a base, without optimizer.pt. ``autocast``: products in bfloat16; weights, gradients and the optimizer's
+    state stay float32. Raises CheckpointError when ``out`` exists.
+    """
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     if out.exists():
@@ -242,6 +248,7 @@ def _train(
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        bf16=autocast,
         seed=seed,
         data_seed=seed,
         dataloader_pin_memory=False,

@@ -44,14 +44,15 @@ def register_version(
     _ensure_model(client, name)
     version = find_version(client, digest, name=name)
     if version is None:
+        source = _source(store, uri, run_id)
         client.create_model_version(
             name,
-            source=_source(store, uri, run_id),
+            source=source,
             run_id=run_id,
             tags={**tags, TAG_DIGEST: digest, TAG_SOURCE: uri},
             description=description,
             await_creation_for=0,
-            model_id=model_id,
+            model_id=None if source.startswith("runs:") else model_id,  # a server wants the source to be the model's, then
         )
         # Two clients may have registered the same digest at once: the older version stands, for both.
         same = _versions(client, digest, name=name)

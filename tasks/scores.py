@@ -46,6 +46,10 @@ class ModelScores(BaseModel):
     limit: int | None
     lm_eval_version: str
     seconds: float
+    losses: dict[str, float] = {}
+    """Capability to bits per byte of held-out text, where the suite measures it; less is better."""
+    loss_stderr: dict[str, float] = {}
+    """Capability to the standard error of its loss, over documents."""
 
     @property
     def average(self) -> float | None:
@@ -58,9 +62,26 @@ class ModelScores(BaseModel):
         """The capabilities that ``average`` is taken over."""
         return tuple(name for name, value in self.by_capability().items() if value is not None)
 
+    @property
+    def average_loss(self) -> float | None:
+        """Mean over the capabilities that have a loss; None when none has. Never mixed with ``average``."""
+        return fmean(self.losses.values()) if self.losses else None
+
     def by_capability(self) -> dict[str, float | None]:
         """Capability to score."""
         return {name: capability.score for name, capability in self.capabilities.items()}
+
+    def objective(self) -> dict[str, float | None]:
+        """What a search makes as large as it can, 0..1 by capability: of one with a loss the likelihood of a byte (2 to the minus bits
+        per byte, a geometric mean), which tells models apart by far fewer documents than a count of right answers; else the score."""
+        return {name: 2.0 ** -self.losses[name] if name in self.losses else score for name, score in self.by_capability().items()}
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged of a model: ``score/<capability>`` and ``loss/<capability>`` where measured, and ``avg`` of either."""
+        values = {f"score/{name}": value for name, value in self.by_capability().items() if value is not None}
+        values |= {"score/avg": self.average} if self.average is not None else {}
+        values |= {f"loss/{name}": value for name, value in self.losses.items()}
+        return values | ({"loss/avg": self.average_loss} if self.average_loss is not None else {})
 
 
 Scores = ModelScores | Mapping[str, float | None]
@@ -112,8 +133,9 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
 
     Columns: ``kind``, the capabilities, ``average``, ``retention`` (mean of ``retention()``, merges only), ``negative_transfer``
     (count, merges only) and ``below_base`` (the capabilities counted, comma-separated). The average is taken over
-    the capabilities that every row has, so that rows compare; ``attrs["averaged"]`` names them. Raises ValueError when two models
-    share a name.
+    the capabilities that every row has, so that rows compare; ``attrs["averaged"]`` names them. Where models have losses, columns
+    ``loss/<capability>`` and ``loss/avg``, over the capabilities that every row has a loss of; ``attrs["losses"]`` names them.
+    Raises ValueError when two models share a name.
     """
     import pandas as pd
 
@@ -128,6 +150,9 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
     plain = [scores.by_capability() if isinstance(scores, ModelScores) else scores for _, _, scores in models]
     capabilities = list(dict.fromkeys(name for scores in plain for name in scores))
     averaged = [name for name in capabilities if all(scores.get(name) is not None for scores in plain)]
+    of_all = [_losses(scores) for _, _, scores in models]
+    losses = list(dict.fromkeys(name for found in of_all for name in found))
+    averaged_losses = [name for name in losses if all(name in found for found in of_all)]
     rows = []
     for (_, kind, scores), listed in zip(models, plain, strict=True):
         row: dict[str, object] = {"kind": kind, **{name: listed.get(name) for name in capabilities}}
@@ -137,17 +162,31 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
         row["retention"] = fmean(kept) if kept else None
         row["negative_transfer"] = None if below is None else len(below)
         row["below_base"] = "" if below is None else ", ".join(below)
+        own = _losses(scores)
+        row |= {f"loss/{name}": own.get(name) for name in losses}
+        row |= {"loss/avg": fmean(own[name] for name in averaged_losses) if averaged_losses else None} if losses else {}
         rows.append(row)
     table = pd.DataFrame(rows, index=pd.Index(names, name="model"))
-    numbers = [*capabilities, "average", "retention"]
+    numbers = [*capabilities, "average", "retention", *_loss_columns(losses)]
     table[numbers] = table[numbers].astype(float)
     table["negative_transfer"] = table["negative_transfer"].astype("Int64")
-    table.attrs |= {"capabilities": capabilities, "averaged": averaged}
+    table.attrs |= {"capabilities": capabilities, "averaged": averaged, "losses": losses}
     return table
 
 
+def _losses(scores: Scores) -> Mapping[str, float]:
+    return scores.losses if isinstance(scores, ModelScores) else {}
+
+
+def _loss_columns(losses: Sequence[str]) -> list[str]:
+    return [*(f"loss/{name}" for name in losses), "loss/avg"] if losses else []
+
+
 def text_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and cells as people read them: percent with one decimal, a dash where nothing was measured."""
+    """Header and cells as people read them: percent with one decimal, a dash where nothing was measured.
+
+    Of losses the average alone; ``loss_rows`` has them all.
+    """
     import pandas as pd
 
     numbers = [*table.attrs["capabilities"], "average", "retention"]
@@ -158,8 +197,20 @@ def text_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         below = "" if pd.isna(count) else f"{count} ({row['below_base']})" if count else "0"
         # Retention and negative transfer say nothing about base and experts: blank, not a dash.
         cells[-1] = cells[-1] if row["kind"] == "merge" else ""
-        rows.append([str(name), *cells, below])
-    return ["model", *numbers, "below base"], rows
+        mean_loss = [_bits(row["loss/avg"])] if table.attrs.get("losses") else []
+        rows.append([str(name), *cells, *mean_loss, below])
+    return ["model", *numbers, *(["loss"] if table.attrs.get("losses") else []), "below base"], rows
+
+
+def loss_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the losses in bits per byte, a row a model; no rows where no model has a loss."""
+    losses = table.attrs.get("losses", [])
+    rows = [[str(name), *(_bits(row[column]) for column in _loss_columns(losses))] for name, row in table.iterrows()]
+    return ["model", *losses, "average"], rows if losses else []
+
+
+def _bits(value: float) -> str:
+    return NOT_MEASURED if value != value else f"{value:.3f}"
 
 
 def caption(table: pd.DataFrame) -> str:
@@ -167,6 +218,8 @@ def caption(table: pd.DataFrame) -> str:
     capabilities: Sequence[str] = table.attrs["capabilities"]
     averaged: Sequence[str] = table.attrs["averaged"]
     text = "Scores and retention (merge / expert on the expert's own capability) in percent."
+    if table.attrs.get("losses"):
+        text += " Loss in bits per byte of held-out text, mean over capabilities; less is better."
     if len(averaged) < len(capabilities):
         left_out = ", ".join(name for name in capabilities if name not in averaged)
         text += f" Average over {len(averaged)} of {len(capabilities)} capabilities; not measured for every model: {left_out}."
@@ -197,20 +250,36 @@ def render(table: pd.DataFrame, title: str = "Scores") -> Table:
 def to_markdown(table: pd.DataFrame) -> str:
     """The table as GitHub-flavoured Markdown, with its caption below."""
     header, rows = text_rows(table)
-    rule = ["---", *["---:"] * (len(header) - 2), "---"]
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in [header, rule, *rows]]
-    return "\n".join([*lines, "", caption(table), ""])
+    lines = [*_markdown_lines(header, rows, last_is_text=True), "", caption(table), ""]
+    header, rows = loss_rows(table)
+    if rows:
+        lines += [*_markdown_lines(header, rows), "", "Bits per byte of held-out text; less is better.", ""]
+    return "\n".join(lines)
+
+
+def _markdown_lines(header: list[str], rows: list[list[str]], *, last_is_text: bool = False) -> list[str]:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    if last_is_text:
+        rule[-1] = "---"
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in [header, rule, *rows]]
 
 
 def to_markdown_of_one(name: str, scores: ModelScores) -> str:
     """One model's scores, a row a capability, with standard errors and numbers of documents."""
     lines = [f"# {name}", "", "| capability | score | standard error | documents |", "| --- | ---: | ---: | ---: |"]
+    losses = [
+        f"- {capability}: {value:.3f} bits per byte of held-out text"
+        + (f" (standard error {scores.loss_stderr[capability]:.3f})" if capability in scores.loss_stderr else "")
+        for capability, value in scores.losses.items()
+    ]
     for capability, found in scores.capabilities.items():
         score, error = ((NOT_MEASURED if value is None else f"{100 * value:.1f}") for value in (found.score, found.stderr))
         lines.append(f"| {capability} | {score} | {error} | {found.n_samples:,} |")
     skipped = [f"- {capability}: {reason}" for capability, found in scores.capabilities.items() for reason in found.skipped]
     average = NOT_MEASURED if scores.average is None else f"{100 * scores.average:.1f}"
-    return "\n".join([*lines, f"| **average** | {average} | | |", "", *skipped, "", f"Suite {scores.suite}, percent.", ""])
+    return "\n".join(
+        [*lines, f"| **average** | {average} | | |", "", *skipped, *losses, "", f"Suite {scores.suite}, percent.", ""]
+    )
 
 
 def to_csv(table: pd.DataFrame) -> str:

