@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.leaderboard import AVERAGE, Leaderboard
+from tasks.leaderboard import Leaderboard
+from tasks.leaderboard_entries import AVERAGE
 from tasks.scores import NOT_MEASURED
 
 if TYPE_CHECKING:
@@ -81,10 +82,19 @@ def caption(board: Leaderboard) -> list[str]:
             f"sign-flip test, adjusted for {int(merges['difference'].notna().sum())} comparisons (Holm). "
             "The best was chosen by these documents, so that its lead is somewhat flattered."
         )
-    if merges["experts"].nunique() == 1 and merges["experts"].iloc[0]:
+    if merges["experts"].nunique() > 1:
+        lines.append("Retention is the mean over the capabilities of the experts in a merge, which not all share.")
+    elif merges["experts"].iloc[0]:
         lines.append(f"All merge {merges['experts'].iloc[0].replace('+', ', ')}.")
     lines.append(f"Suite {board.suite}, limit {board.limit}, key {board.suite_key}; experiment {board.experiment}.")
     return lines + board.notes
+
+
+def summary(board: Leaderboard) -> str:
+    """Which is the best, in a sentence."""
+    best, count = board.best, len(board.merges)
+    sure = f" (95 % interval {interval(best, AVERAGE)})" if interval(best, AVERAGE) else ""
+    return f"Best of {count} merge{'s' if count > 1 else ''}: {best['label']}, {percent(best[f'score/{AVERAGE}'])} % on average{sure}."
 
 
 def to_markdown(board: Leaderboard) -> str:
@@ -146,11 +156,8 @@ def to_page(board: Leaderboard) -> str:
     from tasks.pictures.page import Picture, Section, table, to_html
 
     header, rows = text_rows(board)
-    numbers = [i for i in range(len(header)) if i != 1]
-    best = board.best
-    lead = f"{len(board.merges)} merges, the best: {best['label']}, {percent(best[f'score/{AVERAGE}'])} % on average"
-    if interval(best, AVERAGE):
-        lead += f" ({interval(best, AVERAGE)})"
+    ends = header.index("below base") + 1
+    main = table(header[:ends], [cells[:ends] for cells in rows], numbers=[i for i in range(ends - 1) if i != 1], strong=[0])
     picture = Picture(
         "Average and capabilities",
         "Left: the average with its 95 % interval where it is known; the line is the base. Right: each capability in percent; ↓: below the base.",
@@ -174,8 +181,15 @@ def to_page(board: Leaderboard) -> str:
         [[row["label"], row["experts"].replace("+", ", "), row["base"], *(_setting(row[name]) for name in settings), row["run_id"]]
          for _, row in board.merges.iterrows()],
     )  # fmt: skip
-    sections = [
-        Section("Leaderboard", [lead + ".", picture, table(header, rows, numbers=numbers, strong=[0]), *caption(board)]),
+    sections = [Section("Leaderboard", [summary(board), picture, main, *caption(board)])]
+    if header[ends:]:
+        paired = table(
+            ["merge", *header[ends:]],
+            [[cells[1], *cells[ends:]] for cells in rows[: len(board.merges)]],
+            numbers=range(1, len(header) - ends + 1),
+        )
+        sections.append(Section(f"Compared with {board.baseline}", [paired]))
+    sections += [
         Section("Scores with their intervals", [intervals]),
         Section("Retention", ["Merge / expert on the expert's own capability, in percent.", kept]),
         Section("How they were merged", [made]),

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import StorageError
-from tasks.leaderboard import AVERAGE, Leaderboard
-from tasks.leaderboard_text import HTML, to_markdown, write_files
+from tasks.leaderboard import Leaderboard
+from tasks.leaderboard_entries import AVERAGE
+from tasks.leaderboard_text import HTML, summary, to_markdown, write_files
 from tasks.tracking_run import TAG_LIMIT, TAG_SUITE, TAG_SUITE_KEY, LoggedRun
 from tasks.tracking_store import Store, clear_errors, connect, locked, page_url
 from tasks.tracking_write import NOTE, TAG_ROLE, find_or_create, in_progress, log_values
@@ -42,7 +43,7 @@ def log_leaderboard(board: Leaderboard, question: str, store: Store) -> LoggedRu
         best = board.best
         tags = {
             TAG_SUITE: board.suite, TAG_LIMIT: board.limit, TAG_BEST: str(best["label"]), TAG_BEST_RUN: str(best["run_id"]),
-            TAG_RUNS: json.dumps(list(board.merges["run_id"])), NOTE: f"Open `{FOLDER}/{HTML}` among the artifacts.\n\n{to_markdown(board)}",
+            TAG_RUNS: json.dumps(list(board.merges["run_id"])), NOTE: f"{summary(board)} The page: artifact `{FOLDER}/{HTML}`.\n\n{to_markdown(board)}",
         }  # fmt: skip
         with in_progress(client, run), tempfile.TemporaryDirectory() as folder:
             log_values(client, run, {}, best_metrics(board), tags)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import OtaError
 from ota_core.recipe_yaml import nearest
@@ -52,10 +52,10 @@ def read_experiment(
         with _as_default(store):
             import mlflow
 
+            newest: Any = {} if last is None else {"max_results": last}
             merges = mlflow.search_runs(
-                [experiment], filter_string=" and ".join(wanted), order_by=["attributes.start_time DESC"],
-                **({"max_results": last} if last is not None else {}),
-            )  # fmt: skip
+                [experiment], filter_string=" and ".join(wanted), order_by=["attributes.start_time DESC"], **newest
+            )
             models = mlflow.search_runs([experiment], filter_string=f"tags.`{TAG_ROLE}` LIKE '%'")
     parents = set(merges["run_id"]) if len(merges) else set()
     below = f"tags.{PARENT}"

@@ -103,7 +103,7 @@ def test_a_merge_reads_back_whole(uri: str, request: pytest.FixtureRequest, tmp_
     assert (made.source_run_id, made.tags["source_uri"], str(made.status)) == (
         logged.run_id,
         run.model_uri,
-        "LoggedModelStatus.READY",
+        "READY",
     )
     assert {m.key: m.value for m in made.metrics}["score/math"] == 0.6
 
@@ -123,7 +123,8 @@ def test_a_merge_reads_back_whole(uri: str, request: pytest.FixtureRequest, tmp_
     assert (folder / "plots/scores.png").read_bytes().startswith(b"\x89PNG")
 
     version = client.get_model_version("ota-merged", logged.model_version)
-    assert (version.source, version.run_id, version.model_id) == (run.model_uri, logged.run_id, output.model_id)
+    assert (version.source, version.run_id) == (run.model_uri, logged.run_id)
+    assert json.loads(made.tags["mlflow.modelVersions"]) == [{"name": "ota-merged", "version": logged.model_version}]
     assert version.tags["model_digest"] == run.model_digest
     assert client.get_model_version_by_alias("ota-merged", "challenger").version == version.version
     assert logged.url == (f"{uri}/#/experiments/{logged.experiment_id}/runs/{logged.run_id}" if uri.startswith("http") else None)
