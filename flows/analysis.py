@@ -7,7 +7,6 @@ from flows.steps import CACHED, ONE_AT_A_TIME
 from ota_core.artifact import ArtifactRef
 from ota_core.inputs import MergeInputs
 from ota_core.recipe import MergeRecipe
-from tasks import analysis
 from tasks.settings import Places
 from tasks.stages import Step
 
@@ -18,5 +17,7 @@ def analyse(step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs,
 
     Call it as ``missing(analyse, step, where)(step, where, recipe, inputs, memory)``.
     """
+    from tasks import analysis  # pandas: a flow that finds everything in its cache goes without
+
     with ONE_AT_A_TIME, Progress() as progress:
         return analysis.analyse(where, step, recipe, inputs, memory=memory, progress=progress)

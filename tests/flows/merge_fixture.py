@@ -75,10 +75,10 @@ class World:
         )
 
     def options(self, **changes: Any) -> dict[str, Any]:
-        """The flow's parameters besides the recipe."""
+        """The flow's parameters besides the recipe. No report by itself: its analysis is one more task of every run."""
         known = {
             "home": self.home, "tracking_uri": self.tracking_uri, "suite": str(self.suite), "data_dir": str(self.data), "device": "cpu",
-            "memory": "256MiB",
+            "memory": "256MiB", "report": "none",
         }  # fmt: skip
         return known | changes
 

@@ -36,7 +36,7 @@ def test_analyse_writes_tables_and_says_what_it_found(recipe: Path) -> None:
     out = recipe.parent / "out"
     result = invoke("analyse", recipe, out, "--compressions", "rank1", "--memory", "256MiB")
     assert result.exit_code == 0, (result.output, result.exception)
-    assert sorted(path.name for path in out.iterdir()) == ["analysis.csv", "analysis.json", "analysis.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == ["analysis.csv", "analysis.json", "analysis.parquet", "pictures.html"]
     table = read_tables(out)
     assert f"{out}: {len(table):,} numbers" in result.stdout
     for text in ("Where FFG keeps most", "Pairs of experts", "edits: sign conflict", "Compressions", "rank1"):

@@ -38,7 +38,7 @@ def fetches(world: World) -> set[str]:
 def test_first_run_computes_all_and_the_second_nothing(world: World, counts: Counter[str], tmp_path: Path) -> None:
     recipe = ota(world)
     here = world.at(tmp_path / "home")
-    first = here.run(recipe)
+    first = here.run(recipe, report="full")
     outcome = first.outcome
     expected = fetches(world) | STAGES | SCORED | {"analyse ota", f"benchmark {LABEL}", f"log {NAME}"}
     assert first.states == {name: ["Completed"] for name in expected}
@@ -59,7 +59,7 @@ def test_first_run_computes_all_and_the_second_nothing(world: World, counts: Cou
         assert record.inputs and record.results and record.provenance["seconds"] >= 0
 
     counts.clear()
-    again = here.run(recipe)
+    again = here.run(recipe, report="full")
     assert again.states == {name: ["Cached"] for name in expected} | {f"log {NAME}": ["Completed"]}
     assert counts == {}
     assert again.outcome == outcome  # the same artifacts, the same MLflow run, no second version of the model
@@ -79,7 +79,7 @@ def test_the_staged_flow_writes_the_bytes_of_the_fused_merge(world: World, tmp_p
         report = engine.merge(recipe, fused, inputs=inputs)
         staged = Path(outcome.path)
         names = sorted(path.name for path in fused.iterdir())
-        assert names == sorted(path.name for path in staged.iterdir() if path.name != "report.html")
+        assert names == sorted(path.name for path in staged.iterdir())
         assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", RECORD} <= set(names)
         for name in names:
             assert name == RECORD or (fused / name).read_bytes() == (staged / name).read_bytes(), name

@@ -32,7 +32,7 @@ LABEL = "ota rho=0.40 rank1"
 
 @pytest.fixture(scope="module")
 def logged(world: World) -> FlowRun:
-    return world.run(world.recipe(density=0.4, compression="rank1"))
+    return world.run(world.recipe(density=0.4, compression="rank1"), report="full")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_children_lineage_and_version(logged: FlowRun, parent: Run, client: Mlfl
     inputs = {one.dataset.name: json.loads(one.dataset.source)["uri"] for one in parent.inputs.dataset_inputs}
     models = {"base": f"{world.uri}/models/base"} | {name: f"{world.uri}/experts/{name}/{RUN}" for name in EXPERTS}
     data = next(one.dataset for one in parent.inputs.dataset_inputs if one.tags[0].value == "data")
-    assert inputs == models | {"suite tiny": "lm-eval"}
+    assert inputs == models | {"suite tiny": str(world.data)}
     assert json.loads(data.source)["digest"] == digest_folder(world.data) == parent.data.tags["data_digest"]
     read = [client.get_logged_model(one.model_id) for one in parent.inputs.model_inputs]
     assert {one.name: one.tags["source_uri"] for one in read} == models
