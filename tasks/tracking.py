@@ -101,7 +101,6 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
                     tags={TAG_FINGERPRINT: run.fingerprint, "method": run.method},
                     description=f"{run.name}: weights at {run.model_uri}",
                     name=run.registered_model,
-                    model_id=models[run.model_digest],
                 )
                 note_version(client, models[run.model_digest], run.registered_model, version)
     url = page_url(store.shown, experiment, run_id) if store.is_server else None
