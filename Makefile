@@ -6,11 +6,21 @@ READY := .venv/.ready
 DEMO := $(CURDIR)/.ota
 
 # ARGS: options of the command behind the target, for example ARGS="--sizes 0.1 --runs 1" for bench, ARGS="--free-ports" for stack.
-.PHONY: demo stack stack-down bench test test-slow test-gpu check format clean
+.PHONY: demo study study-real stack stack-down bench test test-slow test-gpu check format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
 	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota demo
+
+# The paper's tables on the demo's experts, three seeds of them; what is trained and merged is kept. Rewrites docs/results.md.
+study: $(READY)
+	mkdir -p $(DEMO)/prefect
+	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study deployments/studies/demo.yaml --demo --write docs/results.md $(ARGS)
+
+# The same on a real language model, SmolLM2-135M: hours on two cores. Rewrites docs/results-real.md.
+study-real: $(READY)
+	mkdir -p $(DEMO)/prefect
+	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study-real --write docs/results-real.md $(ARGS)
 
 # Prefect, MLflow, S3 and two workers, in the background; their data lie in $(DEMO)/stack.
 stack: $(READY)

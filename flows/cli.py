@@ -3,15 +3,13 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flows import cli_experts, cli_flows, cli_real, cli_registry, cli_retention, cli_search, cli_stack
-from flows.cli_common import Artifacts, DataDir, Device, Home, Limit, TrackingUri, progress_bars, show, user_errors
+from flows import cli_analysis, cli_compare, cli_experts, cli_flows, cli_real, cli_registry, cli_retention, cli_search, cli_stack
+from flows.cli_common import Artifacts, DataDir, Device, Home, Limit, TrackingUri, progress_bars, recipe_inputs, show, user_errors
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -32,23 +30,6 @@ Fetch = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
-
-
-@contextmanager
-def _inputs(recipe: Any, recipe_file: Path, *, home: Path | None, memory: str, fetch: bool, progress: Any) -> Iterator[Any]:
-    """(every model of a recipe with second moments and digests, notes). What lies in S3 is read by ranges, or ``fetch``ed first."""
-    from ota_core.stream import parse_memory
-    from tasks.inputs import assemble, fetch_all
-    from tasks.settings import places
-    from tasks.streaming import Streams
-
-    options: dict[str, Any] = {"cache": places(home).cache, "recipe_dir": recipe_file.resolve().parent}
-    with ExitStack() as stack:
-        streams = None
-        if not fetch:
-            streams = stack.enter_context(Streams(cache=options["cache"], memory=parse_memory(memory)))
-        fetched = fetch_all(recipe, **options, progress=progress, streams=streams)
-        yield assemble(recipe, fetched, **options, streams=streams), streams.notes if streams else []
 
 
 @app.command()
@@ -75,7 +56,7 @@ def merge(
         file_size = parse_size(shard_size, "shard size", "1KB")
         with (
             progress_bars() as progress,
-            _inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
+            recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
         ):
             report = engine.merge(
                 loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
@@ -183,7 +164,7 @@ def mask(
         check_free(out, overwrite=overwrite)
         with (
             progress_bars() as progress,
-            _inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
+            recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
         ):
             started = time.perf_counter()
             found = mask_recipe(loaded, inputs, out, device=device, memory=memory, overwrite=overwrite, progress=progress)
@@ -310,10 +291,12 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
         raise OtaError(f"--{option}: got '{text}', expected numbers with commas between them") from None
 
 
+app.command()(cli_analysis.analyse)
 app.command()(cli_flows.nightly)
 app.command()(cli_flows.study)
 app.command()(cli_real.study_real)
 app.command()(cli_flows.benchmark)
+app.command()(cli_compare.compare)
 app.command()(cli_search.search)
 app.command()(cli_registry.promote)
 app.command()(cli_registry.rollback)

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,3 +69,31 @@ def show(item: Any) -> None:
     from rich.console import Console
 
     Console(soft_wrap=True).print(item)
+
+
+@contextmanager
+def recipe_inputs(
+    recipe: Any, recipe_file: Path, *, home: Path | None, memory: str, fetch: bool, progress: Any, optional_moments: bool = False
+) -> Iterator[Any]:
+    """(every model of a recipe with second moments and digests, notes). What lies in S3 is read by ranges, or ``fetch``ed first.
+
+    ``optional_moments``: second moments that lie beside the experts of a merge that needs none are made ready, too.
+    """
+    from ota_core.moments import find_moments, moments_files
+    from ota_core.stream import parse_memory
+    from tasks.inputs import assemble, fetch_all
+    from tasks.settings import places
+    from tasks.streaming import Streams
+
+    options: dict[str, Any] = {"cache": places(home).cache, "recipe_dir": recipe_file.resolve().parent}
+    with ExitStack() as stack:
+        streams = None
+        if not fetch:
+            streams = stack.enter_context(Streams(cache=options["cache"], memory=parse_memory(memory)))
+        fetched = fetch_all(recipe, **options, progress=progress, streams=streams)
+        inputs = assemble(recipe, fetched, **options, streams=streams)
+        if optional_moments and streams is not None:
+            for expert in inputs.experts:
+                if expert.moments is None and (found := find_moments(expert.path)) is not None:
+                    streams.settle(moments_files(found))
+        yield inputs, streams.notes if streams else []

@@ -100,7 +100,7 @@ def search(
             raise OtaError(f"{out} exists already; choose another file, or replace it with --overwrite")
         if Path(out).is_dir():
             raise OtaError(f"{out} is a folder; name a file such as best.yaml")
-        started, folder = recipe_of(config)
+        _, folder = recipe_of(config)
         load_suite(config.suite)
         if config.test:
             load_suite(config.test)
@@ -115,7 +115,7 @@ def search(
         outcome = search_flow(
             config, out=out, device=device, memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
         )  # fmt: skip
-        show(render(outcome.tuned, config.space.dimensions(started)))
+        show(render(outcome.tuned))
         if outcome.test is not None:
             from flows.single import comparison_table
             from tasks.scores import render as render_scores

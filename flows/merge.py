@@ -19,6 +19,7 @@ from flows.deployed import cancel_children
 from flows.pages import show_mlflow, show_scores
 from flows.pools import gpu_deployment
 from flows.report import comparison, merge_label, merge_name, merge_run
+from flows.report_page import MergePage, ReportKind, analysed, page_of, put_beside_the_model, with_report
 from flows.run_log import hide_tracebacks_of_user_errors
 from flows.runners import Runner, runner_of
 from flows.spread import results, spread_flow
@@ -63,6 +64,8 @@ class MergeOutcome(BaseModel):
     """Expert's name to its own capability, where known."""
     densities: dict[str, float]
     logged: LoggedRun
+    page: MergePage | None
+    """What its report is made of; None without one."""
 
 
 def _run_name() -> str:
@@ -95,6 +98,7 @@ def merge_flow(
     runner: Runner | None = None,
     gpu: str | None = None,
     registered_model: str | None = REGISTERED_MODEL,
+    report: ReportKind = "full",
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -113,6 +117,7 @@ def merge_flow(
         runner: Where the parts of the merge run; OTA_RUNNER or threads by default.
         gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
         registered_model: The registered model in MLflow that gains a version; none: no version.
+        report: The page beside the model; full: with the analysis of the experts, scores: without it, none: no page.
     """
     use_blocks()
     if isinstance(recipe, str):
@@ -132,7 +137,7 @@ def merge_flow(
         streams = None
         if runner.kind != "threads" and not tests:  # nothing here reads a whole model: headers are enough
             streams = stack.enter_context(Streams(cache=where.cache, memory=parse_memory(memory)))
-        fetched = _fetch_all(recipe, recipe_dir, where, streams)
+        fetched = fetch_models(recipe, recipe_dir, where, streams)
         inputs = stages.inputs_of(recipe, fetched, where, recipe_dir, streams)
         step = stages.merge_step(recipe, inputs, file_size)
         if runner.kind == "threads" and (gpu or len(stages.output_files(recipe, inputs, file_size)) == 1):
@@ -151,6 +156,7 @@ def merge_flow(
                 runner,
             )  # fmt: skip
             merged, stage_refs = spread.merged, {"compress": spread.compressed} if spread.compressed else {}
+        analysis = analysed(recipe, inputs, where, memory) if report == "full" else None
     stage_refs["merge"] = [merged]
 
     label = merge_label(recipe)
@@ -159,12 +165,15 @@ def merge_flow(
     scores: dict[str, ArtifactRef] = {}
     if suite and tests:
         scores = score_all(subjects, suite, data_dir, limit, where, device=device, gpu=gpu)
-    run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where, registered_model)
+    run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where, registered_model, data_dir)
+    found = {key: stages.read_scores(where, ref) for key, ref in scores.items()}
+    page = page_of(run, merged, found, subjects, analysis) if report != "none" else None
+    run = with_report(run, page, where) if page else run
+    put_beside_the_model(run, merged, where)
     logged = log(run, where, tracking_uri)
     path = str(subjects["merged"].path or merged.uri)
     get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
-    if scores:
-        found = {key: stages.read_scores(where, ref) for key, ref in scores.items()}
+    if found:
         show_scores(comparison(found, subjects), title=run.name)
     show_mlflow(run.name, logged.url)
     return MergeOutcome(
@@ -176,6 +185,7 @@ def merge_flow(
         capabilities={expert.name: expert.capability for expert in inputs.experts if expert.capability},
         densities={key.removeprefix("density/"): value for key, value in run.metrics.items() if key.startswith("density/")},
         logged=logged,
+        page=page,
     )
 
 
@@ -214,7 +224,7 @@ def _device(device: str) -> str:
     return pick_device(device)
 
 
-def _fetch_all(recipe: MergeRecipe, recipe_dir: Path | None, where: Places, streams: Streams | None) -> list[Fetched]:
+def fetch_models(recipe: MergeRecipe, recipe_dir: Path | None, where: Places, streams: Streams | None) -> list[Fetched]:
     """All checkpoints, in parallel, base first. Every source that fails is reported, not only the first.
 
     With ``streams``, only outlines of what lies in S3: whoever needs its tensors reads them there.

@@ -154,7 +154,7 @@ def _merge_all(config: NightlyConfig, chosen: dict[str, ExpertFound]) -> tuple[d
             continue
         state: Any = merge_flow(
             recipe, suite=config.suite, data_dir=config.data_dir, limit=config.limit,
-            device=config.device, memory=config.memory, registered_model=config.name, return_state=True,
+            device=config.device, memory=config.memory, registered_model=config.name, report=config.report, return_state=True,
         )  # fmt: skip
         if state.is_completed():
             outcomes[candidate.name] = state.result()

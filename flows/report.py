@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from ota_core.artifact import ArtifactRef
@@ -19,7 +20,11 @@ from tasks.scores import ModelScores, negative_transfer, retention, scores_table
 from tasks.settings import Places
 from tasks.stages import Subject
 from tasks.storage import Fetched
+from tasks.suites import Suite
 from tasks.tracking import ChildRun, InputRef, MergeRun
+from tasks.tracking_params import comparable_params
+from tasks.tracking_run import Benchmarked, uncertainty
+from tasks.tracking_system import SystemPoint, points_of
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
     import pandas as pd
@@ -72,8 +77,9 @@ def merge_run(
     refs: dict[str, list[ArtifactRef]],
     where: Places,
     registered_model: str | None,
+    data: str | None = None,
 ) -> MergeRun:
-    """Everything that MLflow is told of a merge (names: design.md)."""
+    """Everything that MLflow is told of a merge (names: design.md). ``data``: where the suite's documents lie."""
     store = stages.store_of(where)
     record = store.read_record(merged)
     found = {key: stages.read_scores(where, ref) for key, ref in scores.items()}
@@ -92,8 +98,9 @@ def merge_run(
         values = [recipe.setting(key, i) for i in range(len(recipe.models))]
         if any(value is not None for value in values):
             params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
-    table = comparison(found, subjects) if found else None
-    own = found["merged"].by_capability() if found else {}
+    params |= comparable_params(recipe, {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")})
+    rows = rows_of(comparison(found, subjects), found, subjects) if found else []
+    measured = _benchmarked(store, scores, found)
     return MergeRun(
         name=merge_name(recipe),
         method=recipe.merge_method,
@@ -105,10 +112,10 @@ def merge_run(
         model_uri=merged.uri,
         model_digest=subjects["merged"].digest,
         registered_model=registered_model,
-        model_card=model_card(
-            recipe, inputs, record.results, merged.fingerprint, {k: v for k, v in own.items() if v is not None}
-        ),
-        inputs=_lineage(inputs, fetched),
+        model_card=model_card(recipe, inputs, record.results, merged.fingerprint, rows, found["merged"].suite if found else None),
+        inputs=_lineage(inputs, fetched) + _benchmark_data(measured, data),
+        benchmarked=measured,
+        system=_machine(store, [*(ref for some in refs.values() for ref in some), *scores.values()]),
         children=[
             ChildRun(
                 name=subject.name,
@@ -120,7 +127,7 @@ def merge_run(
             for key, subject in subjects.items()
             if key in found
         ],
-        table=rows_of(table, found, subjects) if table is not None else [],
+        table=rows,
     )
 
 
@@ -142,9 +149,9 @@ def _stage_metrics(store: Any, refs: dict[str, list[ArtifactRef]], merged: Any) 
 
 
 def _scores(scores: ModelScores) -> dict[str, float]:
-    """``score/<capability>`` and ``score/avg`` of one model, measured ones only."""
+    """``score/<capability>`` and ``score/avg`` of one model, measured ones only, and how sure they are."""
     values = {f"score/{name}": value for name, value in scores.by_capability().items() if value is not None}
-    return values | ({"score/avg": scores.average} if scores.average is not None else {})
+    return values | ({"score/avg": scores.average} if scores.average is not None else {}) | uncertainty(scores)
 
 
 def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> dict[str, float]:
@@ -214,6 +221,35 @@ def _lineage(inputs: MergeInputs, fetched: list[Fetched]) -> list[InputRef]:
         InputRef(name=name, source=one.resolved, digest=one.digest, role="base" if inputs.base and i == 0 else "expert")
         for i, (name, one) in enumerate(zip(names, fetched, strict=True))
     ]
+
+
+def _benchmarked(store: Any, scores: dict[str, ArtifactRef], found: dict[str, ModelScores]) -> Benchmarked | None:
+    """The scores document by document, with the suite as their artifacts' records describe it."""
+    if not found:
+        return None
+    record = store.read_record(scores["merged"])
+    suite = {key: value for key, value in record.config.items() if key in Suite.model_fields}
+    # Where the task files lay does not matter; that there were some, the suite has to say.
+    suite |= {"include_path": "tasks"} if "tasks" in record.inputs else {}
+    models = {key: found[key] for key in scores}
+    return Benchmarked(suite=Suite.model_validate(suite), data_digest=record.inputs.get("data"), models=models)
+
+
+def _benchmark_data(measured: Benchmarked | None, data: str | None) -> list[InputRef]:
+    """What the models were scored on: the documents, or where lm-eval reads public ones, the suite that names them."""
+    if measured is None:
+        return []
+    digest = measured.data_digest or measured.merged.suite_digest
+    return [InputRef(name=f"suite {measured.merged.suite}", source=data or "lm-eval", digest=digest, role="data")]
+
+
+def _machine(store: Any, refs: list[ArtifactRef]) -> list[SystemPoint]:
+    """What the machines were doing while this run computed these artifacts; what it found in the store tells nothing of this run."""
+    context = FlowRunContext.get()
+    if context is None:
+        return []
+    since = context.start_time.timestamp()
+    return [point for ref in refs for point in points_of(store.read_record(ref).provenance, since)]
 
 
 def _context() -> dict[str, str]:

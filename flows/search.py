@@ -19,32 +19,29 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.blocks import use_blocks
 from flows.deployed import cancel_children
-from flows.merge import MergeOutcome, _fetch_all, merge_flow, score_all
+from flows.merge import MergeOutcome, fetch_models, merge_flow
 from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
 from flows.report import merge_label, merge_name
 from flows.run_log import Progress, hide_tracebacks_of_user_errors
+from flows.search_inputs import References, compressed, identity_of, models_of
 from flows.search_pool import PoolModels
-from flows.spread import results
-from flows.steps import ONE_AT_A_TIME, compress, missing, several_at_once
-from ota_core.artifact import ArtifactRef, canonical_json
+from flows.steps import ONE_AT_A_TIME, several_at_once
 from ota_core.engine import pick_device
 from ota_core.errors import OtaError
-from ota_core.inputs import ExpertInput, MergeInputs
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.inputs import MergeInputs
+from ota_core.recipe import MergeRecipe
 from ota_core.stream import parse_memory
 from tasks import search_log, stages
 from tasks.search import Point, Search, Trial, Tuned
-from tasks.search_config import SearchConfig, floors_of, load_search, recipe_of
+from tasks.search_config import SearchConfig, load_search, recipe_of
 from tasks.search_log import SearchRun
 from tasks.search_merge import TrialModels
 from tasks.search_overlap import check_apart
 from tasks.search_result import files, markdown, recipe_text, verdict
-from tasks.settings import Device, Places, places
-from tasks.sources import MergeSources
-from tasks.stages import Subject
-from tasks.storage import Fetched, write_note
-from tasks.suites import Suite, load_suite
+from tasks.settings import Device, places
+from tasks.storage import write_note
+from tasks.suites import load_suite
 from tasks.tracking import LoggedRun
 
 hide_tracebacks_of_user_errors()
@@ -107,7 +104,8 @@ def search_flow(
     recipe, folder = recipe_of(config)
     recipe_dir = recipe_dir or folder
     tests, where, gpu = load_suite(config.suite), places(home, artifacts), gpu or gpu_deployment()
-    here = "cpu" if gpu else pick_device(device)
+    if not gpu:
+        pick_device(device)
     parse_memory(memory)
     data = stages.bring_data(config.data_dir, where)
     stages.check_suite(tests, data, config.budget.rungs[-1])
@@ -118,52 +116,47 @@ def search_flow(
         compared = check_apart(tests, data, judge, judge_data)
         get_run_logger().info("%s and %s share none of their %d documents", tests.name, judge.name, compared)
 
-    fetched = _fetch_all(recipe, recipe_dir, where, None)
+    fetched = fetch_models(recipe, recipe_dir, where, None)
     inputs = stages.inputs_of(recipe, fetched, where, recipe_dir)
     stages.output_files(recipe, inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
-    moments = _compressed(recipe, inputs, where, memory)
-    reference = _References(config, tests, inputs, fetched, where, device=device, gpu=gpu)
+    moments = compressed(recipe, inputs, where, memory)
+    reference = References(config, tests, inputs, fetched, where, device=device, gpu=gpu)
 
+    searches = where.tracking.parent / "searches"
     tried = Search(
-        recipe, config.space, config.budget, floors=reference.floors, seed=config.seed, storage=where.tracking.parent / "searches",
-        identity=_identity(recipe, inputs, tests, data), names=[expert.name for expert in inputs.experts],
+        recipe, config.space, config.budget, floors=reference.floors, seed=config.seed, storage=searches,
+        identity=identity_of(recipe, inputs, tests, data), names=[expert.name for expert in inputs.experts],
     )  # fmt: skip
-    logging: dict[str, Any] = {"tracking_uri": tracking_uri, "root": where.tracking}
+    tracking: dict[str, Any] = {"tracking_uri": tracking_uri, "root": where.tracking}
     with ExitStack() as stack:
         stack.enter_context(tried)
-        models: TrialModels | PoolModels
-        if gpu:
-            sources = _with_compressed(MergeSources.of(recipe, inputs, fetched), moments)
-            models = PoolModels(
-                inputs, sources, where, suite=config.suite, data_dir=config.data_dir, device=device, memory=memory, deployment=gpu
-            )  # fmt: skip
-        else:
-            experts = zip(inputs.experts, moments, strict=True) if moments else []
-            ready = [stages.with_compressed(where, expert, ref) for expert, ref in experts] or inputs.experts
-            models = TrialModels(
-                MergeInputs(base=inputs.base, experts=tuple(ready)), where, where.tracking.parent / "searches" / f"{tried.name}.model", suite=config.suite, tests=tests, data=data,
-                device=here, memory=memory,
-            )  # fmt: skip
-        stack.enter_context(models)
-        logged = search_log.begin(_search_run(config, recipe, inputs, tried), **logging)
-        stack.push(_failed(logged, logging))
-        for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its line in MLflow
-            log_trial(trial, None, logged, logging)
+        models = stack.enter_context(
+            models_of(
+                config, recipe, inputs, fetched, moments, where, folder=searches / f"{tried.name}.model", tests=tests, data=data,
+                device=device, memory=memory, gpu=gpu,
+            )
+        )  # fmt: skip
+        logged = search_log.begin(_search_run(config, recipe, inputs, tried), **tracking)
+        stack.push(_failed(logged, tracking))
+        known = search_log.logged_trials(logged, **tracking)
+        for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
+            if trial.number not in known:
+                log_trial(trial, None, logged, tracking)
         shown = _Shown(config)
         while (point := tried.ask()) is not None:
             trial = run_trial.with_options(task_run_name=f"trial {point.number}: {merge_label(point.recipe)}"[:200])(
                 tried, point, models
             )
             found = tried.result()
-            log_trial(trial, found.best, logged, logging)
+            log_trial(trial, found.best, logged, tracking)
             shown(found)
         tuned = tried.result()
         text = recipe_text(tuned, config, recipe_dir, out or "")
         if out:
             write_note(out, text)
-        search_log.finish(logged, tuned, files(tuned, tried.dimensions, text, _run_name()), **logging)
+        search_log.finish(logged, tuned, files(tuned, tried.dimensions, text, _run_name()), **tracking)
 
-    show_markdown("search", markdown(tuned, tried.dimensions), "Best trials")
+    show_markdown("search", markdown(tuned), "Best trials")
     show_mlflow(_run_name(), logged.url)
     (get_run_logger().info if tuned.feasible else get_run_logger().warning)(verdict(tuned))
     test = None
@@ -204,38 +197,9 @@ def run_trial(tried: Search, point: Point, models: TrialModels | PoolModels) -> 
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, logging: dict[str, Any]) -> None:
+def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, tracking: dict[str, Any]) -> None:
     """Log one trial to MLflow; finds the run of an earlier try."""
-    search_log.log_trial(parent, trial, best, **logging)
-
-
-class _References:
-    """Scores of base and experts, each measured once for every number of documents that is asked for."""
-
-    def __init__(
-        self, config: SearchConfig, tests: Suite, inputs: MergeInputs, fetched: list[Fetched], where: Places, *, device: str, gpu: str | None
-    ) -> None:  # fmt: skip
-        self._config, self._tests, self._where, self._device, self._gpu = config, tests, where, device, gpu
-        models = [*([inputs.base] if inputs.base else []), *inputs.experts]
-        self._subjects = [
-            Subject(
-                name=model.name, role="expert" if isinstance(model, ExpertInput) else "base", capability=getattr(model, "capability", None),
-                path=one.path, digest=one.digest, location=one.resolved,
-            )
-            for model, one in zip(models, fetched, strict=True)
-        ]  # fmt: skip
-
-    def floors(self, limit: int) -> dict[str, float]:
-        """The floors as measured on so many documents. On fewer than all, only those models are scored that floors refer to."""
-        wanted, last = self._config.floors(), limit == self._config.budget.rungs[-1]
-        kinds = {one.kind for one in wanted.values()}
-        models = {f"{one.role}/{one.name}": one for one in self._subjects if last or one.role in kinds}
-        refs = score_all(
-            models, self._config.suite, self._config.data_dir, limit, self._where, device=self._device, gpu=self._gpu
-        )
-        found = {key: stages.read_scores(self._where, ref) for key, ref in refs.items()}
-        experts = {one.name: (one.capability or one.name, found[key]) for key, one in models.items() if one.role == "expert"}
-        return floors_of(wanted, self._tests.capabilities, found.get("base/base"), experts)
+    search_log.log_trial(parent, trial, best, **tracking)
 
 
 class _Shown:
@@ -260,34 +224,6 @@ class _Shown:
             get_run_logger().warning("the progress of the search cannot be shown: %s", error)
 
 
-def _compressed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> list[ArtifactRef]:
-    """The experts' second moments, compressed, each a cached task: every trial reads these. Empty for a method without."""
-    if recipe.merge_method not in NEEDS_MOMENTS:
-        return []
-    steps = [stages.moments_step(recipe, expert) for expert in inputs.experts]
-    return results(
-        missing(compress, step, where).submit(step, where, expert, memory) for step, expert in zip(steps, inputs.experts, strict=True)
-    )  # fmt: skip
-
-
-def _with_compressed(sources: MergeSources, moments: list[ArtifactRef]) -> MergeSources:
-    if not moments:
-        return sources
-    experts = [one.model_copy(update={"compressed": ref}) for one, ref in zip(sources.experts, moments, strict=True)]
-    return sources.model_copy(update={"experts": tuple(experts)})
-
-
-def _identity(recipe: MergeRecipe, inputs: MergeInputs, tests: Suite, data: Path | None) -> str:
-    """What decides a trial's scores besides its values: the models, the method's other settings, suite and data."""
-    subject = Subject(name="", role="merge", path=None, digest="")
-    return canonical_json(
-        {
-            "merge": stages.merge_step(recipe, inputs).fingerprint,
-            "scores": stages.score_step(subject, tests, data, None).fingerprint,
-        }
-    )
-
-
 def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, tried: Search) -> SearchRun:
     name = _run_name()
     params: dict[str, str | int | float] = {
@@ -300,14 +236,14 @@ def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, 
     return SearchRun(name=name, search=tried.name, params=params, tags=tags)
 
 
-def _failed(logged: LoggedRun, logging: dict[str, Any]) -> Any:
+def _failed(logged: LoggedRun, tracking: dict[str, Any]) -> Any:
     """For an ExitStack: an error marks the search's run in MLflow as failed, and passes."""
 
     def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is None:
             return
         try:
-            search_log.fail(logged, **logging)
+            search_log.fail(logged, **tracking)
         except OtaError as second:
             error.add_note(str(second))
 

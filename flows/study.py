@@ -14,6 +14,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from pydantic import BaseModel, ConfigDict
 
 from flows.blocks import use_blocks
@@ -177,11 +178,13 @@ class _Run:
             recipe, values = tune_cell(cell, recipe, models, self.device, self.memory)
         known = models.find(recipe)
         if known is None or known[0] not in logged:
-            state: Any = merge_flow(
-                recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
-                memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
-                return_state=True,
-            )  # fmt: skip
+            # The study's own heartbeat tells whether this process lives. Ending that of a flow run takes up to a second.
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                state: Any = merge_flow(
+                    recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
+                    memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
+                    report="none", return_state=True,
+                )  # fmt: skip
             if not state.is_completed():
                 raise OtaError(str(state.message))
             self.computed += 1

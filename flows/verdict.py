@@ -12,6 +12,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from flows.merge import MergeOutcome
+from flows.report_page import with_decision
 from tasks import promotion
 from tasks.gate import GateDecision, best, decide
 from tasks.nightly import NightlyConfig
@@ -165,8 +166,10 @@ def settle(night: Night, verdict: Verdict) -> None:
 
 @task(name="log decision", task_run_name="log the gate's decision on {name}", **STEP)
 def log_decision(night: Night, name: str, decision: GateDecision) -> None:
-    """The gate's numbers, in the candidate's MLflow run."""
-    promotion.log_decision(night.outcomes[name].logged.run_id, decision, root=night.where.tracking)
+    """The gate's numbers, in the candidate's MLflow run, and the decision in its report."""
+    outcome = night.outcomes[name]
+    report = with_decision(outcome.page, decision, night.where) if outcome.page else None
+    promotion.log_decision(outcome.logged.run_id, decision, report=report, root=night.where.tracking)
 
 
 @task(name="promote", task_run_name="publish and promote {name}", **STEP)

@@ -1,20 +1,23 @@
 """How far compressed second moments lead to the same saliency as the full ones (methods.md section 2): rank correlation and mask overlap."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.blocks import row_blocks
+from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
 from ota_core.errors import CheckpointError
+from ota_core.exact import PairDots
 from ota_core.kernels import count_high, count_low
 from ota_core.moments.base import Moments
 from ota_core.saliency import Histogram, curvature_scores, keep, kept_count, locate, score_of
-from ota_core.stream import Stream
+from ota_core.stream import CACHE_ELEMENTS, Stream
 
 Block = tuple[str, int, int]
 
@@ -31,19 +34,28 @@ class Agreement(BaseModel):
 
 
 @dataclass
-class _Sums:
-    """Integer counts and exact float parts that blocks add to, in any order."""
+class _Overlaps:
+    """Elements that the masks by the full v and by each form keep both, or at least one of them."""
 
-    both: int = 0
-    either: int = 0
-    parts: list[tuple[float, float, float]] = field(default_factory=list)
+    both: list[int]
+    either: list[int]
     lock: Lock = field(default_factory=Lock)
 
 
 def agreement(
     full: Moments, compressed: Moments, expert: Checkpoint, base: Checkpoint, *, density: float, stream: Stream
 ) -> Agreement:
-    """Compare √v·|Δ| with √ṽ·|Δ| over every tensor that both moments cover. Raises CheckpointError when expert and base do not fit."""
+    """``agreements`` with one compressed form."""
+    return agreements(full, [compressed], expert, base, density=density, stream=stream)[0]
+
+
+def agreements(
+    full: Moments, forms: Sequence[Moments], expert: Checkpoint, base: Checkpoint, *, density: float, stream: Stream
+) -> list[Agreement]:
+    """Compare √v·|Δ| with √ṽ·|Δ| of each compressed form over every tensor that the moments cover, in three passes for all forms.
+
+    The same bits for every cut into blocks. Raises CheckpointError when expert and base do not fit.
+    """
     shapes = {name: shape for name, shape in full.shapes().items() if name in expert and name in base}
     if not shapes:
         raise CheckpointError(
@@ -56,58 +68,77 @@ def agreement(
                     f"{model.path}: tensor '{name}' has shape {list(model.info(name).shape)}, its second moments {list(shape)}"
                 )
     blocks = [(name, a, b) for name, shape in sorted(shapes.items()) for a, b in row_blocks(shape, stream.block_elements)]
-    total = sum(math.prod(shape) for shape in shapes.values())
+    k = kept_count(density, sum(math.prod(shape) for shape in shapes.values()))
+    sources = [full, *forms]
 
-    def scores(moments: Moments, block: Block) -> torch.Tensor:
-        v, theta, start = moments.read(*block), expert.read_rows(*block), base.read_rows(*block)
-        stream.count_read(v.nbytes + theta.nbytes + start.nbytes)
-        return curvature_scores(v, theta.double() - start.double())
+    def scores(block: Block) -> list[torch.Tensor]:
+        theta, start = expert.read_rows(*block), base.read_rows(*block)
+        v = [moments.read(*block) for moments in sources]
+        stream.count_read(theta.nbytes + start.nbytes + sum(one.nbytes for one in v))
+        delta = theta.double() - start.double()
+        return [curvature_scores(one, delta) for one in v]
 
-    def counter(moments: Moments) -> Callable[[Histogram, int | None], None]:
-        def count(histogram: Histogram, high: int | None) -> None:
-            def work(block: Block) -> None:
-                values = scores(moments, block)
-                count_high(values, histogram.local()) if high is None else count_low(values, high, histogram.local())
+    def pieces(block: Block) -> Iterator[Block]:
+        """Pieces that stay in the cache with the scores of every form."""
+        name, start, stop = block
+        for a, b in row_blocks((stop - start, matrix_shape(shapes[name])[1]), CACHE_ELEMENTS):
+            yield name, start + a, start + b
 
-            stream.map(work, blocks, what="compare")
+    def count(into: Callable[[int, torch.Tensor], None]) -> None:
+        def work(block: Block) -> None:
+            for piece in pieces(block):
+                for i, values in enumerate(scores(piece)):
+                    into(i, values)
 
-        return count
+        stream.map(work, blocks, what="compare")
 
-    k = kept_count(density, total)
-    thresholds, ranks = [], []
-    for moments in (full, compressed):
-        count, histogram = counter(moments), Histogram()
-        count(histogram, None)
-        thresholds.append(_kth_largest(count, k, histogram) if k else math.inf)
-        ranks.append(_midranks(histogram))
-    sums = _Sums()
+    high = [Histogram() for _ in sources]
+    count(lambda i, values: count_high(values, high[i].local()))
+    places = [locate(one.counts().numpy(), k) if k else (0, 0) for one in high]
+    low = [Histogram() for _ in sources]
+    count(lambda i, values: count_low(values, places[i][0], low[i].local()))
+    thresholds = [math.inf] * len(sources)
+    if k:
+        thresholds = [
+            score_of((upper << 16) | locate(one.counts().numpy(), k - above)[0])
+            for (upper, above), one in zip(places, low, strict=True)
+        ]
+    ranks = [midranks(one.counts()) for one in high]
+    sums, overlaps = PairDots(len(sources)), _Overlaps([0] * len(forms), [0] * len(forms))
 
     def compare(block: Block) -> None:
-        a, b = scores(full, block), scores(compressed, block)
-        kept_a, kept_b = keep(a, thresholds[0]), keep(b, thresholds[1])
-        x, y = (rank[values.reshape(-1).view(torch.int32) >> 16] for rank, values in zip(ranks, (a, b), strict=True))
-        part = (float((x * y).sum()), float((x * x).sum()), float((y * y).sum()))
-        with sums.lock:
-            sums.both += int((kept_a & kept_b).sum())
-            sums.either += int((kept_a | kept_b).sum())
-            sums.parts.append(part)
+        local, both, either = PairDots(len(sources)), [0] * len(forms), [0] * len(forms)
+        for piece in pieces(block):
+            found = scores(piece)
+            local.add_rows(np.stack([rank_rows(rank, values) for rank, values in zip(ranks, found, strict=True)]))
+            masks = [keep(values, tau) for values, tau in zip(found, thresholds, strict=True)]
+            for i, mask in enumerate(masks[1:]):
+                both[i] += int((masks[0] & mask).sum())
+                either[i] += int((masks[0] | mask).sum())
+        sums.add(local)
+        with overlaps.lock:
+            overlaps.both = [x + y for x, y in zip(overlaps.both, both, strict=True)]
+            overlaps.either = [x + y for x, y in zip(overlaps.either, either, strict=True)]
 
     stream.map(compare, blocks, what="compare")
-    xy, xx, yy = (math.fsum(part[i] for part in sums.parts) for i in range(3))
-    spearman = xy / math.sqrt(xx * yy) if xx > 0 and yy > 0 else 1.0
-    return Agreement(density=density, spearman=spearman, jaccard=sums.both / sums.either if sums.either else 1.0)
+    found = []
+    for i, (both, either) in enumerate(zip(overlaps.both, overlaps.either, strict=True), 1):
+        rho = sums.cosine(0, i)
+        found.append(
+            Agreement(density=density, spearman=1.0 if math.isnan(rho) else rho, jaccard=both / either if either else 1.0)
+        )
+    return found
 
 
-def _kth_largest(count: Callable[[Histogram, int | None], None], k: int, high: Histogram) -> float:
-    """The k-th largest score, from the histogram of the upper bits and one more count."""
-    upper, above = locate(high.counts().numpy(), k)
-    low = Histogram()
-    count(low, upper)
-    return score_of((upper << 16) | locate(low.counts().numpy(), k - above)[0])
+def midranks(counts: torch.Tensor) -> NDArray[np.float64]:
+    """The centred mean rank of the scores of each bin: float64 (65536,), exact. counts: int64 (65536,), by rising score."""
+    found = counts.numpy()
+    # Twice the rank is a whole number. numpy, because torch would wake threads of its own between the streams' passes.
+    ranks: NDArray[np.float64] = (2 * np.cumsum(found) - found - found.sum()) / 2.0
+    return ranks
 
 
-def _midranks(histogram: Histogram) -> torch.Tensor:
-    """The centred mean rank of the scores of each bin: float64 (65536,)."""
-    counts = histogram.counts().double()
-    ranks = counts.cumsum(0) - (counts - 1) / 2
-    return ranks - (counts.sum() + 1) / 2
+def rank_rows(ranks: NDArray[np.float64], scores: torch.Tensor) -> NDArray[np.float64]:
+    """The ranks of scores by their upper 16 bits, float64 (R, C). ranks: float64 (65536,); scores: float32 ≥ +0 (R, C)."""
+    found: NDArray[np.float64] = ranks[scores.numpy().view(np.int32) >> 16]
+    return found

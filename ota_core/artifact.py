@@ -21,16 +21,22 @@ from ota_core.errors import ArtifactError
 # then counts as stale. "formats" stands for what all stages share.
 ALGORITHM_VERSION: dict[str, int] = {
     "formats": 1, "moments": 2, "masks": 1, "merged": 2, "scores": 1, "checkpoint": 1, "data": 1, "surveys": 1, "facts": 1, "shards": 1,
-    "checks": 1,
+    "checks": 1, "analysis": 1,
 }  # fmt: skip
 
 # Stages whose algorithm also decides a stage's bytes: a merge contains compression and masks, whether fused or staged.
-_DEPENDS_ON: dict[str, tuple[str, ...]] = {"masks": ("moments",), "merged": ("moments", "masks")}
+_DEPENDS_ON: dict[str, tuple[str, ...]] = {
+    "masks": ("moments",),
+    "merged": ("moments", "masks"),
+    "analysis": ("moments", "masks"),
+}
 # surveys, facts and shards are parts of one merge and name it by its fingerprint, which holds the versions of all of its stages.
 
 RECORD = "record.json"
+CARD = "README.md"
+"""The model card of a checkpoint."""
 
-Kind = Literal["checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks"]
+Kind = Literal["checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks", "analysis"]
 
 
 class ArtifactRef(BaseModel):
@@ -140,6 +146,11 @@ def read_record(folder: Path) -> Record:
     return record
 
 
+def has_size(name: str, size: int, expected: int) -> bool:
+    """Whether a file has the size that its record lists. A model card is written again when more is known of the model, such as its scores."""
+    return size == expected or name == CARD
+
+
 def missing_files(folder: Path, files: Mapping[str, int]) -> Sequence[str]:
     """What the folder lacks of the files that a record lists, one phrase per file."""
     problems = []
@@ -147,6 +158,6 @@ def missing_files(folder: Path, files: Mapping[str, int]) -> Sequence[str]:
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != size:
+        elif not has_size(name, path.stat().st_size, size):
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
     return problems

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.artifact import ALGORITHM_VERSION, Record, folder_files, write_record, write_text_atomic
+from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
 from ota_core.byte_source import SourceOf
 from ota_core.compression import CompressionReport, compression_label, write_compressed
 from ota_core.errors import OtaError
@@ -156,7 +156,7 @@ def complete_folder(
     copy_companions(plan, folder)
     results = rule.results(found)
     identity, _, _ = merge_identity(plan.recipe, plan.inputs, shard_size)
-    write_text_atomic(folder / "README.md", model_card(plan.recipe, plan.inputs, results, identity))
+    write_text_atomic(folder / CARD, model_card(plan.recipe, plan.inputs, results, identity))
     return identity, results
 
 

@@ -124,10 +124,12 @@ def open_plan(
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     with_moments: bool = True,
+    need_moments: bool = True,
 ) -> Iterator[MergePlan]:
     """Open all inputs and check them. Raises OtaError that lists every problem found; closes the files at the end.
 
-    ``with_moments=False`` leaves second moments unopened, for planning before they are at hand.
+    ``with_moments=False`` leaves second moments unopened, for planning before they are at hand; ``need_moments=False`` takes experts
+    for which none are given, too: an analysis does without, a merge cannot.
     """
     stream = Stream(memory=memory, progress=progress)
     where = torch.device(device)
@@ -157,6 +159,8 @@ def open_plan(
         experts = [ExpertView(**facts, index=i, bias_correction=correct) for i, facts in enumerate(common)]
         views: list[ModelView] = [*([base] if base else []), *experts]
         for expert, item in zip(experts, inputs.experts if with_moments else (), strict=with_moments):
+            if item.moments is None and not need_moments:
+                continue
             _open_moments(recipe, expert, item, problems, stack)
         first = views[vocabulary.source if vocabulary else 0]
         jobs = _jobs(recipe, views, first, vocabulary, problems)

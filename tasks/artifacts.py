@@ -18,11 +18,13 @@ from typing import Any
 
 from ota_core.artifact import (
     ALGORITHM_VERSION,
+    CARD,
     RECORD,
     ArtifactRef,
     Kind,
     Record,
     folder_files,
+    has_size,
     missing_files,
     read_record,
     write_record,
@@ -154,6 +156,16 @@ class ArtifactStore:
             raise ArtifactError(f"{ref.uri} holds no complete artifact any more; run its stage again")
         return record
 
+    def annotate(self, ref: ArtifactRef, notes: Mapping[str, str]) -> None:
+        """Write what became known of an artifact after it was made beside its files: the model card again, or files that its record does
+        not list. Each in one step; the artifact's own bytes stay as they are. Raises ArtifactError for a name that the record lists.
+        """
+        taken = sorted((set(notes) - {CARD}) & {*self.read_record(ref).files, RECORD})
+        if taken:
+            raise ArtifactError(f"{ref.uri} holds {', '.join(taken)} as part of the artifact; a note needs another name")
+        for name, text in notes.items():
+            storage.write_note(storage.join(ref.uri, name), text)
+
     def delete(self, ref: ArtifactRef, *, unless: Callable[[str], bool] | None = None) -> bool:
         """Remove the artifact, its record first, and tell whether that was done. One that is gone already is fine.
 
@@ -282,7 +294,7 @@ def _remote_record(uri: str, *, in_use: bool = False) -> Record | None:
         record = Record.model_validate_json(storage.read_bytes(listed[RECORD].uri))
     except ValueError:
         return None
-    if any(name not in listed or listed[name].size != size for name, size in record.files.items()):
+    if any(name not in listed or not has_size(name, listed[name].size, size) for name, size in record.files.items()):
         return None
     return record if not in_use or _note_remote_use(listed[RECORD]) else None
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ota_core.artifact import CARD
 from ota_core.checkpoint import Checkpoint, read_json
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
 from ota_core.inputs import expert_facts
@@ -159,6 +160,8 @@ def _into_s3(folder: Path, uri: str, manifest: Mapping[str, Any], progress: Prog
             "another --name"
         )
     storage.upload_folder(folder, uri, files=manifest_sha256(manifest, EXPERT_JSON), progress=progress)
+    if (folder / CARD).is_file():  # its licence is what a merge's own card goes by
+        storage.write_bytes(storage.join(uri, CARD), (folder / CARD).read_bytes())
     content = (json.dumps(manifest, indent=2) + "\n").encode()
     if not complete and not storage.write_bytes(storage.join(uri, EXPERT_JSON), content, only_if_absent=True):
         _check_same(_remote_manifest(uri), manifest, uri)  # somebody pushed to this name at the same time
@@ -182,7 +185,7 @@ def _into_folder(folder: Path, target: Path, manifest: Mapping[str, Any]) -> boo
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        for name in manifest["files"]:
+        for name in [*manifest["files"], *([CARD] if (folder / CARD).is_file() else [])]:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, temporary / name)
         (temporary / EXPERT_JSON).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -44,12 +44,24 @@ def compare(
 
     Raises GateError for other documents, fewer than two, and scores that are not the suite's weighted means over documents.
     """
-    pairs = _pairs(suite, capability, label, candidate, reference)
-    # A document's part in the difference of the scores, which is their sum.
+    parts, error = differences(suite, [capability], label, candidate, reference)
+    return Paired(n=len(parts), standard_error=error, p_value=sign_flips(parts, resamples=resamples, seed=seed))
+
+
+def differences(
+    suite: Suite, capabilities: Sequence[str], label: str, candidate: ModelScores, reference: ModelScores
+) -> tuple[NDArray[np.float64], float]:
+    """Each document's part in the difference candidate − reference of the mean of these capabilities' scores (n,), which is their sum;
+    and the standard error of that sum. Raises GateError as ``compare`` does.
+    """
+    pairs = [
+        (weight / len(capabilities), pair)
+        for capability in capabilities
+        for weight, pair in _pairs(suite, capability, label, candidate, reference)
+    ]
     parts = np.concatenate([weight / len(pair) * (pair[:, 0] - pair[:, 1]) for weight, pair in pairs])
     variances = [weight**2 * float(np.var(pair[:, 0] - pair[:, 1], ddof=1)) / len(pair) for weight, pair in pairs]
-    p_value = sign_flips(parts, resamples=resamples, seed=seed)
-    return Paired(n=len(parts), standard_error=math.sqrt(math.fsum(variances)), p_value=p_value)
+    return parts, math.sqrt(math.fsum(variances))
 
 
 def sign_flips(parts: NDArray[np.float64], *, resamples: int, seed: int) -> float:

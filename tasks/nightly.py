@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -78,6 +78,9 @@ class NightlyConfig(_Strict):
     publish: str | None = Field(None, description="Where champions are copied to: s3://bucket/merged or a folder.")
     device: Device = Field("auto", description="What to compute on; auto: cuda where there is one.")
     memory: str = Field("2GiB", description="Budget of each merge.")
+    report: Literal["full", "scores", "none"] = Field(
+        "full", description="The page of each candidate; full: with the analysis of the experts, scores: without it."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "NightlyConfig":

@@ -30,6 +30,7 @@ from tasks.registry import (
     TAG_SOURCE,
     set_announced,
 )
+from tasks.tracking_run import REPORT
 from tasks.tracking_store import Store, batches, clear_errors, connect, locked, resolve_store, store_errors
 
 if TYPE_CHECKING:
@@ -200,8 +201,12 @@ def rollback(
         return Moved(champion=_move(client, target, move), replaced=before, moved=True)
 
 
-def log_decision(run_id: str, decision: GateDecision, *, tracking_uri: str | None = None, root: Path | None = None) -> None:
+def log_decision(
+    run_id: str, decision: GateDecision, *, report: str | None = None, tracking_uri: str | None = None, root: Path | None = None
+) -> None:
     """Log the gate's numbers to the candidate's run, with ``gate.json`` and ``gate.md``. Again is fine: nothing doubles.
+
+    ``report``: the merge's page with the decision, which takes the place of the one that the run holds.
 
     Raises StorageError.
     """
@@ -217,6 +222,8 @@ def log_decision(run_id: str, decision: GateDecision, *, tracking_uri: str | Non
         try:
             client.log_text(run_id, decision.model_dump_json(indent=2) + "\n", "gate.json")
             client.log_text(run_id, decision.to_markdown(), "gate.md")
+            if report is not None:
+                client.log_text(run_id, report, REPORT)
         except Exception as error:  # each kind of artifact store raises its own exceptions
             raise StorageError(
                 f"gate.json and gate.md could not be stored with the run {run_id} ({error}); "

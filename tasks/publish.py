@@ -19,6 +19,7 @@ from tasks.promotion import CHAMPION, PromotionError, current
 from tasks.registry import REGISTERED_MODEL
 from tasks.s3 import expected_checksums
 from tasks.storage_cache import locked, temporary_sibling
+from tasks.tracking_run import REPORT
 
 LATEST = "latest.json"
 
@@ -158,12 +159,13 @@ def _to_s3(source: str, target: str, record: Record) -> int:
             f"{target} holds a {RECORD}, but not the files that it lists: somebody removed or replaced them; "
             "delete what is left there, then publish again"
         )
-    strangers = sorted(there - set(record.files))
+    strangers = sorted(there - {*record.files, REPORT})
     if strangers:  # a loader would take them for parts of the model
         raise StorageError(f"{target} holds {', '.join(strangers[:5])}, no file of the model; delete it, or publish elsewhere")
     if not storage.is_s3(source):
         return len(storage.upload_folder(Path(source), target, last=RECORD))
-    pairs = {storage.join(source, name): storage.join(target, name) for name in record.files}
+    names = [*record.files, *_report(source)]
+    pairs = {storage.join(source, name): storage.join(target, name) for name in names}
     missing = {one: copy for one, copy in pairs.items() if not _equal(one, copy, surely=True)}
     storage.copy_objects(missing)
     wrong = [copy for one, copy in missing.items() if not _equal(one, copy, surely=False)]
@@ -171,6 +173,11 @@ def _to_s3(source: str, target: str, record: Record) -> int:
         raise StorageError(f"{', '.join(wrong[:5])}: the copy differs from {source}; publish again")
     storage.write_bytes(storage.join(target, RECORD), storage.read_bytes(storage.join(source, RECORD)), only_if_absent=True)
     return len(missing) + 1
+
+
+def _report(source: str) -> list[str]:
+    """The report beside a model, which is published with it; none for a merge that was not benchmarked."""
+    return [] if storage.read_note(storage.join(source, REPORT)) is None else [REPORT]
 
 
 def _equal(one: str, other: str, *, surely: bool) -> bool:
@@ -188,7 +195,7 @@ def _to_folder(source: str, target: str, record: Record, cache: Path) -> int:
     place = Path(target)
     if place.exists():
         raise StorageError(f"{target} exists, but holds no complete model; move it away, then publish again")
-    names = [*record.files, RECORD]
+    names = [*record.files, *_report(source), RECORD]
     folder = storage.download_folder(source, cache=cache, names=names)[0] if storage.is_s3(source) else Path(source)
     place.parent.mkdir(parents=True, exist_ok=True)
     for stale in place.parent.glob(f".{place.name}.*.tmp"):  # of a killed process: this one holds the lock

@@ -33,13 +33,11 @@ def register_version(
     tags: Mapping[str, str],
     description: str,
     name: str = REGISTERED_MODEL,
-    model_id: str | None = None,
 ) -> str:
     """The version of the registered model that has this digest, made when there is none; its number as a string.
 
     A new version, or one that an interrupted call had left without it, gets the alias ``challenger`` if it is the newest. A
-    version that was there already is left as it is, aliases included: promotion is decided elsewhere. ``model_id``: the model in
-    MLflow's lineage that it is a version of.
+    version that was there already is left as it is, aliases included: promotion is decided elsewhere.
     """
     _ensure_model(client, name)
     version = find_version(client, digest, name=name)
@@ -51,7 +49,6 @@ def register_version(
             tags={**tags, TAG_DIGEST: digest, TAG_SOURCE: uri},
             description=description,
             await_creation_for=0,
-            model_id=model_id,
         )
         # Two clients may have registered the same digest at once: the older version stands, for both.
         same = _versions(client, digest, name=name)

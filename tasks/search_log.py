@@ -67,6 +67,19 @@ def begin(run: SearchRun, *, tracking_uri: str | None = None, root: Path | None 
     return LoggedRun(run_id=found.info.run_id, experiment_id=experiment, url=url, model_version=None)
 
 
+def logged_trials(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | None = None) -> set[int]:
+    """The numbers of the trials that have their whole run below the search's already. Raises StorageError."""
+    store = resolve_store(tracking_uri=tracking_uri, root=root)
+    with clear_errors(store, "reading the trials of the search", _SAFE):
+        client, found, token = connect(store), set[int](), None
+        wanted = quoted({_PARENT: parent.run_id, TAG_ROLE: "trial"})
+        while token != "":
+            page = client.search_runs([parent.experiment_id], wanted, page_token=token)
+            found |= {int(run.data.tags[TAG_TRIAL]) for run in page if run.info.status == "FINISHED"}
+            token = page.token or ""
+    return found
+
+
 def log_trial(
     parent: LoggedRun, trial: Trial, best: Trial | None, *, tracking_uri: str | None = None, root: Path | None = None
 ) -> None:

@@ -51,12 +51,12 @@ def ranked(tuned: Tuned) -> list[Trial]:
     return sorted(tuned.trials, key=lambda one: (not one.complete, bool(one.shortfall), one.violation, -one.average, one.number))
 
 
-def render(tuned: Tuned, dimensions: tuple[Dimension, ...]) -> Table:
+def render(tuned: Tuned) -> Table:
     """The best trials and the recipe as given, a column each: narrow enough for 80 columns of a terminal."""
     from rich import box
     from rich.table import Table
 
-    header, rows = text_rows(tuned, dimensions, SHOWN)
+    header, rows = text_rows(tuned, SHOWN)
     drawn = Table(
         title="Best trials", caption=LEGEND, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
     )
@@ -68,24 +68,24 @@ def render(tuned: Tuned, dimensions: tuple[Dimension, ...]) -> Table:
     return drawn
 
 
-def text_rows(tuned: Tuned, dimensions: tuple[Dimension, ...], shown: int) -> tuple[list[str], list[list[str]]]:
+def text_rows(tuned: Tuned, shown: int) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the best trials; the recipe as given is always among them."""
-    names = list(tuned.best.last)
+    names, searched = list(tuned.best.last), list(dict.fromkeys(name for trial in tuned.trials for name in trial.values))
     trials = ranked(tuned)[:shown]
     if tuned.start not in trials:
         trials.append(tuned.start)
     rows = []
     for trial in trials:
         scores = [_percent(trial.last[name]) + ("*" if name in trial.shortfall else "") for name in names]
-        values = [f"{trial.values[one.name]:g}" if one.name in trial.values else "" for one in dimensions]
+        values = [f"{trial.values[name]:g}" if name in trial.values else "" for name in searched]
         label = "recipe" if trial.origin == "recipe" else str(trial.number)
         rows.append([label, _percent(trial.average), *scores, *values])
-    return ["trial", "average", *names, *(one.name for one in dimensions)], rows
+    return ["trial", "average", *names, *searched], rows
 
 
-def markdown(tuned: Tuned, dimensions: tuple[Dimension, ...]) -> str:
+def markdown(tuned: Tuned) -> str:
     """The best trials as a page of the flow run."""
-    header, rows = text_rows(tuned, dimensions, 2 * SHOWN)
+    header, rows = text_rows(tuned, 2 * SHOWN)
     lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---", *["---:"] * (len(header) - 1)], *rows]]
     return "\n".join([verdict(tuned), "", *lines, "", LEGEND, ""])
 
@@ -125,7 +125,7 @@ def files(tuned: Tuned, dimensions: tuple[Dimension, ...], recipe_yaml: str, tit
         )
     for name, picture in zip(("best", "values"), pictures, strict=False):
         found[f"plots/{name}.png"] = page.png(picture.chart)
-    header, rows = text_rows(tuned, dimensions, len(tuned.trials))
+    header, rows = text_rows(tuned, len(tuned.trials))
     table = page.table(header, rows, numbers=range(1, len(header)), strong=[0])
     sections = [page.Section("Result", [verdict(tuned), *pictures]), page.Section("All trials", [table])]
     return found | {"search.html": page.to_html(title, sections)}

@@ -8,13 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.artifact import write_text_atomic
+from ota_core.artifact import CARD, write_text_atomic
 from ota_core.errors import StorageError
 from tasks import s3
 from tasks.s3 import S3Object, delete_prefix, exists, head, is_s3, join, list_objects, read_bytes, touch, write_bytes
 from tasks.storage_cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
 from tasks.storage_download import OBJECTS_AT_ONCE, PART_SIZE, Progress, Ticker, download
 from tasks.storage_layout import (
+    BESIDE,
     EXPERT_JSON,
     MODEL_FILES,
     NOT_MODEL_FILES,
@@ -27,7 +28,7 @@ from tasks.storage_layout import (
 from tasks.storage_layout import write_expert_json as write_expert_json
 
 __all__ = [
-    "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
+    "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
     "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "touch", "upload_folder",
     "write_bytes", "write_expert_json",
 ]  # fmt: skip
@@ -143,7 +144,7 @@ class FoundModel(BaseModel):
 
     uri: str
     objects: dict[str, S3Object]
-    """The model's files and ``expert.json``, by their names below ``uri``."""
+    """The model's files, ``expert.json`` and the model card, by their names below ``uri``."""
     expert: dict[str, Any] | None
     sha256: dict[str, str]
     """By name, what ``expert.json`` says."""
@@ -161,6 +162,8 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
     wanted, expert, sums = {name: found[name] for name in names}, None, {}
+    if CARD in found:
+        wanted[CARD] = found[CARD]
     if EXPERT_JSON in found:
         wanted[EXPERT_JSON] = found[EXPERT_JSON]
         expert = parse_expert_json(read_bytes(found[EXPERT_JSON].uri, etag=found[EXPERT_JSON].etag), join(uri, EXPERT_JSON))
@@ -179,7 +182,7 @@ def _fetch_s3(
     found = find_model(source, require_expert_json=require_expert_json)
     expected = {found.objects[name].uri: value for name, value in found.sha256.items() if name in found.objects}
     path, all_files = _bring(found.objects, expected, cache, threads, part_size, progress)
-    files = {name: info for name, info in all_files.items() if name != EXPERT_JSON}
+    files = {name: info for name, info in all_files.items() if name not in BESIDE}
     return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
 
 
@@ -246,13 +249,17 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
             ignored = [*NOT_MODEL_FILES, "pytorch_model*.bin*", "*/*"]
             folder = Path(
                 snapshot_download(
-                    repo, revision=revision, allow_patterns=list(MODEL_FILES), ignore_patterns=ignored, local_files_only=True
+                    repo,
+                    revision=revision,
+                    allow_patterns=[*MODEL_FILES, *BESIDE],
+                    ignore_patterns=ignored,
+                    local_files_only=True,
                 )
             )
         except LocalEntryNotFoundError:
             raise _hub_error(source, repo, revision, error) from error
     else:
-        wanted = [*model_files(sibling.rfilename for sibling in info.siblings or []), EXPERT_JSON]
+        wanted = [*model_files(sibling.rfilename for sibling in info.siblings or []), *BESIDE]
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
         except Exception as error:

@@ -9,11 +9,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import write_text_atomic
+from ota_core.artifact import CARD, write_text_atomic
 from ota_core.errors import StorageError
 from tasks.storage_cache import CHUNK, HASH_THREADS
 
 EXPERT_JSON = "expert.json"
+BESIDE = (EXPERT_JSON, CARD)
+"""Files that are brought with a checkpoint, and are no part of it: they say what it is, and enter no digest."""
 
 # Weights, what is needed to build and feed the model, and second moments as trainers leave them. Nothing else is downloaded
 # or enters a digest: a README or a training log does not make another model.

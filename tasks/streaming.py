@@ -65,7 +65,7 @@ class Streams:
         found = storage.find_model(source)
         _check_manifest(found)
         folder = self._outlined(found.objects, found.sha256)
-        names = [name for name in found.objects if name != storage.EXPERT_JSON]
+        names = [name for name in found.objects if name not in storage.BESIDE]
         files = {name: self._known[(folder / name).resolve()].info for name in names}
         return Fetched(
             source=source, resolved=found.uri, path=folder, digest=_listing_digest(files), files=files, expert=found.expert
@@ -119,7 +119,7 @@ class Streams:
 
     def _outlined(self, objects: dict[str, s3.S3Object], sha256: dict[str, str]) -> Path:
         folder, made = outline(objects, cache=self._cache)
-        covered = all(name in sha256 for name in objects if name != storage.EXPERT_JSON)
+        covered = all(name in sha256 for name in objects if name not in storage.BESIDE)
         for name, one in objects.items():
             digest = f"sha256:{sha256[name]}" if covered and name in sha256 else f"etag:{one.etag}"
             info = FileInfo(size=one.size, digest=digest)

@@ -11,7 +11,7 @@ from ota_core.errors import RecipeError, raise_all
 from ota_core.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
 from tasks.recipes import find_file, parse_config, read_yaml
 from tasks.storage import is_s3
-from tasks.study_cells import Cell, as_subsets, expert_names, join_equal, subset_label, subset_problems, subsets_of
+from tasks.study_cells import Cell, as_subsets, expert_names, join_equal, spell, subset_label, subset_problems, subsets_of
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _TUNABLE = ("lambda", "density")
@@ -152,7 +152,7 @@ class StudyConfig(_Strict):
             values = [value if isinstance(value, list) else [value] for value in entry.parameters.values()]
             for chosen, subset in product(product(*values), subsets_of(entry.experts, self.models, names)):
                 parameters = dict(zip(entry.parameters, chosen, strict=True))
-                words = [entry.merge_method, *(f"{key}={value}" for key, value in parameters.items())]
+                words = [entry.merge_method, *(f"{key}={spell(value)}" for key, value in parameters.items())]
                 label = " ".join([*words, *(["tuned"] if entry.tune else []), *subset_label(subset, names)])
                 recipes = []
                 for one in replicates:

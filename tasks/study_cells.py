@@ -154,3 +154,14 @@ def subset_label(subset: Sequence[int], names: Sequence[str]) -> list[str]:
     if len(missing) == 1 and len(names) > 2:
         return ["without", missing[0]]
     return ["on", "+".join(names[i] for i in subset)]
+
+
+def spell(value: Any) -> str:
+    """A parameter's value as YAML has it, 1.0 as 1; of several experts all values."""
+    if isinstance(value, tuple):
+        return "/".join(map(spell, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)  # every digit: two values never read alike

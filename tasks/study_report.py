@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from markupsafe import Markup
 
 from tasks.pictures.page import Block, Picture, Section, table, to_html, to_png
 from tasks.pictures.study import pictures
@@ -19,7 +20,8 @@ RESULTS, PAGE = "results.md", "study.html"
 
 def write_study(results: StudyResults, folder: Path, *, command: str) -> list[StudyTable]:
     """Fill the folder, replacing what an earlier run left there; returns the tables. ``command``: what makes them again."""
-    tables, drawn = all_tables(results), pictures(results)
+    tables = all_tables(results)
+    drawn = pictures(results, tables)
     for name in (TABLES, FIGURES):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
@@ -30,7 +32,8 @@ def write_study(results: StudyResults, folder: Path, *, command: str) -> list[St
     for name, picture in drawn.items():
         to_png(picture.chart, folder / FIGURES / f"{name}.png")
     (folder / RESULTS).write_text(results_markdown(results, tables, drawn, figures=FIGURES, command=command), encoding="utf-8")
-    sections = [Section("Study", [*_facts(results, command), *_notes(results)])]
+    made = Markup("<p>Made as it stands by <code>{}</code>.</p>").format(command)
+    sections = [Section("Study", [*_facts(results), made, *_notes(results)])]
     for one in tables:
         header, rows = text_rows(one)
         numbers = [i for i, name in enumerate(header) if _is_number(one, name)]
@@ -45,7 +48,7 @@ def write_results(folder: Path, results: StudyResults, tables: Sequence[StudyTab
     beside = file.with_suffix("")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(folder / FIGURES, beside)
-    text = results_markdown(results, tables, pictures(results), figures=beside.name, command=command)
+    text = results_markdown(results, tables, pictures(results, tables), figures=beside.name, command=command)
     file.write_text(text, encoding="utf-8")
 
 
@@ -53,7 +56,11 @@ def results_markdown(
     results: StudyResults, tables: Sequence[StudyTable], drawn: dict[str, Picture], *, figures: str, command: str
 ) -> str:
     """The study as one Markdown page; ``figures``: the folder of the PNG files, relative to it."""
-    lines = [f"# Results of the study {results.name}", "", *(f"{line}\n" for line in _facts(results, command))]
+    lines = [
+        f"# Results of the study {results.name}",
+        "",
+        *(f"{line}\n" for line in [*_facts(results), f"Made as it stands by `{command}`."]),
+    ]
     for one in tables:
         lines += [f"## {one.title}", "", one.caption, "", to_markdown(one), ""]
         for key, picture in drawn.items():
@@ -68,7 +75,7 @@ def _belongs(picture: str, table_key: str) -> bool:
     return picture == table_key or picture.startswith(f"{table_key}-")
 
 
-def _facts(results: StudyResults, command: str) -> list[str]:
+def _facts(results: StudyResults) -> list[str]:
     documents = next(iter(results.base.values())).capabilities
     counts = ", ".join(f"{name} {one.n_samples}" for name, one in documents.items())
     experts = ", ".join(f"{name} ({own})" if own and own != name else name for name, own in results.experts.items())
@@ -78,7 +85,6 @@ def _facts(results: StudyResults, command: str) -> list[str]:
     return [
         f"{len(results.cells)} merges{many}, of the experts {experts}.",
         f"Scored on the suite {results.suite}; documents of each capability: {counts}.",
-        f"Made as it stands by `{command}`.",
     ]
 
 
@@ -105,6 +111,8 @@ def _cell(one: StudyTable, name: str, row: "pd.Series[object]") -> str:
         # Retention says nothing of base and experts, nor a difference of what it is the difference to.
         blank = row.get("kind") in {"base", "expert"} or name not in one.percent or name == DIFFERENCE
         return "" if blank else NOT_MEASURED
+    if name == BELOW:
+        return f"{value:g}" if float(value).is_integer() else f"{value:.1f}"  # type: ignore[arg-type]
     if name not in one.percent:
         return f"{value:.3g}"
     error = row.get(f"{name}{ERROR}")

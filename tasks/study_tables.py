@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ota_core.recipe import default
-from tasks.study_cells import FFG_SETTINGS, Cell, canonical, families
+from tasks.study_cells import FFG_SETTINGS, Cell, canonical, families, spell
 from tasks.study_scores import AVERAGE, BELOW, RETENTION, Estimate, StudyResults
 
 ERROR = "_se"
@@ -93,7 +93,7 @@ def ffg_table(results: StudyResults) -> list[StudyTable]:
         recipe = words(off, skip=FFG_SETTINGS)
         rows.append({"recipe": recipe, "FFG": "off"} | _merge(results, off))
         for cell in with_ffg:
-            row = {"recipe": recipe, "FFG": f"density {_number(cell.settings['density'])}"} | _merge(results, cell)
+            row = {"recipe": recipe, "FFG": f"density {spell(cell.settings['density'])}"} | _merge(results, cell)
             rows.append(row | _numbers(DIFFERENCE, results.difference(cell, off)))
     caption = f"{DIFFERENCE}: of the average to the same recipe without FFG{_paired(results)}. {_explained(results)}"
     return [_table(results, "ffg", "FFG on and off", caption, rows, more=(DIFFERENCE,))] if rows else []
@@ -255,14 +255,8 @@ def words(cell: Cell, skip: Sequence[str] = ()) -> str:
     found = [cell.method, *(["tuned"] if cell.tune else [])]
     for key, value in cell.settings.items():
         if key not in {"merge_method", *skip} and value != (1.0 if key == "density" else default(cell.method, key)):
-            found.append(f"{key}={_number(value)}")
+            found.append(f"{key}={spell(value)}")
     return " ".join(found)
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "/".join(map(_number, value))
-    return f"{value:g}" if isinstance(value, float) and not isinstance(value, bool) else str(value)
 
 
 def _numbers(name: str, found: Estimate | None) -> Row:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ota_core.errors import StorageError
 from tasks.registry import TAG_DIGEST, TAG_SOURCE, register_version
-from tasks.tracking_models import INPUT, MERGE, external_model, link
+from tasks.tracking_models import INPUT, MERGE, external_model, link, note_version
 from tasks.tracking_run import (
     SCORES_JSON,
     TAG_COMMIT,
@@ -103,6 +103,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
                     name=run.registered_model,
                     model_id=models[run.model_digest],
                 )
+                note_version(client, models[run.model_digest], run.registered_model, version)
     url = page_url(store.shown, experiment, run_id) if store.is_server else None
     return LoggedRun(run_id=run_id, experiment_id=experiment, url=url, model_version=version)
 

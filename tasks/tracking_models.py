@@ -5,6 +5,8 @@ A model is known by its digest: the runs of one experiment that use the same exp
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +62,19 @@ def link(client: MlflowClient, run: Run, inputs: list[str], output: str | None =
         client.log_outputs(run.info.run_id, [LoggedModelOutput(output, step=0)])
 
 
+def note_version(client: MlflowClient, model_id: str, name: str, version: str) -> None:
+    """Let the model's page name the version of the registered model that it became.
+
+    The tag is MLflow's own: ``mlflow.register_model`` sets it, which takes no model that lies elsewhere.
+    """
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
+    held = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS) or "[]")
+    noted = {"name": name, "version": version}
+    if noted not in held:
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*held, noted])})
+
+
 def _find(client: MlflowClient, experiment: str, digest: str) -> LoggedModel | None:
     found = client.search_logged_models([experiment], filter_string=quoted({TAG_DIGEST: digest}))
     return min(found, key=lambda one: (one.creation_timestamp, one.model_id), default=None)
@@ -67,4 +82,4 @@ def _find(client: MlflowClient, experiment: str, digest: str) -> LoggedModel | N
 
 def _model_name(name: str) -> str:
     """MLflow's names of models take no ``/ : . % \" '``."""
-    return name.translate(str.maketrans(dict.fromkeys("/:.%\"'", "-")))[:NAME_LENGTH] or "model"
+    return re.sub(r"[/:.%\"']", "-", name)[:NAME_LENGTH] or "model"

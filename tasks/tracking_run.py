@@ -26,6 +26,8 @@ REFERENCE = "model"
 SCORES_CSV = "tables/scores.csv"
 SCORES_JSON = "tables/scores.json"
 SCORES_PNG = "plots/scores.png"
+REPORT = "report.html"
+ANALYSIS_CSV = "tables/analysis.csv"
 SAMPLES = "tables/samples.json.gz"
 """Every document's score of every benchmarked model, for paired comparisons: a ``Benchmarked`` as JSON."""
 TAG_SUITE = "suite"
@@ -92,7 +94,9 @@ class Benchmarked(_Frozen):
             return cls.model_validate_json(gzip.decompress(content))
         except (OSError, EOFError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise OtaError(f"this is no table of document scores as this version logs them ({first}); log the merge again") from None
+            raise OtaError(
+                f"this is no table of document scores as this version logs them ({first}); log the merge again"
+            ) from None
 
 
 def uncertainty(scores: ModelScores) -> dict[str, float]:
@@ -141,6 +145,10 @@ class MergeRun(_Frozen):
     benchmarked: Benchmarked | None = None
     system: list[SystemPoint] = []
     """What the machines were doing while the stages of this merge ran."""
+    report_html: str | None = None
+    """The page that shows the merge, self-contained."""
+    tables: dict[str, str] = {}
+    """Further tables: name among the artifacts to its text."""
     table: list[dict[str, str | float | None]] = []
     """Rows of the table of scores: ``model``, ``role``, optionally ``capability``; per capability its score in 0…1 (null: not
     measured) and optionally ``<capability>_stderr``; further columns such as ``average`` and ``retention``."""
@@ -185,8 +193,11 @@ def write_artifacts(folder: Path, run: MergeRun) -> None:
         RECORD: json.dumps(run.record, indent=2) + "\n",
         f"{REFERENCE}/reference.json": json.dumps(reference, indent=2) + "\n",
     }
+    files |= run.tables
     if run.model_card is not None:
         files["README.md"] = run.model_card
+    if run.report_html is not None:
+        files[REPORT] = run.report_html
     if run.benchmarked is not None:
         (folder / SAMPLES).parent.mkdir(parents=True)
         (folder / SAMPLES).write_bytes(run.benchmarked.to_bytes())

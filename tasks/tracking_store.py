@@ -43,6 +43,7 @@ CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a link for every child run; the flow prints one of its own
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # a bar for every file, also where it takes no time
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing leaves the machine unasked
 }
 LOCK_SECONDS = 120.0

@@ -57,9 +57,17 @@ def test_prefect_takes_the_file_and_every_name_is_there_once() -> None:
     assert len(PrefectYamlModel.model_validate(RAW).deployments) == len(RAW["deployments"])
     names = [f"{flow_of(one).name}/{one['name']}" for one in RAW["deployments"]]
     assert sorted(names) == sorted(set(names))
-    assert {"merge/merge", "nightly/nightly", "benchmark/benchmark", "study/study", "stage/gpu", "part/cpu", "part/gpu"} == set(
-        names
-    )
+    assert {
+        "merge/merge",
+        "nightly/nightly",
+        "benchmark/benchmark",
+        "study/study",
+        "compare/compare",
+        "search/search",
+        "stage/gpu",
+        "part/cpu",
+        "part/gpu",
+    } == set(names)
     assert RAW["prefect-version"].split(".")[:2] == prefect.__version__.split(".")[:2]
 
 
@@ -146,7 +154,7 @@ def test_the_form_of_a_merge_has_descriptions_choices_and_defaults() -> None:
     flow_of(named("merge/merge")).validate_parameters({"recipe": recipe})
 
 
-@pytest.mark.parametrize("name", ["nightly/nightly", "study/study", "benchmark/benchmark"])
+@pytest.mark.parametrize("name", ["nightly/nightly", "study/study", "benchmark/benchmark", "compare/compare"])
 def test_every_other_form_has_descriptions(name: str) -> None:
     assert all(field.get("description") for field in schema_of(name)["properties"].values())
 

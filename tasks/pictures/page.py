@@ -54,7 +54,8 @@ def spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
     """
     with alt.data_transformers.enable("default", max_rows=None):
         made: dict[str, Any] = chart.to_dict()
-    # Altair puts its active theme's config there, which is a setting of the process; ours is the same wherever it is called from.
+    # Both come from Altair's active theme, a setting of the process; ours is the same wherever it is called from.
+    made.pop("usermeta", None)
     made["config"] = style.theme()["config"]
     return made
 

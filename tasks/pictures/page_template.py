@@ -15,8 +15,10 @@ figcaption { max-width: 90ch; margin: 0 0 8px; }
 figure { margin: 28px 0 0; break-inside: avoid; }
 .chart { width: 100%; overflow: hidden; }
 .chart svg { max-width: 100%; height: auto; display: block; }
-.chart .vega-bindings { font-size: 14px; margin: 4px 6px; }
-.chart select { font: inherit; margin-left: 6px; max-width: 100%; }
+.chart .mark-rect ~ .mark-text { pointer-events: none; }
+#vg-tooltip-element { pointer-events: none; font-size: 14px; }
+.menu:not(:empty) { font-size: 14px; margin: 0 0 8px; }
+.menu select { font: inherit; margin-left: 4px; max-width: 100%; }
 .table { overflow-x: auto; max-width: 100%; margin: 12px 0; }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -44,14 +46,18 @@ dd { margin: 0; overflow-wrap: anywhere; }
   h1 { font-size: 23px; }
   table { font-size: 14px; }
   th, td { padding: 5px 8px; }
+  thead th { white-space: nowrap; }
   .table th:first-child { position: sticky; left: 0; background: #fff; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: 6px; }
 }
 @media print {
   main { max-width: none; padding: 0; }
-  nav, button { display: none; }
+  nav, button, .menu { display: none; }
   body { font-size: 12px; }
+  .table { overflow: visible; }
+  table { font-size: 11px; }
+  th, td { padding: 3px 6px; }
   h2, h3, figcaption { break-after: avoid; }
   a { color: inherit; text-decoration: none; }
 }
@@ -64,25 +70,32 @@ SCRIPT = """
 const options = {renderer: "svg", actions: false, ast: true, mode: "vega-lite"};
 async function draw(place) {
   const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
+  const menu = document.getElementById(place.dataset.menu);
   let columns = spec.columns;
   for (;;) {
-    const made = await vegaEmbed(place, columns ? {...spec, columns} : spec, options);
+    menu.replaceChildren();
+    const made = await vegaEmbed(place, columns ? {...spec, columns} : spec, {...options, bind: menu});
     const picture = place.querySelector("svg");
     if (!columns || columns === 1 || picture.viewBox.baseVal.width <= place.clientWidth) return;
     made.finalize();
-    columns -= 1;
+    columns -= columns > 2 && columns % 2 === 0 ? 2 : 1;  // panels that come in pairs stay beside each other
   }
 }
-let width = 0, drawn = Promise.resolve();
-function drawAll() {
+// From top to bottom with a pause after each, so that a reader can begin at once.
+async function drawAll() {
+  for (const place of document.querySelectorAll(".chart")) {
+    await draw(place);
+    await new Promise((go) => setTimeout(go));
+  }
+  document.documentElement.dataset.drawn = "yes";
+}
+let width = document.documentElement.clientWidth, drawn = drawAll(), waiting;
+function drawAgain() {
   if (document.documentElement.clientWidth === width) return;
   width = document.documentElement.clientWidth;
-  drawn = drawn.then(() => Promise.all(Array.from(document.querySelectorAll(".chart"), draw)))
-    .then(() => { document.documentElement.dataset.drawn = "yes"; });
+  drawn = drawn.then(drawAll);
 }
-let waiting;
-addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAll, 250); });
-drawAll();
+addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAgain, 250); });
 for (const button of document.querySelectorAll("button[data-copy]")) {
   button.addEventListener("click", async () => {
     const source = document.getElementById(button.dataset.copy);
@@ -134,7 +147,8 @@ FIGURE = """
 <figure>
 <h3>{{ title }}</h3>
 <figcaption>{{ caption }}</figcaption>
-<div class="chart" data-spec="spec-{{ number }}" role="img" aria-label="{{ title }}"></div>
+<div class="menu" id="menu-{{ number }}"></div>
+<div class="chart" data-menu="menu-{{ number }}" data-spec="spec-{{ number }}" role="img" aria-label="{{ title }}"></div>
 </figure>
 """.strip()
 

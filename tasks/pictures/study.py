@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
 from tasks.pictures.page import Picture
-from tasks.pictures.style import FACE, INK, PANEL, SHAPES, VARIANT_COLOURS
+from tasks.pictures.style import CATEGORIES, FACE, INK, PANEL, SHAPES, VARIANT_COLOURS
 from tasks.study_scores import AVERAGE, StudyResults
-from tasks.study_tables import ERROR, StudyTable, all_tables, grafted
+from tasks.study_tables import ERROR, StudyTable, grafted
 
 VARIANTS = tuple(VARIANT_COLOURS)
 _REFERENCE = "#595959"
@@ -19,9 +20,9 @@ _REFERENCE = "#595959"
 _LEGEND = alt.Legend(symbolOpacity=1, symbolStrokeWidth=0)
 
 
-def pictures(results: StudyResults) -> dict[str, Picture]:
+def pictures(results: StudyResults, made: Sequence[StudyTable]) -> dict[str, Picture]:
     """Name to picture, of what the grid has cells for. A picture is named after the table whose numbers it draws."""
-    tables = {one.key: one for one in all_tables(results)}
+    tables = {one.key: one for one in made}
     found: dict[str, Picture] = {}
     if "methods" in tables:
         found["methods"] = _methods(results, tables["methods"])
@@ -177,8 +178,10 @@ def _sweep(results: StudyResults, table: StudyTable) -> Picture:
     data = pd.DataFrame([{"recipe": row["recipe"], "at": row[key]} | _percent(row, AVERAGE) for _, row in frame.iterrows()])
     data["base"] = 100 * results.average(results.models()).mean
     recipes = list(dict.fromkeys(data["recipe"]))
-    legend = alt.Legend(columns=2) if recipes != [""] else None
-    colour = alt.Color("recipe:N", title=None, sort=recipes, legend=legend)
+    legend = alt.Legend(columns=2, symbolOpacity=1, symbolStrokeWidth=0) if len(recipes) > 1 else None
+    # The whole scales, so that colour and shape have one legend.
+    colour = alt.Color("recipe:N", title=None, scale=_scale(recipes, CATEGORIES), legend=legend)
+    shape = alt.Shape("recipe:N", title=None, scale=_scale(recipes, SHAPES), legend=legend)
     title = "average in percent"
     base = alt.Chart().encode(x=alt.X("at:Q", title={"lambda": "λ"}.get(key, key), scale=alt.Scale(zero=False)), color=colour)
     y = alt.Y("score:Q", title=title, scale=alt.Scale(zero=False))
@@ -188,13 +191,17 @@ def _sweep(results: StudyResults, table: StudyTable) -> Picture:
         base.mark_line(strokeWidth=2).encode(y=y),
         base.mark_point(filled=True, size=55, opacity=1).encode(
             y=y,
-            shape=alt.Shape("recipe:N", title=None, sort=recipes, legend=legend),
+            shape=shape,
             tooltip=[*_tooltip("recipe"), alt.Tooltip("at:Q", title=key)],
         ),
         data=data,
     ).properties(width=460, height=240)
     caption = f"Average of merges of all experts. {_bands(results)} Dashed: the base."
     return Picture(table.title, caption, chart)
+
+
+def _scale(names: list[str], values: tuple[str, ...]) -> alt.Scale:
+    return alt.Scale(domain=names, range=[values[i % len(values)] for i in range(len(names))])
 
 
 def _facet(chart: Any, by: str, order: list[str]) -> alt.TopLevelMixin:

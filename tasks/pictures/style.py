@@ -31,7 +31,7 @@ VARIANT_COLOURS = {"FFG": CATEGORIES[0], "magnitude": CATEGORIES[4]}
 GRID = "#e3e3e3"
 # Metrics as Arial's and Helvetica's; vl-convert brings it along, so that files look alike on every machine.
 FONT = "Liberation Sans, Arial, Helvetica, sans-serif"
-PANEL = 250
+PANEL = 280
 """Width of one panel of small multiples in pixels."""
 
 
@@ -51,7 +51,7 @@ def theme() -> dict[str, Any]:
             },
             "legend": {
                 **label, "orient": "top", "direction": "horizontal", "titleAnchor": "start", "titleLimit": 400, "labelLimit": 240,
-                "gradientLength": 200, "gradientThickness": 12, "symbolStrokeWidth": 2,
+                "gradientLength": 240, "gradientThickness": 12, "symbolStrokeWidth": 2,
             },
             "header": {
                 "labelFontSize": 13, "labelFontWeight": "bold", "labelColor": INK, "titleFontSize": 12, "labelAnchor": "start",

@@ -40,13 +40,19 @@ def test_first_run_computes_all_and_the_second_nothing(world: World, counts: Cou
     here = world.at(tmp_path / "home")
     first = here.run(recipe)
     outcome = first.outcome
-    expected = fetches(world) | STAGES | SCORED | {f"benchmark {LABEL}", f"log {NAME}"}
+    expected = fetches(world) | STAGES | SCORED | {"analyse ota", f"benchmark {LABEL}", f"log {NAME}"}
     assert first.states == {name: ["Completed"] for name in expected}
     assert counts == {"fetch": 3, "compress": 2, "mask": 2, "merge": 1, "score": 4}
     assert (outcome.name, flow_run_name(first.id)) == (LABEL, NAME)
     assert set(outcome.scores) == {"base", "expert/math", "expert/knowledge", "merged"}
     root = here.home / "artifacts"
-    assert Counter(path.parent.name for path in root.glob("*/*")) == {"moments": 2, "masks": 2, "merged": 1, "scores": 4}
+    assert Counter(path.parent.name for path in root.glob("*/*")) == {
+        "moments": 2,
+        "masks": 2,
+        "merged": 1,
+        "scores": 4,
+        "analysis": 1,
+    }
     for folder in root.glob("*/*"):
         record = read_record(folder)  # raises unless it lists the files that are there
         assert (record.kind, record.fingerprint) == (folder.parent.name, folder.name)
@@ -73,7 +79,7 @@ def test_the_staged_flow_writes_the_bytes_of_the_fused_merge(world: World, tmp_p
         report = engine.merge(recipe, fused, inputs=inputs)
         staged = Path(outcome.path)
         names = sorted(path.name for path in fused.iterdir())
-        assert names == sorted(path.name for path in staged.iterdir())
+        assert names == sorted(path.name for path in staged.iterdir() if path.name != "report.html")
         assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", RECORD} <= set(names)
         for name in names:
             assert name == RECORD or (fused / name).read_bytes() == (staged / name).read_bytes(), name

@@ -23,6 +23,7 @@ from ota_core.recipe import MergeRecipe, load_recipe
 from tasks.benchmark import ModelScores
 from tasks.scores import CapabilityScore, to_markdown
 from tasks.stages import Subject
+from tasks.suites import digest_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World
 
 NAME = "ota math+knowledge rho=0.40 rank1"
@@ -74,10 +75,15 @@ def test_metrics(logged: FlowRun, parent: Run, world: World) -> None:
     expected["score/avg"] = sum(merged.values()) / len(merged)
     expected |= {f"retention/{name}": merged[name] / own for name in EXPERTS if (own := scores[f"expert/{name}"][name])}
     expected["negative_transfer"] = float(sum(merged[name] < base[name] for name in merged))
-    assert {
-        name: metrics[name] for name in metrics if name.split("/")[0] in {"score", "retention", "negative_transfer"}
-    } == pytest.approx(expected)
-    assert set(metrics) - set(expected) == {
+    held = json.loads((Path(logged.outcome.scores["merged"].uri) / "scores.json").read_text())["capabilities"]
+    expected |= {f"score_stderr/{name}": one["stderr"] for name, one in held.items()}
+    expected["score_stderr/avg"] = math.hypot(*(one["stderr"] for one in held.values())) / len(held)
+    expected |= {f"documents/{name}": float(one["n_samples"]) for name, one in held.items()}
+    families = {"score", "retention", "negative_transfer", "score_stderr", "documents"}
+    assert {name: metrics[name] for name in metrics if name.split("/")[0] in families} == pytest.approx(expected)
+    machine = {name for name in metrics if name.startswith("system/")}
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= machine
+    assert set(metrics) - set(expected) - machine == {
         "density/math", "density/knowledge", "seconds/compress", "seconds/mask", "seconds/merge", "seconds/benchmark", "peak_memory_gib",
         "moments/bytes_per_param", "moments/sqrt_error",
     }  # fmt: skip
@@ -109,7 +115,8 @@ def test_artifacts(logged: FlowRun, parent: Run, client: MlflowClient, tmp_path:
     folder = Path(client.download_artifacts(parent.info.run_id, "", str(tmp_path)))
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
-        "recipe.yaml", "record.json", "README.md", "model/reference.json", "tables/scores.csv", "tables/scores.json", "plots/scores.png",
+        "recipe.yaml", "record.json", "README.md", "model/reference.json", "tables/scores.csv", "tables/scores.json", "tables/samples.json.gz",
+        "plots/scores.png", "report.html", "tables/analysis.csv",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == world.recipe(density=0.4, compression="rank1")
     assert json.loads((folder / "record.json").read_text()) == json.loads((Path(logged.outcome.path) / "record.json").read_text())
@@ -117,9 +124,12 @@ def test_artifacts(logged: FlowRun, parent: Run, client: MlflowClient, tmp_path:
     assert (reference["uri"], reference["digest"]) == (logged.outcome.merged.uri, logged.outcome.digest)
     card = (folder / "README.md").read_text()
     scores = scores_of(logged)
-    assert all(f"| {name} | {100 * value:.1f} % |" in card for name, value in scores["merged"].items())
     head = yaml.safe_load(card.split("---")[1])
-    assert head["base_model"] == [f"{world.uri}/models/base"]
+    assert "base_model" not in head, "a hub knows no addresses in S3"
+    metrics = head["model-index"][0]["results"][0]["metrics"]
+    assert {one["type"]: one["value"] for one in metrics} == pytest.approx(scores["merged"], abs=1e-6)
+    assert (Path(logged.outcome.path) / "README.md").read_text() == card, "beside the model, too"
+    read_record(Path(logged.outcome.path))
     table = pd.read_csv(folder / "tables" / "scores.csv", index_col="model")
     assert list(table.index) == ["base", *EXPERTS, LABEL]
     for row, key in zip(table.index, ("base", "expert/math", "expert/knowledge", "merged"), strict=True):
@@ -133,12 +143,20 @@ def test_children_lineage_and_version(logged: FlowRun, parent: Run, client: Mlfl
     assert set(children) == {"base", *EXPERTS, LABEL} and len(found) == 4
     for name, key in {"base": "base", "math": "expert/math", "knowledge": "expert/knowledge", LABEL: "merged"}.items():
         scores = scores_of(logged)[key]
-        assert children[name].data.metrics == pytest.approx(
-            {f"score/{c}": s for c, s in scores.items()} | {"score/avg": sum(scores.values()) / 2}
+        plain = {key: value for key, value in children[name].data.metrics.items() if key.startswith("score/")}
+        assert plain == pytest.approx(
+            {f"score/{c}": s for c, s in scores_of(logged)[key].items()} | {"score/avg": sum(scores.values()) / 2}
         )
     assert children["math"].data.params.items() >= {"role": "expert", "capability": "math"}.items()
     inputs = {one.dataset.name: json.loads(one.dataset.source)["uri"] for one in parent.inputs.dataset_inputs}
-    assert inputs == {"base": f"{world.uri}/models/base"} | {name: f"{world.uri}/experts/{name}/{RUN}" for name in EXPERTS}
+    models = {"base": f"{world.uri}/models/base"} | {name: f"{world.uri}/experts/{name}/{RUN}" for name in EXPERTS}
+    data = next(one.dataset for one in parent.inputs.dataset_inputs if one.tags[0].value == "data")
+    assert inputs == models | {"suite tiny": "lm-eval"}
+    assert json.loads(data.source)["digest"] == digest_folder(world.data) == parent.data.tags["data_digest"]
+    read = [client.get_logged_model(one.model_id) for one in parent.inputs.model_inputs]
+    assert {one.name: one.tags["source_uri"] for one in read} == models
+    (made,) = (client.get_logged_model(one.model_id) for one in parent.outputs.model_outputs)
+    assert (made.tags["model_digest"], made.source_run_id) == (logged.outcome.digest, parent.info.run_id)
 
     version = client.get_model_version("ota-merged", logged.outcome.logged.model_version)
     assert version.source == logged.outcome.merged.uri and version.run_id == parent.info.run_id
@@ -156,12 +174,15 @@ def test_the_same_merge_again_is_the_same_run_and_version(
     assert len(client.search_model_versions("name='ota-merged'")) == 1
     for name in ("score/avg", "density/math", "seconds/merge"):
         assert len(client.get_metric_history(parent.info.run_id, name)) == 1
+    # Nothing was computed, so there is nothing to say of the machine.
+    cpu = client.get_metric_history(parent.info.run_id, "system/cpu_utilization_percentage")
+    assert max(one.timestamp for one in cpu) <= parent.info.start_time
 
 
 def test_without_a_benchmark_the_merge_is_logged(world: World, client: MlflowClient) -> None:
     run = client.get_run(world.run(world.recipe("ties", density=0.5), suite=None).outcome.logged.run_id)
     assert run.data.params.items() >= {"merge_method": "ties", "density": "0.5", "experts": "math,knowledge"}.items()
-    assert set(run.data.metrics) == {"seconds/merge", "peak_memory_gib"}
+    assert {name for name in run.data.metrics if not name.startswith("system/")} == {"seconds/merge", "peak_memory_gib"}
     assert not client.search_runs([run.info.experiment_id], filter_string=f"tags.mlflow.parentRunId = '{run.info.run_id}'")
 
 
@@ -200,6 +221,11 @@ def test_metrics_of_two_experts_for_one_capability_and_of_what_was_not_measured(
             "retention/math": 0.75,
             "negative_transfer": 1,
             "seconds/benchmark": 9.0,
+            "score_stderr/math": 0.01,
+            "score_stderr/code": 0.01,
+            "score_stderr/avg": 0.01 / math.sqrt(2),
+            "documents/math": 10,
+            "documents/code": 10,
         }
     )
     assert score_metrics({}, SUBJECTS) == {}

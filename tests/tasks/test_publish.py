@@ -47,6 +47,21 @@ def publish_one(source: str, root: str, tmp_path: Path, version: str = "1") -> P
     return publish(source, root=root, name="ota-merged", version=version, cache=tmp_path / "cache")
 
 
+def test_the_card_with_the_scores_and_the_report_are_published_too(places: tuple[str, str], tmp_path: Path) -> None:
+    source, root = places
+    record = record_at(source)
+    assert record is not None
+    listed = record.model_copy(update={"files": record.files | {"README.md": 3}})
+    card, report = b"# with scores, longer than the card that the record lists", b"<html></html>"
+    for name, text in (("README.md", card), ("report.html", report), (RECORD, listed.model_dump_json().encode())):
+        storage.write_note(storage.join(source, name), text.decode())
+    for copied in (True, False):
+        assert bool(publish_one(source, root, tmp_path).copied) is copied
+    published = contents(f"{root}/ota-merged/1")
+    assert published["report.html"] == report and published["README.md"] == card
+    assert record_at(f"{root}/ota-merged/1") is not None
+
+
 def contents(uri: str) -> dict[str, bytes]:
     """Every file below an address."""
     if storage.is_s3(uri):
@@ -229,7 +244,7 @@ def test_latest_is_not_written_again_for_the_same_version(model: Path, tmp_path:
     publish_one(str(model), str(root), tmp_path)
     point_latest(str(root), "ota-merged", "1", "digest1")
     place = root / "ota-merged" / "latest.json"
-    place.write_text(place.read_text().replace("20", "19"))  # years ago
+    place.write_text(place.read_text().replace('"20', '"19'))  # years ago
     assert point_latest(str(root), "ota-merged", "1", "digest1").published_at.startswith("19")
     place.write_text("{")
     with pytest.raises(StorageError, match="cannot be read as a pointer"):

@@ -73,7 +73,9 @@ def test_folder_and_its_copy_in_s3_are_the_same_model(expert: Path, s3_server: S
     assert here.expert == there.expert and there.expert is not None and there.expert["step"] == 234
     for name in MODEL_FILES:
         assert (there.path / name).read_bytes() == (expert / name).read_bytes()
-    assert {path.name for path in there.path.iterdir()} == MODEL_FILES | {"expert.json"}
+    assert {path.name for path in there.path.iterdir()} == MODEL_FILES | {"expert.json", "README.md"}, (
+        "the card comes along, for its licence"
+    )
     assert Fetched.model_validate_json(there.model_dump_json()) == there
 
 

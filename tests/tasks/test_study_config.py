@@ -92,12 +92,12 @@ def test_what_is_equal_in_effect_is_run_once() -> None:
         {"merge_method": "linear", "parameters": {"normalize": True}, "experts": ["pairs"]},
     ).cells()
     assert [(cell.label, cell.equal) for cell in cells] == [
-        ("ota density=1 metric=curvature", ("ota density=1 metric=magnitude", "ota lambda=1 density=1.0")),
+        ("ota density=1 metric=curvature", ("ota density=1 metric=magnitude", "ota lambda=1 density=1")),
         ("ota density=0.5 metric=curvature", ("ota lambda=1 density=0.5",)),
         ("ota density=0.5 metric=magnitude", ()),
-        ("linear without math", ("linear normalize=True without math",)),
-        ("linear without code", ("linear normalize=True without code",)),
-        ("linear without knowledge", ("linear normalize=True without knowledge",)),
+        ("linear without math", ("linear normalize=true without math",)),
+        ("linear without code", ("linear normalize=true without code",)),
+        ("linear without knowledge", ("linear normalize=true without knowledge",)),
     ]
 
 

@@ -87,7 +87,7 @@ def test_failures_and_equal_cells_are_named(tmp_path: Path) -> None:
     write_study(failed, tmp_path, command="c")
     text = (tmp_path / "results.md").read_text()
     assert "- Left out, because it failed: ties (seed=2): no such tensor" in text
-    assert "- linear is the same merge as linear normalize=True, and was run once." in text
+    assert "- linear is the same merge as linear normalize=true, and was run once." in text
 
 
 def test_the_page_holds_everything(tmp_path: Path) -> None:

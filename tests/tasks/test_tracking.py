@@ -93,6 +93,20 @@ def test_a_merge_reads_back_whole(uri: str, request: pytest.FixtureRequest, tmp_
     assert sources == {i.name: {"uri": i.source, "digest": i.digest} for i in run.inputs}
     assert {i.tags[0].value for i in read.inputs.dataset_inputs} == {"base", "expert"}
 
+    # The same as models: base and experts in, the merge out; each benchmarked one is its child's model, with its scores.
+    models = {m.name: m for m in (client.get_logged_model(one.model_id) for one in read.inputs.model_inputs)}
+    assert {n: (m.tags["source_uri"], m.tags["model_digest"]) for n, m in models.items()} == {
+        i.name: (i.source, i.digest) for i in run.inputs
+    }
+    (output,) = read.outputs.model_outputs
+    made = client.get_logged_model(output.model_id)
+    assert (made.source_run_id, made.tags["source_uri"], str(made.status)) == (
+        logged.run_id,
+        run.model_uri,
+        "READY",
+    )
+    assert {m.key: m.value for m in made.metrics}["score/math"] == 0.6
+
     children = _children(client, logged)
     assert set(children) == {c.name for c in run.children}
     for child in run.children:
@@ -110,6 +124,7 @@ def test_a_merge_reads_back_whole(uri: str, request: pytest.FixtureRequest, tmp_
 
     version = client.get_model_version("ota-merged", logged.model_version)
     assert (version.source, version.run_id) == (run.model_uri, logged.run_id)
+    assert json.loads(made.tags["mlflow.modelVersions"]) == [{"name": "ota-merged", "version": logged.model_version}]
     assert version.tags["model_digest"] == run.model_digest
     assert client.get_model_version_by_alias("ota-merged", "challenger").version == version.version
     assert logged.url == (f"{uri}/#/experiments/{logged.experiment_id}/runs/{logged.run_id}" if uri.startswith("http") else None)

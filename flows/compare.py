@@ -1,0 +1,95 @@
+"""The merges of an MLflow experiment as a leaderboard: read, ranked, and logged to a summary run."""
+
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict
+
+from flows.blocks import use_blocks
+from flows.pages import show_leaderboard, show_mlflow
+from flows.run_log import hide_tracebacks_of_user_errors
+from tasks.leaderboard import BEST, Leaderboard
+from tasks.leaderboard_question import Question
+from tasks.leaderboard_text import write_files
+from tasks.settings import places
+from tasks.tracking_leaderboard import log_leaderboard
+from tasks.tracking_run import LoggedRun
+from tasks.tracking_store import EXPERIMENT, Store, resolve_store
+
+hide_tracebacks_of_user_errors()
+
+
+class Comparison(BaseModel):
+    """What a comparison found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    best: str
+    best_run: str
+    score: float
+    """The best merge's average, a fraction."""
+    merges: int
+    logged: LoggedRun
+
+
+@task(name="rank", task_run_name="rank {question.experiment}")
+def rank(question: Question, store: Store) -> Leaderboard:
+    """Read the merges from MLflow and rank them."""
+    return question.answer(store)
+
+
+@task(name="log leaderboard", retries=2, retry_delay_seconds=10)
+def log(board: Leaderboard, question: Question, store: Store) -> LoggedRun:
+    """Log the leaderboard; finds the summary run of an earlier time."""
+    return log_leaderboard(board, question.identity(), store)
+
+
+def _run_name() -> str:
+    return f"compare {flow_run.parameters['experiment']}"
+
+
+@flow(name="compare", flow_run_name=_run_name, persist_result=False)
+def compare_flow(
+    experiment: str = EXPERIMENT,
+    suite: str | None = None,
+    filter_string: str = "",
+    baseline: str = BEST,
+    last: int | None = None,
+    since: str | None = None,
+    home: Path | None = None,
+    tracking_uri: str | None = None,
+    out: Path | None = None,
+) -> Comparison:
+    """Rank the merges of an MLflow experiment, and log table, picture and page to a summary run in it.
+
+    Args:
+        experiment: The MLflow experiment.
+        suite: Name or key of the benchmark suite, where merges were scored on several; only scores of one compare.
+        filter_string: MLflow's filter of runs, for example params.merge_method = 'ota'.
+        baseline: The merge that others are compared with, document by document: a name, a run id, or best.
+        last: Only so many newest merges.
+        since: Only merges started since: a date, or an age such as 7d.
+        home: Folder of the embedded MLflow; OTA_HOME or ~/.ota by default.
+        tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
+        out: Folder on the worker that the files are written to, too.
+    """
+    use_blocks()
+    question = Question(
+        experiment=experiment, suite=suite, filter=filter_string, baseline=baseline, last=last, since=since
+    )  # fmt: skip
+    store = resolve_store(tracking_uri=tracking_uri, root=places(home).tracking)
+    board = rank(question, store)
+    if out is not None:
+        write_files(board, out)
+    logged = log(board, question, store)
+    show_leaderboard(board)
+    show_mlflow(f"leaderboard of {experiment}", logged.url)
+    best = board.best
+    for note in board.notes:
+        get_run_logger().info(note)
+    get_run_logger().info("best of %d merges: %s; MLflow run %s", len(board.merges), best["label"], logged.url or logged.run_id)
+    return Comparison(
+        best=best["label"], best_run=best["run_id"], score=float(best["score/avg"]), merges=len(board.merges), logged=logged
+    )

@@ -1,0 +1,112 @@
+"""The report of a merge: one HTML page beside the model, and among its run's artifacts; written again when the gate has decided."""
+
+import platform
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any, Literal
+
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict
+
+from flows.analysis import analyse
+from flows.report import comparison
+from flows.steps import missing
+from ota_core.artifact import CARD, ArtifactRef
+from ota_core.inputs import MergeInputs
+from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from tasks import stages
+from tasks.gate import GateDecision
+from tasks.scores import ModelScores, caption
+from tasks.settings import Places
+from tasks.stages import Subject
+from tasks.tracking import InputRef, MergeRun
+from tasks.tracking_run import ANALYSIS_CSV, REPORT
+
+ReportKind = Literal["full", "scores", "none"]
+"""``full``: with the analysis of the experts. ``scores``: without. ``none``: no report."""
+
+
+class MergePage(BaseModel):
+    """What a merge's page is made of, where the rest of it lies in the store of artifacts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    method: str
+    recipe_yaml: str
+    inputs: tuple[InputRef, ...]
+    merged: ArtifactRef
+    digest: str
+    scores: tuple[dict[str, str | float | None], ...]
+    """As ``MergeRun.table``."""
+    scores_note: str
+    analysis: ArtifactRef | None
+
+    def html(self, where: Places, decision: GateDecision | None = None) -> str:
+        """The page. It does not name the MLflow run: it is one of that run's own artifacts. Raises OtaError."""
+        from tasks.analysis import read_analysis, read_settings
+        from tasks.html_report import MergeReport, report_html
+
+        store = stages.store_of(where)
+        record = store.read_record(self.merged)
+        said: dict[str, Any] = read_settings(store.local_path(self.analysis)) if self.analysis else {"notes": [], "left_out": []}
+        return report_html(
+            MergeReport(
+                name=self.name, method=self.method, recipe_yaml=self.recipe_yaml, record=record.model_dump(mode="json"),
+                inputs=self.inputs, created=datetime.fromisoformat(record.provenance["produced_at"]), model_uri=self.merged.uri,
+                model_digest=self.digest, scores=self.scores, scores_note=self.scores_note,
+                analysis=read_analysis(where, self.analysis) if self.analysis else None,
+                analysis_notes=(*said["notes"], *(f"Left out: {what}" for what in said["left_out"])), gate=decision,
+                links={"the run in the Prefect UI": flow_run.ui_url} if flow_run.ui_url else {},
+                versions={name: version(name) for name in ("ota-merging", "torch", "lm_eval")} | {"python": platform.python_version()},
+            )
+        )  # fmt: skip
+
+
+def analysed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> ArtifactRef:
+    """The analysis of the recipe's experts, as a cached task; of compressions only the recipe's own. Raises OtaError.
+
+    Comparing all compressions is half of ``ota analyse``'s work, and says nothing of this merge.
+    """
+    from tasks.analysis import analysis_options, analysis_step
+
+    own = recipe.setting("compression") if recipe.merge_method in NEEDS_MOMENTS else None
+    step = analysis_step(recipe, inputs, analysis_options(compressions="-" if own in {None, "none"} else own))
+    found: ArtifactRef = missing(analyse, step, where)(step, where, recipe, inputs, memory)
+    return found
+
+
+def page_of(
+    run: MergeRun,
+    merged: ArtifactRef,
+    found: Mapping[str, ModelScores],
+    subjects: dict[str, Subject],
+    analysis: ArtifactRef | None,
+) -> MergePage:
+    """The page of a merge, before any gate."""
+    return MergePage(
+        name=run.name, method=run.method, recipe_yaml=run.recipe_yaml, inputs=tuple(run.inputs), merged=merged, digest=run.model_digest,
+        scores=tuple(run.table), scores_note=caption(comparison(dict(found), subjects)) if found else "", analysis=analysis,
+    )  # fmt: skip
+
+
+def with_report(run: MergeRun, page: MergePage, where: Places) -> MergeRun:
+    """The run with the page, and the table that its pictures show, as artifacts to log. Raises OtaError."""
+    from tasks.analysis import read_analysis
+
+    tables = {ANALYSIS_CSV: read_analysis(where, page.analysis).to_csv(index=False)} if page.analysis else {}
+    return run.model_copy(update={"report_html": page.html(where), "tables": tables})
+
+
+def put_beside_the_model(run: MergeRun, merged: ArtifactRef, where: Places) -> None:
+    """The model card, now with the scores, and the report."""
+    notes = {CARD: run.model_card, REPORT: run.report_html}
+    stages.store_of(where).annotate(merged, {name: text for name, text in notes.items() if text})
+
+
+def with_decision(page: MergePage, decision: GateDecision, where: Places) -> str:
+    """The page with the gate's decision, which takes the place of the one beside the model. Raises OtaError."""
+    html = page.html(where, decision)
+    stages.store_of(where).annotate(page.merged, {REPORT: html})
+    return html

@@ -1,0 +1,219 @@
+"""Where masks keep elements: density by layer × role, sparsity of rows and columns; FFG beside magnitude (methods.md section 6).
+
+Rows and columns are those of the stored matrix: for a Linear layer a row is an output and a column an input, for an embedding a row is a
+token. GPT-2 stores its projections the other way round. Vectors have neither. Of a stack of matrices each counts by itself.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import torch
+
+from ota_core.analysis.kernels import count_mask
+from ota_core.analysis.pieces import groups_of
+from ota_core.analysis.roles import WHOLE, Place, totals
+from ota_core.analysis.subject import Subject
+from ota_core.analysis.table import BINS, Row, row
+from ota_core.compression.cuts import matrices
+from ota_core.fused.counts import keep_block
+from ota_core.plan import MergePlan
+from ota_core.prepare import PlanScoring, block_mask
+from ota_core.saliency import keep, kept_count
+from ota_core.tally import Group, kth_largest
+from ota_core.views import Block, ExpertView, TensorJob, block_elements
+
+MaskOf = Callable[[ExpertView, Block], torch.Tensor]
+"""The mask of a block: bool, r·C elements."""
+Key = tuple[int, str]
+"""Expert, tensor."""
+
+
+@dataclass(kw_only=True)
+class Shape:
+    """What a mask looks like in one tensor or in several together."""
+
+    kept: int = 0
+    elements: int = 0
+    rows: int = 0
+    empty_rows: int = 0
+    row_bins: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    columns: int = 0
+    empty_columns: int = 0
+    column_bins: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def __iadd__(self, other: "Shape") -> "Shape":
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+
+class _Counting:
+    """Rows and columns of one tensor's mask, as blocks bring them."""
+
+    def __init__(self, job: TensorJob) -> None:
+        self.shape = Shape(elements=job.elements)
+        self._stack, self._height, self._width = matrices(job.shape) if len(job.shape) > 1 else (0, 0, 0)
+        self._columns = np.zeros((self._stack, self._width), np.int32)
+        self._lock = Lock()
+
+    def add(self, first: int, mask: torch.Tensor) -> None:
+        """Rows from ``first`` on. mask: bool, r·C elements."""
+        if self._stack == 0 or self._width == 0:
+            with self._lock:
+                self.shape.kept += int(mask.sum())
+            return
+        bins, empty, columns = np.zeros(BINS, np.int64), np.zeros(1, np.int64), np.zeros_like(self._columns)
+        kept = mask.reshape(-1, self._width).numpy()
+        total = count_mask(kept, first, self._height, bins, empty, columns)
+        with self._lock:
+            self.shape.kept += int(total)
+            self.shape.rows += len(kept)
+            self.shape.empty_rows += int(empty[0])
+            self.shape.row_bins += bins
+            self._columns += columns
+
+    def done(self) -> Shape:
+        """The counts of all rows; those of the columns are let go."""
+        if self._columns.size:
+            counts = self._columns.reshape(-1).astype(np.int64)
+            self.shape.columns, self.shape.empty_columns = counts.size, int((counts == 0).sum())
+            self.shape.column_bins = np.bincount(np.minimum(BINS - 1, BINS * counts // self._height), minlength=BINS)
+        self._columns = np.zeros((0, 0), np.int32)
+        return self.shape
+
+
+def localisation(subject: Subject) -> Iterator[Row]:
+    """Rows of ``localisation`` and ``sparsity``, variants ``curvature`` and ``magnitude``, for every expert."""
+    plan = subject.plan
+    if plan.base is None:
+        return
+    own = plan.recipe.setting("metric")
+    found: dict[str, dict[Key, Shape]] = {own: _shapes(subject, _jobs_of(subject), _merge_mask(subject), f"masks {own}")}
+    other = "magnitude" if own == "curvature" else "curvature"
+    kept = {key: shape.kept for key, shape in found[own].items()}
+    scoring = PlanScoring(plan, other == "curvature", full=plan.recipe.setting("mask_curvature") == "full")
+    found[other] = _shapes(subject, _jobs_of(subject), _by_rank(plan, scoring, kept, other), f"masks {other}")
+    found["magnitude"] |= _without_curvature(subject)
+    for variant in ("curvature", "magnitude"):
+        yield from _rows(subject, variant, found[variant])
+
+
+def _jobs_of(subject: Subject) -> dict[int, list[TensorJob]]:
+    """Expert → the tensors that a merge masks: those that carry curvature."""
+    return {expert.index: subject.plan.curved(expert) for expert in subject.curved}
+
+
+def _merge_mask(subject: Subject) -> MaskOf:
+    """The mask that the merge uses: of an earlier stage where there is one."""
+
+    def mask(expert: ExpertView, block: Block) -> torch.Tensor:
+        if expert.masks is not None:
+            return expert.masks.read(block[0].canonical, *block[1:])
+        return block_mask(subject.plan, subject.facts, expert, block)[0]
+
+    return mask
+
+
+def _by_rank(plan: MergePlan, scoring: PlanScoring, kept: Mapping[Key, int], what: str) -> MaskOf:
+    """Masks by other scores that keep as many elements of each expert, or with the recipe's scope of each tensor.
+
+    As in every FFG mask, all elements that equal the last one kept are kept, too.
+    """
+    experts = sorted({expert for expert, _ in kept})
+    jobs = [job for job in plan.canonical_jobs() if any((expert, job.name) in kept for expert in experts)]
+    single = plan.recipe.setting("scope") == "global"
+    groups = []
+    for members in [jobs] if single else [[job] for job in jobs]:
+        ranks = {e: sum(kept.get((e, job.name), 0) for job in members) for e in experts}
+        groups.append(Group(jobs=members, experts=experts, ranks={e: (k,) if k else () for e, k in ranks.items()}))
+    taus: dict[Key, float] = {}
+    for group, scores in zip(groups, kth_largest(plan, scoring, groups, what=f"thresholds {what}"), strict=True):
+        taus |= {(e, job.name): values[0] if values else math.inf for e, values in scores.items() for job in group.jobs}
+    return _by_scores(scoring, taus)
+
+
+def _by_scores(scoring: PlanScoring, taus: Mapping[Key, float]) -> MaskOf:
+    def mask(expert: ExpertView, block: Block) -> torch.Tensor:
+        tau = taus[expert.index, block[0].name]
+        if not scoring.compiled([expert.index], block[0]):
+            return torch.cat([keep(scores, tau) for _, scores in scoring.scores([expert.index], block)])
+        base, (candidate,) = scoring.candidates([expert.index], block)
+        found = keep_block(base, candidate, tau)
+        if found is None:
+            scoring.refuse(expert.index, block)
+            raise AssertionError("a bad second moment that has no name")
+        return found[0]
+
+    return mask
+
+
+def _without_curvature(subject: Subject) -> dict[Key, Shape]:
+    """Masks by magnitude of the experts without second moments, over all of their tensors, at the analysis's density."""
+    plan, bare = subject.plan, [e for e in subject.plan.experts if e.moments is None]
+    if not bare:
+        return {}
+    k = kept_count(subject.density, sum(job.elements for job in subject.jobs))
+    scoring = PlanScoring(plan, curvature=False, everywhere=True)
+    group = Group(jobs=subject.jobs, experts=[e.index for e in bare], ranks={e.index: (k,) if k else () for e in bare})
+    scores = kth_largest(plan, scoring, [group], what="thresholds magnitude")[0]
+    taus = {(e, job.name): values[0] if values else math.inf for e, values in scores.items() for job in subject.jobs}
+    return _shapes(subject, {e.index: subject.jobs for e in bare}, _by_scores(scoring, taus), "masks magnitude")
+
+
+def _shapes(subject: Subject, jobs_of: Mapping[int, Sequence[TensorJob]], mask_of: MaskOf, what: str) -> dict[Key, Shape]:
+    """Each expert's mask in each of its tensors, counted; the base's rows are read once for all experts."""
+    plan, names = subject.plan, {(expert, job.name) for expert, jobs in jobs_of.items() for job in jobs}
+    found: dict[Key, Shape] = {}
+
+    def columns_bytes(job: TensorJob) -> int:
+        return 4 * len(jobs_of) * math.prod(job.shape) // max(1, job.shape[-2]) if len(job.shape) > 1 else 0
+
+    for jobs in groups_of(subject.jobs, columns_bytes, plan.stream.memory // 8):
+        counting = {(e, job.name): _Counting(job) for job in jobs for e in jobs_of if (e, job.name) in names}
+
+        def work(block: Block, counting: Mapping[Key, _Counting] = counting) -> None:
+            for index in jobs_of:
+                if (index, block[0].name) in counting:
+                    counting[index, block[0].name].add(block[1], mask_of(plan.expert(index), block))
+
+        plan.stream.map(
+            work, plan.blocks(jobs), what=what, size=block_elements, ahead=lambda b: plan.prefetch(b, curvature=False)
+        )
+        found |= {key: one.done() for key, one in counting.items()}
+    return found
+
+
+def _rows(subject: Subject, variant: str, shapes: Mapping[Key, Shape]) -> Iterator[Row]:
+    for expert in subject.plan.experts:
+        places: dict[Place, Shape] = defaultdict(Shape)
+        for job in subject.jobs:
+            if (shape := shapes.get((expert.index, job.name))) is not None:
+                for place in totals(subject.places[job.name]):
+                    places[place] += shape
+        for place, shape in places.items():
+            yield row(
+                "localisation",
+                expert.name,
+                place,
+                "density",
+                shape.kept / max(1, shape.elements),
+                shape.elements,
+                variant=variant,
+            )
+        for place, shape in places.items():
+            if shape.rows and (place == WHOLE or place in subject.places.values()):
+                yield from _sparsity(expert.name, variant, place, shape)
+
+
+def _sparsity(expert: str, variant: str, place: Place, shape: Shape) -> Iterator[Row]:
+    for measure, bins, empty, count in (
+        ("rows", shape.row_bins, shape.empty_rows, shape.rows),
+        ("columns", shape.column_bins, shape.empty_columns, shape.columns),
+    ):
+        for i, number in enumerate(bins.tolist()):
+            yield row("sparsity", expert, place, measure, number, count, variant=variant, at=i / BINS)
+        yield row("sparsity", expert, place, f"empty_{measure}", empty / max(1, count), count, variant=variant)

@@ -1,0 +1,230 @@
+"""What is analysed: a recipe's models as a merge would open them, the masks that it would use, and what must be left out."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ota_core.analysis.roles import Place, place_of
+from ota_core.compression import METHODS, compression_label
+from ota_core.compression.base import Method
+from ota_core.errors import MomentsError, OtaError, raise_all
+from ota_core.inputs import ExpertInput, MergeInputs
+from ota_core.moments import find_moments, open_moments
+from ota_core.plan import MergePlan, compression_of, open_plan, rank_of
+from ota_core.prepare import Curvature, prepare_curvature
+from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.stream import Progress
+from ota_core.views import ExpertView, TensorJob
+
+DENSITY = 0.4
+"""Of masks that neither the recipe nor an option gives a density: the paper's."""
+
+
+class AnalysisOptions(BaseModel):
+    """What a recipe does not say of its analysis."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    density: float | None = Field(None, gt=0, le=1)
+    """Of the masks that the recipe does not decide: of experts that it does not mask, of the overlap between experts, of the comparison of
+    compressions. None: the recipe's own density where it has one, else ``DENSITY``."""
+    compressions: tuple[Method, ...] = METHODS
+    """What is compared with the full second moments; empty for none."""
+    curvature: Literal["auto", "require", "off"] = "auto"
+    """``auto``: of every expert whose second moments are at hand; ``require``: an expert without is an error; ``off``: of none."""
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """An opened recipe. ``plan.recipe`` is the one of the masks (``mask_recipe``), not the one of the merge."""
+
+    plan: MergePlan
+    facts: Curvature
+    density: float
+    compressions: tuple[Method, ...]
+    left_out: list[str] = field(default_factory=list)
+    """What is not in the result, and why."""
+    notes: list[str] = field(default_factory=list)
+    """What one must know to read the result."""
+
+    @cached_property
+    def curved(self) -> list[ExpertView]:
+        """The experts whose second moments are known."""
+        return [expert for expert in self.plan.experts if expert.moments is not None]
+
+    @cached_property
+    def jobs(self) -> list[TensorJob]:
+        """Every parameter once: a tied tensor is its own twin's."""
+        return self.plan.canonical_jobs()
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Tensor → its cell of layer × role."""
+        return {job.name: place_of(job.name) for job in self.jobs}
+
+    def full(self, expert: ExpertView) -> bool:
+        """Whether the uncompressed second moments of an expert are at hand."""
+        return expert.full_moments is not None
+
+
+def density_of(recipe: MergeRecipe, options: AnalysisOptions) -> float:
+    """The density of masks that the recipe does not decide."""
+    if options.density is not None:
+        return options.density
+    own = recipe.setting("density") if recipe.merge_method == "ota" else None
+    return own if own is not None and own < 1 else DENSITY
+
+
+def mask_recipe(recipe: MergeRecipe, options: AnalysisOptions) -> MergeRecipe:
+    """The recipe whose FFG masks are analysed: the merge's own masks, and masks at a density for experts that it does not mask.
+
+    Nothing in it depends on how masked task vectors are combined (λ, power, fallback, …), so that merges that differ only there share
+    an analysis. Without a base there are no edits to mask.
+    """
+    ota = recipe.merge_method == "ota"
+    keys = ["scope", "metric", "mask_curvature"] if ota else []
+    parameters: dict[str, Any] = {}
+    if recipe.merge_method in NEEDS_MOMENTS:
+        keys += ["compression", "rank", "bias_correction", "missing_curvature"]
+    elif recipe.base_model is not None:
+        # The merge needs no curvature: a tensor that moved without is no reason to refuse the analysis.
+        parameters["missing_curvature"] = "mean"
+    parameters |= {key: value for key in keys if (value := recipe.setting(key)) is not None}
+    models = []
+    for i, entry in enumerate(recipe.models):
+        own: dict[str, Any] = {}
+        if recipe.ffg(i):
+            own = {key: recipe.setting(key, i) for key in ("density", "precond_threshold")}
+        elif recipe.base_model is not None:
+            own = {"density": density_of(recipe, options)}
+        named = {"preconditioner_path": entry.parameters.preconditioner_path}
+        models.append({"model": entry.model, "name": entry.name, "capability": entry.capability, "parameters": own | named})
+    return MergeRecipe.model_validate(
+        {
+            "merge_method": "ota", "base_model": recipe.base_model, "models": models, "parameters": parameters,
+            "tokenizer_source": recipe.tokenizer_source,
+        }
+    )  # fmt: skip
+
+
+def with_second_moments(inputs: MergeInputs, options: AnalysisOptions) -> MergeInputs:
+    """The inputs with the second moments that lie beside experts of a merge that needs none; with ``off``, without any.
+
+    Raises MomentsError that lists every expert without, where the options require them.
+    """
+    if options.curvature == "off":
+        bare = (replace(expert, moments=None, full_moments=None, masks=None) for expert in inputs.experts)
+        return replace(inputs, experts=tuple(bare))
+    experts = [replace(e, moments=find_moments(e.path)) if e.moments is None else e for e in inputs.experts]
+    if options.curvature == "require":
+        raise_all(
+            [
+                f"expert '{e.name}': {e.path} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt "
+                "beside the weights. Keep them there, or let the analysis do without (curvature: auto)"
+                for e in experts
+                if e.moments is None
+            ],
+            MomentsError,
+        )
+    return replace(inputs, experts=tuple(experts))
+
+
+@contextmanager
+def open_subject(
+    recipe: MergeRecipe,
+    inputs: MergeInputs,
+    options: AnalysisOptions,
+    *,
+    memory: int,
+    block_elements: int | None = None,
+    threads: int | None = None,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Subject]:
+    """Open everything and find the thresholds of the masks. Raises OtaError with all that is wrong."""
+    inputs = with_second_moments(inputs, options)
+    masks = mask_recipe(recipe, options)
+    with (
+        ExitStack() as stack,
+        open_plan(
+            masks, inputs, memory=memory, block_elements=block_elements, threads=threads, progress=progress, need_moments=False
+        ) as plan,
+    ):
+        plan.scratch = scratch
+        for expert, item in zip(plan.experts, inputs.experts, strict=True):
+            if item.moments is not None:
+                _open_full(plan, expert, item, stack)
+        subject = Subject(
+            plan=plan,
+            facts=_facts(plan),
+            density=density_of(recipe, options),
+            compressions=options.compressions,
+            notes=[*plan.notes],
+        )
+        _say_what_is_left_out(subject, recipe)
+        yield subject
+
+
+def _facts(plan: MergePlan) -> Curvature:
+    """Thresholds, and compression where the recipe's masks are made from it; without a base there are no masks."""
+    if plan.base is None:
+        return Curvature()
+    everyone = plan.experts
+    plan.experts = [expert for expert in everyone if expert.moments is not None]
+    try:
+        return prepare_curvature(plan)
+    finally:
+        plan.experts = everyone
+
+
+def _open_full(plan: MergePlan, expert: ExpertView, item: ExpertInput, stack: ExitStack) -> None:
+    """The uncompressed second moments, whatever the masks are made from: experts and compressions are compared by them."""
+    assert expert.moments is not None
+    if expert.full_moments is not None:
+        return
+    if compression_of(expert.moments) in {None, "none"}:
+        expert.full_moments = expert.moments
+    elif item.full_moments is not None:
+        expert.full_moments = open_moments(item.full_moments, layout=item.layout, source_of=item.source_of)
+        stack.callback(expert.full_moments.close)
+        if drop := getattr(expert.full_moments, "drop_pages", None):
+            plan.stream.droppable.append(drop)
+
+
+def _say_what_is_left_out(subject: Subject, recipe: MergeRecipe) -> None:
+    plan, bare = subject.plan, [e.name for e in subject.plan.experts if e.moments is None]
+    if plan.base is None:
+        if not subject.curved:
+            raise OtaError(
+                "the recipe has no base_model and none of its experts has second moments: nothing can be analysed; name the base that the "
+                "experts were fine-tuned from"
+            )
+        subject.left_out.append(
+            "localisation, sparsity, task vectors and agreement of compressed masks: the recipe has no base_model to tell the experts' edits"
+        )
+    if bare:
+        subject.left_out.append(
+            f"everything of the curvature of {', '.join(bare)}: no second moments are given; their masks are by magnitude alone"
+        )
+    unmasked = [e.name for e in plan.experts if not recipe.ffg(e.index)]
+    if unmasked and plan.base is not None:
+        subject.notes.append(
+            f"the merge masks nothing of {', '.join(unmasked)}: their masks are those of FFG at density {subject.density:g}, for comparison"
+        )
+    for expert in subject.curved:
+        if not subject.full(expert):
+            held = expert.moments
+            assert held is not None
+            label = compression_label(str(compression_of(held)), rank_of(held))
+            subject.notes.append(
+                f"{expert.name}: only second moments compressed with {label} are at hand; its curvature is theirs"
+            )
+    if subject.facts.averaged:
+        names = sorted(subject.facts.averaged)
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        subject.notes.append(f"moved without second moments in some expert, hence unmasked in a merge: {shown}")

@@ -1,0 +1,246 @@
+"""The report of one merge: a single HTML file that opens without a network, beside the model and among the artifacts of its MLflow run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import pandas as pd
+from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from tasks.gate import Check, GateDecision
+from tasks.pictures.analysis import pictures_of
+from tasks.pictures.page import Block, Section, table, template, to_html
+from tasks.pictures.scores import pictures_of_scores
+from tasks.plots import AVERAGE, ROLES, STDERR_SUFFIX, capability_columns
+from tasks.scores import NOT_MEASURED
+from tasks.tracking_run import InputRef
+
+REPORT = "report.html"
+"""Its name beside the model and in MLflow."""
+
+Row = dict[str, str | float | None]
+
+
+class MergeReport(BaseModel):
+    """All that the report shows. Parts that were not computed are left empty, and the page says so or goes without."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: str
+    method: str
+    recipe_yaml: str
+    record: dict[str, Any]
+    """``record.json`` of the merged model."""
+    inputs: tuple[InputRef, ...]
+    created: datetime
+    """With its time zone."""
+    model_uri: str | None = None
+    model_digest: str | None = None
+    scores: tuple[Row, ...] = ()
+    """Base, experts, merge, as ``flows/report.rows_of`` gives them; scores in 0…1."""
+    scores_note: str = ""
+    """What the numbers are, for example ``tasks.scores.caption``."""
+    analysis: pd.DataFrame | None = None
+    """The tidy table of ``ota analyse``."""
+    analysis_notes: tuple[str, ...] = ()
+    """What the analysis was taken over and what it left out, in sentences."""
+    gate: GateDecision | None = None
+    links: dict[str, str] = {}
+    """Text to http(s) address: the MLflow run, the Prefect run."""
+    versions: dict[str, str] = {}
+    """Program or library to version."""
+
+    @field_validator("links")
+    @classmethod
+    def _only_pages(cls, links: dict[str, str]) -> dict[str, str]:
+        for text, url in links.items():
+            if urlsplit(url).scheme not in {"http", "https"}:
+                raise ValueError(f"the link {text!r} leads to {url!r}; expected an address that begins with http:// or https://")
+        return links
+
+    @field_validator("created")
+    @classmethod
+    def _in_utc(cls, created: datetime) -> datetime:
+        if created.tzinfo is None:
+            raise ValueError(f"created is {created}, without a time zone; give it one, for example datetime.now(UTC)")
+        return created.astimezone(UTC)
+
+
+_HEADER = template("""
+<h1>{{ name }}</h1>
+<p>{{ report.method }} merge of {{ experts | join(", ") }}{% if base %} over {{ base }}{% endif %}.</p>
+<p class="verdict {{ mood }}">{{ verdict }}</p>
+<dl>
+<dt>Made</dt><dd>{{ report.created.strftime("%Y-%m-%d %H:%M UTC") }}{% if versions %} with {{ versions }}{% endif %}</dd>
+{% if report.model_uri %}<dt>Model</dt><dd><code>{{ report.model_uri }}</code></dd>{% endif %}
+
+{% if report.model_digest %}<dt>Digest</dt><dd><code>{{ report.model_digest }}</code></dd>{% endif %}
+
+{% if fingerprint %}<dt>Fingerprint</dt><dd><code>{{ fingerprint }}</code></dd>{% endif %}
+
+{% if report.links %}<dt>See also</dt><dd>
+{% for text, url in report.links.items() %}<a href="{{ url }}" rel="noreferrer">{{ text }}</a>{{ ", " if not loop.last }}{% endfor %}
+</dd>{% endif %}
+
+</dl>
+""")
+_RECIPE = template("""<p><button type="button" data-copy="recipe">Copy</button></p>
+<pre id="recipe">{{ text }}</pre>""")
+_RECORD = template("""<details><summary>record.json: what decided the bytes, where from, and what was measured on the way</summary>
+<pre>{{ text }}</pre></details>""")
+_REASONS = template("""<p><strong>{{ headline }}</strong></p>
+<ul>{% for reason in reasons %}<li>{{ reason }}</li>{% endfor %}</ul>""")
+
+
+def report_html(report: MergeReport) -> str:
+    """The page. The same report gives the same bytes. Raises OtaError for scores or an analysis that are not in the agreed form."""
+    mood, verdict = _verdict(report)
+    header = _HEADER.render(
+        report=report, fingerprint=report.record.get("fingerprint"), name=Markup("+<wbr>").join(report.name.split("+")), mood=mood, verdict=verdict, versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        experts=[one.name for one in report.inputs if one.role == "expert"],
+        base=next((one.source for one in report.inputs if one.role == "base"), None),
+    )  # fmt: skip
+    sections = [Section(title, list(blocks)) for title, blocks in _parts(report)]
+    return to_html(report.name, sections, header=Markup(header))
+
+
+def _parts(report: MergeReport) -> Iterator[tuple[str, Iterator[Block]]]:
+    if report.scores:
+        yield "Scores", _scores(report)
+    if report.gate:
+        yield "The gate's decision", _gate(report.gate)
+    if report.analysis is not None:
+        yield "Analysis", _analysis(report, report.analysis)
+    yield "Recipe", _recipe(report)
+    yield "Inputs", _inputs(report)
+    yield "Record", iter([Markup(_RECORD.render(text=json.dumps(report.record, indent=2, ensure_ascii=False)))])
+
+
+def _scores(report: MergeReport) -> Iterator[Block]:
+    frame = pd.DataFrame(report.scores)
+    pictures = pictures_of_scores(report.scores)  # looks at the form, too
+    capabilities = capability_columns(frame)
+    below = {str(row["model"]): _below_base(report, row) for row in report.scores}
+    header = ["model", "role", *capabilities, "retention", "below the base"]
+    rows: list[list[str]] = []
+    for row in sorted(report.scores, key=lambda row: ROLES.index(str(row["role"]))):
+        merge = row["role"] == "merge"
+        retention = _percent(row.get("retention")) if merge else ""
+        fallen = (", ".join(below[str(row["model"])]) or "none") if merge and _base(report) else ""
+        cells = [_with_error(row, capability) for capability in capabilities]
+        rows.append([str(row["model"]), str(row["role"]), *cells, retention, fallen])
+    strong = [i for i, row in enumerate(rows) if row[1] == "merge"]
+    yield table(header, rows, numbers=range(2, 3 + len(capabilities)), strong=strong)
+    errors = any(str(key).endswith(STDERR_SUFFIX) for row in report.scores for key in row)
+    yield f"{report.scores_note or 'Scores in percent.'}{' ± one standard error.' if errors else ''}"
+    yield from pictures.values()
+
+
+def _gate(decision: GateDecision) -> Iterator[Block]:
+    yield Markup(_REASONS.render(headline=_gate_headline(decision), reasons=decision.reasons))
+    header = ["capability", "against", "documents", "candidate", "reference", "difference", "p", "falls below"]
+    yield table(header, [_check_cells(check) for check in decision.checks], numbers=range(2, 7))
+    yield (
+        f"Suite {decision.suite}. Scores in percent; differences in points, ± standard error over paired documents. Paired sign-flip test, "
+        f"one-sided, {100 * decision.confidence:g} % confidence in each comparison."
+    )
+
+
+def _check_cells(check: Check) -> list[str]:
+    difference = f"{100 * check.difference:+.2f} ± {100 * check.standard_error:.2f}".replace("-", "−")
+    p = f"{check.p_value:.2g}" if check.p_value < 0.1 else f"{check.p_value:.2f}"
+    scores = [f"{100 * score:.1f}" for score in (check.candidate_score, check.reference_score)]
+    return [check.capability, check.reference, f"{check.n:,}", *scores, difference, p, "yes" if check.falls_below else "no"]
+
+
+def _gate_headline(decision: GateDecision) -> str:
+    return "Promoted to champion" if decision.promoted else "Kept as challenger"
+
+
+def _analysis(report: MergeReport, analysis: pd.DataFrame) -> Iterator[Block]:
+    yield from report.analysis_notes
+    pictures = pictures_of(analysis)
+    yield from pictures.values()
+    if not pictures:
+        yield "The analysis holds nothing that can be drawn."
+
+
+def _recipe(report: MergeReport) -> Iterator[Block]:
+    yield Markup(_RECIPE.render(text=report.recipe_yaml.rstrip()))
+    densities: dict[str, Any] = report.record.get("results", {}).get("densities", {})
+    if densities:
+        rows = [[name, f"{d['kept']:,}", f"{d['total']:,}", f"{100 * d['density']:.4g} %"] for name, d in densities.items()]
+        yield "Elements that each expert's mask keeps:"
+        yield table(["expert", "kept", "of", "density"], rows, numbers=range(1, 4))
+
+
+def _inputs(report: MergeReport) -> Iterator[Block]:
+    code = Markup("<code>{}</code>")
+    rows = [[one.name, one.role, code.format(one.source), code.format(one.digest)] for one in report.inputs]
+    yield table(["name", "role", "source", "digest"], rows)
+
+
+def _verdict(report: MergeReport) -> tuple[Literal["good", "bad", ""], str]:
+    """What a reader takes away, in a few sentences, and whether it is good news: the gate's word, else the scores beside the base's."""
+    merge = next((row for row in report.scores if row["role"] == "merge"), None)
+    said = [f"{_gate_headline(report.gate)}.", *report.gate.reasons[:1]] if report.gate else []
+    if merge is None:
+        return _mood(report, None, []), " ".join(said) or "Not benchmarked: how good the merge is, nobody has measured."
+    average, base = _number(merge.get(AVERAGE)), _base(report)
+    before = None if base is None else _number(base.get(AVERAGE))
+    difference = None if average is None or before is None else average - before
+    if not report.gate:  # whose reason compares the average
+        beside = (
+            ""
+            if difference is None
+            else f", {100 * abs(difference):.1f} points {'below' if difference < 0 else 'above'} the base"
+        )
+        said.append(f"Average {_percent(average)}{beside}.")
+    if _number(merge.get("retention")) is not None:
+        said.append(f"It retains {_percent(merge['retention'])} of the experts' scores on their own capabilities.")
+    below = _below_base(report, merge)
+    if base is not None:
+        said.append(f"It is below the base on {', '.join(below) or 'no capability'}.")
+    return _mood(report, difference, below), " ".join(said)
+
+
+def _mood(report: MergeReport, difference: float | None, below: list[str]) -> Literal["good", "bad", ""]:
+    """Good: promoted, or without a gate better than the base and nowhere below it."""
+    if report.gate:
+        return "good" if report.gate.promoted else "bad"
+    if difference is None:
+        return ""
+    return "good" if difference > 0 and not below else "bad"
+
+
+def _base(report: MergeReport) -> Row | None:
+    return next((row for row in report.scores if row["role"] == "base"), None)
+
+
+def _below_base(report: MergeReport, row: Row) -> list[str]:
+    """The capabilities on which a model scores lower than the base, where both were measured."""
+    base = _base(report) or {}
+    names = [name for name in capability_columns(pd.DataFrame(report.scores)) if name != AVERAGE]
+    pairs = {name: (_number(row.get(name)), _number(base.get(name))) for name in names}
+    return [name for name, (mine, theirs) in pairs.items() if mine is not None and theirs is not None and mine < theirs]
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and value == value else None
+
+
+def _percent(value: object) -> str:
+    number = _number(value)
+    return NOT_MEASURED if number is None else f"{100 * number:.1f} %"
+
+
+def _with_error(row: Row, capability: str) -> str:
+    score, error = _number(row.get(capability)), _number(row.get(f"{capability}{STDERR_SUFFIX}"))
+    if score is None:
+        return NOT_MEASURED
+    return f"{100 * score:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

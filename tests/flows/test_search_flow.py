@@ -1,0 +1,318 @@
+"""Searches over small real experts: trials scored and logged, nothing done twice, nothing left on the disk, one judge."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+import flows.pools
+from flows.cli import app
+from flows.pools import stage
+from flows.search import SearchOutcome, search_flow
+from ota_core.errors import OtaError
+from ota_core.recipe import load_recipe
+from tasks import stages
+from tasks.search import SearchError
+from tasks.search_config import SearchConfig
+from tests.flows.merge_fixture import EXPERTS, World
+from tests.flows.nightly_fixture import artifacts_of
+from tests.flows.prefect_fixture import flow_run_name, task_states
+from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
+
+
+@pytest.fixture
+def here(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", world.tracking_uri)
+    monkeypatch.delenv("OTA_GPU_DEPLOYMENT", raising=False)
+    home = tmp_path / "home"
+    monkeypatch.setenv("OTA_HOME", str(home))
+    return world.at(home)
+
+
+@pytest.fixture(scope="module")
+def judge(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(suite, data) with other documents than the world's."""
+    suite, data = write_tiny_suite(tmp_path_factory.mktemp("judge"))
+    for path in data.iterdir():
+        write_rows(path, [{**row, "prompt": f"Once more. {row['prompt']}"} for row in read_rows(path)])
+    return suite, data
+
+
+def config(world: World, **changes: Any) -> SearchConfig:
+    recipe = world.recipe(density=0.4, compression="rank1").model_dump(mode="json", by_alias=True, exclude_none=True)
+    known = {
+        "recipe": recipe, "suite": str(world.suite), "data_dir": str(world.data), "budget": {"trials": 7, "rungs": [4, 8]}, "seed": 1,
+        "floor": "none",
+    }  # fmt: skip
+    return SearchConfig.model_validate(known | changes)
+
+
+@dataclass
+class Ran:
+    id: Any
+    outcome: SearchOutcome
+
+    @property
+    def trials(self) -> list[Any]:
+        return [(one.number, one.values, one.scores, one.complete) for one in self.outcome.tuned.trials]
+
+
+def run(world: World, search: SearchConfig, **options: Any) -> Ran:
+    state: Any = search_flow(search, device="cpu", memory="256MiB", home=world.home, return_state=True, **options)
+    return Ran(state.state_details.flow_run_id, state.result())
+
+
+def logged(world: World, outcome: SearchOutcome) -> tuple[Any, list[Any]]:
+    """The search's run in MLflow, and those of its trials in their order."""
+    client = MlflowClient(tracking_uri=world.tracking_uri)
+    parent = client.get_run(outcome.logged.run_id)
+    children = client.search_runs([outcome.logged.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    return parent, sorted(children, key=lambda child: int(child.data.tags["trial"]))
+
+
+def test_a_search_scores_and_logs_every_trial_and_leaves_a_recipe(here: World, counts: Counter[str], tmp_path: Path) -> None:
+    out = tmp_path / "best.yaml"
+    ran = run(here, config(here, floor={"default": "base", "knowledge": "none"}), out=str(out))
+    tuned = ran.outcome.tuned
+    assert len(tuned.trials) == 7 and set(tuned.trials[1].values) == {"density/math", "density/knowledge", "lambda"}
+    # Second moments once for all, every trial merged once for all its rungs; the base once a rung, the experts on all documents.
+    assert counts["compress"] == len(EXPERTS) and counts["merge"] == 7 and counts["mask"] == 0
+    distinct = {json.dumps(one.recipe.effective()) for one in tuned.trials}
+    assert len(distinct) == 7 and counts["score"] <= 2 + len(EXPERTS) + sum(len(one.scores) for one in tuned.trials)
+    # Nothing but the trials' scores stays: no merged model.
+    assert not (here.home / "artifacts" / "merged").exists() and not list((here.home / "searches").glob("*.model"))
+    assert not [path for path in here.home.rglob("model.safetensors") if "cache" not in path.parts]  # the cache holds the inputs
+
+    text = out.read_text()
+    assert load_recipe(out) == tuned.best.recipe and text == ran.outcome.recipe
+    assert f"trial {tuned.best.number} of 7" in text and f"average {100 * tuned.best.average:.1f}" in text
+    assert "# Floors: math" in text and "knowledge" not in next(line for line in text.splitlines() if line.startswith("# Floors"))
+
+    names = task_states(ran.id)
+    assert sum(name.startswith("trial ") for name in names) == 7 and "trial 0: ota rho=0.40 rank1" in names
+    assert flow_run_name(ran.id).startswith("search ota ")
+    page = artifacts_of(ran.id)["search"].data
+    assert "| recipe |" in page and f"| {100 * tuned.best.average:.1f} |" in page
+
+    parent, children = logged(here, ran.outcome)
+    assert parent.info.status == "FINISHED" and parent.data.tags["role"] == "search" and parent.data.params["rungs"] == "4,8"
+    assert parent.data.metrics["score/avg"] == tuned.best.average and parent.data.metrics["trials"] == 7
+    assert [child.data.tags["trial"] for child in children] == [str(i) for i in range(7)]
+    client = MlflowClient(tracking_uri=here.tracking_uri)
+    for child, trial in zip(children, tuned.trials, strict=True):
+        assert child.info.status == "FINISHED" and child.data.tags["role"] == "trial"
+        assert (
+            child.data.tags["pruned"] == str(not trial.complete).lower()
+            and child.data.tags["feasible"] == str(not trial.shortfall).lower()
+        )
+        assert {key: float(value) for key, value in child.data.params.items() if key != "merge_method"} == trial.values
+        history = client.get_metric_history(child.info.run_id, "score/math")
+        assert [(one.step, one.value) for one in history] == [(limit, scores["math"]) for limit, scores in trial.scores.items()]
+        assert child.data.metrics["violation"] == trial.violation
+    kept = {one.path for one in client.list_artifacts(parent.info.run_id)}
+    assert kept == {"recipe.yaml", "search.html", "plots", "tables"}
+    assert [one.step for one in client.get_metric_history(parent.info.run_id, "best/avg")] == list(range(7))
+
+
+def test_the_same_again_computes_nothing_and_logs_nothing_twice(here: World, counts: Counter[str]) -> None:
+    first = run(here, config(here))
+    counts.clear()
+    again = run(here, config(here))
+    assert again.trials == first.trials and counts["merge"] == counts["score"] == counts["compress"] == 0
+    parent, children = logged(here, again.outcome)
+    assert again.outcome.logged.run_id == first.outcome.logged.run_id and len(children) == 7 and parent.info.status == "FINISHED"
+    more = run(here, config(here, budget={"trials": 9, "rungs": [4, 8]}))
+    assert more.trials[:7] == first.trials and counts["merge"] == 2 and len(logged(here, more.outcome)[1]) == 9
+
+
+def test_a_search_that_broke_off_goes_on_in_its_runs(
+    here: World, counts: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = run(here.at(tmp_path / "other"), config(here, seed=5))
+    counts.clear()
+    score, left = stages.score, iter(range(14))
+
+    def breaking(*args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is None:
+            raise OtaError("the disk is full")
+        return score(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "score", breaking)
+        with pytest.raises(OtaError, match="the disk is full"):
+            run(here, config(here, seed=5))
+    assert not list((here.home / "searches").glob("*.model"))
+    client = MlflowClient(tracking_uri=here.tracking_uri)
+    experiment = client.get_experiment_by_name("ota-merging").experiment_id
+    (failed,) = client.search_runs([experiment], "attributes.status = 'FAILED' and tags.role = 'search'")
+    rest = run(here, config(here, seed=5))
+    assert rest.trials == whole.trials and rest.outcome.logged.run_id == failed.info.run_id
+    parent, children = logged(here, rest.outcome)
+    assert parent.info.status == "FINISHED" and len(children) == 7 and {one.info.status for one in children} == {"FINISHED"}
+
+
+def test_a_killed_search_leaves_a_merged_model_that_the_next_removes(here: World) -> None:
+    first = run(here, config(here, budget={"trials": 1, "rungs": [4, 8]}))
+    (file,) = (here.home / "searches").glob("*.db")
+    left = file.with_suffix(".model")
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half a model")
+    more = run(here, config(here, budget={"trials": 2, "rungs": [4, 8]}))
+    assert not left.exists() and more.trials[:1] == first.trials
+
+
+def test_the_winner_is_judged_once_on_another_suite(here: World, judge: tuple[Path, Path], counts: Counter[str]) -> None:
+    ran = run(here, config(here, budget={"trials": 3, "rungs": [8]}, test=str(judge[0]), test_data_dir=str(judge[1])))
+    test = ran.outcome.test
+    assert test is not None and len(list((here.home / "artifacts" / "merged").iterdir())) == 1
+    assert counts["merge"] == 4  # three trials, and the winner to keep
+    assert set(test.scores) == {"base", *(f"expert/{name}" for name in EXPERTS), "merged"}
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_suites_that_share_documents_are_refused(here: World, tmp_path: Path, counts: Counter[str], renamed: bool) -> None:
+    """Also under other names of tasks and with more columns: it is the question and its answer that count."""
+    suite, data = here.suite, here.data
+    if renamed:
+        suite, data = write_tiny_suite(tmp_path / "judge")
+        for path in data.iterdir():
+            rows = [{**row, "id": i} for i, row in enumerate(read_rows(path))]
+            write_rows(path, [*({**row, "prompt": f"Other. {row['prompt']}"} for row in rows[1:]), rows[0]])
+        for path in (tmp_path / "judge" / "tiny").iterdir():
+            path.write_text(path.read_text().replace("tiny_", "judge_"))
+        suite.with_name("judge.yaml")
+        suite.write_text(suite.read_text().replace("tiny_", "judge_"))
+    with pytest.raises(SearchError, match=rf"share {2 if renamed else 24} of 24 documents \(tiny_"):
+        run(here, config(here, test=str(suite), test_data_dir=str(data)))
+    assert counts["merge"] == counts["score"] == 0
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU pool whose worker is this process; the names of what was sent."""
+    sent: list[str] = []
+
+    def run_deployed(deployment: str, **options: Any) -> Any:
+        sent.append(options["name"])
+        return SimpleNamespace(state=stage(**options["parameters"], return_state=True))
+
+    monkeypatch.setattr(flows.pools, "run_deployed", run_deployed)
+    return sent
+
+
+def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, pool: list[str], tmp_path: Path) -> None:
+    alone = run(here.at(tmp_path / "alone"), config(here, budget={"trials": 4, "rungs": [4, 8]}))
+    sent = run(here, config(here, budget={"trials": 4, "rungs": [4, 8]}), gpu="stage/gpu")
+    assert sent.trials == alone.trials
+    assert pool.count("merge ota") == 4 and "benchmark trial 3" in pool and "benchmark base" in pool
+    merged = here.home / "artifacts" / "merged"
+    assert not merged.exists() or not list(merged.iterdir())
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["search", *map(str, arguments)])
+
+
+@pytest.fixture
+def recipe_file(here: World) -> Path:
+    """A recipe that names its models relative to itself."""
+    path = here.models / "recipe.yaml"
+    raw = here.recipe(density=0.4).model_dump(mode="json", by_alias=True, exclude_none=True)
+    raw |= {"base_model": "./base", "models": [{"model": f"./{name}", "capability": name} for name in EXPERTS]}
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_ota_search_prints_the_best_trials_and_the_recipe_can_be_merged(
+    here: World, recipe_file: Path, judge: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "elsewhere" / "best.yaml"
+    common = [
+        "--suite",
+        here.suite,
+        "--data-dir",
+        here.data,
+        "--trials",
+        4,
+        "--rungs",
+        "4,8",
+        "--device",
+        "cpu",
+        "--memory",
+        "256MiB",
+    ]
+    done = invoke(recipe_file, out, *common, "--floor", "none", "--density", "0.1:0.9", "--shared", "--lambda", "none",
+                  "--test", judge[0], "--test-data-dir", judge[1])  # fmt: skip
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "Best trials" in done.stdout and re.search(r"^density .*0\.4", done.stdout, re.MULTILINE)
+    assert (
+        f"recipe: {out}" in done.stdout
+        and re.search(r"^ *winner ", done.stdout, re.MULTILINE)
+        and "is the best: average" in done.stdout
+    )
+    found = load_recipe(out)
+    assert found.setting("lambda") == 1 and os.path.isabs(found.models[0].model)
+    merged = CliRunner().invoke(app, ["merge", str(out), str(tmp_path / "merged"), "--memory", "256MiB"])
+    assert merged.exit_code == 0, merged.output
+    # It does not overwrite unless told so.
+    assert invoke(recipe_file, out, *common).exit_code == 2
+
+
+def test_ota_search_says_that_nothing_holds_the_floors(here: World, recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "best.yaml"
+    common = [
+        "--suite",
+        here.suite,
+        "--data-dir",
+        here.data,
+        "--trials",
+        2,
+        "--rungs",
+        "8",
+        "--device",
+        "cpu",
+        "--memory",
+        "256MiB",
+    ]
+    done = invoke(recipe_file, out, *common, "--floor", "none", "--floor", "knowledge=score:1")
+    assert done.exit_code == 3 and "No trial holds all floors" in done.stdout and "instead of 100.0" in done.stdout, done.output
+    assert "NO TRIAL HELD ALL FLOORS" in out.read_text() and load_recipe(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--suite is missing"),
+        (["--suite", "demo-validatoin"], "did you mean 'demo-validation'"),
+        (["--suite", "demo-validation", "--budget", "1"], "1 evaluations pay for no trial"),
+        (["--suite", "demo-validation", "--density", "2"], "expected a range such as 0.05:1"),
+        (["--suite", "demo-validation", "--weight", "0:1"], "the range of weight has no effect with merge_method ota"),
+        (["--suite", "demo-validation", "--floor", "math=good"], "floor of math: got 'good', expected base"),
+        (["--suite", "demo-validation", "--floor", "0.9", "--floor", "base"], "given more than once for default"),
+        (["--suite", "demo-validation", "--rungs", "a,b"], "--rungs: got 'a,b'"),
+        (["--suite", "demo-validation", "--device", "gpu"], "expected cpu, cuda or auto"),
+        (["--suite", "demo-validation", "--memory", "much"], "memory: got 'much'"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_code_2(
+    recipe_file: Path, tmp_path: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Callable[..., Any]:
+        raise AssertionError("the flow was started")
+
+    monkeypatch.setattr("flows.search.search_flow", never)
+    done = invoke(recipe_file, tmp_path / "best.yaml", *options)
+    assert done.exit_code == 2 and message in done.stderr and "Traceback" not in done.output, (done.output, done.exception)
+    recipe_file.write_text(recipe_file.read_text().replace("density", "densty"))
+    done = invoke(recipe_file, tmp_path / "best.yaml", "--suite", "demo-validation")
+    assert done.exit_code == 2 and "did you mean 'density'" in done.stderr, done.output

@@ -1,0 +1,107 @@
+"""What people are shown of a search: rows in the right order, a recipe that reads back, pictures of what happened."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ota_core.recipe import MergeRecipe, load_recipe
+from tasks.pictures.search import HOLDS, MISSES, STOPPED, table_of
+from tasks.search import Origin, Trial, Tuned
+from tasks.search_config import SearchConfig
+from tasks.search_result import files, markdown, ranked, recipe_text, render, text_rows, verdict
+from tasks.search_space import Space, apply
+
+GIVEN = MergeRecipe.model_validate(
+    {"merge_method": "ota", "base_model": "./base", "parameters": {"density": 0.4},
+     "models": [{"model": "./m", "name": "math", "parameters": {"preconditioner_path": "v.pt"}}, {"model": "s3://b/code/1", "name": "code"}]}
+)  # fmt: skip
+DIMENSIONS = Space().dimensions(GIVEN)
+
+
+def trial(number: int, density: float, scores: dict[int, tuple[float, float]], origin: Origin = "search") -> Trial:
+    values = {"density/math": density, "density/code": density / 2, "lambda": 1.5}
+    return Trial(
+        number=number, origin=origin, values=values, recipe=apply(GIVEN, DIMENSIONS, values) if number else GIVEN,
+        scores={limit: {"math": math, "code": code} for limit, (math, code) in scores.items()}, floors={"math": 0.3}, complete=100 in scores,
+    )  # fmt: skip
+
+
+TUNED = Tuned(
+    trials=(
+        trial(0, 0.4, {50: (0.2, 0.6), 100: (0.29, 0.6)}, "recipe"),
+        trial(1, 0.2, {50: (0.9, 0.9)}, "start"),
+        trial(2, 0.8, {50: (0.5, 0.5), 100: (0.4, 0.5)}),
+        trial(3, 0.9, {50: (0.5, 0.5), 100: (0.1, 1.0)}),
+        trial(4, 0.7, {50: (0.5, 0.5), 100: (0.5, 0.4)}),
+    ),
+    evaluations=6.5,
+)
+CONFIG = SearchConfig(recipe="given.yaml", suite="demo-validation")
+
+
+def test_the_best_holds_the_floors_and_of_equals_is_the_earlier() -> None:
+    assert TUNED.best.number == 2 and TUNED.feasible and TUNED.start.number == 0
+    assert TUNED.start.shortfall == {"math": pytest.approx(0.01)}
+    assert [one.number for one in ranked(TUNED)] == [2, 4, 0, 3, 1]
+
+
+def test_tables_show_the_best_and_always_the_recipe() -> None:
+    header, rows = text_rows(TUNED, 2)
+    assert header == ["trial", "average", "math", "code", "density/math", "density/code", "lambda"]
+    assert rows == [
+        ["2", "45.0", "40.0", "50.0", "0.8", "0.4", "1.5"],
+        ["4", "45.0", "50.0", "40.0", "0.7", "0.35", "1.5"],
+        ["recipe", "44.5", "29.0*", "60.0", "0.4", "0.2", "1.5"],
+    ]
+    assert render(TUNED).row_count == 6 and "| 2 | 45.0 |" in markdown(TUNED)
+    assert verdict(TUNED) == (
+        "Trial 2 is the best and holds all floors: average 45.0 %; the recipe as given 44.5 %, which misses floors: math 29.0 instead of 30.0 "
+        "(5 trials, 6.5 evaluations)."
+    )
+
+
+def test_where_nothing_holds_the_least_violation_is_named() -> None:
+    lost = Tuned(trials=(TUNED.trials[0], TUNED.trials[3]), evaluations=3)
+    assert lost.best.number == 0 and not lost.feasible
+    assert verdict(lost).startswith(
+        "No trial holds all floors (2 trials, 3 evaluations). Trial 0 misses them by the least: math 29.0 instead of 30.0"
+    )
+    assert "NO TRIAL HELD ALL FLOORS" in recipe_text(lost, CONFIG, None, "")
+
+
+def test_the_recipe_means_the_same_from_where_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    home, away = tmp_path / "home", tmp_path / "away"
+    for folder in (home / "base", home / "m", away):
+        folder.mkdir(parents=True)
+    (home / "v.pt").write_bytes(b"")
+    found: dict[str, Any] = {}
+    for place in (home, away):
+        (place / "best.yaml").write_text(recipe_text(TUNED, CONFIG, home, str(place / "best.yaml")))
+        found[place.name] = load_recipe(place / "best.yaml")
+    assert found["home"] == TUNED.best.recipe
+    moved = found["away"]
+    assert (moved.base_model, moved.models[0].model, moved.models[1].model) == (
+        str(home / "base"),
+        str(home / "m"),
+        "s3://b/code/1",
+    )
+    assert moved.models[0].parameters.preconditioner_path == str(home / "v.pt")
+    assert moved.effective() == TUNED.best.recipe.effective()
+
+
+def test_pictures_draw_what_happened() -> None:
+    table = table_of(TUNED)
+    assert list(table["state"]) == [MISSES, STOPPED, HOLDS, MISSES, HOLDS]
+    assert list(table["spent"]) == [1.5, 2.0, 3.5, 5.0, 6.5] and list(table["documents"]) == [100, 50, 100, 100, 100]
+    assert list(table["average"]) == pytest.approx([44.5, 90, 45, 55, 45]) and list(table["best"].dropna()) == pytest.approx(
+        [45, 45, 45]
+    )
+    made = files(TUNED, DIMENSIONS, "merge_method: ota\n", "search <b>")
+    assert set(made) == {"recipe.yaml", "tables/trials.csv", "plots/best.png", "plots/values.png", "search.html"}
+    assert all(bytes(made[name])[:4] == b"\x89PNG" for name in ("plots/best.png", "plots/values.png"))  # type: ignore[arg-type]
+    page = str(made["search.html"])
+    assert "search &lt;b&gt;" in page and "density of math" in page and "https://cdn" not in page
+    # A method with nothing to choose has no panels of values.
+    assert "plots/values.png" not in files(TUNED, (), "", "t")
