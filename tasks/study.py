@@ -5,11 +5,12 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ota_core.errors import RecipeError, raise_all
 from ota_core.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
 from tasks.recipes import find_file, parse_config, read_yaml
+from tasks.search_space import Range
 from tasks.storage import is_s3
 from tasks.study_cells import Cell, as_subsets, expert_names, join_equal, spell, subset_label, subset_problems, subsets_of
 
@@ -58,21 +59,26 @@ class TuneConfig(_Strict):
     data_dir: str | None = Field(None, description="Its data, if not the study's.")
     limit: Annotated[int, Field(ge=1)] = Field(100, description="Documents per task.")
     trials: Annotated[int, Field(ge=1)] = Field(description="Merges that are scored for each tuned entry, on each replicate.")
-    lambda_: tuple[float, float] = Field((0.3, 3.0), alias="lambda", description="Lowest and highest λ.")
-    density: tuple[float, float] = Field((0.05, 1.0), description="Lowest and highest density, within (0, 1].")
+    lambda_: Range = Field(
+        Range(low=0.3, high=3), alias="lambda", description="Lowest and highest λ: [0.3, 3], or 0.3:3:log for equal ratios."
+    )
+    density: Range = Field(
+        Range(low=0.05, high=1, log=True),
+        description="Lowest and highest density within (0, 1]; in a list on a scale of equal ratios.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the search.")
 
+    @field_validator("lambda_", "density", mode="before")
+    @classmethod
+    def _from_list(cls, raw: Any, info: ValidationInfo) -> Any:
+        if isinstance(raw, list | tuple) and len(raw) == 2:
+            return {"low": raw[0], "high": raw[1], "log": info.field_name == "density"}
+        return raw
+
     @model_validator(mode="after")
-    def _ranges(self) -> "TuneConfig":
-        problems = [
-            f"tune.{name}: got {list(ends)}, expected two ends with low < high"
-            for name, ends in (("lambda", self.lambda_), ("density", self.density))
-            if not ends[0] < ends[1]
-        ]
-        if self.density[0] <= 0 or self.density[1] > 1:
-            problems.append(f"tune.density: got {list(self.density)}, expected ends within (0, 1]")
-        if problems:
-            raise ValueError("\n".join(problems))
+    def _possible(self) -> "TuneConfig":
+        if self.density.low <= 0 or self.density.high > 1:
+            raise ValueError(f"tune.density: got {self.density}, expected a range within (0, 1]")
         return self
 
 

@@ -6,7 +6,7 @@ from ota_core.artifact import canonical_json
 from ota_core.inputs import MergeInputs
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import stages
-from tasks.search import Budget, Range, Space, Tuned, tune
+from tasks.search import Budget, Space, Tuned, tune
 from tasks.search_merge import TrialModels
 from tasks.search_overlap import check_apart
 from tasks.settings import Places
@@ -65,8 +65,8 @@ def _space(config: TuneConfig, names: tuple[str, ...]) -> Space:
     return Space.model_validate(
         {
             "per_expert": False,
-            "density": Range(low=config.density[0], high=config.density[1], log=True) if "density" in names else None,
-            "lambda": Range(low=config.lambda_[0], high=config.lambda_[1]) if "lambda" in names else None,
+            "density": config.density if "density" in names else None,
+            "lambda": config.lambda_ if "lambda" in names else None,
         }
     )
 

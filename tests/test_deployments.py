@@ -178,7 +178,7 @@ def test_the_nightly_configuration_names_what_the_demo_has(monkeypatch: pytest.M
 @pytest.mark.parametrize("file", sorted((FOLDER / "studies").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_study_is_one(file: Path) -> None:
     study, folder = load_study(str(file))
-    assert len(study.recipes()) >= 2 and load_suite(study.suite) and folder == file.parent
+    assert len(study.cells()) >= 2 and load_suite(study.suite) and folder == file.parent
 
 
 @pytest.mark.parametrize("file", sorted((FOLDER / "recipes").glob("*.yaml")), ids=lambda file: file.stem)

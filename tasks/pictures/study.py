@@ -54,7 +54,7 @@ def _methods(results: StudyResults, table: StudyTable) -> Picture:
         tooltip=_tooltip("model", "panel"),
     )
     points = base.mark_point(filled=True, size=70, stroke=INK, strokeWidth=0.5, opacity=1).encode(
-        x=alt.X("score:Q", title="score in percent"),
+        x=alt.X("score:Q", title="score in percent", axis=alt.Axis(tickCount=4)),
         shape=alt.Shape("role:N", title=None, scale=alt.Scale(domain=list(roles), range=list(SHAPES[:4]))),
     )
     bars = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
@@ -223,10 +223,10 @@ def _long(table: StudyTable, variants: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _percent(row: Any, name: str) -> dict[str, float]:
-    """Score and its band in percent. Without a standard error the band is the score itself."""
-    score, error = float(row[name]), float(row[f"{name}{ERROR}"])
+    """Score and its band in percent, which ends at 0 and 100. Without a standard error the band is the score itself."""
+    score, error = 100 * float(row[name]), 100 * float(row[f"{name}{ERROR}"])
     error = 0.0 if math.isnan(error) else error
-    return {"score": 100 * score, "error of score": 100 * error, "low": 100 * (score - error), "high": 100 * (score + error)}
+    return {"score": score, "error of score": error, "low": max(score - error, 0.0), "high": min(score + error, 100.0)}
 
 
 def _tooltip(*names: str) -> list[alt.Tooltip]:

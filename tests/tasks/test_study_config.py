@@ -159,14 +159,25 @@ def test_tuned_entries_search_what_the_method_has_and_the_entry_leaves_open() ->
     ]  # fmt: skip
 
 
+def test_ranges_are_lists_or_as_the_search_has_them() -> None:
+    tune = study({"merge_method": "ties", "tune": True}, tune=TUNE | {"lambda": "0.2:2:log", "density": [0.1, 0.5]}).tune
+    assert tune is not None and (str(tune.lambda_), str(tune.density)) == ("0.2:2:log", "0.1:0.5:log")
+    tune = study({"merge_method": "ties", "tune": True}, tune=TUNE | {"lambda": [0.5, 2]}).tune
+    assert tune is not None and (str(tune.lambda_), str(tune.density)) == ("0.5:2", "0.05:1:log")
+
+
 @pytest.mark.parametrize(
     ("grid", "tune", "told"),
     [
         ({"merge_method": "ties", "tune": True}, None, "the study has no section 'tune'"),
         ({"merge_method": "ties"}, TUNE, "no entry of the grid says tune: true"),
         ({"merge_method": "linear", "tune": True}, TUNE, "there is nothing to tune; linear needs lambda or density"),
-        ({"merge_method": "ties", "tune": True}, TUNE | {"density": [0, 1]}, "tune.density: got [0.0, 1.0]"),
-        ({"merge_method": "ties", "tune": True}, TUNE | {"lambda": [2, 1]}, "tune.lambda: got [2.0, 1.0], expected two ends"),
+        (
+            {"merge_method": "ties", "tune": True},
+            TUNE | {"density": "0:1"},
+            "tune.density: got 0:1, expected a range within (0, 1]",
+        ),
+        ({"merge_method": "ties", "tune": True}, TUNE | {"lambda": [2, 1]}, "the range 2:1 is empty"),
     ],
 )
 def test_tuning_that_cannot_be(grid: dict[str, Any], tune: Any, told: str) -> None:
