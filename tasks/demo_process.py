@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 def _quiet_single_thread() -> None:
     import os
 
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     import torch
     from transformers.utils import logging
 
