@@ -164,7 +164,9 @@ class ArtifactStore:
         if taken:
             raise ArtifactError(f"{ref.uri} holds {', '.join(taken)} as part of the artifact; a note needs another name")
         for name, text in notes.items():
-            storage.write_note(storage.join(ref.uri, name), text)
+            place = storage.join(ref.uri, name)
+            if storage.read_note(place) != text.encode():  # what is there already is left as it is
+                storage.write_note(place, text)
 
     def delete(self, ref: ArtifactRef, *, unless: Callable[[str], bool] | None = None) -> bool:
         """Remove the artifact, its record first, and tell whether that was done. One that is gone already is fine.

@@ -318,7 +318,8 @@ def test_run_checks_its_options_before_it_starts_a_server(recipe: Path) -> None:
 def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
     """Ctrl-C in a real process: no output, no temporaries, no traceback."""
     code = (
-        "import sys\nfrom ota_core.writer import SafetensorsWriter\n"
+        "import signal, sys\nfrom ota_core.writer import SafetensorsWriter\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def stop(*_):\n    import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
         "SafetensorsWriter.write_rows = stop\nfrom flows.cli import app\nsys.argv = ['ota', *sys.argv[1:]]\napp()"
     )
