@@ -149,9 +149,8 @@ def _stage_metrics(store: Any, refs: dict[str, list[ArtifactRef]], merged: Any) 
 
 
 def _scores(scores: ModelScores) -> dict[str, float]:
-    """``score/<capability>`` and ``score/avg`` of one model, measured ones only, and how sure they are."""
-    values = {f"score/{name}": value for name, value in scores.by_capability().items() if value is not None}
-    return values | ({"score/avg": scores.average} if scores.average is not None else {}) | uncertainty(scores)
+    """Scores and held-out losses of one model, measured ones only, and how sure the scores are."""
+    return scores.metrics() | uncertainty(scores)
 
 
 def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> dict[str, float]:

@@ -63,6 +63,8 @@ def canonical(cell: Cell, *, without: Iterable[str] = (), experts: bool = True) 
     rest = {
         key: list(value) if isinstance(value, tuple) else value for key, value in cell.settings.items() if key not in left_out
     }
+    if "density" in cell.tune and cell.recipes[0].merge_method == "ota":  # masked as soon as a trial chooses a density
+        rest |= {key: cell.recipes[0].setting(key) for key in ("scope", "metric", "mask_curvature") if key not in left_out}
     return canonical_json([list(cell.experts) if experts else [], list(cell.tune), rest])
 
 

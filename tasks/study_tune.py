@@ -47,7 +47,7 @@ def tuned(recipe: MergeRecipe, names: tuple[str, ...], models: Models, folder: P
     ) as trials:  # fmt: skip
 
         def evaluate(candidate: MergeRecipe, limit: int) -> dict[str, float | None]:
-            return trials.score(candidate, limit, "trial").by_capability()
+            return trials.score(candidate, limit, "trial").objective()
 
         budget = Budget(trials=config.trials, rungs=(config.limit,))
         return tune(

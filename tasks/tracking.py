@@ -121,10 +121,7 @@ def log_benchmark(
         experiment = experiment_id(client, store)
         identity = {TAG_ROLE: "benchmark", TAG_SCORES: fingerprint}
         run = find_or_create(client, experiment, identity, f"benchmark {name}")
-        metrics = {f"score/{key}": value for key, value in scores.by_capability().items() if value is not None}
-        if scores.average is not None:
-            metrics["score/avg"] = scores.average
-        metrics |= uncertainty(scores)
+        metrics = scores.metrics() | uncertainty(scores)
         with in_progress(client, run):
             params = {"model": source or name, "suite": scores.suite, "limit": scores.limit or "none"}
             log_values(client, run, params, metrics, {TAG_SOURCE: source, TAG_DIGEST: digest})

@@ -101,6 +101,13 @@ def test_what_is_equal_in_effect_is_run_once() -> None:
     ]
 
 
+def test_what_a_tuned_density_will_rank_by_keeps_cells_apart() -> None:
+    tune = {"suite": "demo-validation", "trials": 4, "lambda": [0.5, 1.5], "density": [0.1, 0.9]}
+    metrics = [{"merge_method": "ota", "parameters": {"metric": one}, "tune": True} for one in ("curvature", "magnitude")]
+    cells = study({"merge_method": "ota", "tune": True}, *metrics, tune=tune).cells()
+    assert [cell.equal for cell in cells] == [("ota metric=curvature tuned",), ()]
+
+
 def test_settings_that_decide_something_keep_cells_apart() -> None:
     values = {"density": [0.5], "scope": ["global", "per_tensor"], "compression": ["none", "rank1"], "power": [0.5, 1]}
     assert len(study({"merge_method": "ota", "parameters": values}).cells()) == 8
