@@ -58,10 +58,15 @@ class MergePage(BaseModel):
                 model_digest=self.digest, scores=self.scores, scores_note=self.scores_note,
                 analysis=read_analysis(where, self.analysis) if self.analysis else None,
                 analysis_notes=(*said["notes"], *(f"Left out: {what}" for what in said["left_out"])), gate=decision,
-                links={"the run in the Prefect UI": flow_run.ui_url} if flow_run.ui_url else {},
+                links=prefect_links(flow_run.ui_url),
                 versions={name: version(name) for name in ("ota-merging", "torch", "lm_eval")} | {"python": platform.python_version()},
             )
         )  # fmt: skip
+
+
+def prefect_links(url: str | None) -> dict[str, str]:
+    """The way to the flow run; none where there is no UI, of which Prefect's address begins with ``None/``."""
+    return {"the run in the Prefect UI": url} if url and url.startswith(("http://", "https://")) else {}
 
 
 def analysed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> ArtifactRef:

@@ -302,3 +302,10 @@ def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.Mon
         assert git_commit(installed) is None
     monkeypatch.setenv("PATH", "")
     assert git_commit(tmp_path / "ours.py") is None
+
+
+def test_a_server_without_a_ui_is_not_linked() -> None:
+    from flows.report_page import prefect_links
+
+    assert prefect_links(None) == prefect_links("None/flow-runs/flow-run/1") == {}
+    assert list(prefect_links("http://127.0.0.1:4200/runs/flow-run/1").values()) == ["http://127.0.0.1:4200/runs/flow-run/1"]
