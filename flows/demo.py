@@ -5,7 +5,6 @@ Everything is real: the Hugging Face Trainer, an S3 server on loopback, the same
 
 import json
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,12 @@ from tasks.artifacts import BuildResult  # noqa: E402
 from tasks.demo_data import write_data  # noqa: E402
 from tasks.demo_process import in_process  # noqa: E402
 from tasks.demo_tasks import CAPABILITIES  # noqa: E402
-from tasks.demo_train import DemoSettings, train_base, train_expert  # noqa: E402
+from tasks.demo_train import DemoSettings, train_base, train_expert, write_manifest  # noqa: E402
 from tasks.s3_server import running_server  # noqa: E402
 from tasks.scores import to_markdown  # noqa: E402
 from tasks.settings import Places, places  # noqa: E402
-from tasks.storage import EXPERT_JSON, upload_folder, write_expert_json  # noqa: E402
+from tasks.storage import EXPERT_JSON, upload_folder  # noqa: E402
+from tasks.storage_cache import link_name  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parents[1] / "deployments" / "recipes"
 MERGES = {
@@ -85,15 +85,7 @@ def train(
         else:
             base_folder = store.local_path(base) / MODEL
             trained = in_process(train_expert, capability, source, base_folder, folder / MODEL, seed=seed, training=part)
-            write_expert_json(
-                folder / MODEL,
-                capability=capability,
-                base_model=base_uri(seed),
-                trained_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                step=trained.step,
-                beta2=trained.beta2,
-                optimizer=trained.optimizer,
-            )
+            write_manifest(folder / MODEL, trained, base_uri(seed))
         return BuildResult(provenance=trained.model_dump(mode="json"))
 
     return store.produce("checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build)
@@ -163,14 +155,8 @@ def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None 
 def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:
     """Names for the trained models on this machine, ``demo/models/<capability>``, for trying ``ota merge`` without S3."""
     folder = where.tracking.parent / "demo" / "models"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, model in models.items():
-        target, link = stages.store_of(where).local_path(model) / MODEL, folder / name
-        if link.is_symlink() and link.readlink() == target:
-            continue
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.symlink_to(target)
-        os.replace(temporary, link)
+        link_name(folder / name, stages.store_of(where).local_path(model) / MODEL)
 
 
 def run_demo(*, home: Path | None, seed: int) -> list[Any]:

@@ -165,8 +165,8 @@ def merge_flow(
     scores: dict[str, ArtifactRef] = {}
     if suite and tests:
         scores = score_all(subjects, suite, data_dir, limit, where, device=device, gpu=gpu)
-    run = merge_run(recipe, inputs, fetched, subjects, merged, scores, stage_refs, where, registered_model, data_dir)
     found = {key: stages.read_scores(where, ref) for key, ref in scores.items()}
+    run = merge_run(recipe, inputs, fetched, subjects, merged, scores, found, stage_refs, where, registered_model, data_dir)
     page = page_of(run, merged, found, subjects, analysis) if report != "none" else None
     run = with_report(run, page, where) if page else run
     put_beside_the_model(run, merged, where)

@@ -4,7 +4,6 @@ What was fetched, converted, cut and trained is kept in the home folder and made
 """
 
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 
 from flows.single import prepare_prefect
@@ -19,12 +18,13 @@ from ota_core.artifact import ArtifactRef, fingerprint  # noqa: E402
 from tasks import stages  # noqa: E402
 from tasks.artifacts import BuildResult  # noqa: E402
 from tasks.demo_process import in_process  # noqa: E402
+from tasks.demo_train import write_manifest  # noqa: E402
 from tasks.real_base import BaseSettings, convert, find_wheel, unpack  # noqa: E402
 from tasks.real_corpus import DOMAINS, CorpusSettings, find_packages, write_corpora  # noqa: E402
 from tasks.real_questions import QuestionSettings, write_questions  # noqa: E402
 from tasks.real_train import RealTrainSettings, train_real, write_readme  # noqa: E402
 from tasks.settings import Places  # noqa: E402
-from tasks.storage import write_expert_json  # noqa: E402
+from tasks.storage_cache import link_name  # noqa: E402
 
 SEED = 1
 AT_ONCE = 2
@@ -109,15 +109,7 @@ def train(
             seed=seed, training=settings.training,
         )  # fmt: skip
         write_readme(folder / MODEL, domain, settings.base.model, settings.training)
-        write_expert_json(
-            folder / MODEL,
-            capability=domain,
-            base_model=settings.base.model,
-            trained_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            step=trained.step,
-            beta2=trained.beta2,
-            optimizer=trained.optimizer,
-        )
+        write_manifest(folder / MODEL, trained, settings.base.model)
         return BuildResult(provenance=trained.model_dump(mode="json"))
 
     return store.produce("checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build)
@@ -146,15 +138,5 @@ def real_experts_flow(where: Places, seed: int = SEED, settings: RealSettings | 
     found |= {"corpora": store.local_path(corpora) / CORPORA, "data": store.local_path(questions) / DATA}
     if named:
         for name, folder in found.items():
-            link(real_folder(where) / name, folder)
+            link_name(real_folder(where) / name, folder)
     return found
-
-
-def link(name: Path, target: Path) -> None:
-    """Let ``name`` lead to ``target``, in one step."""
-    if name.is_symlink() and name.readlink() == target:
-        return
-    name.parent.mkdir(parents=True, exist_ok=True)
-    temporary = name.with_name(f".{name.name}.{os.getpid()}")
-    temporary.symlink_to(target)
-    os.replace(temporary, name)

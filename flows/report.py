@@ -74,15 +74,16 @@ def merge_run(
     subjects: dict[str, Subject],
     merged: ArtifactRef,
     scores: dict[str, ArtifactRef],
+    found: dict[str, ModelScores],
     refs: dict[str, list[ArtifactRef]],
     where: Places,
     registered_model: str | None,
     data: str | None = None,
 ) -> MergeRun:
-    """Everything that MLflow is told of a merge (names: design.md). ``data``: where the suite's documents lie."""
+    """Everything that MLflow is told of a merge (names: design.md). ``found``: what the
+    artifacts ``scores`` hold; ``data``: where the suite's documents lie."""
     store = stages.store_of(where)
     record = store.read_record(merged)
-    found = {key: stages.read_scores(where, ref) for key, ref in scores.items()}
     metrics = _stage_metrics(store, refs, record)
     metrics |= score_metrics(found, subjects)
     tags = {"recipe_fingerprint": merged.fingerprint, **_context()}

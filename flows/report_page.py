@@ -98,9 +98,10 @@ def page_of(
 
 def with_report(run: MergeRun, page: MergePage, where: Places) -> MergeRun:
     """The run with the page, and the table that its pictures show, as artifacts to log. Raises OtaError."""
-    from tasks.analysis import read_analysis
+    from tasks.analysis import CSV
 
-    tables = {ANALYSIS_CSV: read_analysis(where, page.analysis).to_csv(index=False)} if page.analysis else {}
+    folder = stages.store_of(where).local_path(page.analysis) if page.analysis else None
+    tables = {ANALYSIS_CSV: (folder / CSV).read_text(encoding="utf-8")} if folder else {}
     return run.model_copy(update={"report_html": page.html(where), "tables": tables})
 
 

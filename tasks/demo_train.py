@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ota_core.artifact import write_text_atomic
 from ota_core.errors import CheckpointError, OtaError
 from tasks.demo_data import CAPABILITIES, DataSettings, read_jsonl
+from tasks.storage_layout import write_expert_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -156,6 +158,19 @@ def train_expert(
         masked = len(tokenizer(row["prompt"])["input_ids"])
         rows.append(_row(tokenizer, f"{row['prompt']} {row['answer']}{tokenizer.eos_token}", masked=masked))
     return run_trainer(network, tokenizer, rows, out, seed=seed, training=training, capability=capability, progress=progress)
+
+
+def write_manifest(folder: Path, trained: TrainedModel, base_model: str) -> None:
+    """``expert.json`` of an expert that was trained just now, over ``base_model``. Raises StorageError as ``write_expert_json``."""
+    write_expert_json(
+        folder,
+        capability=trained.capability,
+        base_model=base_model,
+        trained_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        step=trained.step,
+        beta2=trained.beta2,
+        optimizer=trained.optimizer,
+    )
 
 
 def load_trained(folder: Path) -> TrainedModel:

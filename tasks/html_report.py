@@ -20,9 +20,6 @@ from tasks.plots import AVERAGE, ROLES, STDERR_SUFFIX, capability_columns
 from tasks.scores import NOT_MEASURED
 from tasks.tracking_run import InputRef
 
-REPORT = "report.html"
-"""Its name beside the model and in MLflow."""
-
 Row = dict[str, str | float | None]
 
 

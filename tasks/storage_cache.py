@@ -221,6 +221,16 @@ def link_folder(cache: Path, target: Path, files: Mapping[str, FileInfo]) -> Pat
     return target
 
 
+def link_name(name: Path, target: Path) -> None:
+    """Let ``name`` lead to ``target``, in one step."""
+    if name.is_symlink() and name.readlink() == target:
+        return
+    name.parent.mkdir(parents=True, exist_ok=True)
+    temporary = name.with_name(f".{name.name}.{os.getpid()}")
+    temporary.symlink_to(target)
+    os.replace(temporary, name)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link; a copy on file systems that have none, or across two of them."""
     try:
