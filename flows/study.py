@@ -229,7 +229,9 @@ def _params(config: StudyConfig) -> dict[str, str | int]:
 
 
 def _metrics(results: StudyResults) -> dict[str, float]:
-    """``score/avg/<cell>`` of each merge of all experts, mean over the replicates."""
+    """``score/avg/<cell>`` and ``loss/avg/<cell>`` of each merge of all experts, mean over the replicates."""
     every = [cell for cell in results.cells if len(cell.experts) == len(results.experts)]
     values = {f"score/avg/{cell.label}": results.average(results.models(cell)).mean for cell in every}
+    if results.lossy:
+        values |= {f"loss/avg/{cell.label}": results.average_loss(results.models(cell)).mean for cell in every}
     return {name: value for name, value in values.items() if value == value}

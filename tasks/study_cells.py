@@ -38,9 +38,14 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """Every parameter in force by name, as far as it has an effect; one that differs between experts is a tuple.
 
-        Without FFG ``density`` is 1.0 and its other settings are absent: they decide nothing.
+        Without FFG ``density`` is 1.0 and its other settings are absent: they decide nothing. Where a search chooses the density,
+        those that say what is masked are there.
         """
-        return settings_of(self.recipes[0])
+        found = settings_of(self.recipes[0])
+        if "density" in self.tune and self.method == "ota":
+            masked = {key: self.recipes[0].setting(key) for key in ("scope", "metric", "mask_curvature")}
+            found |= {key: value for key, value in masked.items() if value is not None}
+        return found
 
 
 def settings_of(recipe: MergeRecipe) -> dict[str, Any]:
@@ -63,8 +68,6 @@ def canonical(cell: Cell, *, without: Iterable[str] = (), experts: bool = True) 
     rest = {
         key: list(value) if isinstance(value, tuple) else value for key, value in cell.settings.items() if key not in left_out
     }
-    if "density" in cell.tune and cell.recipes[0].merge_method == "ota":  # masked as soon as a trial chooses a density
-        rest |= {key: cell.recipes[0].setting(key) for key in ("scope", "metric", "mask_curvature") if key not in left_out}
     return canonical_json([list(cell.experts) if experts else [], list(cell.tune), rest])
 
 

@@ -11,8 +11,9 @@ from markupsafe import Markup
 from tasks.pictures.page import Block, Picture, Section, table, to_html, to_png
 from tasks.pictures.study import pictures
 from tasks.scores import NOT_MEASURED
+from tasks.study_rows import DIFFERENCE, ERROR, StudyTable
 from tasks.study_scores import AVERAGE, BELOW, RETENTION, StudyResults
-from tasks.study_tables import DIFFERENCE, ERROR, StudyTable, all_tables
+from tasks.study_tables import all_tables
 
 TABLES, FIGURES = "tables", "figures"
 RESULTS, PAGE = "results.md", "study.html"
@@ -113,12 +114,13 @@ def _cell(one: StudyTable, name: str, row: "pd.Series[object]") -> str:
         return "" if blank else NOT_MEASURED
     if name == BELOW:
         return f"{value:g}" if float(value).is_integer() else f"{value:.1f}"  # type: ignore[arg-type]
-    if name not in one.percent:
+    if name not in {*one.percent, *one.bits}:
         return f"{value:.3g}"
     error = row.get(f"{name}{ERROR}")
     sign = "+" if name == DIFFERENCE else ""
-    text = f"{100 * float(value):{sign}.1f}"  # type: ignore[arg-type]
-    return text if error is None or math.isnan(error) else f"{text} ± {100 * float(error):.1f}"  # type: ignore[arg-type]
+    scale, digits = (1, 3) if name in one.bits else (100, 1)
+    text = f"{scale * float(value):{sign}.{digits}f}"  # type: ignore[arg-type]
+    return text if error is None or math.isnan(error) else f"{text} ± {scale * float(error):.{digits}f}"  # type: ignore[arg-type]
 
 
 def _is_number(one: StudyTable, header: str) -> bool:

@@ -64,14 +64,21 @@ class StudyResults:
         return tuple(next(iter(self.base.values())).capabilities)
 
     @cached_property
+    def _everyone(self) -> list[ModelScores]:
+        alone = [scores for found in self.alone.values() for scores in found.values()]
+        return [*self.base.values(), *alone, *(one.scores for one in self.results)]
+
+    @cached_property
     def averaged(self) -> tuple[str, ...]:
         """The capabilities that every model was measured on: averages are taken over these."""
-        everyone = [
-            *self.base.values(),
-            *(s for found in self.alone.values() for s in found.values()),
-            *(r.scores for r in self.results),
-        ]
-        return tuple(name for name in self.capabilities if all(one.by_capability().get(name) is not None for one in everyone))
+        return tuple(
+            name for name in self.capabilities if all(one.by_capability().get(name) is not None for one in self._everyone)
+        )
+
+    @cached_property
+    def lossy(self) -> tuple[str, ...]:
+        """The capabilities that every model has a held-out loss of."""
+        return tuple(name for name in self.capabilities if all(name in one.losses for one in self._everyone))
 
     @cached_property
     def _by_label(self) -> dict[str, list[CellResult]]:
@@ -102,6 +109,27 @@ class StudyResults:
     def average(self, models: Sequence[ModelScores]) -> Estimate:
         """The mean over ``averaged``."""
         return estimate([_mean([_score(one, name) for name in self.averaged]) for one in models])
+
+    def loss(self, models: Sequence[ModelScores], capability: str) -> Estimate:
+        """A capability's loss, bits per byte."""
+        return estimate([_loss(one, capability) for one in models])
+
+    def average_loss(self, models: Sequence[ModelScores]) -> Estimate:
+        """The mean over ``lossy``, bits per byte."""
+        return estimate([_mean([_loss(one, name) for name in self.lossy]) for one in models])
+
+    def recovered(self, cell: Cell) -> Estimate:
+        """Mean over the merged experts' own capabilities of (base − merge) / (base − expert) in losses: which part of the experts' gain is kept.
+
+        NaN where an expert is no better than the base on its own text. No standard error over documents: the three read the same ones.
+        """
+        values = []
+        for one in self.of(cell):
+            base, alone = self.base[one.replicate].losses, self.alone[one.replicate]
+            own = [(name, alone[e].losses[name]) for e in cell.experts if (name := self.experts[e]) in self.lossy]
+            parts = [(base[k] - one.scores.losses[k]) / (base[k] - loss) if loss < base[k] else math.nan for k, loss in own]
+            values.append(Estimate(fmean(parts) if parts else math.nan, math.nan))
+        return estimate(values)
 
     def retention(self, cell: Cell) -> Estimate:
         """Mean over the merged experts' own capabilities of merged / expert (methods.md, section 7), the best expert where several share one.
@@ -155,17 +183,17 @@ class StudyResults:
         return found
 
     def tidy(self) -> pd.DataFrame:
-        """One score a row: model, kind (base, expert, merge), replicate, capability, score, stderr (over documents), documents."""
+        """One capability a row: model, kind (base, expert, merge), replicate, capability, score, stderr (over documents), documents, loss, loss_stderr."""
         models = [("base", "base", r, s) for r, s in self.base.items()]
         models += [(name, "expert", r, s) for r, found in self.alone.items() for name, s in found.items()]
         models += [(one.label, "merge", one.replicate, one.scores) for one in self.results]
         rows = [
             {"model": label, "kind": kind, "replicate": replicate, "capability": name, "score": one.score, "stderr": one.stderr,
-             "documents": one.n_samples}
+             "documents": one.n_samples, "loss": scores.losses.get(name), "loss_stderr": scores.loss_stderr.get(name)}
             for label, kind, replicate, scores in models
             for name, one in scores.capabilities.items()
         ]  # fmt: skip
-        return pd.DataFrame(rows).astype({"score": float, "stderr": float})
+        return pd.DataFrame(rows).astype(dict.fromkeys(("score", "stderr", "loss", "loss_stderr"), float))
 
     def settings(self) -> pd.DataFrame:
         """One cell on one replicate a row: every parameter in force, the experts, bytes per parameter and √v error of the second moments."""
@@ -196,6 +224,10 @@ def estimate(values: Sequence[Estimate]) -> Estimate:
 def _score(scores: ModelScores, capability: str) -> Estimate:
     found = scores.capabilities[capability]
     return Estimate(*(math.nan if value is None else value for value in (found.score, found.stderr)))
+
+
+def _loss(scores: ModelScores, capability: str) -> Estimate:
+    return Estimate(scores.losses[capability], scores.loss_stderr.get(capability, math.nan))
 
 
 def _mean(values: Sequence[Estimate]) -> Estimate:

@@ -1,72 +1,40 @@
 """The tables of a study, each selected from the grid by what its cells differ in. A table for which the grid has no cells is left out."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from ota_core.recipe import default
 from tasks.study_cells import FFG_SETTINGS, Cell, canonical, families, spell
-from tasks.study_scores import AVERAGE, BELOW, RETENTION, Estimate, StudyResults
+from tasks.study_losses import losses_table
+from tasks.study_rows import DIFFERENCE, Row, StudyTable, errors_over, is_ffg, methods_of, numbers, on_all, words
+from tasks.study_scores import AVERAGE, BELOW, RETENTION, StudyResults
 
-ERROR = "_se"
-"""A column's standard errors stand in the column of its name and this."""
-DIFFERENCE = "difference"
 _NAMES = {"none": "full", "rank1": "rank 1", "log8": "log8"}
-
-
-@dataclass(frozen=True)
-class StudyTable:
-    """A table of a study: numbers in full, scores and retention as fractions."""
-
-    key: str
-    """Name of its files."""
-    title: str
-    caption: str
-    frame: pd.DataFrame
-    percent: tuple[str, ...] = field(default=())
-    """Columns that are fractions and read as percent."""
-
-
-Row = dict[str, Any]
+CHOSEN = (
+    "Of each method the first untuned merge of all experts in the grid, with and without FFG: not the best one, which would be chosen by the scores "
+    "that it is compared on. Tuned ones, where there are any, were chosen on other documents."
+)
 
 
 def all_tables(results: StudyResults) -> list[StudyTable]:
     """Every table that the grid has cells for, in the order of methods.md, section 7."""
     builders: list[Callable[[StudyResults], list[StudyTable]]] = [
-        methods_table, ffg_table, density_table, grafting_table, compression_table, combination_table, sweep_tables, subsets_table,
+        methods_table, losses_table, ffg_table, density_table, grafting_table, compression_table, combination_table, sweep_tables, subsets_table,
         tuning_table,
     ]  # fmt: skip
     return [table for build in builders for table in build(results)]
 
 
-def is_ffg(cell: Cell) -> bool:
-    """Whether Fast Fisher Grafting masks any expert of this cell."""
-    return any(cell.recipes[0].ffg(i) for i in range(len(cell.experts)))
-
-
-def on_all(results: StudyResults) -> list[Cell]:
-    """The cells that merge all experts."""
-    return [cell for cell in results.cells if len(cell.experts) == len(results.experts)]
-
-
 def methods_table(results: StudyResults) -> list[StudyTable]:
-    """Base, experts, and of each method the first cell on all experts in the grid's order: with and without FFG, tuned and untuned."""
-    chosen: dict[tuple[str, bool, bool], Cell] = {}
-    for cell in on_all(results):
-        chosen.setdefault((cell.method, is_ffg(cell), bool(cell.tune)), cell)
+    """Base, experts and one row a method: see ``methods_of``."""
+    chosen = methods_of(results)
     if not chosen:
         return []
     rows: list[Row] = [{"model": "base", "kind": "base"} | _scores(results, results.models())]
     rows += [{"model": name, "kind": "expert"} | _scores(results, results.models(expert=name)) for name in results.experts]
-    rows += [{"model": words(cell), "kind": "merge"} | _merge(results, cell) for cell in chosen.values()]
-    caption = (
-        "Of each method the first merge of all experts in the grid, with and without FFG, tuned and untuned: not the best one, which would be "
-        f"chosen by the scores that it is compared on. {_explained(results)}"
-    )
-    return [_table(results, "methods", "Methods and capabilities", caption, rows)]
+    rows += [{"model": words(cell), "kind": "merge"} | _merge(results, cell) for cell in chosen]
+    return [_table(results, "methods", "Methods and capabilities", f"{CHOSEN} {_explained(results)}", rows)]
 
 
 def density_families(cells: Sequence[Cell]) -> list[tuple[Cell | None, list[Cell]]]:
@@ -94,7 +62,7 @@ def ffg_table(results: StudyResults) -> list[StudyTable]:
         rows.append({"recipe": recipe, "FFG": "off"} | _merge(results, off))
         for cell in with_ffg:
             row = {"recipe": recipe, "FFG": f"density {spell(cell.settings['density'])}"} | _merge(results, cell)
-            rows.append(row | _numbers(DIFFERENCE, results.difference(cell, off)))
+            rows.append(row | numbers(DIFFERENCE, results.difference(cell, off)))
     caption = f"{DIFFERENCE}: of the average to the same recipe without FFG{_paired(results)}. {_explained(results)}"
     return [_table(results, "ffg", "FFG on and off", caption, rows, more=(DIFFERENCE,))] if rows else []
 
@@ -110,12 +78,12 @@ def density_table(results: StudyResults) -> list[StudyTable]:
             by = {cell.settings["metric"]: cell for cell in group if cell.settings["density"] == density}
             row: Row = {"recipe": recipe, "density": density}
             for metric, name in (("curvature", "FFG"), ("magnitude", "magnitude")):
-                row |= _numbers(name, results.average(results.models(by[metric])) if metric in by else None)
-                row |= _numbers(f"{name} retention", results.retention(by[metric]) if metric in by else None)
+                row |= numbers(name, results.average(results.models(by[metric])) if metric in by else None)
+                row |= numbers(f"{name} retention", results.retention(by[metric]) if metric in by else None)
             both = results.difference(by["curvature"], by["magnitude"]) if len(by) == 2 else None
-            rows.append(row | _numbers(DIFFERENCE, both))
+            rows.append(row | numbers(DIFFERENCE, both))
         if off:
-            alike = _numbers("FFG", results.average(results.models(off))) | _numbers("FFG retention", results.retention(off))
+            alike = numbers("FFG", results.average(results.models(off))) | numbers("FFG retention", results.retention(off))
             rows.append({"recipe": recipe, "density": 1.0} | alike | {k.replace("FFG", "magnitude"): v for k, v in alike.items()})
     names = ("FFG", "FFG retention", "magnitude", "magnitude retention", DIFFERENCE)
     caption = (
@@ -142,17 +110,17 @@ def grafting_table(results: StudyResults) -> list[StudyTable]:
     own = {name: str(results.experts[name]) for name in cells}
     rows: list[Row] = [{"grafted by": "base", "density": 0.0}]
     for name in cells:
-        rows[0] |= _numbers(name, results.score(results.models(), own[name]))
+        rows[0] |= numbers(name, results.score(results.models(), own[name]))
     points = dict.fromkeys((str(c.settings["metric"]), c.settings["density"]) for found in cells.values() for c in found)
     for metric, density in sorted(points, key=lambda point: (point[0], point[1])):
         row: Row = {"grafted by": {"curvature": "FFG"}.get(metric, metric), "density": density}
         for name, found in cells.items():
             cell = next((c for c in found if (c.settings["metric"], c.settings["density"]) == (metric, density)), None)
-            row |= _numbers(name, results.score(results.models(cell), own[name]) if cell else None)
+            row |= numbers(name, results.score(results.models(cell), own[name]) if cell else None)
         rows.append(row)
     last: Row = {"grafted by": "expert", "density": 1.0}
     for name in cells:
-        last |= _numbers(name, results.score(results.models(expert=name), own[name]))
+        last |= numbers(name, results.score(results.models(expert=name), own[name]))
     caption = (
         "Each expert alone, only its best elements grafted onto the base: score on its own capability. The base is density 0, the whole expert "
         f"density 1. {_explained(results, retention=False)}"
@@ -250,29 +218,15 @@ def tuning_table(results: StudyResults) -> list[StudyTable]:
     return [StudyTable("tuning", "What tuning found", caption, pd.DataFrame(rows))] if rows else []
 
 
-def words(cell: Cell, skip: Sequence[str] = ()) -> str:
-    """A cell's method and the settings that are not the method's defaults, but for those of ``skip``: ``ota density=0.4 compression=rank1``."""
-    found = [cell.method, *(["tuned"] if cell.tune else [])]
-    for key, value in cell.settings.items():
-        if key not in {"merge_method", *skip} and value != (1.0 if key == "density" else default(cell.method, key)):
-            found.append(f"{key}={spell(value)}")
-    return " ".join(found)
-
-
-def _numbers(name: str, found: Estimate | None) -> Row:
-    mean, error = found or (math.nan, math.nan)
-    return {name: mean, f"{name}{ERROR}": error}
-
-
 def _scores(results: StudyResults, models: Sequence[Any]) -> Row:
     row: Row = {}
     for name in results.capabilities:
-        row |= _numbers(name, results.score(models, name))
-    return row | _numbers(AVERAGE, results.average(models))
+        row |= numbers(name, results.score(models, name))
+    return row | numbers(AVERAGE, results.average(models))
 
 
 def _merge(results: StudyResults, cell: Cell) -> Row:
-    row = _scores(results, results.models(cell)) | _numbers(RETENTION, results.retention(cell))
+    row = _scores(results, results.models(cell)) | numbers(RETENTION, results.retention(cell))
     return row | {BELOW: results.below_base(cell).mean}
 
 
@@ -300,12 +254,7 @@ def _paired(results: StudyResults) -> str:
 
 def _explained(results: StudyResults, *, retention: bool = True) -> str:
     """What the numbers are, and what the errors are over."""
-    many = len(results.replicates)
-    text = (
-        f"Percent, mean ± standard error over {many} replicates."
-        if many > 1
-        else "Percent ± standard error over documents (one replicate)."
-    )
+    text = errors_over(results, "Percent")
     if len(results.averaged) < len(results.capabilities):
         left_out = ", ".join(name for name in results.capabilities if name not in results.averaged)
         text += f" The average leaves out what was not measured for every model: {left_out}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import altair as alt
@@ -11,8 +11,9 @@ import pandas as pd
 
 from tasks.pictures.page import Picture
 from tasks.pictures.style import CATEGORIES, FACE, INK, PANEL, SHAPES, VARIANT_COLOURS
+from tasks.study_rows import ERROR, StudyTable
 from tasks.study_scores import AVERAGE, StudyResults
-from tasks.study_tables import ERROR, StudyTable, grafted
+from tasks.study_tables import grafted
 
 VARIANTS = tuple(VARIANT_COLOURS)
 _REFERENCE = "#595959"
@@ -26,6 +27,8 @@ def pictures(results: StudyResults, made: Sequence[StudyTable]) -> dict[str, Pic
     found: dict[str, Picture] = {}
     if "methods" in tables:
         found["methods"] = _methods(results, tables["methods"])
+    if "losses" in tables:
+        found["losses"] = _losses(results, tables["losses"])
     if "density" in tables:
         found["density"] = _density(results, tables["density"])
     if "grafting" in tables:
@@ -39,29 +42,43 @@ def pictures(results: StudyResults, made: Sequence[StudyTable]) -> dict[str, Pic
 
 
 def _methods(results: StudyResults, table: StudyTable) -> Picture:
+    caption = f"Score on each capability and their average. {_bars(results)} Each row is a model of the table."
+    chart = _dots(results, table, (*results.capabilities, AVERAGE), "score in percent", _percent, "score", ".1f")
+    return Picture("Methods and capabilities", caption, chart)
+
+
+def _losses(results: StudyResults, table: StudyTable) -> Picture:
+    caption = f"Loss on held-out text of each capability and its average: less is better. {_bars(results)} Each row is a model of the table."
+    chart = _dots(results, table, (*results.lossy, AVERAGE), "loss in bits per byte", _bits, "loss", ".3f")
+    return Picture("Loss on held-out text", caption, chart)
+
+
+def _dots(
+    results: StudyResults, table: StudyTable, panels: tuple[str, ...], title: str, read: Callable[[Any, str], dict[str, float]],
+    value: str, digits: str,
+) -> alt.TopLevelMixin:  # fmt: skip
+    """A row a model, a panel a capability."""
     models = list(table.frame["model"])
     rows = []
     for _, row in table.frame.iterrows():
         own = results.experts.get(row["model"]) if row["kind"] == "expert" else None
-        for panel in (*results.capabilities, AVERAGE):
+        for panel in panels:
             role = "expert on its own capability" if own == panel else str(row["kind"])
-            rows.append({"model": row["model"], "role": role, "panel": panel} | _percent(row, panel))
+            rows.append({"model": row["model"], "role": role, "panel": panel} | read(row, panel))
     roles = {"base": FACE["base"], "expert": FACE["expert"], "expert on its own capability": FACE["own"], "merge": FACE["merge"]}
-    data = pd.DataFrame(rows).dropna(subset=["score"])
+    data = pd.DataFrame(rows).dropna(subset=[value])
     base = alt.Chart().encode(
         y=alt.Y("model:N", sort=models, title=None, axis=alt.Axis(grid=True, labelLimit=330)),
         color=alt.Color("role:N", title=None, scale=alt.Scale(domain=list(roles), range=list(roles.values()))),
-        tooltip=_tooltip("model", "panel"),
+        tooltip=_tooltip("model", "panel", value=value, digits=digits),
     )
     points = base.mark_point(filled=True, size=70, stroke=INK, strokeWidth=0.5, opacity=1).encode(
-        x=alt.X("score:Q", title="score in percent", axis=alt.Axis(tickCount=4)),
+        x=alt.X(f"{value}:Q", title=title, axis=alt.Axis(tickCount=4), scale=alt.Scale(zero=value == "score")),
         shape=alt.Shape("role:N", title=None, scale=alt.Scale(domain=list(roles), range=list(SHAPES[:4]))),
     )
     bars = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
     chart = alt.layer(bars, points, data=data).properties(width=160, height=alt.Step(18))
-    caption = f"Score on each capability and their average. {_bars(results)} Each row is a model of the table."
-    order = [*results.capabilities, AVERAGE]
-    return Picture("Methods and capabilities", caption, _facet(chart, "panel", order))
+    return _facet(chart, "panel", list(panels))
 
 
 def _density(results: StudyResults, table: StudyTable) -> Picture:
@@ -229,8 +246,18 @@ def _percent(row: Any, name: str) -> dict[str, float]:
     return {"score": score, "error of score": error, "low": max(score - error, 0.0), "high": min(score + error, 100.0)}
 
 
-def _tooltip(*names: str) -> list[alt.Tooltip]:
-    numbers = [alt.Tooltip("score:Q", format=".1f"), alt.Tooltip("error of score:Q", title="standard error", format=".1f")]
+def _bits(row: Any, name: str) -> dict[str, float]:
+    """Loss and its band in bits per byte."""
+    loss, error = float(row[name]), float(row[f"{name}{ERROR}"])
+    error = 0.0 if math.isnan(error) else error
+    return {"loss": loss, "error of loss": error, "low": loss - error, "high": loss + error}
+
+
+def _tooltip(*names: str, value: str = "score", digits: str = ".1f") -> list[alt.Tooltip]:
+    numbers = [
+        alt.Tooltip(f"{value}:Q", format=digits),
+        alt.Tooltip(f"error of {value}:Q", title="standard error", format=digits),
+    ]
     return [*(alt.Tooltip(f"{name}:N") for name in names), *numbers]
 
 

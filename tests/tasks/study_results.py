@@ -11,14 +11,15 @@ CAPABILITIES = ("math", "code")
 Values = Mapping[str, float | None]
 
 
-def scores(values: Values, stderr: float | None = 0.01) -> ModelScores:
+def scores(values: Values, stderr: float | None = 0.01, losses: Mapping[str, float] | None = None) -> ModelScores:
     found = {
         name: CapabilityScore(score=value, stderr=None if value is None else stderr, n_samples=100, tasks={})
         for name, value in values.items()
     }
     return ModelScores(
-        suite="tiny", suite_digest="d", capabilities=found, samples={}, limit=None, lm_eval_version="0", seconds=1.0
-    )
+        suite="tiny", suite_digest="d", capabilities=found, samples={}, limit=None, lm_eval_version="0", seconds=1.0,
+        losses=losses or {}, loss_stderr=dict.fromkeys(losses or {}, 0.02),
+    )  # fmt: skip
 
 
 def config(*grid: dict[str, Any], replicates: int = 2, **changes: Any) -> StudyConfig:
@@ -37,18 +38,19 @@ def study(
     replicates: int = 2,
     stderr: float | None = 0.01,
     cost: Callable[[str], dict[str, Any]] = lambda label: {},
+    loss: Callable[[str, int], Mapping[str, float]] = lambda label, number: {},
     **changes: Any,
 ) -> StudyResults:
-    """``of``: the scores of a cell's label on the replicate with a number from 0."""
+    """``of``: the scores of a cell's label on the replicate with a number from 0; ``loss``: the losses of a cell, an expert or ``base``."""
     made = config(*grid, replicates=replicates, **changes)
     names, cells = [one.name for one in made.all_replicates()], made.cells()
     return StudyResults(
         name=made.name, suite="tiny", experts=dict(zip(made.experts(), (one.capability for one in made.models), strict=True)), replicates=tuple(names),
-        base={name: scores(base(i), stderr) for i, name in enumerate(names)},
-        alone={name: {expert: scores(alone(expert, i), stderr) for expert in made.experts()} for i, name in enumerate(names)},
+        base={name: scores(base(i), stderr, loss("base", i)) for i, name in enumerate(names)},
+        alone={name: {expert: scores(alone(expert, i), stderr, loss(expert, i)) for expert in made.experts()} for i, name in enumerate(names)},
         cells=cells,
         results=tuple(
-            CellResult(label=cell.label, replicate=name, scores=scores(of(cell.label, i), stderr), **cost(cell.label))
+            CellResult(label=cell.label, replicate=name, scores=scores(of(cell.label, i), stderr, loss(cell.label, i)), **cost(cell.label))
             for i, name in enumerate(names) for cell in cells
         ),
     )  # fmt: skip

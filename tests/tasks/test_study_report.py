@@ -77,6 +77,21 @@ def test_results_say_what_was_run_and_how(tmp_path: Path) -> None:
     assert base == "| base | 10.0 ± 0.0 | 30.0 ± 0.0 | 20.0 ± 0.0 |  |  |"
 
 
+def test_losses_are_a_table_and_a_figure_where_the_suite_has_them(tmp_path: Path) -> None:
+    known = {"base": (2.0, 3.0), "math": (1.0, 3.2), "code": (2.2, 2.0)}
+    results = study(
+        {"merge_method": "linear"}, of=lambda label, i: {"math": 0.5, "code": 0.5}, replicates=1,
+        loss=lambda label, i: dict(zip(("math", "code"), known.get(label, (1.5, 2.75)), strict=True)),
+    )  # fmt: skip
+    write_study(results, tmp_path, command="c")
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "| base | 2.000 ± 0.020 | 3.000 ± 0.020 | 2.500 ± 0.014 |  |" in lines
+    assert "| linear | 1.500 ± 0.020 | 2.750 ± 0.020 | 2.125 ± 0.014 | 37.5 |" in lines
+    assert "![Loss on held-out text](figures/losses.png)" in lines and (tmp_path / "figures" / "losses.png").is_file()
+    row = pd.read_parquet(tmp_path / "tables" / "scores.parquet").set_index(["model", "capability"]).loc[("linear", "code")]
+    assert row["loss"] == 2.75 and row["loss_stderr"] == 0.02
+
+
 def test_failures_and_equal_cells_are_named(tmp_path: Path) -> None:
     results = study(
         {"merge_method": "linear"},

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from tasks.study_losses import RECOVERED
+from tasks.study_rows import DIFFERENCE, ERROR, StudyTable, words
 from tasks.study_scores import AVERAGE, BELOW, RETENTION
-from tasks.study_tables import DIFFERENCE, ERROR, StudyTable, all_tables, words
+from tasks.study_tables import all_tables
 from tests.tasks.study_results import study
 
 OTA = {"merge_method": "ota", "parameters": {"density": [0.2, 0.6], "metric": ["curvature", "magnitude"]}}
@@ -66,6 +68,64 @@ def test_methods_are_the_first_of_each_kind_on_all_experts() -> None:
     )["methods"]  # fmt: skip
     assert list(found.frame["model"]) == ["base", "math", "code", "ties density=0.7", "linear", "ota density=0.2", "ota"]
     assert list(found.frame["kind"]) == ["base", "expert", "expert", "merge", "merge", "merge", "merge"]
+
+
+def test_every_tuned_cell_is_a_method_with_a_name_of_its_own() -> None:
+    grid: list[dict[str, Any]] = [
+        {"merge_method": "ota", "parameters": {"density": [0.2, 0.4]}},
+        {"merge_method": "ota", "parameters": {"density": 1}, "tune": True},
+        {"merge_method": "ota", "tune": True},
+        {"merge_method": "ota", "parameters": {"compression": "rank1"}, "tune": True},
+        {"merge_method": "ota", "parameters": {"metric": "magnitude"}, "tune": True},
+    ]
+    found = tables(*grid, of=flat, tune={"suite": "other", "trials": 2})["methods"]
+    assert list(found.frame["model"])[3:] == [
+        "ota density=0.2", "ota tuned density=1", "ota tuned", "ota tuned compression=rank1", "ota tuned metric=magnitude",
+    ]  # fmt: skip
+
+
+LOSSES = {"base": (2.0, 3.0), "math": (1.0, 3.2), "code": (2.2, 2.0)}
+
+
+def losses(label: str, i: int) -> dict[str, float]:
+    """Of a merge on two seeds: math 1.5 and 1.25, code 2.75."""
+    math_loss, code_loss = LOSSES.get(label, (1.5 - i / 4, 2.75))
+    return {"math": math_loss, "code": code_loss}
+
+
+def test_losses_stand_in_bits_per_byte_with_what_is_recovered() -> None:
+    found = tables({"merge_method": "linear"}, of=flat, loss=losses)["losses"]
+    frame = found.frame.set_index("model")
+    assert list(frame.index) == ["base", "math", "code", "linear"] and found.bits == ("math", "code", AVERAGE)
+    row = frame.loc["linear"]
+    assert row["math"] == pytest.approx(1.375) and row[f"math{ERROR}"] == pytest.approx(0.125)
+    assert row[AVERAGE] == pytest.approx((1.375 + 2.75) / 2) and row[f"{AVERAGE}{ERROR}"] == pytest.approx(0.0625)
+    # math (2 - 1.5) / (2 - 1) and (2 - 1.25) / 1, code (3 - 2.75) / (3 - 2): means 0.375 and 0.5.
+    assert row[RECOVERED] == pytest.approx(0.4375) and row[f"{RECOVERED}{ERROR}"] == pytest.approx(0.0625)
+    assert math.isnan(frame.loc["base", RECOVERED])
+
+
+def test_losses_of_one_replicate_have_errors_over_documents_and_recovery_has_none() -> None:
+    row = tables({"merge_method": "linear"}, of=flat, loss=losses, replicates=1)["losses"].frame.set_index("model").loc["linear"]
+    assert row["math"] == 1.5 and row[f"math{ERROR}"] == 0.02 and row[f"{AVERAGE}{ERROR}"] == pytest.approx(math.sqrt(2) * 0.01)
+    assert row[RECOVERED] == pytest.approx(0.375) and math.isnan(row[f"{RECOVERED}{ERROR}"])
+
+
+def test_an_expert_that_learned_nothing_leaves_recovery_empty() -> None:
+    def of(label: str, i: int) -> dict[str, float]:
+        return {"math": 2.0, "code": 3.0} if label == "math" else losses(label, i)
+
+    row = tables({"merge_method": "linear"}, of=flat, loss=of)["losses"].frame.set_index("model").loc["linear"]
+    assert math.isnan(row[RECOVERED]) and row["math"] == pytest.approx(1.375)
+
+
+def test_a_capability_without_a_loss_for_every_model_is_in_no_loss_table() -> None:
+    def of(label: str, i: int) -> dict[str, float]:
+        found = losses(label, i)
+        return found if label != "code" else {"math": found["math"]}
+
+    assert list(tables({"merge_method": "linear"}, of=flat, loss=of)["losses"].bits) == ["math", AVERAGE]
+    assert "losses" not in tables({"merge_method": "linear"}, of=flat)
 
 
 def test_ffg_on_and_off_is_the_same_recipe_with_differences_seed_by_seed() -> None:
