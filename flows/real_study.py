@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flows.real import real_experts_flow, real_folder
+from flows.real import Source, real_experts_flow, real_folder
 from flows.study import study_flow
 from tasks.settings import places
 from tasks.study import StudyConfig, load_study
@@ -13,38 +13,43 @@ HOME = "../../.ota/"
 """How the study file writes the home folder of this repository's make targets."""
 
 
-def make_models(home: Path | None = None) -> dict[str, Path]:
+def make_models(home: Path | None = None, source: Source = "package") -> dict[str, Path]:
     """Base, experts and data of the real study by their names, made where they are not there yet."""
     where = places(home)
-    real_experts_flow(where)
+    real_experts_flow(where, source=source)
     names = ("data", "models")
-    return {name: real_folder(where) / name for name in names}
+    return {name: real_folder(where, source) / name for name in names}
 
 
-def real_study(file: Path, *, home: Path | None = None, **options: Any) -> list[Any]:
+def real_study(file: Path, *, home: Path | None = None, source: Source = "package", **options: Any) -> list[Any]:
     """Run a study of the real experts; what to print at the end. ``options``: those of ``study_flow``.
 
     Raises RecipeError for what is wrong with the study, before anything is made.
     """
     config, folder = load_study(str(file))
-    config = at_home(config, places(home).tracking.parent)
-    make_models(home)
+    config = at_home(config, places(home).tracking.parent, source)
+    make_models(home, source)
     write = options.get("write")
-    command = f"ota study-real{'' if file == STUDY else f' {file}'}{f' --write {write}' if write else ''}"
+    words = ["ota study-real", *([] if file == STUDY else [str(file)]), *([] if source == "package" else [f"--base {source}"])]
+    command = " ".join([*words, *([f"--write {write}"] if write else [])])
     outcome = study_flow(config, recipe_dir=folder, home=home, command=command, **options)
     from tasks.study_report import render
 
     return list(render(outcome.folder, write))
 
 
-def at_home(config: StudyConfig, home: Path) -> StudyConfig:
-    """The study with its addresses below ``../../.ota/`` in this home folder instead."""
+def at_home(config: StudyConfig, home: Path, source: Source = "package") -> StudyConfig:
+    """The study with its addresses below ``../../.ota/`` in this home folder instead, its models those of this source of the base."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, str) and value.startswith(HOME):
-            return str(home / value.removeprefix(HOME))
+            inside = value.removeprefix(HOME)
+            other = source != "package" and inside.startswith("real/")
+            return str(home / (f"real-{source}/{inside.removeprefix('real/')}" if other else inside))
         if isinstance(value, dict):
             return {key: moved(item) for key, item in value.items()}
         return [moved(item) for item in value] if isinstance(value, list) else value
 
-    return StudyConfig.model_validate(moved(config.model_dump(mode="json", by_alias=True, exclude_unset=True)))
+    raw = moved(config.model_dump(mode="json", by_alias=True, exclude_unset=True))
+    # Names of their own: neither's results replace the other's.
+    return StudyConfig.model_validate(raw if source == "package" else raw | {"name": f"{config.name}-{source}"})

