@@ -79,7 +79,7 @@ def test_every_version_comes_from_a_lock() -> None:
             else:
                 assert "--constraint requirements.lock " in command
                 assert ("--constraint infra/requirements-cuda.lock" in command) == (target == "cuda")
-                assert '".[kubernetes,postgres]"' in command
+                assert f'".[{"gpu," if target == "cuda" else ""}kubernetes,postgres]"' in command
         assert all("--mount=type=cache" in run for run in values(f"build-{target}", "RUN") if " install " in run)
 
 

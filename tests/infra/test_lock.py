@@ -76,3 +76,5 @@ def test_the_cuda_libraries_are_those_of_the_locked_torch() -> None:
     assert torch == LOCK["torch"]
     assert {"triton", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= set(cuda)
     assert set(cuda) & set(LOCK) == set()
+    (gpu,) = map(Requirement, PROJECT["optional-dependencies"]["gpu"])
+    assert gpu.specifier.contains(cuda[canonicalize_name(gpu.name)])
