@@ -109,8 +109,9 @@ def study_flow(
     if write is not None:
         write_results(out, results, tables, write, command=command)
     logged = log_study(
-        config.name, out, params=_params(config), metrics=_metrics(results), tracking_uri=tracking_uri, root=where.tracking
-    )
+        config.name, out, params=_params(config), metrics=_metrics(results),
+        merges={one.merge: one.label for one in results.results}, tracking_uri=tracking_uri, root=where.tracking,
+    )  # fmt: skip
     text = (out / RESULTS).read_text(encoding="utf-8")
     show_markdown("study", text, f"Study {config.name}")
     show_mlflow(f"study {config.name}", logged.url)

@@ -71,7 +71,7 @@ class Models:
             raise ArtifactError(f"{label}: its scores are not among the artifacts at {self.where.artifacts}; run the study again")
         bytes_per_param, sqrt_error = self._moments(recipe)
         return CellResult(
-            label=label, replicate=self.replicate.name, scores=found[1], bytes_per_param=bytes_per_param, sqrt_error=sqrt_error,
+            label=label, replicate=self.replicate.name, scores=found[1], merge=found[0], bytes_per_param=bytes_per_param, sqrt_error=sqrt_error,
             chosen=chosen or {},
         )  # fmt: skip
 

@@ -1,8 +1,12 @@
-"""The summary of a study in MLflow: one run with its tables and figures, found again by its tag."""
+"""A study in MLflow: one run with its tables and figures, found again by its tag, and a tag on the run of every merge of it."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tasks.scores import mlflow_metric_name
 from tasks.tracking_run import TAG_FINGERPRINT, LoggedRun
 from tasks.tracking_store import clear_errors, connect, experiment_id, locked, page_url, resolve_store
 from tasks.tracking_write import TAG_ROLE, find_or_create, in_progress, log_values
@@ -10,12 +14,25 @@ from tasks.tracking_write import TAG_ROLE, find_or_create, in_progress, log_valu
 TAG_STUDY = "study"
 ROLE = "study"
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+def study_tag(name: str) -> str:
+    """The tag by which the merges of a study are found, such as ``study.demo``; a merge may be in several. Its value is the cell's label."""
+    return mlflow_metric_name(f"{TAG_STUDY}.{name}")
+
 
 def log_study(
-    name: str, folder: Path, *, params: Mapping[str, str | int], metrics: Mapping[str, float], tracking_uri: str | None = None,
-    root: Path | None = None,
+    name: str, folder: Path, *, params: Mapping[str, str | int], metrics: Mapping[str, float], merges: Mapping[str, str],
+    tracking_uri: str | None = None, root: Path | None = None,
 ) -> LoggedRun:  # fmt: skip
-    """Log a study's folder as the artifacts of one run, known by the study's name; a repeated study replaces them. Raises StorageError."""
+    """Log a study's folder as the artifacts of one run, known by the study's name; a repeated study replaces them.
+
+    ``merges``: fingerprint to the cell's label; their runs get the study's tag, and those of merges that the study has no longer lose
+    it. Raises StorageError.
+    """
     store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, f"logging the study {name!r}", f"Its tables and figures lie in {folder}."), locked(store):
         client = connect(store)
@@ -24,6 +41,13 @@ def log_study(
         with in_progress(client, run):
             log_values(client, run, params, metrics, {})
             client.log_artifacts(run.info.run_id, str(folder))
+            tag = study_tag(name)
+            for one in _merges(client, experiment):
+                label = merges.get(one.data.tags[TAG_FINGERPRINT])
+                if label is None and tag in one.data.tags:
+                    client.delete_tag(one.info.run_id, tag)
+                elif label is not None and one.data.tags.get(tag) != label:
+                    client.set_tag(one.info.run_id, tag, label)
     url = page_url(store.shown, experiment, run.info.run_id) if store.is_server else None
     return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)
 
@@ -31,14 +55,17 @@ def log_study(
 def logged_merges(*, tracking_uri: str | None = None, root: Path | None = None) -> set[str]:
     """Fingerprints of the merges whose runs are complete. Raises StorageError."""
     store = resolve_store(tracking_uri=tracking_uri, root=root)
-    found: set[str] = set()
     with clear_errors(store, "looking up merges that are logged", "Nothing was changed."), locked(store):
         client = connect(store)
-        experiments, token = [experiment_id(client, store)], None
-        wanted = f"attributes.status = 'FINISHED' AND tags.`{TAG_FINGERPRINT}` LIKE '%'"
-        while True:
-            page = client.search_runs(experiments, filter_string=wanted, max_results=1000, page_token=token)
-            found |= {run.data.tags[TAG_FINGERPRINT] for run in page}
-            token = page.token
-            if not token:
-                return found
+        return {run.data.tags[TAG_FINGERPRINT] for run in _merges(client, experiment_id(client, store))}
+
+
+def _merges(client: MlflowClient, experiment: str) -> Iterator[Run]:
+    """The complete runs of merges."""
+    token, wanted = None, f"attributes.status = 'FINISHED' AND tags.`{TAG_FINGERPRINT}` LIKE '%'"
+    while True:
+        page = client.search_runs([experiment], filter_string=wanted, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -33,6 +33,8 @@ class CellResult:
     label: str
     replicate: str
     scores: ModelScores
+    merge: str = ""
+    """Fingerprint of the merge."""
     bytes_per_param: float = math.nan
     """Of the second moments as the merge read them, mean over its experts; NaN where it reads none."""
     sqrt_error: float = math.nan

@@ -110,6 +110,10 @@ def test_the_summary_in_mlflow_is_one_run_however_often_the_study_runs(here: Wor
     assert one.info.run_id == outcome.logged.run_id and one.data.tags["role"] == "study" and one.info.status == "FINISHED"
     assert {"results.md", "study.html", "tables", "figures"} <= {found.path for found in client.list_artifacts(one.info.run_id)}
     assert {"score/avg/ties density.0.2", "score/avg/ties density.0.6"} <= set(one.data.metrics)
+    # The merges of the study as it is now carry its tag, whoever merged them; the linear one is in it no longer.
+    merges = client.search_runs([outcome.logged.experiment_id], "tags.`study.summary` LIKE '%'")
+    assert {run.data.tags["study.summary"] for run in merges} == {"ties density=0.2", "ties density=0.6"}
+    assert {run.data.params["merge_method"] for run in merges} == {"ties"} and len(merges) == 2
 
 
 def test_replicates_give_means_over_them(here: World) -> None:
