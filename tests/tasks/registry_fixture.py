@@ -11,6 +11,8 @@ from mlflow import MlflowClient
 
 from ota_core.artifact import Record, folder_files, write_record
 from tasks.gate import Check, GateDecision
+from tasks.promotion import promote, rollback
+from tasks.promotion_history import moves_of
 from tasks.registry import register_version
 from tasks.tracking_store import experiment_id, resolve_store
 
@@ -90,3 +92,18 @@ def registry(registry_template: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     root.mkdir()
     shutil.copy(registry_template / "mlflow.db", root / "mlflow.db")
     return Registry(root)
+
+
+def make(registry: Registry, *versions: str) -> None:
+    for version in versions:
+        promote(version, by="anna", reason=f"promote {version}", root=registry.root)
+
+
+def back(registry: Registry, to: str | None = None) -> str:
+    return rollback(by="ben", reason="worse", to=to, root=registry.root).champion.version
+
+
+def told(registry: Registry) -> list[tuple[str, str | None, str]]:
+    """The history as it is noted in the registry, not as it could be completed."""
+    moves = moves_of(registry.client.get_registered_model(NAME).tags)
+    return [(move.action, move.from_version, move.to) for move in moves]

@@ -4,11 +4,9 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -24,10 +22,8 @@ from ota_core.stream import Stream
 from tasks import outline as outlines
 from tasks import s3, storage
 from tasks.architecture import parameter_layout
-from tasks.chunk_cache import ChunkCache
 from tasks.inputs import assemble, fetch_all
 from tasks.outline import outline
-from tasks.remote_file import RemoteFile
 from tasks.storage import upload_folder, write_expert_json
 from tasks.streaming import Streams
 from tests.ota_core.test_output import llama_experts
@@ -292,80 +288,6 @@ def test_an_object_that_is_replaced_meanwhile_ends_the_merge(tmp_path: Path, s3_
     assert done.is_set() and not (tmp_path / "out").exists()
     gets.before = lambda count: None
     merge(recipe, tmp_path / "out", tmp_path / "cache", stream=True)  # another run takes the new one
-
-
-@pytest.fixture
-def big(s3_server: S3Test) -> tuple[s3.S3Object, bytes]:
-    content = Random(1).randbytes(6 * MIB + 12_345)
-    s3.client().put_object(Bucket=s3_server.bucket, Key="big", Body=content)
-    (one,) = s3.list_objects(s3_server.uri)
-    return one, content
-
-
-def test_any_range_is_right(big: tuple[s3.S3Object, bytes], tmp_path: Path) -> None:
-    one, content = big
-    (tmp_path / "outline").write_bytes(content[:1000] + bytes(len(content) - 1000))
-    random = Random(2)
-    cuts = sorted(random.randrange(len(content)) for _ in range(5))
-    cache = ChunkCache(4 * MIB)
-    file = RemoteFile(one, cache, outline=tmp_path / "outline", extents=[(0, 1000)], cuts=cuts)
-
-    def work(seed: int) -> None:
-        mine = Random(seed)
-        for _ in range(60):
-            start = mine.choice([mine.randrange(len(content)), mine.randrange(2000), *cuts])
-            stop = min(len(content), start + mine.choice([0, 1, 100, 70_000, 900_000]))
-            file.prefetch(stop, stop + 200_000)
-            assert bytes(file.read(start, stop)) == content[start:stop]
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert bytes(file.read(0, len(content))) == content, "also more than the cache holds"
-    assert cache.held <= 4 * MIB
-    cache.close()
-
-
-def test_one_read_is_several_requests_at_once(big: tuple[s3.S3Object, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    one, content = big
-    real, together = s3.read_range, threading.Barrier(4)
-
-    def read_range(*arguments: Any) -> Any:
-        body = real(*arguments)
-        together.wait(20)  # fails unless four answers are open at the same time
-        return body
-
-    monkeypatch.setattr(s3, "read_range", read_range)
-    cache = ChunkCache(32 * MIB)
-    assert cache.chunk == MIB
-    file = RemoteFile(one, cache)
-    assert bytes(file.read(0, 4 * MIB)) == content[: 4 * MIB]
-    cache.close()
-
-
-def test_a_body_that_breaks_off_is_asked_again(big: tuple[s3.S3Object, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    one, content = big
-    real, asked = s3.read_range, []
-
-    class Broken:
-        def __init__(self, body: Any) -> None:
-            self.body = body
-
-        def read(self, amount: int) -> bytes:
-            if self.body is None:
-                raise ConnectionResetError("injected")
-            piece, self.body = bytes(self.body.read(1000)), None
-            return piece
-
-    def read_range(*arguments: Any) -> Any:
-        asked.append(arguments[2:])
-        return Broken(real(*arguments)) if len(asked) <= 2 else real(*arguments)
-
-    monkeypatch.setattr(s3, "read_range", read_range)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    cache = ChunkCache(4 * MIB)
-    assert bytes(RemoteFile(one, cache).read(5, 50_000)) == content[5:50_000]
-    assert [start for start, _ in asked] == [0, 1000, 2000]
-    cache.close()
 
 
 def test_outlines_are_made_once_and_damaged_ones_again(tmp_path: Path, s3_server: S3Test, gets: Gets) -> None:
