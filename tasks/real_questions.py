@@ -30,10 +30,10 @@ class QuestionSettings(BaseModel):
     continuation: int = Field(default=48, ge=1)
     """Of a continuation, at most; at least two thirds of it."""
     choices: int = Field(default=4, ge=2)
-    questions: Mapping[HeldOut, int] = {"validation": 12, "test": 100}
+    questions: Mapping[HeldOut, int] = {"validation": 4, "test": 60}
     """At most so many a domain. Few for validation: a search looks at the passages' loss, which tells models apart by far fewer of them."""
     passage: int = Field(default=256, ge=1)
-    passages: Mapping[HeldOut, int] = {"validation": 70, "test": 100}
+    passages: Mapping[HeldOut, int] = {"validation": 30, "test": 80}
     """At most so many a domain."""
 
 
