@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.gate_pairs import GateError
 from tasks.leaderboard_entries import AVERAGE, PARAMS, Entry, LeaderboardError, Model, entries, select
-from tasks.leaderboard_stats import holm, mean_interval, paired_difference, score_interval
+from tasks.leaderboard_stats import Interval, holm, mean_interval, paired_difference, ratio_interval, score_interval
 from tasks.scores import negative_transfer
 from tasks.tracking_run import Benchmarked
 from tasks.tracking_search import Experiment
@@ -44,8 +44,8 @@ class Leaderboard:
     table: pd.DataFrame
     """Columns: ``rank`` (merges only), ``kind`` (merge or base), ``label`` (unique), ``name``, ``method``, ``experts``, ``inputs``, ``base``,
     ``density``, ``power``, ``compression``, ``lambda``; ``score/<capability>`` and ``score/avg``, each with ``score_low/…``,
-    ``score_high/…`` (95 %) and, for capabilities, ``score_stderr/…`` and ``retention/…``; ``retention`` (mean), ``negative_transfer``
-    (count), ``below_base`` (which); ``difference`` to the baseline with ``difference_low``, ``difference_high``, ``p_value``,
+    ``score_high/…`` (95 %) and, for capabilities, ``score_stderr/…`` and ``retention/…``; ``retention`` (mean); ``retention_low…`` and ``retention_high…`` (95 %) of
+    either, ``/<capability>`` or ``/avg``; ``negative_transfer`` (count), ``below_base`` (which); ``difference`` to the baseline with ``difference_low``, ``difference_high``, ``p_value``,
     ``p_holm`` and ``documents``; ``run_id``, ``started``."""
     baseline: str
     """The label of the row that differences are taken to."""
@@ -173,13 +173,28 @@ def _score_cells(model: Model, capabilities: Sequence[str], averaged: Sequence[s
 def _merge_row(one: Entry, label: str, rank: int, capabilities: Sequence[str], averaged: Sequence[str]) -> dict[str, Any]:
     below = negative_transfer(one.merged.scores, one.base.scores) if one.base else None
     kept = {name: one.retention[name] for name in capabilities if name in one.retention}
+    sure = {name: _retention_interval(one, name) for name in kept} | {
+        AVERAGE: mean_interval(list(kept.values()), [_retention_interval(one, name) for name in kept])
+    }
+    ends = {f"retention_{end}/{name}": found[i] for name, found in sure.items() if found for i, end in enumerate(("low", "high"))}
     return {
         "rank": rank, "kind": "merge", "label": label, "name": one.name, "method": one.method, "experts": one.experts,
         "inputs": one.inputs, "base": one.base_label, **one.params, **_score_cells(one.merged, capabilities, averaged),
         **{f"retention/{name}": value for name, value in kept.items()}, "retention": fmean(kept.values()) if kept else None,
-        "negative_transfer": None if below is None else len(below), "below_base": ", ".join(below or []), "run_id": one.run_id,
+        **ends, "negative_transfer": None if below is None else len(below), "below_base": ", ".join(below or []), "run_id": one.run_id,
         "started": one.started,
     }  # fmt: skip
+
+
+def _retention_interval(one: Entry, capability: str) -> Interval | None:
+    expert, merged = one.own.get(capability), one.merged
+    if expert is None or capability not in merged.scores:
+        return None
+    merge_score, expert_score = merged.scores[capability], expert.scores[capability]
+    return ratio_interval(
+        merge_score, score_interval(merge_score, merged.stderrs.get(capability), merged.documents.get(capability)),
+        expert_score, score_interval(expert_score, expert.stderrs.get(capability), expert.documents.get(capability)),
+    )  # fmt: skip
 
 
 def _base_rows(group: Sequence[Entry], capabilities: Sequence[str], averaged: Sequence[str]) -> list[dict[str, Any]]:
@@ -233,6 +248,7 @@ def _columns(capabilities: Sequence[str]) -> list[str]:
     return [
         "rank", "kind", "label", "name", "method", "experts", "inputs", "base", *PARAMS, *scores,
         *(f"score_stderr/{name}" for name in capabilities), "retention", *(f"retention/{name}" for name in capabilities),
+        *(f"retention_{end}/{name}" for name in (AVERAGE, *capabilities) for end in ("low", "high")),
         "negative_transfer", "below_base", "difference", "difference_low", "difference_high", "p_value", "p_holm", "documents", "run_id",
         "started",
     ]  # fmt: skip

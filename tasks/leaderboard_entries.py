@@ -56,6 +56,8 @@ class Entry:
     merged: Model
     base: Model | None
     retention: dict[str, float]
+    own: dict[str, Model]
+    """Capability to the best of its own experts, which retention is taken against."""
     suite: str
     suite_key: str
     limit: str
@@ -169,10 +171,23 @@ def _entry(row: Mapping[str, Any], children: Sequence[Mapping[str, Any]]) -> Ent
         merged=merged,
         base=base,
         retention=_scores(row, capabilities, "retention"),
+        own=_own(children, capabilities),
         suite=suite,
         suite_key=key or _unknown_suite(base, capabilities),
         limit=row.get(f"tags.{TAG_LIMIT}", UNKNOWN),
     )
+
+
+def _own(children: Sequence[Mapping[str, Any]], capabilities: Sequence[str]) -> dict[str, Model]:
+    best: dict[str, Model] = {}
+    for child in children:
+        name = child.get("params.capability")
+        if child[f"tags.{TAG_ROLE}"] != "expert" or name not in capabilities:
+            continue
+        model = _model(child, capabilities)
+        if name in model.scores and (name not in best or model.scores[name] > best[name].scores[name]):
+            best[name] = model
+    return best
 
 
 def _name(row: Mapping[str, Any], merges: Sequence[Model]) -> str:

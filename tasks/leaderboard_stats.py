@@ -63,6 +63,21 @@ def mean_interval(scores: Sequence[float], intervals: Sequence[Interval | None])
     return mean - below, mean + above
 
 
+def ratio_interval(above: float, of_above: Interval | None, below: float, of_below: Interval | None) -> Interval | None:
+    """The interval of a ratio of two independent scores from theirs (MOVER-R: Donner and Zou, Statistical Methods in Medical Research 2012).
+
+    Scores of the same documents agree more than independent ones: then it is wider than need be. None where an interval is not known
+    or that of the denominator reaches 0, so that the ratio has no upper end.
+    """
+    if of_above is None or of_below is None or of_below[0] <= 0:
+        return None
+    (l1, u1), (l2, u2) = of_above, of_below
+    product = above * below
+    low = product - math.sqrt(max(0.0, product**2 - l1 * u2 * (2 * above - l1) * (2 * below - u2)))
+    high = product + math.sqrt(max(0.0, product**2 - u1 * l2 * (2 * above - u1) * (2 * below - l2)))
+    return low / (u2 * (2 * below - u2)), high / (l2 * (2 * below - l2))
+
+
 def paired_difference(candidate: Benchmarked, baseline: Benchmarked, capabilities: Sequence[str]) -> Difference:
     """The candidate's mean over these capabilities minus the baseline's: normal interval of the documents' differences, sign-flip test.
 

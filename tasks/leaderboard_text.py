@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 CSV, PARQUET, MARKDOWN, PNG, HTML = (f"leaderboard.{kind}" for kind in ("csv", "parquet", "md", "png", "html"))
 
+RETAINED = (
+    "Merge / expert on the expert's own capability, in percent, with 95 % intervals (MOVER-R; as if the two were independent, which makes "
+    "them wider than need be)."
+)
+
 
 def percent(value: Any, *, sign: bool = False) -> str:
     """A fraction in percent with one decimal, a dash where there is none."""
@@ -26,11 +31,11 @@ def percent(value: Any, *, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def interval(row: pd.Series, name: str) -> str:
-    """A score's 95 % interval in percent, empty where it is not known."""
+def interval(row: pd.Series, name: str, of: str = "score") -> str:
+    """The 95 % interval of a score or of ``retention`` in percent, empty where it is not known."""
     import pandas as pd
 
-    low, high = row[f"score_low/{name}"], row[f"score_high/{name}"]
+    low, high = row[f"{of}_low/{name}"], row[f"{of}_high/{name}"]
     return "" if pd.isna(low) else f"{percent(low)} to {percent(high)}"
 
 
@@ -171,7 +176,7 @@ def to_page(board: Leaderboard) -> str:
     )  # fmt: skip
     kept = table(
         ["merge", *board.capabilities, "mean"],
-        [[row["label"], *(percent(row[f"retention/{n}"]) for n in board.capabilities), percent(row["retention"])]
+        [[row["label"], *(_with_interval(row, f"retention/{n}", n) for n in board.capabilities), _with_interval(row, "retention", AVERAGE)]
          for _, row in board.merges.iterrows()],
         numbers=range(1, len(board.capabilities) + 2),
     )  # fmt: skip
@@ -191,10 +196,15 @@ def to_page(board: Leaderboard) -> str:
         sections.append(Section(f"Compared with {board.baseline}", [paired]))
     sections += [
         Section("Scores with their intervals", [intervals]),
-        Section("Retention", ["Merge / expert on the expert's own capability, in percent.", kept]),
+        Section("Retention", [RETAINED, kept]),
         Section("How they were merged", [made]),
     ]
     return to_html(f"Leaderboard of {board.experiment}", sections)
+
+
+def _with_interval(row: pd.Series, column: str, name: str) -> str:
+    ends = interval(row, name, "retention")
+    return f"{percent(row[column])} ({ends})" if ends else percent(row[column])
 
 
 def _setting(value: Any) -> str:

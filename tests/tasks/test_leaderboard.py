@@ -17,7 +17,7 @@ from ota_core.errors import OtaError
 from tasks.leaderboard import Leaderboard
 from tasks.leaderboard_entries import LeaderboardError
 from tasks.leaderboard_question import Question, parse_since
-from tasks.leaderboard_stats import holm, mean_interval, paired_difference, score_interval
+from tasks.leaderboard_stats import Interval, holm, mean_interval, paired_difference, ratio_interval, score_interval
 from tasks.leaderboard_text import CSV, HTML, MARKDOWN, PARQUET, PNG, render, to_markdown, write_files
 from tasks.tracking import log_merge
 from tasks.tracking_run import Benchmarked
@@ -51,6 +51,11 @@ def test_numbers_are_those_of_the_documents(tracking: Path) -> None:
             assert row[f"retention/{name}"] == pytest.approx(kept[-1], abs=1e-12)
         assert row["score/avg"] == pytest.approx(np.mean(means), abs=1e-12)
         assert row["retention"] == pytest.approx(np.mean(kept), abs=1e-12)
+        assert row["retention_low/avg"] < row["retention"] < row["retention_high/avg"]
+        for name, value in zip(("math", "code"), kept, strict=True):
+            own = float(EXPERTS[name][name].mean())
+            expected = ratio_interval(value * own, wilson(value * own), own, wilson(own))
+            assert (row[f"retention_low/{name}"], row[f"retention_high/{name}"]) == pytest.approx(expected, abs=2e-3)
         fallen = [name for name, value in zip(("math", "code"), means, strict=True) if value < BASE[name].mean()]
         assert (row["negative_transfer"], row["below_base"]) == (len(fallen), ", ".join(fallen))
         assert row["score_low/avg"] < row["score/avg"] < row["score_high/avg"]
@@ -91,6 +96,23 @@ def test_the_interval_of_right_and_wrong_answers_is_wilsons(right: int, n: int) 
         assert score_interval(score, math.sqrt(score * (1 - score) / (n - 1)), n) == pytest.approx(
             (expected.low, expected.high), abs=2 / n**1.5
         )
+
+
+def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says() -> None:
+    """200 documents each, a merge that is right in 45 % and an expert in 80 %; and with an expert that is surely right it is the merge's own."""
+    rng, held, trials = np.random.default_rng(3), 0, 2000
+    for merge, expert in zip(rng.binomial(200, 0.45, trials) / 200, rng.binomial(200, 0.8, trials) / 200, strict=True):
+        found = ratio_interval(merge, wilson(merge), expert, wilson(expert))
+        assert found is not None and found[0] <= merge / expert <= found[1]
+        held += found[0] <= 0.45 / 0.8 <= found[1]
+    assert held / trials == pytest.approx(0.95, abs=0.015)
+    assert ratio_interval(0.4, (0.3, 0.5), 0.5, (0.5, 0.5)) == pytest.approx((0.6, 1.0))
+    assert ratio_interval(0.0, (0.0, 0.1), 0.5, (0.5, 0.5)) == pytest.approx((0.0, 0.2))
+    assert ratio_interval(0.4, None, 0.5, (0.4, 0.6)) is None and ratio_interval(0.4, (0.3, 0.5), 0.1, (0.0, 0.3)) is None
+
+
+def wilson(score: float) -> Interval | None:
+    return score_interval(score, math.sqrt(score * (1 - score) / 200), 200)
 
 
 def test_no_interval_where_nothing_tells_its_width() -> None:
