@@ -153,7 +153,14 @@ def render(folder: Path, written: Path | None) -> list[object]:
         for name in (AVERAGE, RETENTION):
             drawn.add_column(name, justify="right", no_wrap=True)
         shown = StudyTable("methods", "", "", frame, (AVERAGE, RETENTION))
-        for _, row in frame.iterrows():
-            drawn.add_row(str(row["model"]), *(_cell(shown, name, row) for name in (AVERAGE, RETENTION)))
+        rows = [[str(row["model"]), *(_cell(shown, name, row) for name in (AVERAGE, RETENTION))] for _, row in frame.iterrows()]
+        losses = folder / TABLES / "losses.csv"
+        if losses.is_file():
+            drawn.add_column("loss, bits/byte", justify="right", no_wrap=True)
+            of = StudyTable("losses", "", "", pd.read_csv(losses), bits=(AVERAGE,))
+            for cells, (_, row) in zip(rows, of.frame.iterrows(), strict=True):  # the same models in the same order
+                cells.append(_cell(of, AVERAGE, row))
+        for cells in rows:
+            drawn.add_row(*cells)
         lines.append(drawn)
     return [*lines, f"results: {written or folder / RESULTS}", f"page: {folder / PAGE}"]

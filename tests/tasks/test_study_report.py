@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from tasks.study_report import render, to_markdown, write_results, write_study
 from tasks.study_scores import StudyResults
@@ -90,6 +91,10 @@ def test_losses_are_a_table_and_a_figure_where_the_suite_has_them(tmp_path: Path
     assert "![Loss on held-out text](figures/losses.png)" in lines and (tmp_path / "figures" / "losses.png").is_file()
     row = pd.read_parquet(tmp_path / "tables" / "scores.parquet").set_index(["model", "capability"]).loc[("linear", "code")]
     assert row["loss"] == 2.75 and row["loss_stderr"] == 0.02
+    console = Console(width=100, record=True)
+    console.print(render(tmp_path, None)[0])
+    said = console.export_text()
+    assert "loss, bits/byte" in said and re.search(r"linear +50.0 ± 0.7 +.* +2.125 ± 0.014", said)
 
 
 def test_failures_and_equal_cells_are_named(tmp_path: Path) -> None:
@@ -139,7 +144,6 @@ def test_without_any_error_nothing_is_said_to_have_one(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_averages_and_where_everything_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
 
     write_study(made(), tmp_path, command="c")
     for item in render(tmp_path, None):
