@@ -49,8 +49,8 @@ def score_model(
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{model} holds no config.json; expected the folder of a Hugging Face checkpoint")
     limit = limit or suite.limit
-    started = time.monotonic()
     with _ONE_AT_A_TIME, _code_execution(suite), quiet(progress) as name_task, _temporary_folder() as cache:
+        started = time.monotonic()  # not the wait for others' turns
         loaded = load_tasks(suite, data_dir, cache)
         results = {}
         if loaded:

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,10 @@ def test_same_scores_every_time_and_through_json(model: Path, tiny: tuple[Path, 
     # As a flow passes it on: the suite as JSON, the call from threads, another model in between.
     again = Suite.model_validate_json(suite.model_dump_json())
     other = perturb(model, suite_file.parent / "expert", seed=3, scale=0.3)
+    started = time.monotonic()
     with ThreadPoolExecutor(3) as pool:
         runs = list(pool.map(lambda folder: score_model(folder, again, data_dir=data), [model, other, model]))
+    assert sum(run.seconds for run in runs) <= time.monotonic() - started, "nobody's wait for the others is counted"
     assert {run.model_dump_json(exclude={"seconds"}) for run in (first, runs[0], runs[2])} == {
         first.model_dump_json(exclude={"seconds"})
     }
