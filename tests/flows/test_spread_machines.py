@@ -227,7 +227,10 @@ def test_interrupting_the_parent_cancels_its_parts(world: World, deployed: None,
     options = ["--suite", "none", "--home", str(tmp_path / "home"), "--runner", "workers", "--shard-size", "5KB"]
     command = [sys.executable, "-m", "flows.cli", "run", str(file), *options, "--tracking-uri", world.tracking_uri]
     with open(tmp_path / "run.log", "wb") as log:
-        parent = subprocess.Popen(command, env=server_environment(), cwd=REPOSITORY, stdout=log, stderr=log)
+        parent = subprocess.Popen(
+            command, env=server_environment(), cwd=REPOSITORY, stdout=log, stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
         wait_until(lambda: len(part_runs()) > len(before) + 3, lambda: (tmp_path / "run.log").read_text())
         parent.send_signal(signal.SIGINT)
         parent.wait(timeout=60)

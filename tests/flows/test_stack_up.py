@@ -148,8 +148,10 @@ def test_workers_run_flows_with_homes_of_their_own(up: Path, tmp_path: Path) -> 
 def test_a_killed_server_comes_back_with_its_data(up: Path, name: str) -> None:
     """MLflow's parent is killed alone: the child that holds the port must not keep the new one from starting."""
     stack, before = the_stack(up), int(table(up)[name][1])
+    children = psutil.Process(before).children(recursive=True)
     psutil.Process(before).kill()
     wait_until(lambda: stack_control.processes(up)[name].pid not in (None, before), stack.log(name))
+    psutil.wait_procs(children, timeout=60)  # until then it is the old one that answers
     stack_control.wait_healthy(stack, name)
     with environment(client_of(stack)):
         assert s3.exists("s3://ota-demo/experts/math/seed1/expert.json")
