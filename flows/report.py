@@ -14,12 +14,13 @@ from prefect.runtime import flow_run
 from ota_core.artifact import ArtifactRef
 from ota_core.inputs import MergeInputs
 from ota_core.model_card import model_card
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe import MergeRecipe, default
 from tasks import stages
 from tasks.scores import ModelScores, negative_transfer, retention, scores_table
 from tasks.settings import Places
 from tasks.stages import Subject
 from tasks.storage import Fetched
+from tasks.study_cells import settings_of, spell
 from tasks.suites import Suite
 from tasks.tracking import ChildRun, InputRef, MergeRun
 from tasks.tracking_params import comparable_params
@@ -49,6 +50,10 @@ def merge_label(recipe: MergeRecipe) -> str:
     if recipe.setting("compression") not in {None, "none"} and recipe.merge_method in {"ota", "fisher"}:
         rank = recipe.setting("rank")
         parts.append(recipe.setting("compression") + (f"={rank}" if rank else ""))
+    settings = settings_of(recipe)
+    for key in ("metric", "power", "masked_merge"):
+        if settings.get(key) not in {None, default(recipe.merge_method, key)}:
+            parts.append(f"{key}={spell(settings[key])}")
     lam = recipe.setting("lambda")
     if lam not in {None, 1.0}:
         parts.append(f"lambda={lam:g}")

@@ -17,7 +17,7 @@ from ota_core.inputs import MergeInputs
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import stages
 from tasks.gate import GateDecision
-from tasks.scores import ModelScores, caption
+from tasks.scores import ModelScores, caption, loss_rows
 from tasks.settings import Places
 from tasks.stages import Subject
 from tasks.tracking import InputRef, MergeRun
@@ -41,6 +41,8 @@ class MergePage(BaseModel):
     scores: tuple[dict[str, str | float | None], ...]
     """As ``MergeRun.table``."""
     scores_note: str
+    losses: tuple[tuple[str, ...], ...] = ()
+    """Header and a row a model, where the suite measures losses."""
     analysis: ArtifactRef | None
 
     def html(self, where: Places, decision: GateDecision | None = None) -> str:
@@ -55,7 +57,7 @@ class MergePage(BaseModel):
             MergeReport(
                 name=self.name, method=self.method, recipe_yaml=self.recipe_yaml, record=record.model_dump(mode="json"),
                 inputs=self.inputs, created=datetime.fromisoformat(record.provenance["produced_at"]), model_uri=self.merged.uri,
-                model_digest=self.digest, scores=self.scores, scores_note=self.scores_note,
+                model_digest=self.digest, scores=self.scores, scores_note=self.scores_note, losses=self.losses,
                 analysis=read_analysis(where, self.analysis) if self.analysis else None,
                 analysis_notes=(*said["notes"], *(f"Left out: {what}" for what in said["left_out"])), gate=decision,
                 links=prefect_links(flow_run.ui_url),
@@ -90,9 +92,12 @@ def page_of(
     analysis: ArtifactRef | None,
 ) -> MergePage:
     """The page of a merge, before any gate."""
+    scores = comparison(dict(found), subjects) if found else None
+    header, rows = loss_rows(scores) if scores is not None else ([], [])
     return MergePage(
         name=run.name, method=run.method, recipe_yaml=run.recipe_yaml, inputs=tuple(run.inputs), merged=merged, digest=run.model_digest,
-        scores=tuple(run.table), scores_note=caption(comparison(dict(found), subjects)) if found else "", analysis=analysis,
+        scores=tuple(run.table), scores_note=caption(scores, losses=False) if scores is not None else "",
+        losses=tuple(map(tuple, [header, *rows])) if rows else (), analysis=analysis,
     )  # fmt: skip
 
 

@@ -42,6 +42,8 @@ class MergeReport(BaseModel):
     """Base, experts, merge, as ``flows/report.rows_of`` gives them; scores in 0…1."""
     scores_note: str = ""
     """What the numbers are, for example ``tasks.scores.caption``."""
+    losses: tuple[tuple[str, ...], ...] = ()
+    """Header and a row a model, as ``tasks.scores.loss_rows`` gives them; empty where the suite measures none."""
     analysis: pd.DataFrame | None = None
     """The tidy table of ``ota analyse``."""
     analysis_notes: tuple[str, ...] = ()
@@ -135,6 +137,10 @@ def _scores(report: MergeReport) -> Iterator[Block]:
     yield table(header, rows, numbers=range(2, 3 + len(capabilities)), strong=strong)
     errors = any(str(key).endswith(STDERR_SUFFIX) for row in report.scores for key in row)
     yield f"{report.scores_note or 'Scores in percent.'}{' ± one standard error.' if errors else ''}"
+    if report.losses:
+        lost, *models = report.losses
+        yield table(list(lost), [list(row) for row in models], numbers=range(1, len(lost)), strong=strong)
+        yield "Loss in bits per byte of held-out text; less is better."
     yield from pictures.values()
 
 

@@ -140,6 +140,7 @@ def render(board: Leaderboard) -> Table:
             words,
             justify="left" if i == 1 else "right",
             overflow="fold",
+            no_wrap=words == "p",
             min_width=_widest(words, *(row[1] for row in rows if i == 1)),
         )
     kinds = list(board.table["kind"])

@@ -213,12 +213,12 @@ def _bits(value: float) -> str:
     return NOT_MEASURED if value != value else f"{value:.3f}"
 
 
-def caption(table: pd.DataFrame) -> str:
-    """What the numbers are, and what the average leaves out."""
+def caption(table: pd.DataFrame, *, losses: bool = True) -> str:
+    """What the numbers are, and what the average leaves out; ``losses``: of the column of losses, too."""
     capabilities: Sequence[str] = table.attrs["capabilities"]
     averaged: Sequence[str] = table.attrs["averaged"]
     text = "Scores and retention (merge / expert on the expert's own capability) in percent."
-    if table.attrs.get("losses"):
+    if losses and table.attrs.get("losses"):
         text += " Loss in bits per byte of held-out text, mean over capabilities; less is better."
     if len(averaged) < len(capabilities):
         left_out = ", ".join(name for name in capabilities if name not in averaged)

@@ -271,6 +271,9 @@ def test_rows_carry_errors_and_gaps() -> None:
         ),
         (["a", "b"], {"parameters": {"compression": "rank1", "density": 1}}, "ota a+b rank1"),
         (["a", "it's `b`"], {"merge_method": "linear"}, "linear a+its b"),
+        (["a", "b"], {"parameters": {"density": 0.4, "metric": "magnitude"}}, "ota a+b rho=0.40 metric=magnitude"),
+        (["a", "b"], {"parameters": {"density": 0.4, "masked_merge": "ties"}}, "ota a+b rho=0.40 masked_merge=ties"),
+        (["a", "b"], {"parameters": {"power": 1.0, "metric": "magnitude"}}, "ota a+b power=1"),
     ],
 )
 def test_names_say_what_is_merged(models: list[str], options: dict[str, Any], name: str) -> None:

@@ -94,6 +94,14 @@ def test_tables_tell_the_numbers(full: str) -> None:
     assert [one.text for one in find(full, "tr", **{"class": "strong"})] == [row for row in rows if row.startswith("ota rho")]
 
 
+def test_losses_stand_below_the_scores_where_the_suite_measures_them() -> None:
+    losses = (("model", "math", "average"), ("base", "2.000", "2.000"), (EVIL, "1.500", "1.500"))
+    html = report_html(report(losses=losses))
+    assert {"modelmathaverage", "base2.0002.000"} <= {one.text for one in find(html, "tr")}
+    assert find(html, "img") == [] and "Loss in bits per byte of held-out text; less is better." in html
+    assert "bits per byte" not in report_html(report())
+
+
 def test_nothing_of_a_name_or_a_recipe_becomes_html() -> None:
     rows = score_rows(merges=(EVIL,))
     rows[1]["model"] = f"{EVIL}2"
