@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tasks.scores import mlflow_metric_name
 from tasks.tracking_run import TAG_FINGERPRINT, LoggedRun
+from tasks.tracking_search import complete_merges
 from tasks.tracking_store import clear_errors, connect, experiment_id, locked, page_url, resolve_store
 from tasks.tracking_write import TAG_ROLE, find_or_create, in_progress, log_values
 
 TAG_STUDY = "study"
 ROLE = "study"
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 
 def study_tag(name: str) -> str:
@@ -42,7 +38,7 @@ def log_study(
             log_values(client, run, params, metrics, {})
             client.log_artifacts(run.info.run_id, str(folder))
             tag = study_tag(name)
-            for one in _merges(client, experiment):
+            for one in complete_merges(client, experiment):
                 label = merges.get(one.data.tags[TAG_FINGERPRINT])
                 if label is None and tag in one.data.tags:
                     client.delete_tag(one.info.run_id, tag)
@@ -52,20 +48,9 @@ def log_study(
     return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)
 
 
-def logged_merges(*, tracking_uri: str | None = None, root: Path | None = None) -> set[str]:
+def loggedcomplete_merges(*, tracking_uri: str | None = None, root: Path | None = None) -> set[str]:
     """Fingerprints of the merges whose runs are complete. Raises StorageError."""
     store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "looking up merges that are logged", "Nothing was changed."), locked(store):
         client = connect(store)
-        return {run.data.tags[TAG_FINGERPRINT] for run in _merges(client, experiment_id(client, store))}
-
-
-def _merges(client: MlflowClient, experiment: str) -> Iterator[Run]:
-    """The complete runs of merges."""
-    token, wanted = None, f"attributes.status = 'FINISHED' AND tags.`{TAG_FINGERPRINT}` LIKE '%'"
-    while True:
-        page = client.search_runs([experiment], filter_string=wanted, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+        return {run.data.tags[TAG_FINGERPRINT] for run in complete_merges(client, experiment_id(client, store))}

@@ -20,6 +20,7 @@ from tasks.tracking_write import PARENT, TAG_ROLE
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _DEFAULT_STORE = Lock()
 
@@ -119,3 +120,14 @@ def _as_default(store: Store) -> Iterator[None]:
             mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: nobody had set one
             os.environ.pop(variable, None)
             os.environ |= {} if environment is None else {variable: environment}
+
+
+def complete_merges(client: MlflowClient, experiment: str) -> Iterator[Run]:
+    """The runs of merges that are logged to their end."""
+    token, wanted = None, f"attributes.status = 'FINISHED' AND tags.`{TAG_FINGERPRINT}` LIKE '%'"
+    while True:
+        page = client.search_runs([experiment], filter_string=wanted, max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
