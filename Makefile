@@ -17,7 +17,7 @@ study: $(READY)
 	mkdir -p $(DEMO)/prefect
 	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study deployments/studies/demo.yaml --demo --write docs/results.md $(ARGS)
 
-# The same on a real language model, SmolLM2-135M: hours on two cores. Rewrites docs/results-real.md.
+# The same on a real language model, SmolLM2-135M: two hours on two cores. Rewrites docs/results-real.md.
 study-real: $(READY)
 	mkdir -p $(DEMO)/prefect
 	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study-real --write docs/results-real.md $(ARGS)

@@ -28,7 +28,7 @@ def study_real(
 ) -> None:
     """Fine-tune SmolLM2-135M on five domains of real text, and compare merging methods on them.
 
-    Fetches the base model and the texts (Debian packages) once. On two cores the experts take half an hour, the study some hours.
+    Fetches the base model and the texts (Debian packages) once. On two cores the experts take half an hour, the study an hour and a half.
     """
     from flows.single import prepare_prefect
     from ota_core.engine import pick_device
