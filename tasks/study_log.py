@@ -48,7 +48,7 @@ def log_study(
     return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)
 
 
-def loggedcomplete_merges(*, tracking_uri: str | None = None, root: Path | None = None) -> set[str]:
+def logged_merges(*, tracking_uri: str | None = None, root: Path | None = None) -> set[str]:
     """Fingerprints of the merges whose runs are complete. Raises StorageError."""
     store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "looking up merges that are logged", "Nothing was changed."), locked(store):
