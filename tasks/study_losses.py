@@ -1,11 +1,12 @@
 """The table of held-out losses of a study, where its suite measures them."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 
 from tasks.scores import ModelScores
-from tasks.study_rows import Row, StudyTable, errors_over, methods_of, numbers, words
+from tasks.study_rows import Row, StudyTable, errors_over, methods_of, model_rows, numbers
 from tasks.study_scores import AVERAGE, StudyResults
 
 RECOVERED = "recovered"
@@ -16,11 +17,7 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
     chosen = methods_of(results)
     if not chosen or not results.lossy:
         return []
-    rows: list[Row] = [{"model": "base", "kind": "base"} | _losses(results, results.models())]
-    rows += [{"model": name, "kind": "expert"} | _losses(results, results.models(expert=name)) for name in results.experts]
-    for cell in chosen:
-        row: Row = {"model": words(cell), "kind": "merge"} | _losses(results, results.models(cell))
-        rows.append(row | numbers(RECOVERED, results.recovered(cell)))
+    rows = model_rows(results, chosen, partial(_losses, results), lambda cell: numbers(RECOVERED, results.recovered(cell)))
     caption = (
         f"{errors_over(results, 'Bits per byte of held-out text, less is better;')} Every model reads the same documents, so that differences are "
         f"more certain than the errors of the numbers. {RECOVERED}: (base − merge) / (base − expert) on the experts' own capabilities, their mean, "

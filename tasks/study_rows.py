@@ -1,13 +1,14 @@
 """What the tables of a study share: a table, its numbers with standard errors, and how rows name a cell."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
 from ota_core.recipe import default
+from tasks.scores import ModelScores
 from tasks.study_cells import Cell, spell
 from tasks.study_scores import Estimate, StudyResults
 
@@ -64,6 +65,15 @@ def words(cell: Cell, skip: Sequence[str] = ()) -> str:
         if key not in {"merge_method", *skip} and (value != usual or fixed):
             found.append(f"{key}={spell(value)}")
     return " ".join(found)
+
+
+def model_rows(
+    results: StudyResults, cells: Sequence[Cell], measure: Callable[[Sequence[ModelScores]], Row], of_merge: Callable[[Cell], Row]
+) -> list[Row]:
+    """A row each for base, experts and these merges: what ``measure`` tells of any model, and ``of_merge`` of a merge besides."""
+    rows: list[Row] = [{"model": "base", "kind": "base"} | measure(results.models())]
+    rows += [{"model": name, "kind": "expert"} | measure(results.models(expert=name)) for name in results.experts]
+    return rows + [{"model": words(cell), "kind": "merge"} | measure(results.models(cell)) | of_merge(cell) for cell in cells]
 
 
 def numbers(name: str, found: Estimate | None) -> Row:

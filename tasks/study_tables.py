@@ -1,13 +1,14 @@
 """The tables of a study, each selected from the grid by what its cells differ in. A table for which the grid has no cells is left out."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from tasks.study_cells import FFG_SETTINGS, Cell, canonical, families, spell
 from tasks.study_losses import losses_table
-from tasks.study_rows import DIFFERENCE, Row, StudyTable, errors_over, is_ffg, methods_of, numbers, on_all, words
+from tasks.study_rows import DIFFERENCE, Row, StudyTable, errors_over, is_ffg, methods_of, model_rows, numbers, on_all, words
 from tasks.study_scores import AVERAGE, BELOW, RETENTION, StudyResults
 
 _NAMES = {"none": "full", "rank1": "rank 1", "log8": "log8"}
@@ -31,9 +32,7 @@ def methods_table(results: StudyResults) -> list[StudyTable]:
     chosen = methods_of(results)
     if not chosen:
         return []
-    rows: list[Row] = [{"model": "base", "kind": "base"} | _scores(results, results.models())]
-    rows += [{"model": name, "kind": "expert"} | _scores(results, results.models(expert=name)) for name in results.experts]
-    rows += [{"model": words(cell), "kind": "merge"} | _merge(results, cell) for cell in chosen]
+    rows = model_rows(results, chosen, partial(_scores, results), partial(_beside_scores, results))
     return [_table(results, "methods", "Methods and capabilities", f"{CHOSEN} {_explained(results)}", rows)]
 
 
@@ -226,8 +225,11 @@ def _scores(results: StudyResults, models: Sequence[Any]) -> Row:
 
 
 def _merge(results: StudyResults, cell: Cell) -> Row:
-    row = _scores(results, results.models(cell)) | numbers(RETENTION, results.retention(cell))
-    return row | {BELOW: results.below_base(cell).mean}
+    return _scores(results, results.models(cell)) | _beside_scores(results, cell)
+
+
+def _beside_scores(results: StudyResults, cell: Cell) -> Row:
+    return numbers(RETENTION, results.retention(cell)) | {BELOW: results.below_base(cell).mean}
 
 
 def _table(
