@@ -50,7 +50,7 @@ def score_model(
         raise CheckpointError(f"{model} holds no config.json; expected the folder of a Hugging Face checkpoint")
     limit = limit or suite.limit
     with _ONE_AT_A_TIME, _code_execution(suite), quiet(progress) as name_task, _temporary_folder() as cache:
-        started = time.monotonic()  # not the wait for others' turns
+        started = time.monotonic()  # not the wait for the others' turns
         loaded = load_tasks(suite, data_dir, cache)
         results = {}
         if loaded:
@@ -58,6 +58,7 @@ def score_model(
             for name, task in loaded.items():
                 name_task(name)
                 results[name] = _evaluate(lm, suite, name, task, limit)
+        seconds = time.monotonic() - started  # before the next may start, or both would count what this thread waits for then
     scores = {name: _capability(suite, name, results) for name in suite.capabilities}
     losses = {name: _loss(suite, entry, results[entry.task]) for name, entry in suite.losses.items()}
     return ModelScores(
@@ -69,7 +70,7 @@ def score_model(
         loss_stderr={name: error for name, (_, error) in losses.items() if error is not None},
         limit=limit,
         lm_eval_version=importlib.metadata.version("lm_eval"),
-        seconds=round(time.monotonic() - started, 3),
+        seconds=round(seconds, 3),
     )
 
 

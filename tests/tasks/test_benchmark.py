@@ -93,7 +93,8 @@ def test_same_scores_every_time_and_through_json(model: Path, tiny: tuple[Path, 
     started = time.monotonic()
     with ThreadPoolExecutor(3) as pool:
         runs = list(pool.map(lambda folder: score_model(folder, again, data_dir=data), [model, other, model]))
-    assert sum(run.seconds for run in runs) <= time.monotonic() - started, "nobody's wait for the others is counted"
+    passed = time.monotonic() - started + 3 * 0.0005  # each is rounded to milliseconds
+    assert sum(run.seconds for run in runs) <= passed, "nobody's wait for the others is counted"
     assert {run.model_dump_json(exclude={"seconds"}) for run in (first, runs[0], runs[2])} == {
         first.model_dump_json(exclude={"seconds"})
     }
