@@ -41,6 +41,7 @@ class SafetensorsMoments:
                 self._steps[name.removesuffix(".step")] = place
             elif not suffixed or name.endswith(SUFFIX):
                 self._v[name.removesuffix(SUFFIX)] = place
+        self._shapes = {name: info.shape for name, (_, info) in self._v.items()}
         _check_names(path, places, suffixed)
         facts = _facts(path, self._files)
         self.beta2 = facts.get("beta2")
@@ -48,7 +49,7 @@ class SafetensorsMoments:
         self._unreleased = 0
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: info.shape for name, (_, info) in self._v.items()}
+        return self._shapes
 
     def step(self, name: str) -> int | None:
         """The tensor's own ``.step`` where the file holds one, otherwise the one of the metadata or of expert.json."""

@@ -38,12 +38,13 @@ class TrainerMoments:
             raise MomentsError(f"{path}: {error}. Save the optimizer's state_dict again") from None
         names = _names(path, groups, v, layout)
         self._v = {names[key]: tensor for key, tensor in v.items()}
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._v.items()}
         self._steps = {names[key]: _raw_step(key, state[key], groups) for key in v}
         self.beta2 = _beta2(path, groups)
         self._unreleased = 0
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._v.items()}
+        return self._shapes
 
     def step(self, name: str) -> int | None:
         value = self._steps[name]
