@@ -9,13 +9,23 @@ from typing import Any
 from ota_core.artifact import RECORD, read_record
 from ota_core.byte_source import SourceOf
 from ota_core.checkpoint import Checkpoint, weight_files
-from ota_core.compression import DEFAULT_RANK, IN_MEMORY, METHODS, compressed_bytes, compression_label, passes
+from ota_core.compression import (
+    DEFAULT_RANK,
+    IN_MEMORY,
+    METHODS,
+    compressed_bytes,
+    compression_label,
+    compression_of,
+    is_compressed,
+    label_of,
+    passes,
+)
 from ota_core.engine import peak_memory_gib
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments, find_moments, moments_files, open_moments
 from ota_core.output import plan_files
-from ota_core.plan import MergePlan, bytes_per_element, compression_of, open_plan, rank_of
+from ota_core.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.safetensors_io import SafetensorsFile
 from ota_core.stream import parse_memory
@@ -105,7 +115,7 @@ def _choices(plan: MergePlan) -> list[str]:
         note = " (chosen)" if method == chosen else ""
         label = compression_label(method, rank)
         lines.append(f"  {label}: {_size(size)}, {size / elements:.4f} bytes per parameter{note}")
-    to_write = [e for e in plan.experts if e.moments is not None and compression_of(e.moments) in {None, "none"}]
+    to_write = [e for e in plan.experts if e.moments is not None and not is_compressed(e.moments)]
     if chosen == "log8" and to_write:
         lines.append("  a merge in one process keeps the log8 form in the output's folder while it runs")
     return lines
@@ -182,7 +192,7 @@ def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
     shapes = [tuple(shape) for shape in moments.shapes().values()]
     apart = _full_masks(plan, expert)
     total = 4 * sum(prod(shape) for shape in shapes) * (scoring + (1 if scored else 0)) if apart else 0
-    if compression_of(moments) in {None, "none"}:
+    if not is_compressed(moments):
         total += sum(passes(shape, method, rank) * 4 * prod(shape) for shape in shapes)
     if method not in IN_MEMORY:
         total += (1 + normalising + (0 if apart else scoring)) * sum(compressed_bytes(shape, method, rank) for shape in shapes)
@@ -196,7 +206,7 @@ def _weight_bytes(view: ModelView) -> int:
 
 def _moments_elements(expert: ExpertView) -> int:
     """Elements of second moments that are not compressed yet."""
-    if expert.moments is None or compression_of(expert.moments) not in {None, "none"}:
+    if expert.moments is None or is_compressed(expert.moments):
         return 0
     return sum(prod(shape) for shape in expert.moments.shapes().values())
 
@@ -338,8 +348,7 @@ def _describe_moments(path: Path, folder: Path, source_of: SourceOf | None = Non
     shapes = moments.shapes()
     steps = sorted({step for name in shapes if (step := moments.step(name)) is not None})
     total = sum(prod(shape) for shape in shapes.values())
-    held = compression_of(moments)
-    how = compression_label(held, rank_of(moments)) if held else "as the trainer left them"
+    how = label_of(moments) if compression_of(moments) else "as the trainer left them"
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
     known = f"β₂ {moments.beta2 if moments.beta2 is not None else 'unknown'}, step {'–'.join(map(str, steps)) or 'unknown'}"
     line = (

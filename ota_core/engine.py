@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
 from ota_core.byte_source import SourceOf
-from ota_core.compression import CompressionReport, compression_label, write_compressed
+from ota_core.compression import CompressionReport, is_compressed, label_of, write_compressed
 from ota_core.errors import OtaError
 from ota_core.found import Found
 from ota_core.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
@@ -25,7 +25,7 @@ from ota_core.moments import open_moments
 from ota_core.moments.match import Layout
 from ota_core.ota_rule import density_report
 from ota_core.output import Shards, check_apart, check_free, copy_companions, new_folder, plan_files, write_weights
-from ota_core.plan import MergePlan, compression_of, open_plan, rank_of
+from ota_core.plan import MergePlan, open_plan
 from ota_core.prepare import block_mask, ffg_scoring, prepare_curvature
 from ota_core.recipe import MergeRecipe
 from ota_core.rules import Rule, rule_of
@@ -262,10 +262,8 @@ def compress_moments(
             progress=progress,
             droppable=[drop] if (drop := getattr(moments, "drop_pages", None)) else [],
         )
-        held = compression_of(moments)
-        if held not in {None, "none"}:
-            how = compression_label(str(held), rank_of(moments))
-            raise OtaError(f"{source} is compressed with {how} already; compress the full second moments instead")
+        if is_compressed(moments):
+            raise OtaError(f"{source} is compressed with {label_of(moments)} already; compress the full second moments instead")
         return write_compressed(moments, out, method=method, rank=rank, stream=stream)
     finally:
         moments.close()

@@ -11,7 +11,7 @@ import torch
 
 from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
-from ota_core.compression import CompressedMoments, compression_label
+from ota_core.compression import compression_label, compression_of, is_compressed, label_of, rank_of
 from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.fused.memory import KINDS
 from ota_core.gpu import BLOCK_ELEMENTS as GPU_BLOCK_ELEMENTS
@@ -254,16 +254,16 @@ def _open_moments(
             problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")
             return
         expert.moments = _open_one(item.moments, item, stack)
-        held = compression_of(expert.moments)
-        if held not in {None, "none"} and (held, rank_of(expert.moments)) != (asked, rank):
+        compressed, held = is_compressed(expert.moments), compression_of(expert.moments)
+        if compressed and (held, rank_of(expert.moments)) != (asked, rank):
             problems.append(
-                f"{item.moments} holds second moments compressed with {compression_label(str(held), rank_of(expert.moments))}; "
+                f"{item.moments} holds second moments compressed with {label_of(expert.moments)}; "
                 f"the recipe asks for compression: {compression_label(asked, rank)}"
             )
         if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
             if item.full_moments is not None:
                 expert.full_moments = _open_one(item.full_moments, item, stack)
-            elif held in {None, "none"}:
+            elif not compressed:
                 expert.full_moments = expert.moments
             else:
                 problems.append(
@@ -280,16 +280,6 @@ def _open_one(path: Path, item: ExpertInput, stack: contextlib.ExitStack) -> Mom
     moments = open_moments(path, layout=item.layout, source_of=item.source_of)
     stack.callback(moments.close)
     return moments
-
-
-def compression_of(moments: Moments) -> str | None:
-    """The compression of opened moments; None for what a trainer left."""
-    return moments.method if isinstance(moments, CompressedMoments) else None
-
-
-def rank_of(moments: Moments) -> int | None:
-    """The rank of opened moments that ``rank_k`` compressed; None for all others."""
-    return moments.rank if isinstance(moments, CompressedMoments) else None
 
 
 def _jobs(

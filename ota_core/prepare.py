@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.compression import CompressedMoments, CompressionReport, compress
+from ota_core.compression import CompressionReport, compress, compression_of
 from ota_core.errors import MomentsError, raise_all
 from ota_core.fused.counts import Candidate, keep_block
 from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE
@@ -54,8 +54,7 @@ def prepare_curvature(plan: MergePlan, whole: WholeFacts | None = None) -> Curva
     for expert in plan.experts:
         assert expert.moments is not None
         method = plan.recipe.setting("compression")
-        held = expert.moments.method if isinstance(expert.moments, CompressedMoments) else "none"
-        if method != held:
+        if method != (compression_of(expert.moments) or "none"):
             expert.moments, facts.reports[expert.name] = compress(
                 expert.moments, method=method, rank=plan.recipe.setting("rank"), stream=plan.stream, scratch=plan.scratch,
                 what=f"compress {expert.name}",

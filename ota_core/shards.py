@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ota_core.blocks import matrix_shape
-from ota_core.compression import CompressedMoments
+from ota_core.compression import compression_of
 from ota_core.engine import Progress, complete_folder, pick_device
 from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.found import Found
@@ -77,10 +77,11 @@ class Job:
 
 def _check_compressed(plan: MergePlan) -> None:
     wanted = plan.recipe.setting("compression") if plan.recipe.merge_method in NEEDS_MOMENTS else None
+    if wanted in {None, "none"}:
+        return
     for expert in plan.experts:
-        if wanted not in {None, "none"} and not (
-            isinstance(expert.moments, CompressedMoments) and expert.moments.method == wanted
-        ):
+        assert expert.moments is not None
+        if compression_of(expert.moments) != wanted:
             raise RecipeError(
                 f"expert '{expert.name}': the recipe says compression: {wanted}, a merge in shards needs its second moments compressed "
                 "before; run `ota compress` on them, or let the flow do it"

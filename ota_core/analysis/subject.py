@@ -10,12 +10,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ota_core.analysis.roles import Place, place_of
-from ota_core.compression import METHODS, compression_label
+from ota_core.compression import METHODS, is_compressed, label_of
 from ota_core.compression.base import Method
 from ota_core.errors import MomentsError, OtaError, raise_all
 from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.moments import find_moments, open_moments
-from ota_core.plan import MergePlan, compression_of, open_plan, rank_of
+from ota_core.plan import MergePlan, open_plan
 from ota_core.prepare import Curvature, prepare_curvature
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.stream import Progress
@@ -187,7 +187,7 @@ def _open_full(plan: MergePlan, expert: ExpertView, item: ExpertInput, stack: Ex
     assert expert.moments is not None
     if expert.full_moments is not None:
         return
-    if compression_of(expert.moments) in {None, "none"}:
+    if not is_compressed(expert.moments):
         expert.full_moments = expert.moments
     elif item.full_moments is not None:
         expert.full_moments = open_moments(item.full_moments, layout=item.layout, source_of=item.source_of)
@@ -220,9 +220,8 @@ def _say_what_is_left_out(subject: Subject, recipe: MergeRecipe) -> None:
         if not subject.full(expert):
             held = expert.moments
             assert held is not None
-            label = compression_label(str(compression_of(held)), rank_of(held))
             subject.notes.append(
-                f"{expert.name}: only second moments compressed with {label} are at hand; its curvature is theirs"
+                f"{expert.name}: only second moments compressed with {label_of(held)} are at hand; its curvature is theirs"
             )
     if subject.facts.averaged:
         names = sorted(subject.facts.averaged)

@@ -8,10 +8,20 @@
 | `rank_k` | (L·M)², √v at rank k                             | 4 · k · (R + C) / RC    | memory        |
 """
 
-from ota_core.compression.base import DEFAULT_RANK, IN_MEMORY, METHODS, CompressedMoments, CompressionReport
+from ota_core.compression.base import (
+    DEFAULT_RANK,
+    IN_MEMORY,
+    METHODS,
+    CompressedMoments,
+    CompressionReport,
+    compression_label,
+    compression_of,
+    is_compressed,
+    label_of,
+    rank_of,
+)
 from ota_core.compression.dispatch import compress, compressed_bytes, passes, write_compressed
 from ota_core.compression.file import StoredMoments, open_compressed, save_compressed, save_full
-from ota_core.compression.header import compression_label
 from ota_core.compression.log8 import Log8Moments
 from ota_core.compression.rank1 import RankOneMoments
 from ota_core.compression.rank_k import RankKMoments
@@ -29,8 +39,12 @@ __all__ = [
     "compress",
     "compressed_bytes",
     "compression_label",
+    "compression_of",
+    "is_compressed",
+    "label_of",
     "open_compressed",
     "passes",
+    "rank_of",
     "save_compressed",
     "save_full",
     "write_compressed",

@@ -106,6 +106,31 @@ class FactoredMoments(CompressedMoments):
         return sum(tensor.nbytes for tensor in self._stored.values())
 
 
+def compression_of(moments: Moments) -> str | None:
+    """The compression of opened moments, ``none`` where v was written as it is; None for what a trainer left."""
+    return moments.method if isinstance(moments, CompressedMoments) else None
+
+
+def rank_of(moments: Moments) -> int | None:
+    """The rank of opened moments that ``rank_k`` compressed; None for all others."""
+    return moments.rank if isinstance(moments, CompressedMoments) else None
+
+
+def is_compressed(moments: Moments) -> bool:
+    """Whether opened moments stand for v in fewer bytes, rather than being v itself."""
+    return compression_of(moments) not in {None, "none"}
+
+
+def compression_label(method: str, rank: int | None) -> str:
+    """A compression as messages name it."""
+    return f"rank_k with rank {DEFAULT_RANK if rank is None else rank}" if method == "rank_k" else method
+
+
+def label_of(moments: Moments) -> str:
+    """The compression of opened moments as messages name it."""
+    return compression_label(compression_of(moments) or "none", rank_of(moments))
+
+
 def steps_of(moments: Moments) -> dict[str, int]:
     """Optimizer steps by parameter, where known."""
     return {name: step for name in moments.shapes() if (step := moments.step(name)) is not None}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ota_core.compression.base import DEFAULT_RANK, METHODS, CompressedMoments, Method
+from ota_core.compression.base import METHODS, CompressedMoments, Method, steps_of
 from ota_core.errors import MomentsError
 
 FORMAT = "moments/1"
@@ -29,9 +29,8 @@ class Header(BaseModel):
     @classmethod
     def of(cls, moments: CompressedMoments) -> "Header":
         """The header of moments that are compressed already."""
-        steps = {name: step for name in moments.shapes() if (step := moments.step(name)) is not None}
         shapes = {name: tuple(shape) for name, shape in moments.shapes().items()}
-        return cls(method=moments.method, rank=moments.rank, shapes=shapes, steps=steps, beta2=moments.beta2)
+        return cls(method=moments.method, rank=moments.rank, shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
 
     def metadata(self) -> dict[str, str]:
         """The header as safetensors metadata, one spelling for one content."""
@@ -53,8 +52,3 @@ def read_header(path: Path, metadata: Mapping[str, str]) -> Header:
         return Header.model_validate({"method": method, **json.loads(metadata["header"])})
     except (KeyError, ValueError, TypeError, ValidationError):
         raise MomentsError(f"{path}: its header is damaged. {_AGAIN}") from None
-
-
-def compression_label(method: str, rank: int | None) -> str:
-    """A compression as messages name it."""
-    return f"rank_k with rank {DEFAULT_RANK if rank is None else rank}" if method == "rank_k" else method
