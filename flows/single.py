@@ -15,7 +15,7 @@ from ota_core.checkpoint import Checkpoint, weight_files
 from ota_core.compression import CompressionReport, open_compressed
 from ota_core.errors import MomentsError, OtaError
 from ota_core.inputs import MergeInputs
-from ota_core.moments import find_moments, moments_files, open_moments
+from ota_core.moments import find_moments, moments_files, none_found, open_moments
 from ota_core.output import check_apart, check_free, new_folder
 from ota_core.recipe import MergeRecipe
 from ota_core.stream import Stream, parse_memory
@@ -77,9 +77,7 @@ def compress_source(
             folder = bring(source, "fetch")
             found = find_moments(folder)
             if found is None:
-                raise MomentsError(
-                    f"{source} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt"
-                )
+                raise MomentsError(none_found(source))
             path = found
             if streams is not None:
                 streams.settle(moments_files(path), partial(progress, "fetch"))

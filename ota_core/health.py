@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.checkpoint import Checkpoint
 from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
-from ota_core.moments import Moments
+from ota_core.moments import Moments, none_found
 from ota_core.plan import checkpoint_problems
 from ota_core.recipe import MergeRecipe
 from ota_core.stream import Stream
@@ -94,10 +94,7 @@ def check_expert(
     problems += _some("second moments are not finite numbers of at least 0", second, _AGAIN)
     problems += _moments_form(expert, moments)
     if moments is None and needs_moments:
-        problems.append(
-            f"{expert.path} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt beside the weights: "
-            "save them with the checkpoint"
-        )
+        problems.append(f"{none_found(expert.path)}: save them with the checkpoint")
     if scan.same_form and not scan.moved:
         problems.append(
             "every weight equals the base's: training changed nothing, and merging it would only dilute the others; was the base uploaded in "

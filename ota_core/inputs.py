@@ -10,7 +10,7 @@ from ota_core.artifact import fingerprint
 from ota_core.byte_source import SourceOf
 from ota_core.checkpoint import read_json
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
-from ota_core.moments import ParameterLayout, find_moments
+from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.match import Layout
 from ota_core.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
 from ota_core.writer import MAX_SHARD_BYTES
@@ -158,10 +158,7 @@ def with_moments(
             f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and here)"
         )
     if path is None:
-        raise MomentsError(
-            f"expert '{expert.name}': {expert.path} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt. "
-            "Name the file with preconditioner_path"
-        )
+        raise MomentsError(f"expert '{expert.name}': {none_found(expert.path)}. Name the file with preconditioner_path")
     return replace(expert, moments=path, layout=partial(layout_of, expert.path) if layout_of else None)
 
 

@@ -17,8 +17,7 @@ from ota_core.artifact import CARD
 from ota_core.checkpoint import Checkpoint, read_json
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
 from ota_core.inputs import expert_facts
-from ota_core.moments import find_moments, open_moments
-from ota_core.moments.find import KNOWN
+from ota_core.moments import find_moments, none_found, open_moments
 from ota_core.moments.safetensors_file import as_beta2, as_step
 from tasks import storage
 from tasks.architecture import parameter_layout
@@ -118,9 +117,7 @@ def _optimizer_facts(folder: Path, needs_moments: bool) -> dict[str, Any]:
             steps = [step for name in moments.shapes() if (step := moments.step(name)) is not None]
             known = {"step": max(steps, default=None), "beta2": moments.beta2}
     elif needs_moments and folder.is_dir():
-        raise MomentsError(
-            f"{folder} holds no second moments; expected {KNOWN}: copy them there, or say that none are wanted (--without-moments)"
-        )
+        raise MomentsError(f"{none_found(folder)}: copy them there, or say that none are wanted (--without-moments)")
     for file, keys in _RECORDS.items():
         record = read_json(folder / file) if (folder / file).is_file() else {}
         known = {fact: record.get(key) for fact, key in keys.items()} | {k: v for k, v in known.items() if v is not None}

@@ -10,7 +10,7 @@ from pathlib import Path
 from ota_core.checkpoint import weight_files
 from ota_core.errors import CheckpointError, MomentsError, OtaError, StorageError, raise_all
 from ota_core.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
-from ota_core.moments import find_moments, moments_files
+from ota_core.moments import find_moments, moments_files, none_found
 from ota_core.plan import checkpoint_problems
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.stream import Progress
@@ -148,10 +148,7 @@ def _with_moments(
     path = _named_moments(named, expert, cache, recipe_dir, streams) if named else find_moments(expert.path)
     if path is None:
         where = expert.source if storage.is_s3(expert.source) else expert.path
-        raise MomentsError(
-            f"expert '{expert.name}': {where} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt "
-            "beside the weights. Name the file with preconditioner_path"
-        )
+        raise MomentsError(f"expert '{expert.name}': {none_found(where)}. Name the file with preconditioner_path")
     if streams is not None:
         streams.settle(moments_files(path))
     inside = path.is_relative_to(expert.path) and path.relative_to(expert.path).as_posix() in fetched.files

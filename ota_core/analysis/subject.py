@@ -14,7 +14,7 @@ from ota_core.compression import METHODS, is_compressed, label_of
 from ota_core.compression.base import Method
 from ota_core.errors import MomentsError, OtaError, raise_all
 from ota_core.inputs import ExpertInput, MergeInputs
-from ota_core.moments import find_moments, open_moments
+from ota_core.moments import find_moments, none_found, open_moments
 from ota_core.plan import MergePlan, open_plan
 from ota_core.prepare import Curvature, prepare_curvature
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
@@ -124,8 +124,7 @@ def with_second_moments(inputs: MergeInputs, options: AnalysisOptions) -> MergeI
     if options.curvature == "require":
         raise_all(
             [
-                f"expert '{e.name}': {e.path} holds no second moments; expected exp_avg_sq.safetensors or the Trainer's optimizer.pt "
-                "beside the weights. Keep them there, or let the analysis do without (curvature: auto)"
+                f"expert '{e.name}': {none_found(e.path)}. Keep them there, or let the analysis do without (curvature: auto)"
                 for e in experts
                 if e.moments is None
             ],

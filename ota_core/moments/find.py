@@ -19,6 +19,11 @@ FORMAT_KEY = "ota_format"  # in the metadata of the files that ota_core.compress
 KNOWN = f"{SINGLE}, {SHARDS} (shards), {', '.join(OPTIMIZERS)}, checkpoint-*/{OPTIMIZERS[0]}"
 
 
+def none_found(where: object) -> str:
+    """The beginning of the message where second moments are missing. where: the folder or address that was looked in."""
+    return f"{where} holds no second moments; expected {KNOWN}"
+
+
 def find_moments(folder: Path) -> Path | None:
     """The second moments in an expert's folder: a file, an index of shards, or the folder itself where shards have no index.
 
@@ -56,7 +61,7 @@ def moments_files(path: Path) -> list[Path]:
     if path.is_dir():
         found = find_moments(path)
         if found is None:
-            raise MomentsError(f"{path} holds no second moments; expected {KNOWN}: save them there or set preconditioner_path")
+            raise MomentsError(f"{none_found(path)}: save them there or set preconditioner_path")
         if found != path:
             return moments_files(found)
         shards = _loose_shards(path)

@@ -204,9 +204,10 @@ def test_no_second_moments_at_all_are_named_beside_the_checkpoints_own_problems(
         assert "3 problems found" in text and f"{cut} is truncated" in text
         for i in (0, 1):
             assert (
-                f"expert 'expert{i}': {world.root / f'expert{i}'} holds no second moments; expected exp_avg_sq.safetensors or"
+                f"expert 'expert{i}': {world.root / f'expert{i}'} holds no second moments; expected exp_avg_sq.safetensors, "
                 in text
             )
+        assert text.count("optimizer.pt, optimizer.bin, checkpoint-*/optimizer.pt. Name the file with preconditioner_path") == 2
 
 
 def test_unknown_keys_methods_and_densities_are_listed_together(world: World) -> None:

@@ -151,7 +151,7 @@ def test_a_handful_of_names_for_many_tensors(tmp_path: Path) -> None:
 def test_second_moments_that_are_missing(tmp_path: Path) -> None:
     assert health(tmp_path / "a", EXPERT.weights, None) == []
     [problem] = health(tmp_path / "a", EXPERT.weights, None, needs_moments=True)
-    assert "holds no second moments; expected exp_avg_sq.safetensors" in problem
+    assert "holds no second moments; expected exp_avg_sq.safetensors, " in problem
     # Of a tensor that training left alone nobody misses them.
     partial = {name: x for name, x in EXPERT.v.items() if name not in {LAST, "model.norm.weight"}}
     still = EXPERT.weights | {LAST: BASE[LAST]}

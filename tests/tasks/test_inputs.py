@@ -63,7 +63,10 @@ def test_without_a_path_the_experts_folder_is_searched(world: World) -> None:
     assert world.moments(method="linear") is None
     (world.expert / "exp_avg_sq.safetensors").rename(world.cwd / "exp_avg_sq.safetensors")
     text = world.refused()
-    assert f"expert 'expert': {world.expert} holds no second moments" in text and "Name the file with preconditioner_path" in text
+    assert (
+        f"expert 'expert': {world.expert} holds no second moments; expected exp_avg_sq.safetensors, " in text
+        and "Name the file with preconditioner_path" in text
+    )
     assert world.moments("exp_avg_sq.safetensors") == world.cwd / "exp_avg_sq.safetensors"
 
 
