@@ -27,7 +27,7 @@ from ota_core.moments import Moments, find_moments, moments_files, open_moments
 from ota_core.output import plan_files
 from ota_core.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
-from ota_core.safetensors_io import SafetensorsFile
+from ota_core.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.stream import parse_memory
 from ota_core.views import ExpertView, ModelView
 from tasks.architecture import parameter_layout
@@ -267,7 +267,7 @@ def describe_path(path: Path) -> list[str]:
 def _format(path: Path) -> str:
     """The format that this project gave a safetensors file; empty for others'."""
     with SafetensorsFile(path) as file:
-        return file.metadata.get("ota_format", "")
+        return file.metadata.get(FORMAT_KEY, "")
 
 
 def _has_weights(folder: Path) -> bool:

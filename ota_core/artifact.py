@@ -35,6 +35,8 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
 RECORD = "record.json"
 CARD = "README.md"
 """The model card of a checkpoint."""
+EXPERT_JSON = "expert.json"
+"""The manifest that makes a folder or a prefix an expert."""
 
 Kind = Literal["checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks", "analysis"]
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import fingerprint
+from ota_core.artifact import EXPERT_JSON, fingerprint
 from ota_core.byte_source import SourceOf
 from ota_core.checkpoint import read_json
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
@@ -110,7 +110,7 @@ def find_model(source: str, recipe_dir: Path | None) -> Path:
 
 def expert_facts(folder: Path) -> dict[str, Any]:
     """The content of ``expert.json``, or nothing where there is none."""
-    return read_json(folder / "expert.json") if (folder / "expert.json").exists() else {}
+    return read_json(folder / EXPERT_JSON) if (folder / EXPERT_JSON).exists() else {}
 
 
 def optimizer_facts(folder: Path) -> dict[str, Any]:

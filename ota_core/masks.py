@@ -16,7 +16,7 @@ import torch
 from ota_core.blocks import matrix_shape
 from ota_core.byte_source import SourceOf
 from ota_core.errors import ArtifactError
-from ota_core.safetensors_io import SafetensorsFile
+from ota_core.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.writer import SafetensorsWriter, TensorSpec
 
 FORMAT = "masks/1"
@@ -43,7 +43,7 @@ class MaskWriter:
         facts = {**header, "shapes": {name: list(shape) for name, shape in sorted(shapes.items())}}
         specs = [TensorSpec(name, ((math.prod(shape) + 7) // 8,), torch.uint8) for name, shape in sorted(shapes.items())]
         self._cols = {name: matrix_shape(shape)[1] for name, shape in shapes.items()}
-        self._writer = SafetensorsWriter(path, specs, {"ota_format": FORMAT, "header": json.dumps(facts, sort_keys=True)})
+        self._writer = SafetensorsWriter(path, specs, {FORMAT_KEY: FORMAT, "header": json.dumps(facts, sort_keys=True)})
 
     def write(self, name: str, start: int, mask: torch.Tensor) -> None:
         """Mask of the rows from ``start`` on. mask: bool (n, C)."""
@@ -66,9 +66,9 @@ class MaskFile:
     def __init__(self, path: Path, source_of: SourceOf | None = None) -> None:
         self.path = path
         self._file = SafetensorsFile(path, source_of(path) if source_of else None)
-        if self._file.metadata.get("ota_format") != FORMAT:
+        if self._file.metadata.get(FORMAT_KEY) != FORMAT:
             raise ArtifactError(
-                f"{path}: format {self._file.metadata.get('ota_format')!r}, expected {FORMAT}; make the masks again with this version"
+                f"{path}: format {self._file.metadata.get(FORMAT_KEY)!r}, expected {FORMAT}; make the masks again with this version"
             )
         self.header: dict[str, Any] = json.loads(self._file.metadata["header"])
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in self.header.pop("shapes").items()}

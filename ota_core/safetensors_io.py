@@ -19,6 +19,8 @@ from ota_core.blocks import matrix_shape
 from ota_core.byte_source import ByteSource, MappedFile, numbers
 from ota_core.errors import CheckpointError, raise_all
 
+FORMAT_KEY = "ota_format"
+"""In the metadata of the files that this project writes: which format of its own one has."""
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -31,7 +31,7 @@ from ota_core.plan import MergePlan, open_plan
 from ota_core.prepare import WholeFacts, ffg_group, ffg_scoring, masked_here, mean_of, taus_of, weight_sums
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.rules import rule_of
-from ota_core.safetensors_io import SafetensorsFile
+from ota_core.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.stream import parse_memory
 from ota_core.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off
 from ota_core.views import ExpertView
@@ -135,7 +135,7 @@ class Survey:
         tensors = {} if self.high is None else {"high": self.high}
         if self.brackets is not None:
             tensors |= {"bins": self.brackets.bins, "above": self.brackets.above, "inside": self.brackets.inside}
-        metadata = {"ota_format": FORMAT, "experts": ",".join(map(str, self.experts))}
+        metadata = {FORMAT_KEY: FORMAT, "experts": ",".join(map(str, self.experts))}
         metadata |= {f"sum {m} {name}": value.hex() for m, sums in self.sums.items() for name, value in sums.items()}
         writer = SafetensorsWriter(path, [TensorSpec(n, t.shape, torch.int64) for n, t in tensors.items()], metadata)
         for name, counts in tensors.items():
@@ -146,9 +146,9 @@ class Survey:
     def load(path: Path) -> "Survey":
         """Read what ``save`` wrote. Raises ArtifactError for another format."""
         with SafetensorsFile(path) as file:
-            if file.metadata.get("ota_format") != FORMAT:
+            if file.metadata.get(FORMAT_KEY) != FORMAT:
                 raise ArtifactError(
-                    f"{path}: format {file.metadata.get('ota_format')!r}, expected {FORMAT}; survey the shard again"
+                    f"{path}: format {file.metadata.get(FORMAT_KEY)!r}, expected {FORMAT}; survey the shard again"
                 )
             held = {
                 name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone().numpy()

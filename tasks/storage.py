@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.artifact import CARD, write_text_atomic
+from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from tasks import s3
 from tasks.s3 import S3Object, delete_prefix, exists, head, is_s3, join, list_objects, read_bytes, touch, write_bytes
@@ -16,7 +16,6 @@ from tasks.storage_cache import FileInfo, combined_digest, digest_file, digest_f
 from tasks.storage_download import OBJECTS_AT_ONCE, PART_SIZE, Progress, Ticker, download
 from tasks.storage_layout import (
     BESIDE,
-    EXPERT_JSON,
     MODEL_FILES,
     NOT_MODEL_FILES,
     folder_model_files,

@@ -9,11 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import CARD, write_text_atomic
+from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from tasks.storage_cache import CHUNK, HASH_THREADS
 
-EXPERT_JSON = "expert.json"
 BESIDE = (EXPERT_JSON, CARD)
 """Files that are brought with a checkpoint, and are no part of it: they say what it is, and enter no digest."""
 

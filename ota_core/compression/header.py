@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ota_core.compression.base import METHODS, CompressedMoments, Method, steps_of
 from ota_core.errors import MomentsError
+from ota_core.safetensors_io import FORMAT_KEY
 
 FORMAT = "moments/1"
 _AGAIN = "Compress the second moments again with this version"
@@ -37,12 +38,12 @@ class Header(BaseModel):
         facts: dict[str, Any] = {"shapes": {n: list(s) for n, s in self.shapes.items()}, "steps": self.steps, "beta2": self.beta2}
         if self.rank is not None:
             facts["rank"] = self.rank
-        return {"ota_format": FORMAT, "method": self.method, "header": json.dumps(facts, sort_keys=True)}
+        return {FORMAT_KEY: FORMAT, "method": self.method, "header": json.dumps(facts, sort_keys=True)}
 
 
 def read_header(path: Path, metadata: Mapping[str, str]) -> Header:
     """Raises MomentsError when the format or the method is not known here, or the header is damaged."""
-    found, method = metadata.get("ota_format"), metadata.get("method")
+    found, method = metadata.get(FORMAT_KEY), metadata.get("method")
     if found != FORMAT or method not in METHODS:
         raise MomentsError(
             f"{path}: format {found!r}, method {method!r}; this version reads {FORMAT} with method {', '.join(METHODS[:-1])} or "

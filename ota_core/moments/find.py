@@ -8,14 +8,13 @@ from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
 from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
 from ota_core.moments.trainer import TrainerMoments
-from ota_core.safetensors_io import MAX_HEADER
+from ota_core.safetensors_io import FORMAT_KEY, MAX_HEADER
 from ota_core.torch_file import ZIP
 
 SINGLE = "exp_avg_sq.safetensors"
 SHARDS = "exp_avg_sq*.safetensors"
 INDEXES = "exp_avg_sq*.index.json"
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # the Trainer's names, the second under FSDP
-FORMAT_KEY = "ota_format"  # in the metadata of the files that ota_core.compression writes
 KNOWN = f"{SINGLE}, {SHARDS} (shards), {', '.join(OPTIMIZERS)}, checkpoint-*/{OPTIMIZERS[0]}"
 
 

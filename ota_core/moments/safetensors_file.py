@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ota_core.artifact import EXPERT_JSON
 from ota_core.byte_source import SourceOf
 from ota_core.errors import CheckpointError, MomentsError, raise_all
 from ota_core.moments.check import checked
@@ -16,7 +17,6 @@ from ota_core.safetensors_io import SafetensorsFile, TensorInfo
 SUFFIX = ".exp_avg_sq"
 # What a dump of an optimizer's state may hold beside v under suffixed names.
 OTHER_STATE = (".exp_avg", ".max_exp_avg_sq", ".step")
-EXPERT_FILE = "expert.json"
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 # Pages read are returned to the kernel whenever this many bytes came in, so that resident memory does not follow the file.
 DROP_BYTES = 64 << 20
@@ -168,8 +168,8 @@ def _facts(path: Path, files: Sequence[SafetensorsFile]) -> dict[str, Any]:
     readers = {"beta2": as_beta2, "step": as_step}
     sources: list[tuple[Path, Mapping[str, Any]]] = [(file.path, file.metadata) for file in files]
     folder = path if path.is_dir() else path.parent
-    if (folder / EXPERT_FILE).is_file():
-        sources.append((folder / EXPERT_FILE, _json_object(folder / EXPERT_FILE)))
+    if (folder / EXPERT_JSON).is_file():
+        sources.append((folder / EXPERT_JSON, _json_object(folder / EXPERT_JSON)))
     facts: dict[str, Any] = {}
     origin: dict[str, Path] = {}
     for source, values in sources:
