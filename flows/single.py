@@ -18,7 +18,7 @@ from ota_core.inputs import MergeInputs
 from ota_core.moments import find_moments, moments_files, none_found, open_moments
 from ota_core.output import check_apart, check_free, new_folder
 from ota_core.recipe import MergeRecipe
-from ota_core.stream import Stream, parse_memory
+from ota_core.stream import Progress, Stream, parse_memory
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.settings import Device, Places, places
@@ -46,7 +46,7 @@ def compress_source(
     memory: str,
     overwrite: bool,
     home: Path | None,
-    progress: engine.Progress,
+    progress: Progress,
     fetch: bool = False,
     base: str | None = None,
     density: float = 0.4,
@@ -124,7 +124,7 @@ def compress_source(
 
 
 def mask_recipe(
-    recipe: MergeRecipe, inputs: MergeInputs, out: Path, *, device: str, memory: str, overwrite: bool, progress: engine.Progress
+    recipe: MergeRecipe, inputs: MergeInputs, out: Path, *, device: str, memory: str, overwrite: bool, progress: Progress
 ) -> dict[str, Any]:
     """Masks of every expert in the folder ``out``, with their densities in ``densities.json``."""
     check_apart(out, inputs)

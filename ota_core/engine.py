@@ -6,7 +6,6 @@ merge: recipe and inputs → a complete Hugging Face folder. mask: recipe and in
 import platform
 import resource
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,9 @@ from ota_core.plan import MergePlan, open_plan
 from ota_core.prepare import block_mask, ffg_scoring, prepare_curvature
 from ota_core.recipe import MergeRecipe
 from ota_core.rules import Rule, rule_of
-from ota_core.stream import Stream, parse_memory
+from ota_core.stream import Progress, Stream, parse_memory
 from ota_core.views import Block, ExpertView, block_elements
 from ota_core.writer import MAX_SHARD_BYTES, write_index
-
-Progress = Callable[[str, int, int], None]
 
 
 class MergeReport(BaseModel):

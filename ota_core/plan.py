@@ -1,7 +1,7 @@
 """Opens everything a merge reads and checks that it fits together, before a byte is written. All problems are reported at once."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.masks import MaskFile
 from ota_core.moments import Moments, open_moments
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
-from ota_core.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Stream
+from ota_core.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Progress, Stream
 from ota_core.views import Block, ExpertView, ModelView, TensorJob, bias_factor
 from ota_core.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
 
@@ -122,7 +122,7 @@ def open_plan(
     memory: int = 2 * 2**30,
     block_elements: int | None = None,
     threads: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     with_moments: bool = True,
     need_moments: bool = True,
 ) -> Iterator[MergePlan]:

@@ -22,7 +22,7 @@ import torch
 
 from ota_core.blocks import matrix_shape
 from ota_core.compression import compression_of
-from ota_core.engine import Progress, complete_folder, pick_device
+from ota_core.engine import complete_folder, pick_device
 from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.found import Found
 from ota_core.inputs import MergeInputs
@@ -32,7 +32,7 @@ from ota_core.prepare import WholeFacts, ffg_group, ffg_scoring, masked_here, me
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.rules import rule_of
 from ota_core.safetensors_io import FORMAT_KEY, SafetensorsFile
-from ota_core.stream import parse_memory
+from ota_core.stream import Progress, parse_memory
 from ota_core.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off
 from ota_core.views import ExpertView
 from ota_core.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec

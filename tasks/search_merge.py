@@ -8,10 +8,11 @@ from typing import Self
 from ota_core import engine
 from ota_core.inputs import MergeInputs
 from ota_core.recipe import MergeRecipe
+from ota_core.stream import Progress
 from tasks import stages
 from tasks.scores import ModelScores
 from tasks.settings import Places
-from tasks.stages import Progress, Subject
+from tasks.stages import Subject
 from tasks.storage import digest_folder
 from tasks.suites import Suite
 

@@ -3,7 +3,6 @@
 They know nothing of Prefect; ``flows/merge.py`` wraps them as tasks. An artifact that is there is never computed again.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_
 from ota_core.output import plan_files
 from ota_core.plan import open_plan
 from ota_core.recipe import MergeRecipe
+from ota_core.stream import Progress
 from ota_core.writer import MAX_SHARD_BYTES
 from tasks import storage
 from tasks.artifacts import ArtifactStore, BuildResult
@@ -30,7 +30,6 @@ from tasks.streaming import Streams
 from tasks.suites import Suite, SuiteError
 from tasks.suites import digest_folder as data_digest
 
-Progress = Callable[[str, int, int], None]
 SCORES_FILE = "scores.json"
 
 
