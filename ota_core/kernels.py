@@ -55,20 +55,13 @@ def _bits(scores: torch.Tensor) -> NDArray[np.uint32]:
 
 
 def count_high(scores: torch.Tensor, counts: torch.Tensor) -> None:
-    """Add the upper 16 bits of every score to a histogram. scores: float32, ≥ 0, any shape; counts: int64 (65536,)."""
-    if scores.is_cuda:
-        counts += torch.bincount(scores.reshape(-1).view(torch.int32) >> 16, minlength=65536).cpu()
-    else:
-        _count_high(_bits(scores), counts.numpy())
+    """Add the upper 16 bits of every score to a histogram. scores: float32, ≥ 0, any shape, on the CPU; counts: int64 (65536,)."""
+    _count_high(_bits(scores), counts.numpy())
 
 
 def count_low(scores: torch.Tensor, high: int, counts: torch.Tensor) -> None:
     """Like ``count_high`` for the lower 16 bits of the scores whose upper bits are ``high``."""
-    if scores.is_cuda:
-        bits = scores.reshape(-1).view(torch.int32)
-        counts += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=65536).cpu()
-    else:
-        _count_low(_bits(scores), high, counts.numpy())
+    _count_low(_bits(scores), high, counts.numpy())
 
 
 def row_sums(matrix: torch.Tensor) -> torch.Tensor:
