@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
@@ -115,7 +115,7 @@ class Stream:
             try:
                 submit(4 * self.threads)
                 while futures:
-                    finished, _ = wait(futures, return_when="FIRST_COMPLETED")
+                    finished, _ = wait(futures, return_when=FIRST_COMPLETED)
                     for future in finished:
                         index = futures.pop(future)
                         results[index] = future.result()

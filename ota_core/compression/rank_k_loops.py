@@ -65,14 +65,14 @@ def decode_rows(left: F32, right: F32, first: int, height: int, out: F32) -> Non
 @_compile
 def squared_error(v: F32, left: F32, right: F32) -> float:
     """Pass 3: Σ(√v − √ṽ)² of rows of one matrix. v: (n, C); left: (n, k); right: (k, C)."""
-    approximate, squares, lanes = np.empty(v.shape[1], np.float32), np.empty(v.shape[1], np.float32), np.empty(16, np.float64)
+    approximate, differences = np.empty(v.shape[1], np.float32), np.empty(v.shape[1], np.float32)
+    lanes = np.empty(16, np.float64)
     total = 0.0
     for i in range(v.shape[0]):
         _root_row(left[i], right, approximate)
         for j in range(v.shape[1]):
-            difference = np.sqrt(v[i, j]) - abs(approximate[j])
-            squares[j] = difference
-        total += _squared_sum(squares, lanes)
+            differences[j] = np.sqrt(v[i, j]) - abs(approximate[j])
+        total += _squared_sum(differences, lanes)
     return total
 
 

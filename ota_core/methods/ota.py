@@ -33,8 +33,9 @@ def ota(
     """θ = θ₀ + λ · (Σ mask·p·Δ) / P with P = Σ mask·p (``kept``) or Σ p (``all``), and θ = θ₀ where P = 0.
 
     weights: M tensors p_m ≥ 0, float64 (r, C). Without a base, θ = Σ p·θ_m / Σ p, and the plain mean where Σ p = 0; no mask is allowed then.
-    Computed as (1 − λ)·θ₀ + λ·t, where t is the p-weighted mean of the experts, in which under ``all`` a masked expert votes for θ₀. That is
-    the same number, and keeps a lone expert bit for bit at λ = 1. Whether an element is kept is read from the masks, never from P.
+    Computed as θ₀ + λ·(t − θ₀), at λ = 1 as t itself, where t is the p-weighted mean of the experts, in which under ``all`` a masked expert
+    votes for θ₀. That is the same number, and keeps a lone expert bit for bit at λ = 1. Whether an element is kept is read from the masks,
+    never from P.
     """
     numerator = torch.zeros_like(thetas[0])
     total = torch.zeros_like(thetas[0])
