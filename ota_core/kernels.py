@@ -4,6 +4,8 @@ Compiled once by numba and cached on disk. Every result is the same for every cu
 row in a fixed order.
 """
 
+from typing import Any
+
 import numba
 import numpy as np
 import torch
@@ -26,22 +28,29 @@ def _count_low(bits: NDArray[np.uint32], high: int, counts: NDArray[np.int64]) -
 
 
 @_compile
-def _row_sums(matrix: NDArray[np.float64], sums: NDArray[np.float64]) -> None:
-    rows, cols = matrix.shape
-    lanes = np.empty(16, np.float64)
-    for i in range(rows):
-        # Sixteen running sums let the processor add in parallel, in an order that only the row's length decides.
-        lanes[:] = 0.0
-        whole = cols - cols % 16
-        for j in range(0, whole, 16):
-            for lane in range(16):
-                lanes[lane] += matrix[i, j + lane]
-        total = 0.0
+def row_sum(row: NDArray[np.floating[Any]], lanes: NDArray[np.float64]) -> float:
+    """Σ of one row, in float64; ``lanes``: float64 (16,), overwritten. A part of other compiled loops.
+
+    Sixteen running sums let the processor add in parallel, in an order that only the row's length decides.
+    """
+    whole = row.shape[0] - row.shape[0] % 16
+    lanes[:] = 0.0
+    for j in range(0, whole, 16):
         for lane in range(16):
-            total += lanes[lane]
-        for j in range(whole, cols):
-            total += matrix[i, j]
-        sums[i] = total
+            lanes[lane] += np.float64(row[j + lane])
+    total = 0.0
+    for lane in range(16):
+        total += lanes[lane]
+    for j in range(whole, row.shape[0]):
+        total += np.float64(row[j])
+    return total
+
+
+@_compile
+def _row_sums(matrix: NDArray[np.float64], sums: NDArray[np.float64]) -> None:
+    lanes = np.empty(16, np.float64)
+    for i in range(matrix.shape[0]):
+        sums[i] = row_sum(matrix[i], lanes)
 
 
 @_compile

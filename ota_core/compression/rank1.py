@@ -21,28 +21,13 @@ from ota_core.blocks import matrix_shape, row_blocks
 from ota_core.compression.base import CompressionReport, FactoredMoments, Method, steps_of
 from ota_core.compression.cuts import CHUNK, InOrder, matrices, refuse
 from ota_core.errors import MomentsError
+from ota_core.kernels import row_sum
 from ota_core.moments.base import Moments
 from ota_core.stream import Stream
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 ROW, COL = "#row", "#col"
-
-
-@numba.njit(cache=True, nogil=True, error_model="numpy")
-def row_sum(row: F32, lanes: F64) -> float:
-    """Σ of one row. Sixteen running sums let the processor add in parallel, in an order that only the row's length decides."""
-    whole = row.shape[0] - row.shape[0] % 16
-    lanes[:] = 0.0
-    for j in range(0, whole, 16):
-        for lane in range(16):
-            lanes[lane] += np.float64(row[j + lane])
-    total = 0.0
-    for lane in range(16):
-        total += lanes[lane]
-    for j in range(whole, row.shape[0]):
-        total += np.float64(row[j])
-    return total
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

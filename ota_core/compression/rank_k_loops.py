@@ -4,8 +4,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from ota_core.compression.rank1 import row_sum
 from ota_core.compression.subspace import add_scaled, dot, mix
+from ota_core.kernels import row_sum
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
