@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import altair as alt
 
+from ota_core.analysis import Row
 from ota_core.errors import OtaError
 from tasks.pictures.grids import Shade, grids, layer_axis, layer_count, place
 from tasks.pictures.page import Picture
@@ -18,7 +19,6 @@ from tasks.pictures.style import CATEGORIES, PANEL, SHAPES
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("analysis", "expert", "other", "layer", "role", "variant", "measure", "at", "value", "unit", "elements")
 COMPRESSIONS = ("none", "log8", "rank_k", "rank1")
 """From the most bytes to the fewest."""
 _LOSSES = {
@@ -38,7 +38,7 @@ def pictures_of(table: pd.DataFrame) -> dict[str, Picture]:
 
     Raises OtaError where a column is missing.
     """
-    missing = [column for column in COLUMNS if column not in table]
+    missing = [column for column in Row._fields if column not in table]
     if missing:
         raise OtaError(
             f"the table of the analysis lacks the columns {missing}; it has {list(table.columns)}; make it with: ota analyse"

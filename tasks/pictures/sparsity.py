@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import altair as alt
 
+from ota_core.analysis import BINS
 from tasks.pictures.grids import BEFORE, BEHIND, IN_BLOCK
 from tasks.pictures.page import Picture
 from tasks.pictures.style import PANEL, VARIANT_COLOURS, VARIANT_NAMES
@@ -14,8 +15,8 @@ from tasks.pictures.style import PANEL, VARIANT_COLOURS, VARIANT_NAMES
 if TYPE_CHECKING:
     import pandas as pd
 
-BIN = 0.05
-"""Width of a bin: 20 of them from 0 to 1."""
+BIN = 1 / BINS
+"""Width of a bin."""
 _ALL = "all"
 _PANEL = 195
 """Four in a row: rows and columns of two experts."""
