@@ -25,12 +25,11 @@ from tasks.storage_layout import (
     parse_expert_json,
     sha256_file,
 )
-from tasks.storage_layout import write_expert_json as write_expert_json
 
 __all__ = [
     "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
     "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "touch", "upload_folder",
-    "write_bytes", "write_expert_json",
+    "write_bytes",
 ]  # fmt: skip
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")

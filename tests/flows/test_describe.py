@@ -26,7 +26,8 @@ from ota_core.plan import open_plan
 from ota_core.recipe import MergeRecipe
 from ota_core.safetensors_io import SafetensorsFile
 from tasks import s3, storage_cache
-from tasks.storage import upload_folder, write_expert_json
+from tasks.storage import upload_folder
+from tasks.storage_layout import write_expert_json
 from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
 from tests.ota_core.test_output import add_moments, llama_experts
 from tests.s3_fixture import S3Test

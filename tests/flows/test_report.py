@@ -20,8 +20,7 @@ from safetensors import safe_open
 from flows.report import compare, git_commit, merge_name, rows_of, score_metrics
 from ota_core.artifact import read_record
 from ota_core.recipe import MergeRecipe, load_recipe
-from tasks.benchmark import ModelScores
-from tasks.scores import CapabilityScore, to_markdown
+from tasks.scores import CapabilityScore, ModelScores, to_markdown
 from tasks.stages import Subject
 from tasks.suites import digest_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World

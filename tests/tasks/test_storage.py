@@ -15,7 +15,8 @@ import pytest
 
 from ota_core.errors import StorageError
 from tasks import s3, storage, storage_cache
-from tasks.storage import Fetched, fetch, upload_folder, write_expert_json
+from tasks.storage import Fetched, fetch, upload_folder
+from tasks.storage_layout import write_expert_json
 from tests.s3_fixture import S3Test
 
 ROOT = Path(__file__).parents[2]
