@@ -1,6 +1,6 @@
 """The cells of a study's grid: subsets of the experts, what makes two cells equal in effect, and families of cells that differ in one thing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -8,7 +8,7 @@ from typing import Any
 
 from ota_core.artifact import canonical_json
 from ota_core.inputs import expert_name, unique_names
-from ota_core.recipe import MergeRecipe, ModelEntry
+from ota_core.recipe import MergeRecipe, ModelEntry, default
 
 KEYWORDS = ("all", "each", "pairs", "leave_one_out")
 FFG_SETTINGS = ("density", "precond_threshold", "metric", "scope", "mask_curvature")
@@ -60,6 +60,12 @@ def settings_of(recipe: MergeRecipe) -> dict[str, Any]:
             found.pop(key, None)
         found["density"] = 1.0
     return {key: value for key, value in found.items() if value is not None}
+
+
+def unusual(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings that ``settings_of`` gives those that are not the method's defaults: what tells this merge from a plain one."""
+    usual = {key: default(method, key) for key in settings} | {"merge_method": method, "density": 1.0}
+    return {key: value for key, value in settings.items() if value != usual[key]}
 
 
 def canonical(cell: Cell, *, without: Iterable[str] = (), experts: bool = True) -> str:
