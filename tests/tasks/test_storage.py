@@ -252,6 +252,9 @@ def test_hugging_face_id(tmp_path: Path) -> None:
     assert "RepositoryNotFoundError" in fetched("org/other")
     hub.shutdown()
     hub.server_close()
+    refs = tmp_path / "hf" / "hub" / "models--org--name" / "refs"
+    refs.mkdir(exist_ok=True)
+    (refs / "v1").write_text(FakeHub.commit)  # as a tool leaves it that asks for the tag
     offline = run("org/name@v1")
     assert Fetched.model_validate_json(offline.stdout) == first, "without a network, from the cache"
     assert re.search(
