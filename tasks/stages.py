@@ -27,8 +27,7 @@ from tasks.settings import Places
 from tasks.sources import MASK_FILE, MOMENTS_FILE
 from tasks.storage import Fetched, digest_folder, download_folder, is_s3
 from tasks.streaming import Streams
-from tasks.suites import Suite, SuiteError, load_suite, score_identity
-from tasks.suites import digest_folder as data_digest
+from tasks.suites import Suite, SuiteError, digest_data, load_suite, score_identity
 
 Progress = Callable[[str, int, int], None]
 SCORES_FILE = "scores.json"
@@ -232,12 +231,12 @@ def check_suite(suite: Suite, data_dir: Path | None, limit: int | None) -> None:
     """Raises SuiteError for what would stop the benchmark only after the merge: a limit below one, data that are missing."""
     if limit is not None and limit < 1:
         raise SuiteError(f"limit is {limit}; expected at least one document per task, or no limit")
-    score_identity("", suite, data_digest(data_dir) if data_dir else None, limit=limit)
+    score_identity("", suite, digest_data(data_dir) if data_dir else None, limit=limit)
 
 
 def score_step(subject: Subject, suite: Suite, data_dir: Path | None, limit: int | None) -> Step:
     """Scores of one model on one suite."""
-    config, inputs = score_identity(subject.digest, suite, data_digest(data_dir) if data_dir else None, limit=limit)
+    config, inputs = score_identity(subject.digest, suite, digest_data(data_dir) if data_dir else None, limit=limit)
     return Step.of("scores", config, inputs)
 
 

@@ -7,7 +7,6 @@ from itertools import combinations
 from typing import Any
 
 from ota_core.artifact import canonical_json
-from ota_core.inputs import expert_name, unique_names
 from ota_core.recipe import MergeRecipe, ModelEntry, default
 
 KEYWORDS = ("all", "each", "pairs", "leave_one_out")
@@ -96,11 +95,6 @@ def families(cells: Sequence[Cell], vary: Iterable[str]) -> list[list[Cell]]:
     for cell in (one for one in cells if not one.tune):
         groups.setdefault(canonical(cell, without=vary), []).append(cell)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def expert_names(models: Sequence[ModelEntry]) -> list[str]:
-    """The experts' names as far as the study tells them: name, else capability, else the last part of the address."""
-    return unique_names([expert_name(model.model, model.capability, model.name) for model in models])
 
 
 def as_subsets(raw: Any) -> Any:

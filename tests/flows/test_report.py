@@ -22,7 +22,7 @@ from ota_core.artifact import read_record
 from ota_core.recipe import MergeRecipe, load_recipe
 from tasks.scores import CapabilityScore, ModelScores, to_markdown
 from tasks.stages import Subject
-from tasks.suites import digest_folder
+from tasks.suites import digest_data
 from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World
 
 NAME = "ota math+knowledge rho=0.40 rank1"
@@ -151,7 +151,7 @@ def test_children_lineage_and_version(logged: FlowRun, parent: Run, client: Mlfl
     models = {"base": f"{world.uri}/models/base"} | {name: f"{world.uri}/experts/{name}/{RUN}" for name in EXPERTS}
     data = next(one.dataset for one in parent.inputs.dataset_inputs if one.tags[0].value == "data")
     assert inputs == models | {"suite tiny": str(world.data)}
-    assert json.loads(data.source)["digest"] == digest_folder(world.data) == parent.data.tags["data_digest"]
+    assert json.loads(data.source)["digest"] == digest_data(world.data) == parent.data.tags["data_digest"]
     read = [client.get_logged_model(one.model_id) for one in parent.inputs.model_inputs]
     assert {one.name: one.tags["source_uri"] for one in read} == models
     (made,) = (client.get_logged_model(one.model_id) for one in parent.outputs.model_outputs)
