@@ -87,7 +87,7 @@ def merge(
 @app.command()
 def plan(recipe: Recipe, memory: Memory = "2GiB", home: Home = None) -> None:
     """Say what a merge of RECIPE would read and write, its peak memory, and the problems found. Touches no weights."""
-    from flows.describe import describe_plan
+    from flows.describe_plan import describe_plan
     from ota_core.recipe import load_recipe
 
     with user_errors():

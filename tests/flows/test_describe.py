@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.describe import bytes_read
+from flows.describe_plan import bytes_read
 from ota_core import engine
 from ota_core.inputs import resolve_local
 from ota_core.moments.trainer import TrainerMoments
