@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from flows.describe import bytes_read, mask_bytes_read
+from flows.describe_plan import bytes_read, mask_bytes_read
 from ota_core.artifact import write_text_atomic
 from ota_core.compression import passes
 from ota_core.engine import pick_device

@@ -9,7 +9,23 @@ from typing import Annotated, Any
 import typer
 
 from flows import cli_analysis, cli_compare, cli_experts, cli_flows, cli_real, cli_registry, cli_retention, cli_search, cli_stack
-from flows.cli_common import Artifacts, DataDir, Device, Home, Limit, TrackingUri, progress_bars, recipe_inputs, show, user_errors
+from flows.cli_common import (
+    Artifacts,
+    DataDir,
+    Device,
+    Fetch,
+    Home,
+    Limit,
+    Memory,
+    Out,
+    Overwrite,
+    Recipe,
+    TrackingUri,
+    progress_bars,
+    recipe_inputs,
+    show,
+    user_errors,
+)
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -21,15 +37,8 @@ app = typer.Typer(
 
 app.add_typer(cli_stack.app, name="stack")
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
-Memory = Annotated[str, typer.Option(help="Memory budget, for example 2GiB.")]
-Fetch = Annotated[
-    bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 
 @app.command()
@@ -78,7 +87,7 @@ def merge(
 @app.command()
 def plan(recipe: Recipe, memory: Memory = "2GiB", home: Home = None) -> None:
     """Say what a merge of RECIPE would read and write, its peak memory, and the problems found. Touches no weights."""
-    from flows.describe import describe_plan
+    from flows.describe_plan import describe_plan
     from ota_core.recipe import load_recipe
 
     with user_errors():

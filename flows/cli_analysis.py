@@ -2,17 +2,16 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flows.cli_common import Home, progress_bars, recipe_inputs, show, user_errors
+from flows.cli_common import Fetch, Home, Memory, Out, Overwrite, Recipe, progress_bars, recipe_inputs, show, user_errors
 
 
 def analyse(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.", show_default=False)],
+    recipe: Recipe,
+    out: Out,
     density: Annotated[
         float | None,
         typer.Option(
@@ -30,11 +29,9 @@ def analyse(
             help="auto: of every expert whose second moments are at hand; require: an expert without is an error; off: edits alone."
         ),
     ] = "auto",
-    memory: Annotated[str, typer.Option(help="Memory budget, for example 2GiB.")] = "2GiB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    fetch: Annotated[
-        bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
-    ] = False,
+    memory: Memory = "2GiB",
+    overwrite: Overwrite = False,
+    fetch: Fetch = False,
     home: Home = None,
 ) -> None:
     """Analyse the experts of RECIPE as its merge would see them, and write tables and pictures into the folder OUT. No server is needed."""

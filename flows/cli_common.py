@@ -10,6 +10,14 @@ import typer
 
 from ota_core.errors import OtaError
 
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
+Memory = Annotated[str, typer.Option(help="Memory budget, for example 2GiB.")]
+MergeMemory = Annotated[str, typer.Option(help="Memory budget of each merge, for example 2GiB.")]
+Fetch = Annotated[
+    bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Home = Annotated[
     Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota")

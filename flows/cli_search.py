@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli_common import Artifacts, DataDir, Device, Home, TrackingUri, show, user_errors
+from flows.cli_common import Artifacts, DataDir, Device, Home, MergeMemory, TrackingUri, show, user_errors
 from ota_core.errors import OtaError
 
 NOTHING_HOLDS = 3
@@ -59,7 +59,7 @@ def search(
     test: Annotated[str | None, typer.Option(help="Suite that judges the winner, once, at the end.", show_default="none")] = None,
     test_data_dir: Annotated[str | None, typer.Option(help="Its data.", show_default="--data-dir")] = None,
     device: Device = "auto",
-    memory: Annotated[str, typer.Option(help="Memory budget of each merge, for example 2GiB.")] = "2GiB",
+    memory: MergeMemory = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     home: Home = None,
     artifacts: Artifacts = None,

@@ -85,7 +85,7 @@ def status(home: Home = None) -> None:
         for process, problem, url in rows:
             uptime = "" if process.uptime is None else str(process.uptime)
             table.add_row(process.name, process.state.lower(), str(process.pid or ""), uptime, problem or "ok", url)
-        show(table)
+        _show_table(table)
         if any(row.problem for row in rows):
             raise typer.Exit(1)
 
@@ -126,7 +126,7 @@ def _say_up(done: Any, asked_ports: bool) -> None:
     for name in stack.names:
         table.add_row(name, stack.urls.get(name, ""), _short(stack.log(name)))
     typer.echo("")
-    show(table)
+    _show_table(table)
     ota = _short(_program("ota"))
     lines = ["", f". {env}    # this shell uses the stack", f"{ota} stack status", f"{ota} stack down"]
     shown = [name for name in done.deployments if not name.startswith(("part/", "stage/"))]
@@ -144,7 +144,7 @@ def _short(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def show(table: Any) -> None:
+def _show_table(table: Any) -> None:
     """As wide as the terminal; as wide as needed where nobody looks."""
     from rich.console import Console
 

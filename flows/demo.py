@@ -133,7 +133,7 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
         if seed != SEED:
             text = recipe.to_yaml().replace(f"/seed{SEED}", f"/seed{seed}")
             recipe = parse_recipe(parse_yaml(text, file), file)
-        outcomes[name] = merge_flow(recipe, suite="demo", data_dir=str(data_dir), device="cpu", home=where.tracking.parent)
+        outcomes[name] = merge_flow(recipe, suite="demo", data_dir=str(data_dir), device="cpu", home=where.home)
     get_run_logger().info("%d merges of %d experts done", len(outcomes), len(CAPABILITIES))
     return outcomes
 
@@ -154,7 +154,7 @@ def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None 
 
 def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:
     """Names for the trained models on this machine, ``demo/models/<capability>``, for trying ``ota merge`` without S3."""
-    folder = where.tracking.parent / "demo" / "models"
+    folder = where.home / "demo" / "models"
     for name, model in models.items():
         link_name(folder / name, stages.store_of(where).local_path(model) / MODEL)
 
@@ -165,10 +165,10 @@ def run_demo(*, home: Path | None, seed: int) -> list[Any]:
     from tasks.tracking import open_hint
 
     where = places(home)
-    with running_server(where.tracking.parent / "demo" / "s3", buckets=(BUCKET,)):
+    with running_server(where.home / "demo" / "s3", buckets=(BUCKET,)):
         outcomes = demo_flow(where, seed)
     table = comparison_table(outcomes, where)
-    results = where.tracking.parent / "demo" / f"results-seed{seed}"
+    results = where.home / "demo" / f"results-seed{seed}"
     results.with_suffix(".md").write_text(to_markdown(table), encoding="utf-8")
     results.with_suffix(".json").write_text(
         json.dumps(table.reset_index().to_dict("records"), indent=1, default=str), encoding="utf-8"

@@ -25,7 +25,7 @@ def demo_study(file: str, config: StudyConfig, *, home: Path | None = None, **op
             f"replicates: {{seed: [1, 2, 3]}}, got {config.base_model} and {dict(config.replicates)}; leave --demo out"
         )
     where = places(home)
-    with running_server(where.tracking.parent / "demo" / "s3", buckets=(BUCKET,)):
+    with running_server(where.home / "demo" / "s3", buckets=(BUCKET,)):
         for seed in seeds:
             experts_flow(where, seed)
         return study_flow(file, home=home, **options)

@@ -31,7 +31,7 @@ from tasks.experts import ExpertFound, ExpertProblem
 from tasks.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember
 from tasks.settings import Places, places
 from tasks.stages import read_scores
-from tasks.suites import digest_folder, load_suite
+from tasks.suites import digest_data, load_suite
 
 hide_tracebacks_of_user_errors()
 
@@ -77,7 +77,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     where, log = places(), get_run_logger()
     suite, data = load_suite(config.suite), stages.bring_data(config.data_dir, where)
     stages.check_suite(suite, data, config.limit)
-    setting = config.digest(suite, digest_folder(data) if data else None)
+    setting = config.digest(suite, digest_data(data) if data else None)
 
     found, problems = look(config)
     last = None if force else last_night(where, config.name)

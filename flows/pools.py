@@ -82,8 +82,7 @@ def on_pool(job: Work, where: Places, device: str, deployment: str) -> ArtifactR
         )
     if not state.is_completed():
         raise OtaError(complaint(job.name, state))
-    kind: Any = job.step.kind
-    found = stages.store_of(where).find(kind, job.step.fingerprint)
+    found = stages.store_of(where).find(job.step.kind, job.step.fingerprint)
     if found is None:
         raise missing_after(job.name, where)
     return found

@@ -51,7 +51,7 @@ class RealSettings(BaseModel):
 
 def real_folder(where: Places, source: Source = "package") -> Path:
     """Where packages are kept and models and data have their names."""
-    return where.tracking.parent / ("real" if source == "package" else f"real-{source}")
+    return where.home / ("real" if source == "package" else f"real-{source}")
 
 
 @task(name="make base", task_run_name="make base")

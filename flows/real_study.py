@@ -27,7 +27,7 @@ def real_study(file: Path, *, home: Path | None = None, source: Source = "packag
     Raises RecipeError for what is wrong with the study, before anything is made.
     """
     config, folder = load_study(str(file))
-    config = at_home(config, places(home).tracking.parent, source)
+    config = at_home(config, places(home).home, source)
     make_models(home, source)
     write = options.get("write")
     words = ["ota study-real", *([] if file == STUDY else [str(file)]), *([] if source == "package" else [f"--base {source}"])]

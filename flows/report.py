@@ -14,13 +14,13 @@ from prefect.runtime import flow_run
 from ota_core.artifact import ArtifactRef
 from ota_core.inputs import MergeInputs
 from ota_core.model_card import model_card
-from ota_core.recipe import MergeRecipe, default
+from ota_core.recipe import MergeRecipe
 from tasks import stages
 from tasks.scores import ModelScores, negative_transfer, retention, scores_table
 from tasks.settings import Places
 from tasks.stages import Subject
 from tasks.storage import Fetched
-from tasks.study_cells import settings_of, spell
+from tasks.study_cells import settings_of, spell, unusual
 from tasks.suites import Suite
 from tasks.tracking import ChildRun, InputRef, MergeRun
 from tasks.tracking_params import comparable_params
@@ -31,38 +31,45 @@ if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
     import pandas as pd
 
 
+_NAME = 200
+"""Characters."""
+_FIRST = ("density", "precond_threshold", "compression", "metric", "power", "masked_merge", "lambda", "t", "weight")
+_SHORT = {"density": "rho", "precond_threshold": "tau"}
+
+
 def merge_name(recipe: MergeRecipe) -> str:
     """A short name that says what is merged, for example ``ota math+code rho=0.40``."""
     experts = "+".join(entry.name or entry.capability or short_name(entry.model) for entry in recipe.models)
     method, *settings = merge_label(recipe).split(" ")
-    return " ".join([method, experts, *settings])[:200].replace("'", "").replace("`", "")
+    # MLflow knows the experts besides; what sets this merge apart from others of them is in the settings.
+    room = max(_NAME - len(" ".join([method, *settings])) - 1, _NAME // 4)
+    return " ".join([method, experts[:room], *settings])[:_NAME].replace("'", "").replace("`", "")
 
 
 def merge_label(recipe: MergeRecipe) -> str:
-    """How it is merged, for tables and charts that name the experts anyway: ``ota rho=0.40``."""
-    parts: list[str] = [recipe.merge_method]
-    densities = {recipe.setting("density", i) for i in range(len(recipe.models))} - {None, 1.0}
-    thresholds = {recipe.setting("precond_threshold", i) for i in range(len(recipe.models))} - {None}
-    if densities:
-        parts.append(f"rho={'/'.join(_decimals(d) for d in sorted(densities))}")
-    if thresholds:
-        parts.append(f"tau={'/'.join(f'{t:g}' for t in sorted(thresholds))}")
-    if recipe.setting("compression") not in {None, "none"} and recipe.merge_method in {"ota", "fisher"}:
-        rank = recipe.setting("rank")
-        parts.append(recipe.setting("compression") + (f"={rank}" if rank else ""))
+    """How it is merged, for tables and charts that name the experts anyway: ``ota rho=0.40``.
+
+    Every setting that is not the method's default, so that two merges of the same experts do not read alike. What varies most
+    comes first: that is left where a name is cut.
+    """
     settings = settings_of(recipe)
-    for key in ("metric", "power", "masked_merge"):
-        if settings.get(key) not in {None, default(recipe.merge_method, key)}:
-            parts.append(f"{key}={spell(settings[key])}")
-    lam = recipe.setting("lambda")
-    if lam not in {None, 1.0}:
-        parts.append(f"lambda={lam:g}")
-    return " ".join(parts)
+    said = unusual(recipe.merge_method, settings)
+    keys = [*(key for key in _FIRST if key in said), *(key for key in said if key not in {*_FIRST, "rank"})]
+    return " ".join([recipe.merge_method, *(_said(key, said[key], settings.get("rank")) for key in keys)])
+
+
+def _said(key: str, value: Any, rank: int | None) -> str:
+    """One setting in a label; of several experts' values that differ all, in the experts' order."""
+    if key == "compression":
+        return f"{value}={rank}" if rank else str(value)
+    spelling = _decimals if key == "density" else spell
+    values = value if isinstance(value, tuple) else (value,)
+    return f"{_SHORT.get(key, key)}={'/'.join('-' if one is None else spelling(one) for one in values)}"
 
 
 def _decimals(value: float) -> str:
     """At least two decimals, so that names line up: 0.40, 0.005."""
-    return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
+    return f"{value:.2f}" if round(value, 2) == value else spell(value)
 
 
 def short_name(model: str) -> str:

@@ -18,6 +18,31 @@ from ota_core.errors import OtaError
 SECONDS_BETWEEN = 10.0
 
 
+class ProgressBar:
+    """A progress artifact of the run, made when it is first shown."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._log = what, get_run_logger()
+        self._artifact: UUID | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is something that can be brought up to date."""
+        return self._artifact is not None
+
+    def show(self, percent: float, text: str) -> None:
+        """Say how far it is. A server that is away for a moment gets no more than a line in the log: it must not end hours of work."""
+        try:
+            if self._artifact is None:
+                made: Any = create_progress_artifact(progress=percent, description=text)
+                self._artifact = made
+            else:
+                update: Callable[..., Any] = update_progress_artifact
+                update(artifact_id=self._artifact, progress=percent, description=text)
+        except (httpx.HTTPError, PrefectException) as error:
+            self._log.warning("the progress of %s cannot be shown: %s", self._what, error)
+
+
 class Progress:
     """Tells the run's log and a progress artifact how far a long stage is, at most once in ten seconds; short ones leave no trace.
 
@@ -28,7 +53,7 @@ class Progress:
         self._log, self._said, self._every = get_run_logger(), time.monotonic(), every
         self._context = contextvars.copy_context()  # the stage's threads do not know which run they belong to
         self._lock = threading.Lock()
-        self._artifacts: dict[str, UUID] = {}
+        self._bars: dict[str, ProgressBar] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if not total or time.monotonic() - self._said < self._every:
@@ -46,20 +71,13 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             with self._lock:  # a thread of the stage may still be telling
-                for what in self._artifacts:
+                for what in [what for what, bar in self._bars.items() if bar.shown]:
                     self._context.run(self._show, what, 100.0)
 
     def _show(self, what: str, percent: float) -> None:
-        known = self._artifacts.get(what)
-        try:
-            if known is None:
-                made: Any = create_progress_artifact(progress=percent, description=what)
-                self._artifacts[what] = made
-            else:
-                update: Callable[..., Any] = update_progress_artifact
-                update(artifact_id=known, progress=percent, description=what)
-        except (httpx.HTTPError, PrefectException) as error:  # a server that is away for a moment must not end hours of work
-            self._log.warning("the progress of %s cannot be shown: %s", what, error)
+        if what not in self._bars:
+            self._bars[what] = ProgressBar(what)
+        self._bars[what].show(percent, what)
 
 
 class _UserErrorsOnce(logging.Filter):

@@ -6,13 +6,9 @@ What is searched, how, and how far: tasks/search_config.py. An interrupted run g
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
-import httpx
 from prefect import flow, task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
@@ -23,7 +19,7 @@ from flows.merge import MergeOutcome, fetch_models, merge_flow
 from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
 from flows.report import merge_label, merge_name
-from flows.run_log import Progress, hide_tracebacks_of_user_errors
+from flows.run_log import Progress, ProgressBar, hide_tracebacks_of_user_errors
 from flows.search_inputs import References, compressed, identity_of, models_of
 from flows.search_pool import PoolModels
 from flows.steps import ONE_AT_A_TIME, several_at_once
@@ -33,7 +29,7 @@ from ota_core.inputs import MergeInputs
 from ota_core.recipe import MergeRecipe
 from ota_core.stream import parse_memory
 from tasks import search_log, stages
-from tasks.search import Point, Search, Trial, Tuned
+from tasks.search import Budget, Point, Search, Trial, Tuned
 from tasks.search_config import SearchConfig, load_search, recipe_of
 from tasks.search_log import SearchRun
 from tasks.search_merge import TrialModels
@@ -122,7 +118,7 @@ def search_flow(
     moments = compressed(recipe, inputs, where, memory)
     reference = References(config, tests, inputs, fetched, where, device=device, gpu=gpu)
 
-    searches = where.tracking.parent / "searches"
+    searches = where.home / "searches"
     tried = Search(
         recipe, config.space, config.budget, floors=reference.floors, seed=config.seed, storage=searches,
         identity=identity_of(recipe, inputs, tests, data), names=[expert.name for expert in inputs.experts],
@@ -142,14 +138,14 @@ def search_flow(
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
             if trial.number not in known:
                 log_trial(trial, None, logged, tracking)
-        shown = _Shown(config)
+        bar = ProgressBar("the search")
         while (point := tried.ask()) is not None:
             trial = run_trial.with_options(task_run_name=f"trial {point.number}: {merge_label(point.recipe)}"[:200])(
                 tried, point, models
             )
             found = tried.result()
             log_trial(trial, found.best, logged, tracking)
-            shown(found)
+            bar.show(*_spent(config.budget, found))
         tuned = tried.result()
         text = recipe_text(tuned, config, recipe_dir, out or "")
         if out:
@@ -202,26 +198,12 @@ def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, tracking: dic
     search_log.log_trial(parent, trial, best, **tracking)
 
 
-class _Shown:
-    """How much of the budget is spent, as a progress bar of the run."""
-
-    def __init__(self, config: SearchConfig) -> None:
-        self._budget, self._artifact = config.budget, None
-
-    def __call__(self, found: Tuned) -> None:
-        parts = [found.evaluations / self._budget.evaluations if self._budget.evaluations else 0.0]
-        parts.append(len(found.trials) / self._budget.trials if self._budget.trials else 0.0)
-        progress, best = 100 * min(max(parts), 1.0), found.best
-        text = f"{len(found.trials)} trials; best average {100 * best.average:.1f} (trial {best.number})"
-        try:
-            if self._artifact is None:
-                made: Any = create_progress_artifact(progress=progress, description=text)
-                self._artifact: UUID | None = made
-            else:
-                update: Any = update_progress_artifact
-                update(artifact_id=self._artifact, progress=progress, description=text)
-        except (httpx.HTTPError, PrefectException) as error:  # a server that is away for a moment must not end hours of work
-            get_run_logger().warning("the progress of the search cannot be shown: %s", error)
+def _spent(budget: Budget, found: Tuned) -> tuple[float, str]:
+    """Percent of the budget that is spent, and what came of it so far."""
+    parts = [found.evaluations / budget.evaluations if budget.evaluations else 0.0]
+    parts.append(len(found.trials) / budget.trials if budget.trials else 0.0)
+    text = f"{len(found.trials)} trials; best average {100 * found.best.average:.1f} (trial {found.best.number})"
+    return 100 * min(max(parts), 1.0), text
 
 
 def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, tried: Search) -> SearchRun:

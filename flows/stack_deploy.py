@@ -15,7 +15,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
-from tasks.stack_control import tail
+from tasks.processes import tail
 from tasks.stack_layout import CPU_POOL, GPU_POOL, ROOT, StackError
 
 DEPLOYMENTS = ROOT / "deployments" / "prefect.yaml"

@@ -117,5 +117,5 @@ def log(run: MergeRun, where: Places, tracking_uri: str | None) -> LoggedRun:
 
 def missing(stage: Any, step: Step, where: Places) -> Any:
     """The task, told to ignore Prefect's cached result when the artifact that it points to is not there any more."""
-    present = stages.store_of(where).find(step.kind, step.fingerprint)  # type: ignore[arg-type]
+    present = stages.store_of(where).find(step.kind, step.fingerprint)
     return stage if present else stage.with_options(refresh_cache=True)

@@ -104,7 +104,7 @@ def study_flow(
     problems = list(results.failed)
     if not results.results:
         raise_all(problems, OtaError)
-    out = where.tracking.parent / "studies" / config.name
+    out = where.home / "studies" / config.name
     tables = write_study(results, out, command=command)
     if write is not None:
         write_results(out, results, tables, write, command=command)
@@ -197,7 +197,7 @@ def tune_cell(
     cell: Cell, recipe: MergeRecipe, models: Models, device: Device, memory: str
 ) -> tuple[MergeRecipe, dict[str, float]]:
     """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values). On this machine."""
-    folder = models.where.tracking.parent / "searches"
+    folder = models.where.home / "searches"
     with ONE_AT_A_TIME:
         found = tuned(recipe, cell.tune, models, folder, device=pick_device(device), memory=memory)
     values = chosen(found, cell.tune)

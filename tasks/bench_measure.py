@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import OtaError
+from tasks.processes import tail
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 8 * 2**20
@@ -90,8 +91,7 @@ def run_command(command: Sequence[str], *, logs: Path, environment: Mapping[str,
             [*launcher, *command], stdout=out, stderr=err, env=child_environment(environment or {}), check=False
         )
     if done.returncode or not cost.is_file():
-        tail = "\n".join((logs / "err.txt").read_text(errors="replace").splitlines()[-15:])
-        raise OtaError(f"{' '.join(command)} ended with code {done.returncode}; the end of {logs / 'err.txt'}:\n{tail}")
+        raise OtaError(f"{' '.join(command)} ended with code {done.returncode}; {tail(logs / 'err.txt')}")
     said = _said(logs / "out.txt")
     facts = {key: said[key] for key in ("bytes_per_param", "sqrt_error") if key in said}
     return Run(**json.loads(cost.read_text()), stage_seconds=dict(said.get("seconds", {})), **facts)

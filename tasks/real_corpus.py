@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ota_core.errors import OtaError
 from tasks import real_text
+from tasks.demo_data import write_jsonl
+from tasks.storage_layout import sha256_file
 
 Split = Literal["train", "test", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "test", "validation")
@@ -160,7 +162,7 @@ def find_packages(folder: Path, domains: Mapping[str, Domain] = DOMAINS) -> dict
         )
     for package in wanted.values():
         path = folder / package.file
-        if package not in missing and (found := _sha256(path)) != package.sha256:
+        if package not in missing and (found := sha256_file(path)) != package.sha256:
             problems.append(f"{path} has the sha256 {found}, expected {package.sha256}; delete it and run again")
     if not shutil.which("dpkg-deb"):
         problems.append("dpkg-deb, which unpacks Debian packages, is not on this machine; install the package dpkg")
@@ -188,8 +190,7 @@ def write_corpora(
         (out / name).mkdir(parents=True)
         counts[name] = {"found": len(documents[name])}
         for split, found in splits.items():
-            with open(out / name / f"{split}.jsonl", "w", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in found)
+            write_jsonl(out / name / f"{split}.jsonl", (document._asdict() for document in found))
             counts[name] |= {split: len(found), f"{split}_bytes": sum(len(document.text.encode()) for document in found)}
     manifest = {
         "settings": settings.model_dump(mode="json"),
@@ -276,8 +277,3 @@ def _shorten(text: str, longest: int) -> str:
     if len(text) <= longest:
         return text
     return text[: text.rfind("\n", 0, longest) + 1 or longest].rstrip()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,9 +3,8 @@
 A document gives one passage and one question. All is drawn by the documents' digests: the same corpora give the same bytes.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -13,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ota_core.errors import OtaError
-from tasks.demo_data import read_jsonl
+from tasks.demo_data import read_jsonl, write_jsonl
 
 HeldOut = Literal["validation", "test"]
 
@@ -55,7 +54,7 @@ def write_questions(corpora: Path, out: Path, settings: QuestionSettings) -> dic
             for what, found in rows.items():
                 if len(found) < 2:
                     raise OtaError(f"{folder / f'{split}.jsonl'} gives {len(found)} {what}; expected at least two")
-                _write(out / folder.name / f"{split}-{what}.jsonl", found)
+                write_jsonl(out / folder.name / f"{split}-{what}.jsonl", found)
                 counts[folder.name][f"{split}_{what}"] = len(found)
     return counts
 
@@ -119,9 +118,3 @@ def _passages(documents: list[dict[str, str]], settings: QuestionSettings, wante
         end = re.search(r"\s\S*$", passage) if start + settings.passage < len(text) else None
         rows.append({"text": (passage[: end.start()] if end else passage).strip("\n")})
     return rows
-
-
-def _write(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -20,7 +20,7 @@ from ota_core.artifact import write_text_atomic
 from ota_core.errors import StorageError
 from tasks import s3
 from tasks.loopback import free_ports, taken
-from tasks.processes import is_alive, start_time, wait_for_end
+from tasks.processes import is_alive, start_time, tail, wait_for_end
 from tasks.s3_command import (
     PORTS,
     client_environment,
@@ -176,16 +176,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ports: list[int], *, log
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise _EarlyExit(f"the local S3 server ended with code {process.returncode} while starting; {_log_tail(log)}")
+            raise _EarlyExit(f"the local S3 server ended with code {process.returncode} while starting; {tail(log)}")
         if is_serving(ports):
             return
         time.sleep(0.1)
-    raise StorageError(f"the local S3 server did not come up within {timeout:g} s; {_log_tail(log)}")
-
-
-def _log_tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-15:]
-    return f"the end of {log}:\n" + "\n".join(lines)
+    raise StorageError(f"the local S3 server did not come up within {timeout:g} s; {tail(log)}")
 
 
 def kill_group(pid: int, *, grace: float = GRACE_SECONDS) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ota_core.errors import RecipeError
 from ota_core.inputs import expert_name, unique_names
-from ota_core.recipe import MergeRecipe, parse_recipe
+from ota_core.recipe import MergeRecipe, ModelEntry, parse_recipe
 
 Values = Mapping[str, float]
 """A point: dimension's name, such as ``lambda`` or ``density/math``, to its value."""
@@ -102,7 +102,7 @@ class Space(_Strict):
         used = {*in_force["parameters"], *in_force["experts"][0]}
         if recipe.merge_method == "ota" and recipe.base_model is None:  # without task vectors there is nothing to cut or scale
             used -= {"density", "lambda"}
-        names = names or expert_names(recipe)
+        names = names or expert_names(recipe.models)
         found: list[Dimension] = []
         for key, each in (("density", self.per_expert), ("lambda", False), ("weight", True), ("scaling_factor", True),
                           ("power", False), ("t", False)):  # fmt: skip
@@ -134,9 +134,9 @@ class Dimension:
     within: Range
 
 
-def expert_names(recipe: MergeRecipe) -> list[str]:
-    """The experts' labels as far as the recipe alone tells them."""
-    return unique_names([expert_name(entry.model, entry.capability, entry.name) for entry in recipe.models])
+def expert_names(models: Sequence[ModelEntry]) -> list[str]:
+    """The experts' names as far as a recipe or a study tells them: name, else capability, else the last part of the address."""
+    return unique_names([expert_name(entry.model, entry.capability, entry.name) for entry in models])
 
 
 def apply(recipe: MergeRecipe, dimensions: Sequence[Dimension], values: Values) -> MergeRecipe:

@@ -22,14 +22,24 @@ class Places(BaseModel):
     tracking: Path
     """Folder of the embedded MLflow database, used where no tracking server is configured."""
 
+    @property
+    def home(self) -> Path:
+        """The folder that all but the artifacts lies below; searches, studies and the demo's models, too."""
+        return self.tracking.parent
+
     def here(self) -> "Places":
         """The places as this machine has them, of those that another one sends: a machine's own ``OTA_HOME`` wins for the cache."""
         return self.model_copy(update={"cache": places().cache}) if os.environ.get("OTA_HOME") else self
 
 
+def home_folder(home: str | Path | None = None) -> Path:
+    """The folder for everything: the argument, else ``OTA_HOME``, else ``~/.ota``."""
+    return Path(home or os.environ.get("OTA_HOME") or "~/.ota").expanduser().absolute()
+
+
 def places(home: str | Path | None = None, artifacts: str | None = None) -> Places:
     """The places in force: the arguments, else the environment, else ``~/.ota``."""
-    root = Path(home or os.environ.get("OTA_HOME") or "~/.ota").expanduser().absolute()
+    root = home_folder(home)
     return Places(
         artifacts=artifacts or os.environ.get("OTA_ARTIFACTS") or str(root / "artifacts"),
         cache=root / "cache",

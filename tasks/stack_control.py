@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from tasks.processes import tail
 from tasks.s3_command import remove_sockets
 from tasks.stack_health import problem_of
 from tasks.stack_layout import Stack, StackError, folder_of, load_stack, socket_of
@@ -142,13 +143,6 @@ def _readable(home: Path) -> Stack | None:
         return load_stack(home)
     except StackError:
         return None
-
-
-def tail(log: Path, lines: int = 15) -> str:
-    """The end of a log, to be put into a message."""
-    if not log.is_file():
-        return f"{log} was not written"
-    return f"the end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _rpc(home: Path) -> Any:

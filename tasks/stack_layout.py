@@ -13,6 +13,7 @@ from ota_core.artifact import write_text_atomic
 from ota_core.errors import OtaError
 from tasks.loopback import HOST, free_ports, taken
 from tasks.s3_command import PORTS, client_environment
+from tasks.settings import home_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository: deployments and templates lie beside the packages."""
@@ -185,7 +186,7 @@ def folder_of(home: Path) -> Path:
 
 def home_of(home: Path | None) -> Path:
     """The argument, else OTA_HOME, else ``~/.ota``. Raises StackError on a path that supervisord's configuration cannot hold."""
-    found = Path(home or os.environ.get("OTA_HOME") or "~/.ota").expanduser().absolute()
+    found = home_folder(home)
     if re.search(r"\s[;#]|[%\n\r]", str(found)):
         raise StackError(
             f"{str(found)!r} cannot hold the stack: supervisord's configuration takes '%', ' ;' and ' #' for its own; "

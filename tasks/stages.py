@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ota_core import engine
-from ota_core.artifact import ArtifactRef, fingerprint
+from ota_core.artifact import ArtifactRef, Kind, fingerprint
 from ota_core.errors import ArtifactError, StorageError
 from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
 from ota_core.output import plan_files
@@ -20,15 +20,14 @@ from ota_core.stream import Progress
 from ota_core.writer import MAX_SHARD_BYTES
 from tasks import storage
 from tasks.artifacts import ArtifactStore, BuildResult
-from tasks.benchmark import load_suite, score_identity, score_model
+from tasks.benchmark import score_model
 from tasks.inputs import assemble
 from tasks.scores import ModelScores
 from tasks.settings import Places
 from tasks.sources import MASK_FILE, MOMENTS_FILE
 from tasks.storage import Fetched, digest_folder, download_folder, is_s3
 from tasks.streaming import Streams
-from tasks.suites import Suite, SuiteError
-from tasks.suites import digest_folder as data_digest
+from tasks.suites import Suite, SuiteError, digest_data, load_suite, score_identity
 
 SCORES_FILE = "scores.json"
 
@@ -38,10 +37,15 @@ class Step(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: str
+    kind: Kind
     fingerprint: str
     config: dict[str, Any]
     inputs: dict[str, str]
+
+    @classmethod
+    def of(cls, kind: Kind, config: dict[str, Any], inputs: dict[str, str]) -> "Step":
+        """The step of an output that configuration and inputs decide."""
+        return cls(kind=kind, fingerprint=fingerprint(kind, config, inputs), config=config, inputs=inputs)
 
 
 def store_of(places: Places) -> ArtifactStore:
@@ -58,8 +62,7 @@ def moments_step(recipe: MergeRecipe, expert: ExpertInput) -> Step:
     """Compressed second moments of one expert."""
     config: dict[str, Any] = {"method": recipe.setting("compression"), "optimizer": optimizer_facts(expert.path)}
     config |= _rank(recipe)
-    inputs = expert_digests(expert)
-    return Step(kind="moments", fingerprint=fingerprint("moments", config, inputs), config=config, inputs=inputs)
+    return Step.of("moments", config, expert_digests(expert))
 
 
 def _rank(recipe: MergeRecipe) -> dict[str, int]:
@@ -119,7 +122,7 @@ def mask_step(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> Step:
     }
     if len(part.models) > 1:
         digests |= {f"model{i}": other.digest or "unknown" for i, other in enumerate(inputs.experts)}
-    return Step(kind="masks", fingerprint=fingerprint("masks", config, digests), config=config, inputs=digests)
+    return Step.of("masks", config, digests)
 
 
 def mask(
@@ -227,13 +230,13 @@ def check_suite(suite: Suite, data_dir: Path | None, limit: int | None) -> None:
     """Raises SuiteError for what would stop the benchmark only after the merge: a limit below one, data that are missing."""
     if limit is not None and limit < 1:
         raise SuiteError(f"limit is {limit}; expected at least one document per task, or no limit")
-    score_identity("", suite, data_digest(data_dir) if data_dir else None, limit=limit)
+    score_identity("", suite, digest_data(data_dir) if data_dir else None, limit=limit)
 
 
 def score_step(subject: Subject, suite: Suite, data_dir: Path | None, limit: int | None) -> Step:
     """Scores of one model on one suite."""
-    config, inputs = score_identity(subject.digest, suite, data_digest(data_dir) if data_dir else None, limit=limit)
-    return Step(kind="scores", fingerprint=fingerprint("scores", config, inputs), config=config, inputs=inputs)
+    config, inputs = score_identity(subject.digest, suite, digest_data(data_dir) if data_dir else None, limit=limit)
+    return Step.of("scores", config, inputs)
 
 
 def score(

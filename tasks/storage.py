@@ -1,5 +1,6 @@
 """Where checkpoints come from and go to: ``s3://bucket/prefix``, a folder, or a Hugging Face id ``org/name@revision``."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +25,14 @@ from tasks.storage_layout import (
     parse_expert_json,
     sha256_file,
 )
-from tasks.storage_layout import write_expert_json as write_expert_json
 
 __all__ = [
     "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
     "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "touch", "upload_folder",
-    "write_bytes", "write_expert_json",
+    "write_bytes",
 ]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -257,11 +259,15 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
             )
         except LocalEntryNotFoundError:
             raise _hub_error(source, repo, revision, error) from error
+        # A branch may have moved on since; who merges from a copy of unknown age has to know.
+        log.warning(
+            "%s: the hub does not answer (%s); the snapshot %s in the local cache is used", source, _said(error), folder.name
+        )
     else:
         wanted = [*model_files(sibling.rfilename for sibling in info.siblings or []), *BESIDE]
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
-        except Exception as error:
+        except Exception as error:  # the hub, its store of large files, the disk: each fails with classes of its own
             raise _hub_error(source, repo, revision, error) from error
     names = folder_model_files(folder)
     if not names:
@@ -274,12 +280,15 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
 
 
 def _hub_error(source: str, repo: str, revision: str | None, error: Exception) -> StorageError:
-    reason = " ".join(str(error).split())[:300]
     return StorageError(
         f"{source!r} is no folder here, and as a Hugging Face id ({repo}, revision {revision or 'main'}) "
-        f"it could not be downloaded: {type(error).__name__}: {reason}. Check the spelling, the network and the token, "
+        f"it could not be downloaded: {_said(error)}. Check the spelling, the network and the token, "
         "or name a local folder"
     )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def upload_folder(

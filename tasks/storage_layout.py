@@ -11,7 +11,7 @@ from typing import Any
 
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
-from tasks.storage_cache import CHUNK, HASH_THREADS
+from tasks.storage_cache import HASH_THREADS
 
 BESIDE = (EXPERT_JSON, CARD)
 """Files that are brought with a checkpoint, and are no part of it: they say what it is, and enter no digest."""
@@ -127,9 +127,5 @@ def manifest_sha256(manifest: Mapping[str, Any], where: str) -> dict[str, str]:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
     with open(path, "rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

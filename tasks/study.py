@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from ota_core.errors import RecipeError, raise_all
 from ota_core.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
 from tasks.recipes import find_file, parse_config, read_yaml
-from tasks.search_space import Range
+from tasks.search_space import Range, expert_names
 from tasks.storage import is_s3
-from tasks.study_cells import Cell, as_subsets, expert_names, join_equal, spell, subset_label, subset_problems, subsets_of
+from tasks.study_cells import Cell, as_subsets, join_equal, spell, subset_label, subset_problems, subsets_of
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _TUNABLE = ("lambda", "density")

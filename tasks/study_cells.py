@@ -1,14 +1,13 @@
 """The cells of a study's grid: subsets of the experts, what makes two cells equal in effect, and families of cells that differ in one thing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 from ota_core.artifact import canonical_json
-from ota_core.inputs import expert_name, unique_names
-from ota_core.recipe import MergeRecipe, ModelEntry
+from ota_core.recipe import MergeRecipe, ModelEntry, default
 
 KEYWORDS = ("all", "each", "pairs", "leave_one_out")
 FFG_SETTINGS = ("density", "precond_threshold", "metric", "scope", "mask_curvature")
@@ -62,6 +61,12 @@ def settings_of(recipe: MergeRecipe) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def unusual(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings that ``settings_of`` gives those that are not the method's defaults: what tells this merge from a plain one."""
+    usual = {key: default(method, key) for key in settings} | {"merge_method": method, "density": 1.0}
+    return {key: value for key, value in settings.items() if value != usual[key]}
+
+
 def canonical(cell: Cell, *, without: Iterable[str] = (), experts: bool = True) -> str:
     """One spelling for all cells that merge the same experts (unless ``experts`` is false) and agree in every setting but those of ``without``."""
     left_out = set(without)
@@ -90,11 +95,6 @@ def families(cells: Sequence[Cell], vary: Iterable[str]) -> list[list[Cell]]:
     for cell in (one for one in cells if not one.tune):
         groups.setdefault(canonical(cell, without=vary), []).append(cell)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def expert_names(models: Sequence[ModelEntry]) -> list[str]:
-    """The experts' names as far as the study tells them: name, else capability, else the last part of the address."""
-    return unique_names([expert_name(model.model, model.capability, model.name) for model in models])
 
 
 def as_subsets(raw: Any) -> Any:

@@ -17,8 +17,7 @@ from tasks.stages import Subject
 from tasks.storage import Fetched
 from tasks.study import Replicate
 from tasks.study_scores import CellResult
-from tasks.suites import Suite, load_suite, score_identity
-from tasks.suites import digest_folder as data_digest
+from tasks.suites import Suite, digest_data, load_suite, score_identity
 
 
 class Models:
@@ -34,7 +33,7 @@ class Models:
         fetched = fetch_all(whole, cache=where.cache, recipe_dir=recipe_dir)
         self._fetched = {one.source: one for one in fetched}
         self.inputs = stages.inputs_of(whole, fetched, where, recipe_dir)
-        self._of_suite = (self.tests, data_digest(self.data) if self.data else None)
+        self._of_suite = (self.tests, digest_data(self.data) if self.data else None)
 
     def subjects(self) -> dict[str, Subject]:
         """Base and experts as something to benchmark, as the merge flow calls them."""

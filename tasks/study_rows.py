@@ -7,9 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from ota_core.recipe import default
 from tasks.scores import ModelScores
-from tasks.study_cells import Cell, spell
+from tasks.study_cells import Cell, spell, unusual
 from tasks.study_scores import Estimate, StudyResults
 
 ERROR = "_se"
@@ -57,14 +56,11 @@ def methods_of(results: StudyResults) -> list[Cell]:
 
 def words(cell: Cell, skip: Sequence[str] = ()) -> str:
     """A cell's method and the settings that are not the method's defaults, but for those of ``skip``: ``ota density=0.4 compression=rank1``."""
-    found = [cell.method, *(["tuned"] if cell.tune else [])]
-    for key, value in cell.settings.items():
-        usual = 1.0 if key == "density" else default(cell.method, key)
-        # A density of 1 says something where others of the method search theirs.
-        fixed = key == "density" and cell.method == "ota" and bool(cell.tune) and key not in cell.tune
-        if key not in {"merge_method", *skip} and (value != usual or fixed):
-            found.append(f"{key}={spell(value)}")
-    return " ".join(found)
+    said = set(unusual(cell.method, cell.settings))
+    if cell.method == "ota" and cell.tune and "density" not in cell.tune:
+        said.add("density")  # also one of 1: it says something where others of the method search theirs
+    settings = [f"{key}={spell(value)}" for key, value in cell.settings.items() if key in said - set(skip)]
+    return " ".join([cell.method, *(["tuned"] if cell.tune else []), *settings])
 
 
 def model_rows(

@@ -149,7 +149,7 @@ def _explain(item: dict[str, Any]) -> list[str]:
     return [f"{where}: {item['msg']}, got {item['input']!r}"]
 
 
-def digest_folder(folder: Path) -> str:
+def digest_data(folder: Path) -> str:
     """sha256 over the relative names and the bytes of every file below a folder; Python's caches do not count."""
     if not folder.is_dir():
         raise SuiteError(f"{folder} is not a folder; expected the data or the task files of a suite")
@@ -186,7 +186,7 @@ def score_identity(
     # JSON objects have no order, but the order of capabilities and tasks changes no score either.
     inputs = {"model": model_digest}
     if suite.include_path is not None:
-        inputs["tasks"] = digest_folder(suite.include_path)
+        inputs["tasks"] = digest_data(suite.include_path)
     if data_digest is not None:
         inputs["data"] = data_digest
     return params, inputs

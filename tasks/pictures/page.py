@@ -1,4 +1,4 @@
-"""Altair charts as one self-contained HTML page, and as PNG and SVG. Nothing here reaches a network, nor does the page when it is opened."""
+"""Altair charts as one self-contained HTML page, and as PNG. Nothing here reaches a network, nor does the page when it is opened."""
 
 from __future__ import annotations
 
@@ -65,19 +65,9 @@ def png(chart: alt.TopLevelMixin, *, scale: float = 2.0) -> bytes:
     return bytes(vl_convert.vegalite_to_png(spec(chart), vl_version=_VEGA_LITE, scale=scale))
 
 
-def svg(chart: alt.TopLevelMixin) -> str:
-    """The chart as SVG."""
-    return str(vl_convert.vegalite_to_svg(spec(chart), vl_version=_VEGA_LITE))
-
-
 def to_png(chart: alt.TopLevelMixin, path: Path, *, scale: float = 2.0) -> None:
     """Write the chart as PNG."""
     path.write_bytes(png(chart, scale=scale))
-
-
-def to_svg(chart: alt.TopLevelMixin, path: Path) -> None:
-    """Write the chart as SVG."""
-    path.write_text(svg(chart), encoding="utf-8")
 
 
 def template(source: str) -> Any:

@@ -16,7 +16,8 @@ import torch
 from ota_core.recipe import MergeRecipe
 from tasks import s3
 from tasks.s3_server import S3Server, environment
-from tasks.storage import EXPERT_JSON, upload_folder, write_expert_json
+from tasks.storage import EXPERT_JSON, upload_folder
+from tasks.storage_layout import write_expert_json
 from tests.flows.prefect_fixture import task_states
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite

@@ -20,7 +20,8 @@ from tasks.nightly import LastNight, NightlyConfig, last_night
 from tasks.publish import Latest, read_latest
 from tasks.registry import CHALLENGER
 from tasks.settings import places
-from tasks.storage import EXPERT_JSON, upload_folder, write_expert_json
+from tasks.storage import EXPERT_JSON, upload_folder
+from tasks.storage_layout import write_expert_json
 from tests.flows.merge_fixture import World, write_v
 from tests.flows.prefect_fixture import flow_run_name
 from tests.tiny_models import perturb, write_tiny_llama

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.describe import bytes_read
+from flows.describe_plan import bytes_read
 from ota_core import engine
 from ota_core.inputs import resolve_local
 from ota_core.moments.trainer import TrainerMoments
@@ -26,7 +26,8 @@ from ota_core.plan import open_plan
 from ota_core.recipe import MergeRecipe
 from ota_core.safetensors_io import SafetensorsFile
 from tasks import s3, storage_cache
-from tasks.storage import upload_folder, write_expert_json
+from tasks.storage import upload_folder
+from tasks.storage_layout import write_expert_json
 from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
 from tests.ota_core.test_output import add_moments, llama_experts
 from tests.s3_fixture import S3Test

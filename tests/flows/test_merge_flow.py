@@ -16,7 +16,8 @@ from ota_core.artifact import RECORD, read_record
 from ota_core.recipe import MergeRecipe
 from tasks.artifacts import ArtifactStore
 from tasks.inputs import assemble, fetch_all
-from tasks.storage import EXPERT_JSON, upload_folder, write_expert_json
+from tasks.storage import EXPERT_JSON, upload_folder
+from tasks.storage_layout import write_expert_json
 from tests.flows.merge_fixture import EXPERTS, RUN, World, write_v
 from tests.flows.prefect_fixture import flow_run_name
 from tests.tiny_models import perturb
@@ -213,7 +214,7 @@ def test_parameters_survive_the_server(world: World) -> None:
     assert started["recipe"] == recipe and started["recipe"].effective() == recipe.effective()
     assert MergeRecipe.model_validate(kept["recipe"]).to_yaml() == recipe.to_yaml()
     assert started["home"] == world.home and started["suite"] is None
-    assert flow_run_name(run.id) == "ota math+knowledge rho=0.001/0.40 rank1 lambda=1.5"
+    assert flow_run_name(run.id) == "ota math+knowledge rho=0.40/0.001 rank1 lambda=1.5 epsilon=1e-26 normalise=global"
 
 
 def test_artifacts_in_s3(world: World, counts: Counter[str], tmp_path: Path) -> None:

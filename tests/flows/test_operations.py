@@ -25,7 +25,8 @@ from tasks.registry import CHALLENGER
 from tasks.s3_server import environment
 from tasks.stack_credentials import secret_of
 from tasks.stack_layout import ROOT, Stack, load_stack
-from tasks.storage import EXPERT_JSON, upload_folder, write_expert_json
+from tasks.storage import EXPERT_JSON, upload_folder
+from tasks.storage_layout import write_expert_json
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 from tests.tiny_training import memorise, rows_of

@@ -91,10 +91,10 @@ def test_everything_is_made_once(home: Places, monkeypatch: pytest.MonkeyPatch) 
 def test_the_names_in_the_home_folder(home: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = settings_of(home)
     monkeypatch.setattr(real, "RealSettings", lambda: mine)
-    names = real_study.make_models(home.tracking.parent)
+    names = real_study.make_models(home.home)
     assert (names["models"] / "code" / "model.safetensors").is_file()
     assert (names["data"] / "german" / "test-questions.jsonl").is_file()
-    assert real_study.make_models(home.tracking.parent) == names
+    assert real_study.make_models(home.home) == names
 
 
 def test_the_base_may_come_from_the_hub(home: Places, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -113,9 +113,9 @@ def test_the_base_may_come_from_the_hub(home: Places, monkeypatch: pytest.Monkey
     monkeypatch.setattr(real, "fetch", lambda source, cache: asked.append(source) or fetch(str(snapshot), cache=cache))
     ours, hub = settings_of(home), HubSettings()
     monkeypatch.setattr(real, "RealSettings", lambda base: RealSettings(**dict(ours) | {"base": base}))
-    names = real_study.make_models(home.tracking.parent, "hub")
+    names = real_study.make_models(home.home, "hub")
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct@main"] == [hub.source]
-    assert names["models"] == home.tracking.parent / "real-hub" / "models"
+    assert names["models"] == home.home / "real-hub" / "models"
     weights, given = (load_file(folder / "model.safetensors") for folder in (names["models"] / "base", snapshot))
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     assert all(torch.equal(weights[name], tensor.float()) for name, tensor in given.items())
@@ -127,7 +127,7 @@ def test_the_base_may_come_from_the_hub(home: Places, monkeypatch: pytest.Monkey
     first = (names["models"] / "code").resolve()
     tensors = {name: tensor + 0.5 for name, tensor in given.items()}
     save_file(tensors, snapshot / "model.safetensors", metadata={"format": "pt"})
-    assert (real_study.make_models(home.tracking.parent, "hub")["models"] / "code").resolve() != first
+    assert (real_study.make_models(home.home, "hub")["models"] / "code").resolve() != first
 
 
 def test_nothing_is_trained_when_text_lacks(home: Places, monkeypatch: pytest.MonkeyPatch) -> None:

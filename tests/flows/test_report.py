@@ -17,13 +17,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors import safe_open
 
-from flows.report import compare, git_commit, merge_name, rows_of, score_metrics
+from flows.report import compare, git_commit, merge_label, merge_name, rows_of, score_metrics
 from ota_core.artifact import read_record
 from ota_core.recipe import MergeRecipe, load_recipe
-from tasks.benchmark import ModelScores
-from tasks.scores import CapabilityScore, to_markdown
+from tasks.scores import CapabilityScore, ModelScores, to_markdown
 from tasks.stages import Subject
-from tasks.suites import digest_folder
+from tasks.suites import digest_data
 from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World
 
 NAME = "ota math+knowledge rho=0.40 rank1"
@@ -152,7 +151,7 @@ def test_children_lineage_and_version(logged: FlowRun, parent: Run, client: Mlfl
     models = {"base": f"{world.uri}/models/base"} | {name: f"{world.uri}/experts/{name}/{RUN}" for name in EXPERTS}
     data = next(one.dataset for one in parent.inputs.dataset_inputs if one.tags[0].value == "data")
     assert inputs == models | {"suite tiny": str(world.data)}
-    assert json.loads(data.source)["digest"] == digest_folder(world.data) == parent.data.tags["data_digest"]
+    assert json.loads(data.source)["digest"] == digest_data(world.data) == parent.data.tags["data_digest"]
     read = [client.get_logged_model(one.model_id) for one in parent.inputs.model_inputs]
     assert {one.name: one.tags["source_uri"] for one in read} == models
     (made,) = (client.get_logged_model(one.model_id) for one in parent.outputs.model_outputs)
@@ -274,6 +273,15 @@ def test_rows_carry_errors_and_gaps() -> None:
         (["a", "b"], {"parameters": {"density": 0.4, "metric": "magnitude"}}, "ota a+b rho=0.40 metric=magnitude"),
         (["a", "b"], {"parameters": {"density": 0.4, "masked_merge": "ties"}}, "ota a+b rho=0.40 masked_merge=ties"),
         (["a", "b"], {"parameters": {"power": 1.0, "metric": "magnitude"}}, "ota a+b power=1"),
+        (["a", "b"], {"parameters": {"compression": "rank_k", "power": 0.5}}, "ota a+b rank_k=4"),
+        (["a", "b"], {"parameters": {"compression": "rank_k", "rank": 8, "lambda": 2.0}}, "ota a+b rank_k=8 lambda=2"),
+        (["a", "b"], {"merge_method": "slerp", "parameters": {"t": 0.3}}, "slerp a+b t=0.3"),
+        (
+            ["a", "b"],
+            {"merge_method": "breadcrumbs", "parameters": {"density": 0.125, "gamma": 0.02, "weight": 0.5}},
+            "breadcrumbs a+b rho=0.125 weight=0.5 gamma=0.02",
+        ),
+        (["a", "b"], {"merge_method": "dare_ties", "parameters": {"density": 0.5, "seed": 7}}, "dare_ties a+b rho=0.50 seed=7"),
     ],
 )
 def test_names_say_what_is_merged(models: list[str], options: dict[str, Any], name: str) -> None:
@@ -281,9 +289,57 @@ def test_names_say_what_is_merged(models: list[str], options: dict[str, Any], na
     assert merge_name(MergeRecipe.model_validate(raw)) == name
 
 
-def test_names_of_many_experts_stay_short() -> None:
-    raw = {"merge_method": "linear", "models": [{"model": f"experts/a-rather-long-name-{i}"} for i in range(40)]}
-    assert len(merge_name(MergeRecipe.model_validate(raw))) <= 200
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ([{"density": 0.4}, {"density": 0.2}], "ota rho=0.40/0.20"),
+        ([{"density": 0.2}, {"density": 0.4}], "ota rho=0.20/0.40"),
+        ([{"density": 0.2}, {"density": 1}], "ota rho=0.20/1.00"),
+        ([{"density": 0.2}, {"precond_threshold": 1e-20}], "ota rho=0.20/- tau=-/1e-20"),
+        ([{"scaling_factor": 1.5}, {}], "ota scaling_factor=1.5/1"),
+    ],
+)
+def test_labels_tell_which_expert_has_which_setting(settings: list[dict[str, float]], label: str) -> None:
+    models = [{"model": name, "parameters": own} for name, own in zip("ab", settings, strict=True)]
+    assert merge_label(MergeRecipe.model_validate({"merge_method": "ota", "base_model": "base", "models": models})) == label
+
+
+CHANGES = {
+    "ota": {
+        "density": 0.3, "precond_threshold": 1e-26, "scope": "per_tensor", "metric": "magnitude", "mask_curvature": "full", "compression": "log8",
+        "bias_correction": True, "missing_curvature": "mean", "scaling_factor": 0.7, "power": 1.0, "normalise": "global", "epsilon": 1e-26,
+        "denominator": "all", "fallback": "mean", "masked_merge": "ties", "rescale": True, "lambda": 0.5,
+    },
+    "fisher": {"compression": "rank1", "bias_correction": True, "missing_curvature": "mean", "weight": 0.5},
+    "linear": {"weight": 0.5, "normalize": False},
+    "dare_ties": {"density": 0.2, "weight": 0.5, "normalize": True, "lambda": 0.5, "rescale": False, "seed": 1},
+    "breadcrumbs": {"density": 0.2, "weight": 0.5, "gamma": 0.1, "normalize": True, "lambda": 0.5},
+    "slerp": {"t": 0.25},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", CHANGES)
+def test_no_two_merges_have_one_label(method: str) -> None:
+    """Each setting that the method knows says so in the label when it changes."""
+    usual: dict[str, Any] = {"slerp": {"t": 0.5}, "ota": {"density": 0.4}}.get(method, {})
+    raw = {"merge_method": method, "base_model": "base", "models": [{"model": "a"}, {"model": "b"}]}
+    settings = [usual, *(({} if key == "precond_threshold" else usual) | {key: new} for key, new in CHANGES[method].items())]
+    recipes = [MergeRecipe.model_validate(raw | {"parameters": one}) for one in settings]
+    known = recipes[0].effective()
+    assert {*known["parameters"], *known["experts"][0]} == set(CHANGES[method])
+    labels = [merge_label(recipe) for recipe in recipes]
+    assert len(set(labels)) == len(labels) and all(label.startswith(method) and len(label) < 50 for label in labels)
+
+
+def test_names_of_many_experts_stay_short_and_keep_the_settings() -> None:
+    models = [{"model": f"experts/a-rather-long-name-{i}"} for i in range(40)]
+    assert len(merge_name(MergeRecipe.model_validate({"merge_method": "linear", "models": models}))) == 200
+    raw = {"merge_method": "ties", "base_model": "base", "models": models, "parameters": {"density": 0.2, "lambda": 0.5}}
+    name = merge_name(MergeRecipe.model_validate(raw))
+    assert len(name) == 200 and name.startswith("ties a-rather-long-name-0+a") and name.endswith(" rho=0.20 lambda=0.5")
+    for model, i in zip(models, range(40), strict=True):
+        model["parameters"] = {"density": (i + 1) / 100}  # type: ignore[assignment]
+    assert len(merge_name(MergeRecipe.model_validate(raw))) == 200
 
 
 def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

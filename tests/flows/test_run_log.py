@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prefect import flow
 
-from flows.run_log import Progress
+from flows.run_log import Progress, ProgressBar
 from tests.flows.nightly_fixture import artifacts_of
 
 
@@ -96,6 +96,30 @@ def test_a_server_that_is_away_does_not_end_the_stage(prefect_server: None, monk
         ended.append(True)
 
     assert shown(work) == [] and ended
+
+
+def test_a_bar_begins_when_the_server_is_back_and_is_then_brought_up_to_date(
+    prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flows.run_log
+
+    create = flows.run_log.create_progress_artifact
+    answers = iter([httpx.ConnectError("no route to host")])
+
+    def sometimes(**given: Any) -> Any:
+        for error in answers:
+            raise error
+        return create(**given)
+
+    monkeypatch.setattr(flows.run_log, "create_progress_artifact", sometimes)
+
+    def work() -> None:
+        bar = ProgressBar("the search")
+        for percent in (10.0, 20.0, 30.0):
+            bar.show(percent, f"{percent:g} trials")
+            assert bar.shown == (percent > 10)
+
+    assert shown(work) == [("30 trials", 30.0)]
 
 
 def test_artifacts_by_key_or_type(prefect_server: None) -> None:

@@ -1,4 +1,4 @@
-"""Reads a page as a browser's parser does: elements with their attributes, and the text inside of them."""
+"""Reads a page as a browser's parser does, elements with their attributes and the text inside of them; and a chart as drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import json
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from typing import Any
+
+import altair as alt
+import vl_convert
+
+from tasks.pictures import page
 
 
 @dataclass
@@ -56,6 +61,11 @@ def find(html: str, tag: str, **attributes: str) -> list[Element]:
 def specs(html: str) -> list[dict[str, Any]]:
     """The charts' specs."""
     return [json.loads(one.text) for one in find(html, "script", type="application/json")]
+
+
+def svg(chart: alt.TopLevelMixin) -> str:
+    """The chart as the page draws it: its letters can be read."""
+    return str(vl_convert.vegalite_to_svg(page.spec(chart), vl_version=page._VEGA_LITE))
 
 
 def loads(html: str) -> list[str]:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.benchmark import ModelScores, load_suite, score_model
-from tasks.suites import Suite, SuiteError
+from tasks.benchmark import score_model
+from tasks.scores import ModelScores
+from tasks.suites import Suite, SuiteError, load_suite
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import edited, read_rows, write_rows, write_tiny_suite
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ota_core.errors import CheckpointError
-from tasks.benchmark import load_suite, score_model
+from tasks.benchmark import score_model
 from tasks.benchmark_tasks import load_tasks
-from tasks.suites import SuiteError
+from tasks.suites import SuiteError, load_suite
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import edited, write_tiny_suite
 

@@ -13,9 +13,11 @@ import pytest
 
 from ota_core.errors import CheckpointError, StorageError
 from tasks import experts, s3, storage
-from tasks.experts import ExpertFound, check, find_experts, identity_of_lineup, lineup
+from tasks.expert_check import check
+from tasks.experts import ExpertFound, find_experts, identity_of_lineup, lineup
 from tasks.settings import Places, places
-from tasks.storage import EXPERT_JSON, fetch, upload_folder, write_expert_json
+from tasks.storage import EXPERT_JSON, fetch, upload_folder
+from tasks.storage_layout import write_expert_json
 from tasks.streaming import Streams
 from tasks.watch import identity_of_source
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_expert

@@ -248,7 +248,8 @@ def test_two_groups_in_one_capability_are_told_apart_by_name() -> None:
 
 def test_scores_of_a_real_benchmark(tmp_path: Path) -> None:
     """Weights, hashes and numbers as lm-eval gives them."""
-    from tasks.benchmark import load_suite, score_model
+    from tasks.benchmark import score_model
+    from tasks.suites import load_suite
     from tests.tiny_models import perturb, write_tiny_llama
 
     file, data = write_tiny_suite(tmp_path)

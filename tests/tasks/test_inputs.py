@@ -10,6 +10,7 @@ from ota_core.inputs import MergeInputs, expert_name, unique_names
 from ota_core.recipe import MergeRecipe
 from tasks import storage
 from tasks.inputs import assemble, fetch_all, locate
+from tasks.storage_layout import write_expert_json
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_expert, write_moments
 from tests.s3_fixture import S3Test
 
@@ -146,7 +147,7 @@ def test_models_beside_the_recipe_or_here(world: World, tmp_path: Path) -> None:
 
 
 def test_names_come_from_the_recipe_the_manifest_or_the_path(world: World) -> None:
-    storage.write_expert_json(world.expert, capability="math", base_model="base", trained_at="2026-11-20", step=7, beta2=0.9)
+    write_expert_json(world.expert, capability="math", base_model="base", trained_at="2026-11-20", step=7, beta2=0.9)
     write_expert(world.beside / "plain", EXPERT)
     entries = [
         {"model": "expert"},

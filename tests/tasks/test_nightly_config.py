@@ -10,7 +10,7 @@ import yaml
 from ota_core.errors import OtaError, RecipeError
 from tasks.nightly import LastNight, NightlyConfig, NightlyError, last_night, load_nightly, remember
 from tasks.settings import Places, places
-from tasks.suites import digest_folder, load_suite
+from tasks.suites import digest_data, load_suite
 from tests.s3_fixture import S3Test
 from tests.tiny_suite import edited, write_tiny_suite
 
@@ -137,7 +137,7 @@ def test_a_night_is_decided_by_what_can_change_its_result_and_nothing_else(tmp_p
     ]
     digests = {digest, *(changed(**one) for one in other), config.digest(suite, "other data")}
     digests.add(config.digest(edited(file, ("metric: acc", "metric: acc, weight: 2")), content))
-    digests.add(config.digest(load_suite(str(write_tiny_suite(tmp_path / "again", n=4)[0])), digest_folder(data)))
+    digests.add(config.digest(load_suite(str(write_tiny_suite(tmp_path / "again", n=4)[0])), digest_data(data)))
     assert len(digests) == len(other) + 4
 
 

@@ -16,6 +16,7 @@ from tasks.pictures.analysis import pictures_of
 from tasks.pictures.page import Picture
 from tasks.pictures.pairs import ALL_PAIRS
 from tests.tasks.analysis_table import COMPRESSIONS, EXPERTS, OUTSIDE, analysis_table
+from tests.tasks.page_reader import svg
 
 LAYERS = 3
 Rows = list[dict[str, Any]]
@@ -77,7 +78,7 @@ def test_nothing_is_cut_and_axes_say_what_they_show(pictures: dict[str, Picture]
         "compression": ["bytes per parameter (log scale)", "0 = exact", *COMPRESSIONS],
     }
     for name, picture in pictures.items():
-        drawn = page.svg(picture.chart)
+        drawn = svg(picture.chart)
         assert "…" not in drawn
         assert "undefined" not in drawn and "NaN" not in drawn
         missing = [text for text in said.get(name, []) if f">{text}<" not in drawn]
@@ -195,7 +196,7 @@ def test_what_the_table_lacks_makes_no_picture(table: pd.DataFrame) -> None:
     assert "density_difference" not in pictures_of(table[table["variant"] != "magnitude"])
     alone = pictures_of(analysis_table(experts=["math"], layers=1))
     assert not [name for name in alone if "pairs" in name or "overlap" in name]
-    assert page.svg(alone["density"].chart)
+    assert svg(alone["density"].chart)
 
 
 def test_two_experts_need_no_menu_and_models_without_a_head_no_row() -> None:

@@ -14,6 +14,7 @@ from tasks.pictures.page import Picture
 from tasks.pictures.scores import pictures_of_scores
 from tasks.scores import retention
 from tests.tasks.analysis_table import EXPERTS, score_rows
+from tests.tasks.page_reader import svg
 
 
 def data(picture: Picture) -> list[dict[str, Any]]:
@@ -40,8 +41,8 @@ def test_every_score_with_its_error_and_role() -> None:
 
 def test_models_stand_in_the_order_of_their_roles() -> None:
     rows = score_rows()
-    svg = page.svg(pictures_of_scores(rows[:1:-1] + rows[:2])["scores"].chart)  # the merge first, the base last but one
-    texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    drawn = svg(pictures_of_scores(rows[:1:-1] + rows[:2])["scores"].chart)  # the merge first, the base last but one
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", drawn)
     order = ["base", "knowledge", "general_if", "precise_if", "code", "math", "ota rho=0.40 rank1"]
     assert any(texts[i : i + len(order)] == order for i in range(len(texts)))
     assert {"accuracy", f"{100 * rows[0]['math']:.1f}%"} <= set(texts)
@@ -70,8 +71,7 @@ def test_what_was_not_measured_says_so() -> None:
     rows = score_rows(experts=["math", "code"])
     rows[1] |= {"math": None, "math_stderr": None}
     pictures = pictures_of_scores(rows)
-    svg = page.svg(pictures["scores"].chart)
-    assert svg.count(">not measured<") == 1
+    assert svg(pictures["scores"].chart).count(">not measured<") == 1
     assert [r["capability"] for r in data(pictures["retention"])] == ["code"]  # there is no expert's score on math
 
 
@@ -79,7 +79,7 @@ def test_without_a_base_nothing_is_drawn_for_it() -> None:
     pictures = pictures_of_scores(score_rows()[1:])
     assert "base" not in pictures["scores"].caption
     assert all(r["base"] is None for r in data(pictures["retention"]))
-    assert ">base<" not in page.svg(pictures["scores"].chart) and page.svg(pictures["retention"].chart)
+    assert ">base<" not in svg(pictures["scores"].chart) and svg(pictures["retention"].chart)
 
 
 def test_a_table_of_base_and_experts_has_no_retention() -> None:

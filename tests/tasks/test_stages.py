@@ -15,7 +15,7 @@ from tasks.inputs import model_sources
 from tasks.scores import ModelScores
 from tasks.settings import Places, places
 from tasks.stages import Subject
-from tasks.storage import write_expert_json
+from tasks.storage_layout import write_expert_json
 from tasks.suites import SuiteError, load_suite
 from tests.flows.merge_fixture import EXPERTS, write_experts, write_v
 from tests.tiny_models import perturb

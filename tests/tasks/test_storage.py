@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ import pytest
 
 from ota_core.errors import StorageError
 from tasks import s3, storage, storage_cache
-from tasks.storage import Fetched, fetch, upload_folder, write_expert_json
+from tasks.storage import Fetched, fetch, upload_folder
+from tasks.storage_layout import write_expert_json
 from tests.s3_fixture import S3Test
 
 ROOT = Path(__file__).parents[2]
@@ -225,13 +227,17 @@ def test_hugging_face_id(tmp_path: Path) -> None:
     environ = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf")}
     environ |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
-    def fetched(source: str) -> str:
+    def run(source: str) -> subprocess.CompletedProcess[str]:
         script = (
             "import sys\nfrom pathlib import Path\nfrom ota_core.errors import StorageError\nfrom tasks import storage\n"
             f"try: print(storage.fetch({source!r}, cache=Path({str(tmp_path / 'cache')!r})).model_dump_json())\n"
             "except StorageError as error: print('ERROR', error)"
         )
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environ, check=True, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environ, check=True, capture_output=True, text=True)
+
+    def fetched(source: str) -> str:
+        done = run(source)
+        assert "cache is used" not in done.stderr
         return done.stdout
 
     first = Fetched.model_validate_json(fetched("org/name@v1"))
@@ -246,9 +252,16 @@ def test_hugging_face_id(tmp_path: Path) -> None:
     assert "RepositoryNotFoundError" in fetched("org/other")
     hub.shutdown()
     hub.server_close()
-    assert Fetched.model_validate_json(fetched(f"org/name@{FakeHub.commit}")).digest == first.digest, (
-        "without a network, from the cache"
-    )
+    refs = tmp_path / "hf" / "hub" / "models--org--name" / "refs"
+    refs.mkdir(exist_ok=True)
+    (refs / "v1").write_text(FakeHub.commit)  # as a tool leaves it that asks for the tag
+    offline = run("org/name@v1")
+    assert Fetched.model_validate_json(offline.stdout) == first, "without a network, from the cache"
+    assert re.search(
+        rf"org/name@v1: the hub does not answer \(ConnectError: .+\); the snapshot {FakeHub.commit} in the local cache is used",
+        offline.stderr,
+    ), offline.stderr
+    assert Fetched.model_validate_json(run(f"org/name@{FakeHub.commit}").stdout).digest == first.digest
     assert "ERROR 'org/else@main' is no folder here, and as a Hugging Face id (org/else, revision main)" in fetched(
         "org/else@main"
     )

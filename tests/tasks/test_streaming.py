@@ -24,7 +24,8 @@ from tasks import s3, storage
 from tasks.architecture import parameter_layout
 from tasks.inputs import assemble, fetch_all
 from tasks.outline import outline
-from tasks.storage import upload_folder, write_expert_json
+from tasks.storage import upload_folder
+from tasks.storage_layout import write_expert_json
 from tasks.streaming import Streams
 from tests.ota_core.test_output import llama_experts
 from tests.s3_fixture import S3Test

@@ -10,7 +10,7 @@ import pytest
 
 from ota_core.artifact import fingerprint
 from ota_core.errors import OtaError
-from tasks.suites import Suite, SuiteError, digest_folder, load_suite, score_identity, suite_digest
+from tasks.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
 from tests.tiny_suite import edited, write_tiny_suite
 
 
@@ -20,7 +20,7 @@ def tiny(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def identity(suite: Suite, data: Path, model: str = "m", **options: Any) -> str:
-    params, inputs = score_identity(model, suite, digest_folder(data), **options)
+    params, inputs = score_identity(model, suite, digest_data(data), **options)
     return fingerprint("scores", params, inputs)
 
 
@@ -114,7 +114,7 @@ def test_identity_asks_for_the_data_that_the_tasks_read(tiny: tuple[Path, Path],
         score_identity("m", load_suite(str(tiny[0])), None)
     assert set(score_identity("m", load_suite("public"), None)[1]) == {"model"}
     with pytest.raises(SuiteError, match="is not a folder"):
-        digest_folder(tmp_path / "none")
+        digest_data(tmp_path / "none")
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tasks import s3, storage
-from tasks.storage import EXPERT_JSON, upload_folder, write_expert_json
+from tasks.storage import EXPERT_JSON, upload_folder
+from tasks.storage_layout import write_expert_json
 from tasks.watch import identity_of_source, is_intact
 from tests.s3_fixture import S3Test
 
