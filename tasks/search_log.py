@@ -5,8 +5,6 @@ Everything is found again by tags: what an interrupted search has logged is not 
 
 from __future__ import annotations
 
-import contextlib
-import getpass
 import tempfile
 import time
 from collections.abc import Mapping
@@ -30,15 +28,14 @@ from tasks.tracking_store import (
     quoted,
     resolve_store,
 )
+from tasks.tracking_write import PARENT, TAG_ROLE, find_or_create
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-TAG_ROLE = "role"
 TAG_SEARCH = "search"
 TAG_TRIAL = "trial"
-_PARENT = "mlflow.parentRunId"
 _SAFE = "The search itself keeps every trial, and a repeat goes on with the next."
 
 
@@ -60,7 +57,7 @@ def begin(run: SearchRun, *, tracking_uri: str | None = None, root: Path | None 
     with clear_errors(store, f"logging {run.name!r}", _SAFE), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
-        found = _find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: run.search}, run.name)
+        found = find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: run.search}, run.name)
         client.update_run(found.info.run_id, status="RUNNING")
         _log(client, found, run.params, {}, run.tags)
     url = page_url(store.shown, experiment, found.info.run_id) if store.is_server else None
@@ -72,7 +69,7 @@ def logged_trials(parent: LoggedRun, *, tracking_uri: str | None = None, root: P
     store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "reading the trials of the search", _SAFE):
         client, found, token = connect(store), set[int](), None
-        wanted = quoted({_PARENT: parent.run_id, TAG_ROLE: "trial"})
+        wanted = quoted({PARENT: parent.run_id, TAG_ROLE: "trial"})
         while token != "":
             page = client.search_runs([parent.experiment_id], wanted, page_token=token)
             found |= {int(run.data.tags[TAG_TRIAL]) for run in page if run.info.status == "FINISHED"}
@@ -91,8 +88,8 @@ def log_trial(
     name = f"trial {trial.number}"
     with clear_errors(store, f"logging {name} of the search", _SAFE), locked(store):
         client = connect(store)
-        identity = {_PARENT: parent.run_id, TAG_ROLE: "trial", TAG_TRIAL: str(trial.number)}
-        run = _find_or_create(client, parent.experiment_id, identity, name)
+        identity = {PARENT: parent.run_id, TAG_ROLE: "trial", TAG_TRIAL: str(trial.number)}
+        run = find_or_create(client, parent.experiment_id, identity, name)
         if run.info.status == "FINISHED":
             return
         points = {limit: _metrics(scores) for limit, scores in trial.scores.items()}
@@ -137,16 +134,6 @@ def fail(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | Non
 
 def _metrics(scores: Mapping[str, float]) -> dict[str, float]:
     return {f"score/{name}": value for name, value in scores.items()} | {"score/avg": sum(scores.values()) / len(scores)}
-
-
-def _find_or_create(client: MlflowClient, experiment: str, identity: Mapping[str, str], name: str) -> Run:
-    found = client.search_runs([experiment], filter_string=quoted(identity))
-    if found:
-        return min(found, key=lambda run: (run.info.start_time, run.info.run_id))
-    tags = {**identity, "mlflow.source.name": "ota", "mlflow.source.type": "LOCAL"}
-    with contextlib.suppress(KeyError, OSError):  # a container's user without a name
-        tags["mlflow.user"] = getpass.getuser()
-    return client.create_run(experiment, run_name=name, tags=tags)
 
 
 def _log(
