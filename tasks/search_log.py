@@ -17,6 +17,7 @@ from tasks.search import Trial, Tuned
 from tasks.tracking_run import LoggedRun
 from tasks.tracking_store import (
     PARAM_LENGTH,
+    artifact_errors,
     clear_errors,
     connect,
     cut,
@@ -97,7 +98,9 @@ def log_trial(
         tags = {"pruned": str(not trial.complete).lower(), "feasible": str(not trial.shortfall).lower(), "origin": trial.origin}
         params = {"merge_method": trial.recipe.merge_method, **trial.values}
         _log(client, run, params, points, tags)
-        client.log_text(run.info.run_id, trial.recipe.to_yaml(), "recipe.yaml")
+        text = trial.recipe.to_yaml()
+        with artifact_errors(f"the recipe of {name}", run.info.artifact_uri, _SAFE):
+            client.log_text(run.info.run_id, text, "recipe.yaml")
         client.set_terminated(run.info.run_id, status="FINISHED")
         if best is not None:
             owner = client.get_run(parent.run_id)
@@ -121,7 +124,8 @@ def finish(
                 path = Path(temporary) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content if isinstance(content, bytes) else content.encode())
-            client.log_artifacts(parent.run_id, temporary)
+            with artifact_errors("the files of the search", run.info.artifact_uri, _SAFE):
+                client.log_artifacts(parent.run_id, temporary)
         client.set_terminated(parent.run_id, status="FINISHED")
 
 
