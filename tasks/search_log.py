@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from tasks.search import Trial, Tuned
-from tasks.tracking_run import LoggedRun
+from tasks.tracking_run import LoggedRun, logged_run
 from tasks.tracking_store import (
     PARAM_LENGTH,
     artifact_errors,
@@ -25,7 +25,7 @@ from tasks.tracking_store import (
     locked,
     mlflow_name,
     mlflow_names,
-    page_url,
+    pages,
     quoted,
     resolve_store,
 )
@@ -61,21 +61,16 @@ def begin(run: SearchRun, *, tracking_uri: str | None = None, root: Path | None 
         found = find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: run.search}, run.name)
         client.update_run(found.info.run_id, status="RUNNING")
         _log(client, found, run.params, {}, run.tags)
-    url = page_url(store.shown, experiment, found.info.run_id) if store.is_server else None
-    return LoggedRun(run_id=found.info.run_id, experiment_id=experiment, url=url, model_version=None)
+    return logged_run(store, experiment, found.info.run_id)
 
 
 def logged_trials(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | None = None) -> set[int]:
     """The numbers of the trials that have their whole run below the search's already. Raises StorageError."""
     store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "reading the trials of the search", _SAFE):
-        client, found, token = connect(store), set[int](), None
         wanted = quoted({PARENT: parent.run_id, TAG_ROLE: "trial"})
-        while token != "":
-            page = client.search_runs([parent.experiment_id], wanted, page_token=token)
-            found |= {int(run.data.tags[TAG_TRIAL]) for run in page if run.info.status == "FINISHED"}
-            token = page.token or ""
-    return found
+        runs = pages(connect(store).search_runs, experiment_ids=[parent.experiment_id], filter_string=wanted)
+        return {int(run.data.tags[TAG_TRIAL]) for run in runs if run.info.status == "FINISHED"}
 
 
 def log_trial(

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tasks.scores import mlflow_metric_name
-from tasks.tracking_run import TAG_FINGERPRINT, LoggedRun
+from tasks.tracking_run import TAG_FINGERPRINT, LoggedRun, logged_run
 from tasks.tracking_search import complete_merges
-from tasks.tracking_store import artifact_errors, clear_errors, connect, experiment_id, locked, page_url, resolve_store
+from tasks.tracking_store import artifact_errors, clear_errors, connect, experiment_id, locked, resolve_store
 from tasks.tracking_write import TAG_ROLE, find_or_create, in_progress, log_values
 
 TAG_STUDY = "study"
@@ -45,8 +45,7 @@ def log_study(
                     client.delete_tag(one.info.run_id, tag)
                 elif label is not None and one.data.tags.get(tag) != label:
                     client.set_tag(one.info.run_id, tag, label)
-    url = page_url(store.shown, experiment, run.info.run_id) if store.is_server else None
-    return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)
+    return logged_run(store, experiment, run.info.run_id)
 
 
 def logged_merges(*, tracking_uri: str | None = None, root: Path | None = None) -> set[str]:

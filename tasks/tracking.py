@@ -22,6 +22,7 @@ from tasks.tracking_run import (
     InputRef,
     LoggedRun,
     MergeRun,
+    logged_run,
     uncertainty,
     write_artifacts,
 )
@@ -34,7 +35,6 @@ from tasks.tracking_store import (
     locked,
     mlflow_names,
     open_hint,
-    page_url,
     resolve_store,
     show_columns,
 )
@@ -103,8 +103,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
                     name=run.registered_model,
                 )
                 note_version(client, models[run.model_digest], run.registered_model, version)
-    url = page_url(store.shown, experiment, run_id) if store.is_server else None
-    return LoggedRun(run_id=run_id, experiment_id=experiment, url=url, model_version=version)
+    return logged_run(store, experiment, run_id, version)
 
 
 def log_benchmark(
@@ -128,8 +127,7 @@ def log_benchmark(
             table = scores.model_dump(mode="json")
             with artifact_errors(SCORES_OF_ONE, run.info.artifact_uri, safe):
                 client.log_dict(run.info.run_id, table, SCORES_OF_ONE)
-    url = page_url(store.shown, experiment, run.info.run_id) if store.is_server else None
-    return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)
+    return logged_run(store, experiment, run.info.run_id)
 
 
 def _log_child(client: MlflowClient, experiment: str, parent_id: str, child: ChildRun, model_id: str | None) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tasks.leaderboard import Leaderboard
 from tasks.leaderboard_entries import AVERAGE
 from tasks.leaderboard_text import HTML, summary, to_markdown, write_files
-from tasks.tracking_run import TAG_LIMIT, TAG_SUITE, TAG_SUITE_KEY, LoggedRun
-from tasks.tracking_store import Store, artifact_errors, clear_errors, connect, locked, page_url
+from tasks.tracking_run import TAG_LIMIT, TAG_SUITE, TAG_SUITE_KEY, LoggedRun, logged_run
+from tasks.tracking_store import Store, artifact_errors, clear_errors, connect, locked
 from tasks.tracking_write import NOTE, TAG_ROLE, find_or_create, in_progress, log_values
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def log_leaderboard(board: Leaderboard, question: str, store: Store) -> LoggedRu
             write_files(board, Path(folder))
             with artifact_errors("the leaderboard", run.info.artifact_uri, f"{safe} The best so far: {best['label']}."):
                 client.log_artifacts(run_id, folder, FOLDER)
-    url = page_url(store.shown, board.experiment_id, run_id) if store.is_server else None
-    return LoggedRun(run_id=run_id, experiment_id=board.experiment_id, url=url, model_version=None)
+    return logged_run(store, board.experiment_id, run_id)
 
 
 def best_metrics(board: Leaderboard) -> Mapping[str, float]:

@@ -14,6 +14,7 @@ from ota_core.artifact import RECORD, fingerprint
 from ota_core.errors import OtaError
 from tasks.scores import ModelScores
 from tasks.suites import Suite
+from tasks.tracking_store import Store, page_url
 from tasks.tracking_system import SystemPoint
 
 TAG_FINGERPRINT = "recipe_fingerprint"
@@ -176,6 +177,12 @@ class LoggedRun(_Frozen):
     url: str | None
     """The run's page; None for an embedded database, which nobody serves yet."""
     model_version: str | None
+
+
+def logged_run(store: Store, experiment: str, run_id: str, model_version: str | None = None) -> LoggedRun:
+    """Where a run of this store was logged, with its page where somebody serves it."""
+    url = page_url(store.shown, experiment, run_id) if store.is_server else None
+    return LoggedRun(run_id=run_id, experiment_id=experiment, url=url, model_version=model_version)
 
 
 def write_artifacts(folder: Path, run: MergeRun) -> None:

@@ -11,10 +11,10 @@ import re
 import shlex
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,6 +22,7 @@ from ota_core.errors import StorageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.store.entities import PagedList
 
 T = TypeVar("T")
 
@@ -246,6 +247,17 @@ def batches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
     """The rows in lists of at most ``size``."""
     for start in range(0, len(rows), size):
         yield list(rows[start : start + size])
+
+
+def pages(search: Callable[..., PagedList[T]], **asked: Any) -> Iterator[T]:
+    """Everything that one of the client's searches finds, page by page as it is taken."""
+    token = None
+    while True:
+        page = search(**asked, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def quoted(filters: Mapping[str, str]) -> str:
