@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.errors import OtaError
 from tasks.artifacts import record_at
 from tasks.gate import GateDecision, GateError
+from tasks.names import REGISTERED_MODEL
 from tasks.promotion_history import Move, champions, history_tag, moves_of, next_time
 from tasks.registry import (
     CHALLENGER,
     CHAMPION,
-    REGISTERED_MODEL,
     TAG_DIGEST,
     TAG_REPLACED,
     TAG_SOURCE,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tasks.tracking_run import REFERENCE, REGISTERED_MODEL
+from tasks.names import REGISTERED_MODEL
+from tasks.tracking_run import REFERENCE
 from tasks.tracking_store import Store, quoted
 
 if TYPE_CHECKING:

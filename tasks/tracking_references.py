@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
-from tasks.registry import CHAMPION, REGISTERED_MODEL, TAG_DIGEST, TAG_REPLACED, TAG_SOURCE, TAG_WEIGHTS_DELETED
+from tasks.names import EXPERIMENT, REGISTERED_MODEL
+from tasks.registry import CHAMPION, TAG_DIGEST, TAG_REPLACED, TAG_SOURCE, TAG_WEIGHTS_DELETED
 from tasks.tracking_run import TAG_FINGERPRINT
-from tasks.tracking_store import EXPERIMENT, clear_errors, connect, pages, resolve_store
+from tasks.tracking_store import clear_errors, connect, pages, resolve_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from ota_core.artifact import RECORD, fingerprint
 from ota_core.errors import OtaError
+from tasks.names import REGISTERED_MODEL
 from tasks.scores import ModelScores
 from tasks.suites import Suite
 from tasks.tracking_store import Store, page_url
@@ -21,7 +22,6 @@ TAG_FINGERPRINT = "recipe_fingerprint"
 TAG_FLOW_RUN = "prefect_flow_run_id"
 TAG_COMMIT = "git_commit"
 
-REGISTERED_MODEL = "ota-merged"
 REFERENCE = "model"
 """The folder among a run's artifacts that holds the reference to the weights."""
 SCORES_CSV = "tables/scores.csv"

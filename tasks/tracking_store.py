@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
+from tasks.names import EXPERIMENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-EXPERIMENT = "ota-merging"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 VIEW = "ota"

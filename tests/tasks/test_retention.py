@@ -15,7 +15,8 @@ from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import OtaError, StorageError
 from tasks import s3, stages, storage
 from tasks.artifacts import BuildResult
-from tasks.registry import REGISTERED_MODEL, TAG_DIGEST, TAG_WEIGHTS_DELETED
+from tasks.names import REGISTERED_MODEL
+from tasks.registry import TAG_DIGEST, TAG_WEIGHTS_DELETED
 from tasks.retention import Plan
 from tasks.retention_listing import list_root
 from tasks.tracking_references import Tracking

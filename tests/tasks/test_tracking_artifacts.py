@@ -12,13 +12,14 @@ from mlflow import MlflowClient
 from ota_core.errors import StorageError
 from ota_core.recipe import MergeRecipe
 from tasks import search_log
+from tasks.names import EXPERIMENT
 from tasks.promotion import log_decision
 from tasks.search import Trial, Tuned
 from tasks.search_log import SearchRun
 from tasks.study_log import log_study
 from tasks.tracking import log_benchmark, log_merge
 from tasks.tracking_run import LoggedRun
-from tasks.tracking_store import EXPERIMENT, connect, resolve_store
+from tasks.tracking_store import connect, resolve_store
 from tests.s3_fixture import S3Test
 from tests.tasks.leaderboard_fixture import coins, model_scores
 from tests.tasks.mlflow_server import a_merge
