@@ -100,14 +100,6 @@ def history(*, tracking_uri: str | None = None, root: Path | None = None, name: 
         return _moves(client, model)
 
 
-def rollback_versions(*, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> list[str]:
-    """The versions that rollbacks would go to, the next one first. Their weights must be kept for that."""
-    with _registry(f"reading the history of {name!r}", tracking_uri, root) as client:
-        model = _find_model(client, name)
-        line = [] if model is None else champions(_moves(client, model), _alias(model, CHAMPION))
-        return list(dict.fromkeys(reversed(line[:-1])))
-
-
 def promote(
     version: str, *, by: str, reason: str, decision: GateDecision | None = None, tracking_uri: str | None = None,
     root: Path | None = None, name: str = REGISTERED_MODEL,

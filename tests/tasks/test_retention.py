@@ -272,6 +272,8 @@ def _touch(refs: list[ArtifactRef], plan: Plan) -> None:
             if next(one.modified for one in s3.list_objects(ref.uri) if one.uri == record) != listed[ref.uri]:
                 break
             time.sleep(0.1)
+        else:
+            pytest.fail(f"{record} shows no later time after 30 touches")
 
 
 def test_a_promotion_after_the_listing_is_seen(settled: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
