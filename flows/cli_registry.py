@@ -52,7 +52,10 @@ def rollback(
     home: Home = None,
     name: Name = REGISTERED_MODEL,
 ) -> None:
-    """Make the version champion again that the champion replaced. Every call goes one promotion further back."""
+    """Make the version champion again that the champion replaced. Every call goes one promotion further back, as far as weights were kept:
+
+    ``ota gc`` keeps those of the champion's predecessor, and of what was used within its days.
+    """
     from tasks import promotion
 
     with user_errors():

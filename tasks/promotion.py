@@ -25,6 +25,7 @@ from tasks.promotion_history import Move, champions, history_tag, moves_of, next
 from tasks.registry import (
     CHALLENGER,
     CHAMPION,
+    TAG_DECISION,
     TAG_DIGEST,
     TAG_REPLACED,
     TAG_SOURCE,
@@ -85,12 +86,6 @@ def current(
         return None if number is None else _version(client, name, str(number))
 
 
-def version(number: str, *, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> Version:
-    """A version by its number. Raises PromotionError when it is not there, StorageError when MLflow is away."""
-    with _registry(f"reading version {number} of {name!r}", tracking_uri, root) as client:
-        return _version(client, name, number)
-
-
 def history(*, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> list[Move]:
     """Every move of the alias ``champion``, oldest first, the last one also where its call was interrupted before it was noted."""
     with _registry(f"reading the history of {name!r}", tracking_uri, root) as client:
@@ -98,6 +93,21 @@ def history(*, tracking_uri: str | None = None, root: Path | None = None, name: 
         if model is None:
             return []
         return _moves(client, model)
+
+
+def rolled_back(
+    number: str, *, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL
+) -> Move | None:
+    """The rollback that took the alias ``champion`` from this version, also one that was interrupted before it was noted.
+
+    None where there was none, or the version was made champion again since. Raises StorageError.
+    """
+    for move in reversed(history(tracking_uri=tracking_uri, root=root, name=name)):
+        if move.to == number:
+            return None
+        if move.action == "rollback" and move.from_version == number:
+            return move
+    return None
 
 
 def promote(
@@ -280,7 +290,7 @@ def _check_weights(version: Version) -> None:
 
 def _gate_tags(decision: GateDecision) -> dict[str, str]:
     return {
-        "gate/decision": CHAMPION if decision.promoted else CHALLENGER,
+        TAG_DECISION: CHAMPION if decision.promoted else CHALLENGER,
         "gate/reason": " ".join(decision.reasons),
         "gate/confidence": f"{decision.confidence:g}",
         "gate/numbers": json.dumps(decision.metrics()),
