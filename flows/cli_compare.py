@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from flows.cli_common import Home, TrackingUri, show, user_errors
+from tasks.names import EXPERIMENT
 
 
 def compare(
-    experiment: Annotated[str, typer.Argument(metavar="[EXPERIMENT]", help="MLflow experiment.")] = "ota-merging",
+    experiment: Annotated[str, typer.Argument(metavar="[EXPERIMENT]", help="MLflow experiment.")] = EXPERIMENT,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for leaderboard.csv, .parquet, .md, .png and .html.", show_default="only printed"),

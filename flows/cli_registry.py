@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli_common import Home, TrackingUri, user_errors
+from tasks.names import REGISTERED_MODEL
 
 Name = Annotated[str, typer.Option(help="Registered model in MLflow.")]
 Publish = Annotated[
@@ -23,7 +24,7 @@ def promote(
     publish: Publish = None,
     tracking_uri: TrackingUri = None,
     home: Home = None,
-    name: Name = "ota-merged",
+    name: Name = REGISTERED_MODEL,
 ) -> None:
     """Make VERSION of the registered model the champion, whatever the gate said."""
     from tasks import promotion
@@ -49,9 +50,12 @@ def rollback(
     publish: Publish = None,
     tracking_uri: TrackingUri = None,
     home: Home = None,
-    name: Name = "ota-merged",
+    name: Name = REGISTERED_MODEL,
 ) -> None:
-    """Make the version champion again that the champion replaced. Every call goes one promotion further back."""
+    """Make the version champion again that the champion replaced. Every call goes one promotion further back, as far as weights were kept:
+
+    ``ota gc`` keeps those of the champion's predecessor, and of what was used within its days.
+    """
     from tasks import promotion
 
     with user_errors():
@@ -59,7 +63,7 @@ def rollback(
         _report(promotion.rollback(by=_user(), reason=reason, to=to, **where), publish, tracking_uri, home, name)
 
 
-def champion(tracking_uri: TrackingUri = None, home: Home = None, name: Name = "ota-merged") -> None:
+def champion(tracking_uri: TrackingUri = None, home: Home = None, name: Name = REGISTERED_MODEL) -> None:
     """Show the champion, the challenger, and the history of promotions and rollbacks."""
     from tasks import promotion
     from tasks.registry import CHALLENGER

@@ -132,14 +132,15 @@ def search(
 def _config(source: str, space: dict[str, Any], measured: dict[str, Any], given: dict[str, Any]) -> Any:
     """The search from a file that holds one, or a recipe; what the command line says wins over the file."""
     from tasks.recipes import parse_config, read_yaml
-    from tasks.search_config import DEFAULT, SearchConfig, load_search
+    from tasks.search_config import BUDGET, DEFAULT, SearchConfig, load_search
 
     raw = read_yaml(source)
     whole = isinstance(raw, dict) and "recipe" in raw
     held: dict[str, Any] = (
         load_search(source).model_dump(mode="json", by_alias=True, exclude_unset=True) if whole else {"recipe": source}
     )
-    budget = held.get("budget", {"evaluations": 40.0}) | {key: value for key, value in measured.items() if value is not None}
+    said = {key: value for key, value in measured.items() if value is not None}
+    budget = held.get("budget", BUDGET.model_dump(exclude_unset=True)) | said
     if not whole and measured["trials"] is not None and measured["evaluations"] is None:
         del budget["evaluations"]
     merged = held | given | {"space": held.get("space", {}) | space, "budget": budget}
@@ -154,12 +155,14 @@ def _config(source: str, space: dict[str, Any], measured: dict[str, Any], given:
 def _floors(texts: list[str] | None) -> dict[str, str] | None:
     if not texts:
         return None
+    from tasks.search_config import DEFAULT
+
     pairs = [text.rpartition("=") for text in texts]
-    names = [name or "default" for name, _, _ in pairs]
+    names = [name or DEFAULT for name, _, _ in pairs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise OtaError(f"--floor: given more than once for {', '.join(twice)}")
-    return {name or "default": value for name, _, value in pairs}
+    return {name or DEFAULT: value for name, _, value in pairs}
 
 
 def _numbers(text: str | None) -> list[int] | None:

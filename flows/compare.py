@@ -13,10 +13,11 @@ from flows.run_log import hide_tracebacks_of_user_errors
 from tasks.leaderboard import BEST, Leaderboard
 from tasks.leaderboard_question import Question
 from tasks.leaderboard_text import write_files
+from tasks.names import EXPERIMENT
 from tasks.settings import places
 from tasks.tracking_leaderboard import log_leaderboard
 from tasks.tracking_run import LoggedRun
-from tasks.tracking_store import EXPERIMENT, Store, resolve_store
+from tasks.tracking_store import Store, resolve_store
 
 hide_tracebacks_of_user_errors()
 

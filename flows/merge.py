@@ -32,6 +32,7 @@ from ota_core.stream import parse_memory, parse_size
 from tasks import stages
 from tasks.inputs import fetch_all, model_sources
 from tasks.jobs import MergeJob, ScoreJob
+from tasks.names import REGISTERED_MODEL
 from tasks.parts import SpreadMerge
 from tasks.recipes import read_recipe
 from tasks.settings import Device, Places, places
@@ -41,7 +42,6 @@ from tasks.storage import Fetched, is_s3
 from tasks.streaming import Streams
 from tasks.suites import load_suite
 from tasks.tracking import LoggedRun
-from tasks.tracking_run import REGISTERED_MODEL
 from tasks.watch import identity_of_source, is_intact
 
 hide_tracebacks_of_user_errors()

@@ -24,7 +24,7 @@ from tasks.study_cells import settings_of, spell, unusual
 from tasks.suites import Suite
 from tasks.tracking import ChildRun, InputRef, MergeRun
 from tasks.tracking_params import comparable_params
-from tasks.tracking_run import Benchmarked, uncertainty
+from tasks.tracking_run import TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
 from tasks.tracking_system import SystemPoint, points_of
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
@@ -268,9 +268,9 @@ def _context() -> dict[str, str]:
     """The Prefect run and the commit of this code, where they are known."""
     tags = {}
     if flow_run.id:
-        tags["prefect_flow_run_id"] = str(flow_run.id)
+        tags[TAG_FLOW_RUN] = str(flow_run.id)
     commit = git_commit(Path(__file__).resolve())
-    return tags | ({"git_commit": commit} if commit else {})
+    return tags | ({TAG_COMMIT: commit} if commit else {})
 
 
 def git_commit(file: Path) -> str | None:

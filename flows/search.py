@@ -39,6 +39,7 @@ from tasks.settings import Device, places
 from tasks.storage import write_note
 from tasks.suites import load_suite
 from tasks.tracking import LoggedRun
+from tasks.tracking_run import TAG_FLOW_RUN
 
 hide_tracebacks_of_user_errors()
 
@@ -214,7 +215,7 @@ def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, 
         "space": ", ".join(f"{one.name} {one.within}" for one in tried.dimensions) or "nothing",
         "floor": ", ".join(f"{key} {value}" for key, value in config.floor.items()),
     }  # fmt: skip
-    tags = {"prefect_flow_run_id": str(flow_run.id)} if flow_run.id else {}
+    tags = {TAG_FLOW_RUN: str(flow_run.id)} if flow_run.id else {}
     return SearchRun(name=name, search=tried.name, params=params, tags=tags)
 
 

@@ -112,14 +112,12 @@ def _subject(night: Night, champion: Version) -> Subject:
 def _withheld(night: Night, name: str, decision: GateDecision) -> GateDecision:
     """The decision, but that what somebody rolled back stays back: by hand it can be promoted again."""
     number = night.outcomes[name].logged.model_version
-    version = promotion.version(number, **night.registry) if number else None
-    if not decision.promoted or version is None:
-        return decision
-    if version.tags.get("rolled_back_at", "") <= version.tags.get("promoted_at", ""):  # never, or promoted by hand since
+    back = promotion.rolled_back(number, **night.registry) if number and decision.promoted else None
+    if back is None:
         return decision
     reason = (
-        f"It would pass, but version {number} was rolled back by {version.tags.get('rolled_back_by')} on {version.tags['rolled_back_at']} "
-        f"({version.tags.get('rolled_back_reason')}); to have it again: ota promote {number}."
+        f"It would pass, but version {number} was rolled back by {back.by} on {back.at} ({back.reason}); "
+        f"to have it again: ota promote {number}."
     )
     return decision.model_copy(update={"promoted": False, "reasons": (reason, *decision.reasons)})
 

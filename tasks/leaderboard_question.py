@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ota_core.artifact import canonical_json
 from tasks.leaderboard import BEST, Leaderboard, leaderboard
 from tasks.leaderboard_entries import LeaderboardError
+from tasks.names import EXPERIMENT
 from tasks.tracking_search import read_benchmarked, read_experiment
-from tasks.tracking_store import EXPERIMENT, Store
+from tasks.tracking_store import Store
 
 
 class Question(BaseModel):

@@ -13,6 +13,7 @@ from ota_core.recipe import DType, MergeParameters, MergeRecipe, Method, parse_r
 from ota_core.stream import parse_memory
 from tasks import storage
 from tasks.gate import GateSettings
+from tasks.names import REGISTERED_MODEL
 from tasks.recipes import parse_config, read_yaml
 from tasks.settings import Device, Places
 from tasks.suites import Suite, score_identity
@@ -61,7 +62,7 @@ class NightlyConfig(_Strict):
     """One nightly merge."""
 
     name: str = Field(
-        "ota-merged", pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the registered model and of what is published."
+        REGISTERED_MODEL, pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the registered model and of what is published."
     )
     experts: str = Field(
         description="Where experts arrive: s3://bucket/prefix or a folder, with <capability>/<expert>/ below it."

@@ -17,21 +17,22 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.errors import OtaError, StorageError
+from ota_core.errors import OtaError
 from tasks.artifacts import record_at
 from tasks.gate import GateDecision, GateError
+from tasks.names import REGISTERED_MODEL
 from tasks.promotion_history import Move, champions, history_tag, moves_of, next_time
 from tasks.registry import (
     CHALLENGER,
     CHAMPION,
-    REGISTERED_MODEL,
+    TAG_DECISION,
     TAG_DIGEST,
     TAG_REPLACED,
     TAG_SOURCE,
     set_announced,
 )
 from tasks.tracking_run import REPORT
-from tasks.tracking_store import Store, batches, clear_errors, connect, locked, resolve_store, store_errors
+from tasks.tracking_store import Store, artifact_errors, batches, clear_errors, connect, locked, resolve_store, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _MOVE = "champion_move"
 """Tag of a version: the move that made it champion, or was about to, as JSON. Written before the alias moves."""
+_SAFE = "The champion is the old one or the new one, whole."
 
 
 class PromotionError(OtaError):
@@ -84,12 +86,6 @@ def current(
         return None if number is None else _version(client, name, str(number))
 
 
-def version(number: str, *, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> Version:
-    """A version by its number. Raises PromotionError when it is not there, StorageError when MLflow is away."""
-    with _registry(f"reading version {number} of {name!r}", tracking_uri, root) as client:
-        return _version(client, name, number)
-
-
 def history(*, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> list[Move]:
     """Every move of the alias ``champion``, oldest first, the last one also where its call was interrupted before it was noted."""
     with _registry(f"reading the history of {name!r}", tracking_uri, root) as client:
@@ -99,12 +95,19 @@ def history(*, tracking_uri: str | None = None, root: Path | None = None, name: 
         return _moves(client, model)
 
 
-def rollback_versions(*, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> list[str]:
-    """The versions that rollbacks would go to, the next one first. Their weights must be kept for that."""
-    with _registry(f"reading the history of {name!r}", tracking_uri, root) as client:
-        model = _find_model(client, name)
-        line = [] if model is None else champions(_moves(client, model), _alias(model, CHAMPION))
-        return list(dict.fromkeys(reversed(line[:-1])))
+def rolled_back(
+    number: str, *, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL
+) -> Move | None:
+    """The rollback that took the alias ``champion`` from this version, also one that was interrupted before it was noted.
+
+    None where there was none, or the version was made champion again since. Raises StorageError.
+    """
+    for move in reversed(history(tracking_uri=tracking_uri, root=root, name=name)):
+        if move.to == number:
+            return None
+        if move.action == "rollback" and move.from_version == number:
+            return move
+    return None
 
 
 def promote(
@@ -213,28 +216,23 @@ def log_decision(
     from mlflow.entities import Metric
 
     with _registry(f"logging the gate's decision to the run {run_id}", tracking_uri, root) as client:
-        held = client.get_run(run_id).data.metrics
+        run = client.get_run(run_id)
         now = int(time.time() * 1000)
         # What is there already would become a second point of a curve.
-        new = [Metric(key, value, now, 0) for key, value in decision.metrics().items() if held.get(key) != value]
+        new = [Metric(key, value, now, 0) for key, value in decision.metrics().items() if run.data.metrics.get(key) != value]
         for some in batches(new, 500):
             client.log_batch(run_id, metrics=some)
-        try:
-            client.log_text(run_id, decision.model_dump_json(indent=2) + "\n", "gate.json")
-            client.log_text(run_id, decision.to_markdown(), "gate.md")
-            if report is not None:
-                client.log_text(run_id, report, REPORT)
-        except Exception as error:  # each kind of artifact store raises its own exceptions
-            raise StorageError(
-                f"gate.json and gate.md could not be stored with the run {run_id} ({error}); "
-                "check access to the artifact store, then run the same again"
-            ) from error
+        files = {"gate.json": decision.model_dump_json(indent=2) + "\n", "gate.md": decision.to_markdown()}
+        files |= {} if report is None else {REPORT: report}
+        with artifact_errors(", ".join(files), run.info.artifact_uri, _SAFE):
+            for path, text in files.items():
+                client.log_text(run_id, text, path)
 
 
 @contextmanager
 def _registry(doing: str, tracking_uri: str | None, root: Path | None) -> Iterator[MlflowClient]:
     store: Store = resolve_store(tracking_uri=tracking_uri, root=root)
-    with clear_errors(store, doing, "The champion is the old one or the new one, whole."), locked(store):
+    with clear_errors(store, doing, _SAFE), locked(store):
         yield connect(store)
 
 
@@ -292,7 +290,7 @@ def _check_weights(version: Version) -> None:
 
 def _gate_tags(decision: GateDecision) -> dict[str, str]:
     return {
-        "gate/decision": CHAMPION if decision.promoted else CHALLENGER,
+        TAG_DECISION: CHAMPION if decision.promoted else CHALLENGER,
         "gate/reason": " ".join(decision.reasons),
         "gate/confidence": f"{decision.confidence:g}",
         "gate/numbers": json.dumps(decision.metrics()),

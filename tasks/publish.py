@@ -15,8 +15,8 @@ from ota_core.artifact import RECORD, Record
 from ota_core.errors import StorageError
 from tasks import storage
 from tasks.artifacts import record_at
+from tasks.names import REGISTERED_MODEL
 from tasks.promotion import CHAMPION, PromotionError, current
-from tasks.registry import REGISTERED_MODEL
 from tasks.s3 import expected_checksums
 from tasks.storage_cache import locked, temporary_sibling
 from tasks.tracking_run import REPORT

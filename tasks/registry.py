@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tasks.tracking_run import REFERENCE, REGISTERED_MODEL
+from tasks.names import REGISTERED_MODEL
+from tasks.tracking_run import REFERENCE
 from tasks.tracking_store import Store, quoted
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 TAG_DIGEST = "model_digest"
 TAG_SOURCE = "source_uri"
+TAG_DECISION = "gate/decision"
+"""Which alias the gate gave a version: ``champion`` or ``challenger``."""
 TAG_REPLACED = "replaced_champion"
 """Of a champion: the number of the version that it replaced, to which a rollback returns."""
 TAG_WEIGHTS_DELETED = "weights_deleted"
@@ -36,8 +39,9 @@ def register_version(
 ) -> str:
     """The version of the registered model that has this digest, made when there is none; its number as a string.
 
-    A new version, or one that an interrupted call had left without it, gets the alias ``challenger`` if it is the newest. A
-    version that was there already is left as it is, aliases included: promotion is decided elsewhere.
+    A new version, or one that an interrupted call had left without it, gets the alias ``challenger`` if it is the newest, unless the
+    gate has named another one: merges by hand never take its place. A version that was there already is left as it is, aliases
+    included: promotion is decided elsewhere.
     """
     _ensure_model(client, name)
     version = find_version(client, digest, name=name)
@@ -60,10 +64,15 @@ def register_version(
         client.delete_model_version_tag(name, version.version, TAG_WEIGHTS_DELETED)
     if version.tags.get(_ANNOUNCED) != "true":
         newest = max(int(v.version) for v in client.search_model_versions(f"name='{name}'", order_by=["version_number DESC"]))
-        if int(version.version) == newest:
+        if int(version.version) == newest and not _judged_challenger(client, name):
             client.set_registered_model_alias(name, CHALLENGER, version.version)
         set_announced(client, version.version, name=name)
     return str(version.version)
+
+
+def _judged_challenger(client: MlflowClient, name: str) -> bool:
+    number = client.get_registered_model(name).aliases.get(CHALLENGER)
+    return number is not None and TAG_DECISION in client.get_model_version(name, str(number)).tags
 
 
 def set_announced(client: MlflowClient, version: str, *, name: str = REGISTERED_MODEL) -> None:

@@ -16,6 +16,7 @@ from tasks.search_space import Space, check_used
 from tasks.storage import is_s3
 
 DEFAULT = "default"
+BUDGET = Budget(evaluations=40)
 FloorText = str | float
 
 
@@ -55,7 +56,7 @@ class SearchConfig(BaseModel):
     )
     data_dir: str | None = Field(None, description="Data of a local suite: a folder or s3://….")
     space: Space = Field(Space(), description="What may be changed, and how far.")
-    budget: Budget = Field(Budget(evaluations=40), description="How much may be measured.")
+    budget: Budget = Field(BUDGET, description="How much may be measured.")
     floor: dict[str, FloorText] = Field(
         {DEFAULT: "base"},
         description="Capability, or default, to what it must reach: base, a fraction of its expert's score such as 0.9, score:0.4, or none.",

@@ -5,8 +5,6 @@ Everything is found again by tags: what an interrupted search has logged is not 
 
 from __future__ import annotations
 
-import contextlib
-import getpass
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,9 +14,10 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from tasks.search import Trial, Tuned
-from tasks.tracking_run import LoggedRun
+from tasks.tracking_run import LoggedRun, logged_run
 from tasks.tracking_store import (
     PARAM_LENGTH,
+    artifact_errors,
     clear_errors,
     connect,
     cut,
@@ -26,19 +25,18 @@ from tasks.tracking_store import (
     locked,
     mlflow_name,
     mlflow_names,
-    page_url,
+    pages,
     quoted,
     resolve_store,
 )
+from tasks.tracking_write import PARENT, TAG_ROLE, find_or_create
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-TAG_ROLE = "role"
 TAG_SEARCH = "search"
 TAG_TRIAL = "trial"
-_PARENT = "mlflow.parentRunId"
 _SAFE = "The search itself keeps every trial, and a repeat goes on with the next."
 
 
@@ -60,24 +58,19 @@ def begin(run: SearchRun, *, tracking_uri: str | None = None, root: Path | None 
     with clear_errors(store, f"logging {run.name!r}", _SAFE), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
-        found = _find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: run.search}, run.name)
+        found = find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: run.search}, run.name)
         client.update_run(found.info.run_id, status="RUNNING")
         _log(client, found, run.params, {}, run.tags)
-    url = page_url(store.shown, experiment, found.info.run_id) if store.is_server else None
-    return LoggedRun(run_id=found.info.run_id, experiment_id=experiment, url=url, model_version=None)
+    return logged_run(store, experiment, found.info.run_id)
 
 
 def logged_trials(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | None = None) -> set[int]:
     """The numbers of the trials that have their whole run below the search's already. Raises StorageError."""
     store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "reading the trials of the search", _SAFE):
-        client, found, token = connect(store), set[int](), None
-        wanted = quoted({_PARENT: parent.run_id, TAG_ROLE: "trial"})
-        while token != "":
-            page = client.search_runs([parent.experiment_id], wanted, page_token=token)
-            found |= {int(run.data.tags[TAG_TRIAL]) for run in page if run.info.status == "FINISHED"}
-            token = page.token or ""
-    return found
+        wanted = quoted({PARENT: parent.run_id, TAG_ROLE: "trial"})
+        runs = pages(connect(store).search_runs, experiment_ids=[parent.experiment_id], filter_string=wanted)
+        return {int(run.data.tags[TAG_TRIAL]) for run in runs if run.info.status == "FINISHED"}
 
 
 def log_trial(
@@ -91,8 +84,8 @@ def log_trial(
     name = f"trial {trial.number}"
     with clear_errors(store, f"logging {name} of the search", _SAFE), locked(store):
         client = connect(store)
-        identity = {_PARENT: parent.run_id, TAG_ROLE: "trial", TAG_TRIAL: str(trial.number)}
-        run = _find_or_create(client, parent.experiment_id, identity, name)
+        identity = {PARENT: parent.run_id, TAG_ROLE: "trial", TAG_TRIAL: str(trial.number)}
+        run = find_or_create(client, parent.experiment_id, identity, name)
         if run.info.status == "FINISHED":
             return
         points = {limit: _metrics(scores) for limit, scores in trial.scores.items()}
@@ -100,7 +93,9 @@ def log_trial(
         tags = {"pruned": str(not trial.complete).lower(), "feasible": str(not trial.shortfall).lower(), "origin": trial.origin}
         params = {"merge_method": trial.recipe.merge_method, **trial.values}
         _log(client, run, params, points, tags)
-        client.log_text(run.info.run_id, trial.recipe.to_yaml(), "recipe.yaml")
+        text = trial.recipe.to_yaml()
+        with artifact_errors(f"the recipe of {name}", run.info.artifact_uri, _SAFE):
+            client.log_text(run.info.run_id, text, "recipe.yaml")
         client.set_terminated(run.info.run_id, status="FINISHED")
         if best is not None:
             owner = client.get_run(parent.run_id)
@@ -124,7 +119,8 @@ def finish(
                 path = Path(temporary) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content if isinstance(content, bytes) else content.encode())
-            client.log_artifacts(parent.run_id, temporary)
+            with artifact_errors("the files of the search", run.info.artifact_uri, _SAFE):
+                client.log_artifacts(parent.run_id, temporary)
         client.set_terminated(parent.run_id, status="FINISHED")
 
 
@@ -137,16 +133,6 @@ def fail(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | Non
 
 def _metrics(scores: Mapping[str, float]) -> dict[str, float]:
     return {f"score/{name}": value for name, value in scores.items()} | {"score/avg": sum(scores.values()) / len(scores)}
-
-
-def _find_or_create(client: MlflowClient, experiment: str, identity: Mapping[str, str], name: str) -> Run:
-    found = client.search_runs([experiment], filter_string=quoted(identity))
-    if found:
-        return min(found, key=lambda run: (run.info.start_time, run.info.run_id))
-    tags = {**identity, "mlflow.source.name": "ota", "mlflow.source.type": "LOCAL"}
-    with contextlib.suppress(KeyError, OSError):  # a container's user without a name
-        tags["mlflow.user"] = getpass.getuser()
-    return client.create_run(experiment, run_name=name, tags=tags)
 
 
 def _log(

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tasks.scores import mlflow_metric_name
-from tasks.tracking_run import TAG_FINGERPRINT, LoggedRun
+from tasks.tracking_run import TAG_FINGERPRINT, LoggedRun, logged_run
 from tasks.tracking_search import complete_merges
-from tasks.tracking_store import clear_errors, connect, experiment_id, locked, page_url, resolve_store
+from tasks.tracking_store import artifact_errors, clear_errors, connect, experiment_id, locked, resolve_store
 from tasks.tracking_write import TAG_ROLE, find_or_create, in_progress, log_values
 
 TAG_STUDY = "study"
@@ -29,14 +29,15 @@ def log_study(
     ``merges``: fingerprint to the cell's label; their runs get the study's tag, and those of merges that the study has no longer lose
     it. Raises StorageError.
     """
-    store = resolve_store(tracking_uri=tracking_uri, root=root)
-    with clear_errors(store, f"logging the study {name!r}", f"Its tables and figures lie in {folder}."), locked(store):
+    store, safe = resolve_store(tracking_uri=tracking_uri, root=root), f"Its tables and figures lie in {folder}."
+    with clear_errors(store, f"logging the study {name!r}", safe), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
         run = find_or_create(client, experiment, {TAG_ROLE: ROLE, TAG_STUDY: name}, f"study {name}")
         with in_progress(client, run):
             log_values(client, run, params, metrics, {})
-            client.log_artifacts(run.info.run_id, str(folder))
+            with artifact_errors("the tables and figures", run.info.artifact_uri, safe):
+                client.log_artifacts(run.info.run_id, str(folder))
             tag = study_tag(name)
             for one in complete_merges(client, experiment):
                 label = merges.get(one.data.tags[TAG_FINGERPRINT])
@@ -44,8 +45,7 @@ def log_study(
                     client.delete_tag(one.info.run_id, tag)
                 elif label is not None and one.data.tags.get(tag) != label:
                     client.set_tag(one.info.run_id, tag, label)
-    url = page_url(store.shown, experiment, run.info.run_id) if store.is_server else None
-    return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)
+    return logged_run(store, experiment, run.info.run_id)
 
 
 def logged_merges(*, tracking_uri: str | None = None, root: Path | None = None) -> set[str]:

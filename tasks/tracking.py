@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ota_core.errors import StorageError
 from tasks.registry import TAG_DIGEST, TAG_SOURCE, register_version
 from tasks.tracking_models import INPUT, MERGE, external_model, link, note_version
 from tasks.tracking_run import (
@@ -23,10 +22,12 @@ from tasks.tracking_run import (
     InputRef,
     LoggedRun,
     MergeRun,
+    logged_run,
     uncertainty,
     write_artifacts,
 )
 from tasks.tracking_store import (
+    artifact_errors,
     batches,
     clear_errors,
     connect,
@@ -34,7 +35,6 @@ from tasks.tracking_store import (
     locked,
     mlflow_names,
     open_hint,
-    page_url,
     resolve_store,
     show_columns,
 )
@@ -103,8 +103,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
                     name=run.registered_model,
                 )
                 note_version(client, models[run.model_digest], run.registered_model, version)
-    url = page_url(store.shown, experiment, run_id) if store.is_server else None
-    return LoggedRun(run_id=run_id, experiment_id=experiment, url=url, model_version=version)
+    return logged_run(store, experiment, run_id, version)
 
 
 def log_benchmark(
@@ -115,8 +114,8 @@ def log_benchmark(
 
     Raises StorageError.
     """
-    store = resolve_store(tracking_uri=tracking_uri, root=root)
-    with clear_errors(store, f"logging the scores of {name!r}", "The scores are kept as an artifact."), locked(store):
+    store, safe = resolve_store(tracking_uri=tracking_uri, root=root), "The scores are kept as an artifact."
+    with clear_errors(store, f"logging the scores of {name!r}", safe), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
         identity = {TAG_ROLE: "benchmark", TAG_SCORES: fingerprint}
@@ -125,9 +124,10 @@ def log_benchmark(
         with in_progress(client, run):
             params = {"model": source or name, "suite": scores.suite, "limit": scores.limit or "none"}
             log_values(client, run, params, metrics, {TAG_SOURCE: source, TAG_DIGEST: digest})
-            client.log_dict(run.info.run_id, scores.model_dump(mode="json"), SCORES_OF_ONE)
-    url = page_url(store.shown, experiment, run.info.run_id) if store.is_server else None
-    return LoggedRun(run_id=run.info.run_id, experiment_id=experiment, url=url, model_version=None)
+            table = scores.model_dump(mode="json")
+            with artifact_errors(SCORES_OF_ONE, run.info.artifact_uri, safe):
+                client.log_dict(run.info.run_id, table, SCORES_OF_ONE)
+    return logged_run(store, experiment, run.info.run_id)
 
 
 def _log_child(client: MlflowClient, experiment: str, parent_id: str, child: ChildRun, model_id: str | None) -> None:
@@ -198,10 +198,5 @@ def _log_artifacts(client: MlflowClient, parent: Run, run: MergeRun) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_artifacts(folder, run)
-        try:
+        with artifact_errors("the artifacts", parent.info.artifact_uri, f"The merged model lies safe at {run.model_uri}."):
             client.log_artifacts(parent.info.run_id, str(folder))
-        except Exception as error:  # each kind of artifact store raises its own exceptions
-            raise StorageError(
-                f"the artifacts of the run {parent.info.run_id} could not be stored at {parent.info.artifact_uri} ({error}). "
-                f"The merged model lies safe at {run.model_uri}. Check access to the artifact store, then run the same again"
-            ) from error

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ota_core.errors import StorageError
 from tasks.leaderboard import Leaderboard
 from tasks.leaderboard_entries import AVERAGE
 from tasks.leaderboard_text import HTML, summary, to_markdown, write_files
-from tasks.tracking_run import TAG_LIMIT, TAG_SUITE, TAG_SUITE_KEY, LoggedRun
-from tasks.tracking_store import Store, clear_errors, connect, locked, page_url
+from tasks.tracking_run import TAG_LIMIT, TAG_SUITE, TAG_SUITE_KEY, LoggedRun, logged_run
+from tasks.tracking_store import Store, artifact_errors, clear_errors, connect, locked
 from tasks.tracking_write import NOTE, TAG_ROLE, find_or_create, in_progress, log_values
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ TAG_BEST, TAG_BEST_RUN = "best", "best_run"
 
 def log_leaderboard(board: Leaderboard, question: str, store: Store) -> LoggedRun:
     """Log the leaderboard to the summary run of its suite and question, made when there is none. Raises StorageError."""
-    with clear_errors(store, "logging the leaderboard", "The merges' own runs are as they were."), locked(store):
+    safe = "The merges' own runs are as they were."
+    with clear_errors(store, "logging the leaderboard", safe), locked(store):
         client = connect(store)
         identity = {TAG_ROLE: ROLE, TAG_SUITE_KEY: board.suite_key, TAG_QUESTION: question.replace("'", "’").replace("`", "’")}
         run = find_or_create(client, board.experiment_id, identity, f"leaderboard {board.suite}")
@@ -48,15 +48,9 @@ def log_leaderboard(board: Leaderboard, question: str, store: Store) -> LoggedRu
         with in_progress(client, run), tempfile.TemporaryDirectory() as folder:
             log_values(client, run, {}, best_metrics(board), tags)
             write_files(board, Path(folder))
-            try:
+            with artifact_errors("the leaderboard", run.info.artifact_uri, f"{safe} The best so far: {best['label']}."):
                 client.log_artifacts(run_id, folder, FOLDER)
-            except Exception as error:  # each kind of artifact store raises its own exceptions
-                raise StorageError(
-                    f"the leaderboard could not be stored at {run.info.artifact_uri} ({error}); check access to the artifact store, then "
-                    f"run the same again (best so far: {best['label']})"
-                ) from error
-    url = page_url(store.shown, board.experiment_id, run_id) if store.is_server else None
-    return LoggedRun(run_id=run_id, experiment_id=board.experiment_id, url=url, model_version=None)
+    return logged_run(store, board.experiment_id, run_id)
 
 
 def best_metrics(board: Leaderboard) -> Mapping[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.registry import TAG_DIGEST, TAG_SOURCE
-from tasks.tracking_store import NAME_LENGTH, TAG_LENGTH, cut, quoted
+from tasks.tracking_store import NAME_LENGTH, TAG_LENGTH, artifact_errors, cut, quoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,7 +44,9 @@ def external_model(
     if found.status != LoggedModelStatus.READY:
         with tempfile.TemporaryDirectory() as folder:  # MLflow wants its description of a model also for one that lies elsewhere
             get_external_mlflow_model_spec(found).save(str(Path(folder) / "MLmodel"))
-            client.log_model_artifacts(found.model_id, folder)
+            what, safe = f"MLflow's description of the model {name!r}", f"The weights lie at {uri} as before."
+            with artifact_errors(what, found.artifact_location, safe):
+                client.log_model_artifacts(found.model_id, folder)
         client.finalize_logged_model(found.model_id, LoggedModelStatus.READY)
     return str(found.model_id)
 

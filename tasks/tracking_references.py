@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
-from tasks.registry import CHAMPION, REGISTERED_MODEL, TAG_DIGEST, TAG_REPLACED, TAG_SOURCE, TAG_WEIGHTS_DELETED
+from tasks.names import EXPERIMENT, REGISTERED_MODEL
+from tasks.registry import CHAMPION, TAG_DIGEST, TAG_REPLACED, TAG_SOURCE, TAG_WEIGHTS_DELETED
 from tasks.tracking_run import TAG_FINGERPRINT
-from tasks.tracking_store import EXPERIMENT, clear_errors, connect, resolve_store
+from tasks.tracking_store import clear_errors, connect, pages, resolve_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -103,7 +104,7 @@ class Tracking:
 def _versions(client: MlflowClient) -> tuple[tuple[Version, ...], tuple[str, ...]]:
     """The versions of every registered model that this tool registers merges in: nights may have names of their own."""
     by_model: dict[str, dict[str, Any]] = {}
-    for one in _pages(client.search_model_versions):
+    for one in pages(client.search_model_versions):
         by_model.setdefault(one.name, {})[str(one.version)] = one
     versions: list[Version] = []
     problems: list[str] = []
@@ -154,7 +155,7 @@ def _runs(client: MlflowClient, since: datetime) -> tuple[Run, ...]:
     found: dict[str, Any] = {}
     for time in ("start_time", "end_time"):
         asked = f"attributes.{time} >= {start} and tags.`{TAG_FINGERPRINT}` LIKE '%'"
-        for run in _pages(client.search_runs, experiment_ids=[experiment.experiment_id], filter_string=asked):
+        for run in pages(client.search_runs, experiment_ids=[experiment.experiment_id], filter_string=asked):
             found[run.info.run_id] = run
     return tuple(
         Run(
@@ -189,13 +190,3 @@ def _digest(source: str) -> str | None:
     except ValueError:
         return None
     return noted.get("digest") if isinstance(noted, dict) else None
-
-
-def _pages(search: Any, **asked: Any) -> Iterator[Any]:
-    token = None
-    while True:
-        page = search(**asked, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return

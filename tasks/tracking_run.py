@@ -12,15 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from ota_core.artifact import RECORD, fingerprint
 from ota_core.errors import OtaError
+from tasks.names import REGISTERED_MODEL
 from tasks.scores import ModelScores
 from tasks.suites import Suite
+from tasks.tracking_store import Store, page_url
 from tasks.tracking_system import SystemPoint
 
 TAG_FINGERPRINT = "recipe_fingerprint"
 TAG_FLOW_RUN = "prefect_flow_run_id"
 TAG_COMMIT = "git_commit"
 
-REGISTERED_MODEL = "ota-merged"
 REFERENCE = "model"
 """The folder among a run's artifacts that holds the reference to the weights."""
 SCORES_CSV = "tables/scores.csv"
@@ -176,6 +177,12 @@ class LoggedRun(_Frozen):
     url: str | None
     """The run's page; None for an embedded database, which nobody serves yet."""
     model_version: str | None
+
+
+def logged_run(store: Store, experiment: str, run_id: str, model_version: str | None = None) -> LoggedRun:
+    """Where a run of this store was logged, with its page where somebody serves it."""
+    url = page_url(store.shown, experiment, run_id) if store.is_server else None
+    return LoggedRun(run_id=run_id, experiment_id=experiment, url=url, model_version=model_version)
 
 
 def write_artifacts(folder: Path, run: MergeRun) -> None:

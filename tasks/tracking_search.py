@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import OtaError
 from ota_core.recipe_yaml import nearest
+from tasks.names import EXPERIMENT
 from tasks.tracking_run import SAMPLES, TAG_FINGERPRINT, TAG_SUITE_KEY, Benchmarked
-from tasks.tracking_store import EXPERIMENT, Store, clear_errors, connect
+from tasks.tracking_store import Store, clear_errors, connect, pages
 from tasks.tracking_write import PARENT, TAG_ROLE
 
 if TYPE_CHECKING:
@@ -124,10 +125,5 @@ def _as_default(store: Store) -> Iterator[None]:
 
 def complete_merges(client: MlflowClient, experiment: str) -> Iterator[Run]:
     """The runs of merges that are logged to their end."""
-    token, wanted = None, f"attributes.status = 'FINISHED' AND tags.`{TAG_FINGERPRINT}` LIKE '%'"
-    while True:
-        page = client.search_runs([experiment], filter_string=wanted, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    wanted = f"attributes.status = 'FINISHED' AND tags.`{TAG_FINGERPRINT}` LIKE '%'"
+    return pages(client.search_runs, experiment_ids=[experiment], filter_string=wanted)

@@ -11,21 +11,22 @@ import re
 import shlex
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
+from tasks.names import EXPERIMENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.store.entities import PagedList
 
 T = TypeVar("T")
 
-EXPERIMENT = "ota-merging"
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 VIEW = "ota"
@@ -66,7 +67,7 @@ class Store(BaseModel):
     @property
     def shown(self) -> str:
         """The URI without a user name and password, for messages."""
-        return re.sub(r"://[^/@]*@", "://", self.uri)
+        return _without_password(self.uri)
 
 
 def resolve_store(*, tracking_uri: str | None = None, root: Path | None = None) -> Store:
@@ -128,15 +129,28 @@ def clear_errors(store: Store, doing: str, safe: str) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        seen = str(error).replace(store.uri, store.shown).strip().splitlines()
         where = (
             f"check that the server at {store.shown} is up (MLFLOW_TRACKING_URI names it; unset it for the embedded database)"
             if store.is_server
             else f"check the database {store.shown}"
         )
         raise StorageError(
-            f"MLflow at {store.shown} failed while {doing}: {seen[0] if seen else type(error).__name__}. {safe} "
-            f"What to do: {where}, then run the same again"
+            f"MLflow at {store.shown} failed while {doing}: {_reason(error)}. {safe} What to do: {where}, then run the same again"
+        ) from error
+
+
+@contextmanager
+def artifact_errors(what: str, location: str, safe: str) -> Iterator[None]:
+    """Around nothing but the call that stores ``what`` at ``location``: any error of the artifact store becomes one StorageError.
+
+    ``safe`` says what is not lost. A bucket raises boto's exceptions, which ``clear_errors`` does not know; each kind of store has its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise StorageError(
+            f"{what} could not be stored at {_without_password(location)} ({_reason(error)}). {safe} "
+            "Check access to the artifact store, then run the same again"
         ) from error
 
 
@@ -235,12 +249,33 @@ def batches(rows: Sequence[T], size: int) -> Iterator[list[T]]:
         yield list(rows[start : start + size])
 
 
+def pages(search: Callable[..., PagedList[T]], **asked: Any) -> Iterator[T]:
+    """Everything that one of the client's searches finds, page by page as it is taken."""
+    token = None
+    while True:
+        page = search(**asked, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 def quoted(filters: Mapping[str, str]) -> str:
     """A search filter that asks for all of these tags. Raises ValueError on a value that cannot be quoted."""
     for key, value in filters.items():
         if "'" in value or "`" in key:
             raise ValueError(f"tag {key}={value!r} holds a quote, which MLflow's search cannot escape")
     return " and ".join(f"tags.`{key}` = '{value}'" for key, value in filters.items())
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = _without_password(str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://", text)
 
 
 def _short_hash(text: str) -> str:

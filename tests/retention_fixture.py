@@ -20,7 +20,7 @@ from ota_core.recipe import MergeRecipe
 from tasks import stages, storage
 from tasks.artifacts import ArtifactStore
 from tasks.inputs import model_sources
-from tasks.registry import REGISTERED_MODEL
+from tasks.names import REGISTERED_MODEL
 from tasks.retention import DEFAULT_KINDS, Plan, Retention
 from tasks.scores import ModelScores
 from tasks.settings import Places, places

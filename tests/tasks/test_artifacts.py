@@ -241,6 +241,7 @@ def test_temporary_of_a_living_process_stays(tmp_path: Path) -> None:
     try:
         while not log.exists():
             time.sleep(0.05)
+            assert living.poll() is None
         (temporary,) = (tmp_path / "root" / "masks").glob(".*.tmp")
         store.produce("masks", "another", config={}, inputs={}, build=build)
         assert temporary.is_dir()

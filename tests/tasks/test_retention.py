@@ -15,7 +15,8 @@ from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import OtaError, StorageError
 from tasks import s3, stages, storage
 from tasks.artifacts import BuildResult
-from tasks.registry import REGISTERED_MODEL, TAG_DIGEST, TAG_WEIGHTS_DELETED
+from tasks.names import REGISTERED_MODEL
+from tasks.registry import TAG_DIGEST, TAG_WEIGHTS_DELETED
 from tasks.retention import Plan
 from tasks.retention_listing import list_root
 from tasks.tracking_references import Tracking
@@ -271,6 +272,8 @@ def _touch(refs: list[ArtifactRef], plan: Plan) -> None:
             if next(one.modified for one in s3.list_objects(ref.uri) if one.uri == record) != listed[ref.uri]:
                 break
             time.sleep(0.1)
+        else:
+            pytest.fail(f"{record} shows no later time after 30 touches")
 
 
 def test_a_promotion_after_the_listing_is_seen(settled: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import StorageError
 from tasks import s3, storage
 from tasks.artifacts import ArtifactStore, BuildResult
-from tasks.registry import REGISTERED_MODEL, TAG_WEIGHTS_DELETED
+from tasks.names import REGISTERED_MODEL
+from tasks.registry import TAG_WEIGHTS_DELETED
 from tasks.retention_listing import list_root
 from tests.retention_fixture import Shop, keys, names, why
 from tests.s3_fixture import S3Test

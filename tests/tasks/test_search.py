@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import pytest
 from pydantic import ValidationError
@@ -309,8 +310,13 @@ def test_a_budget_that_cannot_be_is_refused(raw: dict[str, object], message: str
 
 
 def test_a_trial_takes_little_time_by_itself(tmp_path: Path) -> None:
-    """What the optimiser adds to each must stay far below a merge and a score of a small model, a second or two."""
-    started = time.monotonic()
-    found = tune(recipe(), Space(), Budget(trials=30), peak, storage=tmp_path)
-    assert (time.monotonic() - started) / 30 < 0.5 and len(found.trials) == 30
+    """What the optimiser adds to each must stay far below a merge and a score of a small model, a second or two.
+
+    Of this process's own seconds, so that a busy machine does not count; the middle one, after what is imported and made once.
+    """
+    seconds = [time.process_time()]
+    found = tune(
+        recipe(), Space(), Budget(trials=30), peak, storage=tmp_path, on_trial=lambda _: seconds.append(time.process_time())
+    )
+    assert median(end - start for start, end in pairwise(seconds)) < 0.5 and len(found.trials) == 30
     assert all(earlier.number + 1 == later.number for earlier, later in pairwise(found.trials))

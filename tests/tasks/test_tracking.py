@@ -202,6 +202,15 @@ def test_one_version_per_digest_and_the_newest_is_the_challenger(root: Path) -> 
     assert registry.find_version(client, "no such digest") is None
 
 
+def test_a_merge_by_hand_does_not_take_the_place_of_the_gates_challenger(root: Path) -> None:
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    first, second = a_merge("first"), a_merge("second")
+    log_merge(first, root=root)
+    client.set_model_version_tag("ota-merged", "1", registry.TAG_DECISION, "challenger")
+    assert log_merge(second, root=root).model_version == "2"
+    assert client.get_registered_model("ota-merged").aliases == {"challenger": 1}
+
+
 def test_local_weights_are_referenced_on_a_server_too(server: str, tmp_path: Path) -> None:
     logged = log_merge(a_merge("local", model_uri=str(tmp_path / "merged")), tracking_uri=server)
     version = MlflowClient(tracking_uri=server).get_model_version("ota-merged", logged.model_version)
