@@ -30,7 +30,8 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
     parts = [errors_over(results, "Bits per byte of held-out text, less is better;")]
     if best is not None:
         parts.append(
-            f"{DIFFERENCE}: of the average, to {words(best)}, which has the lowest of the merges on these documents; more is worse."
+            f"{DIFFERENCE}: of the average, to {words(best)}, which has the lowest of the merges; more is worse. It is the best by these very "
+            "documents, which flatters its lead a little."
         )
     parts.append(
         f"{RECOVERED}: (base − merge) / (base − expert) on the experts' own capabilities, their mean, in percent; 100 is as good as every expert "
@@ -41,8 +42,8 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
         parts.append(f"Errors of {what}: replicate by replicate.")
     else:
         parts.append(
-            f"Errors of {what}: every model reads the same documents, so that they are paired document by document (linearised ratios of sums), "
-            "and smaller than the errors of single models tell."
+            f"Errors of {what}: every model reads the same documents, and what they find hard alike cancels (paired document by document within "
+            "each capability, linearised ratios of sums)."
         )
     bits = (*results.lossy, AVERAGE, *([DIFFERENCE] if best is not None else []))
     return [StudyTable("losses", "Loss on held-out text", " ".join(parts), pd.DataFrame(rows), percent=(RECOVERED,), bits=bits)]
