@@ -83,10 +83,9 @@ def models_of(
 
 def identity_of(recipe: MergeRecipe, inputs: MergeInputs, tests: Suite, data: Path | None) -> str:
     """What decides a trial's scores besides its values: the models, the method's other settings, suite and data."""
-    subject = Subject(name="", role="merge", path=None, digest="")
     return canonical_json(
         {
             "merge": stages.merge_step(recipe, inputs).fingerprint,
-            "scores": stages.score_step(subject, tests, data, None).fingerprint,
+            "scores": stages.scores_wanted(tests, data, None),
         }
     )

@@ -34,6 +34,7 @@ from tasks.study import StudyConfig, load_study
 from tasks.study_cells import Cell
 from tasks.study_found import Models, read_all
 from tasks.study_log import log_study, logged_merges
+from tasks.study_losses import ranked
 from tasks.study_report import RESULTS, write_results, write_study
 from tasks.study_scores import CellResult, StudyResults
 from tasks.study_tune import check_splits, chosen, tuned
@@ -230,9 +231,15 @@ def _params(config: StudyConfig) -> dict[str, str | int]:
 
 
 def _metrics(results: StudyResults) -> dict[str, float]:
-    """``score/avg/<cell>`` and ``loss/avg/<cell>`` of each merge of all experts, mean over the replicates."""
+    """``score/avg/<cell>`` and ``loss/avg/<cell>`` of each merge of all experts, mean over the replicates.
+
+    Of the merges that the table of losses compares with the best one, ``loss/difference/<cell>`` and ``loss/difference_stderr/<cell>``.
+    """
     every = [cell for cell in results.cells if len(cell.experts) == len(results.experts)]
     values = {f"score/avg/{cell.label}": results.average(results.models(cell)).mean for cell in every}
     if results.lossy:
         values |= {f"loss/avg/{cell.label}": results.average_loss(results.models(cell)).mean for cell in every}
+    for cell in ranked(results)[1:]:
+        found = results.loss_difference(cell, ranked(results)[0], results.lossy)
+        values |= {f"loss/difference/{cell.label}": found.mean, f"loss/difference_stderr/{cell.label}": found.error}
     return {name: value for name, value in values.items() if value == value}

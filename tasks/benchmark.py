@@ -9,6 +9,7 @@ import random
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from ota_core.errors import CheckpointError
 from tasks.benchmark_quiet import Progress, quiet
 from tasks.benchmark_tasks import load_tasks, skip_reason
+from tasks.loss_errors import loss_error
 from tasks.scores import CapabilityScore, ModelScores, mlflow_metric_name
 from tasks.suites import LossEntry, Suite, SuiteError, TaskEntry, suite_digest
 
@@ -65,7 +67,8 @@ def score_model(
         capabilities={name: score for name, (score, _) in scores.items()},
         samples={name: samples for name, (_, samples) in scores.items()},
         losses={name: value for name, (value, _) in losses.items()},
-        loss_stderr={name: error for name, (_, error) in losses.items() if error is not None},
+        loss_stderr={name: error for name, (_, found) in losses.items() if not math.isnan(error := loss_error(found))},
+        loss_samples={name: found for name, (_, found) in losses.items()},
         limit=limit,
         lm_eval_version=importlib.metadata.version("lm_eval"),
         seconds=round(seconds, 3),
@@ -167,21 +170,14 @@ def _capability(
     return capability, samples
 
 
-def _loss(suite: Suite, entry: LossEntry, result: Mapping[str, Any]) -> tuple[float, float | None]:
-    """Bits per byte of all documents together, and its standard error; None for the error of a single document.
-
-    lm-eval gives no error for this number. It is a ratio of sums, so its error is that of a ratio estimator (Cochran, Sampling
-    Techniques, 3rd ed., eq. 6.13, for a sample from an unlimited population): documents vary, and are weighted by their bytes.
-    """
+def _loss(suite: Suite, entry: LossEntry, result: Mapping[str, Any]) -> tuple[float, dict[str, tuple[float, int]]]:
+    """Bits per byte of all documents together, and document to (log-likelihood, bytes). lm-eval gives no error for this number."""
     value = result["results"][entry.task].get(f"{entry.metric},{entry.filter}")
     if value is None or not _is_number(value):
         raise SuiteError(f"suite {suite.name}: expected a finite {entry.metric} of task '{entry.task}'; it gave {value}")
-    rows = [row[entry.metric] for rows in result["samples"].values() for row in rows if row["filter"] == entry.filter]
-    if len(rows) < 2:
-        return float(value), None
-    residuals = [-loglikelihood / math.log(2) - value * size for loglikelihood, size in rows]
-    total, n = sum(size for _, size in rows), len(rows)
-    return float(value), math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / total
+    rows = [row for rows in result["samples"].values() for row in rows if row["filter"] == entry.filter]
+    numbers = (row[entry.metric] for row in rows)
+    return float(value), {key: (float(nats), int(size)) for key, (nats, size) in zip(_document_keys(rows), numbers, strict=True)}
 
 
 def _is_number(value: Any) -> bool:
@@ -193,19 +189,24 @@ def _is_number(value: Any) -> bool:
 
 
 def _sample_scores(task: str, entry: TaskEntry, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Document hash (16 hex digits; "#2" and so on for a document that comes again) to score, in lm-eval's order."""
+    """Document to score, in lm-eval's order."""
     scores: dict[str, float] = {}
-    seen: dict[str, int] = {}
-    for row in rows:
-        value = row.get(entry.metric)
-        if row["filter"] != entry.filter or value is None:
-            continue
+    kept = [row for row in rows if row["filter"] == entry.filter and row.get(entry.metric) is not None]
+    for key, row in zip(_document_keys(kept), kept, strict=True):
+        value = row[entry.metric]
         if isinstance(value, list) and value and all(_is_number(item) for item in value):
             value = sum(value) / len(value)  # one verdict for each instruction of a prompt (ifeval's inst_level metrics)
         if not _is_number(value):
             log.warning("task %s: %s has no number for each document; paired tests cannot use it", task, entry.metric)
             return {}
-        key = str(row["doc_hash"])[:16]
-        seen[key] = seen.get(key, 0) + 1
-        scores[key if seen[key] == 1 else f"{key}#{seen[key]}"] = float(value)
+        scores[key] = float(value)
     return scores
+
+
+def _document_keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Each document's hash: 16 hex digits; with "#2" and so on for a document that comes again."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        key = str(row["doc_hash"])[:16]
+        seen[key] += 1
+        yield key if seen[key] == 1 else f"{key}#{seen[key]}"

@@ -50,6 +50,8 @@ class ModelScores(BaseModel):
     """Capability to bits per byte of held-out text, where the suite measures it; less is better."""
     loss_stderr: dict[str, float] = {}
     """Capability to the standard error of its loss, over documents."""
+    loss_samples: dict[str, dict[str, tuple[float, int]]] = {}
+    """Capability to document hash to (log-likelihood, natural logarithm; bytes) of what its loss is of. The hash as in ``samples``."""
 
     @property
     def average(self) -> float | None:

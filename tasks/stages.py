@@ -27,7 +27,7 @@ from tasks.settings import Places
 from tasks.sources import MASK_FILE, MOMENTS_FILE
 from tasks.storage import Fetched, digest_folder, download_folder, is_s3
 from tasks.streaming import Streams
-from tasks.suites import Suite, SuiteError, digest_data, load_suite, score_identity
+from tasks.suites import Suite, SuiteError, digest_data, kept_identity, load_suite, score_identity
 
 SCORES_FILE = "scores.json"
 
@@ -235,8 +235,13 @@ def check_suite(suite: Suite, data_dir: Path | None, limit: int | None) -> None:
 
 def score_step(subject: Subject, suite: Suite, data_dir: Path | None, limit: int | None) -> Step:
     """Scores of one model on one suite."""
-    config, inputs = score_identity(subject.digest, suite, digest_data(data_dir) if data_dir else None, limit=limit)
+    config, inputs = kept_identity(subject.digest, suite, digest_data(data_dir) if data_dir else None, limit=limit)
     return Step.of("scores", config, inputs)
+
+
+def scores_wanted(suite: Suite, data_dir: Path | None, limit: int | None) -> str:
+    """What decides the scores of any model: by this a search knows the trials that it kept."""
+    return fingerprint("scores", *score_identity("", suite, digest_data(data_dir) if data_dir else None, limit=limit))
 
 
 def score(

@@ -17,7 +17,7 @@ from tasks.stages import Subject
 from tasks.storage import Fetched
 from tasks.study import Replicate
 from tasks.study_scores import CellResult
-from tasks.suites import Suite, digest_data, load_suite, score_identity
+from tasks.suites import Suite, digest_data, kept_identity, load_suite
 
 
 class Models:
@@ -87,7 +87,7 @@ class Models:
         return fmean(record["bytes_per_param"] for record in records), max(record["sqrt_error"] for record in records)
 
     def _scores(self, digest: str, tests: Suite, data: str | None) -> str:
-        config, inputs = score_identity(digest, tests, data, limit=self.limit)
+        config, inputs = kept_identity(digest, tests, data, limit=self.limit)
         return fingerprint("scores", config, inputs)
 
     def _of(self, source: str) -> Fetched:

@@ -1,4 +1,4 @@
-"""The table of held-out losses of a study, where its suite measures them."""
+"""The table of held-out losses of a study, where its suite measures them, and which merge the others are compared with."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,10 +6,18 @@ from functools import partial
 import pandas as pd
 
 from tasks.scores import ModelScores
-from tasks.study_rows import Row, StudyTable, errors_over, methods_of, model_rows, numbers
+from tasks.study_cells import Cell
+from tasks.study_rows import DIFFERENCE, Row, StudyTable, errors_over, methods_of, model_rows, numbers, words
 from tasks.study_scores import AVERAGE, StudyResults
 
 RECOVERED = "recovered"
+
+
+def ranked(results: StudyResults) -> list[Cell]:
+    """The merges of the table, lowest average loss first: the others are compared with that one. None where there are no two to compare."""
+    chosen = methods_of(results) if results.lossy else []
+    by_loss = sorted(chosen, key=lambda cell: results.average_loss(results.models(cell)).mean)
+    return by_loss if len(by_loss) > 1 else []
 
 
 def losses_table(results: StudyResults) -> list[StudyTable]:
@@ -17,14 +25,28 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
     chosen = methods_of(results)
     if not chosen or not results.lossy:
         return []
-    rows = model_rows(results, chosen, partial(_losses, results), lambda cell: numbers(RECOVERED, results.recovered(cell)))
-    caption = (
-        f"{errors_over(results, 'Bits per byte of held-out text, less is better;')} Every model reads the same documents, so that differences are "
-        f"more certain than the errors of the numbers. {RECOVERED}: (base − merge) / (base − expert) on the experts' own capabilities, their mean, "
-        "in percent; 100 is as good as every expert on its own text."
+    best = next(iter(ranked(results)), None)
+    rows = model_rows(results, chosen, partial(_losses, results), partial(_beside_losses, results, best))
+    parts = [errors_over(results, "Bits per byte of held-out text, less is better;")]
+    if best is not None:
+        parts.append(
+            f"{DIFFERENCE}: of the average, to {words(best)}, which has the lowest of the merges; more is worse. It is the best by these very "
+            "documents, which flatters its lead a little."
+        )
+    parts.append(
+        f"{RECOVERED}: (base − merge) / (base − expert) on the experts' own capabilities, their mean, in percent; 100 is as good as every expert "
+        "on its own text."
     )
-    bits = (*results.lossy, AVERAGE)
-    return [StudyTable("losses", "Loss on held-out text", caption, pd.DataFrame(rows), percent=(RECOVERED,), bits=bits)]
+    what = f"{DIFFERENCE} and {RECOVERED}" if best is not None else RECOVERED
+    if results.over == "replicates":
+        parts.append(f"Errors of {what}: replicate by replicate.")
+    else:
+        parts.append(
+            f"Errors of {what}: every model reads the same documents, and what they find hard alike cancels (paired document by document within "
+            "each capability, linearised ratios of sums)."
+        )
+    bits = (*results.lossy, AVERAGE, *([DIFFERENCE] if best is not None else []))
+    return [StudyTable("losses", "Loss on held-out text", " ".join(parts), pd.DataFrame(rows), percent=(RECOVERED,), bits=bits)]
 
 
 def _losses(results: StudyResults, models: Sequence[ModelScores]) -> Row:
@@ -32,3 +54,10 @@ def _losses(results: StudyResults, models: Sequence[ModelScores]) -> Row:
     for name in results.lossy:
         row |= numbers(name, results.loss(models, name))
     return row | numbers(AVERAGE, results.average_loss(models))
+
+
+def _beside_losses(results: StudyResults, best: Cell | None, cell: Cell) -> Row:
+    row: Row = {}
+    if best is not None:
+        row |= numbers(DIFFERENCE, results.loss_difference(cell, best, results.lossy) if cell is not best else None)
+    return row | numbers(RECOVERED, results.recovered(cell))

@@ -118,7 +118,8 @@ def _cell(one: StudyTable, name: str, row: "pd.Series[object]") -> str:
         return f"{value:.3g}"
     error = row.get(f"{name}{ERROR}")
     sign = "+" if name == DIFFERENCE else ""
-    scale, digits = (1, 3) if name in one.bits else (100, 1)
+    # Losses of the same documents differ by less than either is sure of: one digit more.
+    scale, digits = (1, 4 if sign else 3) if name in one.bits else (100, 1)
     text = f"{scale * float(value):{sign}.{digits}f}"  # type: ignore[arg-type]
     return text if error is None or math.isnan(error) else f"{text} ± {scale * float(error):.{digits}f}"  # type: ignore[arg-type]
 
@@ -148,18 +149,22 @@ def render(folder: Path, written: Path | None) -> list[object]:
     lines: list[object] = []
     if methods.is_file():
         frame = pd.read_csv(methods)
-        drawn = Table(title="Methods: percent ± standard error", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        drawn.add_column("model", no_wrap=True)
+        drawn = Table(
+            title="Methods: percent ± standard error", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False
+        )
+        drawn.add_column("model")  # a long name breaks between its words; numbers never break
         for name in (AVERAGE, RETENTION):
             drawn.add_column(name, justify="right", no_wrap=True)
         shown = StudyTable("methods", "", "", frame, (AVERAGE, RETENTION))
         rows = [[str(row["model"]), *(_cell(shown, name, row) for name in (AVERAGE, RETENTION))] for _, row in frame.iterrows()]
         losses = folder / TABLES / "losses.csv"
         if losses.is_file():
-            drawn.add_column("loss, bits/byte", justify="right", no_wrap=True)
-            of = StudyTable("losses", "", "", pd.read_csv(losses), bits=(AVERAGE,))
+            of = StudyTable("losses", "", "", pd.read_csv(losses), bits=(AVERAGE, DIFFERENCE))
+            shown_losses = [name for name in of.bits if name in of.frame]
+            for title in ("loss,\nbits/byte", "to the best")[: len(shown_losses)]:
+                drawn.add_column(title, justify="right", no_wrap=True)
             for cells, (_, row) in zip(rows, of.frame.iterrows(), strict=True):  # the same models in the same order
-                cells.append(_cell(of, AVERAGE, row))
+                cells.extend(_cell(of, name, row) for name in shown_losses)
         for cells in rows:
             drawn.add_row(*cells)
         lines.append(drawn)

@@ -1,7 +1,7 @@
 """What the cells of a study scored, as tidy frames, and what tables need of them: means with standard errors.
 
 A standard error is taken over replicates where there are at least two: standard deviation (n − 1) / √n. With one replicate it is taken
-over documents, from the errors of the scores as if those were independent.
+over documents: of scores as if their errors were independent, of differences of losses and of what is recovered document by document.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from tasks.loss_errors import difference_error, recovered_error
 from tasks.scores import ModelScores
 from tasks.study_cells import Cell
 
@@ -123,14 +124,29 @@ class StudyResults:
     def recovered(self, cell: Cell) -> Estimate:
         """Mean over the merged experts' own capabilities of (base − merge) / (base − expert) in losses: which part of the experts' gain is kept.
 
-        NaN where an expert is no better than the base on its own text. No standard error over documents: the three read the same ones.
+        NaN where an expert is no better than the base on its own text. Over documents, the three are paired: see ``tasks.loss_errors``.
         """
         values = []
         for one in self.of(cell):
-            base, alone = self.base[one.replicate].losses, self.alone[one.replicate]
-            own = [(name, alone[e].losses[name]) for e in cell.experts if (name := self.experts[e]) in self.lossy]
-            parts = [(base[k] - one.scores.losses[k]) / (base[k] - loss) if loss < base[k] else math.nan for k, loss in own]
-            values.append(Estimate(fmean(parts) if parts else math.nan, math.nan))
+            base, alone = self.base[one.replicate], self.alone[one.replicate]
+            own = [(name, alone[e]) for e in cell.experts if (name := self.experts[e]) in self.lossy]
+            gains = [(base.losses[k] - one.scores.losses[k], base.losses[k] - expert.losses[k]) for k, expert in own]
+            if not gains or any(whole <= 0 for _, whole in gains):
+                values.append(Estimate(math.nan, math.nan))
+            else:
+                kept = fmean(part / whole for part, whole in gains)
+                values.append(Estimate(kept, recovered_error(base, one.scores, own)))
+        return estimate(values)
+
+    def loss_difference(self, cell: Cell, other: Cell, capabilities: Sequence[str]) -> Estimate:
+        """The loss of ``cell`` less that of ``other``, mean over these capabilities of ``lossy``; bits per byte.
+
+        Replicate by replicate; over documents, which both read alike, document by document: see ``tasks.loss_errors``.
+        """
+        values = []
+        for a, b in zip(self.of(cell), self.of(other), strict=True):
+            mean = fmean(a.scores.losses[name] - b.scores.losses[name] for name in capabilities)
+            values.append(Estimate(mean, difference_error(a.scores, b.scores, capabilities)))
         return estimate(values)
 
     def retention(self, cell: Cell) -> Estimate:

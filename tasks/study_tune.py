@@ -10,7 +10,6 @@ from tasks.search import Budget, Space, Tuned, tune
 from tasks.search_merge import TrialModels
 from tasks.search_overlap import check_apart
 from tasks.settings import Places
-from tasks.stages import Subject
 from tasks.study import TuneConfig
 from tasks.study_found import Models
 from tasks.suites import load_suite
@@ -38,7 +37,7 @@ def tuned(recipe: MergeRecipe, names: tuple[str, ...], models: Models, folder: P
     inputs = models.inputs_of(recipe)
     identity = {
         "merge": stages.merge_step(recipe, inputs).fingerprint,
-        "scores": stages.score_step(Subject(name="", role="merge", path=None, digest=""), tests, data, config.limit).fingerprint,
+        "scores": stages.scores_wanted(tests, data, config.limit),
     }
     ready = _compressed(recipe, inputs, models.where, memory)
     with TrialModels(

@@ -192,6 +192,18 @@ def score_identity(
     return params, inputs
 
 
+def kept_identity(
+    model_digest: str, suite: Suite, data_digest: str | None, *, limit: int | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """``score_identity`` and what besides the scores their artifact holds: what an artifact is found by.
+
+    Losses of single documents came later; an artifact without them is not found, and its model is scored again. The scores themselves are
+    the same, so that what compares them or follows from them (``suite_digest``, nights, searches) goes by ``score_identity``.
+    """
+    params, inputs = score_identity(model_digest, suite, data_digest, limit=limit)
+    return params | ({"loss_samples": True} if suite.losses else {}), inputs
+
+
 def suite_digest(suite: Suite, *, limit: int | None = None) -> str:
     """What two scores must share to be comparable: settings and task files. The data show in the hashes of the documents."""
     params, inputs = score_identity("", suite, "", limit=limit)

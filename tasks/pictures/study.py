@@ -11,8 +11,10 @@ import pandas as pd
 
 from tasks.pictures.page import Picture
 from tasks.pictures.style import CATEGORIES, FACE, INK, PANEL, SHAPES, VARIANT_COLOURS
-from tasks.study_rows import ERROR, StudyTable
-from tasks.study_scores import AVERAGE, StudyResults
+from tasks.study_cells import Cell
+from tasks.study_losses import ranked
+from tasks.study_rows import ERROR, StudyTable, words
+from tasks.study_scores import AVERAGE, Estimate, StudyResults
 from tasks.study_tables import grafted
 
 VARIANTS = tuple(VARIANT_COLOURS)
@@ -27,8 +29,8 @@ def pictures(results: StudyResults, made: Sequence[StudyTable]) -> dict[str, Pic
     found: dict[str, Picture] = {}
     if "methods" in tables:
         found["methods"] = _methods(results, tables["methods"])
-    if "losses" in tables:
-        found["losses"] = _losses(results, tables["losses"])
+    if merges := ranked(results):
+        found["losses"] = _losses(results, merges)
     if "density" in tables:
         found["density"] = _density(results, tables["density"])
     if "grafting" in tables:
@@ -47,9 +49,36 @@ def _methods(results: StudyResults, table: StudyTable) -> Picture:
     return Picture("Methods and capabilities", caption, chart)
 
 
-def _losses(results: StudyResults, table: StudyTable) -> Picture:
-    caption = f"Loss on held-out text of each capability and its average: less is better. {_bars(results)} Each row is a model of the table."
-    chart = _dots(results, table, (*results.lossy, AVERAGE), "loss in bits per byte", _bits, "loss", ".3f")
+def _losses(results: StudyResults, merges: Sequence[Cell]) -> Picture:
+    """How much worse each merge is than the best: the losses themselves, with base and experts, are too far apart to be told apart on one axis."""
+    best, panels = merges[0], {AVERAGE: results.lossy} | {name: (name,) for name in results.lossy}
+    rows = [
+        {"model": words(cell), "panel": panel} | _difference(results.loss_difference(cell, best, names))
+        for panel, names in panels.items()
+        for cell in merges
+    ]
+    data, models = pd.DataFrame(rows), [words(cell) for cell in merges]
+    # Marks are thin across and lines wide along, so that no mark hides a line.
+    base = alt.Chart().encode(y=alt.Y("model:N", sort=models, title=None, axis=alt.Axis(grid=True, labelLimit=330)))
+    axis, scale = alt.Axis(tickCount=5, format="~g", grid=True), alt.Scale(padding=12, nice=False)
+    x = alt.X("difference:Q", title="difference in bits per byte", axis=axis, scale=scale)
+    layers = alt.layer(
+        alt.Chart().mark_rule(strokeDash=[5, 4], color=_REFERENCE).encode(x=alt.datum(0)),
+        base.mark_rule(strokeWidth=4, color=CATEGORIES[5]).encode(x="low:Q", x2="high:Q"),
+        base.mark_tick(thickness=2, size=13, color=INK, opacity=1).encode(
+            x=x, tooltip=_tooltip("model", "panel", value="difference", digits=".4f")
+        ),
+    )
+    wide = alt.layer(*layers.layer, data=data[data["panel"] == AVERAGE]).properties(width=700, height=alt.Step(20), title=AVERAGE)
+    narrow = alt.layer(*layers.layer, data=data[data["panel"] != AVERAGE]).properties(width=212, height=alt.Step(18))
+    chart: alt.TopLevelMixin = wide
+    if len(results.lossy) > 1:  # the average of one is that one
+        chart = alt.vconcat(wide, _facet(narrow, "panel", list(results.lossy)).resolve_scale(x="independent"))
+    caption = (
+        f"Bits per byte that each merge needs more than {words(best)}, the one with the lowest average on these documents (dashed): less is better. "
+        f"Lines: ± one standard error of the difference, {_paired_over(results)}. Every panel has a scale of its own. The losses themselves, and those "
+        "of base and experts, stand in the table."
+    )
     return Picture("Loss on held-out text", caption, chart)
 
 
@@ -246,11 +275,15 @@ def _percent(row: Any, name: str) -> dict[str, float]:
     return {"score": score, "error of score": error, "low": max(score - error, 0.0), "high": min(score + error, 100.0)}
 
 
-def _bits(row: Any, name: str) -> dict[str, float]:
-    """Loss and its band in bits per byte."""
-    loss, error = float(row[name]), float(row[f"{name}{ERROR}"])
-    error = 0.0 if math.isnan(error) else error
-    return {"loss": loss, "error of loss": error, "low": loss - error, "high": loss + error}
+def _difference(found: Estimate) -> dict[str, float]:
+    """A difference and its band in bits per byte. Without a standard error the band is the difference itself."""
+    error = 0.0 if math.isnan(found.error) else found.error
+    return {
+        "difference": found.mean,
+        "error of difference": error,
+        "low": found.mean - error,
+        "high": found.mean + error,
+    }
 
 
 def _tooltip(*names: str, value: str = "score", digits: str = ".1f") -> list[alt.Tooltip]:
@@ -263,6 +296,10 @@ def _tooltip(*names: str, value: str = "score", digits: str = ".1f") -> list[alt
 
 def _bars(results: StudyResults) -> str:
     return f"Lines: ± one standard error over {results.over}."
+
+
+def _paired_over(results: StudyResults) -> str:
+    return "replicate by replicate" if results.over == "replicates" else "document by document"
 
 
 def _bands(results: StudyResults) -> str:

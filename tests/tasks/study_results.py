@@ -1,6 +1,7 @@
 """Results of a study made by hand, without merging anything: every cell's scores from one function of its label and replicate."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tasks.scores import CapabilityScore, ModelScores
@@ -9,17 +10,29 @@ from tasks.study_scores import CellResult, StudyResults
 
 CAPABILITIES = ("math", "code")
 Values = Mapping[str, float | None]
+Read = Mapping[str, Mapping[str, tuple[float, int]]]
+"""Capability to document to (log-likelihood, bytes)."""
 
 
-def scores(values: Values, stderr: float | None = 0.01, losses: Mapping[str, float] | None = None) -> ModelScores:
+def scores(
+    values: Values, stderr: float | None = 0.01, losses: Mapping[str, float] | None = None, read: Read | None = None
+) -> ModelScores:
+    """``read``: the documents that the losses are then computed from."""
+    read = read or {}
+    losses = {name: bits_per_byte(documents.values()) for name, documents in read.items()} | dict(losses or {})
     found = {
         name: CapabilityScore(score=value, stderr=None if value is None else stderr, n_samples=100, tasks={})
         for name, value in values.items()
     }
     return ModelScores(
         suite="tiny", suite_digest="d", capabilities=found, samples={}, limit=None, lm_eval_version="0", seconds=1.0,
-        losses=losses or {}, loss_stderr=dict.fromkeys(losses or {}, 0.02),
+        losses=losses, loss_stderr=dict.fromkeys(losses, 0.02), loss_samples={name: dict(documents) for name, documents in read.items()},
     )  # fmt: skip
+
+
+def bits_per_byte(documents: Iterable[tuple[float, int]]) -> float:
+    nats, sizes = zip(*documents, strict=True)
+    return -sum(nats) / math.log(2) / sum(sizes)
 
 
 def config(*grid: dict[str, Any], replicates: int = 2, **changes: Any) -> StudyConfig:
@@ -39,18 +52,24 @@ def study(
     stderr: float | None = 0.01,
     cost: Callable[[str], dict[str, Any]] = lambda label: {},
     loss: Callable[[str, int], Mapping[str, float]] = lambda label, number: {},
+    read: Callable[[str, int], Read] = lambda label, number: {},
     **changes: Any,
 ) -> StudyResults:
-    """``of``: the scores of a cell's label on the replicate with a number from 0; ``loss``: the losses of a cell, an expert or ``base``."""
+    """``of``: the scores of a cell's label on the replicate with a number from 0; ``loss``: the losses of a cell, an expert or ``base``, or
+    ``read``: the documents that they are of."""
     made = config(*grid, replicates=replicates, **changes)
+
+    def one(values: Values, label: str, number: int) -> ModelScores:
+        return scores(values, stderr, loss(label, number), read(label, number))
+
     names, cells = [one.name for one in made.all_replicates()], made.cells()
     return StudyResults(
-        name=made.name, suite="tiny", experts=dict(zip(made.experts(), (one.capability for one in made.models), strict=True)), replicates=tuple(names),
-        base={name: scores(base(i), stderr, loss("base", i)) for i, name in enumerate(names)},
-        alone={name: {expert: scores(alone(expert, i), stderr, loss(expert, i)) for expert in made.experts()} for i, name in enumerate(names)},
+        name=made.name, suite="tiny", experts=dict(zip(made.experts(), (model.capability for model in made.models), strict=True)), replicates=tuple(names),
+        base={name: one(base(i), "base", i) for i, name in enumerate(names)},
+        alone={name: {expert: one(alone(expert, i), expert, i) for expert in made.experts()} for i, name in enumerate(names)},
         cells=cells,
         results=tuple(
-            CellResult(label=cell.label, replicate=name, scores=scores(of(cell.label, i), stderr, loss(cell.label, i)), **cost(cell.label))
+            CellResult(label=cell.label, replicate=name, scores=one(of(cell.label, i), cell.label, i), **cost(cell.label))
             for i, name in enumerate(names) for cell in cells
         ),
     )  # fmt: skip

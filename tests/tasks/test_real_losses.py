@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ota_core.artifact import fingerprint
+from tasks import stages
 from tasks.benchmark import score_model
 from tasks.scores import ModelScores, render, scores_table, text_rows, to_csv, to_markdown, to_markdown_of_one
-from tasks.suites import Suite, SuiteError, load_suite, score_identity, suite_digest
+from tasks.suites import Suite, SuiteError, digest_folder, load_suite, score_identity, suite_digest
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_suite import edited, write_rows, write_tiny_suite
 
@@ -58,6 +59,18 @@ def test_losses_and_dtype_decide_the_identity(tiny: tuple[Path, Path]) -> None:
     assert len({suite_digest(plain), suite_digest(with_loss), suite_digest(typed)}) == 3
 
 
+def test_losses_without_their_documents_are_scored_again_and_what_follows_from_losses_stays(tiny: tuple[Path, Path]) -> None:
+    """Artifacts of before do not hold each document's loss. Searches that were kept, nights and comparisons need none."""
+    subject = stages.Subject(name="m", role="merge", path=None, digest="m")
+    plain, with_loss = load_suite(str(tiny[0])), edited(tiny[0], LOSSES)
+    for suite in (plain, with_loss):
+        before = fingerprint("scores", *score_identity("m", suite, digest_folder(tiny[1])))
+        assert (stages.score_step(subject, suite, tiny[1], None).fingerprint == before) == (suite is plain)
+        of_any = fingerprint("scores", *score_identity("", suite, digest_folder(tiny[1])))
+        assert stages.scores_wanted(suite, tiny[1], None) == of_any
+        assert suite_digest(suite) == fingerprint("scores", *score_identity("", suite, ""))
+
+
 @pytest.mark.parametrize(
     "losses, message",
     [
@@ -99,6 +112,9 @@ def test_losses_equal_a_computation_without_lm_eval(tiny: tuple[Path, Path], tmp
             logits = net(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
         bits.append(-sum(logits[i, token].item() for i, token in enumerate(ids[1:])) / math.log(2))
     sizes = [len(text.encode()) for text in PASSAGES]
+    kept = list(found.loss_samples["math"].values())
+    assert [-nats / math.log(2) for nats, _ in kept] == pytest.approx(bits, rel=1e-5) and [size for _, size in kept] == sizes
+    assert ModelScores.model_validate_json(found.model_dump_json()) == found
     expected = sum(bits) / sum(sizes)
     assert found.losses == {"math": pytest.approx(expected, rel=1e-5)}
     assert found.average_loss == pytest.approx(expected, rel=1e-5)
@@ -132,9 +148,9 @@ def scores(losses: dict[str, float]) -> ModelScores:
 
 def test_old_scores_are_read_and_have_no_losses() -> None:
     old = scores({}).model_dump(mode="json")
-    del old["losses"], old["loss_stderr"]
+    del old["losses"], old["loss_stderr"], old["loss_samples"]
     read = ModelScores.model_validate_json(json.dumps(old))
-    assert (read.losses, read.average_loss) == ({}, None)
+    assert (read.losses, read.average_loss, read.loss_samples) == ({}, None, {})
     assert read.metrics() == {"score/math": 0.5, "score/code": 0.5, "score/avg": 0.5}
 
 

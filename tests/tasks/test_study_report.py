@@ -12,7 +12,7 @@ from rich.console import Console
 from tasks.study_report import render, to_markdown, write_results, write_study
 from tasks.study_scores import StudyResults
 from tasks.study_tables import all_tables
-from tests.tasks.study_results import study
+from tests.tasks.study_results import Read, study
 
 GRID: list[dict[str, Any]] = [
     {"merge_method": "linear"},
@@ -80,21 +80,62 @@ def test_results_say_what_was_run_and_how(tmp_path: Path) -> None:
 
 def test_losses_are_a_table_and_a_figure_where_the_suite_has_them(tmp_path: Path) -> None:
     known = {"base": (2.0, 3.0), "math": (1.0, 3.2), "code": (2.2, 2.0)}
+    rates = known | {"linear": (1.5, 2.75), "ties": (1.5, 2.7)}
+
+    def read(label: str, i: int) -> Read:
+        """Two texts a capability, of which the first takes a tenth more and the second a tenth less."""
+        spread = {"first": 1.1, "second": 0.9}
+        return {
+            name: {text: (-100 * rate * by * math.log(2), 100) for text, by in spread.items()}
+            for name, rate in zip(("math", "code"), rates[label], strict=True)
+        }
+
     results = study(
-        {"merge_method": "linear"}, of=lambda label, i: {"math": 0.5, "code": 0.5}, replicates=1,
-        loss=lambda label, i: dict(zip(("math", "code"), known.get(label, (1.5, 2.75)), strict=True)),
+        {"merge_method": "linear"}, {"merge_method": "ties"}, of=lambda label, i: {"math": 0.5, "code": 0.5}, replicates=1, read=read
     )  # fmt: skip
     write_study(results, tmp_path, command="c")
     lines = (tmp_path / "results.md").read_text().splitlines()
-    assert "| base | 2.000 ± 0.020 | 3.000 ± 0.020 | 2.500 ± 0.014 |  |" in lines
-    assert "| linear | 1.500 ± 0.020 | 2.750 ± 0.020 | 2.125 ± 0.014 | 37.5 |" in lines
+    assert "| base | 2.000 ± 0.020 | 3.000 ± 0.020 | 2.500 ± 0.014 |  |  |" in lines
+    # code: 2.75 less 2.7, a tenth of it more or less; its half. Base, expert and merge differ by the same factor, which cancels.
+    assert "| linear | 1.500 ± 0.020 | 2.750 ± 0.020 | 2.125 ± 0.014 | +0.0250 ± 0.0025 | 37.5 ± 0.0 |" in lines
+    assert "| ties | 1.500 ± 0.020 | 2.700 ± 0.020 | 2.100 ± 0.014 |  | 40.0 ± 0.0 |" in lines
+    assert "to ties, which has the lowest of the merges" in next(line for line in lines if line.startswith("Bits per byte"))
     assert "![Loss on held-out text](figures/losses.png)" in lines and (tmp_path / "figures" / "losses.png").is_file()
     row = pd.read_parquet(tmp_path / "tables" / "scores.parquet").set_index(["model", "capability"]).loc[("linear", "code")]
-    assert row["loss"] == 2.75 and row["loss_stderr"] == 0.02
-    console = Console(width=100, record=True)
+    assert row["loss"] == pytest.approx(2.75) and row["loss_stderr"] == 0.02
+    table = pd.read_csv(tmp_path / "tables" / "losses.csv").set_index("model")
+    assert table.loc["linear", "difference_se"] == pytest.approx(0.0025) and math.isnan(table.loc["ties", "difference"])
+    console = Console(width=80, record=True)
     console.print(render(tmp_path, None)[0])
     said = console.export_text()
-    assert "loss, bits/byte" in said and re.search(r"linear +50.0 ± 0.7 +.* +2.125 ± 0.014", said)
+    assert "to the best" in said and re.search(r"linear +50.0 ± 0.7 +.* +2.125 ± 0.014 +\+0.0250 ± 0.0025", said)
+
+
+def test_one_merge_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    loss = {"base": {"math": 2.0}, "math": {"math": 1.0}, "code": {"math": 2.0}, "linear": {"math": 1.5}}
+    results = study(
+        {"merge_method": "linear"}, of=lambda *_: {"math": 0.5, "code": 0.5}, replicates=1, loss=lambda label, i: loss[label]
+    )
+    write_study(results, tmp_path, command="c")
+    assert "| linear | 1.500 ± 0.020 | 1.500 ± 0.020 | 50.0 |" in (tmp_path / "results.md").read_text().splitlines()
+    assert not (tmp_path / "figures" / "losses.png").exists()
+    console = Console(width=80, record=True)
+    console.print(render(tmp_path, None)[0])
+    assert "to the best" not in console.export_text()
+
+
+def test_one_loss_is_drawn_once(tmp_path: Path) -> None:
+    loss = {"base": 2.0, "math": 1.0, "code": 2.0, "linear": 1.5, "ties": 1.25}
+    results = study(
+        {"merge_method": "linear"}, {"merge_method": "ties"}, of=lambda *_: {"math": 0.5, "code": 0.5},
+        loss=lambda label, i: {"math": loss[label] + i / 8},
+    )  # fmt: skip
+    write_study(results, tmp_path, command="c")
+    text = (tmp_path / "results.md").read_text()
+    assert (
+        tmp_path / "figures" / "losses.png"
+    ).is_file() and "± one standard error of the difference, replicate by replicate" in text
+    assert "| linear | 1.562 ± 0.062 | 1.562 ± 0.062 | +0.2500 ± 0.0000 |" in text
 
 
 def test_failures_and_equal_cells_are_named(tmp_path: Path) -> None:
