@@ -64,13 +64,14 @@ def on_pool(job: Work, where: Places, device: str, deployment: str) -> ArtifactR
     Raises WorkerLost when the worker died: send it again, as a run of its own.
     """
     context = TaskRunContext.get()
-    tries = context.task_run.run_count if context else 0
+    asked = f"{context.task_run.id}-{context.task_run.run_count}" if context else "0"
     ended = run_deployed(
         deployment,
         name=job.name,
         parameters={"job": job.model_dump(mode="json", by_alias=True), "where": where.model_dump(mode="json"), "device": device},
-        # A new run of the parent, or its retry, must not be given the failed run of an earlier one.
-        key=f"{this_run.id}-{this_run.run_count}-{tries}-{job.step.fingerprint}",
+        # A new run of the parent, its retry, or another task of it that wants the same must not be given the run of an earlier one: that may
+        # have failed, or what it made may have been deleted since.
+        key=f"{this_run.id}-{this_run.run_count}-{asked}-{job.step.fingerprint}",
         as_subflow=True,
         poll_interval=POLL_SECONDS,
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flows.merge import score_all
-from flows.search_pool import PoolModels
+from flows.search_pool import PoolModels, pool_models
 from flows.spread import results
 from flows.steps import compress, missing
 from ota_core.artifact import ArtifactRef, canonical_json
@@ -14,7 +14,6 @@ from tasks import stages
 from tasks.search_config import SearchConfig, floors_of
 from tasks.search_merge import TrialModels
 from tasks.settings import Places
-from tasks.sources import MergeSources
 from tasks.stages import Subject
 from tasks.storage import Fetched
 from tasks.suites import Suite
@@ -65,12 +64,8 @@ def models_of(
 ) -> TrialModels | PoolModels:  # fmt: skip
     """Where trials are merged and scored: in this process, in ``folder``, or on the GPU pool. ``moments``: of ``compressed``."""
     if gpu:
-        sources = MergeSources.of(recipe, inputs, fetched)
-        if moments:
-            experts = [one.model_copy(update={"compressed": ref}) for one, ref in zip(sources.experts, moments, strict=True)]
-            sources = sources.model_copy(update={"experts": tuple(experts)})
-        return PoolModels(
-            inputs, sources, where, suite=config.suite, data_dir=config.data_dir, device=device, memory=memory, deployment=gpu
+        return pool_models(
+            recipe, inputs, fetched, moments, where, suite=config.suite, data_dir=config.data_dir, device=device, memory=memory, deployment=gpu
         )  # fmt: skip
     ready = inputs.experts
     if moments:

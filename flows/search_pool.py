@@ -1,5 +1,6 @@
 """Trials whose merges and benchmarks run on the GPU pool. The same interface as ``tasks.search_merge.TrialModels``."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from tasks.scores import ModelScores
 from tasks.settings import Places
 from tasks.sources import MergeSources
 from tasks.stages import Subject
+from tasks.storage import Fetched
 
 
 class PoolModels:
@@ -63,3 +65,17 @@ class PoolModels:
         if self._made is not None:
             stages.store_of(self._where).delete(self._made)
         self._recipe = self._subject = self._made = None
+
+
+def pool_models(
+    recipe: MergeRecipe, inputs: MergeInputs, fetched: Sequence[Fetched], moments: Sequence[ArtifactRef], where: Places, *, suite: str,
+    data_dir: str | None, device: str, memory: str, deployment: str,
+) -> PoolModels:  # fmt: skip
+    """Trials of this recipe on the pool. ``moments``: the experts' second moments as they are merged; empty for a method without."""
+    sources = MergeSources.of(recipe, inputs, fetched)
+    if moments:
+        experts = [one.model_copy(update={"compressed": ref}) for one, ref in zip(sources.experts, moments, strict=True)]
+        sources = sources.model_copy(update={"experts": tuple(experts)})
+    return PoolModels(
+        inputs, sources, where, suite=suite, data_dir=data_dir, device=device, memory=memory, deployment=deployment
+    )  # fmt: skip

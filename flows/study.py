@@ -23,6 +23,8 @@ from flows.merge import merge_flow, score_all
 from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
 from flows.run_log import hide_tracebacks_of_user_errors
+from flows.search_inputs import compressed
+from flows.search_pool import pool_models
 from flows.steps import ONE_AT_A_TIME, several_at_once
 from ota_core.artifact import canonical_json
 from ota_core.engine import pick_device
@@ -37,7 +39,7 @@ from tasks.study_log import log_study, logged_merges
 from tasks.study_losses import ranked
 from tasks.study_report import RESULTS, write_results, write_study
 from tasks.study_scores import CellResult, StudyResults
-from tasks.study_tune import check_splits, chosen, tuned
+from tasks.study_tune import check_splits, chosen, tuning
 from tasks.tracking_run import LoggedRun
 
 hide_tracebacks_of_user_errors()
@@ -141,10 +143,12 @@ class _Run:
         found: list[CellResult] = []
         failed: dict[str, str] = {}
         logged = logged_merges(tracking_uri=self.tracking_uri, root=self.where.tracking)
-        for number, replicate in enumerate(config.all_replicates()):
-            models = Models(replicate, config.limit, self.where, self.recipe_dir)
+        # All before the first cell: what cannot be had for the last replicate must not be found out after hours.
+        everyone = [Models(one, config.limit, self.where, self.recipe_dir) for one in config.all_replicates()]
+        for models in everyone:
             check_splits(models)
-            subjects = models.subjects()
+        for number, models in enumerate(everyone):
+            replicate, subjects = models.replicate, models.subjects()
             with few_threads(models):
                 refs = score_all(
                     subjects,
@@ -197,10 +201,17 @@ class _Run:
 def tune_cell(
     cell: Cell, recipe: MergeRecipe, models: Models, device: Device, memory: str
 ) -> tuple[MergeRecipe, dict[str, float]]:
-    """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values). On this machine."""
-    folder = models.where.home / "searches"
-    with ONE_AT_A_TIME:
-        found = tuned(recipe, cell.tune, models, folder, device=pick_device(device), memory=memory)
+    """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values)."""
+    job, folder, gpu = tuning(recipe, cell.tune, models), models.where.home / "searches", gpu_deployment()
+    if gpu:
+        trials = pool_models(
+            job.recipe, job.inputs, models.fetched(job.recipe), compressed(job.recipe, job.inputs, models.where, memory), models.where,
+            suite=job.config.suite, data_dir=job.config.data_dir, device=device, memory=memory, deployment=gpu,
+        )  # fmt: skip
+        found = job.search(trials, folder)
+    else:
+        with ONE_AT_A_TIME:
+            found = job.search(job.here(models.where, folder, device=pick_device(device), memory=memory), folder)
     values = chosen(found, cell.tune)
     get_run_logger().info("%d trials; best: %s", len(found.trials), ", ".join(f"{k} {v:g}" for k, v in values.items()))
     return found.best.recipe, values

@@ -180,6 +180,11 @@ class MergeRecipe(_Strict):
         density = self.setting("density", expert)
         return self.setting("precond_threshold", expert) is not None or (density is not None and density < 1)
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether the merged task vector is a sum over the experts, not an average: of M experts that agree it is M times each one's."""
+        return "lambda" in _USED[self.merge_method] and self.setting("normalize") is False and self.merge_method != "ota"
+
     def to_yaml(self) -> str:
         """The recipe as YAML, with only what it says; ``load_recipe`` reads it back to an equal recipe."""
         return dump_yaml(self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))

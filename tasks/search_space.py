@@ -178,19 +178,26 @@ def values_of(recipe: MergeRecipe, dimensions: Sequence[Dimension]) -> dict[str,
     return found
 
 
+_STARTS = ((0.5, None), (0.75, 0.67), (0.5, 0.67), (0.25, 0.67))
+_SCALES = ((None, 0.67), (None, 0.83), (None, 0.5), (None, 0.33))
+"""Parts of the ranges of density and λ; None is the recipe's own value, or the middle."""
+
+
 def starts(recipe: MergeRecipe, dimensions: Sequence[Dimension]) -> list[dict[str, float]]:
     """Points that a search tries before it chooses for itself: one density for all experts, λ as the recipe has it and above.
 
-    The best λ of several experts often lies above 1 (methods.md, section 4). Without both, the middle of every range.
+    The best λ of several experts often lies above 1 (methods.md, section 4). Where there is a λ and no density, values of it all over its
+    range; without both, the middle of every range.
     """
     known = values_of(recipe, dimensions)
     points: list[dict[str, float]] = []
-    for density, scale in ((0.5, None), (0.75, 0.67), (0.5, 0.67), (0.25, 0.67)):
+    for density, scale in _STARTS if any(one.key == "density" for one in dimensions) else _SCALES:
         point = {}
         for one in dimensions:
             neutral = recipe.setting(one.key, one.expert or 0)
             middle = neutral if neutral is not None and neutral in one.within else one.within.at(0.5)
-            part = {"density": density, "lambda": scale}.get(one.key)
+            parts: dict[str, float | None] = {"density": density, "lambda": scale}
+            part = parts.get(one.key)
             point[one.name] = middle if part is None else one.within.at(part)
         if point not in points and point != known:
             points.append(point)

@@ -60,7 +60,10 @@ class TuneConfig(_Strict):
     limit: Annotated[int, Field(ge=1)] = Field(100, description="Documents per task.")
     trials: Annotated[int, Field(ge=1)] = Field(description="Merges that are scored for each tuned entry, on each replicate.")
     lambda_: Range = Field(
-        Range(low=0.3, high=3), alias="lambda", description="Lowest and highest λ: [0.3, 3], or 0.3:3:log for equal ratios."
+        Range(low=0.3, high=3),
+        alias="lambda",
+        description="Lowest and highest λ of a method that averages the experts: [0.3, 3], or 0.3:3:log for equal ratios. For one that "
+        "adds them up both are divided by their number: the same lengths of the step.",
     )
     density: Range = Field(
         Range(low=0.05, high=1, log=True),

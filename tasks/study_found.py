@@ -48,10 +48,14 @@ class Models:
             for key, role, one in models
         }  # fmt: skip
 
+    def fetched(self, recipe: MergeRecipe) -> list[Fetched]:
+        """Base and experts of a merge of some of these models, as they lie on this machine."""
+        named = [*([recipe.base_model] if recipe.base_model else []), *(entry.model for entry in recipe.models)]
+        return [self._fetched[self._source(source)] for source in named]
+
     def inputs_of(self, recipe: MergeRecipe) -> MergeInputs:
         """The inputs of a merge of some of these models."""
-        named = [*([recipe.base_model] if recipe.base_model else []), *(entry.model for entry in recipe.models)]
-        return stages.inputs_of(recipe, [self._of(source) for source in named], self.where, self.recipe_dir)
+        return stages.inputs_of(recipe, self.fetched(recipe), self.where, self.recipe_dir)
 
     def find(self, recipe: MergeRecipe) -> tuple[str, ModelScores] | None:
         """(fingerprint of the merge, its scores) where both are there. The merged model must be there as well: its digest names the scores."""
@@ -89,9 +93,6 @@ class Models:
     def _scores(self, digest: str, tests: Suite, data: str | None) -> str:
         config, inputs = kept_identity(digest, tests, data, limit=self.limit)
         return fingerprint("scores", config, inputs)
-
-    def _of(self, source: str) -> Fetched:
-        return self._fetched[self._source(source)]
 
     def _source(self, source: str) -> str:
         return source if source in self._fetched else locate(source, self.recipe_dir)

@@ -1,6 +1,29 @@
 """Fixtures of the flows' tests."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import flows.pools
+from flows.pools import stage
 from tests.flows.merge_fixture import counts as counts
 from tests.flows.merge_fixture import empty_mlflow as empty_mlflow
 from tests.flows.merge_fixture import world as world
 from tests.flows.prefect_fixture import prefect_server as prefect_server
+
+
+@pytest.fixture
+def worker_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU pool whose worker is this process; the names of what was sent. As on a server, a key that is known gets its run of before."""
+    sent: list[str] = []
+    known: dict[str, Any] = {}
+
+    def run_deployed(deployment: str, **options: Any) -> Any:
+        if options["key"] not in known:
+            sent.append(options["name"])
+            known[options["key"]] = stage(**options["parameters"], return_state=True)
+        return SimpleNamespace(state=known[options["key"]])
+
+    monkeypatch.setattr(flows.pools, "run_deployed", run_deployed)
+    return sent

@@ -7,23 +7,25 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from mlflow import MlflowClient
+from prefect import flow, task
 from typer.testing import CliRunner
 
-import flows.pools
 from flows.cli import app
-from flows.pools import stage
 from flows.search import SearchOutcome, search_flow
+from flows.search_pool import PoolModels, pool_models
 from ota_core.errors import OtaError
-from ota_core.recipe import load_recipe
+from ota_core.recipe import MergeRecipe, load_recipe
 from tasks import stages
+from tasks.inputs import fetch_all
+from tasks.scores import ModelScores
 from tasks.search import SearchError
 from tasks.search_config import SearchConfig
+from tasks.settings import places
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
 from tests.flows.prefect_fixture import flow_run_name, task_states
@@ -197,26 +199,35 @@ def test_suites_that_share_documents_are_refused(here: World, tmp_path: Path, co
     assert counts["merge"] == counts["score"] == 0
 
 
-@pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A GPU pool whose worker is this process; the names of what was sent."""
-    sent: list[str] = []
-
-    def run_deployed(deployment: str, **options: Any) -> Any:
-        sent.append(options["name"])
-        return SimpleNamespace(state=stage(**options["parameters"], return_state=True))
-
-    monkeypatch.setattr(flows.pools, "run_deployed", run_deployed)
-    return sent
-
-
-def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, pool: list[str], tmp_path: Path) -> None:
+def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, worker_here: list[str], tmp_path: Path) -> None:
     alone = run(here.at(tmp_path / "alone"), config(here, budget={"trials": 4, "rungs": [4, 8]}))
     sent = run(here, config(here, budget={"trials": 4, "rungs": [4, 8]}), gpu="stage/gpu")
     assert sent.trials == alone.trials
-    assert pool.count("merge ota") == 4 and "benchmark trial 3" in pool and "benchmark base" in pool
+    assert worker_here.count("merge ota") == 4 and "benchmark trial 3" in worker_here and "benchmark base" in worker_here
     merged = here.home / "artifacts" / "merged"
     assert not merged.exists() or not list(merged.iterdir())
+
+
+def test_a_point_that_comes_again_is_merged_again_on_the_pool(here: World, worker_here: list[str], tmp_path: Path) -> None:
+    """Its model was deleted when another was asked for: a run that is done already must not be taken for it."""
+    where, recipes = places(here.home), [here.recipe(**{"lambda": scale}) for scale in (1, 2, 1)]
+    fetched = fetch_all(recipes[0], cache=where.cache, recipe_dir=None)
+    inputs = stages.inputs_of(recipes[0], fetched, where, None)
+
+    @task
+    def scored(trials: PoolModels, recipe: MergeRecipe, limit: int) -> ModelScores:
+        return trials.score(recipe, limit, "trial")
+
+    @flow
+    def parent() -> list[ModelScores]:
+        with pool_models(
+            recipes[0], inputs, fetched, (), where, suite=str(here.suite), data_dir=str(here.data), device="cpu", memory="256MiB",
+            deployment="stage/gpu",
+        ) as trials:  # fmt: skip
+            return [scored(trials, recipe, limit) for recipe, limit in zip(recipes, (4, 4, 8), strict=True)]
+
+    first, _, last = parent()
+    assert worker_here.count("merge ota") == 3 and (first.limit, last.limit) == (4, 8)
 
 
 def invoke(*arguments: object) -> Any:

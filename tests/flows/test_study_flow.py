@@ -135,13 +135,25 @@ def test_replicates_give_means_over_them(here: World) -> None:
     assert "over 2 replicates" in outcome.results
 
 
-def test_tuned_cells_are_chosen_on_other_documents(here: World, tmp_path: Path, counts: Counter[str]) -> None:
-    """The validation suite has sums and facts of its own; a suite that shares documents with the test is refused."""
-    suite, data = write_tiny_suite(tmp_path / "validation", n=9)
+def test_a_replicate_that_is_not_there_is_told_before_the_first_cell(here: World, counts: Counter[str]) -> None:
+    upload_folder(here.models / "base", f"{here.uri}/bases/1", last="config.json")
+    state = run(raw(here, name="half", base_model=f"{here.uri}/bases/{{seed}}", replicates={"seed": [1, 2]}))
+    assert state.is_failed() and f"{here.uri}/bases/2" in state.message
+    assert not counts["merge"] and not counts["score"]
+
+
+def validation(folder: Path) -> dict[str, Any]:
+    """A section ``tune`` with a suite that has sums and facts of its own."""
+    suite, data = write_tiny_suite(folder, n=9)
     shifted = read_rows(data / "sums.jsonl"), read_rows(data / "facts.jsonl")
     for rows, name in zip(shifted, ("sums", "facts"), strict=True):
         write_rows(data / f"{name}.jsonl", [row | {"prompt": f"Now: {row['prompt']}"} for row in rows])
-    tune = {"suite": str(suite), "data_dir": str(data), "trials": 3, "limit": 4}
+    return {"suite": str(suite), "data_dir": str(data), "trials": 3, "limit": 4}
+
+
+def test_tuned_cells_are_chosen_on_other_documents(here: World, tmp_path: Path, counts: Counter[str]) -> None:
+    """A suite that shares documents with the test is refused."""
+    tune = validation(tmp_path / "validation")
     grid = [{"merge_method": "ties", "tune": True}, {"merge_method": "task_arithmetic", "tune": True}]
     config = raw(here, *grid, name="tuned", tune=tune)
     outcome = run(config).result()
@@ -149,13 +161,28 @@ def test_tuned_cells_are_chosen_on_other_documents(here: World, tmp_path: Path, 
     # Three trials of each method, then the winners for the test, unless that very merge is there from another test.
     assert counts["merge"] == 2 * 3 + outcome.computed
     found = pd.read_csv(outcome.folder / "tables" / "tuning.csv").set_index("model")
-    assert 0.05 <= found.loc["ties tuned", "density"] <= 1 and 0.3 <= found.loc["task_arithmetic tuned", "lambda"] <= 3
+    assert 0.05 <= found.loc["ties tuned", "density"] <= 1 and 0.3 / 3 <= found.loc["task_arithmetic tuned", "lambda"] <= 3 / 3
     assert pd.isna(found.loc["task_arithmetic tuned", "density"])
     counts.clear()
     again = run(config).result()
     assert again.results == outcome.results and not counts["merge"] and not counts["score"]
     state = run(raw(here, *grid, name="tuned", tune=tune | {"suite": str(here.suite), "data_dir": str(here.data)}))
     assert state.is_failed() and "cannot be judged on them" in state.message
+
+
+def test_tuning_on_the_gpu_pool_finds_the_same(
+    here: World, tmp_path: Path, worker_here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = {"merge_method": "ota", "parameters": {"compression": "rank1"}, "tune": True}
+    config = raw(here, grid, name="pool", tune=validation(tmp_path / "validation"))
+    monkeypatch.setenv("OTA_HOME", str(tmp_path / "alone"))
+    alone = run(config, home=tmp_path / "alone").result()
+    assert not worker_here
+    monkeypatch.setenv("OTA_HOME", str(here.home))
+    monkeypatch.setenv("OTA_GPU_DEPLOYMENT", "stage/gpu")
+    sent = run(config).result()
+    assert sent.results == alone.results
+    assert worker_here.count("merge ota") == 3 + sent.computed and worker_here.count("benchmark trial") == 3
 
 
 def test_a_cell_that_fails_stops_no_other(here: World, monkeypatch: pytest.MonkeyPatch) -> None:

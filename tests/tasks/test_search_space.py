@@ -100,6 +100,13 @@ def test_starting_points_are_uniform_distinct_and_inside() -> None:
     assert starts(recipe("linear"), ()) == []
 
 
+def test_a_search_for_a_scale_alone_begins_all_over_its_range() -> None:
+    given = recipe("task_arithmetic", **{"lambda": 0.5})
+    dimensions = Space.model_validate({"lambda": "0.1:10:log"}).dimensions(given)
+    scales = sorted(point["lambda"] for point in starts(given, dimensions))
+    assert scales == pytest.approx([10 ** (2 * part - 1) for part in (0.33, 0.5, 0.67, 0.83)], rel=1e-3)
+
+
 def test_ranges_read_as_they_are_written() -> None:
     assert (
         Range.model_validate("0.05:1:log") == Range(low=0.05, high=1, log=True)
