@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 EXPERTS = ("math", "code", "precise_if", "general_if", "knowledge")
-BLOCK = ("q", "k", "v", "o", "gate", "up", "down", "norm")
+BLOCK = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm")
+"""Every projection by itself and in one tensor, as no single model has them."""
 OUTSIDE = ("embed", "norm", "head")
 COMPRESSIONS = {"none": 4.0, "log8": 1.03, "rank_k": 0.09, "rank1": 0.012}
 COLUMNS = ("analysis", "expert", "other", "layer", "role", "variant", "measure", "at", "value", "unit", "elements")

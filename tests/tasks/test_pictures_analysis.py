@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import vl_convert
 
+from ota_core.analysis.roles import ROLES
 from ota_core.errors import OtaError
 from tasks.pictures import page
 from tasks.pictures.analysis import pictures_of
@@ -205,6 +206,28 @@ def test_two_experts_need_no_menu_and_models_without_a_head_no_row() -> None:
     assert [p for p in spec["params"] if "bind" in p] == []
     assert {row["pair"] for rows in spec["datasets"].values() for row in rows} == {"a – b"}
     assert OUTSIDE[-1] not in {row["row"] for row in one(pictures["density"])}
+
+
+def test_every_role_has_a_row_inside_and_outside_of_the_blocks(table: pd.DataFrame) -> None:
+    """Of every role that the analysis knows: what has no row is missing from a picture without a word."""
+    q = table[(table["layer"] == 0) & (table["role"] == "q")]
+    inside = pd.concat([q.assign(role=role) for role in ROLES if role not in {"embed", "head"}], ignore_index=True)
+    outside = pd.concat([q.assign(role=role, layer=pd.array([pd.NA] * len(q), "Int64")) for role in ROLES], ignore_index=True)
+    pictures = pictures_of(pd.concat([inside, outside], ignore_index=True))
+    for name in ("density", "density_difference", "task_vector_roles"):
+        rows = [row for row in one(pictures[name]) if row["expert"] == "math"]
+        assert {row["role"] for row in rows if row["layer"] == 0} == {*ROLES} - {"embed", "head"}
+        assert len({row["row"] for row in rows}) == len(rows) == 2 * len(ROLES) - 2
+    (menu,) = (p["bind"]["options"] for p in page.spec(pictures["sparsity"].chart)["params"] if "bind" in p)
+    assert set(menu) == {"all", *ROLES}
+
+
+def test_a_fused_model_shows_its_own_projections_alone(table: pd.DataFrame) -> None:
+    fused = table[~table["role"].isin(["q", "k", "v", "gate", "up"])]
+    drawn = page.svg(pictures_of(fused)["density"].chart)
+    assert {name: f">{name}<" in drawn for name in ("qkv", "gate_up", "o", "q", "gate")} == {
+        "qkv": True, "gate_up": True, "o": True, "q": False, "gate": False,
+    }  # fmt: skip
 
 
 def test_a_table_without_a_column_is_refused(table: pd.DataFrame) -> None:
