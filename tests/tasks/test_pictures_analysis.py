@@ -96,6 +96,32 @@ def test_density_shows_every_place_of_every_expert(table: pd.DataFrame, pictures
     assert shown(rows, "FFG") == ffg and shown(rows, "magnitude") == magnitude
 
 
+def test_captions_say_at_which_density_masks_are_compared(table: pd.DataFrame, pictures: dict[str, Picture]) -> None:
+    for name in ("curvature_overlap", "curvature_overlap_layers"):
+        assert "each expert's largest v, 40 % of its elements, the same share of every expert." in pictures[name].caption
+    assert (
+        "masks keep: math 40 %, code 40 %, precise_if 40 %, general_if 40 %, knowledge 40 %." in pictures["compression"].caption
+    )
+    other = table.copy()
+    other.loc[table["measure"] == "jaccard", "at"] = 0.3125
+    other.loc[(table["measure"] == "mask_jaccard") & (table["expert"] == "code"), "at"] = 0.02
+    drawn = pictures_of(other)
+    assert "largest v, 31.2 % of its elements" in drawn["curvature_overlap"].caption
+    assert "math 40 %, code 2 %," in drawn["compression"].caption
+    # A table of before, which does not tell.
+    before = pictures_of(table.assign(at=table["at"].where(~table["measure"].isin(["jaccard", "mask_jaccard"]))))
+    assert before["curvature_overlap"].caption.endswith("The masks hold each expert's largest v. Over the whole model.")
+    assert before["compression"].caption.endswith("a point for each expert.")
+
+
+def test_the_mask_that_is_drawn_is_not_called_the_merges(pictures: dict[str, Picture]) -> None:
+    """A merge by magnitude, and one that masks nothing, has the same picture."""
+    assert (
+        "ranks by curvature" in pictures["density"].caption
+        and "whether or not the merge masks by it" in pictures["density"].caption
+    )
+
+
 def test_colours_of_differences_are_even_to_both_sides(pictures: dict[str, Picture]) -> None:
     for name, middle in (("density_difference", 0.0), ("task_vector_pairs", None)):
         found = [s["domain"] for s in scales(page.spec(pictures[name].chart)) if s.get("scheme") == "blueorange"]
