@@ -102,8 +102,11 @@ def _summary(table: Any) -> Iterator[Any]:
         ("task_vector", "cosine", "edits: cosine"),
         ("task_vector", "sign_conflict", "edits: sign conflict"),
     ):
-        values = whole_model(table, analysis, measure).value
+        whole = whole_model(table, analysis, measure)
+        values = whole.value
         if len(values):
+            if measure == "jaccard":
+                label += f" (density {whole['at'].iloc[0]:.3g})"
             pairs.append([label, *(f"{x:.3f}" for x in (values.min(), values.mean(), values.max()))])
     if pairs:
         yield _table("Pairs of experts, over the whole model", ["", "least", "mean", "most"], pairs)

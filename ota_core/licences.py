@@ -11,7 +11,8 @@ from ota_core.errors import OtaError
 from ota_core.inputs import MergeInputs, expert_facts
 from ota_core.recipe_yaml import parse_yaml
 
-_KEYS = ("license", "license_name", "license_link")
+_UNKNOWN = "unknown"
+"""The hub's identifier for a licence that the author does not know."""
 
 
 class Licences(BaseModel):
@@ -19,9 +20,9 @@ class Licences(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    head: dict[str, str]
-    """Keys for the card's head: ``license`` and, for one that has no identifier of the hub's, its name and link. Empty where the inputs
-    do not agree, or not all of them state one."""
+    head: dict[str, str | list[str]]
+    """Keys for the card's head: ``license`` (a list of those among which one may choose) and, for one that has no identifier of the hub's,
+    its name and link. Empty where the inputs do not agree, or not all of them state one."""
     stated: dict[str, str | None]
     """Input to the licence that it states."""
     warning: str | None
@@ -69,19 +70,29 @@ def licences(inputs: MergeInputs) -> Licences:
     return Licences(head={}, stated=stated, warning=warning)
 
 
-def _stated(folder: Path) -> dict[str, str]:
-    head: Mapping[str, Any] = card_head(folder)
-    facts = expert_facts(folder)
-    raw = head if head.get("license") else facts if facts.get("license") else {}
-    values = {key: raw[key] for key in _KEYS if raw.get(key)}
-    # The hub also allows a list: of several licences, one of which may be chosen.
-    return {key: " or ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in values.items()}
+def _stated(folder: Path) -> dict[str, str | list[str]]:
+    """The keys on the licence that may stand in another model's head; none where no licence is stated, or one that says nothing.
+
+    A link into the input's own folder is left out: the file that it names does not lie beside the merge.
+    """
+    for raw in (card_head(folder), expert_facts(folder)):
+        kinds, name = _identifiers(raw.get("license")), raw.get("license_name")
+        if not kinds or _UNKNOWN in kinds or ("other" in kinds and not name):
+            continue
+        link = str(raw.get("license_link") or "")
+        head: dict[str, str | list[str]] = {"license": kinds[0] if len(kinds) == 1 else kinds}
+        return head | ({"license_name": str(name)} if name else {}) | ({"license_link": link} if "://" in link else {})
+    return {}
 
 
-def _shown(stated: Mapping[str, str]) -> str | None:
-    """A licence as one compares it: ``other`` says nothing without its name."""
+def _identifiers(stated: Any) -> list[str]:
+    """The hub's identifiers, which are lower-case, in a fixed order: it takes one, or a list of those among which one may choose."""
+    return sorted({str(one).strip().lower() for one in (stated if isinstance(stated, list) else [stated]) if one})
+
+
+def _shown(stated: Mapping[str, str | list[str]]) -> str | None:
+    """A licence as one reads and compares it."""
     if not stated:
         return None
-    name, link = stated.get("license_name"), stated.get("license_link")
-    text = stated["license"] if stated["license"].lower() != "other" or not (name or link) else f"other: {name or link}"
-    return text.lower()
+    kinds = _identifiers(stated["license"])
+    return " or ".join(f"other: {stated['license_name']}".lower() if kind == "other" else kind for kind in kinds)

@@ -1,5 +1,6 @@
 """The model card (README.md) of a merge: what a reader, and a model hub, must know of it."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@[\w./-]+)?")
 
 ScoreRow = Mapping[str, Any]
 """One model's scores: ``model``, ``role`` (base, expert or merge), capability → score (0 … 1, None where not measured), optionally
-``<capability>_stderr``, ``average`` and ``retention``."""
+``<capability>_stderr``, ``average`` (over the capabilities that every row has) and ``retention``."""
 
 
 def model_card(
@@ -35,17 +36,25 @@ def model_card(
     fingerprint: str,
     scores: Sequence[ScoreRow] = (),
     suite: str | None = None,
+    *,
+    limit: int | None = None,
+    documents: Mapping[str, int] | None = None,
 ) -> str:
     """Markdown with the metadata head that model hubs read.
 
     The head names the base model and the experts that lie on the hub, how they are related, the tags, the licence where all inputs
-    state the same, and the merge's scores (``model-index``). The text gives the method, every input with its digest and licence, the
-    realised densities, the scores of base, experts and merge where they are known (``suite`` names what was measured), and the recipe.
+    state the same, and the merge's scores (``model-index``), unless these are a quick look: a hub compares them with those of whole
+    suites. The text gives the method, every input with its digest and licence, the realised densities, the scores of base, experts and
+    merge where they are known, and the recipe.
+
+    suite: names what was measured. limit: at how many documents of a task the benchmark stopped, None for none. documents: capability →
+    how many were scored.
     """
     terms = licences(inputs)
     names = ", ".join(e.name for e in inputs.experts)
     title = f"Merge: {recipe.merge_method} of {names}"
-    lines = ["---", dump_yaml(_head(recipe, inputs, terms.head, scores, suite, title)).rstrip(), "---", "", f"# {title}", ""]
+    head = _head(recipe, inputs, terms.head, scores if limit is None else (), suite, title)
+    lines = ["---", dump_yaml(head).rstrip(), "---", "", f"# {title}", ""]
     lines += [
         f"{len(inputs.experts)} fine-tuned models ({names}) of one base, merged by {PAPERS[recipe.merge_method]}. Fingerprint "
         f"`{fingerprint}`. Arithmetic in float64, stored as {recipe.output_dtype or 'the base model’s data types'}.",
@@ -68,7 +77,7 @@ def model_card(
         lines += ["", "## Realised densities", "", "| expert | kept | of | density |", "|---|---:|---:|---:|"]
         lines += [f"| {name} | {d['kept']:,} | {d['total']:,} | {d['density']:.6f} |" for name, d in densities.items()]
     if scores:
-        lines += ["", "## Scores", "", *_score_table(scores), "", _what_scores(suite)]
+        lines += ["", "## Scores", "", *_score_table(scores), "", _what_scores(suite, limit, documents or {})]
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)
 
@@ -81,7 +90,7 @@ def _models(inputs: MergeInputs) -> list[tuple[str, ModelInput]]:
 def _head(
     recipe: MergeRecipe,
     inputs: MergeInputs,
-    licence: Mapping[str, str],
+    licence: Mapping[str, str | list[str]],
     scores: Sequence[ScoreRow],
     suite: str | None,
     title: str,
@@ -102,7 +111,8 @@ def _head(
             {"type": name, "value": round(float(value), 6), "name": f"{name} (0 to 1)"} for name, value in measured.items()
         ]
         task = {"type": "text-generation", "name": "Text generation"}
-        data = {"type": suite or "lm-eval", "name": f"lm-eval, suite {suite}" if suite else "lm-eval"}
+        # The hub's type is a data set's id there. A suite is none: it takes tasks of many sets together, of files that lie anywhere.
+        data = {"type": "custom", "name": f"lm-eval, suite {suite}" if suite else "lm-eval"}
         head["model-index"] = [{"name": title, "results": [{"task": task, "dataset": data, "metrics": metrics}]}]
     return head
 
@@ -110,22 +120,24 @@ def _head(
 def _hub_names(model: ModelInput) -> list[str]:
     """The model's name on the hub; for one that lies elsewhere, what its own card names as its base there. A hub knows no other names."""
     own = _HUB_ID.fullmatch(model.source)
-    if own and not model.source.startswith((".", "/")) and not _is_folder_name(model):
+    if own and _is_from_hub(own["id"], model):
         return [own["id"]]
     named = card_head(model.path).get("base_model") or []
     return [str(name) for name in ([named] if isinstance(named, str) else named) if _HUB_ID.fullmatch(str(name))]
 
 
-def _is_folder_name(model: ModelInput) -> bool:
-    """``experts/math`` looks like a hub's name; it is a folder's where the model lies in one that ends so."""
-    return model.path.as_posix().endswith("/" + model.source)
+def _is_from_hub(name: str, model: ModelInput) -> bool:
+    """``experts/math`` looks like a hub's name, and may be a folder's, or a link's to one. What comes from the hub lies in its cache."""
+    return f"models--{name.replace('/', '--')}" in model.path.parts
 
 
 def _languages(inputs: MergeInputs) -> list[str]:
     found: list[str] = []
     for _, model in _models(inputs):
-        named = card_head(model.path).get("language") or []
-        found += [named] if isinstance(named, str) else [str(one) for one in named]
+        named = card_head(model.path).get("language")
+        # YAML 1.1 takes Norwegian's ``no`` for a truth value.
+        codes = ["no" if one is False else one for one in (named if isinstance(named, list) else [named])]
+        found += [code for code in codes if isinstance(code, str) and code]
     return list(dict.fromkeys(found))
 
 
@@ -143,11 +155,20 @@ def _score_table(scores: Sequence[ScoreRow]) -> list[str]:
         *(key for key in ("average", "retention") if any(row.get(key) is not None for row in scores)),
     ]
     lines = [f"| model | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    averaged = [name for name in _capabilities(scores) if all(row.get(name) is not None for row in scores)]
     for row in scores:
+        row = {"average_stderr": _average_error(row, averaged), **row}
         cells = [_percent(row.get(column), row.get(f"{column}_stderr")) for column in columns]
         name = f"**{_cell(str(row['model']))}**" if row["role"] == "merge" else _cell(str(row["model"]))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _average_error(row: ScoreRow, averaged: Sequence[str]) -> float | None:
+    """The average's standard error, where every capability in it has one: their documents are independent."""
+    errors = [row.get(f"{name}_stderr") for name in averaged]
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
 def _percent(value: float | None, error: float | None) -> str:
@@ -156,12 +177,17 @@ def _percent(value: float | None, error: float | None) -> str:
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None and error == error else "")
 
 
-def _what_scores(suite: str | None) -> str:
+def _what_scores(suite: str | None, limit: int | None, documents: Mapping[str, int]) -> str:
     measured = f" on the suite {suite}" if suite else ""
-    return (
-        f"Percent, measured with lm-eval{measured}; ± one standard error over documents. Retention: the merge's score by the expert's own, "
-        "on the capability that each expert was trained for, on average."
+    counts = ", ".join(f"{name} {count:,}" for name, count in documents.items())
+    scored = f" Documents: {counts}." if counts else ""
+    text = (
+        f"Percent, measured with lm-eval{measured}; ± one standard error over documents.{scored} Retention: the merge's score by the expert's "
+        "own, on the capability that each expert was trained for, on average."
     )
+    if limit is None:
+        return text
+    return f"> **A quick look:** the benchmark stopped at {limit:,} documents of each task; these are not the suite's scores.\n\n{text}"
 
 
 def _cell(text: str) -> str:

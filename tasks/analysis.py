@@ -90,7 +90,7 @@ def analyse_models(recipe: MergeRecipe, inputs: MergeInputs, options: AnalysisOp
 
 
 def analysis_step(recipe: MergeRecipe, inputs: MergeInputs, options: AnalysisOptions | None = None) -> Step:
-    """The analysis of a recipe's experts: the same for all recipes whose masks are the same, however these are merged.
+    """The analysis of a recipe's experts: the same for all recipes of one method whose masks are the same, however it combines them.
 
     inputs: with raw second moments or, as the later stages of a merge have them, with compressed ones and masks.
     """

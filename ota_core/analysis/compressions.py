@@ -53,7 +53,8 @@ def _of_expert(subject: Subject, expert: ExpertView) -> Iterator[Row]:
         if same is not None:
             values |= {"mask_jaccard": same.jaccard, "saliency_spearman": same.spearman}
         for measure, value in values.items():
-            yield row("compression", expert.name, WHOLE, measure, value, elements, variant=method)
+            at = same.density if same is not None and measure == "mask_jaccard" else None
+            yield row("compression", expert.name, WHOLE, measure, value, elements, variant=method, at=at)
 
 
 def _agreements(subject: Subject, expert: ExpertView, forms: dict[str, CompressedMoments]) -> dict[str, Agreement]:
@@ -67,9 +68,10 @@ def _agreements(subject: Subject, expert: ExpertView, forms: dict[str, Compresse
             f"mask_jaccard and saliency_spearman of {expert.name}'s compressions: its vocabulary is not the base's, row for row"
         )
         return {}
-    found = [Agreement(density=subject.density, spearman=1.0, jaccard=1.0)] if "none" in subject.compressions else []
+    density = subject.density_of(expert)
+    found = [Agreement(density=density, spearman=1.0, jaccard=1.0)] if "none" in subject.compressions else []
     if forms:
         found += agreements(
-            full, list(forms.values()), expert.checkpoint, plan.base.checkpoint, density=subject.density, stream=plan.stream
+            full, list(forms.values()), expert.checkpoint, plan.base.checkpoint, density=density, stream=plan.stream
         )
     return dict(zip([*(["none"] if "none" in subject.compressions else []), *forms], found, strict=True))

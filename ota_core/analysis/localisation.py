@@ -93,6 +93,7 @@ def localisation(subject: Subject) -> Iterator[Row]:
         return
     own = plan.recipe.setting("metric")
     found: dict[str, dict[Key, Shape]] = {own: _shapes(subject, _jobs_of(subject), _merge_mask(subject), f"masks {own}")}
+    subject.realised |= _realised(found[own])
     other = "magnitude" if own == "curvature" else "curvature"
     kept = {key: shape.kept for key, shape in found[own].items()}
     scoring = PlanScoring(plan, other == "curvature", full=plan.recipe.setting("mask_curvature") == "full")
@@ -100,6 +101,15 @@ def localisation(subject: Subject) -> Iterator[Row]:
     found["magnitude"] |= _without_curvature(subject)
     for variant in ("curvature", "magnitude"):
         yield from _rows(subject, variant, found[variant])
+
+
+def _realised(shapes: Mapping[Key, Shape]) -> dict[int, float]:
+    """Expert → the share that its mask keeps of all elements that carry curvature."""
+    whole: dict[int, Shape] = defaultdict(Shape)
+    for (expert, _), shape in shapes.items():
+        whole[expert].kept += shape.kept
+        whole[expert].elements += shape.elements
+    return {expert: shape.kept / max(1, shape.elements) for expert, shape in whole.items()}
 
 
 def _jobs_of(subject: Subject) -> dict[int, list[TensorJob]]:
@@ -152,13 +162,14 @@ def _by_scores(scoring: PlanScoring, taus: Mapping[Key, float]) -> MaskOf:
 
 
 def _without_curvature(subject: Subject) -> dict[Key, Shape]:
-    """Masks by magnitude of the experts without second moments, over all of their tensors, at the analysis's density."""
+    """Masks by magnitude of the experts without second moments, over all of their tensors, each at its own density."""
     plan, bare = subject.plan, [e for e in subject.plan.experts if e.moments is None]
     if not bare:
         return {}
-    k = kept_count(subject.density, sum(job.elements for job in subject.jobs))
+    total = sum(job.elements for job in subject.jobs)
+    counts = {e.index: kept_count(subject.density_of(e), total) for e in bare}
     scoring = PlanScoring(plan, curvature=False, everywhere=True)
-    group = Group(jobs=subject.jobs, experts=[e.index for e in bare], ranks={e.index: (k,) if k else () for e in bare})
+    group = Group(jobs=subject.jobs, experts=[*counts], ranks={e: (k,) if k else () for e, k in counts.items()})
     scores = kth_largest(plan, scoring, [group], what="thresholds magnitude")[0]
     taus = {(e, job.name): values[0] if values else math.inf for e, values in scores.items() for job in subject.jobs}
     return _shapes(subject, {e.index: subject.jobs for e in bare}, _by_scores(scoring, taus), "masks magnitude")

@@ -34,8 +34,8 @@ def curvature_overlap(subject: Subject) -> Iterator[Row]:
     """Rows of ``curvature_overlap`` for every pair of experts, by cell and over all.
 
     v is the uncompressed v̂ where that is at hand. Ranks (Spearman's ρ) are told apart by the upper 16 bits of the float32, 1/128 of an
-    octave, ties at their mean rank. ``jaccard``: of the ρ·N largest positive v of each expert, exactly, ranked over the whole model. Only
-    tensors of which all experts have second moments are compared.
+    octave, ties at their mean rank. ``jaccard``: of the ρ·N largest positive v of each expert, exactly, ranked over the whole model, with
+    ρ the subject's ``common_density``, which the rows tell. Only tensors of which all experts have second moments are compared.
     """
     experts = subject.curved
     if len(experts) < 2:
@@ -46,24 +46,27 @@ def curvature_overlap(subject: Subject) -> Iterator[Row]:
         subject.left_out.append(f"curvature overlap: {missing:,} elements of tensors of which some expert has no second moments")
     if not jobs:
         return
+    density = subject.common_density
+    if len({subject.density_of(expert) for expert in experts}) > 1:
+        own = ", ".join(f"{expert.name} {subject.density_of(expert):.4g}" for expert in experts)
+        subject.notes.append(f"the overlap of the largest v is that at density {density:.4g}, the mean of the experts' ({own})")
     cells = by_place(subject, jobs)
     whole = _Whole(torch.zeros(len(experts), BINS, dtype=torch.int64), PairDots(len(experts)), PairDots(len(experts)))
     names = [expert.name for expert in experts]
     size = 8 * BINS * len(experts)
     for group in groups_of(list(cells), lambda _: size, subject.plan.stream.memory // 8):
         yield from _by_cell(subject, experts, {place: cells[place] for place in group}, names, whole)
-    low, upper, above = _low_counts_and_ranks(subject, experts, jobs, whole)
+    k = kept_count(density, sum(job.elements for job in jobs))
+    low, upper, above = _low_counts_and_ranks(subject, experts, jobs, whole, k)
     yield from _measures(names, WHOLE, whole.roots, whole.ranks, sum(job.elements for job in jobs))
-    k = kept_count(subject.density, sum(job.elements for job in jobs))
     taus = [score_of((upper[i] << 16) | locate(low[i].numpy(), k - above[i])[0]) if k else math.inf for i in range(len(experts))]
     common = _common(subject, experts, jobs, taus)
     for place, counts in {**common, WHOLE: np.sum(list(common.values()), axis=0)}.items():
         elements = sum(job.elements for job in (jobs if place == WHOLE else cells[place]))
         for a, b, one, other in named_pairs(names):
             either = int(counts[a, a] + counts[b, b] - counts[a, b])
-            yield row(
-                "curvature_overlap", one, place, "jaccard", counts[a, b] / either if either else math.nan, elements, other=other
-            )
+            jaccard = counts[a, b] / either if either else math.nan
+            yield row("curvature_overlap", one, place, "jaccard", jaccard, elements, other=other, at=density)
 
 
 def _v(subject: Subject, expert: ExpertView, block: Block) -> torch.Tensor:
@@ -123,13 +126,12 @@ def _measures(names: Sequence[str], place: Place, roots: PairDots, ranks: PairDo
 
 
 def _low_counts_and_ranks(
-    subject: Subject, experts: Sequence[ExpertView], jobs: Sequence[TensorJob], whole: _Whole
+    subject: Subject, experts: Sequence[ExpertView], jobs: Sequence[TensorJob], whole: _Whole, k: int
 ) -> tuple[torch.Tensor, list[int], list[int]]:
     """One pass over all: the products of ranks over the whole model, and what settles the k-th largest v of each expert.
 
     Returns the counts by the lower 16 bits in the bin of the k-th largest, int64 (M, 65536), that bin, and how many lie above it.
     """
-    k = kept_count(subject.density, sum(job.elements for job in jobs))
     found = [locate(counts.numpy(), k) if k else (0, 0) for counts in whole.high]
     ranks_of = [midranks(counts) for counts in whole.high]
     low, lock = torch.zeros_like(whole.high), Lock()

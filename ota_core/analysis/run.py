@@ -42,14 +42,17 @@ def analyse(
     """Analyse the experts of a recipe as its merge would see them.
 
     The masks are those of the merge: its density or threshold, scope, metric, compression. An expert that the merge does not mask gets the
-    mask of FFG at ``options.density``, and ``notes`` says so. Second moments beside the experts of a merge that needs none are used, too.
-    scratch: folder for what is kept on the disk meanwhile (a quarter of an expert's v with log8). Raises OtaError.
+    mask of FFG at ``options.density``, and ``notes`` says so. Without that option a compression is judged by masks at the density of its
+    expert's own mask, and the overlap between experts at the mean of these densities. Second moments beside the experts of a merge that
+    needs none are used, too. scratch: folder for what is kept on the disk meanwhile (a quarter of an expert's v with log8). Raises
+    OtaError.
     """
     options = options or AnalysisOptions()
     with open_subject(
         recipe, inputs, options, memory=parse_memory(memory), block_elements=block_elements, threads=threads, scratch=scratch,
         progress=progress,
     ) as subject:  # fmt: skip
+        # Localisation first: it finds what share a threshold keeps, at which the others compare.
         rows = [*localisation(subject), *curvature_overlap(subject), *task_vectors(subject), *compressions(subject)]
         masks = subject.plan.recipe
         settings = {
@@ -64,7 +67,7 @@ def analyse(
                 }
                 for expert in subject.plan.experts
             },
-            "density": subject.density,
+            "density": subject.common_density,
             **{key: masks.setting(key) for key in ("scope", "metric", "mask_curvature", "compression", "bias_correction")},
             "compressions": list(subject.compressions),
         }

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,8 +32,8 @@ class AnalysisOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     density: float | None = Field(None, gt=0, le=1)
-    """Of the masks that the recipe does not decide: of experts that it does not mask, of the overlap between experts, of the comparison of
-    compressions. None: the recipe's own density where it has one, else ``DENSITY``."""
+    """Of the masks that the recipe does not decide: of experts that it does not mask (None: the recipe's own density where it has one, else
+    ``DENSITY``), of the overlap between experts and the comparison of compressions (None: ``Subject.common_density``, ``density_of``)."""
     compressions: tuple[Method, ...] = METHODS
     """What is compared with the full second moments; empty for none."""
     curvature: Literal["auto", "require", "off"] = "auto"
@@ -46,7 +47,12 @@ class Subject:
     plan: MergePlan
     facts: Curvature
     density: float
+    """Of masks that neither the recipe nor ``asked`` decides."""
+    asked: float | None
+    """``AnalysisOptions.density``."""
     compressions: tuple[Method, ...]
+    realised: dict[int, float] = field(default_factory=dict)
+    """Expert → the share of its elements that its mask keeps; ``localisation`` finds it."""
     left_out: list[str] = field(default_factory=list)
     """What is not in the result, and why."""
     notes: list[str] = field(default_factory=list)
@@ -66,6 +72,19 @@ class Subject:
     def places(self) -> dict[str, Place]:
         """Tensor → its cell of layer × role."""
         return {job.name: place_of(job.name) for job in self.jobs}
+
+    def density_of(self, expert: ExpertView) -> float:
+        """At which one expert's curvature is cut into a mask: its mask's density, of a threshold what that keeps; ``asked`` wins."""
+        if self.asked is not None:
+            return self.asked
+        own: float | None = self.plan.recipe.setting("density", expert.index)
+        return own if own is not None else self.realised.get(expert.index, self.density)
+
+    @property
+    def common_density(self) -> float:
+        """At which the curvature of all experts is compared: masks of one size, or the overlap would tell their sizes. The mean of theirs."""
+        densities = [self.density_of(expert) for expert in self.curved or self.plan.experts]
+        return densities[0] if len(set(densities)) == 1 else fmean(densities)
 
     def full(self, expert: ExpertView) -> bool:
         """Whether the uncompressed second moments of an expert are at hand."""
@@ -162,6 +181,7 @@ def open_subject(
             plan=plan,
             facts=_facts(plan),
             density=density_of(recipe, options),
+            asked=options.density,
             compressions=options.compressions,
             notes=[*plan.notes],
         )

@@ -22,7 +22,7 @@ class Row(NamedTuple):
     """curvature or magnitude (localisation, sparsity), a compression, or empty."""
     measure: str
     at: float | None
-    """Lower edge of a histogram's bin."""
+    """Lower edge of a histogram's bin; of a Jaccard, the density of the masks that are compared."""
     value: float
     """NaN where a measure is not defined: the cosine with a vector of zeros, a rank correlation with what is all the same."""
     unit: str

@@ -64,8 +64,8 @@ def _density(table: pd.DataFrame) -> Pictures:
         "density",
         Picture(
             "Where does FFG keep the experts' changes?",
-            "Share of elements that each expert's mask keeps, by layer and role; tensors outside of the blocks as strips."
-            + (f" Over the whole expert: {overall}." if overall else ""),
+            "Share of elements that FFG's mask of each expert, which ranks by curvature, keeps by layer and role, whether or not the merge "
+            "masks by it; tensors outside of the blocks as strips." + (f" Over the whole expert: {overall}." if overall else ""),
             grids(
                 cells, Shade.of(cells["value"], "kept by FFG", ".2~p"),
                 [*_PLACE, alt.Tooltip("value:Q", title="kept", format=".4~p"), _ELEMENTS],
@@ -151,6 +151,8 @@ def _compression(table: pd.DataFrame) -> Pictures:
         return
     wide = rows.pivot_table(index=["expert", "variant"], columns="measure", values="value", sort=False).reset_index()
     variants = [v for v in COMPRESSIONS if v in set(wide["variant"])] + sorted(set(wide["variant"]) - set(COMPRESSIONS))
+    masks = table[(table["measure"] == "mask_jaccard") & table["at"].notna()].drop_duplicates(["expert", "at"])
+    densities = ", ".join(f"{name} {100 * at:.3g} %" for name, at in zip(masks["expert"], masks["at"], strict=True))
     panels = [_against_bytes(wide, measure, *names, variants) for measure, names in _LOSSES.items() if measure in wide]
     if panels:
         yield (
@@ -158,7 +160,7 @@ def _compression(table: pd.DataFrame) -> Pictures:
             Picture(
                 "What does compressing the second moments cost?",
                 "Bytes that each parameter's second moment takes, against how well the compressed moments stand in for the full ones; a point "
-                "for each expert.",
+                "for each expert." + (f" Share of elements that the compared masks keep: {densities}." if densities else ""),
                 alt.concat(*panels, columns=3),
             ),
         )

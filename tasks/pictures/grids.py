@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 import altair as alt
 
+from ota_core.analysis.roles import ROLES
 from tasks.pictures.style import DIVERGING, INK, PANEL, SEQUENTIAL
 
 if TYPE_CHECKING:
     import pandas as pd
 
-IN_BLOCK = ("q", "k", "v", "o", "gate", "up", "down", "norm", "other")
-"""Roles inside of transformer blocks, in the order of the forward pass."""
+IN_BLOCK = tuple(role for role in ROLES if role not in {"embed", "head"})
+"""Roles inside of transformer blocks, in the order of the forward pass: all but those that a whole model has once."""
 # Roles outside of blocks: before the first and behind the last, under the names that the pictures give them.
 BEFORE = {"embed": "embed"}
-BEHIND = {"norm": "final norm", "head": "head", "other": "other (outside)"}
+BEHIND = {"norm": "final norm", "head": "head"} | {role: f"{role} (outside)" for role in IN_BLOCK if role != "norm"}
 _GAPS = ("", " ")  # two empty rows of a grid need two names
 _WRITE_VALUES = 6  # layers: with more the cells are too narrow for numbers
 

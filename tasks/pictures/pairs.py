@@ -22,8 +22,14 @@ def overlap_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
     """How alike the experts' curvature is."""
     yield from _pictures(
         _pairs(table, "curvature_overlap", _OVERLAP), "curvature_overlap", _overlap_shades, "Do the experts' curvatures overlap",
-        "High: the experts are sensitive in the same places. The masks hold each expert's largest v, at the recipe's density.",
+        f"High: the experts are sensitive in the same places. The masks hold each expert's largest v{_at_density(table)}.",
     )  # fmt: skip
+
+
+def _at_density(table: pd.DataFrame) -> str:
+    """Which share of its elements, as the table tells."""
+    found = table.loc[table["measure"] == "jaccard", "at"].dropna().unique()
+    return f", {100 * found[0]:.3g} % of its elements, the same share of every expert" if len(found) == 1 else ""
 
 
 def agreement_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:

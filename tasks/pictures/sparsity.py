@@ -32,7 +32,7 @@ def sparsity_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
             "sparsity",
             Picture(
                 "How much do rows and columns keep?",
-                "Rows and columns of the weight matrices by the share of their elements that the mask keeps, FFG beside magnitude pruning at "
+                "Rows and columns of the weight matrices by the share of their elements that a mask keeps, FFG beside magnitude pruning at "
                 "the same density. Bars at the left: whole rows or columns fall away; at the right: they stay whole.",
                 _histograms(bins),
             ),
@@ -43,7 +43,8 @@ def sparsity_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
             "empty",
             Picture(
                 "Rows and columns without a single kept element",
-                "Share of all rows and columns of the weight matrices where the expert's change is dropped entirely.",
+                "Share of all rows and columns of the weight matrices of which a mask keeps nothing, FFG beside magnitude pruning at the same "
+                "density.",
                 _empty(empty),
             ),
         )

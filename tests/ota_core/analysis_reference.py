@@ -111,7 +111,9 @@ def overlap(v: Mapping[str, Tensors], density: float) -> dict[Key, float]:
                 "spearman": spearmanr(x, y).statistic,
                 "jaccard": (kept[0] & kept[1]).sum() / (kept[0] | kept[1]).sum() if (kept[0] | kept[1]).any() else math.nan,
             }
-            found |= {("curvature_overlap", a, b, layer, role, "", m, None): value for m, value in measures.items()}
+            for measure, value in measures.items():
+                at = density if measure == "jaccard" else None
+                found["curvature_overlap", a, b, layer, role, "", measure, at] = value
     return found
 
 

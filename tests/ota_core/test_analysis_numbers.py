@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -91,9 +92,12 @@ def test_numbers_are_those_of_a_plain_computation(tmp_path: Path, parameters: di
         want |= plain.localisation(name, other, counterpart(base, expert, masks, score, scope))
     named = dict(zip(NAMES, experts, strict=True))
     want |= plain.task_vectors(base, named)
-    want |= plain.overlap({name: e.v for name, e in named.items()}, parameters.get("density", 0.4))
+    realised = [plain.flat(masks, list(base)).mean() for masks in kept]
+    density = parameters["density"] if "density" in parameters else fmean(realised)
+    want |= plain.overlap({name: e.v for name, e in named.items()}, density)
     assert_equal(plain.by_key(found.rows), want)
-    assert found.left_out == [] and found.notes == []
+    assert found.settings["density"] == density and found.left_out == []
+    assert len(found.notes) == ("precond_threshold" in parameters)
     assert {r.elements for r in found.rows if (r.role, r.layer, r.measure) == ("all", None, "density")} == {
         sum(math.prod(s) for s in ALL_SHAPES.values())
     }
@@ -140,7 +144,7 @@ def test_bias_correction_enters_masks_and_curvature(tmp_path: Path) -> None:
         want |= plain.localisation(name, "curvature", masks)
         score = reference.scores(base, expert, v, "magnitude")
         want |= plain.localisation(name, "magnitude", counterpart(base, expert, masks, score, "global"))
-    want |= plain.overlap(dict(zip(NAMES, corrected, strict=True)), 0.4)
+    want |= plain.overlap(dict(zip(NAMES, corrected, strict=True)), found.settings["density"])
 
     def unlike_ranks(key: plain.Key) -> bool:
         return key[0] != "task_vector" and key[6] != "spearman"  # what is corrected has more bits than ranks are told apart by
@@ -178,6 +182,7 @@ def test_compressions_against_the_full_second_moments(tmp_path: Path, method: st
     base, experts = world()
     recipe = ota_recipe(tmp_path, base, experts, {"density": 0.4, "compression": "rank_k", "rank": 2})
     found = plain.by_key(run(recipe, {"compressions": ("none", method)}).rows, lambda r: r.analysis == "compression")
+    at = {"mask_jaccard": 0.4}
     for name, expert in zip(NAMES, experts, strict=True):
         path = tmp_path / name / "exp_avg_sq.safetensors"
         small, report = compress(open_moments(path), method=method, rank=2 if method == "rank_k" else None, stream=Stream())
@@ -196,7 +201,51 @@ def test_compressions_against_the_full_second_moments(tmp_path: Path, method: st
             "saliency_spearman": spearmanr(*ranked).statistic,
         }
         for measure, value in want.items():
-            got = found["compression", name, None, None, "all", method, measure, None]
+            got = found["compression", name, None, None, "all", method, measure, at.get(measure)]
             assert got == pytest.approx(value, rel=1e-5 if measure == "sqrt_error" else 1e-12, abs=1e-12), (name, measure)
         for measure, value in {"sqrt_error": 0, "bytes_per_param": 4, "mask_jaccard": 1, "saliency_spearman": 1}.items():
-            assert found["compression", name, None, None, "all", "none", measure, None] == value
+            assert found["compression", name, None, None, "all", "none", measure, at.get(measure)] == value
+
+
+def test_densities_of_their_own_decide_what_is_compared(tmp_path: Path) -> None:
+    """A compression is judged at its expert's density, pairs at the mean of all: masks of one size, or the overlap would tell sizes."""
+    base, experts = world()
+    own: list[dict[str, Any]] = [{"density": 0.1}, {"density": 0.3}, {"precond_threshold": 1e-15}]
+    experts = [replace(e, **one) for e, one in zip(experts, own, strict=True)]
+    recipe = ota_recipe(tmp_path, base, experts)
+    found = run(recipe, {"compressions": ("none", "rank1")})
+    (realised,) = (
+        r.value
+        for r in found.rows
+        if (r.expert, r.layer, r.role, r.variant, r.measure) == ("expert2", None, "all", "curvature", "density")
+    )
+    assert 0 < realised < 1 and realised not in {0.1, 0.3, 0.4}
+    densities = {"expert0": 0.1, "expert1": 0.3, "expert2": realised}
+    assert {(r.expert, r.at) for r in found.rows if r.measure == "mask_jaccard"} == set(densities.items())
+    mean = fmean(densities.values())
+    overlap = plain.by_key(found.rows, lambda r: r.analysis == "curvature_overlap")
+    assert_equal(overlap, plain.overlap({name: e.v for name, e in zip(NAMES, experts, strict=True)}, mean))
+    assert found.settings["density"] == mean
+    (note,) = found.notes
+    assert f"at density {mean:.4g}, the mean of the experts' (expert0 0.1, expert1 0.3, expert2 {realised:.4g})" in note
+
+    # Each as it would be in a recipe of one density, and all at a density that is asked for.
+    for name, density in (("expert0", 0.1), ("expert1", 0.3)):
+        alike = run(recipe_at(recipe, density), {"compressions": ("rank1",)})
+        assert lost(found, name) == lost(alike, name)
+    asked = run(recipe, {"compressions": ("rank1",), "density": 0.2})
+    assert {r.at for r in asked.rows if r.measure in {"mask_jaccard", "jaccard"}} == {0.2} and asked.notes == []
+
+    # Masks by magnitude alone, too; what a threshold on the curvature would keep nobody knows then.
+    off = run(recipe, {"curvature": "off"})
+    kept = {r.expert: r.value for r in off.rows if (r.layer, r.role, r.measure) == (None, "all", "density")}
+    assert kept == pytest.approx({"expert0": 0.1, "expert1": 0.3, "expert2": 0.4}, abs=2e-3)
+
+
+def recipe_at(recipe: dict[str, Any], density: float) -> dict[str, Any]:
+    models = [{"model": entry["model"], "name": entry.get("name")} for entry in recipe["models"]]
+    return recipe | {"models": models, "parameters": {"density": density}}
+
+
+def lost(found: Analysis, expert: str) -> list[str]:
+    return [repr(r) for r in found.rows if r.analysis == "compression" and r.expert == expert and r.variant == "rank1"]

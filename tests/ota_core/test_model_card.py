@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.licences import card_head, licences
@@ -13,8 +14,8 @@ from ota_core.recipe import MergeRecipe
 
 APACHE = "---\nlicense: apache-2.0\nlanguage: en\nbase_model: org/root\n---\n# A model\n"
 ROWS: list[dict[str, Any]] = [
-    {"model": "base", "role": "base", "math": 0.1, "code": 0.2, "average": 0.15},
-    {"model": "math", "role": "expert", "capability": "math", "math": 0.8, "math_stderr": 0.02, "code": 0.1, "average": 0.45},
+    {"model": "base", "role": "base", "math": 0.1, "code": 0.2, "average": 0.1},
+    {"model": "math", "role": "expert", "capability": "math", "math": 0.8, "math_stderr": 0.02, "code": 0.1, "average": 0.8},
     {
         "model": "ota rho=0.40",
         "role": "merge",
@@ -27,18 +28,20 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def inputs(tmp_path: Path, cards: dict[str, str | None], sources: dict[str, str] | None = None) -> MergeInputs:
+def inputs(
+    tmp_path: Path, cards: dict[str, str | None], sources: dict[str, str] | None = None, folders: dict[str, str] | None = None
+) -> MergeInputs:
+    """Models with these cards, in folders of their names where ``folders`` tells no others."""
+    paths = {name: tmp_path / (folders or {}).get(name, name) for name in cards}
     for name, text in cards.items():
-        (tmp_path / name).mkdir()
+        paths[name].mkdir(parents=True)
         if text is not None:
-            (tmp_path / name / "README.md").write_text(text)
+            (paths[name] / "README.md").write_text(text)
     source = {name: f"s3://models/{name}" for name in cards} | (sources or {})
     experts = [
-        ExpertInput(name=name, path=tmp_path / name, source=source[name], digest=f"xxh3:{name}")
-        for name in cards
-        if name != "base"
+        ExpertInput(name=name, path=paths[name], source=source[name], digest=f"xxh3:{name}") for name in cards if name != "base"
     ]
-    base = ModelInput(name="base", path=tmp_path / "base", source=source["base"], digest="xxh3:base") if "base" in cards else None
+    base = ModelInput(name="base", path=paths["base"], source=source["base"], digest="xxh3:base") if "base" in cards else None
     return MergeInputs(base=base, experts=tuple(experts))
 
 
@@ -50,16 +53,19 @@ def recipe(found: MergeInputs) -> MergeRecipe:
     )
 
 
-def card(found: MergeInputs, scores: list[dict[str, Any]] = ROWS) -> tuple[dict[str, Any], str]:
+def card(found: MergeInputs, scores: list[dict[str, Any]] = ROWS, **more: Any) -> tuple[dict[str, Any], str]:
+    """Head and body, as the hub's own library reads them and would write them again."""
     densities = {"math": {"kept": 400, "total": 1000, "density": 0.4}}
-    text = model_card(recipe(found), found, {"densities": densities}, "f1", scores, "demo")
+    text = model_card(recipe(found), found, {"densities": densities}, "f1", scores, "demo", **more)
     _, head, body = text.split("---\n", 2)
-    return yaml.safe_load(head), body
+    read: dict[str, Any] = yaml.safe_load(head)
+    assert ModelCard(text).data.to_dict() == read
+    return read, body
 
 
 def test_one_licence_of_all_inputs_is_carried_over(tmp_path: Path) -> None:
-    head, body = card(inputs(tmp_path, {"base": APACHE, "math": APACHE.replace("apache-2.0", "Apache-2.0"), "code": APACHE}))
-    assert head["license"].lower() == "apache-2.0" and "Licence:" not in body
+    head, body = card(inputs(tmp_path, {"base": APACHE.replace("apache-2.0", "Apache-2.0"), "math": APACHE, "code": APACHE}))
+    assert head["license"] == "apache-2.0" and "Licence:" not in body
     assert head["language"] == ["en"]
 
 
@@ -70,6 +76,11 @@ def test_one_licence_of_all_inputs_is_carried_over(tmp_path: Path) -> None:
         ({"base": APACHE, "math": None}, ["math state no licence", "apache-2.0"]),
         ({"base": None, "math": None}, ["no input states a licence"]),
         ({"base": APACHE, "math": "---\nlicense: mit\n---\n", "code": "no head"}, ["different licences", "Not stated for code"]),
+        # What says nothing is no licence, however many say it.
+        ({"base": "---\nlicense: unknown\n---\n", "math": "---\nlicense: unknown\n---\n"}, ["no input states a licence"]),
+        ({"base": "---\nlicense: other\n---\n", "math": "---\nlicense: Other\nlicense_link: LICENSE\n---\n"}, ["no input states a licence"]),
+        ({"base": APACHE, "math": "---\nlicense: [apache-2.0, unknown]\n---\n"}, ["math state no licence"]),
+        ({"base": "---\nlicense: [mit, apache-2.0]\n---\n", "math": "---\nlicense: mit\n---\n"}, ["base: apache-2.0 or mit; math: mit"]),
         # One that has no identifier is another licence than an equally unnamed one.
         ({"base": "---\nlicense: other\nlicense_name: a\n---", "math": "---\nlicense: other\nlicense_name: b\n---"}, ["other: a", "other: b"]),
     ],
@@ -91,6 +102,25 @@ def test_a_named_licence_keeps_its_name_and_link(tmp_path: Path) -> None:
     assert (head["license"], head["license_name"], head["license_link"]) == ("other", "model-licence", "https://example.org/l")
 
 
+def test_a_choice_of_licences_stays_a_list_of_identifiers(tmp_path: Path) -> None:
+    both = "---\nlicense: [MIT, apache-2.0]\n---\n"
+    head, body = card(inputs(tmp_path, {"base": both, "math": "---\nlicense:\n- Apache-2.0\n- mit\n---\n"}))
+    assert head["license"] == ["apache-2.0", "mit"]
+    assert "| base | s3://models/base | apache-2.0 or mit |" in body and "Licence:" not in body
+
+
+def test_a_link_to_a_file_that_is_not_copied_is_left_out(tmp_path: Path) -> None:
+    own = "---\nlicense: other\nlicense_name: model-licence\nlicense_link: LICENSE\n---\n"
+    head, _ = card(inputs(tmp_path, {"base": own, "math": own}))
+    assert (head["license"], head["license_name"]) == ("other", "model-licence") and "license_link" not in head
+
+
+@pytest.mark.parametrize("language", ["no", "[no, en]", "\n- en\n- 'no'"])
+def test_norwegian_is_a_language(tmp_path: Path, language: str) -> None:
+    head, _ = card(inputs(tmp_path, {"base": f"---\nlanguage: {language}\n---\n", "math": None}))
+    assert head["language"] in (["no"], ["no", "en"], ["en", "no"])
+
+
 def test_an_experts_manifest_may_state_the_licence(tmp_path: Path) -> None:
     found = inputs(tmp_path, {"base": APACHE, "math": None})
     (tmp_path / "math" / "expert.json").write_text('{"capability": "math", "license": "apache-2.0"}')
@@ -107,7 +137,9 @@ def test_cards_without_a_readable_head_state_nothing(tmp_path: Path, text: str) 
 
 def test_the_hub_is_told_only_names_that_it_knows(tmp_path: Path) -> None:
     sources = {"base": "org/root@main", "math": "org/math", "code": "s3://experts/code"}
-    head, body = card(inputs(tmp_path, {"base": APACHE, "math": None, "code": "---\nbase_model: other/start\n---\n"}, sources))
+    folders = {name: f"hub/models--org--{of}/snapshots/0123abc" for name, of in (("base", "root"), ("math", "math"))}
+    cards = {"base": APACHE, "math": None, "code": "---\nbase_model: other/start\n---\n"}
+    head, body = card(inputs(tmp_path, cards, sources, folders))
     assert head["base_model"] == ["org/root", "org/math", "other/start"] and head["base_model_relation"] == "merge"
     assert "s3://experts/code" in body
 
@@ -118,16 +150,43 @@ def test_a_folder_that_looks_like_a_hubs_name_is_none(tmp_path: Path) -> None:
     expert = found.experts[0]
     named = MergeInputs(base=found.base, experts=(ExpertInput(name="math", path=expert.path, source="experts/math"),))
     assert "base_model" not in card(named, [])[0]
+    # A link of that name leads to a folder of another.
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "math").symlink_to(expert.path)
+    led = ExpertInput(name="math", path=(tmp_path / "linked" / "math").resolve(), source="linked/math")
+    assert "base_model" not in card(MergeInputs(base=found.base, experts=(led,)), [])[0]
 
 
 def test_scores_stand_in_the_head_and_in_a_table(tmp_path: Path) -> None:
     head, body = card(inputs(tmp_path, {"base": APACHE, "math": APACHE, "code": APACHE}))
     result = head["model-index"][0]["results"][0]
     assert result["metrics"] == [{"type": "math", "value": 0.75, "name": "math (0 to 1)"}], "what was not measured is left out"
-    assert result["dataset"]["type"] == "demo" and result["task"]["type"] == "text-generation"
+    # A suite is no data set of the hub's: an id of one would name somebody else's.
+    assert result["dataset"] == {"type": "custom", "name": "lm-eval, suite demo"} and result["task"]["type"] == "text-generation"
     assert "| model | math | code | average | retention |" in body
-    assert "| **ota rho=0.40** | 75.0 ± 3.0 | – | 75.0 | 93.8 |" in body
-    assert "| math | 80.0 ± 2.0 | 10.0 | 45.0 | – |" in body
+    assert "| **ota rho=0.40** | 75.0 ± 3.0 | – | 75.0 ± 3.0 | 93.8 |" in body
+    assert "| math | 80.0 ± 2.0 | 10.0 | 80.0 ± 2.0 | – |" in body
+    assert "| base | 10.0 | 20.0 | 10.0 | – |" in body, "without its parts' errors an average has none"
+    assert "quick look" not in body and "Documents" not in body
+
+
+def test_an_averages_error_is_that_of_independent_parts(tmp_path: Path) -> None:
+    rows = [{"model": "m", "role": "merge", "math": 0.5, "math_stderr": 0.03, "code": 0.7, "code_stderr": 0.04, "average": 0.6}]
+    found = inputs(tmp_path, {"base": APACHE, "math": APACHE})
+    _, body = card(found, rows)
+    assert "| **m** | 50.0 ± 3.0 | 70.0 ± 4.0 | 60.0 ± 2.5 |" in body
+    assert "60.0 ± 1.0" in card(found, [rows[0] | {"average_stderr": 0.01}])[1]
+    assert "| 60.0 |" in card(found, [rows[0] | {"code_stderr": None}])[1]
+
+
+def test_a_quick_look_is_named_one_and_told_no_hub(tmp_path: Path) -> None:
+    found = inputs(tmp_path, {"base": APACHE, "math": APACHE})
+    head, body = card(found, limit=5, documents={"math": 5, "code": 10})
+    assert "model-index" not in head and "| **ota rho=0.40** | 75.0 ± 3.0 |" in body
+    assert "**A quick look:** the benchmark stopped at 5 documents of each task" in body
+    assert "Documents: math 5, code 10." in body
+    whole, body = card(found, documents={"math": 1000, "code": 10})
+    assert "model-index" in whole and "quick look" not in body and "Documents: math 1,000, code 10." in body
 
 
 def test_every_input_is_named_with_its_digest(tmp_path: Path) -> None:

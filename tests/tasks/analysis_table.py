@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 EXPERTS = ("math", "code", "precise_if", "general_if", "knowledge")
-BLOCK = ("q", "k", "v", "o", "gate", "up", "down", "norm")
+BLOCK = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm")
+"""Every projection by itself and in one tensor, as no single model has them."""
+DENSITY = 0.4
 OUTSIDE = ("embed", "norm", "head")
 COMPRESSIONS = {"none": 4.0, "log8": 1.03, "rank_k": 0.09, "rank1": 0.012}
 COLUMNS = ("analysis", "expert", "other", "layer", "role", "variant", "measure", "at", "value", "unit", "elements")
@@ -63,7 +65,8 @@ def _single(expert: str, places: list[tuple[int | None, str]], layers: int, rng:
             lost = {"none": 0.0, "log8": 0.01, "rank_k": 0.2, "rank1": 0.4}[variant] * (0.8 + 0.4 * rng.random())
             measured = {"sqrt_error": lost, "mask_jaccard": 1 - lost, "saliency_spearman": 1 - lost / 2}
             for measure, value in measured.items():
-                yield _row("compression", measure, value, place, expert=expert, variant=variant)
+                at = DENSITY if measure == "mask_jaccard" else None
+                yield _row("compression", measure, value, place, expert=expert, variant=variant, at=at)
             yield _row("compression", "bytes_per_param", size, place, expert=expert, variant=variant, unit="bytes/parameter")
 
 
@@ -71,7 +74,8 @@ def _pair(one: str, two: str, places: list[tuple[int | None, str]], rng: np.rand
     for place in places:
         named = {"expert": one, "other": two}
         for measure, least in (("cosine_sqrt_v", 0.7), ("spearman", 0.5), ("jaccard", 0.2)):
-            yield _row("curvature_overlap", measure, least + 0.25 * rng.random(), place, **named)
+            at = DENSITY if measure == "jaccard" else None
+            yield _row("curvature_overlap", measure, least + 0.25 * rng.random(), place, at=at, **named)
         yield _row("task_vector", "cosine", 0.3 * rng.random() - 0.1, place, **named, unit="")
         yield _row("task_vector", "sign_conflict", 0.4 + 0.15 * rng.random(), place, **named)
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import vl_convert
 
+from ota_core.analysis.roles import ROLES
 from ota_core.errors import OtaError
 from tasks.pictures import page
 from tasks.pictures.analysis import pictures_of
@@ -94,6 +95,32 @@ def test_density_shows_every_place_of_every_expert(table: pd.DataFrame, pictures
     rows = one(pictures["density_difference"])
     assert shown(rows) == pytest.approx({key: 100 * (value - magnitude[key]) for key, value in ffg.items()})
     assert shown(rows, "FFG") == ffg and shown(rows, "magnitude") == magnitude
+
+
+def test_captions_say_at_which_density_masks_are_compared(table: pd.DataFrame, pictures: dict[str, Picture]) -> None:
+    for name in ("curvature_overlap", "curvature_overlap_layers"):
+        assert "each expert's largest v, 40 % of its elements, the same share of every expert." in pictures[name].caption
+    assert (
+        "masks keep: math 40 %, code 40 %, precise_if 40 %, general_if 40 %, knowledge 40 %." in pictures["compression"].caption
+    )
+    other = table.copy()
+    other.loc[table["measure"] == "jaccard", "at"] = 0.3125
+    other.loc[(table["measure"] == "mask_jaccard") & (table["expert"] == "code"), "at"] = 0.02
+    drawn = pictures_of(other)
+    assert "largest v, 31.2 % of its elements" in drawn["curvature_overlap"].caption
+    assert "math 40 %, code 2 %," in drawn["compression"].caption
+    # A table of before, which does not tell.
+    before = pictures_of(table.assign(at=table["at"].where(~table["measure"].isin(["jaccard", "mask_jaccard"]))))
+    assert before["curvature_overlap"].caption.endswith("The masks hold each expert's largest v. Over the whole model.")
+    assert before["compression"].caption.endswith("a point for each expert.")
+
+
+def test_the_mask_that_is_drawn_is_not_called_the_merges(pictures: dict[str, Picture]) -> None:
+    """A merge by magnitude, and one that masks nothing, has the same picture."""
+    assert (
+        "ranks by curvature" in pictures["density"].caption
+        and "whether or not the merge masks by it" in pictures["density"].caption
+    )
 
 
 def test_colours_of_differences_are_even_to_both_sides(pictures: dict[str, Picture]) -> None:
@@ -206,6 +233,28 @@ def test_two_experts_need_no_menu_and_models_without_a_head_no_row() -> None:
     assert [p for p in spec["params"] if "bind" in p] == []
     assert {row["pair"] for rows in spec["datasets"].values() for row in rows} == {"a – b"}
     assert OUTSIDE[-1] not in {row["row"] for row in one(pictures["density"])}
+
+
+def test_every_role_has_a_row_inside_and_outside_of_the_blocks(table: pd.DataFrame) -> None:
+    """Of every role that the analysis knows: what has no row is missing from a picture without a word."""
+    q = table[(table["layer"] == 0) & (table["role"] == "q")]
+    inside = pd.concat([q.assign(role=role) for role in ROLES if role not in {"embed", "head"}], ignore_index=True)
+    outside = pd.concat([q.assign(role=role, layer=pd.array([pd.NA] * len(q), "Int64")) for role in ROLES], ignore_index=True)
+    pictures = pictures_of(pd.concat([inside, outside], ignore_index=True))
+    for name in ("density", "density_difference", "task_vector_roles"):
+        rows = [row for row in one(pictures[name]) if row["expert"] == "math"]
+        assert {row["role"] for row in rows if row["layer"] == 0} == {*ROLES} - {"embed", "head"}
+        assert len({row["row"] for row in rows}) == len(rows) == 2 * len(ROLES) - 2
+    (menu,) = (p["bind"]["options"] for p in page.spec(pictures["sparsity"].chart)["params"] if "bind" in p)
+    assert set(menu) == {"all", *ROLES}
+
+
+def test_a_fused_model_shows_its_own_projections_alone(table: pd.DataFrame) -> None:
+    fused = table[~table["role"].isin(["q", "k", "v", "gate", "up"])]
+    drawn = page.svg(pictures_of(fused)["density"].chart)
+    assert {name: f">{name}<" in drawn for name in ("qkv", "gate_up", "o", "q", "gate")} == {
+        "qkv": True, "gate_up": True, "o": True, "q": False, "gate": False,
+    }  # fmt: skip
 
 
 def test_a_table_without_a_column_is_refused(table: pd.DataFrame) -> None:
