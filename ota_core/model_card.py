@@ -23,6 +23,8 @@ PAPERS = {
 }
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@[\w./-]+)?")
 
+SCORES = "## Scores"
+"""The heading that a card has where scores are known."""
 ScoreRow = Mapping[str, Any]
 """One model's scores: ``model``, ``role`` (base, expert or merge), capability → score (0 … 1, None where not measured), optionally
 ``<capability>_stderr``, ``average`` and ``retention``."""
@@ -68,7 +70,7 @@ def model_card(
         lines += ["", "## Realised densities", "", "| expert | kept | of | density |", "|---|---:|---:|---:|"]
         lines += [f"| {name} | {d['kept']:,} | {d['total']:,} | {d['density']:.6f} |" for name, d in densities.items()]
     if scores:
-        lines += ["", "## Scores", "", *_score_table(scores), "", _what_scores(suite)]
+        lines += ["", SCORES, "", *_score_table(scores), "", _what_scores(suite)]
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)
 

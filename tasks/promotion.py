@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ota_core.errors import OtaError, StorageError
 from tasks.artifacts import record_at
@@ -30,8 +31,9 @@ from tasks.registry import (
     TAG_SOURCE,
     set_announced,
 )
-from tasks.tracking_run import REPORT
-from tasks.tracking_store import Store, batches, clear_errors, connect, locked, resolve_store, store_errors
+from tasks.tracking_run import REPORT, TAG_FINGERPRINT
+from tasks.tracking_store import EXPERIMENT, Store, batches, clear_errors, connect, locked, resolve_store, store_errors
+from tasks.tracking_write import find
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GATE_JSON = "gate.json"
+"""The gate's decision among the artifacts of a candidate's run."""
 _MOVE = "champion_move"
 """Tag of a version: the move that made it champion, or was about to, as JSON. Written before the alias moves."""
 
@@ -220,7 +224,7 @@ def log_decision(
         for some in batches(new, 500):
             client.log_batch(run_id, metrics=some)
         try:
-            client.log_text(run_id, decision.model_dump_json(indent=2) + "\n", "gate.json")
+            client.log_text(run_id, decision.model_dump_json(indent=2) + "\n", GATE_JSON)
             client.log_text(run_id, decision.to_markdown(), "gate.md")
             if report is not None:
                 client.log_text(run_id, report, REPORT)
@@ -229,6 +233,36 @@ def log_decision(
                 f"gate.json and gate.md could not be stored with the run {run_id} ({error}); "
                 "check access to the artifact store, then run the same again"
             ) from error
+
+
+def logged_decision(
+    fingerprint: str, digest: str, *, tracking_uri: str | None = None, root: Path | None = None
+) -> GateDecision | None:
+    """What ``log_decision`` noted last of the merge with this recipe's fingerprint and model's digest; None where no gate has seen it.
+
+    Raises StorageError.
+    """
+    with _registry("reading the gate's decision", tracking_uri, root) as client:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        identity = {TAG_FINGERPRINT: fingerprint, TAG_DIGEST: digest}
+        run = find(client, experiment.experiment_id, identity) if experiment else None
+        if run is None or "gate/promoted" not in run.data.metrics:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                if all(one.path != GATE_JSON for one in client.list_artifacts(run.info.run_id)):
+                    return None  # somebody ended the night between the numbers and the file: its next try decides again
+                text = Path(client.download_artifacts(run.info.run_id, GATE_JSON, folder)).read_text(encoding="utf-8")
+            except Exception as error:  # each kind of artifact store raises its own exceptions
+                raise StorageError(
+                    f"{GATE_JSON} of the run {run.info.run_id} could not be read ({error}); check access to the artifact store, then run "
+                    "the same again"
+                ) from error
+        try:
+            return GateDecision.model_validate_json(text)
+        except ValidationError as error:  # of another version of this package: the page can do without
+            log.warning("%s of the run %s is left out of the report: %s", GATE_JSON, run.info.run_id, error)
+            return None
 
 
 @contextmanager
