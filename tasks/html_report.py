@@ -129,7 +129,10 @@ def _parts(report: MergeReport) -> Iterator[tuple[str, Iterator[Block]]]:
     if report.analysis is not None:
         yield "Analysis", _analysis(report, report.analysis)
     elif report.unanalysed:
-        yield "Analysis", iter([_mark("The merge is complete, but its experts could not be analysed."), report.unanalysed])
+        yield (
+            "Analysis",
+            iter([_mark("The merge is complete, but its experts could not be analysed."), f"Reason: {report.unanalysed}"]),
+        )
     yield "Recipe", _recipe(report)
     yield "Inputs", _inputs(report)
     yield "Record", iter([Markup(_RECORD.render(text=json.dumps(report.record, indent=2, ensure_ascii=False)))])
@@ -237,7 +240,7 @@ def _verdict(report: MergeReport) -> tuple[Literal["good", "bad", ""], str]:
         real, noise = ([name for name, beyond in falls.items() if beyond is wanted] for wanted in (True, False))
         where = [f"on {', '.join(real)}"] if real else []
         where += [f"by no more than the noise on {', '.join(noise)}"] if noise else []
-        said.append(f"It is below the base {' and '.join(where) or 'on no capability'}.")
+        said.append(f"It is below the base {', and '.join(where) or 'on no capability'}.")
     if report.limit is not None:
         said.append(f"{_quick_look(report.limit)}.")
     return _mood(report, difference, _noise(report, merge, AVERAGE), falls), " ".join(said)

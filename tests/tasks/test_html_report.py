@@ -122,7 +122,7 @@ def test_it_says_why_there_is_no_analysis() -> None:
     assert [one.text for one in find(html, "p", **{"class": "bad-text"})] == [
         "The merge is complete, but its experts could not be analysed."
     ]
-    assert EVIL in [one.text for one in find(html, "p")]
+    assert f"Reason: {EVIL}" in [one.text for one in find(html, "p")]
 
 
 def test_nothing_of_a_name_or_a_recipe_becomes_html() -> None:
