@@ -193,11 +193,11 @@ def test_the_decision_is_logged_with_its_run_once(registry: Registry, tmp_path: 
 
 
 def test_the_decision_is_found_again_by_the_merge(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert logged_decision("fp2", "digest2", root=registry.root) is None
-    run_id = registry.client.get_model_version(NAME, "2").run_id
-    for key, value in {"recipe_fingerprint": "fp2", "model_digest": "digest2"}.items():
+    assert logged_decision("fp1", "digest1", root=registry.root) is None
+    run_id = registry.client.get_model_version(NAME, "1").run_id
+    for key, value in {"recipe_fingerprint": "fp1", "model_digest": "digest1"}.items():
         registry.client.set_tag(run_id, key, value)
-    assert logged_decision("fp2", "digest2", root=registry.root) is None
+    assert logged_decision("fp1", "digest1", root=registry.root) is None
 
     def refused(*_: object) -> None:
         raise OSError("no room")
@@ -206,12 +206,12 @@ def test_the_decision_is_found_again_by_the_merge(registry: Registry, monkeypatc
         patch.setattr(MlflowClient, "log_text", refused)
         with pytest.raises(StorageError):
             log_decision(run_id, a_decision(), root=registry.root)
-    assert logged_decision("fp2", "digest2", root=registry.root) is None
+    assert logged_decision("fp1", "digest1", root=registry.root) is None
     log_decision(run_id, a_decision(), root=registry.root)
-    assert logged_decision("fp2", "digest2", root=registry.root) == a_decision()
-    assert logged_decision("fp2", "other", root=registry.root) is None
+    assert logged_decision("fp1", "digest1", root=registry.root) == a_decision()
+    assert logged_decision("fp1", "other", root=registry.root) is None
     registry.client.log_text(run_id, '{"of": "another version"}', "gate.json")
-    assert logged_decision("fp2", "digest2", root=registry.root) is None
+    assert logged_decision("fp1", "digest1", root=registry.root) is None
 
 
 # ---- the line of champions
