@@ -2,13 +2,13 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ota_core.errors import OtaError
+from ota_core.errors import MomentsError, OtaError
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
@@ -102,6 +102,7 @@ def recipe_inputs(
         inputs = assemble(recipe, fetched, **options, streams=streams)
         if optional_moments and streams is not None:
             for expert in inputs.experts:
-                if expert.moments is None and (found := find_moments(expert.path)) is not None:
-                    streams.settle(moments_files(found))
+                with suppress(MomentsError):  # the analysis says what is wrong with them
+                    if expert.moments is None and (found := find_moments(expert.path)) is not None:
+                        streams.settle(moments_files(found))
         yield inputs, streams.notes if streams else []

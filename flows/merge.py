@@ -19,7 +19,7 @@ from flows.deployed import cancel_children
 from flows.pages import show_mlflow, show_scores
 from flows.pools import gpu_deployment
 from flows.report import comparison, merge_label, merge_name, merge_run
-from flows.report_page import MergePage, ReportKind, analysed, page_of, put_beside_the_model, with_report
+from flows.report_page import MergePage, ReportKind, analysed, keeping_scores, page_of, put_beside_the_model, with_report
 from flows.run_log import hide_tracebacks_of_user_errors
 from flows.runners import Runner, runner_of
 from flows.spread import results, spread_flow
@@ -156,7 +156,7 @@ def merge_flow(
                 runner,
             )  # fmt: skip
             merged, stage_refs = spread.merged, {"compress": spread.compressed} if spread.compressed else {}
-        analysis = analysed(recipe, inputs, where, memory) if report == "full" else None
+        analysis, unanalysed = analysed(recipe, inputs, where, memory) if report == "full" else (None, "")
     stage_refs["merge"] = [merged]
 
     label = merge_label(recipe)
@@ -167,8 +167,9 @@ def merge_flow(
         scores = score_all(subjects, suite, data_dir, limit, where, device=device, gpu=gpu)
     found = {key: stages.read_scores(where, ref) for key, ref in scores.items()}
     run = merge_run(recipe, inputs, fetched, subjects, merged, scores, found, stage_refs, where, registered_model, data_dir)
-    page = page_of(run, merged, found, subjects, analysis) if report != "none" else None
-    run = with_report(run, page, where) if page else run
+    page = page_of(run, merged, found, subjects, analysis, unanalysed) if report != "none" else None
+    run = with_report(run, page, where, tracking_uri) if page else run
+    run = keeping_scores(run, merged)
     put_beside_the_model(run, merged, where)
     logged = log(run, where, tracking_uri)
     path = str(subjects["merged"].path or merged.uri)

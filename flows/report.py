@@ -133,7 +133,7 @@ def merge_run(
             ChildRun(
                 name=subject.name,
                 role=subject.role,
-                capability=subject.capability,
+                capability=own_capability(subject, found[key]),
                 digest=subject.digest,
                 metrics=_scores(found[key]),
             )  # type: ignore[arg-type]
@@ -170,11 +170,8 @@ def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -
     """The merge's own scores, and what they mean beside its base and experts."""
     if not found:
         return {}
-    experts = {
-        s.name: (s.capability, found[key]) for key, s in subjects.items() if s.role == "expert" and s.capability and key in found
-    }
     metrics = _scores(found["merged"]) | {
-        f"retention/{name}": value for name, value in retention(found["merged"], experts).items()
+        f"retention/{name}": value for name, value in retention(found["merged"], experts_of(found, subjects)).items()
     }
     if "base" in found:
         metrics["negative_transfer"] = float(len(negative_transfer(found["merged"], found["base"])))
@@ -182,10 +179,26 @@ def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -
     return metrics
 
 
+def own_capability(subject: Subject, scores: ModelScores) -> str | None:
+    """The capability that is an expert's own: the one that the recipe or its manifest states, else the one that it is named after."""
+    if subject.role != "expert":
+        return None
+    return subject.capability or (subject.name if subject.name in scores.capabilities else None)
+
+
+def experts_of(found: Mapping[str, ModelScores], subjects: Mapping[str, Subject]) -> dict[str, tuple[str, ModelScores]]:
+    """Expert's name to its own capability and its scores, as tables and ``retention`` take them; one without has its name there,
+    which nobody measures."""
+    return {
+        s.name: (own_capability(s, found[key]) or s.name, found[key])
+        for key, s in subjects.items()
+        if s.role == "expert" and key in found
+    }
+
+
 def comparison(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> pd.DataFrame:
     """The table of one merge: base, experts, merge."""
-    experts = {s.name: (s.capability or s.name, found[key]) for key, s in subjects.items() if s.role == "expert" and key in found}
-    return compare(found.get("base"), experts, {subjects["merged"].name: found["merged"]})
+    return compare(found.get("base"), experts_of(found, subjects), {subjects["merged"].name: found["merged"]})
 
 
 def compare(
@@ -216,7 +229,11 @@ def rows_of(
         if str(name) not in by_name:
             continue
         subject, scores = by_name[str(name)]
-        row: dict[str, str | float | None] = {"model": str(name), "role": subject.role, "capability": subject.capability}
+        row: dict[str, str | float | None] = {
+            "model": str(name),
+            "role": subject.role,
+            "capability": own_capability(subject, scores),
+        }
         for capability, score in scores.capabilities.items():
             row[capability] = score.score
             if score.stderr is not None:

@@ -6,6 +6,7 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any, Literal
 
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
@@ -13,15 +14,17 @@ from flows.analysis import analyse
 from flows.report import comparison
 from flows.steps import missing
 from ota_core.artifact import CARD, ArtifactRef
+from ota_core.errors import OtaError
 from ota_core.inputs import MergeInputs
+from ota_core.model_card import SCORES
 from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
-from tasks import stages
+from tasks import promotion, stages, storage
 from tasks.gate import GateDecision
-from tasks.scores import ModelScores, caption, loss_rows
+from tasks.scores import NOT_MEASURED, ModelScores, caption, loss_rows
 from tasks.settings import Places
 from tasks.stages import Subject
 from tasks.tracking import InputRef, MergeRun
-from tasks.tracking_run import ANALYSIS_CSV, REPORT
+from tasks.tracking_run import ANALYSIS_CSV, REPORT, TAG_ANALYSIS, mean_error
 
 ReportKind = Literal["full", "scores", "none"]
 """``full``: with the analysis of the experts. ``scores``: without. ``none``: no report."""
@@ -43,7 +46,13 @@ class MergePage(BaseModel):
     scores_note: str
     losses: tuple[tuple[str, ...], ...] = ()
     """Header and a row a model, where the suite measures losses."""
+    suite: str = ""
+    limit: int | None = None
+    documents: dict[str, int] = {}
+    """Capability to how many documents the merge was scored on."""
     analysis: ArtifactRef | None
+    unanalysed: str = ""
+    """Why there is no analysis, where one was wanted."""
 
     def html(self, where: Places, decision: GateDecision | None = None) -> str:
         """The page. It does not name the MLflow run: it is one of that run's own artifacts. Raises OtaError."""
@@ -58,6 +67,7 @@ class MergePage(BaseModel):
                 name=self.name, method=self.method, recipe_yaml=self.recipe_yaml, record=record.model_dump(mode="json"),
                 inputs=self.inputs, created=datetime.fromisoformat(record.provenance["produced_at"]), model_uri=self.merged.uri,
                 model_digest=self.digest, scores=self.scores, scores_note=self.scores_note, losses=self.losses,
+                suite=self.suite, limit=self.limit, documents=self.documents, unanalysed=self.unanalysed,
                 analysis=read_analysis(where, self.analysis) if self.analysis else None,
                 analysis_notes=(*said["notes"], *(f"Left out: {what}" for what in said["left_out"])), gate=decision,
                 links=prefect_links(flow_run.ui_url),
@@ -71,17 +81,22 @@ def prefect_links(url: str | None) -> dict[str, str]:
     return {"the run in the Prefect UI": url} if url and url.startswith(("http://", "https://")) else {}
 
 
-def analysed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> ArtifactRef:
-    """The analysis of the recipe's experts, as a cached task; of compressions only the recipe's own. Raises OtaError.
+def analysed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> tuple[ArtifactRef | None, str]:
+    """The analysis of the recipe's experts, as a cached task, or why there is none; of compressions only the recipe's own.
 
-    Comparing all compressions is half of ``ota analyse``'s work, and says nothing of this merge.
+    Comparing all compressions is half of ``ota analyse``'s work, and says nothing of this merge. The merge is valid without an analysis,
+    so that one that cannot be made does not end the run.
     """
     from tasks.analysis import analysis_options, analysis_step
 
     own = recipe.setting("compression") if recipe.merge_method in NEEDS_MOMENTS else None
-    step = analysis_step(recipe, inputs, analysis_options(compressions="-" if own in {None, "none"} else own))
-    found: ArtifactRef = missing(analyse, step, where)(step, where, recipe, inputs, memory)
-    return found
+    try:
+        step = analysis_step(recipe, inputs, analysis_options(compressions="-" if own in {None, "none"} else own))
+        found: ArtifactRef = missing(analyse, step, where)(step, where, recipe, inputs, memory)
+    except OtaError as error:
+        get_run_logger().warning("the report goes without an analysis of the experts: %s", error)
+        return None, str(error)
+    return found, ""
 
 
 def page_of(
@@ -90,24 +105,59 @@ def page_of(
     found: Mapping[str, ModelScores],
     subjects: dict[str, Subject],
     analysis: ArtifactRef | None,
+    unanalysed: str = "",
 ) -> MergePage:
     """The page of a merge, before any gate."""
     scores = comparison(dict(found), subjects) if found else None
-    header, rows = loss_rows(scores) if scores is not None else ([], [])
+    of_merge = found.get("merged")
     return MergePage(
         name=run.name, method=run.method, recipe_yaml=run.recipe_yaml, inputs=tuple(run.inputs), merged=merged, digest=run.model_digest,
         scores=tuple(run.table), scores_note=caption(scores, losses=False) if scores is not None else "",
-        losses=tuple(map(tuple, [header, *rows])) if rows else (), analysis=analysis,
+        losses=_losses(scores, {subjects[key].name: one for key, one in found.items()}) if scores is not None else (),
+        suite=of_merge.suite if of_merge else "", limit=of_merge.limit if of_merge else None,
+        documents={name: one.n_samples for name, one in of_merge.capabilities.items() if one.score is not None} if of_merge else {},
+        analysis=analysis, unanalysed=unanalysed,
     )  # fmt: skip
 
 
-def with_report(run: MergeRun, page: MergePage, where: Places) -> MergeRun:
-    """The run with the page, and the table that its pictures show, as artifacts to log. Raises OtaError."""
+def _losses(table: Any, scores: Mapping[str, ModelScores]) -> tuple[tuple[str, ...], ...]:
+    """The table of losses with their standard errors where the ``scores`` of a row's model have them; empty where nothing has a loss."""
+    header, rows = loss_rows(table)
+    capabilities = header[1:-1]
+    made = [tuple(header)]
+    for name, *cells in rows:
+        errors = scores[name].loss_stderr
+        found = [errors.get(capability) for capability in capabilities] + [mean_error([errors.get(c) for c in capabilities])]
+        shown = [
+            cell if error is None or cell == NOT_MEASURED else f"{cell} ± {error:.3f}"
+            for cell, error in zip(cells, found, strict=True)
+        ]
+        made.append((name, *shown))
+    return tuple(made) if rows else ()
+
+
+def with_report(run: MergeRun, page: MergePage, where: Places, tracking_uri: str | None) -> MergeRun:
+    """The run with the page, and the table that its pictures show, as artifacts to log. Raises OtaError.
+
+    What a gate decided of this merge before stays in the page: a champion is merged again by every night that finds it standing.
+    """
     from tasks.analysis import CSV
 
     folder = stages.store_of(where).local_path(page.analysis) if page.analysis else None
     tables = {ANALYSIS_CSV: (folder / CSV).read_text(encoding="utf-8")} if folder else {}
-    return run.model_copy(update={"report_html": page.html(where), "tables": tables})
+    decision = promotion.logged_decision(run.fingerprint, run.model_digest, tracking_uri=tracking_uri, root=where.tracking)
+    tags = run.tags | ({TAG_ANALYSIS: "in the report"} if folder else {})
+    tags |= {TAG_ANALYSIS: f"none: {page.unanalysed}"} if page.unanalysed else {}
+    return run.model_copy(update={"report_html": page.html(where, decision), "tables": tables, "tags": tags})
+
+
+def keeping_scores(run: MergeRun, merged: ArtifactRef) -> MergeRun:
+    """The run, but of a merge that is not benchmarked now the model card and the report that tell its scores, where they lie beside it."""
+    card = None if run.table else storage.read_note(storage.join(merged.uri, CARD))
+    if card is None or f"\n{SCORES}\n" not in card.decode():
+        return run
+    page = storage.read_note(storage.join(merged.uri, REPORT)) if run.report_html else None
+    return run.model_copy(update={"model_card": card.decode()} | ({"report_html": page.decode()} if page else {}))
 
 
 def put_beside_the_model(run: MergeRun, merged: ArtifactRef, where: Places) -> None:

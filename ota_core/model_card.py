@@ -24,6 +24,8 @@ PAPERS = {
 }
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@[\w./-]+)?")
 
+SCORES = "## Scores"
+"""The heading that a card has where scores are known."""
 ScoreRow = Mapping[str, Any]
 """One model's scores: ``model``, ``role`` (base, expert or merge), capability → score (0 … 1, None where not measured), optionally
 ``<capability>_stderr``, ``average`` (over the capabilities that every row has) and ``retention``."""
@@ -77,7 +79,7 @@ def model_card(
         lines += ["", "## Realised densities", "", "| expert | kept | of | density |", "|---|---:|---:|---:|"]
         lines += [f"| {name} | {d['kept']:,} | {d['total']:,} | {d['density']:.6f} |" for name, d in densities.items()]
     if scores:
-        lines += ["", "## Scores", "", *_score_table(scores), "", _what_scores(suite, limit, documents or {})]
+        lines += ["", SCORES, "", *_score_table(scores), "", _what_scores(suite, limit, documents or {})]
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)
 

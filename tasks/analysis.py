@@ -95,7 +95,7 @@ def analysis_step(recipe: MergeRecipe, inputs: MergeInputs, options: AnalysisOpt
     inputs: with raw second moments or, as the later stages of a merge have them, with compressed ones and masks.
     """
     options = options or AnalysisOptions()
-    known = with_second_moments(inputs, options)
+    known, _ = with_second_moments(inputs, options)
     masks = mask_recipe(recipe, options)
     names = [expert.name for expert in known.experts]
     tokenizer = recipe.tokenizer_source.removeprefix("model:")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from statistics import NormalDist
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -18,9 +20,11 @@ from tasks.pictures.page import Block, Section, table, template, to_html
 from tasks.pictures.scores import pictures_of_scores
 from tasks.plots import AVERAGE, ROLES, STDERR_SUFFIX, capability_columns
 from tasks.scores import NOT_MEASURED
-from tasks.tracking_run import InputRef
+from tasks.tracking_run import InputRef, mean_error
 
 Row = dict[str, str | float | None]
+_CONFIDENCE = 0.95
+"""One-sided, of a fall below the base that is called one: as the gate's, which has the pairs of documents to look closer."""
 
 
 class MergeReport(BaseModel):
@@ -43,11 +47,19 @@ class MergeReport(BaseModel):
     scores_note: str = ""
     """What the numbers are, for example ``tasks.scores.caption``."""
     losses: tuple[tuple[str, ...], ...] = ()
-    """Header and a row a model, as ``tasks.scores.loss_rows`` gives them; empty where the suite measures none."""
+    """Header and a row a model, as ``tasks.scores.loss_rows`` gives them, with standard errors; empty where the suite measures none."""
+    suite: str = ""
+    """The name of what was measured."""
+    limit: int | None = None
+    """Documents per task, where not all were to be scored."""
+    documents: dict[str, int] = {}
+    """Capability to how many documents were scored."""
     analysis: pd.DataFrame | None = None
     """The tidy table of ``ota analyse``."""
     analysis_notes: tuple[str, ...] = ()
     """What the analysis was taken over and what it left out, in sentences."""
+    unanalysed: str = ""
+    """Why there is no analysis, where one was wanted."""
     gate: GateDecision | None = None
     links: dict[str, str] = {}
     """Text to http(s) address: the MLflow run, the Prefect run."""
@@ -92,6 +104,7 @@ _RECIPE = template("""<p><button type="button" data-copy="recipe">Copy</button><
 <pre id="recipe">{{ text }}</pre>""")
 _RECORD = template("""<details><summary>record.json: what decided the bytes, where from, and what was measured on the way</summary>
 <pre>{{ text }}</pre></details>""")
+_MARK = template("""<p class="bad-text">{{ text }}</p>""")
 _REASONS = template("""<p><strong>{{ headline }}</strong></p>
 <ul>{% for reason in reasons %}<li>{{ reason }}</li>{% endfor %}</ul>""")
 
@@ -115,6 +128,11 @@ def _parts(report: MergeReport) -> Iterator[tuple[str, Iterator[Block]]]:
         yield "The gate's decision", _gate(report.gate)
     if report.analysis is not None:
         yield "Analysis", _analysis(report, report.analysis)
+    elif report.unanalysed:
+        yield (
+            "Analysis",
+            iter([_mark("The merge is complete, but its experts could not be analysed."), f"Reason: {report.unanalysed}"]),
+        )
     yield "Recipe", _recipe(report)
     yield "Inputs", _inputs(report)
     yield "Record", iter([Markup(_RECORD.render(text=json.dumps(report.record, indent=2, ensure_ascii=False)))])
@@ -124,23 +142,34 @@ def _scores(report: MergeReport) -> Iterator[Block]:
     frame = pd.DataFrame(report.scores)
     pictures = pictures_of_scores(report.scores)  # looks at the form, too
     capabilities = capability_columns(frame)
-    below = {str(row["model"]): _below_base(report, row) for row in report.scores}
     header = ["model", "role", *capabilities, "retention", "below the base"]
     rows: list[list[str]] = []
+    if report.limit is not None:
+        yield _mark(_quick_look(report.limit))
     for row in sorted(report.scores, key=lambda row: ROLES.index(str(row["role"]))):
         merge = row["role"] == "merge"
         retention = _percent(row.get("retention")) if merge else ""
-        fallen = (", ".join(below[str(row["model"])]) or "none") if merge and _base(report) else ""
-        cells = [_with_error(row, capability) for capability in capabilities]
+        falls = [name if real else f"{name} (within the noise)" for name, real in _falls(report, row).items()]
+        fallen = (", ".join(falls) or "none") if merge and _base(report) else ""
+        cells = [_with_error(report, row, capability) for capability in capabilities]
         rows.append([str(row["model"]), str(row["role"]), *cells, retention, fallen])
     strong = [i for i, row in enumerate(rows) if row[1] == "merge"]
     yield table(header, rows, numbers=range(2, 3 + len(capabilities)), strong=strong)
     errors = any(str(key).endswith(STDERR_SUFFIX) for row in report.scores for key in row)
     yield f"{report.scores_note or 'Scores in percent.'}{' ± one standard error.' if errors else ''}"
+    if report.suite:
+        counted = ", ".join(f"{name} {count:,}" for name, count in report.documents.items())
+        yield f"Suite {report.suite}{f'; documents: {counted}' if counted else ''}."
+    if any("(within the noise)" in row[-1] for row in rows):
+        yield (
+            f"Within the noise: a fall that the two standard errors explain, at {100 * _CONFIDENCE:g} % one-sided confidence in each "
+            "capability by itself."
+        )
     if report.losses:
         lost, *models = report.losses
         yield table(list(lost), [list(row) for row in models], numbers=range(1, len(lost)), strong=strong)
-        yield "Loss in bits per byte of held-out text; less is better."
+        errors = any(" ± " in cell for row in models for cell in row[1:])
+        yield f"Loss in bits per byte of held-out text; less is better.{' ± one standard error.' if errors else ''}"
     yield from pictures.values()
 
 
@@ -193,7 +222,7 @@ def _verdict(report: MergeReport) -> tuple[Literal["good", "bad", ""], str]:
     merge = next((row for row in report.scores if row["role"] == "merge"), None)
     said = [f"{_gate_headline(report.gate)}.", *report.gate.reasons[:1]] if report.gate else []
     if merge is None:
-        return _mood(report, None, []), " ".join(said) or "Not benchmarked: how good the merge is, nobody has measured."
+        return _mood(report, None, 0.0, {}), " ".join(said) or "Not benchmarked: how good the merge is, nobody has measured."
     average, base = _number(merge.get(AVERAGE)), _base(report)
     before = None if base is None else _number(base.get(AVERAGE))
     difference = None if average is None or before is None else average - before
@@ -206,31 +235,72 @@ def _verdict(report: MergeReport) -> tuple[Literal["good", "bad", ""], str]:
         said.append(f"Average {_percent(average)}{beside}.")
     if _number(merge.get("retention")) is not None:
         said.append(f"It retains {_percent(merge['retention'])} of the experts' scores on their own capabilities.")
-    below = _below_base(report, merge)
+    falls = _falls(report, merge)
     if base is not None:
-        said.append(f"It is below the base on {', '.join(below) or 'no capability'}.")
-    return _mood(report, difference, below), " ".join(said)
+        real, noise = ([name for name, beyond in falls.items() if beyond is wanted] for wanted in (True, False))
+        where = [f"on {', '.join(real)}"] if real else []
+        where += [f"by no more than the noise on {', '.join(noise)}"] if noise else []
+        said.append(f"It is below the base {', and '.join(where) or 'on no capability'}.")
+    if report.limit is not None:
+        said.append(f"{_quick_look(report.limit)}.")
+    return _mood(report, difference, _noise(report, merge, AVERAGE), falls), " ".join(said)
 
 
-def _mood(report: MergeReport, difference: float | None, below: list[str]) -> Literal["good", "bad", ""]:
-    """Good: promoted, or without a gate better than the base and nowhere below it."""
+def _mood(report: MergeReport, difference: float | None, noise: float, falls: Mapping[str, bool]) -> Literal["good", "bad", ""]:
+    """Good: promoted, or without a gate better than the base and nowhere below it. Bad: not promoted, or below it by more than the noise.
+
+    ``difference``: of the averages, ``noise``: how large it becomes by chance; ``falls`` as ``_falls``.
+    """
     if report.gate:
         return "good" if report.gate.promoted else "bad"
     if difference is None:
         return ""
-    return "good" if difference > 0 and not below else "bad"
+    if difference < -noise or any(falls.values()):
+        return "bad"
+    return "good" if difference > 0 and not falls else ""
 
 
 def _base(report: MergeReport) -> Row | None:
     return next((row for row in report.scores if row["role"] == "base"), None)
 
 
-def _below_base(report: MergeReport, row: Row) -> list[str]:
-    """The capabilities on which a model scores lower than the base, where both were measured."""
+def _falls(report: MergeReport, row: Row) -> dict[str, bool]:
+    """The capabilities on which a model scores lower than the base, where both were measured, and whether by more than the noise."""
     base = _base(report) or {}
     names = [name for name in capability_columns(pd.DataFrame(report.scores)) if name != AVERAGE]
     pairs = {name: (_number(row.get(name)), _number(base.get(name))) for name in names}
-    return [name for name, (mine, theirs) in pairs.items() if mine is not None and theirs is not None and mine < theirs]
+    return {
+        name: theirs - mine > _noise(report, row, name)
+        for name, (mine, theirs) in pairs.items()
+        if mine is not None and theirs is not None and mine < theirs
+    }
+
+
+def _noise(report: MergeReport, row: Row, capability: str) -> float:
+    """How far a model falls below the base by chance, by the standard errors that the page has; 0 where it has none.
+
+    As if the two had answered different documents: on the same ones the noise is mostly smaller, which is the gate's to say.
+    """
+    errors = [_error(report, one, capability) for one in (row, _base(report) or {})]
+    return NormalDist().inv_cdf(_CONFIDENCE) * math.hypot(*(error for error in errors if error is not None))
+
+
+def _error(report: MergeReport, row: Row, capability: str) -> float | None:
+    """The standard error of a score; of the average over the capabilities that it is taken over: those that every model has."""
+    if capability != AVERAGE:
+        return _number(row.get(f"{capability}{STDERR_SUFFIX}"))
+    names = [name for name in capability_columns(pd.DataFrame(report.scores)) if name != AVERAGE]
+    averaged = [name for name in names if all(_number(one.get(name)) is not None for one in report.scores)]
+    return mean_error([_error(report, row, name) for name in averaged])
+
+
+def _mark(text: str) -> Markup:
+    """A sentence that nobody shall miss."""
+    return Markup(_MARK.render(text=text))
+
+
+def _quick_look(limit: int) -> str:
+    return f"{limit:,} document{'s' if limit != 1 else ''} per task: a quick look"
 
 
 def _number(value: object) -> float | None:
@@ -242,8 +312,8 @@ def _percent(value: object) -> str:
     return NOT_MEASURED if number is None else f"{100 * number:.1f} %"
 
 
-def _with_error(row: Row, capability: str) -> str:
-    score, error = _number(row.get(capability)), _number(row.get(f"{capability}{STDERR_SUFFIX}"))
+def _with_error(report: MergeReport, row: Row, capability: str) -> str:
+    score, error = _number(row.get(capability)), _error(report, row, capability)
     if score is None:
         return NOT_MEASURED
     return f"{100 * score:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ota_core.errors import OtaError
+from ota_core.errors import OtaError, StorageError
 from tasks.artifacts import record_at
 from tasks.gate import GateDecision, GateError
-from tasks.names import REGISTERED_MODEL
+from tasks.names import EXPERIMENT, REGISTERED_MODEL
 from tasks.promotion_history import Move, champions, history_tag, moves_of, next_time
 from tasks.registry import (
     CHALLENGER,
@@ -31,8 +32,9 @@ from tasks.registry import (
     TAG_SOURCE,
     set_announced,
 )
-from tasks.tracking_run import REPORT
+from tasks.tracking_run import REPORT, TAG_FINGERPRINT
 from tasks.tracking_store import Store, artifact_errors, batches, clear_errors, connect, locked, resolve_store, store_errors
+from tasks.tracking_write import find
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GATE_JSON = "gate.json"
+"""The gate's decision among the artifacts of a candidate's run."""
 _MOVE = "champion_move"
 """Tag of a version: the move that made it champion, or was about to, as JSON. Written before the alias moves."""
 _SAFE = "The champion is the old one or the new one, whole."
@@ -222,11 +226,41 @@ def log_decision(
         new = [Metric(key, value, now, 0) for key, value in decision.metrics().items() if run.data.metrics.get(key) != value]
         for some in batches(new, 500):
             client.log_batch(run_id, metrics=some)
-        files = {"gate.json": decision.model_dump_json(indent=2) + "\n", "gate.md": decision.to_markdown()}
+        files = {GATE_JSON: decision.model_dump_json(indent=2) + "\n", "gate.md": decision.to_markdown()}
         files |= {} if report is None else {REPORT: report}
         with artifact_errors(", ".join(files), run.info.artifact_uri, _SAFE):
             for path, text in files.items():
                 client.log_text(run_id, text, path)
+
+
+def logged_decision(
+    fingerprint: str, digest: str, *, tracking_uri: str | None = None, root: Path | None = None
+) -> GateDecision | None:
+    """What ``log_decision`` noted last of the merge with this recipe's fingerprint and model's digest; None where no gate has seen it.
+
+    Raises StorageError.
+    """
+    with _registry("reading the gate's decision", tracking_uri, root) as client:
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        identity = {TAG_FINGERPRINT: fingerprint, TAG_DIGEST: digest}
+        run = find(client, experiment.experiment_id, identity) if experiment else None
+        if run is None or "gate/promoted" not in run.data.metrics:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                if all(one.path != GATE_JSON for one in client.list_artifacts(run.info.run_id)):
+                    return None  # somebody ended the night between the numbers and the file: its next try decides again
+                text = Path(client.download_artifacts(run.info.run_id, GATE_JSON, folder)).read_text(encoding="utf-8")
+            except Exception as error:  # each kind of artifact store raises its own exceptions
+                raise StorageError(
+                    f"{GATE_JSON} of the run {run.info.run_id} could not be read ({error}); check access to the artifact store, then run "
+                    "the same again"
+                ) from error
+        try:
+            return GateDecision.model_validate_json(text)
+        except ValidationError as error:  # of another version of this package: the page can do without
+            log.warning("%s of the run %s is left out of the report: %s", GATE_JSON, run.info.run_id, error)
+            return None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,6 +36,8 @@ TAG_SUITE = "suite"
 TAG_SUITE_KEY = "suite_key"
 """Equal for runs whose scores compare: the same tasks, settings, limit, lm-eval and data."""
 TAG_LIMIT = "limit"
+TAG_ANALYSIS = "analysis"
+"""Of a run whose report was to hold the analysis of the experts: that it does, or why not."""
 TAG_DATA = "data_digest"
 TAG_CAPABILITIES = "capabilities"
 """JSON list, in the suite's order. A run that was scored on two suites keeps metrics of both; these are of the last."""
@@ -108,9 +111,15 @@ def uncertainty(scores: ModelScores) -> dict[str, float]:
     measured = {name: one for name, one in scores.capabilities.items() if one.score is not None}
     errors = {name: one.stderr for name, one in measured.items() if one.stderr is not None}
     metrics = {f"score_stderr/{name}": error for name, error in errors.items()}
-    if measured and len(errors) == len(measured):
-        metrics["score_stderr/avg"] = math.hypot(*errors.values()) / len(errors)
+    average = mean_error([one.stderr for one in measured.values()])
+    metrics |= {"score_stderr/avg": average} if average is not None else {}
     return metrics | {f"documents/{name}": float(one.n_samples) for name, one in measured.items()}
+
+
+def mean_error(errors: Sequence[float | None]) -> float | None:
+    """The standard error of a mean over capabilities, whose documents are independent; None where that of one is not known."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
 class ChildRun(_Frozen):

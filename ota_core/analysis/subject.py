@@ -1,7 +1,7 @@
 """What is analysed: a recipe's models as a merge would open them, the masks that it would use, and what must be left out."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ota_core.analysis.roles import Place, place_of
 from ota_core.compression import METHODS, is_compressed, label_of
 from ota_core.compression.base import Method
-from ota_core.errors import MomentsError, OtaError, raise_all
+from ota_core.errors import CheckpointError, MomentsError, OtaError, raise_all
 from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.moments import find_moments, none_found, open_moments
 from ota_core.plan import MergePlan, open_plan
@@ -37,7 +37,8 @@ class AnalysisOptions(BaseModel):
     compressions: tuple[Method, ...] = METHODS
     """What is compared with the full second moments; empty for none."""
     curvature: Literal["auto", "require", "off"] = "auto"
-    """``auto``: of every expert whose second moments are at hand; ``require``: an expert without is an error; ``off``: of none."""
+    """``auto``: of every expert whose second moments are at hand, where the merge needs none of those that can be read; ``require``: an
+    expert without is an error; ``off``: of none."""
 
 
 @dataclass(kw_only=True)
@@ -131,15 +132,27 @@ def mask_recipe(recipe: MergeRecipe, options: AnalysisOptions) -> MergeRecipe:
     )  # fmt: skip
 
 
-def with_second_moments(inputs: MergeInputs, options: AnalysisOptions) -> MergeInputs:
+def with_second_moments(inputs: MergeInputs, options: AnalysisOptions) -> tuple[MergeInputs, dict[str, str]]:
     """The inputs with the second moments that lie beside experts of a merge that needs none; with ``off``, without any.
 
-    Raises MomentsError that lists every expert without, where the options require them.
+    And, of ``auto``, expert → why nobody can tell which of the files beside it are its second moments: it counts as one without. Raises
+    MomentsError that lists every expert without, where the options require them.
     """
     if options.curvature == "off":
         bare = (replace(expert, moments=None, full_moments=None, masks=None) for expert in inputs.experts)
-        return replace(inputs, experts=tuple(bare))
-    experts = [replace(e, moments=find_moments(e.path)) if e.moments is None else e for e in inputs.experts]
+        return replace(inputs, experts=tuple(bare)), {}
+    experts: list[ExpertInput] = []
+    unusable: dict[str, str] = {}
+    for expert in inputs.experts:
+        found = expert.moments
+        if found is None:
+            try:
+                found = find_moments(expert.path)
+            except MomentsError as error:
+                if options.curvature == "require":
+                    raise
+                unusable[expert.name] = str(error)
+        experts.append(replace(expert, moments=found))
     if options.curvature == "require":
         raise_all(
             [
@@ -149,7 +162,26 @@ def with_second_moments(inputs: MergeInputs, options: AnalysisOptions) -> MergeI
             ],
             MomentsError,
         )
-    return replace(inputs, experts=tuple(experts))
+    return replace(inputs, experts=tuple(experts)), unusable
+
+
+def _readable(inputs: MergeInputs) -> tuple[MergeInputs, dict[str, str]]:
+    """The inputs without the second moments that cannot be opened, and expert → why: the optimizer was another one, the file is damaged."""
+    experts: list[ExpertInput] = []
+    unusable: dict[str, str] = {}
+    for expert in inputs.experts:
+        if expert.moments is not None:
+            try:
+                with closing(open_moments(expert.moments, layout=expert.layout, source_of=expert.source_of)):
+                    pass
+            except (
+                MomentsError,
+                CheckpointError,
+            ) as error:  # not StorageError: a server that is away says nothing of what lies there
+                unusable[expert.name] = str(error)
+                expert = replace(expert, moments=None)
+        experts.append(expert)
+    return replace(inputs, experts=tuple(experts)), unusable
 
 
 @contextmanager
@@ -165,7 +197,10 @@ def open_subject(
     progress: Progress | None = None,
 ) -> Iterator[Subject]:
     """Open everything and find the thresholds of the masks. Raises OtaError with all that is wrong."""
-    inputs = with_second_moments(inputs, options)
+    inputs, unusable = with_second_moments(inputs, options)
+    if options.curvature == "auto" and recipe.merge_method not in NEEDS_MOMENTS:
+        inputs, unreadable = _readable(inputs)
+        unusable |= unreadable
     masks = mask_recipe(recipe, options)
     with (
         ExitStack() as stack,
@@ -185,7 +220,7 @@ def open_subject(
             compressions=options.compressions,
             notes=[*plan.notes],
         )
-        _say_what_is_left_out(subject, recipe)
+        _say_what_is_left_out(subject, recipe, unusable)
         yield subject
 
 
@@ -215,13 +250,16 @@ def _open_full(plan: MergePlan, expert: ExpertView, item: ExpertInput, stack: Ex
             plan.stream.droppable.append(drop)
 
 
-def _say_what_is_left_out(subject: Subject, recipe: MergeRecipe) -> None:
-    plan, bare = subject.plan, [e.name for e in subject.plan.experts if e.moments is None]
+def _say_what_is_left_out(subject: Subject, recipe: MergeRecipe, unusable: Mapping[str, str]) -> None:
+    """``unusable``: expert → why the second moments beside it count as absent."""
+    plan = subject.plan
+    bare = [e.name for e in plan.experts if e.moments is None and e.name not in unusable]
     if plan.base is None:
         if not subject.curved:
+            why = "".join(f"; {name}: {reason}" for name, reason in unusable.items())
             raise OtaError(
                 "the recipe has no base_model and none of its experts has second moments: nothing can be analysed; name the base that the "
-                "experts were fine-tuned from"
+                f"experts were fine-tuned from{why}"
             )
         subject.left_out.append(
             "localisation, sparsity, task vectors and agreement of compressed masks: the recipe has no base_model to tell the experts' edits"
@@ -230,6 +268,10 @@ def _say_what_is_left_out(subject: Subject, recipe: MergeRecipe) -> None:
         subject.left_out.append(
             f"everything of the curvature of {', '.join(bare)}: no second moments are given; their masks are by magnitude alone"
         )
+    subject.left_out += [
+        f"everything of the curvature of {name}, whose masks are by magnitude alone: its second moments cannot be read: {reason}"
+        for name, reason in unusable.items()
+    ]
     unmasked = [e.name for e in plan.experts if not recipe.ffg(e.index)]
     if unmasked and plan.base is not None:
         subject.notes.append(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from ota_core.errors import OtaError
 from tasks import promotion, storage
@@ -143,6 +144,21 @@ def test_a_better_candidate_takes_over_from_the_champion(two: Nights) -> None:
     assert before and champion and latest and champion.version != before.version == champion.tags["replaced_champion"]
     assert latest.version == champion.version
     assert night.state.message.startswith(f"linear is the new champion, in place of version {before.version}: average 100.0 %")
+
+
+def test_the_champions_page_keeps_the_gates_decision(two: Nights, tmp_path: Path) -> None:
+    promoted(two, LINEAR)
+    champion = two.champion
+    assert champion and champion.run_id
+
+    def pages() -> list[str]:
+        assert champion and champion.run_id
+        held = MlflowClient().download_artifacts(champion.run_id, "report.html", str(tmp_path))
+        return [Path(held).read_text(), (storage.read_note(f"{champion.source_uri}/report.html") or b"").decode()]
+
+    assert all("Promoted to champion" in page for page in pages())
+    assert two.run(LINEAR, force=True).state.name == two.run(LINEAR, WEAK).state.name == "Kept"
+    assert two.champion == champion and all("Promoted to champion" in page for page in pages())
 
 
 def test_a_champion_that_was_scored_on_another_suite_is_scored_again(two: Nights, counts: Counter[str]) -> None:

@@ -1,5 +1,6 @@
 """What MLflow is told of a merge, read back through MLflow and compared with scores, masks and files themselves."""
 
+import html
 import json
 import math
 import shutil
@@ -12,17 +13,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors import safe_open
 
-from flows.report import compare, git_commit, merge_label, merge_name, rows_of, score_metrics
-from ota_core.artifact import read_record
+from flows.report import compare, comparison, git_commit, merge_label, merge_name, rows_of, score_metrics
+from ota_core.artifact import ArtifactRef, read_record
 from ota_core.recipe import MergeRecipe, load_recipe
+from tasks import promotion
+from tasks.gate import decide
 from tasks.scores import CapabilityScore, ModelScores, to_markdown
 from tasks.stages import Subject
-from tasks.suites import digest_data
+from tasks.suites import digest_data, load_suite
+from tasks.tracking import MergeRun
 from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World
 
 NAME = "ota math+knowledge rho=0.40 rank1"
@@ -185,6 +190,69 @@ def test_without_a_benchmark_the_merge_is_logged(world: World, client: MlflowCli
     assert not client.search_runs([run.info.experiment_id], filter_string=f"tags.mlflow.parentRunId = '{run.info.run_id}'")
 
 
+def test_a_merge_that_is_not_benchmarked_again_keeps_its_scores(
+    logged: FlowRun, parent: Run, client: MlflowClient, world: World, tmp_path: Path
+) -> None:
+    folder = Path(logged.outcome.path)
+    before = {name: (folder / name).read_text() for name in ("README.md", "report.html")}
+    assert "## Scores" in before["README.md"] and ">Scores</h2>" in before["report.html"]
+    again = world.run(world.recipe(density=0.4, compression="rank1"), suite=None, report="scores")
+    assert again.outcome.logged.run_id == parent.info.run_id
+    assert {name: (folder / name).read_text() for name in before} == before
+    for name, text in before.items():
+        assert Path(client.download_artifacts(parent.info.run_id, name, str(tmp_path))).read_text() == text
+
+
+def test_the_page_keeps_what_the_gate_decided(
+    logged: FlowRun, parent: Run, client: MlflowClient, world: World, tmp_path: Path
+) -> None:
+    base, merged = (ModelScores.model_validate_json((Path(logged.outcome.scores[key].uri) / "scores.json").read_text())
+                    for key in ("base", "merged"))  # fmt: skip
+    decision = decide("ota", merged, champion=None, base=base, suite=load_suite(str(world.suite)))
+    promotion.log_decision(parent.info.run_id, decision, tracking_uri=world.tracking_uri)
+    world.run(world.recipe(density=0.4, compression="rank1"), report="full")
+    beside = (Path(logged.outcome.path) / "report.html").read_text()
+    assert "The gate&#39;s decision</h2>" in beside and decision.reasons[0] in html.unescape(beside)
+    assert Path(client.download_artifacts(parent.info.run_id, "report.html", str(tmp_path))).read_text() == beside
+
+
+def without_second_moments(folder: Path, name: str) -> None:
+    (folder / name / "exp_avg_sq.safetensors").unlink()
+
+
+def sgd(folder: Path, name: str) -> None:
+    without_second_moments(folder, name)
+    state = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"params": [0]}]}
+    torch.save(state, folder / name / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "spoil", "unanalysed"),
+    [("linear", False, without_second_moments, "nothing can be analysed"), ("ties", True, sgd, "")],
+)
+def test_a_merge_outlives_an_analysis_that_cannot_be_made(
+    world: World, client: MlflowClient, tmp_path: Path, method: str, base: bool, spoil: Any, unanalysed: str
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(world.models, models)
+    for name in EXPERTS:
+        spoil(models, name)
+    recipe = MergeRecipe.model_validate(
+        {
+            "merge_method": method, "models": [{"model": str(models / name)} for name in EXPERTS],
+            **({"base_model": str(models / "base"), "parameters": {"density": 0.5}} if base else {}),
+        }
+    )  # fmt: skip
+    outcome = world.run(recipe, report="full").outcome
+    assert "merged" in outcome.scores
+    page = html.unescape((Path(outcome.path) / "report.html").read_text())
+    assert (">Analysis</h2>" in page) and (unanalysed or "lacks the key exp_avg_sq") in page
+    assert ("could not be analysed" in page) == bool(unanalysed)
+    run = client.get_run(outcome.logged.run_id)
+    assert run.data.tags["analysis"].startswith("none: " if unanalysed else "in the report")
+    assert unanalysed in run.data.tags["analysis"]
+
+
 def scores(**values: float | None) -> ModelScores:
     capabilities = {
         name: CapabilityScore(score=value, stderr=None if value is None else 0.01, n_samples=10, tasks={})
@@ -234,6 +302,35 @@ def test_metrics_of_two_experts_for_one_capability_and_of_what_was_not_measured(
 
 def experts(found: Mapping[str, ModelScores]) -> dict[str, tuple[str, ModelScores]]:
     return {s.name: (s.capability or s.name, found[key]) for key, s in SUBJECTS.items() if s.role == "expert"}
+
+
+def test_an_expert_that_is_named_like_a_capability_has_it_for_its_own() -> None:
+    subjects = SUBJECTS | {"expert/d": subject("code", "expert")}
+    assert score_metrics(FOUND, subjects)["retention/code"] == pytest.approx(0.4 / 0.9)
+    table = comparison(FOUND, subjects)
+    assert table.loc["m", "retention"] == pytest.approx((0.75 + 0.4 / 0.9) / 2)
+    rows = {row["model"]: row["capability"] for row in rows_of(table, FOUND, subjects)}
+    assert rows == {"base": None, "a": "math", "b": "math", "c": "code", "code": "code", "m": None}
+
+
+def test_losses_of_the_page_have_their_errors() -> None:
+    from flows.report_page import page_of
+
+    found = {
+        "base": FOUND["base"].model_copy(update={"losses": {"math": 2.0, "code": 1.0}}),
+        "merged": FOUND["merged"].model_copy(
+            update={"losses": {"math": 1.5, "code": 1.0}, "loss_stderr": {"math": 0.03, "code": 0.04}, "limit": 7}
+        ),
+    }
+    run = MergeRun(
+        name="m", method="ota", tags={"recipe_fingerprint": "f"}, recipe_yaml="", record={}, model_uri="u", model_digest="d"
+    )
+    page = page_of(run, ArtifactRef(kind="merged", fingerprint="f", uri="u", bytes=1), found, SUBJECTS, None)
+    assert page.losses == (
+        ("model", "math", "code", "average"), ("base", "2.000", "1.000", "1.500"),
+        ("m", "1.500 ± 0.030", "1.000 ± 0.040", "1.250 ± 0.025"),
+    )  # fmt: skip
+    assert (page.suite, page.limit, page.documents) == ("s", 7, {"math": 10, "code": 10})
 
 
 def test_table_with_and_without_a_base() -> None:

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ota_core import engine
 from ota_core.analysis import Analysis, analyse
@@ -168,6 +170,57 @@ def test_bad_second_moments_are_named(tmp_path: Path) -> None:
     for method in ("ota", "linear"):
         with pytest.raises(MomentsError, match=r"expert1/exp_avg_sq.safetensors.*'model.layers.1.mlp.up_proj.weight'"):
             run(recipe | {"merge_method": method})
+
+
+def sgd(folder: Path) -> str:
+    """What SGD leaves beside an expert, in place of its second moments; what is wrong with it."""
+    (folder / "exp_avg_sq.safetensors").unlink()
+    state = {0: {"momentum_buffer": torch.zeros(2)}}
+    torch.save({"state": state, "param_groups": [{"params": [0]}]}, folder / "optimizer.pt")
+    return "lacks the key exp_avg_sq"
+
+
+def truncated(folder: Path) -> str:
+    """An optimizer's state of which the end is missing."""
+    sgd(folder)
+    content = (folder / "optimizer.pt").read_bytes()
+    (folder / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    return "truncated"
+
+
+def several(folder: Path) -> str:
+    """More than one set of second moments."""
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "optimizer.pt").write_bytes(b"x")
+    return "holds several second moments"
+
+
+@pytest.mark.parametrize(("method", "spoil"), [("ties", sgd), ("linear", sgd), ("linear", truncated), ("linear", several)])
+def test_second_moments_that_a_merge_does_not_need_may_be_unreadable(
+    tmp_path: Path, method: str, spoil: Callable[[Path], str]
+) -> None:
+    recipe = recipe_of(tmp_path, method)
+    reason = spoil(tmp_path / "expert1")
+    found = run(recipe, {"compressions": ()})
+    (said,) = found.left_out
+    assert said.startswith("everything of the curvature of expert1, whose masks are by magnitude alone: ") and reason in said
+    assert found.settings["with_curvature"] == ["expert0", "expert2"]
+    with pytest.raises(OtaError, match=reason):
+        run(recipe, {"curvature": "require"})
+    del recipe["base_model"]
+    for other in ("expert0", "expert2"):
+        (tmp_path / other / "exp_avg_sq.safetensors").unlink()
+    if method == "linear":
+        with pytest.raises(OtaError, match=f"none of its experts has second moments: nothing.*expert1: .*{reason}"):
+            run(recipe)
+
+
+def test_a_merge_that_needs_second_moments_is_analysed_with_them_or_not_at_all(tmp_path: Path) -> None:
+    recipe = MergeRecipe.model_validate(recipe_of(tmp_path, "ota"))
+    inputs = resolve_local(recipe)
+    (tmp_path / "expert1" / "exp_avg_sq.safetensors").write_bytes(b"no second moments")
+    with pytest.raises(OtaError, match=r"exp_avg_sq\.safetensors is not a safetensors file"):
+        analyse(recipe, inputs)
 
 
 def test_an_expert_that_never_moved_has_no_direction(tmp_path: Path) -> None:

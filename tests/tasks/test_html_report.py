@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -87,7 +88,8 @@ def test_tables_tell_the_numbers(full: str) -> None:
     rows = [one.text for one in find(full, "tr")]
     merge = score_rows()[-1]
     cells = [f"{100 * merge[name]:.1f} ± {100 * merge[f'{name}_stderr']:.1f}" for name in EXPERTS]
-    assert f"ota rho=0.40 rank1merge{''.join(cells)}{100 * merge['average']:.1f}80.0 %none" in rows
+    error = math.hypot(*(merge[f"{name}_stderr"] for name in EXPERTS)) / len(EXPERTS)
+    assert f"ota rho=0.40 rank1merge{''.join(cells)}{100 * merge['average']:.1f} ± {100 * error:.1f}80.0 %none" in rows
     assert "mathchampion20050.062.5−12.50 ± 1.250.004no" in rows
     assert "math1,23410,00012.34 %" in rows
     assert "mathexperts3://b/mathxxh3:math" in rows
@@ -99,7 +101,28 @@ def test_losses_stand_below_the_scores_where_the_suite_measures_them() -> None:
     html = report_html(report(losses=losses))
     assert {"modelmathaverage", "base2.0002.000"} <= {one.text for one in find(html, "tr")}
     assert find(html, "img") == [] and "Loss in bits per byte of held-out text; less is better." in html
-    assert "bits per byte" not in report_html(report())
+    assert "bits per byte" not in report_html(report()) and "less is better. ±" not in html
+    losses = (("model", "math", "average"), ("base", "2.000 ± 0.010", "2.000 ± 0.010"))
+    assert "less is better. ± one standard error." in report_html(report(losses=losses))
+
+
+def test_it_says_what_was_measured_and_on_how_many_documents() -> None:
+    html = report_html(report(suite="demo", documents={"math": 1200, "code": 5}))
+    assert "Suite demo; documents: math 1,200, code 5." in [one.text for one in find(html, "p")]
+    assert "a quick look" not in html
+    html = report_html(report(suite="demo", documents={"math": 5}, limit=5))
+    assert [one.text for one in find(html, "p", **{"class": "bad-text"})] == ["5 documents per task: a quick look"]
+    assert verdict(html)[1].endswith("5 documents per task: a quick look.")
+    assert "1 document per task" in report_html(report(limit=1))
+
+
+def test_it_says_why_there_is_no_analysis() -> None:
+    html = report_html(report(unanalysed=EVIL))
+    assert [one.text for one in find(html, "h2")][1:3] == ["Analysis", "Recipe"] and find(html, "img") == []
+    assert [one.text for one in find(html, "p", **{"class": "bad-text"})] == [
+        "The merge is complete, but its experts could not be analysed."
+    ]
+    assert f"Reason: {EVIL}" in [one.text for one in find(html, "p")]
 
 
 def test_nothing_of_a_name_or_a_recipe_becomes_html() -> None:
@@ -151,6 +174,31 @@ def scores(merge: float, base: float = 0.3, code: float = 0.9) -> tuple[dict[str
 )  # fmt: skip
 def test_the_verdict_compares_with_the_base(merge: float, mood: str, said: str) -> None:
     assert verdict(report_html(report(scores=scores(merge)))) == (mood, said)
+
+
+@pytest.mark.parametrize(
+    ("math_score", "error", "mood", "said"),
+    [
+        (0.25, 0.05, "", "It is below the base by no more than the noise on math."),
+        (0.25, 0.01, "bad", "It is below the base on math."),
+        (0.3, 0.05, "good", "It is below the base on no capability."),
+    ],
+)
+def test_a_fall_within_the_noise_is_no_bad_news(math_score: float, error: float, mood: str, said: str) -> None:
+    """0.05 below the base; the noise is 1.645 · √2 standard errors: 0.116 or 0.023."""
+    rows = tuple({**row, "math_stderr": error, "code_stderr": error} for row in scores(math_score, code=0.92))
+    base = {**rows[0], "code": 0.9, "average": 0.6}
+    html = report_html(report(scores=(base, rows[1])))
+    found = verdict(html)
+    assert found[0] == mood and found[1].endswith(said)
+    assert ("math (within the noise)" in html) == ("Within the noise: a fall" in html) == (mood == "")
+
+
+def test_an_average_below_the_bases_is_bad_only_beyond_the_noise() -> None:
+    for error, mood in ((None, "bad"), (0.2, "")):
+        rows = tuple({**row, "math_stderr": error, "code_stderr": error} for row in scores(0.2, code=0.8))
+        base = {**rows[0], "code": 0.9, "average": 0.6}
+        assert verdict(report_html(report(scores=(base, rows[1]))))[0] == mood
 
 
 def test_the_gate_has_the_first_word() -> None:

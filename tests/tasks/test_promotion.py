@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from ota_core.errors import StorageError
 from tasks.gate import GateDecision, GateError
-from tasks.promotion import PromotionError, current, history, log_decision, promote, reject, rollback
+from tasks.promotion import PromotionError, current, history, log_decision, logged_decision, promote, reject, rollback
 from tasks.promotion_history import Move, champions, history_tag, next_time
 from tests.tasks.mlflow_server import mlflow_server
 from tests.tasks.registry_fixture import NAME, Registry, a_decision, back, make, register, told, write_model
@@ -178,6 +178,28 @@ def test_the_decision_is_logged_with_its_run_once(registry: Registry, tmp_path: 
         registry.client.download_artifacts(run_id, name, str(tmp_path))
     assert GateDecision.model_validate_json((tmp_path / "gate.json").read_text()) == decision
     assert (tmp_path / "gate.md").read_text() == decision.to_markdown()
+
+
+def test_the_decision_is_found_again_by_the_merge(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert logged_decision("fp1", "digest1", root=registry.root) is None
+    run_id = registry.client.get_model_version(NAME, "1").run_id
+    for key, value in {"recipe_fingerprint": "fp1", "model_digest": "digest1"}.items():
+        registry.client.set_tag(run_id, key, value)
+    assert logged_decision("fp1", "digest1", root=registry.root) is None
+
+    def refused(*_: object) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:  # a night that ends between the numbers and the file
+        patch.setattr(MlflowClient, "log_text", refused)
+        with pytest.raises(StorageError):
+            log_decision(run_id, a_decision(), root=registry.root)
+    assert logged_decision("fp1", "digest1", root=registry.root) is None
+    log_decision(run_id, a_decision(), root=registry.root)
+    assert logged_decision("fp1", "digest1", root=registry.root) == a_decision()
+    assert logged_decision("fp1", "other", root=registry.root) is None
+    registry.client.log_text(run_id, '{"of": "another version"}', "gate.json")
+    assert logged_decision("fp1", "digest1", root=registry.root) is None
 
 
 # ---- the line of champions
