@@ -32,7 +32,7 @@ def use_blocks() -> None:
     if not reference:
         return
     wanted = _variables(_load(reference), reference)
-    replaced = [name for name, value in wanted.items() if os.environ.get(name, value) != value]
+    replaced = [name for name, value in wanted.items() if (os.environ.get(name) or value) != value]
     if replaced:
         log = get_run_logger() if FlowRunContext.get() else get_logger("ota.blocks")
         log.warning("%s: the block '%s' replaces %s of the environment", VARIABLE, reference, ", ".join(replaced))

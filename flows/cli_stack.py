@@ -12,7 +12,8 @@ import typer
 from flows.cli_common import user_errors
 
 app = typer.Typer(
-    no_args_is_help=True, help="Prefect, MLflow, S3 and workers as processes on this machine. Needs the extra 'demo'."
+    no_args_is_help=True,
+    help="Prefect, MLflow, S3 and workers as processes on this machine (extra 'demo'); `deploy`: for machines of your own.",
 )
 
 Home = Annotated[
@@ -46,6 +47,19 @@ def up(
         ports = None if free_ports else choose_ports(**asked)
         done = stack.up(home_of(home), ports=ports, experts=experts, step=_step)  # type: ignore[arg-type]
         _say_up(done, any(asked.values()))
+
+
+@app.command()
+def deploy(
+    kind: Annotated[str, typer.Option("--type", help="Type of the workers: process, docker or kubernetes.")] = "process",
+) -> None:
+    """Make work pools, deployments and automations on the Prefect server of PREFECT_API_URL, for workers anywhere. Starts nothing."""
+    with user_errors():
+        from flows import stack_deploy
+
+        done = stack_deploy.deploy(kind)
+        for what, names in done._asdict().items():
+            typer.echo(f"{what}: {', '.join(names)}")
 
 
 @app.command()

@@ -26,6 +26,15 @@ def run_deployed(deployment: str, *, name: str, parameters: dict[str, Any], key:
     return found
 
 
+def pool_of(deployment: str) -> str | None:
+    """The work pool whose workers run a deployment. None where none does, or the server has no such deployment."""
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_deployment_by_name(deployment).work_pool_name
+    except ObjectNotFound:
+        return None
+
+
 def complaint(name: str, state: Any) -> str:
     """What to say of a run that did not complete."""
     if state.is_failed():

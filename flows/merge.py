@@ -127,6 +127,7 @@ def merge_flow(
     where, runner, gpu = places(home, artifacts), runner or runner_of(), gpu or gpu_deployment()
     task_runner = runner.task_runner()
     here = "cpu" if gpu else _device(device) if tests or runner.kind == "threads" else device
+    label = merge_label(recipe)
     parse_memory(memory)
     file_size = parse_size(shard_size, "shard size", "1KB")
     data = stages.bring_data(data_dir, where) if tests else None
@@ -143,7 +144,7 @@ def merge_flow(
         if runner.kind == "threads" and (gpu or len(stages.output_files(recipe, inputs, file_size)) == 1):
             ready, stage_refs, sources = _second_moments(recipe, inputs, fetched, where, memory, here)
             if gpu:
-                job = MergeJob(step=step, recipe=recipe, sources=sources, shard_size=file_size, memory=memory)
+                job = MergeJob(step=step, label=label, recipe=recipe, sources=sources, shard_size=file_size, memory=memory)
                 merged: ArtifactRef = missing(send, step, where)(step, where, job, device, gpu)
             else:
                 merged = missing(merge, step, where)(step, where, recipe, ready, memory, here)
@@ -159,7 +160,6 @@ def merge_flow(
         analysis, unanalysed = analysed(recipe, inputs, where, memory) if report == "full" else (None, "")
     stage_refs["merge"] = [merged]
 
-    label = merge_label(recipe)
     result = stages.merged_subject(where, label, merged, benchmark=bool(tests) and gpu is None)
     subjects = _subjects(inputs, fetched, result)
     scores: dict[str, ArtifactRef] = {}

@@ -104,12 +104,19 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         return _nothing_new(last.experts, left_out, "what has arrived since is left out")
     log.info("tonight's set: %s", ", ".join(f"{one.capability}/{one.name}" for one in chosen.values()))
 
-    outcomes, failures = _merge_all(config, chosen)
-    if not outcomes:
-        raise_all([f"candidate '{name}' could not be merged: {reason}" for name, reason in failures.items()], NightlyError)
-    night = Night(config=config, suite=suite, where=where, outcomes=outcomes)
-    verdict = judge(night, score_all_here(config, where))
-    settle(night, verdict)
+    if left_out:  # on a page of its own, and now: the night may end before it has a verdict to show
+        show_markdown("left-out", "\n".join(f"- {line}" for line in left_out), "Left out of tonight's merges")
+    try:
+        outcomes, failures = _merge_all(config, chosen)
+        if not outcomes:
+            raise_all([f"candidate '{name}' could not be merged: {reason}" for name, reason in failures.items()], NightlyError)
+        night = Night(config=config, suite=suite, where=where, outcomes=outcomes)
+        verdict = judge(night, score_all_here(config, where))
+        settle(night, verdict)
+    except OtaError as error:
+        if not left_out:
+            raise
+        raise NightlyError(f"{error}{_left_out(left_out)}") from error
     _show(night, verdict, problems, failures)
     message = _message(verdict, left_out, failures)
     if failures:  # told as a failure, and not written down: the next night tries these candidates again

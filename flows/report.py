@@ -125,7 +125,7 @@ def merge_run(
         model_uri=merged.uri,
         model_digest=subjects["merged"].digest,
         registered_model=registered_model,
-        model_card=model_card(recipe, inputs, record.results, merged.fingerprint, rows, found["merged"].suite if found else None),
+        model_card=_card(recipe, inputs, record.results, merged.fingerprint, rows, found.get("merged")),
         inputs=_lineage(inputs, fetched) + _benchmark_data(measured, data),
         benchmarked=measured,
         system=_machine(store, [*(ref for some in refs.values() for ref in some), *scores.values()]),
@@ -242,6 +242,15 @@ def rows_of(
         row["retention"] = None if pd.isna(values["retention"]) else float(values["retention"])
         rows.append(row)
     return rows
+
+
+def _card(
+    recipe: MergeRecipe, inputs: MergeInputs, results: Mapping[str, Any], fingerprint: str, rows: list[dict[str, Any]], scores: ModelScores | None
+) -> str:  # fmt: skip
+    if scores is None:
+        return model_card(recipe, inputs, results, fingerprint, rows)
+    documents = {name: one.n_samples for name, one in scores.capabilities.items() if one.score is not None}
+    return model_card(recipe, inputs, results, fingerprint, rows, scores.suite, limit=scores.limit, documents=documents)
 
 
 def _lineage(inputs: MergeInputs, fetched: list[Fetched]) -> list[InputRef]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from ota_core.errors import OtaError
 
@@ -32,12 +32,22 @@ class Runner(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Kind = "threads"
-    address: str | None = None
-    parts: PositiveInt | None = None
-    """Parts at a time on this machine; each has its own budget of memory."""
-    deployment: str | None = None
-    """One for every kind of part, instead of those in deployments/prefect.yaml."""
+    kind: Kind = Field(
+        "threads",
+        description="threads of the flow's process, the processes of dask or ray, or Prefect workers on other machines.",
+    )
+    address: str | None = Field(
+        None, description="An existing Dask scheduler (tcp://…) or Ray cluster (ray://…); by default a local one is started."
+    )
+    parts: PositiveInt | None = Field(
+        None,
+        description=f"Parts at a time on this machine, each with its own budget of memory; 1 thread, or {LOCAL_PROCESSES} processes "
+        "of a local cluster, by default.",
+    )
+    deployment: str | None = Field(
+        None,
+        description=f"Deployment that workers run every part of; by default {DEPLOYMENTS['merge']} for merges, {OTHER_PARTS} for the rest.",
+    )
 
     def deployment_of(self, kind: str) -> str:
         """The deployment that runs parts of this kind on Prefect workers."""

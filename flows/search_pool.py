@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from flows.merge import score_all
+from flows.report import merge_label
 from flows.steps import missing, send
 from ota_core.artifact import ArtifactRef
 from ota_core.inputs import MergeInputs
@@ -55,7 +56,10 @@ class PoolModels:
             step = stages.merge_step(recipe, self._inputs)
             ref = stages.store_of(self._where).find("merged", step.fingerprint)
             if ref is None:
-                job = MergeJob(step=step, recipe=recipe, sources=self._sources, shard_size=MAX_SHARD_BYTES, memory=self._memory)
+                job = MergeJob(
+                    step=step, label=merge_label(recipe), recipe=recipe, sources=self._sources, shard_size=MAX_SHARD_BYTES,
+                    memory=self._memory,
+                )  # fmt: skip
                 made: ArtifactRef = missing(send, step, self._where)(step, self._where, job, self._device, self._deployment)
                 self._made = ref = made
             self._recipe, self._subject = recipe, stages.merged_subject(self._where, name, ref, benchmark=False)

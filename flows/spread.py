@@ -1,9 +1,11 @@
 """The merge shared out: compress → survey → thresholds → merge shard by shard → assemble, each part wherever the runner runs it.
 
+A flow that occupies a worker of a pool runs that pool's parts itself: flows that wait for each other's workers would wait for ever.
 Parts that the store holds already are not sent anywhere, so that a run after a crash does only what is missing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from prefect import flow, task
@@ -14,7 +16,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_run
 from pydantic import BaseModel, ConfigDict
 
-from flows.deployed import POLL_SECONDS, complaint, run_deployed
+from flows.deployed import POLL_SECONDS, complaint, pool_of, run_deployed
 from flows.run_log import Progress
 from flows.runners import Runner
 from ota_core.artifact import ArtifactRef
@@ -60,7 +62,8 @@ def spread_flow(merge: SpreadMerge, runner: Runner) -> SpreadResult:
     """A merge in parts. Call it as ``spread_flow.with_options(task_runner=runner.task_runner())``."""
 
     def run(todo: list[Part]) -> list[ArtifactRef]:
-        return _by_workers(todo, runner) if runner.kind == "workers" else _by_tasks(todo)
+        elsewhere = runner.kind == "workers" and not _own_pool_runs(todo, runner)
+        return _by_workers(todo, runner) if elsewhere else _by_tasks(todo)
 
     # A second run of the same merge on this machine waits here, and then finds everything.
     with locked(merge.where.cache, f"spread {merge.step.fingerprint}"):
@@ -101,6 +104,15 @@ def _missing(wanted: Sequence[Part], run: Run) -> list[ArtifactRef]:
     found = [made.get(part.step.fingerprint) or parts.present(part) for part in wanted]
     raise_all([str(parts.missing_after(part)) for part, ref in zip(wanted, found, strict=True) if ref is None], OtaError)
     return [ref for ref in found if ref is not None]
+
+
+def _own_pool_runs(todo: Sequence[Part], runner: Runner, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether workers of the pool that this flow itself occupies a worker of would run the parts.
+
+    Runs that wait there for runs of the same pool could hold every one of its workers, and wait for ever.
+    """
+    own = environment.get("OTA_WORK_POOL")
+    return bool(own) and own in {pool_of(name) for name in {runner.deployment_of(part.kind) for part in todo}}
 
 
 def _by_tasks(todo: list[Part]) -> list[ArtifactRef]:

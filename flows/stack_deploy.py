@@ -1,17 +1,23 @@
-"""What the stack's Prefect server is told: work pools, automations, deployments. Imported with the environment set for it."""
+"""What a Prefect server is told: work pools, deployments, automations. Imported with the environment set for it.
+
+For the local stack by its own steps, for workers on several machines by ``deploy`` (`ota stack deploy`).
+"""
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
+import httpx
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
@@ -20,37 +26,77 @@ from tasks.stack_layout import CPU_POOL, GPU_POOL, ROOT, StackError
 
 DEPLOYMENTS = ROOT / "deployments" / "prefect.yaml"
 AUTOMATIONS = ROOT / "deployments" / "automations.yaml"
-TEMPLATES = {CPU_POOL: ROOT / "infra" / "pools" / "cpu-process.json", GPU_POOL: ROOT / "infra" / "pools" / "gpu-process.json"}
+TEMPLATES = ROOT / "infra" / "pools"
+Kind = Literal["process", "docker", "kubernetes"]
+"""Types of pools, and so of workers, that infra/pools has templates for."""
 
 
-def create_pools() -> list[str]:
-    """The two pools, and those that deployments/prefect.yaml names, as process pools unless they are there. Returns all names.
+class Deployed(NamedTuple):
+    """What a server has been told; names, those of deployments as flow/name."""
 
-    A template in infra/pools is put into its pool each time; a limit or pause that a user set there stays.
+    pools: list[str]
+    deployments: list[str]
+    automations: list[str]
+
+
+def deploy(kind: str) -> Deployed:
+    """Pools of this type, all deployments and automations, on the server of ``PREFECT_API_URL``. What is there is brought up to date.
+
+    Raises StackError.
+    """
+    if kind not in get_args(Kind):
+        raise StackError(f"--type: got '{kind}', expected {', '.join(get_args(Kind))}")
+    api = PREFECT_API_URL.value()
+    if not api:
+        raise StackError("PREFECT_API_URL names no Prefect server; set it to the one that the workers report to")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return Deployed(create_pools(kind), deploy_all(Path(folder) / "deploy.log"), create_automations())
+    except httpx.TransportError as error:
+        raise StackError(f"no Prefect server answers at {api} ({type(error).__name__}); check PREFECT_API_URL") from None
+
+
+def create_pools(kind: str = ProcessWorker.type) -> list[str]:
+    """The two pools, and those that deployments/prefect.yaml names, unless they are there. Returns all names.
+
+    A template in infra/pools is put into its pool each time; a limit or pause that a user set there stays. Pools without a template are
+    process pools. Raises StackError.
     """
     listed = _read_yaml(DEPLOYMENTS).get("deployments") or []
     named = [entry["work_pool"]["name"] for entry in listed if (entry.get("work_pool") or {}).get("name")]
     names = list(dict.fromkeys([CPU_POOL, GPU_POOL, *named]))
     with get_client(sync_client=True) as client:
-        there = {pool.name for pool in client.read_work_pools()}
+        there = {pool.name: pool.type for pool in client.read_work_pools()}
         for name in names:
-            template = _template(name)
+            template = _template(name, kind)
+            if template and there.get(name, kind) != kind:
+                raise StackError(
+                    f"the work pool {name} is of type {there[name]}, and a pool's type stays: `ota stack deploy --type {there[name]}`, "
+                    f"or delete it first for one of type {kind}: prefect work-pool delete {name}"
+                )
             try:
                 if name not in there:
                     chosen = template or ProcessWorker.get_default_base_job_template()
-                    client.create_work_pool(WorkPoolCreate(name=name, type=ProcessWorker.type, base_job_template=chosen))
+                    of_type = kind if template else ProcessWorker.type
+                    client.create_work_pool(WorkPoolCreate(name=name, type=of_type, base_job_template=chosen))
                 elif template:
                     client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
             except PrefectHTTPStatusError as error:
                 if template is None or error.response.status_code != 422:
                     raise
-                raise StackError(f"{TEMPLATES[name]}: Prefect does not take it as the template of pool {name}: {error}") from None
+                raise StackError(
+                    f"{_file(name, kind)}: Prefect does not take it as the template of pool {name}: {error}"
+                ) from None
     return names
 
 
-def _template(pool: str) -> dict[str, Any] | None:
-    file = TEMPLATES.get(pool)
-    if file is None or not file.is_file():
+def _file(pool: str, kind: str) -> Path:
+    return TEMPLATES / f"{pool.removeprefix('ota-')}-{kind}.json"
+
+
+def _template(pool: str, kind: str) -> dict[str, Any] | None:
+    file = _file(pool, kind)
+    if not file.is_file():
         return None
     try:
         template = dict(json.loads(file.read_text(encoding="utf-8")))

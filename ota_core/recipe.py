@@ -36,6 +36,43 @@ Density = Annotated[Number, Field(gt=0, le=1)]
 _SPELLINGS = {"masked_task_vector_merge_method": "masked_merge"}
 
 
+_DEFAULTS: dict[str, Any] = {
+    "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none", "rank": 4,
+    "bias_correction": False, "normalise": "none", "epsilon": 0.0, "denominator": "kept", "fallback": "base",
+    "masked_merge": "precond", "rescale": False, "missing_curvature": "error", "seed": 0, "scaling_factor": 1.0, "weight": 1.0,
+    "gamma": 0.01, "density": 1.0, "normalize": False,
+}  # fmt: skip
+_METHOD_DEFAULTS: dict[tuple[str, str], Any] = {
+    ("ota", "density"): None,
+    ("linear", "normalize"): True,
+    ("ties", "normalize"): True,
+    ("dare_linear", "rescale"): True,
+    ("dare_ties", "rescale"): True,
+}
+
+
+def default(method: str, key: str) -> Any:
+    """The value of a parameter that a recipe does not give. mergekit's defaults for mergekit's methods."""
+    return _METHOD_DEFAULTS.get((method, key), _DEFAULTS.get(key))
+
+
+def _told(key: str, text: str) -> str:
+    """A form's text on a parameter, with its default, which the form itself does not know: null there is the method's own."""
+    others: dict[str, list[str]] = {}
+    for (method, name), value in _METHOD_DEFAULTS.items():
+        if name == key:
+            others.setdefault(_word(value), []).append(method)
+    exceptions = "".join(f", {value} for {' and '.join(methods)}" for value, methods in others.items())
+    return f"{text}; {_word(_DEFAULTS.get(key))} by default{exceptions}."
+
+
+def _word(value: Any) -> str:
+    """A value as YAML and the form spell it, none where there is none."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -43,44 +80,77 @@ class _Strict(BaseModel):
 class ExpertParameters(_Strict):
     """Parameters that may differ between experts. Each may also be given once for all in the recipe's ``parameters``."""
 
-    density: Density | None = Field(None, description="Fraction of the expert's elements that is kept, in (0, 1]; 1 keeps all.")
-    precond_threshold: NonNegative | None = Field(None, description="FFG threshold in units of v·Δ², instead of a density.")
-    scaling_factor: NonNegative | None = Field(None, description="Factor on this expert's curvature weight (ota).")
-    weight: Finite | None = Field(None, description="Weight of this expert (all methods but ota and slerp).")
+    density: Density | None = Field(
+        None, description=_told("density", "Fraction of the expert's elements that is kept, in (0, 1]")
+    )
+    precond_threshold: NonNegative | None = Field(
+        None, description=_told("precond_threshold", "FFG threshold in units of v·Δ², instead of a density")
+    )
+    scaling_factor: NonNegative | None = Field(
+        None, description=_told("scaling_factor", "Factor on this expert's curvature weight (ota)")
+    )
+    weight: Finite | None = Field(None, description=_told("weight", "Weight of this expert (all methods but ota and slerp)"))
     gamma: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
-        None, description="Fraction of largest edits dropped (breadcrumbs)."
+        None, description=_told("gamma", "Fraction of largest edits dropped (breadcrumbs)")
     )
 
 
 class ModelParameters(ExpertParameters):
     """``parameters`` of one model."""
 
-    preconditioner_path: str | None = Field(None, description="File with this expert's second moments.")
+    preconditioner_path: str | None = Field(
+        None, description="File with this expert's second moments; by default the one found in its folder."
+    )
 
 
 class MergeParameters(ExpertParameters):
     """``parameters`` of the recipe. None means: the method's default."""
 
-    lambda_: Finite | None = Field(None, alias="lambda", description="Scale λ of the merged task vector; 1 by default.")
-    power: NonNegative | None = Field(None, description="Exponent of the curvature in an expert's weight; 0.5 by default.")
-    scope: Literal["global", "per_tensor"] | None = Field(None, description="Whether a density holds over the whole expert.")
-    metric: Literal["curvature", "magnitude"] | None = Field(None, description="What FFG ranks by: √v̂·|Δ| or |Δ|.")
-    mask_curvature: Literal["merge", "full"] | None = Field(None, description="Second moments that FFG scores with.")
-    compression: Literal["none", "rank1", "log8", "rank_k"] | None = Field(None, description="Compression of the second moments.")
-    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = Field(
-        None, description="Rank of compression rank_k; 4 by default."
+    lambda_: Finite | None = Field(None, alias="lambda", description=_told("lambda", "Scale λ of the merged task vector"))
+    power: NonNegative | None = Field(None, description=_told("power", "Exponent of the curvature in an expert's weight"))
+    scope: Literal["global", "per_tensor"] | None = Field(
+        None, description=_told("scope", "Whether a density holds over the whole expert")
     )
-    bias_correction: bool | None = Field(None, description="Divide v by 1 − β₂^t; false by default.")
-    normalise: Literal["none", "global"] | None = Field(None, description="Divide curvature weights by the expert's mean.")
-    epsilon: NonNegative | None = Field(None, description="Added to every curvature weight before masking; 0 by default.")
-    denominator: Literal["kept", "all"] | None = Field(None, description="Experts whose weights the denominator sums.")
-    fallback: Literal["base", "mean"] | None = Field(None, description="Value of elements that no expert keeps.")
-    masked_merge: Literal["precond", "linear", "ties"] | None = Field(None, description="How masked task vectors combine.")
-    rescale: bool | None = Field(None, description="Scale masked task vectors back: to their norm (ota), by 1/density (dare).")
-    missing_curvature: Literal["error", "mean"] | None = Field(None, description="Tensors that moved but have no curvature.")
-    normalize: bool | None = Field(None, description="Divide by the sum of the weights (linear, ties and kin).")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="Seed of DARE's random masks; 0 by default.")
-    t: Annotated[Number, Field(ge=0, le=1)] | None = Field(None, description="Position between the two models (slerp).")
+    metric: Literal["curvature", "magnitude"] | None = Field(
+        None, description=_told("metric", "What FFG ranks by: √v̂·|Δ| or |Δ|")
+    )
+    mask_curvature: Literal["merge", "full"] | None = Field(
+        None, description=_told("mask_curvature", "Second moments that FFG scores with: those of the merge, or in full")
+    )
+    compression: Literal["none", "rank1", "log8", "rank_k"] | None = Field(
+        None, description=_told("compression", "Compression of the second moments")
+    )
+    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = Field(
+        None, description=_told("rank", "Rank of compression rank_k")
+    )
+    bias_correction: bool | None = Field(None, description=_told("bias_correction", "Divide v by 1 − β₂^t"))
+    normalise: Literal["none", "global"] | None = Field(
+        None, description=_told("normalise", "Divide curvature weights by the expert's mean")
+    )
+    epsilon: NonNegative | None = Field(None, description=_told("epsilon", "Added to every curvature weight before masking"))
+    denominator: Literal["kept", "all"] | None = Field(
+        None, description=_told("denominator", "Experts whose weights the denominator sums")
+    )
+    fallback: Literal["base", "mean"] | None = Field(
+        None, description=_told("fallback", "Value of elements that no expert keeps")
+    )
+    masked_merge: Literal["precond", "linear", "ties"] | None = Field(
+        None, description=_told("masked_merge", "How masked task vectors combine")
+    )
+    rescale: bool | None = Field(
+        None, description=_told("rescale", "Scale masked task vectors back: to their norm (ota), by 1/density (dare)")
+    )
+    missing_curvature: Literal["error", "mean"] | None = Field(
+        None,
+        description=_told("missing_curvature", "What becomes of tensors that moved but have no curvature: an error, or the mean"),
+    )
+    normalize: bool | None = Field(
+        None, description=_told("normalize", "Divide by the sum of the weights (all methods but ota, fisher and slerp)")
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description=_told("seed", "Seed of DARE's random masks"))
+    t: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="Position between the two models (slerp, which needs it)."
+    )
 
 
 _FFG = {"density", "precond_threshold", "scope", "metric", "mask_curvature"}
@@ -113,7 +183,9 @@ class ModelEntry(_Strict):
     capability: str | None = Field(
         None, description="The capability that the expert was trained for, if its expert.json does not say."
     )
-    parameters: ModelParameters = ModelParameters()
+    parameters: ModelParameters = Field(
+        ModelParameters(), description="Of this expert alone; what is left out is as for all experts."
+    )
 
 
 class MergeRecipe(_Strict):
@@ -125,7 +197,9 @@ class MergeRecipe(_Strict):
     parameters: MergeParameters = Field(
         MergeParameters(), description="Of the method, for all experts; what is left out has its default."
     )
-    dtype: DType | None = Field(None, description="Data type of the output; arithmetic never depends on it.")
+    dtype: DType | None = Field(
+        None, description="Data type of the output, by default each tensor's own in the base; arithmetic never depends on it."
+    )
     out_dtype: DType | None = Field(None, description="Wins over dtype.")
     tokenizer_source: str = Field("base", description="base, model:<name> or union.")
 
@@ -188,26 +262,6 @@ class MergeRecipe(_Strict):
     def to_yaml(self) -> str:
         """The recipe as YAML, with only what it says; ``load_recipe`` reads it back to an equal recipe."""
         return dump_yaml(self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))
-
-
-_DEFAULTS: dict[str, Any] = {
-    "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none", "rank": 4,
-    "bias_correction": False, "normalise": "none", "epsilon": 0.0, "denominator": "kept", "fallback": "base",
-    "masked_merge": "precond", "rescale": False, "missing_curvature": "error", "seed": 0, "scaling_factor": 1.0, "weight": 1.0,
-    "gamma": 0.01, "density": 1.0, "normalize": False,
-}  # fmt: skip
-_METHOD_DEFAULTS: dict[tuple[str, str], Any] = {
-    ("ota", "density"): None,
-    ("linear", "normalize"): True,
-    ("ties", "normalize"): True,
-    ("dare_linear", "rescale"): True,
-    ("dare_ties", "rescale"): True,
-}
-
-
-def default(method: str, key: str) -> Any:
-    """The value of a parameter that a recipe does not give. mergekit's defaults for mergekit's methods."""
-    return _METHOD_DEFAULTS.get((method, key), _DEFAULTS.get(key))
 
 
 def _mergekit_spellings(raw: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class MergeJob(_Job):
     """Merge the experts into one model."""
 
     kind: Literal["merge"] = "merge"
+    label: str
+    """How it is merged, so that the runs of several merges can be told apart."""
     recipe: MergeRecipe
     sources: MergeSources
     """With compressed second moments and masks, where the method has them."""
@@ -37,7 +39,7 @@ class MergeJob(_Job):
 
     @property
     def name(self) -> str:
-        return f"merge {self.recipe.merge_method}"
+        return f"merge {self.label}"[:200]
 
     def run(self, where: Places, device: str, progress: Progress | None = None) -> ArtifactRef:
         """Do it on this machine, or find it done. Raises OtaError."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint
-from ota_core.errors import OtaError, RecipeError
+from ota_core.errors import OtaError, RecipeError, StorageError
 from ota_core.recipe import DType, MergeParameters, MergeRecipe, Method, parse_recipe
 from ota_core.stream import parse_memory
 from tasks import storage
@@ -117,8 +117,17 @@ def find_config(given: str | None = None, environment: Mapping[str, str] = os.en
 
 
 def load_nightly(uri: str) -> NightlyConfig:
-    """The configuration at a path or ``s3://…``. Raises RecipeError with every problem."""
-    return parse_config(NightlyConfig, read_yaml(uri), uri)
+    """The configuration at a path or ``s3://…``. Raises RecipeError with every problem, NightlyError where S3 holds no such file."""
+    try:
+        raw = read_yaml(uri)
+    except StorageError as error:
+        if error.reason != "missing":
+            raise
+        raise NightlyError(
+            f"{uri}: no nightly configuration lies there yet; name your experts in a copy of deployments/nightly.yaml and upload it to this "
+            "address (infra/README.md, The nightly configuration), or name another file with OTA_NIGHTLY or the parameter config"
+        ) from None
+    return parse_config(NightlyConfig, raw, uri)
 
 
 class LastNight(_Strict):

@@ -21,7 +21,7 @@ DEMO_BUCKET, BUCKET = "ota-demo", "ota"
 CPU_POOL, GPU_POOL = "ota-cpu", "ota-gpu"
 SERVERS = ("s3", "mlflow", "prefect")
 CPU_RUNS = 4
-"""Flow runs at a time on the CPU worker: a parent waits there while its parts run."""
+"""Flow runs at a time on the CPU worker: most of the time they wait for the GPU worker."""
 SOCKET_BYTES = 100
 """A Unix socket's path has room for 104 bytes on macOS, 108 on Linux."""
 

@@ -73,10 +73,11 @@ class Store(BaseModel):
 def resolve_store(*, tracking_uri: str | None = None, root: Path | None = None) -> Store:
     """The store: the argument, else ``MLFLOW_TRACKING_URI``, else SQLite at ``root/mlflow.db`` with the artifacts beside it.
 
+    An empty address counts as none: pools of type docker hand on what their worker lacks as an empty variable.
     Raises StorageError when none of the three is given.
     """
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
+    if not uri:
         if root is None:
             raise StorageError("MLflow has no place for its runs: set MLFLOW_TRACKING_URI, or name a folder for its database")
         root = root.resolve()

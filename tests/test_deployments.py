@@ -2,8 +2,9 @@
 
 import importlib
 import inspect
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -17,7 +18,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 
 from flows.events import EXPERT_ARRIVED
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe import _USED, MergeRecipe, Method, default
 from tasks.nightly import NightlyConfig, find_config, load_nightly
 from tasks.recipes import ROOT, read_recipe
 from tasks.stack_layout import CPU_POOL, GPU_POOL
@@ -154,9 +155,34 @@ def test_the_form_of_a_merge_has_descriptions_choices_and_defaults() -> None:
     flow_of(named("merge/merge")).validate_parameters({"recipe": recipe})
 
 
-@pytest.mark.parametrize("name", ["nightly/nightly", "study/study", "benchmark/benchmark", "compare/compare"])
-def test_every_other_form_has_descriptions(name: str) -> None:
-    assert all(field.get("description") for field in schema_of(name)["properties"].values())
+FORMS = [f"{flow_of(one).name}/{one['name']}" for one in RAW["deployments"] if "ota-internal" not in one["tags"]]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_field_of_every_form_has_a_description(name: str) -> None:
+    schema = schema_of(name)
+    groups = {"": schema, **schema.get("definitions", {})}
+    bare = [f"{group}.{key}" for group, one in groups.items() for key, field in one.get("properties", {}).items()
+            if not field.get("description")]  # fmt: skip
+    assert bare == []
+
+
+@pytest.mark.parametrize("key", sorted(schema_of("merge/merge")["definitions"]["MergeParameters"]["properties"]))
+def test_a_parameter_of_the_form_names_the_default_of_each_method(key: str) -> None:
+    """The form shows null, which stands for the method's default."""
+    text = schema_of("merge/merge")["definitions"]["MergeParameters"]["properties"][key]["description"]
+    if key == "t":
+        assert default("slerp", key) is None and "needs it" in text
+        return
+    told = re.fullmatch(r".*; (\S+) by default((?:, \S+ for [a-z_ ]+)*)\.", text)
+    assert told, text
+    others = {
+        method: value for value, methods in re.findall(r", (\S+) for ([a-z_ ]+)", told[2]) for method in methods.split(" and ")
+    }
+    for method in get_args(Method):
+        if key in _USED[method]:
+            expected = default(method, key)
+            assert yaml.safe_load(others.get(method, told[1])) == ("none" if expected is None else expected), method
 
 
 def test_a_nightly_configuration_can_be_filled_in_as_a_form() -> None:

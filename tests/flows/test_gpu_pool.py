@@ -159,7 +159,9 @@ def test_a_flow_with_a_pool_gives_what_one_process_gives(world: World, tmp_path:
     alone = world.at(tmp_path / "alone").run(recipe).outcome
     monkeypatch.setattr(flows.pools, "run_deployed", run_deployed)
     pooled = world.at(tmp_path / "pooled").run(recipe, gpu="stage/gpu").outcome
-    assert sorted(sent) == sorted(["merge ota", *(f"benchmark {n}" for n in ("base", "math", "knowledge", alone.name))])
+    assert sorted(sent) == sorted(
+        ["merge ota rho=0.40 rank1", *(f"benchmark {n}" for n in ("base", "math", "knowledge", alone.name))]
+    )
     assert pooled.digest == alone.digest and pooled.merged.fingerprint == alone.merged.fingerprint
     assert {key: ref.fingerprint for key, ref in pooled.scores.items()} == {
         key: ref.fingerprint for key, ref in alone.scores.items()

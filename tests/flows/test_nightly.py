@@ -199,6 +199,29 @@ def test_where_every_candidate_fails_each_cause_is_told(two: Nights) -> None:
     assert two.champion is None and two.note is None
 
 
+@pytest.mark.parametrize("step", ["merge", "judge", "settle"])
+def test_a_night_that_fails_tells_what_was_left_out(
+    two: Nights, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flows.nightly
+
+    def failing(*_: Any) -> None:
+        raise OtaError("the registry does not answer")
+
+    two.push(broken_copy(two.trained.models / "math", tmp_path / "nan"), "math", SECOND)
+    if step != "merge":
+        monkeypatch.setattr(flows.nightly, step, failing)
+    night = two.run(BROKEN if step == "merge" else LINEAR, capabilities=("math", "knowledge", "poetry"))
+    name, message = night.shown
+    cause, _, left_out = message.partition("; left out: ")
+    assert name == "Failed" and ("candidate 'broken' could not be merged" if step == "merge" else "does not answer") in cause
+    assert (
+        f"math/{SECOND}: " in left_out and "model.norm.weight" in left_out and "poetry: no sound expert has arrived" in left_out
+    )
+    page = night.artifacts["left-out"].data
+    assert f"- math/{SECOND}: " in page and "- poetry: no sound expert has arrived" in page and two.note is None
+
+
 def test_an_interruption_after_the_promotion_is_finished_by_the_next_night(two: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
     import flows.verdict
 

@@ -10,10 +10,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.states import Completed
 
+import flows.spread
 from flows.runners import Runner, runner_of
 from ota_core import engine
 from ota_core.artifact import RECORD, read_record
@@ -102,6 +105,30 @@ def test_threads_give_the_bytes_of_one_process_and_a_second_run_computes_nothing
 
     part_counts.clear()
     assert sharded(here, recipe) == outcome and part_counts == {}
+
+
+@pytest.mark.parametrize(
+    ("own", "elsewhere"), [("", {"compress", "survey", "merge"}), ("ota-cpu", {"merge"}), ("ota-gpu", {"compress", "survey"})]
+)
+def test_a_flow_never_waits_for_runs_of_its_own_pool(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, elsewhere: set[str]
+) -> None:
+    """Its run holds one of the pool's workers; runs that wait there for parts could hold them all."""
+    sent: Counter[str] = Counter()
+
+    def send(part: Part, runner: Runner, **_: Any) -> Any:
+        sent[part.kind] += 1
+        parts.run_part(part)
+        return SimpleNamespace(state=Completed())
+
+    monkeypatch.setattr(flows.spread, "_deployed", send)
+    monkeypatch.setattr(flows.spread, "pool_of", lambda name: name.replace("part/", "ota-"))
+    monkeypatch.setenv("OTA_WORK_POOL", own)
+    recipe = world.recipe(density=0.4, compression="rank1", normalise="global")
+    outcome = sharded(world.at(tmp_path / "home"), recipe, runner=Runner(kind="workers"))
+    for file in alone(world, recipe, tmp_path / "alone").glob("*.safetensors"):
+        assert (Path(outcome.path) / file.name).read_bytes() == file.read_bytes()
+    assert set(sent) - {"recount"} == elsewhere and ("recount" not in sent or "survey" in elsewhere)
 
 
 @pytest.mark.parametrize(

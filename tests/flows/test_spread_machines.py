@@ -161,14 +161,10 @@ def server_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def deployed(prefect_server: None) -> None:
-    """The pools and the deployments of deployments/prefect.yaml, as a user makes them."""
-    for command in (
-        prefect("work-pool", "create", CPU, "--type", "process"),
-        prefect("work-pool", "create", GPU, "--type", "process"),
-        prefect("--no-prompt", "deploy", "--all"),
-    ):
-        done = subprocess.run(command, cwd=REPOSITORY, env=server_environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    """Pools, deployments and automations, as a user makes them."""
+    command = [sys.executable, "-m", "flows.cli", "stack", "deploy"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=server_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def part_runs() -> list[Any]:
@@ -192,6 +188,21 @@ def test_two_prefect_workers_give_the_bytes_of_one_process(world: World, deploye
     took = [(tmp_path / f"worker{i}.log").read_text().count("submitted to infrastructure") for i in range(2)]
     assert all(took) and sum(took) >= len(runs), took
     assert len(workers_of(Path(outcome.path))) == len(runs), "each part ran in a process of its own"
+
+
+@pytest.mark.slow
+def test_a_flow_on_the_cpu_pool_runs_the_parts_of_its_pool_itself(
+    world: World, deployed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own slot may be the pool's last: here no other worker of that pool runs."""
+    monkeypatch.setenv("OTA_WORK_POOL", CPU)
+    recipe = world.recipe(density=0.4, compression="rank1")
+    before = {run.id for run in part_runs()}
+    with workers(tmp_path, 1):
+        outcome = sharded(world.at(tmp_path / "home"), recipe, runner=Runner(kind="workers"))
+    assert_same(Path(outcome.path), by_streams(recipe, tmp_path))
+    names = {run.name.split()[0] for run in part_runs() if run.id not in before}
+    assert names == {"merge"}, "compress, survey and recount ran here"
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from tests.infra.read import (
     deployments,
     dockerfile_environment,
     manifest,
-    template,
 )
 
 # What the flows need from the place that they run in, beside OTA_HOME, which the image sets.
@@ -92,15 +91,25 @@ def commands() -> str:
     return "\n".join([*compose_commands, *(" ".join(job["spec"]["template"]["spec"]["containers"][0]["args"]) for job in jobs)])
 
 
-def test_pools_are_made_from_files_that_exist_before_workers_ask_for_them() -> None:
-    made = re.findall(r"work-pool create (\S+) --type (\S+) --base-job-template (\S+) --overwrite", commands())
-    assert {(name, kind) for name, kind, _ in made} == {(pool, kind) for pool in POOLS for kind in ("process", "kubernetes")}
-    for pool, kind, file in made:
-        assert json.loads((ROOT / file).read_text()) == template(pool, kind)
+def test_pools_deployments_and_automations_are_made_by_the_command_for_the_workers_types() -> None:
+    """What the command does with a server: tests/flows/test_stack_deploy.py."""
+    assert compose("gpu")["deploy"]["command"] == ["ota", "stack", "deploy"]
+    (job,) = manifest("Job", "ota-deploy")["spec"]["template"]["spec"]["containers"]
+    assert job["args"] == ["ota", "stack", "deploy", "--type", "kubernetes"]
     started = re.findall(r"worker start --pool (\S+) --type (\S+)", commands())
-    assert set(started) == {(name, kind) for name, kind, _ in made}
-    for file in re.findall(r"--prefect-file (\S+)", commands()):
-        assert (ROOT / file).is_file()
+    assert set(started) == {(pool, kind) for pool in POOLS for kind in ("process", "kubernetes")}
+
+
+def test_the_guides_make_automations_and_upload_the_nightly_configuration() -> None:
+    guides = [(ROOT / "README.md").read_text(), (INFRA / "README.md").read_text()]
+    assert all("ota stack deploy" in guide and "work-pool create" not in guide for guide in guides)
+    named = {
+        compose("gpu")["worker-cpu"]["environment"]["OTA_NIGHTLY"],
+        manifest("ConfigMap", "ota-config")["data"]["OTA_NIGHTLY"],
+    }
+    assert named == {"s3://ota-experts/nightly.yaml"} and f"'{named.pop()}'" in guides[1]
+    for bucket in set(re.findall(r"s3://(ota-demo)", (ROOT / "deployments" / "prefect.yaml").read_text())):
+        assert bucket in guides[1], "the forms are filled in with what only the demo has"
 
 
 def test_every_deployment_has_its_pool() -> None:

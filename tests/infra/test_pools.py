@@ -29,7 +29,11 @@ WORKERS: dict[str, type[BaseWorker[Any, Any, Any]]] = {
     "kubernetes": KubernetesWorker,
 }
 PAIRS = [(pool, kind) for pool in POOLS for kind in TYPES]
-SECRETS = {"AWS_ACCESS_KEY_ID": "of-the-worker", "AWS_SECRET_ACCESS_KEY": "secret-of-the-worker"}
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "of-the-worker",
+    "AWS_SECRET_ACCESS_KEY": "secret-of-the-worker",
+    "AWS_SESSION_TOKEN": "token-of-the-worker",
+}
 
 
 async def filled_in(pool: str, kind: str, **variables: Any) -> Any:

@@ -79,7 +79,9 @@ def merge_job(machines: Machines, recipe: MergeRecipe, shard_size: int) -> tuple
         ready = stages.with_masks(where, ready, masks) if masks else ready
         made = [one.model_copy(update={"compressed": moments[i], "masks": masks.get(i)}) for i, one in enumerate(sources.experts)]
         sources = sources.model_copy(update={"experts": tuple(made)})
-    return MergeJob(step=step, recipe=recipe, sources=sources, shard_size=shard_size, memory=MEMORY), ready
+    return MergeJob(
+        step=step, label=recipe.merge_method, recipe=recipe, sources=sources, shard_size=shard_size, memory=MEMORY
+    ), ready
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """What a nightly merge may be configured as, what decides a night, and the note that it leaves."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from ota_core.errors import OtaError, RecipeError
+from ota_core.errors import OtaError, RecipeError, StorageError
 from tasks.nightly import LastNight, NightlyConfig, NightlyError, last_night, load_nightly, remember
+from tasks.recipes import ROOT
 from tasks.settings import Places, places
 from tasks.suites import digest_data, load_suite
 from tests.s3_fixture import S3Test
@@ -182,3 +186,23 @@ def test_a_damaged_note_is_told_with_its_place(where: Places) -> None:
 def test_a_note_that_cannot_be_written_is_told(s3_server: S3Test, tmp_path: Path) -> None:
     with pytest.raises(OtaError, match="no-such-bucket"):
         remember(places(tmp_path, "s3://no-such-bucket-here"), "n", **NOTE)
+
+
+def test_a_configuration_that_was_not_uploaded_yet_says_what_to_do(s3_server: S3Test) -> None:
+    uri = f"{s3_server.uri}/nightly.yaml"
+    with pytest.raises(
+        NightlyError, match=rf"{uri}: no nightly configuration lies there yet; .*deployments/nightly\.yaml.*OTA_NIGHTLY"
+    ):
+        load_nightly(uri)
+    with pytest.raises(StorageError, match="there is no bucket"):
+        load_nightly("s3://no-such-bucket/nightly.yaml")
+
+
+def test_the_guides_command_uploads_a_configuration(s3_server: S3Test) -> None:
+    guide = (ROOT / "infra" / "README.md").read_text()
+    (line,) = set(re.findall(r'python -c "(.*)" < nightly\.yaml', guide))
+    uri = f"{s3_server.uri}/nightly.yaml"
+    content = (ROOT / "deployments" / "nightly.yaml").read_bytes()
+    command = [sys.executable, "-c", line.replace("s3://ota-experts/nightly.yaml", uri)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, input=content, check=True)
+    assert load_nightly(uri) == load_nightly("deployments/nightly.yaml")

@@ -58,6 +58,10 @@ def test_the_store_is_the_argument_then_the_environment_then_the_folder(tmp_path
         resolve_store()
     local = resolve_store(root=tmp_path)
     assert (local.uri, local.artifacts) == (f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlartifacts")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert resolve_store(root=tmp_path) == resolve_store(tracking_uri="", root=tmp_path) == local, "empty is not set"
+    with pytest.raises(StorageError, match="MLFLOW_TRACKING_URI"):
+        resolve_store()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert resolve_store(root=tmp_path).uri == "http://tracking:5000"
     assert resolve_store(tracking_uri="http://other", root=tmp_path).uri == "http://other"
