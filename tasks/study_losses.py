@@ -20,9 +20,12 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
     rows = model_rows(results, chosen, partial(_losses, results), lambda cell: numbers(RECOVERED, results.recovered(cell)))
     caption = (
         f"{errors_over(results, 'Bits per byte of held-out text, less is better;')} Every model reads the same documents, so that differences are "
-        f"more certain than the errors of the numbers. {RECOVERED}: (base − merge) / (base − expert) on the experts' own capabilities, their mean, "
-        "in percent; 100 is as good as every expert on its own text."
+        f"more certain than the errors of the numbers. {RECOVERED}: (base − merge) / (base − expert) on the experts' own capabilities, the best expert "
+        "where several share one, their mean, in percent; 100 is as good as every expert on its own text."
     )
+    # The merges of this table are of all experts: what one leaves out, all do.
+    if left_out := results.unrecoverable(chosen[0]):
+        caption += f" It leaves out {', '.join(left_out)}: no expert is better than the base there, so there is no gain to keep."
     bits = (*results.lossy, AVERAGE)
     return [StudyTable("losses", "Loss on held-out text", caption, pd.DataFrame(rows), percent=(RECOVERED,), bits=bits)]
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ota_core.recipe import default
 from tasks.scores import ModelScores
-from tasks.study_cells import Cell, spell
+from tasks.study_cells import Cell, spell, subset_label
 from tasks.study_scores import Estimate, StudyResults
 
 ERROR = "_se"
@@ -65,6 +65,12 @@ def words(cell: Cell, skip: Sequence[str] = ()) -> str:
         if key not in {"merge_method", *skip} and (value != usual or fixed):
             found.append(f"{key}={spell(value)}")
     return " ".join(found)
+
+
+def words_of_subset(results: StudyResults, cell: Cell) -> str:
+    """``words``, and which experts are merged where it is not all of them: ``ota tuned without math``."""
+    names = list(results.experts)
+    return " ".join([words(cell), *subset_label([names.index(name) for name in cell.experts], names)])
 
 
 def model_rows(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from tasks.scores import ModelScores
-from tasks.study_cells import Cell
+from tasks.study_cells import Cell, spelled
 
 AVERAGE, RETENTION, BELOW = "average", "retention", "below_base"
 
@@ -121,17 +121,27 @@ class StudyResults:
         return estimate([_mean([_loss(one, name) for name in self.lossy]) for one in models])
 
     def recovered(self, cell: Cell) -> Estimate:
-        """Mean over the merged experts' own capabilities of (base − merge) / (base − expert) in losses: which part of the experts' gain is kept.
+        """Mean over the merged experts' own capabilities of (base − merge) / (base − expert) in losses: which part of the experts' gain is kept,
+        of the best expert where several share a capability.
 
-        NaN where an expert is no better than the base on its own text. No standard error over documents: the three read the same ones.
+        Without ``unrecoverable``; NaN where nothing is left. No standard error over documents: the three read the same ones.
         """
-        values = []
+        left_out, values = self.unrecoverable(cell), []
         for one in self.of(cell):
-            base, alone = self.base[one.replicate].losses, self.alone[one.replicate]
-            own = [(name, alone[e].losses[name]) for e in cell.experts if (name := self.experts[e]) in self.lossy]
-            parts = [(base[k] - one.scores.losses[k]) / (base[k] - loss) if loss < base[k] else math.nan for k, loss in own]
+            base, own = self.base[one.replicate].losses, self._own_losses(one.replicate, cell.experts)
+            parts = [(base[k] - one.scores.losses[k]) / (base[k] - loss) for k, loss in own.items() if k not in left_out]
             values.append(Estimate(fmean(parts) if parts else math.nan, math.nan))
         return estimate(values)
+
+    def unrecoverable(self, cell: Cell) -> tuple[str, ...]:
+        """Capabilities that ``recovered`` leaves out: no merged expert is better than the base on its own text, so there is no gain to keep.
+
+        Those of any replicate are left out on all: means over different capabilities compare to nothing.
+        """
+        own = {r: self._own_losses(r, cell.experts) for r in self.replicates}
+        return tuple(
+            name for name in self.lossy if any(name in own[r] and own[r][name] >= self.base[r].losses[name] for r in own)
+        )
 
     def retention(self, cell: Cell) -> Estimate:
         """Mean over the merged experts' own capabilities of merged / expert (methods.md, section 7), the best expert where several share one.
@@ -184,6 +194,16 @@ class StudyResults:
                     found[capability] = score
         return found
 
+    def _own_losses(self, replicate: str, experts: Sequence[str]) -> dict[str, float]:
+        """Own capability to the loss of the best of these experts that has it, where losses are measured."""
+        found: dict[str, float] = {}
+        for name in experts:
+            capability = self.experts[name]
+            if capability in self.lossy:
+                loss = self.alone[replicate][name].losses[capability]
+                found[capability] = min(loss, found.get(capability, loss))
+        return found
+
     def tidy(self) -> pd.DataFrame:
         """One capability a row: model, kind (base, expert, merge), replicate, capability, score, stderr (over documents), documents, loss, loss_stderr."""
         models = [("base", "base", r, s) for r, s in self.base.items()]
@@ -202,15 +222,15 @@ class StudyResults:
         rows: list[dict[str, Any]] = []
         for cell in self.cells:
             for one in self.of(cell):
-                known = {key: str(value) if isinstance(value, tuple) else value for key, value in cell.settings.items()}
                 cost = {"bytes_per_param": one.bytes_per_param, "sqrt_error": one.sqrt_error}
                 rows.append(
                     {"model": cell.label, "replicate": one.replicate, "experts": "+".join(cell.experts)}
-                    | known
+                    | cell.settings
                     | one.chosen
                     | cost
                 )
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        return frame.assign(**{name: spelled(list(frame[name])) for name in frame if frame[name].map(_is_tuple).any()})
 
 
 def estimate(values: Sequence[Estimate]) -> Estimate:
@@ -221,6 +241,10 @@ def estimate(values: Sequence[Estimate]) -> Estimate:
     if any(math.isnan(mean) for mean in means):
         return Estimate(math.nan, math.nan)
     return Estimate(fmean(means), stdev(means) / math.sqrt(len(means)))
+
+
+def _is_tuple(value: object) -> bool:
+    return isinstance(value, tuple)
 
 
 def _score(scores: ModelScores, capability: str) -> Estimate:
