@@ -39,7 +39,7 @@ def search(
         list[str] | None,
         typer.Option(
             help="What every capability must reach: base, a fraction of its expert's score (0.9), score:0.4, or none; for one capability "
-            "as math=0.9. May be repeated.",
+            "as math=0.9. Where the suite measures a held-out loss, the score is the likelihood of a byte, 2 to the minus bits per byte. May be repeated.",
             show_default="base",
         ),
     ] = None,

@@ -82,11 +82,11 @@ def models_of(
 
 
 def identity_of(recipe: MergeRecipe, inputs: MergeInputs, tests: Suite, data: Path | None) -> str:
-    """What decides a trial's scores besides its values: the models, the method's other settings, suite and data."""
+    """What decides a trial's scores besides its values: the models, the method's other settings, suite and data, and what of it counts."""
     subject = Subject(name="", role="merge", path=None, digest="")
-    return canonical_json(
-        {
-            "merge": stages.merge_step(recipe, inputs).fingerprint,
-            "scores": stages.score_step(subject, tests, data, None).fingerprint,
-        }
-    )
+    identity = {
+        "merge": stages.merge_step(recipe, inputs).fingerprint,
+        "scores": stages.score_step(subject, tests, data, None).fingerprint,
+    }
+    # Trials that were measured by right answers alone do not compare.
+    return canonical_json(identity | ({"objective": "likelihood of a byte"} if tests.losses else {}))

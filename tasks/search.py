@@ -120,6 +120,8 @@ class Tuned(_Frozen):
     trials: tuple[Trial, ...]
     evaluations: float
     """Spent, in evaluations on all documents."""
+    likelihoods: tuple[str, ...] = ()
+    """Capabilities that were measured by the likelihood of a byte of held-out text: see ``ModelScores.objective``."""
 
     @property
     def best(self) -> Trial:
