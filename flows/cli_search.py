@@ -39,7 +39,7 @@ def search(
         list[str] | None,
         typer.Option(
             help="What every capability must reach: base, a fraction of its expert's score (0.9), score:0.4, or none; for one capability "
-            "as math=0.9. May be repeated.",
+            "as math=0.9. Where the suite measures a held-out loss, the score is the likelihood of a byte, 2 to the minus bits per byte. May be repeated.",
             show_default="base",
         ),
     ] = None,
@@ -67,7 +67,8 @@ def search(
 ) -> None:
     """Search the densities and λ of RECIPE for the best average under a floor for each capability; write the winner as recipe OUT.
 
-    Run the same again to go on with an interrupted search, or with a larger --budget to add to one. Exit code 3: no trial holds all floors.
+    Run the same again to go on with an interrupted search, or with a larger --budget to add to one; with a smaller one only the trials that
+    it pays for count. Exit code 3: no trial holds all floors.
     """
     from flows.single import prepare_prefect
     from ota_core.engine import pick_device

@@ -5,6 +5,7 @@ What is searched, how, and how far: tasks/search_config.py. An interrupted run g
 
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prefect import flow, task
@@ -37,7 +38,7 @@ from tasks.search_overlap import check_apart
 from tasks.search_result import files, markdown, recipe_text, verdict
 from tasks.settings import Device, places
 from tasks.storage import write_note
-from tasks.suites import load_suite
+from tasks.suites import Suite, load_suite
 from tasks.tracking import LoggedRun
 from tasks.tracking_run import TAG_FLOW_RUN
 
@@ -133,7 +134,7 @@ def search_flow(
                 device=device, memory=memory, gpu=gpu,
             )
         )  # fmt: skip
-        logged = search_log.begin(_search_run(config, recipe, inputs, tried), **tracking)
+        logged = search_log.begin(_search_run(config, recipe, inputs, tried, tests), **tracking)
         stack.push(_failed(logged, tracking))
         known = search_log.logged_trials(logged, **tracking)
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
@@ -147,7 +148,7 @@ def search_flow(
             found = tried.result()
             log_trial(trial, found.best, logged, tracking)
             bar.show(*_spent(config.budget, found))
-        tuned = tried.result()
+        tuned = tried.result().model_copy(update={"likelihoods": tuple(tests.losses)})
         text = recipe_text(tuned, config, recipe_dir, out or "")
         if out:
             write_note(out, text)
@@ -173,9 +174,11 @@ def run_trial(tried: Search, point: Point, models: TrialModels | PoolModels) -> 
     def evaluate(recipe: MergeRecipe, limit: int) -> dict[str, float | None]:
         with ONE_AT_A_TIME, Progress() as progress:
             scores = models.score(recipe, limit, f"trial {point.number}", progress)
-        shown = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.by_capability().items() if value is not None)
-        log.info("%d documents a task: average %.1f (%s)", limit, 100 * (scores.average or 0.0), shown)
-        return scores.by_capability()
+        found = scores.objective()
+        values = {name: value for name, value in found.items() if value is not None}
+        shown = ", ".join(f"{name} {100 * value:.1f}" for name, value in values.items())
+        log.info("%d documents a task: average %.1f (%s)", limit, 100 * fmean(values.values() or [0.0]), shown)
+        return found
 
     trial = tried.run(point, evaluate)
     log.info(
@@ -207,7 +210,7 @@ def _spent(budget: Budget, found: Tuned) -> tuple[float, str]:
     return 100 * min(max(parts), 1.0), text
 
 
-def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, tried: Search) -> SearchRun:
+def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, tried: Search, tests: Suite) -> SearchRun:
     name = _run_name()
     params: dict[str, str | int | float] = {
         "merge_method": recipe.merge_method, "base_model": recipe.base_model or "none", "suite": config.suite, "seed": config.seed,
@@ -215,6 +218,8 @@ def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, 
         "space": ", ".join(f"{one.name} {one.within}" for one in tried.dimensions) or "nothing",
         "floor": ", ".join(f"{key} {value}" for key, value in config.floor.items()),
     }  # fmt: skip
+    if tests.losses:  # what score/… of this run and of its trials is then
+        params["likelihood_of_a_byte"] = ",".join(tests.losses)
     tags = {TAG_FLOW_RUN: str(flow_run.id)} if flow_run.id else {}
     return SearchRun(name=name, search=tried.name, params=params, tags=tags)
 

@@ -77,10 +77,7 @@ def models_of(
 
 
 def identity_of(recipe: MergeRecipe, inputs: MergeInputs, tests: Suite, data: Path | None) -> str:
-    """What decides a trial's scores besides its values: the models, the method's other settings, suite and data."""
-    return canonical_json(
-        {
-            "merge": stages.merge_step(recipe, inputs).fingerprint,
-            "scores": stages.scores_wanted(tests, data, None),
-        }
-    )
+    """What decides a trial's scores besides its values: the models, the method's other settings, suite and data, and what of it counts."""
+    identity = {"merge": stages.merge_step(recipe, inputs).fingerprint, "scores": stages.scores_wanted(tests, data, None)}
+    # Trials that were measured by right answers alone do not compare.
+    return canonical_json(identity | ({"objective": "likelihood of a byte"} if tests.losses else {}))

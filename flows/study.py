@@ -26,7 +26,6 @@ from flows.run_log import hide_tracebacks_of_user_errors
 from flows.search_inputs import compressed
 from flows.search_pool import pool_models
 from flows.steps import ONE_AT_A_TIME, several_at_once
-from ota_core.artifact import canonical_json
 from ota_core.engine import pick_device
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe import MergeRecipe
@@ -112,8 +111,8 @@ def study_flow(
     if write is not None:
         write_results(out, results, tables, write, command=command)
     logged = log_study(
-        config.name, out, params=_params(config), metrics=_metrics(results),
-        merges={one.merge: one.label for one in results.results}, tracking_uri=tracking_uri, root=where.tracking,
+        config.name, out, config=config.model_dump_json(by_alias=True, exclude_defaults=True, indent=2) + "\n", tags=_tags(config),
+        metrics=_metrics(results), merges={one.merge: one.label for one in results.results}, tracking_uri=tracking_uri, root=where.tracking,
     )  # fmt: skip
     text = (out / RESULTS).read_text(encoding="utf-8")
     show_markdown("study", text, f"Study {config.name}")
@@ -233,11 +232,10 @@ def few_threads(models: Models) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _params(config: StudyConfig) -> dict[str, str | int]:
+def _tags(config: StudyConfig) -> dict[str, str]:
     return {
-        "suite": config.suite, "experts": ",".join(config.experts()), "cells": len(config.cells()),
+        "suite": config.suite, "experts": ",".join(config.experts()), "cells": str(len(config.cells())),
         "replicates": ",".join(one.name for one in config.all_replicates()) or "1", "base_model": config.base_model,
-        "grid": canonical_json([entry.model_dump(mode="json", exclude_defaults=True) for entry in config.grid]),
     }  # fmt: skip
 
 

@@ -49,16 +49,14 @@ def difference_error(first: ModelScores, second: ModelScores, capabilities: Sequ
 def recovered_error(base: ModelScores, merge: ModelScores, experts: Sequence[tuple[str, ModelScores]]) -> float:
     """The error of (base − merge) / (base − expert), mean over experts, each on its own capability: (capability, the expert's scores).
 
-    The bytes cancel: on each capability it is a ratio of sums, too. NaN where documents were not kept.
+    The bytes cancel: on each capability it is a ratio of sums, too. One expert a capability. NaN where documents were not kept.
     """
-    corpora: dict[str, list[float]] = {}
+    corpora = []
     for name, expert in experts:
         rows = _paired(name, base, merge, expert)
         gains = ([_bits(b) - _bits(m) for b, m, _ in rows], [_bits(b) - _bits(e) for b, _, e in rows])
-        effects = [one / len(experts) for one in ratio_effects(*gains)] if rows else []
-        # Experts of the same capability are judged by the same documents.
-        corpora[name] = [a + b for a, b in zip(corpora[name], effects, strict=True)] if name in corpora else effects
-    return standard_error(corpora.values())
+        corpora.append([one / len(experts) for one in ratio_effects(*gains)] if rows else [])
+    return standard_error(corpora)
 
 
 def _bits(document: tuple[float, int]) -> float:

@@ -120,6 +120,8 @@ class Tuned(_Frozen):
     trials: tuple[Trial, ...]
     evaluations: float
     """Spent, in evaluations on all documents."""
+    likelihoods: tuple[str, ...] = ()
+    """Capabilities that were measured by the likelihood of a byte of held-out text: see ``ModelScores.objective``."""
 
     @property
     def best(self) -> Trial:
@@ -156,8 +158,8 @@ def tune(
     """The best point of the space for this recipe. The recipe itself is always tried first, on all documents.
 
     A method that uses nothing of the space has one point, and is evaluated once. The same arguments give the same trials. With
-    ``storage``, a folder, an interrupted search goes on where it stopped, and a larger budget adds to it; ``identity`` then names what
-    ``evaluate`` measures (suite, data, models). ``names``: the experts', where the recipe does not tell them. ``on_trial`` is told of every trial as it ends. Raises SearchError, and what
+    ``storage``, a folder, an interrupted search goes on where it stopped, a larger budget adds to it, and with a smaller one only those
+    trials count that it pays for; ``identity`` then names what ``evaluate`` measures (suite, data, models). ``names``: the experts', where the recipe does not tell them. ``on_trial`` is told of every trial as it ends. Raises SearchError, and what
     ``evaluate`` raises.
     """
     with Search(recipe, space, budget, floors=floors, seed=seed, storage=storage, identity=identity, names=names) as search:
@@ -198,23 +200,19 @@ class Search:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """All that have ended, in their order; also those of an earlier process."""
-        return tuple(self._trial(number, one) for number, one in enumerate(finished(self._study)))
+        """All within the budget that have ended, in their order; also those of an earlier process."""
+        return tuple(self._trial(number, one) for number, one in enumerate(self._paid()))
 
     @property
     def spent(self) -> float:
         """Evaluations so far."""
-        return math.fsum(self._budget.cost(limit) for one in finished(self._study) for limit in one.intermediate_values)
+        return self._cost(self._paid())
 
     def ask(self) -> Point | None:
         """The next point; None when the budget may not pay for it, or there is no other. A trial that was killed is asked for again."""
-        number, budget = len(finished(self._study)), self._budget
-        if budget.trials is not None and number >= budget.trials:
-            return None
-        ladder = math.fsum(budget.cost(limit) for limit in self.rungs)
-        if budget.evaluations is not None and self.spent + ladder > budget.evaluations + 1e-9:
-            return None
-        if number and not self.dimensions:
+        paid = self._paid()
+        number = len(paid)
+        if not self._pays_for_another(paid) or (number and not self.dimensions):
             return None
         origin: Origin = "recipe" if number == 0 else "start" if number <= len(self._starts) else "search"
         fixed = {"recipe": values_of(self._recipe, self.dimensions), "start": self._starts[number - 1 :][:1]}.get(origin)
@@ -252,6 +250,22 @@ class Search:
         if not trials:
             raise SearchError("the search has no trial yet")
         return Tuned(trials=trials, evaluations=self.spent)
+
+    def _paid(self) -> list[Any]:
+        """The trials that this budget pays for, of those that ended. An earlier process may have had a larger one: the search then is as if
+        it had had this one from the start."""
+        every = finished(self._study)
+        return every[: next((n for n in range(len(every)) if not self._pays_for_another(every[:n])), len(every))]
+
+    def _pays_for_another(self, trials: Sequence[Any]) -> bool:
+        """Whether the budget pays for one more trial after these, through all rungs."""
+        budget, ladder = self._budget, math.fsum(self._budget.cost(limit) for limit in self.rungs)
+        if budget.trials is not None and len(trials) >= budget.trials:
+            return False
+        return budget.evaluations is None or self._cost(trials) + ladder <= budget.evaluations + 1e-9
+
+    def _cost(self, trials: Sequence[Any]) -> float:
+        return math.fsum(self._budget.cost(limit) for one in trials for limit in one.intermediate_values)
 
     def _point(self, number: int, origin: Origin, params: Mapping[str, float]) -> Point:
         values = {one.name: round_value(params[one.name], one.within) for one in self.dimensions if one.name in params}

@@ -25,7 +25,8 @@ class Floor(NamedTuple):
 
     kind: Literal["none", "base", "expert", "score"]
     value: float = 1.0
-    """Of kind expert: the fraction of the expert's score; of kind score: the score, 0..1."""
+    """Of kind expert: the fraction of the expert's score; of kind score: the score, 0..1. On a capability with a held-out loss, all of them
+    are of the likelihood of a byte, which the search makes as large as it can there: see ``ModelScores.objective``."""
 
 
 def parse_floor(text: FloorText) -> Floor:
@@ -59,7 +60,8 @@ class SearchConfig(BaseModel):
     budget: Budget = Field(BUDGET, description="How much may be measured.")
     floor: dict[str, FloorText] = Field(
         {DEFAULT: "base"},
-        description="Capability, or default, to what it must reach: base, a fraction of its expert's score such as 0.9, score:0.4, or none.",
+        description="Capability, or default, to what it must reach: base, a fraction of its expert's score such as 0.9, score:0.4, or none. "
+        "Where the suite measures a held-out loss, the score is the likelihood of a byte, 2 to the minus bits per byte.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the optimiser.")
     test: str | None = Field(None, description="Suite that judges the winner, once. It must share no document with the first.")
@@ -112,12 +114,12 @@ def floors_of(
     base: Scores | None,
     experts: Mapping[str, tuple[str, Scores]],
 ) -> dict[str, float]:
-    """Capability to its floor as a score, from the scores of base and experts (name to its capability and its scores).
+    """Capability to its floor, in what trials are measured by, from the scores of base and experts (name to its capability and its scores).
 
     Raises SearchError for floors of unknown capabilities, and for those that nothing was measured for.
     """
     known = {name: value for name, value in _plain(base).items() if value is not None}
-    own = best_experts(experts)
+    own = best_experts({name: (capability, _plain(scores)) for name, (capability, scores) in experts.items()})
     problems = [
         f"floor: the suite has no capability '{name}'; {nearest(name, capabilities)}"
         for name in floors
@@ -151,4 +153,4 @@ def _measured(base: Scores | None, experts: Mapping[str, tuple[str, Scores]]) ->
 def _plain(scores: Scores | None) -> Mapping[str, float | None]:
     if scores is None:
         return {}
-    return scores if isinstance(scores, Mapping) else scores.by_capability()
+    return scores if isinstance(scores, Mapping) else scores.objective()

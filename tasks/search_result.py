@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SHOWN = 6
-LEGEND = "Scores on the validation suite in percent; * below the floor."
+
+
+def legend(tuned: Tuned) -> str:
+    """What the numbers of the tables are."""
+    return " ".join(["Scores on the validation suite in percent; * below the floor.", *_likelihoods(tuned)])
+
+
+def _likelihoods(tuned: Tuned) -> list[str]:
+    names = ", ".join(tuned.likelihoods)
+    return [f"Of {names}: the likelihood of a byte of held-out text, 2 to the minus bits per byte."] if names else []
 
 
 def recipe_text(tuned: Tuned, config: SearchConfig, recipe_dir: Path | None, out: str) -> str:
@@ -30,6 +39,7 @@ def recipe_text(tuned: Tuned, config: SearchConfig, recipe_dir: Path | None, out
         f"Validation suite {config.suite}, {max(best.scores)} documents a task: average {_percent(best.average)} "
         f"({', '.join(f'{name} {_percent(value)}' for name, value in best.last.items())}); the recipe before: {_percent(start.average)}.",
     ]
+    lines += _likelihoods(tuned)
     if best.floors:
         lines.append("Floors: " + ", ".join(f"{name} {_percent(value)}" for name, value in best.floors.items()) + ".")
     if not tuned.feasible:
@@ -58,7 +68,12 @@ def render(tuned: Tuned) -> Table:
 
     header, rows = text_rows(tuned, SHOWN)
     drawn = Table(
-        title="Best trials", caption=LEGEND, caption_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        title="Best trials",
+        caption=legend(tuned),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for i, cell in enumerate([header[0], *(row[0] for row in rows)]):
         drawn.add_column(cell, justify="right" if i else "left")
@@ -87,7 +102,7 @@ def markdown(tuned: Tuned) -> str:
     """The best trials as a page of the flow run."""
     header, rows = text_rows(tuned, 2 * SHOWN)
     lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---", *["---:"] * (len(header) - 1)], *rows]]
-    return "\n".join([verdict(tuned), "", *lines, "", LEGEND, ""])
+    return "\n".join([verdict(tuned), "", *lines, "", legend(tuned), ""])
 
 
 def verdict(tuned: Tuned) -> str:
@@ -112,7 +127,12 @@ def files(tuned: Tuned, dimensions: tuple[Dimension, ...], recipe_yaml: str, tit
     pictures = [
         page.Picture(
             "Best average",
-            "Every trial by its average score on the validation suite. Trials that were stopped early were measured on fewer documents.",
+            " ".join(
+                [
+                    "Every trial by its average score on the validation suite. Trials that were stopped early were measured on fewer documents.",
+                    *_likelihoods(tuned),
+                ]
+            ),
             best_so_far(tuned),
         )
     ]

@@ -161,8 +161,9 @@ class StudyConfig(_Strict):
             values = [value if isinstance(value, list) else [value] for value in entry.parameters.values()]
             for chosen, subset in product(product(*values), subsets_of(entry.experts, self.models, names)):
                 parameters = dict(zip(entry.parameters, chosen, strict=True))
-                words = [entry.merge_method, *(f"{key}={spell(value)}" for key, value in parameters.items())]
-                label = " ".join([*words, *(["tuned"] if entry.tune else []), *subset_label(subset, names)])
+                words = [entry.merge_method, *(["tuned"] if entry.tune else [])]
+                words += [f"{key}={spell(value)}" for key, value in parameters.items()]
+                label = " ".join([*words, *subset_label(subset, names)])
                 recipes = []
                 for one in replicates:
                     models = [one.models[i].model_dump(mode="json", by_alias=True, exclude_none=True) for i in subset]

@@ -170,3 +170,10 @@ def spell(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return str(value)  # every digit: two values never read alike
+
+
+def spelled(values: Sequence[Any]) -> list[Any]:
+    """A column's values, all as text where one of them is of several experts: a column of a file has one type."""
+    if not any(isinstance(value, tuple) for value in values):
+        return list(values)
+    return [None if value is None or value != value else spell(value) for value in values]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tasks.scores import mlflow_metric_name
+from tasks.tracking_artifacts import replace_artifacts
 from tasks.tracking_run import TAG_FINGERPRINT, LoggedRun, logged_run
 from tasks.tracking_search import complete_merges
 from tasks.tracking_store import artifact_errors, clear_errors, connect, experiment_id, locked, resolve_store
@@ -13,6 +14,8 @@ from tasks.tracking_write import TAG_ROLE, find_or_create, in_progress, log_valu
 
 TAG_STUDY = "study"
 ROLE = "study"
+CONFIG = "study.json"
+"""The study as it was run, among the run's artifacts."""
 
 
 def study_tag(name: str) -> str:
@@ -21,12 +24,13 @@ def study_tag(name: str) -> str:
 
 
 def log_study(
-    name: str, folder: Path, *, params: Mapping[str, str | int], metrics: Mapping[str, float], merges: Mapping[str, str],
+    name: str, folder: Path, *, config: str, tags: Mapping[str, str], metrics: Mapping[str, float], merges: Mapping[str, str],
     tracking_uri: str | None = None, root: Path | None = None,
 ) -> LoggedRun:  # fmt: skip
     """Log a study's folder as the artifacts of one run, known by the study's name; a repeated study replaces them.
 
-    ``merges``: fingerprint to the cell's label; their runs get the study's tag, and those of merges that the study has no longer lose
+    ``config``: the study as JSON, among the artifacts; ``tags``: what is to be seen of it at once. Not params, which MLflow never changes:
+    a study that grew would for ever be described as it first was. ``merges``: fingerprint to the cell's label; their runs get the study's tag, and those of merges that the study has no longer lose
     it. Raises StorageError.
     """
     store, safe = resolve_store(tracking_uri=tracking_uri, root=root), f"Its tables and figures lie in {folder}."
@@ -35,9 +39,10 @@ def log_study(
         experiment = experiment_id(client, store)
         run = find_or_create(client, experiment, {TAG_ROLE: ROLE, TAG_STUDY: name}, f"study {name}")
         with in_progress(client, run):
-            log_values(client, run, params, metrics, {})
+            log_values(client, run, {}, metrics, tags)
             with artifact_errors("the tables and figures", run.info.artifact_uri, safe):
-                client.log_artifacts(run.info.run_id, str(folder))
+                replace_artifacts(client, run.info.run_id, folder)
+                client.log_text(run.info.run_id, config, CONFIG)
             tag = study_tag(name)
             for one in complete_merges(client, experiment):
                 label = merges.get(one.data.tags[TAG_FINGERPRINT])

@@ -34,8 +34,8 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
             "documents, which flatters its lead a little."
         )
     parts.append(
-        f"{RECOVERED}: (base − merge) / (base − expert) on the experts' own capabilities, their mean, in percent; 100 is as good as every expert "
-        "on its own text."
+        f"{RECOVERED}: (base − merge) / (base − expert) on the experts' own capabilities, the best expert where several share one, their mean, in "
+        "percent; 100 is as good as every expert on its own text."
     )
     what = f"{DIFFERENCE} and {RECOVERED}" if best is not None else RECOVERED
     if results.over == "replicates":
@@ -44,6 +44,11 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
         parts.append(
             f"Errors of {what}: every model reads the same documents, and what they find hard alike cancels (paired document by document within "
             "each capability, linearised ratios of sums)."
+        )
+    # The merges of this table are of all experts: what one leaves out, all do.
+    if left_out := results.unrecoverable(chosen[0]):
+        parts.append(
+            f"It leaves out {', '.join(left_out)}: no expert is better than the base there, so there is no gain to keep."
         )
     bits = (*results.lossy, AVERAGE, *([DIFFERENCE] if best is not None else []))
     return [StudyTable("losses", "Loss on held-out text", " ".join(parts), pd.DataFrame(rows), percent=(RECOVERED,), bits=bits)]

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from tasks.pictures.page import Block, Picture, Section, table, to_html, to_png
 from tasks.pictures.study import pictures
 from tasks.scores import NOT_MEASURED
+from tasks.study_cells import spell
 from tasks.study_rows import DIFFERENCE, ERROR, StudyTable
 from tasks.study_scores import AVERAGE, BELOW, RETENTION, StudyResults
 from tasks.study_tables import all_tables
@@ -77,8 +78,9 @@ def _belongs(picture: str, table_key: str) -> bool:
 
 
 def _facts(results: StudyResults) -> list[str]:
-    documents = next(iter(results.base.values())).capabilities
-    counts = ", ".join(f"{name} {one.n_samples}" for name, one in documents.items())
+    found = {name: [one.capabilities[name].n_samples for one in results.base.values()] for name in results.capabilities}
+    counts = ", ".join(f"{name} {n[0] if len(set(n)) == 1 else spell(tuple(n))}" for name, n in found.items())
+    counts += " (one number a replicate where they differ)" if any(len(set(n)) > 1 for n in found.values()) else ""
     experts = ", ".join(f"{name} ({own})" if own and own != name else name for name, own in results.experts.items())
     many = (
         f", each on {len(results.replicates)} replicates ({', '.join(results.replicates)})" if len(results.replicates) > 1 else ""

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from tasks.scores import ModelScores
-from tasks.study_cells import Cell, spell, unusual
+from tasks.study_cells import Cell, spell, subset_label, unusual
 from tasks.study_scores import Estimate, StudyResults
 
 ERROR = "_se"
@@ -61,6 +61,12 @@ def words(cell: Cell, skip: Sequence[str] = ()) -> str:
         said.add("density")  # also one of 1: it says something where others of the method search theirs
     settings = [f"{key}={spell(value)}" for key, value in cell.settings.items() if key in said - set(skip)]
     return " ".join([cell.method, *(["tuned"] if cell.tune else []), *settings])
+
+
+def words_of_subset(results: StudyResults, cell: Cell) -> str:
+    """``words``, and which experts are merged where it is not all of them: ``ota tuned without math``."""
+    names = list(results.experts)
+    return " ".join([words(cell), *subset_label([names.index(name) for name in cell.experts], names)])
 
 
 def model_rows(

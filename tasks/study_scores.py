@@ -15,7 +15,7 @@ import pandas as pd
 
 from tasks.loss_errors import difference_error, recovered_error
 from tasks.scores import ModelScores
-from tasks.study_cells import Cell
+from tasks.study_cells import Cell, spelled
 
 AVERAGE, RETENTION, BELOW = "average", "retention", "below_base"
 
@@ -122,20 +122,19 @@ class StudyResults:
         return estimate([_mean([_loss(one, name) for name in self.lossy]) for one in models])
 
     def recovered(self, cell: Cell) -> Estimate:
-        """Mean over the merged experts' own capabilities of (base − merge) / (base − expert) in losses: which part of the experts' gain is kept.
+        """Mean over the merged experts' own capabilities of (base − merge) / (base − expert) in losses: which part of the experts' gain is kept,
+        of the best expert where several share a capability.
 
-        NaN where an expert is no better than the base on its own text. Over documents, the three are paired: see ``tasks.loss_errors``.
+        Without ``unrecoverable``; NaN where nothing is left. Over documents, the three are paired: see ``tasks.loss_errors``.
         """
-        values = []
+        left_out, values = self.unrecoverable(cell), []
         for one in self.of(cell):
             base, alone = self.base[one.replicate], self.alone[one.replicate]
-            own = [(name, alone[e]) for e in cell.experts if (name := self.experts[e]) in self.lossy]
-            gains = [(base.losses[k] - one.scores.losses[k], base.losses[k] - expert.losses[k]) for k, expert in own]
-            if not gains or any(whole <= 0 for _, whole in gains):
-                values.append(Estimate(math.nan, math.nan))
-            else:
-                kept = fmean(part / whole for part, whole in gains)
-                values.append(Estimate(kept, recovered_error(base, one.scores, own)))
+            own = [(name, alone[e]) for name, e in self._best_of(one.replicate, cell.experts).items() if name not in left_out]
+            parts = [(base.losses[k] - one.scores.losses[k]) / (base.losses[k] - expert.losses[k]) for k, expert in own]
+            values.append(
+                Estimate(fmean(parts), recovered_error(base, one.scores, own)) if parts else Estimate(math.nan, math.nan)
+            )
         return estimate(values)
 
     def loss_difference(self, cell: Cell, other: Cell, capabilities: Sequence[str]) -> Estimate:
@@ -148,6 +147,17 @@ class StudyResults:
             mean = fmean(a.scores.losses[name] - b.scores.losses[name] for name in capabilities)
             values.append(Estimate(mean, difference_error(a.scores, b.scores, capabilities)))
         return estimate(values)
+
+    def unrecoverable(self, cell: Cell) -> tuple[str, ...]:
+        """Capabilities that ``recovered`` leaves out: no merged expert is better than the base on its own text, so there is no gain to keep.
+
+        Those of any replicate are left out on all: means over different capabilities compare to nothing.
+        """
+        return tuple(name for name in self.lossy if any(self._nothing_gained(name, r, cell.experts) for r in self.replicates))
+
+    def _nothing_gained(self, name: str, replicate: str, experts: Sequence[str]) -> bool:
+        best = self._best_of(replicate, experts).get(name)
+        return best is not None and self.alone[replicate][best].losses[name] >= self.base[replicate].losses[name]
 
     def retention(self, cell: Cell) -> Estimate:
         """Mean over the merged experts' own capabilities of merged / expert (methods.md, section 7), the best expert where several share one.
@@ -200,6 +210,18 @@ class StudyResults:
                     found[capability] = score
         return found
 
+    def _best_of(self, replicate: str, experts: Sequence[str]) -> dict[str, str]:
+        """Own capability to that one of these experts with the lowest loss on it, where losses are measured."""
+        found: dict[str, str] = {}
+        alone = self.alone[replicate]
+        for name in experts:
+            capability = self.experts[name]
+            if capability in self.lossy:
+                best = found.setdefault(capability, name)
+                if alone[name].losses[capability] < alone[best].losses[capability]:
+                    found[capability] = name
+        return found
+
     def tidy(self) -> pd.DataFrame:
         """One capability a row: model, kind (base, expert, merge), replicate, capability, score, stderr (over documents), documents, loss, loss_stderr."""
         models = [("base", "base", r, s) for r, s in self.base.items()]
@@ -218,15 +240,15 @@ class StudyResults:
         rows: list[dict[str, Any]] = []
         for cell in self.cells:
             for one in self.of(cell):
-                known = {key: str(value) if isinstance(value, tuple) else value for key, value in cell.settings.items()}
                 cost = {"bytes_per_param": one.bytes_per_param, "sqrt_error": one.sqrt_error}
                 rows.append(
                     {"model": cell.label, "replicate": one.replicate, "experts": "+".join(cell.experts)}
-                    | known
+                    | cell.settings
                     | one.chosen
                     | cost
                 )
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        return frame.assign(**{name: spelled(list(frame[name])) for name in frame if frame[name].map(_is_tuple).any()})
 
 
 def estimate(values: Sequence[Estimate]) -> Estimate:
@@ -237,6 +259,10 @@ def estimate(values: Sequence[Estimate]) -> Estimate:
     if any(math.isnan(mean) for mean in means):
         return Estimate(math.nan, math.nan)
     return Estimate(fmean(means), stdev(means) / math.sqrt(len(means)))
+
+
+def _is_tuple(value: object) -> bool:
+    return isinstance(value, tuple)
 
 
 def _score(scores: ModelScores, capability: str) -> Estimate:

@@ -4,11 +4,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from tasks.study_cells import FFG_SETTINGS, Cell, canonical, families, spell
+from ota_core.recipe import default
+from tasks.study_cells import FFG_SETTINGS, Cell, canonical, families, spell, spelled
 from tasks.study_losses import losses_table
-from tasks.study_rows import DIFFERENCE, Row, StudyTable, errors_over, is_ffg, methods_of, model_rows, numbers, on_all, words
+from tasks.study_rows import (
+    DIFFERENCE,
+    Row,
+    StudyTable,
+    errors_over,
+    is_ffg,
+    methods_of,
+    model_rows,
+    numbers,
+    on_all,
+    words,
+    words_of_subset,
+)
 from tasks.study_scores import AVERAGE, BELOW, RETENTION, StudyResults
 
 _NAMES = {"none": "full", "rank1": "rank 1", "log8": "log8"}
@@ -63,17 +77,19 @@ def ffg_table(results: StudyResults) -> list[StudyTable]:
             row = {"recipe": recipe, "FFG": f"density {spell(cell.settings['density'])}"} | _merge(results, cell)
             rows.append(row | numbers(DIFFERENCE, results.difference(cell, off)))
     caption = f"{DIFFERENCE}: of the average to the same recipe without FFG{_paired(results)}. {_explained(results)}"
-    return [_table(results, "ffg", "FFG on and off", caption, rows, more=(DIFFERENCE,))] if rows else []
+    return [_table(results, "ffg", "FFG on and off", caption, rows)] if rows else []
 
 
 def density_table(results: StudyResults) -> list[StudyTable]:
     """The density sweep of merges of all experts: FFG beside magnitude."""
     rows: list[Row] = []
-    for off, group in density_families(on_all(results)):
-        if len({cell.settings["density"] for cell in [*group, *([off] if off else [])]}) < 2:
+    for off, every in density_families(on_all(results)):
+        # Densities that differ between the experts are no point of an axis; the table of FFG on and off has them.
+        group = [cell for cell in every if not isinstance(cell.settings["density"], tuple)]
+        if not group or len({cell.settings["density"] for cell in [*group, *([off] if off else [])]}) < 2:
             continue
         recipe = words(group[0], skip=("density", "metric"))
-        for density in sorted({cell.settings["density"] for cell in group}, key=str):
+        for density in sorted({cell.settings["density"] for cell in group}):
             by = {cell.settings["metric"]: cell for cell in group if cell.settings["density"] == density}
             row: Row = {"recipe": recipe, "density": density}
             for metric, name in (("curvature", "FFG"), ("magnitude", "magnitude")):
@@ -135,12 +151,16 @@ def compression_table(results: StudyResults) -> list[StudyTable]:
         for cell in group:
             found = results.of(cell)
             row: Row = {"recipe": recipe, "second moments": moments_name(cell)} | _merge(results, cell)
+            row |= _against(results, cell, group, "compression")
             row["bytes/parameter"] = sum(one.bytes_per_param for one in found) / len(found)
-            row["√v error"] = max(one.sqrt_error for one in found)
+            # max() would pass over a NaN that is not its first value.
+            row["√v error"] = float(np.max([one.sqrt_error for one in found]))
             rows.append(row)
+    lost = any(pd.isna(row["bytes/parameter"]) for row in rows)
     caption = (
         "bytes/parameter: what the stored second moments take, mean over the experts. √v error: ‖√ṽ − √v‖ / ‖√v‖, the largest of all experts. "
-        f"{_explained(results)}"
+        f"{'Both are blank where the stored second moments are no longer among the artifacts. ' if lost else ''}"
+        f"{_compared(results, rows, 'full second moments')}{_explained(results)}"
     )
     return [_table(results, "compression", "Full and compressed second moments", caption, rows)] if rows else []
 
@@ -156,7 +176,7 @@ def combination_table(results: StudyResults) -> list[StudyTable]:
     rows = _family_rows(results, "masked_merge", "combined by")
     caption = (
         "The same masks, then the masked task vectors weighed by curvature (precond), averaged (linear) or merged as TIES does (ties). "
-        f"{_explained(results)}"
+        f"{_compared(results, rows, 'precond')}{_explained(results)}"
     )
     return [_table(results, "combination", "Precond, linear and ties after FFG", caption, rows)] if rows else []
 
@@ -169,22 +189,57 @@ def sweep_tables(results: StudyResults) -> list[StudyTable]:
     for key in [*(key for key in keys if key not in covered), "density"]:
         rows = _family_rows(results, key, key, lambda cell: key != "density" or cell.method != "ota")  # noqa: B023 - used at once
         if rows:
-            rows.sort(key=lambda row: (row["recipe"], row[key]) if isinstance(row[key], float) else (row["recipe"], 0))
+            rows.sort(key=lambda row: (row["recipe"], _place(row[key])))
+            rows = [row | {key: value} for row, value in zip(rows, spelled([row[key] for row in rows]), strict=True)]
+            caption = f"{_compared(results, rows, f'the default {key}')}{_explained(results)}"
             title = {
                 "lambda": "Scale λ of the merged task vector",
                 "power": "Power of the curvature",
                 "density": "Density of other methods",
             }
             where = "sweep-density" if key == "density" else key
-            found.append(_table(results, where, title.get(key, f"Parameter {key}"), _explained(results), rows))
+            found.append(_table(results, where, title.get(key, f"Parameter {key}"), caption, rows))
     return found
 
 
 def _family_rows(results: StudyResults, key: str, column: str, keep: Callable[[Cell], bool] = lambda cell: True) -> list[Row]:
     rows: list[Row] = []
     for group in families([cell for cell in on_all(results) if keep(cell)], (key,)):
-        rows += [{"recipe": words(cell, skip=(key,)), column: cell.settings.get(key)} | _merge(results, cell) for cell in group]
+        rows += [
+            {"recipe": words(cell, skip=(key,)), column: cell.settings.get(key)}
+            | _merge(results, cell)
+            | _against(results, cell, group, key)
+            for cell in group
+        ]
     return rows
+
+
+def _against(results: StudyResults, cell: Cell, family: Sequence[Cell], key: str) -> Row:
+    """The difference of a cell's average to that of the cell of its family with the default ``key``, on the same replicates.
+
+    No column where the grid has no such cell, and none with one replicate: there is nothing to pair, and an error as if the two were
+    independent would be too large.
+    """
+    usual = next((one for one in family if one.settings.get(key) == default(one.method, key)), None)
+    if usual is None or len(results.replicates) < 2:
+        return {}
+    return numbers(DIFFERENCE, None if usual is cell else results.difference(cell, usual))
+
+
+def _compared(results: StudyResults, rows: Sequence[Row], reference: str) -> str:
+    """What the column of ``_against`` says; nothing where no row has a difference."""
+    if not any(DIFFERENCE in row for row in rows):
+        return ""
+    return f"{DIFFERENCE}: of the average to the same recipe with {reference}{_paired(results)}. "
+
+
+def _place(value: Any) -> tuple[float, ...]:
+    """Where a value of a sweep stands among the others: numbers by their size, those of several experts by the first that differs.
+
+    What is no number stays in the grid's order.
+    """
+    values = value if isinstance(value, tuple) else (value,)
+    return values if all(isinstance(one, float) for one in values) else ()
 
 
 def subsets_table(results: StudyResults) -> list[StudyTable]:
@@ -211,7 +266,8 @@ def tuning_table(results: StudyResults) -> list[StudyTable]:
     for cell in (cell for cell in results.cells if cell.tune):
         for one in results.of(cell):
             rows.append(
-                {"model": cell.label, "replicate": one.replicate or "–"} | {key: one.chosen.get(key) for key in cell.tune}
+                {"model": words_of_subset(results, cell), "replicate": one.replicate or "–"}
+                | {key: one.chosen.get(key) for key in cell.tune}
             )
     caption = "λ and density that each tuned method found on the validation suite, all with the same number of trials."
     return [StudyTable("tuning", "What tuning found", caption, pd.DataFrame(rows))] if rows else []
@@ -239,11 +295,10 @@ def _table(
     caption: str,
     rows: list[Row],
     *,
-    more: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> StudyTable:
-    percent = tuple(only) or (*results.capabilities, AVERAGE, RETENTION, *more)
     frame = pd.DataFrame(rows)
+    percent = tuple(only) or tuple(name for name in (*results.capabilities, AVERAGE, RETENTION, DIFFERENCE) if name in frame)
     if "recipe" in frame and frame["recipe"].nunique() == 1:  # it stands in the caption once
         caption = f"Recipe: {frame['recipe'].iloc[0]}. {caption}"
         frame = frame.drop(columns="recipe")
@@ -261,5 +316,9 @@ def _explained(results: StudyResults, *, retention: bool = True) -> str:
         left_out = ", ".join(name for name in results.capabilities if name not in results.averaged)
         text += f" The average leaves out what was not measured for every model: {left_out}."
     if retention:
-        text += " Retention: merge / expert on the experts' own capabilities. below base: capabilities on which the merge is worse than the base."
+        independent = ", its error as if merge and expert were independent" if results.over == "documents" else ""
+        text += (
+            f" Retention: merge / expert on the experts' own capabilities, the best expert where several share one{independent}. "
+            "below base: capabilities on which the merge is worse than the base."
+        )
     return text

@@ -35,11 +35,11 @@ def pictures(results: StudyResults, made: Sequence[StudyTable]) -> dict[str, Pic
         found["density"] = _density(results, tables["density"])
     if "grafting" in tables:
         found["grafting"] = _grafting(results, tables["grafting"])
-    if "compression" in tables:
-        found["compression"] = _compression(results, tables["compression"])
+    if "compression" in tables and (known := _compression(results, tables["compression"])):
+        found["compression"] = known
     for key in ("lambda", "power", "sweep-density"):
-        if key in tables:
-            found[key] = _sweep(results, tables[key])
+        if key in tables and (drawn := _sweep(results, tables[key])):
+            found[key] = drawn
     return found
 
 
@@ -180,8 +180,11 @@ def _lines(data: pd.DataFrame, facet: str, order: list[str], title: str) -> alt.
     return _facet(alt.layer(*layers, data=data).properties(width=width, height=height), facet, order)
 
 
-def _compression(results: StudyResults, table: StudyTable) -> Picture:
-    frame = table.frame
+def _compression(results: StudyResults, table: StudyTable) -> Picture | None:
+    """None where no merge's second moments are among the artifacts: nobody knows what they take."""
+    frame = table.frame.dropna(subset=["bytes/parameter"])
+    if frame.empty:
+        return None
     rows = [
         {
             "moments": row["second moments"],
@@ -215,12 +218,18 @@ def _compression(results: StudyResults, table: StudyTable) -> Picture:
     words = base.mark_text(align="left", dx=9, dy=-9, fontSize=12).encode(y=y, text="moments:N")
     chart = alt.layer(bars, points, words, data=data).properties(width=460, height=240)
     caption = f"Average of merges of all experts against what the stored second moments take. {_bars(results)}"
+    if lost := list(dict.fromkeys(table.frame["second moments"].drop(frame.index))):
+        caption += f" Left out, because second moments are no longer among the artifacts: {', '.join(lost)}."
     return Picture("Bytes per parameter and quality", caption, _facet(chart, "recipe", list(dict.fromkeys(data["recipe"]))))
 
 
-def _sweep(results: StudyResults, table: StudyTable) -> Picture:
+def _sweep(results: StudyResults, table: StudyTable) -> Picture | None:
+    """None where no value is a number: one that differs between the experts is no point of an axis."""
     key = {"sweep-density": "density"}.get(table.key, table.key)
     frame = table.frame if "recipe" in table.frame else table.frame.assign(recipe="")
+    frame = frame.assign(**{key: pd.to_numeric(frame[key], errors="coerce")}).dropna(subset=[key])
+    if frame.empty:
+        return None
     data = pd.DataFrame([{"recipe": row["recipe"], "at": row[key]} | _percent(row, AVERAGE) for _, row in frame.iterrows()])
     data["base"] = 100 * results.average(results.models()).mean
     recipes = list(dict.fromkeys(data["recipe"]))

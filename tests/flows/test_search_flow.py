@@ -29,7 +29,8 @@ from tasks.settings import places
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
 from tests.flows.prefect_fixture import flow_run_name, task_states
-from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
+from tests.tasks.test_real_losses import LOSSES, TEXT
+from tests.tiny_suite import edited, read_rows, write_rows, write_tiny_suite
 
 
 @pytest.fixture
@@ -197,6 +198,25 @@ def test_suites_that_share_documents_are_refused(here: World, tmp_path: Path, co
     with pytest.raises(SearchError, match=rf"share {2 if renamed else 24} of 24 documents \(tiny_"):
         run(here, config(here, test=str(suite), test_data_dir=str(data)))
     assert counts["merge"] == counts["score"] == 0
+
+
+def test_where_the_suite_measures_a_loss_trials_and_floors_go_by_it(here: World, tmp_path: Path) -> None:
+    suite, data = write_tiny_suite(tmp_path / "losses")
+    (suite.parent / "tiny" / "text.yaml").write_text(TEXT)
+    write_rows(data / "text.jsonl", [{"text": f"{i} and {i} are {2 * i}"} for i in range(12)])
+    edited(suite, LOSSES)
+    search = config(here, suite=str(suite), data_dir=str(data), budget={"trials": 2, "rungs": [4, 8]}, floor="base")
+    ran = run(here, search)
+    kept = [
+        ModelScores.model_validate_json(file.read_text())
+        for file in Path(places(here.home).artifacts, "scores").glob(f"*/{stages.SCORES_FILE}")
+    ]
+    likelihoods = {2.0 ** -one.losses["math"] for one in kept}
+    for trial in ran.outcome.tuned.trials:
+        assert {scores["math"] for scores in trial.scores.values()} | {trial.floors["math"]} <= likelihoods
+        assert trial.last["knowledge"] in {one.by_capability()["knowledge"] for one in kept}
+    assert ran.outcome.tuned.likelihoods == ("math",) and "# Of math: the likelihood of a byte" in ran.outcome.recipe
+    assert logged(here, ran.outcome)[0].data.params["likelihood_of_a_byte"] == "math"
 
 
 def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, worker_here: list[str], tmp_path: Path) -> None:

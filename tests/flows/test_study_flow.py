@@ -1,5 +1,6 @@
 """Studies in this process: cells that fail stop no others, cells that were merged are found, tables and figures of all."""
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -102,13 +103,22 @@ def test_merges_of_a_study_are_no_candidates_for_serving(here: World) -> None:
     assert len(runs) == 1 and not [v for v in client.search_model_versions() if v.run_id == runs[0].info.run_id]
 
 
-def test_the_summary_in_mlflow_is_one_run_however_often_the_study_runs(here: World) -> None:
-    for grid in ({"merge_method": "linear"}, {"merge_method": "ties", "parameters": {"density": [0.2, 0.6]}}):
-        outcome = run(raw(here, grid, name="summary")).result()
+def test_the_summary_in_mlflow_is_one_run_however_often_the_study_runs(here: World, tmp_path: Path) -> None:
+    sweep = {"merge_method": "task_arithmetic", "parameters": {"lambda": [0.5, 1]}}
+    for grid in ([{"merge_method": "linear"}, sweep], [{"merge_method": "ties", "parameters": {"density": [0.2, 0.6]}}]):
+        outcome = run(raw(here, *grid, name="summary")).result()
     client = MlflowClient(here.tracking_uri)
     (one,) = client.search_runs([outcome.logged.experiment_id], "tags.study = 'summary'")
     assert one.info.run_id == outcome.logged.run_id and one.data.tags["role"] == "study" and one.info.status == "FINISHED"
     assert {"results.md", "study.html", "tables", "figures"} <= {found.path for found in client.list_artifacts(one.info.run_id)}
+    # What describes the study is of the study as it is now, and so are its tables and figures: the sweep of λ is gone.
+    assert one.data.tags["cells"] == "2" and not one.data.params
+    kept = Path(client.download_artifacts(one.info.run_id, "", str(tmp_path)))
+    assert json.loads((kept / "study.json").read_text())["grid"] == [
+        {"merge_method": "ties", "parameters": {"density": [0.2, 0.6]}}
+    ]
+    names = {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()} - {"study.json"}
+    assert names == {path.relative_to(outcome.folder).as_posix() for path in outcome.folder.rglob("*") if path.is_file()}
     assert {"score/avg/ties density.0.2", "score/avg/ties density.0.6"} <= set(one.data.metrics)
     # The merges of the study as it is now carry its tag, whoever merged them; the linear one is in it no longer.
     merges = client.search_runs([outcome.logged.experiment_id], "tags.`study.summary` LIKE '%'")

@@ -214,6 +214,19 @@ def test_a_larger_budget_adds_to_a_search(tmp_path: Path) -> None:
     assert len(other.calls) == 2 * len(first.calls)
 
 
+@pytest.mark.parametrize(("large", "small"), [(Budget(trials=12), Budget(trials=6)), (Budget(evaluations=20), Budget(evaluations=10)),
+                                              (Budget(trials=9), Budget(evaluations=5))])  # fmt: skip
+def test_of_a_smaller_budget_only_the_trials_count_that_it_pays_for(tmp_path: Path, large: Budget, small: Budget) -> None:
+    """What was tried beyond it chooses nothing, and is there again when the budget grows."""
+    whole = tune(recipe(density=0.4), Space(), large, peak, storage=tmp_path)
+    again = Counted()
+    less = tune(recipe(density=0.4), Space(), small, again, storage=tmp_path)
+    fresh = tune(recipe(density=0.4), Space(), small, peak)
+    assert shortened(less) == shortened(fresh) and less.evaluations == fresh.evaluations and less.best == fresh.best
+    assert len(less.trials) < len(whole.trials) and not again.calls
+    assert shortened(tune(recipe(density=0.4), Space(), large, again, storage=tmp_path)) == shortened(whole) and not again.calls
+
+
 SLOW = """
 import sys, time
 from pathlib import Path

@@ -61,6 +61,13 @@ def test_tables_show_the_best_and_always_the_recipe() -> None:
     )
 
 
+def test_what_was_measured_by_likelihood_is_said_wherever_its_numbers_stand() -> None:
+    told = TUNED.model_copy(update={"likelihoods": ("math",)})
+    said = "Of math: the likelihood of a byte of held-out text, 2 to the minus bits per byte."
+    assert said in markdown(told) and said in str(render(told).caption) and f"# {said}\n" in recipe_text(told, CONFIG, None, "")
+    assert "likelihood" not in markdown(TUNED) + str(render(TUNED).caption) + recipe_text(TUNED, CONFIG, None, "")
+
+
 def test_where_nothing_holds_the_least_violation_is_named() -> None:
     lost = Tuned(trials=(TUNED.trials[0], TUNED.trials[3]), evaluations=3)
     assert lost.best.number == 0 and not lost.feasible

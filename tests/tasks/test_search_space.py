@@ -10,6 +10,7 @@ from ota_core.errors import OtaError
 from ota_core.recipe import MergeRecipe
 from tasks.search_config import Floor, SearchConfig, floors_of, load_search, parse_floor, recipe_of
 from tasks.search_space import Range, Space, apply, starts, values_of
+from tests.tasks.study_results import scores
 
 ALL = Space.model_validate(
     {"density": "0.1:1", "lambda": "0.5:2", "weight": "0:1", "scaling_factor": "0.5:2:log", "power": "0:1", "t": "0:1"}
@@ -189,6 +190,20 @@ def test_floors_become_scores() -> None:
     unmeasured = SCORES | {"code": None}
     experts = {"m": ("math", {"math": 0.8, "code": None, "chat": 0.2})}
     assert floors_of({"default": Floor("base")}, SCORES, unmeasured, experts) == {"math": 0.1, "chat": 0.5}
+
+
+def test_floors_are_of_what_the_trials_are_measured_by() -> None:
+    """math has a held-out loss: floors, like trials, are of the likelihood of a byte there, of the best expert, whatever it answers."""
+    base = scores({"math": 0.1, "code": 0.3}, losses={"math": 2.0})
+    experts = {
+        "m1": ("math", scores({"math": 0.9, "code": 0.0}, losses={"math": 1.5})),
+        "m2": ("math", scores({"math": 0.6, "code": 0.0}, losses={"math": 1.0})),
+        "c": ("code", scores({"math": 0.0, "code": 0.8}, losses={"math": 3.0})),
+    }
+    capabilities = {"math": 0, "code": 0}
+    assert floors_of({"default": Floor("base")}, capabilities, base, experts) == {"math": 0.25, "code": 0.3}
+    assert floors_of({"default": Floor("expert", 0.5)}, capabilities, base, experts) == {"math": 0.25, "code": 0.4}
+    assert floors_of({"default": Floor("score", 0.4)}, capabilities, base, experts) == {"math": 0.4, "code": 0.4}
 
 
 def test_floors_that_nothing_was_measured_for_are_all_named() -> None:

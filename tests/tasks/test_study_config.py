@@ -105,7 +105,7 @@ def test_what_a_tuned_density_will_rank_by_keeps_cells_apart() -> None:
     tune = {"suite": "demo-validation", "trials": 4, "lambda": [0.5, 1.5], "density": [0.1, 0.9]}
     metrics = [{"merge_method": "ota", "parameters": {"metric": one}, "tune": True} for one in ("curvature", "magnitude")]
     cells = study({"merge_method": "ota", "tune": True}, *metrics, tune=tune).cells()
-    assert [cell.equal for cell in cells] == [("ota metric=curvature tuned",), ()]
+    assert [cell.equal for cell in cells] == [("ota tuned metric=curvature",), ()]
 
 
 def test_settings_that_decide_something_keep_cells_apart() -> None:
@@ -129,7 +129,7 @@ def test_replicates_fill_the_addresses_and_nothing_else() -> None:
     assert [recipe.models[0].parameters.preconditioner_path for recipe in cell.recipes] == ["v1.safetensors", "v20.safetensors"]
     assert [one.data_dir for one in found.all_replicates()] == ["data/1", "data/20"]
     assert [one.tune and one.tune.data_dir for one in found.all_replicates()] == ["validation/1", "validation/20"]
-    assert cell.label == "ota density=0.5 tuned" and cell.tune == ("lambda",)
+    assert cell.label == "ota tuned density=0.5" and cell.tune == ("lambda",)
 
 
 def test_several_placeholders_go_side_by_side() -> None:
@@ -161,7 +161,7 @@ def test_tuned_entries_search_what_the_method_has_and_the_entry_leaves_open() ->
         tune=TUNE,
     ).cells()
     assert [(cell.label, cell.tune) for cell in cells] == [
-        ("ties tuned", ("lambda", "density")), ("ties lambda=1 tuned", ("density",)), ("ties lambda=2 tuned", ("density",)),
+        ("ties tuned", ("lambda", "density")), ("ties tuned lambda=1", ("density",)), ("ties tuned lambda=2", ("density",)),
         ("task_arithmetic tuned", ("lambda",)), ("ties", ()),
     ]  # fmt: skip
 

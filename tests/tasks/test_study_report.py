@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,50 @@ def test_results_elsewhere_have_their_figures_beside_them(tmp_path: Path) -> Non
         write_results(tmp_path / "study", results, tables, file, command="c")
     figures = re.findall(r"!\[.*\]\((.*)\)", file.read_text())
     assert len(figures) == 5 and all(figure.startswith("results/") and (file.parent / figure).is_file() for figure in figures)
+
+
+def test_experts_with_a_density_of_their_own_and_lost_moments_end_in_files(tmp_path: Path) -> None:
+    """Densities that differ between the experts, and second moments that are no longer among the artifacts."""
+    models = [
+        {"model": "math{seed}", "capability": "math", "parameters": {"density": 0.3}},
+        {"model": "code{seed}", "capability": "code"},
+    ]
+    grid: list[dict[str, Any]] = [
+        {"merge_method": "ota", "parameters": {"density": [0.3, 0.2, 0.6], "metric": ["curvature", "magnitude"]}, "experts": ["all", "each"]},
+        {"merge_method": "ota", "parameters": {"density": 0.3, "compression": ["rank1", "log8"]}},
+        {"merge_method": "ties", "parameters": {"density": [0.1, 0.3, 0.9]}},
+    ]  # fmt: skip
+
+    def costs(known: str) -> Any:
+        return lambda label: {"bytes_per_param": 4.0, "sqrt_error": 0.5} if known in label else {}
+
+    flat = {"math": 0.5, "code": 0.25}
+    some = study(*grid, of=lambda *_: flat, models=models, cost=costs("rank1"))
+    write_study(some, tmp_path / "some", command="c")
+    text = (tmp_path / "some" / "results.md").read_text()
+    assert "| 0.3/0.1 |" in text and "| 0.3/0.9 |" in text
+    assert "Both are blank where the stored second moments are no longer among the artifacts." in text
+    assert "Left out, because second moments are no longer among the artifacts: full, log8." in text
+    assert {path.stem for path in (tmp_path / "some" / "figures").iterdir()} >= {"compression", "sweep-density", "grafting"}
+    cells = pd.read_parquet(tmp_path / "some" / "tables" / "cells.parquet").set_index("model")
+    assert set(cells.loc["ties density=0.9", "density"]) == {"0.3/0.9"} and set(cells.loc["ties density=0.3", "density"]) == {
+        "0.3"
+    }
+    none = study(*grid, of=lambda *_: flat, models=models)
+    write_study(none, tmp_path / "none", command="c")
+    text = (tmp_path / "none" / "results.md").read_text()
+    assert "Both are blank" in text and "figures/compression.png" not in text
+    assert not (tmp_path / "none" / "figures" / "compression.png").exists()
+
+
+def test_documents_are_counted_on_every_replicate(tmp_path: Path) -> None:
+    results = made()
+    last = results.base["seed=3"]
+    fewer = last.capabilities | {"code": last.capabilities["code"].model_copy(update={"n_samples": 98})}
+    base = results.base | {"seed=3": last.model_copy(update={"capabilities": fewer})}
+    write_study(replace(results, base=base), tmp_path, command="c")
+    said = "documents of each capability: math 100, code 100/100/98 (one number a replicate where they differ)."
+    assert said in (tmp_path / "results.md").read_text()
 
 
 def test_one_replicate_draws_the_same_pictures(tmp_path: Path) -> None:

@@ -131,12 +131,45 @@ def test_losses_of_one_replicate_whose_documents_were_not_kept() -> None:
     assert row[RECOVERED] == pytest.approx(0.375) and math.isnan(row[f"{RECOVERED}{ERROR}"])
 
 
-def test_an_expert_that_learned_nothing_leaves_recovery_empty() -> None:
-    def of(label: str, i: int) -> dict[str, float]:
-        return {"math": 2.0, "code": 3.0} if label == "math" else losses(label, i)
+def test_what_no_expert_learned_is_left_out_of_recovery_and_said() -> None:
+    """The math expert of the second seed is as good as the base: on both seeds code alone counts, (3 - 2.75) / (3 - 2)."""
 
-    row = tables({"merge_method": "linear"}, of=flat, loss=of)["losses"].frame.set_index("model").loc["linear"]
-    assert math.isnan(row[RECOVERED]) and row["math"] == pytest.approx(1.375)
+    def of(label: str, i: int) -> dict[str, float]:
+        return {"math": 2.0, "code": 3.0} if label == "math" and i else losses(label, i)
+
+    found = tables({"merge_method": "linear"}, of=flat, loss=of)["losses"]
+    row = found.frame.set_index("model").loc["linear"]
+    assert row[RECOVERED] == pytest.approx(0.25) and row["math"] == pytest.approx(1.375)
+    assert found.caption.endswith("It leaves out math: no expert is better than the base there, so there is no gain to keep.")
+    nothing = tables({"merge_method": "linear"}, of=flat, loss=lambda label, i: LOSSES_OF_THE_BASE)["losses"]
+    assert math.isnan(nothing.frame.set_index("model").loc["linear", RECOVERED]) and "leaves out math, code:" in nothing.caption
+    assert "leaves out" not in tables({"merge_method": "linear"}, of=flat, loss=losses)["losses"].caption
+
+
+LOSSES_OF_THE_BASE = {"math": 2.0, "code": 3.0}
+
+
+def test_recovery_is_of_the_best_expert_of_a_capability_as_retention_is() -> None:
+    """Two experts of code, at 2.0 and at 2.6: code counts once, (3 - 2.75) / (3 - 2), beside math with (2 - 1.5) / (2 - 1)."""
+    known = {"base": (2.0, 3.0), "m": (1.0, 3.2), "c1": (2.2, 2.0), "c2": (2.2, 2.6)}
+    models = [
+        {"model": f"{name}{{seed}}", "name": name, "capability": own}
+        for name, own in (("m", "math"), ("c1", "code"), ("c2", "code"))
+    ]
+    found = tables(
+        {"merge_method": "linear"}, of=flat, models=models, alone=lambda name, i: {"math": 0.5, "code": 0.5},
+        loss=lambda label, i: dict(zip(("math", "code"), known.get(label, (1.5, 2.75)), strict=True)),
+    )["losses"]  # fmt: skip
+    assert found.frame.set_index("model").loc["linear", RECOVERED] == pytest.approx((0.5 + 0.25) / 2)
+    assert "the best expert where several share one" in found.caption
+
+
+def test_the_caption_says_what_an_error_of_retention_over_documents_takes_for_granted() -> None:
+    said = "its error as if merge and expert were independent"
+    assert said in tables({"merge_method": "linear"}, of=flat, replicates=1)["methods"].caption
+    assert said not in tables({"merge_method": "linear"}, of=flat)["methods"].caption, (
+        "over replicates it takes nothing for granted"
+    )
 
 
 def test_a_capability_without_a_loss_for_every_model_is_in_no_loss_table() -> None:
@@ -251,6 +284,78 @@ def test_subsets_of_experts_and_the_best_expert_of_a_capability() -> None:
     frame = tables(grid, of=flat, alone=lambda name, i: own[name], models=models)["experts"].frame
     assert list(frame["experts"]) == ["all", "without c2", "without c1", "without m"]
     assert list(frame[RETENTION]) == pytest.approx([(0.8 + 0.25) / 2, (0.8 + 0.25) / 2, (0.8 + 0.5) / 2, 0.25])
+
+
+def by_seed(gain: str) -> Any:
+    """Scores that a seed moves by 0.3, and one cell's by 0.1 and 0.3 besides."""
+
+    def of(label: str, i: int) -> dict[str, float]:
+        value = 0.3 * i + ((0.1, 0.3)[i] if gain in label else 0.0)
+        return {"math": value, "code": value}
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("key", "parameters", "changed", "reference"),
+    [
+        ("compression", {"density": 0.4, "compression": ["none", "rank1"]}, "rank1", "full second moments"),
+        ("combination", {"density": 0.4, "masked_merge": ["precond", "ties"]}, "ties", "precond"),
+        ("lambda", {"lambda": [1, 1.5]}, "lambda=1.5", "the default lambda"),
+        ("power", {"power": [0.5, 1]}, "power=1", "the default power"),
+    ],
+)
+def test_rows_are_compared_seed_by_seed_with_the_one_that_they_vary(
+    key: str, parameters: dict[str, Any], changed: str, reference: str
+) -> None:
+    """Gains 0.1 and 0.3: mean 0.2, error 0.1414 / √2 = 0.1, though the averages themselves differ by more from seed to seed."""
+    grid = {"merge_method": "ota", "parameters": parameters}
+    found = tables(grid, of=by_seed(changed))[key]
+    first, second = (row for _, row in found.frame.iterrows())
+    assert math.isnan(first[DIFFERENCE]) and second[f"{AVERAGE}{ERROR}"] > 0.2
+    assert second[DIFFERENCE] == pytest.approx(0.2) and second[f"{DIFFERENCE}{ERROR}"] == pytest.approx(0.1)
+    assert f"difference: of the average to the same recipe with {reference}, replicate by replicate." in found.caption
+    assert DIFFERENCE in found.percent
+    alone = tables(grid, of=by_seed(changed), replicates=1)[key]
+    assert DIFFERENCE not in alone.frame and "difference" not in alone.caption
+
+
+def test_a_sweep_without_the_default_has_nothing_to_compare_with() -> None:
+    found = tables({"merge_method": "ota", "parameters": {"lambda": [1.5, 2]}}, of=flat)["lambda"]
+    assert DIFFERENCE not in found.frame and "difference" not in found.caption
+
+
+OWN_DENSITY = [
+    {"model": "math{seed}", "capability": "math", "parameters": {"density": 0.3}},
+    {"model": "code{seed}", "capability": "code"},
+]
+
+
+def test_densities_that_differ_between_experts_are_spelled_and_on_no_axis() -> None:
+    found = tables(
+        {"merge_method": "ota", "parameters": {"density": [0.3, 0.6], "metric": ["curvature", "magnitude"]}}, {"merge_method": "ota", "parameters": {"density": 1}},
+        {"merge_method": "ties", "parameters": {"density": [0.3, 0.9, 0.1]}}, of=flat, models=OWN_DENSITY,
+    )  # fmt: skip
+    assert "density" not in found, "one number alone is no sweep"
+    assert list(found["sweep-density"].frame["density"]) == ["0.3", "0.3/0.1", "0.3/0.9"]
+    assert list(found["methods"].frame["model"])[3:] == ["ota density=0.3", "ties density=0.3"]
+
+
+def test_densities_are_in_the_order_of_numbers() -> None:
+    grid = {"merge_method": "ota", "parameters": {"density": [0.2, 1e-05, 0.1], "metric": ["curvature", "magnitude"]}}
+    assert list(tables(grid, of=flat)["density"].frame["density"]) == [1e-05, 0.1, 0.2]
+
+
+def test_a_tuned_cell_is_spelled_alike_in_every_table() -> None:
+    grid = [
+        {"merge_method": "ota", "parameters": {"density": 1}, "tune": True},
+        {"merge_method": "ties", "tune": True, "experts": ["all", "each"]},
+    ]
+    results = study(*grid, of=flat, tune={"suite": "other", "trials": 2})
+    found = {one.key: one for one in all_tables(results)}
+    assert list(found["methods"].frame["model"])[3:] == ["ota tuned density=1", "ties tuned"]
+    named = ["ota tuned density=1", "ties tuned", "ties tuned on math", "ties tuned on code"]
+    assert list(found["tuning"].frame["model"].unique()) == named == [cell.label for cell in results.cells]
 
 
 def test_nothing_but_single_cells_gives_no_table_of_comparisons() -> None:

@@ -50,7 +50,7 @@ def study(root: Path) -> None:
     folder = root / "study"
     folder.mkdir(exist_ok=True)
     (folder / "table.csv").write_text("a\n")
-    log_study("s", folder, params={}, metrics={}, merges={}, root=root)
+    log_study("s", folder, config="{}", tags={}, metrics={}, merges={}, root=root)
 
 
 def search(root: Path) -> LoggedRun:
