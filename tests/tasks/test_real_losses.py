@@ -12,7 +12,7 @@ from ota_core.artifact import fingerprint
 from tasks import stages
 from tasks.benchmark import score_model
 from tasks.scores import ModelScores, render, scores_table, text_rows, to_csv, to_markdown, to_markdown_of_one
-from tasks.suites import Suite, SuiteError, digest_folder, load_suite, score_identity, suite_digest
+from tasks.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_suite import edited, write_rows, write_tiny_suite
 
@@ -64,9 +64,9 @@ def test_losses_without_their_documents_are_scored_again_and_what_follows_from_l
     subject = stages.Subject(name="m", role="merge", path=None, digest="m")
     plain, with_loss = load_suite(str(tiny[0])), edited(tiny[0], LOSSES)
     for suite in (plain, with_loss):
-        before = fingerprint("scores", *score_identity("m", suite, digest_folder(tiny[1])))
+        before = fingerprint("scores", *score_identity("m", suite, digest_data(tiny[1])))
         assert (stages.score_step(subject, suite, tiny[1], None).fingerprint == before) == (suite is plain)
-        of_any = fingerprint("scores", *score_identity("", suite, digest_folder(tiny[1])))
+        of_any = fingerprint("scores", *score_identity("", suite, digest_data(tiny[1])))
         assert stages.scores_wanted(suite, tiny[1], None) == of_any
         assert suite_digest(suite) == fingerprint("scores", *score_identity("", suite, ""))
 
