@@ -31,7 +31,12 @@ def compare(
     since: Annotated[
         str | None, typer.Option(help="Only merges started since: 2026-11-20, 36h, 7d.", show_default="always")
     ] = None,
-    log: Annotated[bool, typer.Option("--log", help="Log the leaderboard to its summary run in the experiment, too.")] = False,
+    log: Annotated[
+        bool,
+        typer.Option(
+            help="Log table, picture and page to the question's summary run in the experiment; the same question replaces them."
+        ),
+    ] = True,
     home: Home = None,
     tracking_uri: TrackingUri = None,
 ) -> None:

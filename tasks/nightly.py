@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint
 from ota_core.errors import OtaError, RecipeError, StorageError
-from ota_core.recipe import DType, MergeParameters, MergeRecipe, Method, parse_recipe
+from ota_core.recipe import DType, MergeRecipe, Method, parse_recipe
+from ota_core.recipe_parameters import MergeParameters
 from ota_core.stream import parse_memory
 from tasks import storage
 from tasks.gate import GateSettings

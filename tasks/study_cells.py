@@ -7,7 +7,8 @@ from itertools import combinations
 from typing import Any
 
 from ota_core.artifact import canonical_json
-from ota_core.recipe import MergeRecipe, ModelEntry, default
+from ota_core.recipe import MergeRecipe, ModelEntry
+from ota_core.recipe_parameters import default
 
 KEYWORDS = ("all", "each", "pairs", "leave_one_out")
 FFG_SETTINGS = ("density", "precond_threshold", "metric", "scope", "mask_curvature")

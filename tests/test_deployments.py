@@ -18,7 +18,8 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 
 from flows.events import EXPERT_ARRIVED
-from ota_core.recipe import _USED, MergeRecipe, Method, default
+from ota_core.recipe import MergeRecipe, Method
+from ota_core.recipe_parameters import USED, default
 from tasks.nightly import NightlyConfig, find_config, load_nightly
 from tasks.recipes import ROOT, read_recipe
 from tasks.stack_layout import CPU_POOL, GPU_POOL
@@ -180,7 +181,7 @@ def test_a_parameter_of_the_form_names_the_default_of_each_method(key: str) -> N
         method: value for value, methods in re.findall(r", (\S+) for ([a-z_ ]+)", told[2]) for method in methods.split(" and ")
     }
     for method in get_args(Method):
-        if key in _USED[method]:
+        if key in USED[method]:
             expected = default(method, key)
             assert yaml.safe_load(others.get(method, told[1])) == ("none" if expected is None else expected), method
 

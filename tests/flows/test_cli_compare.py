@@ -30,7 +30,7 @@ def invoke(*arguments: object) -> Any:
 
 
 def test_prints_and_writes(tracking: Path, tmp_path: Path) -> None:
-    result = invoke("--out", tmp_path / "out", "--baseline", "linear")
+    result = invoke("--out", tmp_path / "out", "--baseline", "linear", "--no-log")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "Leaderboard of ota-merging" in result.stdout and "ties rho=0.50" in result.stdout and "to 'linear'" in result.stdout
     table = pd.read_csv(tmp_path / "out" / "leaderboard.csv")
@@ -40,7 +40,7 @@ def test_prints_and_writes(tracking: Path, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{tracking}/mlflow.db")
     asked = {"experiment_ids": ["1"], "filter_string": "tags.role = 'leaderboard'"}
     assert not client.search_runs(**asked), "MLflow is only read"
-    result = invoke("--log")
+    result = invoke()
     assert result.exit_code == 0 and client.search_runs(**asked)[0].info.run_id in result.stdout
 
 

@@ -1,6 +1,7 @@
 """Operations from end to end, with the processes of the local stack: Prefect, MLflow and S3 servers, a CPU and a GPU worker.
 
-One story in its order: a first night, a night without news, a broken expert, a worse one, a GPU worker that dies in the middle of a merge.
+One story in its order: a first night, a night without news, a broken expert, a better one, a worse one, a GPU worker that dies in the middle of a
+merge.
 """
 
 import json
@@ -21,7 +22,7 @@ import yaml
 from tasks import s3, stack_control
 from tasks.promotion import CHAMPION, Version, current
 from tasks.publish import read_latest
-from tasks.registry import CHALLENGER
+from tasks.registry import CHALLENGER, TAG_REPLACED
 from tasks.s3_server import environment
 from tasks.stack_credentials import secret_of
 from tasks.stack_layout import ROOT, Stack, load_stack
@@ -115,7 +116,8 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operations]
     home, models = root / "home", root / "models"
     suite, data = write_tiny_suite(root / "suite", n=16)
     base = write_tiny_llama(models / "base", hidden=48)
-    for name, steps in {"math": 150, "knowledge": 170, "math2": 160}.items():
+    # The first two have only begun to learn: what comes after them is better.
+    for name, steps in {"math": 12, "knowledge": 20, "better": 150, "last": 160}.items():
         memorise(base, models / name, rows_of(data), seed=1, steps=steps)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
     config = root / "nightly.yaml"
@@ -223,12 +225,33 @@ def test_a_broken_expert_is_left_out_by_name(operations: Operations) -> None:
     assert operations.champion() == before
 
 
+def test_a_better_expert_starts_a_night_that_moves_the_alias(operations: Operations) -> None:
+    before, stages = operations.champion(), {run.id for run in runs_of_stage()}
+    operations.push(operations.models / "better", "math", "2026-11-22", "2026-11-22")
+    night = operations.started_by_event()
+    assert night.state.name == "Promoted", (night.state.message, operations.logs())
+    new = [run for run in runs_of_stage() if run.id not in stages]
+    assert {run.name.split()[0] for run in new} == {"merge", "benchmark"}
+    assert {(run.work_pool_name, run.state_name) for run in new} == {("ota-gpu", "Completed")}
+    champion = operations.champion()
+    assert before is not None and champion is not None and champion.version != before.version
+    assert champion.tags[TAG_REPLACED] == before.version
+    record = json.loads(s3.read_bytes(f"{champion.source_uri}/record.json"))
+    assert record["provenance"]["work_pool"] == "ota-gpu"
+    # The broken one is named and left out still; its capability has the expert before it.
+    assert "knowledge/2026-11-21" in night.state.message and "model.norm.weight" in night.state.message
+    sources = record["provenance"]["sources"]
+    assert sources["math"].endswith("/math/2026-11-22") and sources["knowledge"].endswith("/knowledge/2026-11-20"), sources
+    latest = read_latest(f"{BUCKET}/merged", NAME)
+    assert latest is not None and (latest.version, latest.digest) == (champion.version, champion.digest)
+
+
 def test_a_worse_set_is_not_promoted(operations: Operations) -> None:
     before = operations.champion()
     worse = perturb(operations.models / "knowledge", operations.models / "worse", seed=1, scale=1.0)
     (worse / EXPERT_JSON).unlink()
     shutil.copy(operations.models / "knowledge" / MOMENTS, worse / MOMENTS)  # noise would make them negative
-    operations.push(worse, "knowledge", "2026-11-22", "2026-11-22")
+    operations.push(worse, "knowledge", "2026-11-23", "2026-11-23")
     night = operations.started_by_event()
     assert night.state.name == "Kept", night.state.message
     assert operations.champion() == before
@@ -238,7 +261,7 @@ def test_a_worse_set_is_not_promoted(operations: Operations) -> None:
 
 
 def test_a_merge_survives_the_death_of_its_gpu_worker(operations: Operations) -> None:
-    operations.push(operations.models / "math2", "math", "2026-11-23", "2026-11-23")
+    operations.push(operations.models / "last", "math", "2026-11-24", "2026-11-24")
     before = {run.id for run in runs_of_stage()}
 
     def merging() -> list[Any]:

@@ -1,0 +1,155 @@
+"""The parameters of merge recipes: their types, defaults and descriptions, and which of them a method uses."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+
+def _no_switch(value: Any) -> Any:
+    """``density: true`` would otherwise pass as 1.0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("no_number", "expected a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_switch)]
+Finite = Annotated[Number, Field(allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Density = Annotated[Number, Field(gt=0, le=1)]
+
+_DEFAULTS: dict[str, Any] = {
+    "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none", "rank": 4,
+    "bias_correction": False, "normalise": "none", "epsilon": 0.0, "denominator": "kept", "fallback": "base",
+    "masked_merge": "precond", "rescale": False, "missing_curvature": "error", "seed": 0, "scaling_factor": 1.0, "weight": 1.0,
+    "gamma": 0.01, "density": 1.0, "normalize": False,
+}  # fmt: skip
+_METHOD_DEFAULTS: dict[tuple[str, str], Any] = {
+    ("ota", "density"): None,
+    ("linear", "normalize"): True,
+    ("ties", "normalize"): True,
+    ("dare_linear", "rescale"): True,
+    ("dare_ties", "rescale"): True,
+}
+
+
+def default(method: str, key: str) -> Any:
+    """The value of a parameter that a recipe does not give. mergekit's defaults for mergekit's methods."""
+    return _METHOD_DEFAULTS.get((method, key), _DEFAULTS.get(key))
+
+
+def _told(key: str, text: str) -> str:
+    """A form's text on a parameter, with its default, which the form itself does not know: null there is the method's own."""
+    others: dict[str, list[str]] = {}
+    for (method, name), value in _METHOD_DEFAULTS.items():
+        if name == key:
+            others.setdefault(_word(value), []).append(method)
+    exceptions = "".join(f", {value} for {' and '.join(methods)}" for value, methods in others.items())
+    return f"{text}; {_word(_DEFAULTS.get(key))} by default{exceptions}."
+
+
+def _word(value: Any) -> str:
+    """A value as YAML and the form spell it, none where there is none."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Strict(BaseModel):
+    """Never changed, and nothing unknown in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class ExpertParameters(Strict):
+    """Parameters that may differ between experts. Each may also be given once for all in the recipe's ``parameters``."""
+
+    density: Density | None = Field(
+        None, description=_told("density", "Fraction of the expert's elements that is kept, in (0, 1]")
+    )
+    precond_threshold: NonNegative | None = Field(
+        None, description=_told("precond_threshold", "FFG threshold in units of v·Δ², instead of a density")
+    )
+    scaling_factor: NonNegative | None = Field(
+        None, description=_told("scaling_factor", "Factor on this expert's curvature weight (ota)")
+    )
+    weight: Finite | None = Field(None, description=_told("weight", "Weight of this expert (all methods but ota and slerp)"))
+    gamma: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
+        None, description=_told("gamma", "Fraction of largest edits dropped (breadcrumbs)")
+    )
+
+
+class ModelParameters(ExpertParameters):
+    """``parameters`` of one model."""
+
+    preconditioner_path: str | None = Field(
+        None, description="File with this expert's second moments; by default the one found in its folder."
+    )
+
+
+class MergeParameters(ExpertParameters):
+    """``parameters`` of the recipe. None means: the method's default."""
+
+    lambda_: Finite | None = Field(None, alias="lambda", description=_told("lambda", "Scale λ of the merged task vector"))
+    power: NonNegative | None = Field(None, description=_told("power", "Exponent of the curvature in an expert's weight"))
+    scope: Literal["global", "per_tensor"] | None = Field(
+        None, description=_told("scope", "Whether a density holds over the whole expert")
+    )
+    metric: Literal["curvature", "magnitude"] | None = Field(
+        None, description=_told("metric", "What FFG ranks by: √v̂·|Δ| or |Δ|")
+    )
+    mask_curvature: Literal["merge", "full"] | None = Field(
+        None, description=_told("mask_curvature", "Second moments that FFG scores with: those of the merge, or in full")
+    )
+    compression: Literal["none", "rank1", "log8", "rank_k"] | None = Field(
+        None, description=_told("compression", "Compression of the second moments")
+    )
+    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = Field(
+        None, description=_told("rank", "Rank of compression rank_k")
+    )
+    bias_correction: bool | None = Field(None, description=_told("bias_correction", "Divide v by 1 − β₂^t"))
+    normalise: Literal["none", "global"] | None = Field(
+        None, description=_told("normalise", "Divide curvature weights by the expert's mean")
+    )
+    epsilon: NonNegative | None = Field(None, description=_told("epsilon", "Added to every curvature weight before masking"))
+    denominator: Literal["kept", "all"] | None = Field(
+        None, description=_told("denominator", "Experts whose weights the denominator sums")
+    )
+    fallback: Literal["base", "mean"] | None = Field(
+        None, description=_told("fallback", "Value of elements that no expert keeps")
+    )
+    masked_merge: Literal["precond", "linear", "ties"] | None = Field(
+        None, description=_told("masked_merge", "How masked task vectors combine")
+    )
+    rescale: bool | None = Field(
+        None, description=_told("rescale", "Scale masked task vectors back: to their norm (ota), by 1/density (dare)")
+    )
+    missing_curvature: Literal["error", "mean"] | None = Field(
+        None,
+        description=_told("missing_curvature", "What becomes of tensors that moved but have no curvature: an error, or the mean"),
+    )
+    normalize: bool | None = Field(
+        None, description=_told("normalize", "Divide by the sum of the weights (all methods but ota, fisher and slerp)")
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description=_told("seed", "Seed of DARE's random masks"))
+    t: Annotated[Number, Field(ge=0, le=1)] | None = Field(
+        None, description="Position between the two models (slerp, which needs it)."
+    )
+
+
+_FFG = {"density", "precond_threshold", "scope", "metric", "mask_curvature"}
+_CURVATURE = {"compression", "rank", "bias_correction", "missing_curvature"}
+USED: dict[str, set[str]] = {
+    "ota": _FFG | _CURVATURE | {"scaling_factor", "power", "normalise", "epsilon", "denominator", "fallback", "masked_merge",
+                                "rescale", "lambda", "preconditioner_path"},
+    "fisher": _CURVATURE | {"weight", "preconditioner_path"},
+    "linear": {"weight", "normalize"},
+    "task_arithmetic": {"weight", "normalize", "lambda"},
+    "ties": {"weight", "density", "normalize", "lambda"},
+    "dare_linear": {"weight", "density", "normalize", "lambda", "rescale", "seed"},
+    "dare_ties": {"weight", "density", "normalize", "lambda", "rescale", "seed"},
+    "breadcrumbs": {"weight", "density", "gamma", "normalize", "lambda"},
+    "breadcrumbs_ties": {"weight", "density", "gamma", "normalize", "lambda"},
+    "slerp": {"t"},
+}  # fmt: skip
+"""Method to its parameters; any other is a mistake in a recipe."""
