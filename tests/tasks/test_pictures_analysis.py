@@ -251,7 +251,7 @@ def test_every_role_has_a_row_inside_and_outside_of_the_blocks(table: pd.DataFra
 
 def test_a_fused_model_shows_its_own_projections_alone(table: pd.DataFrame) -> None:
     fused = table[~table["role"].isin(["q", "k", "v", "gate", "up"])]
-    drawn = page.svg(pictures_of(fused)["density"].chart)
+    drawn = svg(pictures_of(fused)["density"].chart)
     assert {name: f">{name}<" in drawn for name in ("qkv", "gate_up", "o", "q", "gate")} == {
         "qkv": True, "gate_up": True, "o": True, "q": False, "gate": False,
     }  # fmt: skip
