@@ -249,8 +249,7 @@ def _card(
 ) -> str:  # fmt: skip
     if scores is None:
         return model_card(recipe, inputs, results, fingerprint, rows)
-    documents = {name: one.n_samples for name, one in scores.capabilities.items() if one.score is not None}
-    return model_card(recipe, inputs, results, fingerprint, rows, scores.suite, limit=scores.limit, documents=documents)
+    return model_card(recipe, inputs, results, fingerprint, rows, scores.suite, limit=scores.limit, documents=scores.documents)
 
 
 def _lineage(inputs: MergeInputs, fetched: list[Fetched]) -> list[InputRef]:

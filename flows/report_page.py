@@ -115,7 +115,7 @@ def page_of(
         scores=tuple(run.table), scores_note=caption(scores, losses=False) if scores is not None else "",
         losses=_losses(scores, {subjects[key].name: one for key, one in found.items()}) if scores is not None else (),
         suite=of_merge.suite if of_merge else "", limit=of_merge.limit if of_merge else None,
-        documents={name: one.n_samples for name, one in of_merge.capabilities.items() if one.score is not None} if of_merge else {},
+        documents=of_merge.documents if of_merge else {},
         analysis=analysis, unanalysed=unanalysed,
     )  # fmt: skip
 

@@ -248,7 +248,8 @@ def _metrics(results: StudyResults) -> dict[str, float]:
     values = {f"score/avg/{cell.label}": results.average(results.models(cell)).mean for cell in every}
     if results.lossy:
         values |= {f"loss/avg/{cell.label}": results.average_loss(results.models(cell)).mean for cell in every}
-    for cell in ranked(results)[1:]:
-        found = results.loss_difference(cell, ranked(results)[0], results.lossy)
+    by_loss = ranked(results)
+    for cell in by_loss[1:]:
+        found = results.loss_difference(cell, by_loss[0], results.lossy)
         values |= {f"loss/difference/{cell.label}": found.mean, f"loss/difference_stderr/{cell.label}": found.error}
     return {name: value for name, value in values.items() if value == value}

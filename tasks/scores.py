@@ -69,6 +69,11 @@ class ModelScores(BaseModel):
         """Mean over the capabilities that have a loss; None when none has. Never mixed with ``average``."""
         return fmean(self.losses.values()) if self.losses else None
 
+    @property
+    def documents(self) -> dict[str, int]:
+        """Capability to how many documents were scored, where it was measured."""
+        return {name: one.n_samples for name, one in self.capabilities.items() if one.score is not None}
+
     def by_capability(self) -> dict[str, float | None]:
         """Capability to score."""
         return {name: capability.score for name, capability in self.capabilities.items()}

@@ -17,7 +17,7 @@ from tasks.stages import Subject
 from tasks.storage import Fetched
 from tasks.study import Replicate
 from tasks.study_scores import CellResult
-from tasks.suites import Suite, digest_data, kept_identity, load_suite
+from tasks.suites import digest_data, kept_identity, load_suite
 
 
 class Models:
@@ -33,7 +33,7 @@ class Models:
         fetched = fetch_all(whole, cache=where.cache, recipe_dir=recipe_dir)
         self._fetched = {one.source: one for one in fetched}
         self.inputs = stages.inputs_of(whole, fetched, where, recipe_dir)
-        self._of_suite = (self.tests, digest_data(self.data) if self.data else None)
+        self._data_digest = digest_data(self.data) if self.data else None
 
     def subjects(self) -> dict[str, Subject]:
         """Base and experts as something to benchmark, as the merge flow calls them."""
@@ -64,7 +64,7 @@ class Models:
         if merged is None:
             return None
         digest = stages.merged_subject(self.where, "", merged, benchmark=False).digest
-        scores = store.find("scores", self._scores(digest, self.tests, self._of_suite[1]))
+        scores = store.find("scores", self._scores(digest))
         return None if scores is None else (merged.fingerprint, stages.read_scores(self.where, scores))
 
     def result(self, label: str, recipe: MergeRecipe, chosen: dict[str, float] | None = None) -> CellResult:
@@ -90,8 +90,8 @@ class Models:
             return math.nan, math.nan
         return fmean(record["bytes_per_param"] for record in records), max(record["sqrt_error"] for record in records)
 
-    def _scores(self, digest: str, tests: Suite, data: str | None) -> str:
-        config, inputs = kept_identity(digest, tests, data, limit=self.limit)
+    def _scores(self, digest: str) -> str:
+        config, inputs = kept_identity(digest, self.tests, self._data_digest, limit=self.limit)
         return fingerprint("scores", config, inputs)
 
     def _source(self, source: str) -> str:
