@@ -14,13 +14,13 @@ import psutil
 
 from flows.describe_plan import bytes_read, mask_bytes_read
 from ota_core.artifact import write_text_atomic
-from ota_core.compression import passes
-from ota_core.engine import pick_device
+from ota_core.compute.stream import Progress
 from ota_core.errors import OtaError
-from ota_core.inputs import resolve_local
-from ota_core.plan import open_plan
-from ota_core.recipe import load_recipe
-from ota_core.stream import Progress
+from ota_core.merge.engine import pick_device
+from ota_core.moments.compression import passes
+from ota_core.plan.inputs import resolve_local
+from ota_core.plan.plan import open_plan
+from ota_core.recipe.recipe import load_recipe
 from tasks.bench_cases import FLOW_STAGES, MERGES, Case, cases_of, chosen
 from tasks.bench_machine import machine
 from tasks.bench_measure import FLOOR, FloorRound, Run, floor_of, measure_floor, run_command

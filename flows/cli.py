@@ -54,10 +54,10 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
-    from ota_core import engine
-    from ota_core.output import check_free
-    from ota_core.recipe import load_recipe
-    from ota_core.stream import parse_size
+    from ota_core.compute.stream import parse_size
+    from ota_core.merge import engine
+    from ota_core.merge.output import check_free
+    from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
         loaded = load_recipe(recipe)
@@ -88,7 +88,7 @@ def merge(
 def plan(recipe: Recipe, memory: Memory = "2GiB", home: Home = None) -> None:
     """Say what a merge of RECIPE would read and write, its peak memory, and the problems found. Touches no weights."""
     from flows.describe_plan import describe_plan
-    from ota_core.recipe import load_recipe
+    from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
         for line in describe_plan(load_recipe(recipe), recipe.resolve().parent, memory, home):
@@ -118,7 +118,7 @@ def compress(
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
     from flows.single import compress_source
-    from ota_core.compression import compression_label
+    from ota_core.moments.compression import compression_label
 
     with user_errors(), progress_bars() as progress:
         done = compress_source(
@@ -165,8 +165,8 @@ def mask(
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
     from flows.single import mask_recipe
-    from ota_core.output import check_free
-    from ota_core.recipe import load_recipe
+    from ota_core.merge.output import check_free
+    from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
         loaded = load_recipe(recipe)
@@ -238,7 +238,7 @@ def run(
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
     from flows.single import run_recipe
-    from ota_core.recipe import load_recipe
+    from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
         loaded = load_recipe(recipe)

@@ -35,9 +35,9 @@ def analyse(
     home: Home = None,
 ) -> None:
     """Analyse the experts of RECIPE as its merge would see them, and write tables and pictures into the folder OUT. No server is needed."""
-    from ota_core.output import check_apart, check_free, new_folder
-    from ota_core.recipe import load_recipe
-    from ota_core.stream import parse_memory
+    from ota_core.compute.stream import parse_memory
+    from ota_core.merge.output import check_apart, check_free, new_folder
+    from ota_core.recipe.recipe import load_recipe
     from tasks.analysis import PICTURES, analyse_models, analysis_options, write_tables
     from tasks.pictures.analysis import pictures_of
     from tasks.pictures.page import Section, to_html

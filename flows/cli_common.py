@@ -87,8 +87,8 @@ def recipe_inputs(
 
     ``optional_moments``: second moments that lie beside the experts of a merge that needs none are made ready, too.
     """
+    from ota_core.compute.stream import parse_memory
     from ota_core.moments import find_moments, moments_files
-    from ota_core.stream import parse_memory
     from tasks.inputs import assemble, fetch_all
     from tasks.settings import places
     from tasks.streaming import Streams

@@ -47,8 +47,8 @@ def study(
 ) -> None:
     """Merge and benchmark every cell of a grid, and write the tables and figures of all."""
     from flows.single import prepare_prefect
-    from ota_core.engine import pick_device
-    from ota_core.stream import parse_memory
+    from ota_core.compute.stream import parse_memory
+    from ota_core.merge.engine import pick_device
     from tasks.study import load_study
     from tasks.suites import load_suite
 
@@ -85,7 +85,7 @@ def benchmark(
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
     from flows.single import prepare_prefect
-    from ota_core.engine import pick_device
+    from ota_core.merge.engine import pick_device
     from tasks.scores import NOT_MEASURED
     from tasks.suites import load_suite
 

@@ -30,8 +30,8 @@ def study_real(
     Fetches the base model and the texts (Debian packages) once. On two cores the experts take half an hour, the study an hour and a half.
     """
     from flows.single import prepare_prefect
-    from ota_core.engine import pick_device
-    from ota_core.stream import parse_memory
+    from ota_core.compute.stream import parse_memory
+    from ota_core.merge.engine import pick_device
 
     with user_errors():
         parse_memory(memory)

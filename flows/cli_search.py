@@ -71,8 +71,8 @@ def search(
     it pays for count. Exit code 3: no trial holds all floors.
     """
     from flows.single import prepare_prefect
-    from ota_core.engine import pick_device
-    from ota_core.stream import parse_memory
+    from ota_core.compute.stream import parse_memory
+    from ota_core.merge.engine import pick_device
     from tasks.search_config import recipe_of
     from tasks.suites import load_suite
 

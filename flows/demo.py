@@ -18,8 +18,8 @@ from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 
 from flows.merge import MergeOutcome, merge_flow  # noqa: E402
 from ota_core.artifact import ArtifactRef, fingerprint  # noqa: E402
-from ota_core.recipe import load_recipe, parse_recipe  # noqa: E402
-from ota_core.recipe_yaml import parse_yaml  # noqa: E402
+from ota_core.recipe.recipe import load_recipe, parse_recipe  # noqa: E402
+from ota_core.recipe.yaml_text import parse_yaml  # noqa: E402
 from tasks import stages  # noqa: E402
 from tasks.artifacts import BuildResult  # noqa: E402
 from tasks.demo_data import write_data  # noqa: E402

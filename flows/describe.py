@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.artifact import RECORD, read_record
-from ota_core.byte_source import SourceOf
-from ota_core.checkpoint import Checkpoint, weight_files
-from ota_core.compression import compression_of, label_of
 from ota_core.errors import CheckpointError, OtaError
-from ota_core.masks import MaskFile
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.checkpoint import Checkpoint, weight_files
+from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.moments import Moments, find_moments, moments_files, open_moments
-from ota_core.safetensors_io import FORMAT_KEY, SafetensorsFile
+from ota_core.moments.compression import compression_of, label_of
+from ota_core.plan.masks import MaskFile
 from tasks.architecture import parameter_layout
 from tasks.settings import places
 from tasks.storage import fetch, is_s3

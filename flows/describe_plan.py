@@ -4,13 +4,21 @@ from math import prod
 from pathlib import Path
 
 from flows.describe import LITTLE, binary_size, counted
-from ota_core.compression import DEFAULT_RANK, IN_MEMORY, METHODS, compressed_bytes, compression_label, is_compressed, passes
-from ota_core.engine import peak_memory_gib
-from ota_core.output import plan_files
-from ota_core.plan import MergePlan, bytes_per_element, open_plan
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
-from ota_core.stream import parse_memory
-from ota_core.views import ExpertView, ModelView
+from ota_core.compute.stream import parse_memory
+from ota_core.merge.engine import peak_memory_gib
+from ota_core.merge.output import plan_files
+from ota_core.moments.compression import (
+    DEFAULT_RANK,
+    IN_MEMORY,
+    METHODS,
+    compressed_bytes,
+    compression_label,
+    is_compressed,
+    passes,
+)
+from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
+from ota_core.plan.views import ExpertView, ModelView
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.inputs import assemble, fetch_all
 from tasks.settings import places
 from tasks.storage import is_s3

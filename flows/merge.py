@@ -25,10 +25,10 @@ from flows.runners import Runner, runner_of
 from flows.spread import results, spread_flow
 from flows.steps import benchmark, compress, fetch, log, mask, merge, missing, send, several_at_once
 from ota_core.artifact import ArtifactRef
+from ota_core.compute.stream import parse_memory, parse_size
 from ota_core.errors import OtaError
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
-from ota_core.stream import parse_memory, parse_size
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import stages
 from tasks.inputs import fetch_all, model_sources
 from tasks.jobs import MergeJob, ScoreJob
@@ -220,7 +220,7 @@ def _for_others(folder: str | None) -> str | None:
 
 
 def _device(device: str) -> str:
-    from ota_core.engine import pick_device
+    from ota_core.merge.engine import pick_device
 
     return pick_device(device)
 

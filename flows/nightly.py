@@ -25,8 +25,8 @@ from flows.steps import ONE_AT_A_TIME, several_at_once
 from flows.verdict import Night, Verdict, judge, keep_published, settle
 from ota_core.artifact import canonical_json
 from ota_core.errors import OtaError, RecipeError, raise_all
-from ota_core.recipe import NEEDS_MOMENTS
-from ota_core.recipe_parameters import default
+from ota_core.recipe.parameters import default
+from ota_core.recipe.recipe import NEEDS_MOMENTS
 from tasks import expert_check, experts, stages
 from tasks.experts import ExpertFound, ExpertProblem
 from tasks.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember

@@ -42,7 +42,7 @@ def gpu_deployment(environment: Mapping[str, str] = os.environ) -> str | None:
 @flow(name="stage", flow_run_name="{job.name}", persist_result=False)
 def stage(job: Job, where: Places, device: str = "auto") -> State:
     """Merge or benchmark on the machine that takes this run. The output goes to the artifacts' root, an error's message to the parent."""
-    from ota_core.engine import pick_device
+    from ota_core.merge.engine import pick_device
 
     use_blocks()
     try:

@@ -12,9 +12,9 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from ota_core.artifact import ArtifactRef
-from ota_core.inputs import MergeInputs
-from ota_core.model_card import model_card
-from ota_core.recipe import MergeRecipe
+from ota_core.merge.model_card import model_card
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages
 from tasks.scores import ModelScores, negative_transfer, retention, scores_table
 from tasks.settings import Places

@@ -15,9 +15,9 @@ from flows.report import comparison
 from flows.steps import missing
 from ota_core.artifact import CARD, ArtifactRef
 from ota_core.errors import OtaError
-from ota_core.inputs import MergeInputs
-from ota_core.model_card import SCORES
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.merge.model_card import SCORES
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import promotion, stages, storage
 from tasks.gate import GateDecision
 from tasks.scores import NOT_MEASURED, ModelScores, caption, loss_rows

@@ -24,11 +24,11 @@ from flows.run_log import Progress, ProgressBar, hide_tracebacks_of_user_errors
 from flows.search_inputs import References, compressed, identity_of, models_of
 from flows.search_pool import PoolModels
 from flows.steps import ONE_AT_A_TIME, several_at_once
-from ota_core.engine import pick_device
+from ota_core.compute.stream import parse_memory
 from ota_core.errors import OtaError
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import parse_memory
+from ota_core.merge.engine import pick_device
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import search_log, stages
 from tasks.search import Budget, Point, Search, Trial, Tuned
 from tasks.search_config import SearchConfig, load_search, recipe_of

@@ -7,9 +7,9 @@ from flows.search_pool import PoolModels, pool_models
 from flows.spread import results
 from flows.steps import compress, missing
 from ota_core.artifact import ArtifactRef, canonical_json
-from ota_core.engine import pick_device
-from ota_core.inputs import ExpertInput, MergeInputs
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.merge.engine import pick_device
+from ota_core.plan.inputs import ExpertInput, MergeInputs
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import stages
 from tasks.search_config import SearchConfig, floors_of
 from tasks.search_merge import TrialModels

@@ -8,9 +8,9 @@ from flows.merge import score_all
 from flows.report import merge_label
 from flows.steps import missing, send
 from ota_core.artifact import ArtifactRef
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import MergeRecipe
-from ota_core.writer import MAX_SHARD_BYTES
+from ota_core.files.writer import MAX_SHARD_BYTES
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages
 from tasks.jobs import MergeJob
 from tasks.scores import ModelScores

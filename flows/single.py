@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from ota_core import engine
-from ota_core.agreement import Agreement, agreement
-from ota_core.checkpoint import Checkpoint, weight_files
-from ota_core.compression import CompressionReport, open_compressed
+from ota_core.analysis.agreement import Agreement, agreement
+from ota_core.compute.stream import Progress, Stream, parse_memory
 from ota_core.errors import MomentsError, OtaError
-from ota_core.inputs import MergeInputs
+from ota_core.files.checkpoint import Checkpoint, weight_files
+from ota_core.merge import engine
+from ota_core.merge.output import check_apart, check_free, new_folder
 from ota_core.moments import find_moments, moments_files, none_found, open_moments
-from ota_core.output import check_apart, check_free, new_folder
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Progress, Stream, parse_memory
+from ota_core.moments.compression import CompressionReport, open_compressed
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.settings import Device, Places, places

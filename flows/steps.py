@@ -16,8 +16,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.pools import TRIES_AFTER_A_LOST_WORKER, on_pool, worker_lost
 from flows.run_log import Progress
 from ota_core.artifact import ArtifactRef
-from ota_core.inputs import ExpertInput, MergeInputs
-from ota_core.recipe import MergeRecipe
+from ota_core.plan.inputs import ExpertInput, MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages, storage
 from tasks.jobs import Job
 from tasks.settings import Places

@@ -26,9 +26,9 @@ from flows.run_log import hide_tracebacks_of_user_errors
 from flows.search_inputs import compressed
 from flows.search_pool import pool_models
 from flows.steps import ONE_AT_A_TIME, several_at_once
-from ota_core.engine import pick_device
 from ota_core.errors import OtaError, raise_all
-from ota_core.recipe import MergeRecipe
+from ota_core.merge.engine import pick_device
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.scores import ModelScores
 from tasks.settings import Device, Places, places
 from tasks.study import StudyConfig, load_study

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ota_core.blocks import matrix_shape, row_blocks
-from ota_core.checkpoint import Checkpoint
-from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
+from ota_core.compute.blocks import matrix_shape, row_blocks
+from ota_core.compute.stream import Stream
+from ota_core.files.checkpoint import Checkpoint
 from ota_core.moments import Moments, none_found
-from ota_core.plan import checkpoint_problems
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Stream
-from ota_core.vocabulary import tied_tensors
+from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
+from ota_core.plan.plan import checkpoint_problems
+from ota_core.plan.vocabulary import tied_tensors
+from ota_core.recipe.recipe import MergeRecipe
 
 SHOWN = 4
 """Tensors that one problem names."""

@@ -12,11 +12,11 @@ from ota_core import analysis as core
 from ota_core.analysis import Analysis, AnalysisOptions, Row
 from ota_core.analysis.subject import mask_recipe, with_second_moments
 from ota_core.artifact import ArtifactRef, fingerprint
-from ota_core.compression import METHODS
+from ota_core.compute.stream import Progress
 from ota_core.errors import ArtifactError, OtaError
-from ota_core.inputs import MergeInputs, optimizer_facts
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Progress
+from ota_core.moments.compression import METHODS
+from ota_core.plan.inputs import MergeInputs, optimizer_facts
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts import BuildResult
 from tasks.settings import Places
 from tasks.stages import Step, expert_digests, store_of

@@ -4,8 +4,8 @@ import threading
 from pathlib import Path
 from typing import Any, cast
 
-from ota_core.checkpoint import Checkpoint
 from ota_core.errors import CheckpointError
+from ota_core.files.checkpoint import Checkpoint
 from ota_core.moments import ParameterLayout
 
 SHOWN = 4

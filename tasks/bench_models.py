@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ota_core.artifact import write_text_atomic
-from ota_core.blocks import matrix_shape, row_blocks
+from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.errors import OtaError
-from ota_core.writer import SafetensorsWriter, TensorSpec, plan_shards, write_index
+from ota_core.files.writer import SafetensorsWriter, TensorSpec, plan_shards, write_index
 
 VERSION = 1
 MOMENTS = "exp_avg_sq.safetensors"

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
+from ota_core.compute.stream import BLOCK_ELEMENTS, MAX_THREADS
 from ota_core.errors import OtaError
-from ota_core.plan import bytes_per_element
-from ota_core.stream import BLOCK_ELEMENTS, MAX_THREADS
+from ota_core.plan.plan import bytes_per_element
 from tasks.bench_results import Bench, CaseResult
 
 EXPERTS = 5

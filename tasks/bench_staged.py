@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import load_recipe
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import load_recipe
 from tasks import stages
 from tasks.inputs import fetch_all
 from tasks.settings import places

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.errors import raise_all
-from ota_core.recipe_yaml import nearest
+from ota_core.recipe.yaml_text import nearest
 from tasks.suites import DATA, Suite, SuiteError, TaskEntry
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.artifact import canonical_json, fingerprint
-from ota_core.checkpoint import Checkpoint
+from ota_core.compute.stream import Progress, Stream, parse_memory
 from ota_core.errors import CheckpointError, MomentsError, StorageError
+from ota_core.files.checkpoint import Checkpoint
 from ota_core.health import check_expert
-from ota_core.inputs import optimizer_facts
 from ota_core.moments import Moments, find_moments, open_moments
-from ota_core.stream import Progress, Stream, parse_memory
+from ota_core.plan.inputs import optimizer_facts
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.artifacts import BuildResult

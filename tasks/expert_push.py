@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import CARD
-from ota_core.checkpoint import Checkpoint, read_json
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
-from ota_core.inputs import expert_facts
+from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.moments import find_moments, none_found, open_moments
 from ota_core.moments.safetensors_file import as_beta2, as_step
+from ota_core.plan.inputs import expert_facts
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.experts import utc_time

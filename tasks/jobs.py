@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ota_core.artifact import ArtifactRef
+from ota_core.compute.stream import Progress, parse_memory
 from ota_core.errors import ArtifactError
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Progress, parse_memory
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages
 from tasks.settings import Places
 from tasks.sources import MergeSources

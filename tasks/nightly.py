@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint
+from ota_core.compute.stream import parse_memory
 from ota_core.errors import OtaError, RecipeError, StorageError
-from ota_core.recipe import DType, MergeRecipe, Method, parse_recipe
-from ota_core.recipe_parameters import MergeParameters
-from ota_core.stream import parse_memory
+from ota_core.recipe.parameters import MergeParameters
+from ota_core.recipe.recipe import DType, MergeRecipe, Method, parse_recipe
 from tasks import storage
 from tasks.gate import GateSettings
 from tasks.names import REGISTERED_MODEL

@@ -20,9 +20,9 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ota_core.artifact import canonical_json, write_text_atomic
-from ota_core.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS
-from ota_core.safetensors_io import MAX_HEADER
-from ota_core.torch_file import ZIP
+from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS
+from ota_core.files.safetensors_io import MAX_HEADER
+from ota_core.files.torch_file import ZIP
 from tasks import s3
 from tasks.s3_body import read_exactly
 from tasks.storage_cache import locked, note_use, remove_tree, temporary_sibling

@@ -22,15 +22,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ota_core import engine
 from ota_core.artifact import ArtifactRef, Kind, Record, folder_files
+from ota_core.compute.stream import Progress, parse_memory
 from ota_core.errors import ArtifactError
-from ota_core.found import Found
-from ota_core.inputs import MergeInputs
-from ota_core.prepare import WholeFacts
-from ota_core.recipe import MergeRecipe
-from ota_core.shards import Job, Survey, finish, merge_shard, needs_survey, opened_bins, shard_files, survey, whole_facts
-from ota_core.stream import Progress, parse_memory
+from ota_core.merge import engine
+from ota_core.merge.shards import Job, Survey, finish, merge_shard, needs_survey, opened_bins, shard_files, survey, whole_facts
+from ota_core.plan.found import Found
+from ota_core.plan.inputs import MergeInputs
+from ota_core.plan.prepare import WholeFacts
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import jobs, stages, storage
 from tasks.artifacts import ArtifactStore, BuildResult
 from tasks.settings import Places

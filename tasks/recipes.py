@@ -7,8 +7,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from ota_core.errors import RecipeError, raise_all
-from ota_core.recipe import MergeRecipe, parse_recipe
-from ota_core.recipe_yaml import load_yaml, nearest, parse_yaml
+from ota_core.recipe.recipe import MergeRecipe, parse_recipe
+from ota_core.recipe.yaml_text import load_yaml, nearest, parse_yaml
 from tasks.storage import is_s3, read_bytes
 
 M = TypeVar("M", bound=BaseModel)

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ota_core.artifact import canonical_json
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.search_space import Range, Space, apply, round_value, starts, values_of
 from tasks.search_study import SearchError, ask, finished, give_up_running, open_study, study_name
 

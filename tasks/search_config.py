@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ota_core.errors import RecipeError, raise_all
-from ota_core.recipe import MergeRecipe
-from ota_core.recipe_yaml import nearest
+from ota_core.recipe.recipe import MergeRecipe
+from ota_core.recipe.yaml_text import nearest
 from tasks.recipes import find_file, parse_config, read_recipe, read_yaml
 from tasks.scores import Scores, best_experts
 from tasks.search import Budget, SearchError

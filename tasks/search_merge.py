@@ -5,10 +5,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ota_core import engine
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Progress
+from ota_core.compute.stream import Progress
+from ota_core.merge import engine
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages
 from tasks.scores import ModelScores
 from tasks.settings import Places

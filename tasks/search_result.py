@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ota_core.recipe import MergeRecipe
-from ota_core.recipe_yaml import dump_yaml
+from ota_core.recipe.recipe import MergeRecipe
+from ota_core.recipe.yaml_text import dump_yaml
 from tasks.inputs import locate
 from tasks.search import Trial, Tuned
 from tasks.search_config import SearchConfig

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ota_core.errors import RecipeError
-from ota_core.inputs import expert_name, unique_names
-from ota_core.recipe import MergeRecipe, ModelEntry, parse_recipe
+from ota_core.plan.inputs import expert_name, unique_names
+from ota_core.recipe.recipe import MergeRecipe, ModelEntry, parse_recipe
 
 Values = Mapping[str, float]
 """A point: dimension's name, such as ``lambda`` or ``density/math``, to its value."""

@@ -12,12 +12,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ArtifactRef
-from ota_core.byte_source import SourceOf
-from ota_core.checkpoint import weight_files
 from ota_core.errors import ArtifactError, CheckpointError, MomentsError, StorageError
-from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.checkpoint import weight_files
 from ota_core.moments import find_moments, moments_files
-from ota_core.recipe import MergeRecipe
+from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import storage
 from tasks.architecture import parameter_layout
 from tasks.settings import Places

@@ -9,15 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ota_core import engine
 from ota_core.artifact import ArtifactRef, Kind, fingerprint
+from ota_core.compute.stream import Progress
 from ota_core.errors import ArtifactError, StorageError
-from ota_core.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
-from ota_core.output import plan_files
-from ota_core.plan import open_plan
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Progress
-from ota_core.writer import MAX_SHARD_BYTES
+from ota_core.files.writer import MAX_SHARD_BYTES
+from ota_core.merge import engine
+from ota_core.merge.output import plan_files
+from ota_core.plan.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
+from ota_core.plan.plan import open_plan
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import storage
 from tasks.artifacts import ArtifactStore, BuildResult
 from tasks.benchmark import score_model

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from ota_core.byte_source import ByteSource, MappedFile
 from ota_core.errors import StorageError
+from ota_core.files.byte_source import ByteSource, MappedFile
 from tasks import s3, storage
 from tasks.chunk_cache import ChunkCache
 from tasks.outline import OutlineFile, outline

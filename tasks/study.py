@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ota_core.errors import RecipeError, raise_all
-from ota_core.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
+from ota_core.recipe.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
 from tasks.recipes import find_file, parse_config, read_yaml
 from tasks.search_space import Range, expert_names
 from tasks.storage import is_s3

@@ -7,8 +7,8 @@ from itertools import combinations
 from typing import Any
 
 from ota_core.artifact import canonical_json
-from ota_core.recipe import MergeRecipe, ModelEntry
-from ota_core.recipe_parameters import default
+from ota_core.recipe.parameters import default
+from ota_core.recipe.recipe import MergeRecipe, ModelEntry
 
 KEYWORDS = ("all", "each", "pairs", "leave_one_out")
 FFG_SETTINGS = ("density", "precond_threshold", "metric", "scope", "mask_curvature")

@@ -7,8 +7,8 @@ from typing import Any
 
 from ota_core.artifact import ArtifactRef, fingerprint
 from ota_core.errors import ArtifactError
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import stages
 from tasks.inputs import fetch_all, locate
 from tasks.scores import ModelScores

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ota_core.recipe_parameters import default
+from ota_core.recipe.parameters import default
 from tasks.study_cells import FFG_SETTINGS, Cell, canonical, families, spell, spelled
 from tasks.study_losses import losses_table
 from tasks.study_rows import (

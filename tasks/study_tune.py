@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ota_core.artifact import canonical_json
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe, parse_recipe
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe, parse_recipe
 from tasks import stages
 from tasks.scores import ModelScores
 from tasks.search import Budget, Range, Space, Tuned, tune

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ota_core.artifact import fingerprint
 from ota_core.errors import OtaError, raise_all
-from ota_core.recipe_yaml import load_yaml, nearest
+from ota_core.recipe.yaml_text import load_yaml, nearest
 
 SUITES = Path(__file__).resolve().parents[1] / "deployments" / "suites"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 
 UNUSED = "unused"
 """``compression`` of a method that reads no second moments."""

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import OtaError
-from ota_core.recipe_yaml import nearest
+from ota_core.recipe.yaml_text import nearest
 from tasks.names import EXPERIMENT
 from tasks.tracking_run import SAMPLES, TAG_FINGERPRINT, TAG_SUITE_KEY, Benchmarked
 from tasks.tracking_store import Store, clear_errors, connect, pages

@@ -133,8 +133,8 @@ def ota_recipe(root: Path, base: Tensors | None, experts: Sequence[Expert], para
 
 def run_merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> tuple[Tensors, Any]:
     """Merge with the engine, on the device of ``OTA_TEST_DEVICE``; the merged tensors as float32 arrays, and the report."""
-    from ota_core.engine import merge
-    from ota_core.recipe import MergeRecipe
+    from ota_core.merge.engine import merge
+    from ota_core.recipe.recipe import MergeRecipe
 
     device = os.environ.get("OTA_TEST_DEVICE", "cpu")
     report = merge(MergeRecipe.model_validate(dict(recipe)), out, **{"device": device, **options})

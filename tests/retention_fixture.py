@@ -15,8 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.artifact import RECORD, ArtifactRef, read_record
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import MergeRecipe
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages, storage
 from tasks.artifacts import ArtifactStore
 from tasks.inputs import model_sources

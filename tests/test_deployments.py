@@ -18,8 +18,8 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 
 from flows.events import EXPERT_ARRIVED
-from ota_core.recipe import MergeRecipe, Method
-from ota_core.recipe_parameters import USED, default
+from ota_core.recipe.parameters import USED, default
+from ota_core.recipe.recipe import MergeRecipe, Method
 from tasks.nightly import NightlyConfig, find_config, load_nightly
 from tasks.recipes import ROOT, read_recipe
 from tasks.stack_layout import CPU_POOL, GPU_POOL

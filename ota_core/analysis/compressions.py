@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from ota_core.agreement import Agreement, agreements
+from ota_core.analysis.agreement import Agreement, agreements
 from ota_core.analysis.roles import WHOLE
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
-from ota_core.compression import DEFAULT_RANK, CompressedMoments, CompressionReport, compress
-from ota_core.views import ExpertView
+from ota_core.moments.compression import DEFAULT_RANK, CompressedMoments, CompressionReport, compress
+from ota_core.plan.views import ExpertView
 
 
 def compressions(subject: Subject) -> Iterator[Row]:

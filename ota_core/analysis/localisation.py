@@ -18,13 +18,13 @@ from ota_core.analysis.pieces import groups_of
 from ota_core.analysis.roles import WHOLE, Place, totals
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import BINS, Row, row
-from ota_core.compression.cuts import matrices
 from ota_core.fused.counts import keep_block
-from ota_core.plan import MergePlan
-from ota_core.prepare import PlanScoring, block_mask
-from ota_core.saliency import keep, kept_count
-from ota_core.tally import Group, kth_largest
-from ota_core.views import Block, ExpertView, TensorJob, block_elements
+from ota_core.methods.saliency import keep, kept_count
+from ota_core.moments.compression.cuts import matrices
+from ota_core.plan.plan import MergePlan
+from ota_core.plan.prepare import PlanScoring, block_mask
+from ota_core.plan.tally import Group, kth_largest
+from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
 
 MaskOf = Callable[[ExpertView, Block], torch.Tensor]
 """The mask of a block: bool, r·C elements."""

@@ -8,16 +8,16 @@ from threading import Lock
 import numpy as np
 import torch
 
-from ota_core.agreement import midranks, rank_rows
+from ota_core.analysis.agreement import midranks, rank_rows
 from ota_core.analysis.kernels import count_common
 from ota_core.analysis.pieces import by_place, groups_of, named_pairs, pieces, stacked, sums_by_place
 from ota_core.analysis.roles import WHOLE, Place
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
-from ota_core.exact import PairDots
-from ota_core.kernels import count_high, count_low, sqrt
-from ota_core.saliency import BINS, keep, kept_count, locate, score_of
-from ota_core.views import Block, ExpertView, TensorJob, block_elements
+from ota_core.compute.exact import PairDots
+from ota_core.compute.kernels import count_high, count_low, sqrt
+from ota_core.methods.saliency import BINS, keep, kept_count, locate, score_of
+from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
 
 
 @dataclass

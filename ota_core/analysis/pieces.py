@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from ota_core.analysis.roles import Place
 from ota_core.analysis.subject import Subject
-from ota_core.exact import PairDots
-from ota_core.views import Block, TensorJob, parts
+from ota_core.compute.exact import PairDots
+from ota_core.plan.views import Block, TensorJob, parts
 
 Item = TypeVar("Item")
 

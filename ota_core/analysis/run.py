@@ -10,9 +10,9 @@ from ota_core.analysis.overlap import curvature_overlap
 from ota_core.analysis.subject import AnalysisOptions, open_subject
 from ota_core.analysis.table import Row
 from ota_core.analysis.task_vectors import task_vectors
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Progress, parse_memory
+from ota_core.compute.stream import Progress, parse_memory
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 
 
 @dataclass(frozen=True, kw_only=True)

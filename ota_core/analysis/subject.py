@@ -11,16 +11,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ota_core.analysis.roles import Place, place_of
-from ota_core.compression import METHODS, is_compressed, label_of
-from ota_core.compression.base import Method
+from ota_core.compute.stream import Progress
 from ota_core.errors import CheckpointError, MomentsError, OtaError, raise_all
-from ota_core.inputs import ExpertInput, MergeInputs
 from ota_core.moments import find_moments, none_found, open_moments
-from ota_core.plan import MergePlan, open_plan
-from ota_core.prepare import Curvature, prepare_curvature
-from ota_core.recipe import NEEDS_MOMENTS, MergeRecipe
-from ota_core.stream import Progress
-from ota_core.views import ExpertView, TensorJob
+from ota_core.moments.compression import METHODS, is_compressed, label_of
+from ota_core.moments.compression.base import Method
+from ota_core.plan.inputs import ExpertInput, MergeInputs
+from ota_core.plan.plan import MergePlan, open_plan
+from ota_core.plan.prepare import Curvature, prepare_curvature
+from ota_core.plan.views import ExpertView, TensorJob
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 
 DENSITY = 0.4
 """Of masks that neither the recipe nor an option gives a density: the paper's."""

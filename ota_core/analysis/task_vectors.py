@@ -11,10 +11,10 @@ from ota_core.analysis.pieces import named_pairs, pieces, stacked, sums_by_place
 from ota_core.analysis.roles import Place, totals
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
+from ota_core.compute.exact import PairDots
 from ota_core.errors import CheckpointError
-from ota_core.exact import PairDots
-from ota_core.prepare import delta
-from ota_core.views import Block, block_elements
+from ota_core.plan.prepare import delta
+from ota_core.plan.views import Block, block_elements
 
 
 def task_vectors(subject: Subject) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ota_core.kernels import power as exact_power
+from ota_core.compute.kernels import power as exact_power
 
 
 def curvature_weights(v_hat: torch.Tensor, *, power: float, scale: float, mean: float | None, epsilon: float) -> torch.Tensor:

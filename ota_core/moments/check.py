@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ota_core.blocks import matrix_shape
+from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import MomentsError
 
 

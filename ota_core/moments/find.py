@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from ota_core.byte_source import SourceOf
 from ota_core.errors import MomentsError
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.safetensors_io import FORMAT_KEY, MAX_HEADER
+from ota_core.files.torch_file import ZIP
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
 from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
 from ota_core.moments.trainer import TrainerMoments
-from ota_core.safetensors_io import FORMAT_KEY, MAX_HEADER
-from ota_core.torch_file import ZIP
 
 SINGLE = "exp_avg_sq.safetensors"
 SHARDS = "exp_avg_sq*.safetensors"
@@ -97,7 +97,7 @@ def open_moments(path: Path, *, layout: Layout = None, source_of: SourceOf | Non
         compressed = FORMAT_KEY in file.metadata
     if not compressed:
         return SafetensorsMoments(path, files, source_of)
-    from ota_core.compression import open_compressed  # it imports this package
+    from ota_core.moments.compression import open_compressed  # it imports this package
 
     return open_compressed(path, source_of)
 

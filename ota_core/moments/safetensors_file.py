@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ota_core.artifact import EXPERT_JSON
-from ota_core.byte_source import SourceOf
 from ota_core.errors import CheckpointError, MomentsError, raise_all
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
 from ota_core.moments.check import checked
-from ota_core.safetensors_io import SafetensorsFile, TensorInfo
 
 SUFFIX = ".exp_avg_sq"
 # What a dump of an optimizer's state may hold beside v under suffixed names.

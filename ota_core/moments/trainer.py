@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ota_core.byte_source import SourceOf
 from ota_core.errors import MomentsError, OtaError
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.torch_file import TorchFile
 from ota_core.moments.check import checked
 from ota_core.moments.match import Layout, match_names
 from ota_core.moments.safetensors_file import DROP_BYTES, as_beta2, as_step
-from ota_core.torch_file import TorchFile
 
 V = "exp_avg_sq"
 

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 import torch
 
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import s3
 from tasks.s3_server import S3Server, environment
 from tasks.storage import EXPERT_JSON, upload_folder
@@ -175,7 +175,7 @@ def s3_client() -> Any:
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts calls of the functions that do the stages' work: fetch, compress, mask, merge, score."""
-    from ota_core import engine
+    from ota_core.merge import engine
     from tasks import stages, storage
 
     calls: Counter[str] = Counter()

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flows.cli import app
-from ota_core import engine
-from ota_core.compression import open_compressed
-from ota_core.masks import MaskFile
-from ota_core.recipe import MergeRecipe
+from ota_core.merge import engine
+from ota_core.moments.compression import open_compressed
+from ota_core.plan.masks import MaskFile
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.storage import upload_folder
 from tests.ota_core.test_output import llama_experts, loaded
 from tests.s3_fixture import S3Test
@@ -318,7 +318,7 @@ def test_run_checks_its_options_before_it_starts_a_server(recipe: Path) -> None:
 def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
     """Ctrl-C in a real process: no output, no temporaries, no traceback."""
     code = (
-        "import signal, sys\nfrom ota_core.writer import SafetensorsWriter\n"
+        "import signal, sys\nfrom ota_core.files.writer import SafetensorsWriter\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def stop(*_):\n    import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
         "SafetensorsWriter.write_rows = stop\nfrom flows.cli import app\nsys.argv = ['ota', *sys.argv[1:]]\napp()"

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.describe_plan import bytes_read
-from ota_core import engine
-from ota_core.inputs import resolve_local
+from ota_core.files.safetensors_io import SafetensorsFile
+from ota_core.merge import engine
 from ota_core.moments.trainer import TrainerMoments
-from ota_core.plan import open_plan
-from ota_core.recipe import MergeRecipe
-from ota_core.safetensors_io import SafetensorsFile
+from ota_core.plan.inputs import resolve_local
+from ota_core.plan.plan import open_plan
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import s3, storage_cache
 from tasks.storage import upload_folder
 from tasks.storage_layout import write_expert_json

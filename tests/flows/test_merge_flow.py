@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ota_core import engine
 from ota_core.artifact import RECORD, read_record
-from ota_core.recipe import MergeRecipe
+from ota_core.merge import engine
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts import ArtifactStore
 from tasks.inputs import assemble, fetch_all
 from tasks.storage import EXPERT_JSON, upload_folder

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ota_core.errors import CheckpointError, OtaError, StorageError
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.storage import upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World
 from tests.tasks.mlflow_server import free_port

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.storage_layout import write_expert_json
 from tests.flows.merge_fixture import EXPERTS, World
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ota_core.artifact import RECORD, read_record
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tests.flows.merge_fixture import RUN, World
 
 NAME = "ota math+knowledge rho=0.40 rank1"

@@ -19,7 +19,7 @@ from mlflow.entities import Run
 from safetensors import safe_open
 
 from ota_core.artifact import read_record
-from ota_core.recipe import MergeRecipe, load_recipe
+from ota_core.recipe.recipe import MergeRecipe, load_recipe
 from tasks import promotion
 from tasks.gate import decide
 from tasks.scores import ModelScores

@@ -19,7 +19,7 @@ from flows.cli import app
 from flows.search import SearchOutcome, search_flow
 from flows.search_pool import PoolModels, pool_models
 from ota_core.errors import OtaError
-from ota_core.recipe import MergeRecipe, load_recipe
+from ota_core.recipe.recipe import MergeRecipe, load_recipe
 from tasks import stages
 from tasks.inputs import fetch_all
 from tasks.scores import ModelScores

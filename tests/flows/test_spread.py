@@ -18,10 +18,10 @@ from prefect.states import Completed
 
 import flows.spread
 from flows.runners import Runner, runner_of
-from ota_core import engine
 from ota_core.artifact import RECORD, read_record
 from ota_core.errors import OtaError, StorageError
-from ota_core.recipe import MergeRecipe
+from ota_core.merge import engine
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import parts
 from tasks.inputs import assemble, fetch_all
 from tasks.parts import Part, SpreadMerge
@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_leaves_its_finished_shards(world: World, part_coun
         import json, os, signal, sys
         from pathlib import Path
         from flows.merge import merge_flow
-        from ota_core.recipe import MergeRecipe
+        from ota_core.recipe.recipe import MergeRecipe
         from tasks import parts
 
         merged, whole = [], parts.merge_shard

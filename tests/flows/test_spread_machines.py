@@ -15,7 +15,7 @@ import pytest
 from flows.runners import Runner
 from ota_core.artifact import read_record
 from ota_core.errors import OtaError
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.processes import wait_for_end
 from tests.flows.merge_fixture import World
 from tests.flows.test_spread import REPOSITORY, assert_same, kinds_left, sharded
@@ -110,7 +110,7 @@ def test_ray_gives_the_bytes_of_one_process(world: World, tmp_path: Path) -> Non
 
 def by_streams(recipe: MergeRecipe, tmp_path: Path) -> Path:
     """The merge in this process, its models read where they lie."""
-    from ota_core import engine
+    from ota_core.merge import engine
     from tasks.inputs import assemble, fetch_all
     from tasks.streaming import Streams
 

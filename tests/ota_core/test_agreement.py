@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from ota_core.agreement import agreement
-from ota_core.checkpoint import Checkpoint
-from ota_core.compression import compress
+from ota_core.analysis.agreement import agreement
+from ota_core.compute.stream import Stream
 from ota_core.errors import CheckpointError
+from ota_core.files.checkpoint import Checkpoint
 from ota_core.moments import open_moments
-from ota_core.stream import Stream
+from ota_core.moments.compression import compress
 from tests import reference
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_moments
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from ota_core import engine
 from ota_core.analysis import Analysis, analyse
-from ota_core.compression import write_compressed
+from ota_core.compute.stream import Stream
 from ota_core.errors import CheckpointError, MomentsError, OtaError
-from ota_core.inputs import MergeInputs, resolve_local
+from ota_core.merge import engine
 from ota_core.moments import open_moments
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Stream
+from ota_core.moments.compression import write_compressed
+from ota_core.plan.inputs import MergeInputs, resolve_local
+from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
 from tests.ota_core import analysis_reference as plain
 from tests.ota_core.test_analysis_numbers import NAMES, assert_equal, run, world
@@ -237,8 +237,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from ota_core.analysis import analyse
-from ota_core.inputs import resolve_local
-from ota_core.recipe import load_recipe
+from ota_core.plan.inputs import resolve_local
+from ota_core.recipe.recipe import load_recipe
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 small, large = (load_recipe(Path(path)) for path in sys.argv[1:])
 analyse(small, resolve_local(small), memory="64MiB", threads=2)  # compiled code, libraries

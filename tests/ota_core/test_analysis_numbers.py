@@ -12,8 +12,8 @@ import torch
 from scipy.stats import spearmanr
 
 from ota_core.analysis import Analysis, AnalysisOptions, analyse
-from ota_core.inputs import resolve_local
-from ota_core.recipe import MergeRecipe
+from ota_core.plan.inputs import resolve_local
+from ota_core.recipe.recipe import MergeRecipe
 from tests import reference
 from tests.checkpoints import SHAPES, ota_recipe, random_base, random_experts, rounded
 from tests.ota_core import analysis_reference as plain
@@ -175,9 +175,9 @@ def test_a_tied_tensor_counts_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["rank1", "log8", "rank_k"])
 def test_compressions_against_the_full_second_moments(tmp_path: Path, method: str) -> None:
-    from ota_core.compression import compress
+    from ota_core.compute.stream import Stream
     from ota_core.moments import open_moments
-    from ota_core.stream import Stream
+    from ota_core.moments.compression import compress
 
     base, experts = world()
     recipe = ota_recipe(tmp_path, base, experts, {"density": 0.4, "compression": "rank_k", "rank": 2})

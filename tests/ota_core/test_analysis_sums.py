@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ota_core.exact import PairDots, pair_count, pair_index
+from ota_core.compute.exact import PairDots, pair_count, pair_index
 
 
 def test_pairs_are_numbered_row_by_row() -> None:

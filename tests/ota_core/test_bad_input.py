@@ -295,7 +295,7 @@ def test_an_output_that_cannot_be_written(world: World) -> None:
 
 
 def test_a_full_disk_is_a_message_and_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ota_core.writer import SafetensorsWriter
+    from ota_core.files.writer import SafetensorsWriter
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

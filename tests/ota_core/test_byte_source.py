@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ota_core.byte_source import ByteSource, MappedFile
-from ota_core.checkpoint import Checkpoint
-from ota_core.compression import compress as compress_moments
-from ota_core.compression import save_compressed
+from ota_core.compute.stream import Stream
 from ota_core.errors import CheckpointError, MomentsError
-from ota_core.masks import MaskFile, MaskWriter
+from ota_core.files.byte_source import ByteSource, MappedFile
+from ota_core.files.checkpoint import Checkpoint
 from ota_core.moments import open_moments
-from ota_core.stream import Stream
+from ota_core.moments.compression import compress as compress_moments
+from ota_core.moments.compression import save_compressed
+from ota_core.plan.masks import MaskFile, MaskWriter
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_moments
 
 BASE = random_base(3)

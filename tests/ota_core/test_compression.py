@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from ota_core import compression, engine
-from ota_core.blocks import matrix_shape
-from ota_core.compression import compress, compressed_bytes, open_compressed, passes, save_compressed, write_compressed
-from ota_core.compression import cuts as cuts_module
+from ota_core.compute.blocks import matrix_shape
+from ota_core.compute.stream import Stream
 from ota_core.errors import MomentsError, OtaError
-from ota_core.inputs import resolve_local
-from ota_core.moments import Moments, open_moments
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Stream
+from ota_core.merge import engine
+from ota_core.moments import Moments, compression, open_moments
+from ota_core.moments.compression import compress, compressed_bytes, open_compressed, passes, save_compressed, write_compressed
+from ota_core.moments.compression import cuts as cuts_module
+from ota_core.plan.inputs import resolve_local
+from ota_core.recipe.recipe import MergeRecipe
 from tests import reference
 from tests.checkpoints import SHAPES, assert_merged, ota_recipe, random_base, random_experts
 
@@ -182,7 +182,7 @@ def test_damaged_files_are_refused(tmp_path: Path, source: Path, edit: Any, mess
 
 
 def open_file_metadata(path: Path) -> dict[str, str]:
-    from ota_core.safetensors_io import SafetensorsFile
+    from ota_core.files.safetensors_io import SafetensorsFile
 
     with SafetensorsFile(path) as file:
         return file.metadata

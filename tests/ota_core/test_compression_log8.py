@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from ota_core import engine
-from ota_core.compression import open_compressed
-from ota_core.compression.log8_codec import BLOCK, RECIPROCAL, SHIFT, decode, encode
+from ota_core.merge import engine
+from ota_core.moments.compression import open_compressed
+from ota_core.moments.compression.log8_codec import BLOCK, RECIPROCAL, SHIFT, decode, encode
 
 F32 = NDArray[np.float32]
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ota_core.compression import CompressionReport, compress, rank_k
-from ota_core.compression.subspace import eigenvectors, leading_directions, orthonormalise
+from ota_core.compute.stream import Stream
+from ota_core.compute.subspace import eigenvectors, leading_directions, orthonormalise
 from ota_core.errors import MomentsError
 from ota_core.moments import open_moments
-from ota_core.stream import Stream
+from ota_core.moments.compression import CompressionReport, compress, rank_k
 from tests import reference
 
 Array = NDArray[Any]
@@ -56,7 +56,7 @@ def test_rank1_is_the_outer_product_of_the_sums(tmp_path: Path) -> None:
 
 
 def test_rank1_across_chunks_is_still_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ota_core.compression.rank1.CHUNK", 300)
+    monkeypatch.setattr("ota_core.moments.compression.rank1.CHUNK", 300)
     tensors = {"a": realistic((70, 33)), "s": np.stack([realistic((29, 20), i) for i in range(3)]), "one": realistic((5, 400))}
     got, report = compressed(tmp_path, tensors, method="rank1")
     for name, v in tensors.items():

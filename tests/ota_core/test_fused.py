@@ -8,17 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ota_core.compute.kernels import count_high, count_low
 from ota_core.fused import counts
 from ota_core.fused.counts import Candidate
 from ota_core.fused.memory import F32, TILE, VSource, load, load_bytes, rank1_source, source_of, store
 from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
 from ota_core.fused.task_vectors import Part, combine_block, linear_block
-from ota_core.kernels import count_high, count_low
 from ota_core.methods.averages import linear
 from ota_core.methods.dare import drop, uniform
 from ota_core.methods.ota import curvature_weights, ota
+from ota_core.methods.saliency import curvature_scores, keep, magnitude_scores
 from ota_core.methods.task_vectors import NOTHING, add_up, elect_and_add, trim
-from ota_core.saliency import curvature_scores, keep, magnitude_scores
 
 
 def experts(seed: int, count: int, size: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ota_core.engine import mask, merge
-from ota_core.gpu import Lanes, gpus_of, to_device
-from ota_core.inputs import resolve_local
-from ota_core.recipe import MergeRecipe
+from ota_core.compute.gpu import Lanes, gpus_of, to_device
+from ota_core.merge.engine import mask, merge
+from ota_core.plan.inputs import resolve_local
+from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import ota_recipe, random_base, random_experts
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU on this machine")

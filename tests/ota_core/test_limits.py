@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ota_core.checkpoint import Checkpoint
+from ota_core.files.checkpoint import Checkpoint
 from tests import reference
 from tests.checkpoints import (
     assert_merged,

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError
-from ota_core.recipe import load_recipe
+from ota_core.recipe.recipe import load_recipe
 from tests import reference
 from tests.checkpoints import (
     assert_merged,
@@ -164,9 +164,9 @@ def test_6b_rank1_never_turns_into_the_full_v(tmp_path: Path) -> None:
 
 def test_6c_compressed_moments_alone_are_enough(tmp_path: Path) -> None:
     """The full v is gone; the merge is the same to the last bit. Scoring with the full v then is an error, not something else."""
-    from ota_core.compression import compress, save_compressed
+    from ota_core.compute.stream import Stream
     from ota_core.moments import open_moments
-    from ota_core.stream import Stream
+    from ota_core.moments.compression import compress, save_compressed
 
     recipe = ota_recipe(tmp_path, BASE, EXPERTS, {"compression": "rank1"})
     fused, _ = run_merge(recipe, tmp_path / "fused")

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from ota_core.inputs import ExpertInput, MergeInputs, ModelInput
-from ota_core.licences import card_head, licences
-from ota_core.model_card import model_card
-from ota_core.recipe import MergeRecipe
+from ota_core.merge.licences import card_head, licences
+from ota_core.merge.model_card import model_card
+from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
+from ota_core.recipe.recipe import MergeRecipe
 
 APACHE = "---\nlicense: apache-2.0\nlanguage: en\nbase_model: org/root\n---\n# A model\n"
 ROWS: list[dict[str, Any]] = [

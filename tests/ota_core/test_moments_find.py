@@ -95,7 +95,7 @@ def test_compressed_files_go_to_the_compression_module(tmp_path, monkeypatch):
     save_file({"w#row": torch.ones(2)}, path, metadata={"ota_format": "moments/1"})
     calls: list[Path] = []
     stand_in = types.SimpleNamespace(open_compressed=lambda path, source_of: calls.append(path))
-    monkeypatch.setitem(sys.modules, "ota_core.compression", stand_in)
+    monkeypatch.setitem(sys.modules, "ota_core.moments.compression", stand_in)
     open_moments(tmp_path)
     assert calls == [path]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ota_core.errors import RecipeError
-from ota_core.recipe import MergeRecipe, load_recipe, parse_recipe
-from ota_core.recipe_yaml import parse_yaml
+from ota_core.recipe.recipe import MergeRecipe, load_recipe, parse_recipe
+from ota_core.recipe.yaml_text import parse_yaml
 
 PUBLISHED = """\
 merge_method: ota

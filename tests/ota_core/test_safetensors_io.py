@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ota_core.blocks import matrix_shape, row_blocks
+from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.errors import CheckpointError
-from ota_core.safetensors_io import DTYPES, SafetensorsFile
+from ota_core.files.safetensors_io import DTYPES, SafetensorsFile
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:
@@ -178,7 +178,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 STREAMING = """
 import sys
-from ota_core.safetensors_io import SafetensorsFile
+from ota_core.files.safetensors_io import SafetensorsFile
 def peak():  # the high-water mark, KiB; ru_maxrss would begin with that of the parent
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 file = SafetensorsFile(sys.argv[1])

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ota_core.engine import compress_moments, mask, merge
 from ota_core.errors import ArtifactError, OtaError, RecipeError
-from ota_core.found import Found
-from ota_core.inputs import MergeInputs, resolve_local
-from ota_core.prepare import WholeFacts
-from ota_core.recipe import MergeRecipe
-from ota_core.shards import Job, Survey, finish, merge_shard, needs_survey, opened_bins, shard_files, survey, whole_facts
+from ota_core.merge.engine import compress_moments, mask, merge
+from ota_core.merge.shards import Job, Survey, finish, merge_shard, needs_survey, opened_bins, shard_files, survey, whole_facts
+from ota_core.plan.found import Found
+from ota_core.plan.inputs import MergeInputs, resolve_local
+from ota_core.plan.prepare import WholeFacts
+from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import ota_recipe, random_base, random_experts
 
 SHARD = 500  # bytes: most files of the little model hold one tensor

@@ -11,14 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ota_core import tally
 from ota_core.fused import counts as fused
-from ota_core.inputs import resolve_local
-from ota_core.plan import MergePlan, open_plan
-from ota_core.prepare import PlanScoring, ffg_group, ffg_scoring
-from ota_core.recipe import MergeRecipe
-from ota_core.saliency import locate
-from ota_core.tally import Brackets, Group, bins_of, count_brackets, count_high, kth_largest, read_off
+from ota_core.methods.saliency import locate
+from ota_core.plan.inputs import resolve_local
+from ota_core.plan.plan import MergePlan, open_plan, tally
+from ota_core.plan.prepare import PlanScoring, ffg_group, ffg_scoring
+from ota_core.plan.tally import Brackets, Group, bins_of, count_brackets, count_high, kth_largest, read_off
+from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import ota_recipe, random_base, random_experts
 from tests.reference import Tensors
 

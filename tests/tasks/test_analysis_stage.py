@@ -12,8 +12,8 @@ import pytest
 from ota_core.analysis import AnalysisOptions, Row
 from ota_core.analysis.roles import ROLES
 from ota_core.errors import ArtifactError, OtaError
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import MergeRecipe
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import analysis, stages, storage
 from tasks.analysis import TYPES, analysis_options, analysis_step, frame, read_analysis, read_settings, read_tables
 from tasks.inputs import model_sources

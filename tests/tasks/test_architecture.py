@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ota_core.blocks import row_blocks
+from ota_core.compute.blocks import row_blocks
 from ota_core.errors import CheckpointError, MomentsError
 from ota_core.moments import ParameterLayout, find_moments, open_moments
 from tasks.architecture import parameter_layout

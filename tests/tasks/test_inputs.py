@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from ota_core.errors import OtaError
-from ota_core.inputs import MergeInputs, expert_name, unique_names
-from ota_core.recipe import MergeRecipe
+from ota_core.plan.inputs import MergeInputs, expert_name, unique_names
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import storage
 from tasks.inputs import assemble, fetch_all, locate
 from tasks.storage_layout import write_expert_json

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 
 from ota_core.artifact import RECORD, ArtifactRef, read_record
 from ota_core.errors import OtaError, StorageError
-from ota_core.recipe import MergeRecipe
-from ota_core.writer import MAX_SHARD_BYTES
+from ota_core.files.writer import MAX_SHARD_BYTES
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages, storage
 from tasks.inputs import fetch_all
 from tasks.jobs import Job, MergeJob, ScoreJob, missing_after
@@ -112,7 +112,7 @@ def test_a_merge_elsewhere_gives_the_bytes_of_one_here(
 
 
 def test_a_merge_that_is_there_is_found(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ota_core import engine
+    from ota_core.merge import engine
 
     job, _ = merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)
     first = sent(job).run(machines.other, "cpu")

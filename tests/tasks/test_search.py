@@ -14,7 +14,7 @@ from statistics import median
 import pytest
 from pydantic import ValidationError
 
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.search import Budget, Range, Search, SearchError, Space, Trial, Tuned, tune
 
 BEST = {"a": 0.1, "b": 0.3, "c": 0.8}

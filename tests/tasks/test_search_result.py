@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ota_core.recipe import MergeRecipe, load_recipe
+from ota_core.recipe.recipe import MergeRecipe, load_recipe
 from tasks.pictures.search import HOLDS, MISSES, STOPPED, table_of
 from tasks.search import Origin, Trial, Tuned
 from tasks.search_config import SearchConfig

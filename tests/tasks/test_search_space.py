@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from ota_core.errors import OtaError
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.search_config import Floor, SearchConfig, floors_of, load_search, parse_floor, recipe_of
 from tasks.search_space import Range, Space, apply, starts, values_of
 from tests.tasks.study_results import scores

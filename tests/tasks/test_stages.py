@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from ota_core import engine
 from ota_core.artifact import read_record
-from ota_core.inputs import MergeInputs
-from ota_core.recipe import MergeRecipe
+from ota_core.merge import engine
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages, storage
 from tasks.inputs import model_sources
 from tasks.scores import ModelScores

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ota_core import engine
-from ota_core.compression import compress, save_compressed
+from ota_core.compute.stream import Stream
 from ota_core.errors import OtaError, StorageError
+from ota_core.merge import engine
 from ota_core.moments import open_moments
-from ota_core.recipe import MergeRecipe
-from ota_core.stream import Stream
+from ota_core.moments.compression import compress, save_compressed
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import outline as outlines
 from tasks import s3, storage
 from tasks.architecture import parameter_layout

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.errors import StorageError
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks import search_log
 from tasks.names import EXPERIMENT
 from tasks.promotion import log_decision

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ota_core.recipe import MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.tracking_params import comparable_params
 
 KEYS = {"density", "power", "compression", "lambda", "expert_count"}

@@ -1,0 +1,144 @@
+"""How far compressed second moments lead to the same saliency as the full ones (methods.md section 2): rank correlation and mask overlap."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from ota_core.compute.blocks import matrix_shape, row_blocks
+from ota_core.compute.exact import PairDots
+from ota_core.compute.kernels import count_high, count_low
+from ota_core.compute.stream import CACHE_ELEMENTS, Stream
+from ota_core.errors import CheckpointError
+from ota_core.files.checkpoint import Checkpoint
+from ota_core.methods.saliency import Histogram, curvature_scores, keep, kept_count, locate, score_of
+from ota_core.moments.base import Moments
+
+Block = tuple[str, int, int]
+
+
+class Agreement(BaseModel):
+    """``spearman``: rank correlation of the saliency of all elements, ranks told apart by the upper 16 bits of the float32 score (1/128 of
+    an octave). ``jaccard``: |A ∩ B| / |A ∪ B| of the two FFG masks at ``density``, both exact."""
+
+    model_config = ConfigDict(frozen=True)
+
+    density: float
+    spearman: float
+    jaccard: float
+
+
+@dataclass
+class _Overlaps:
+    """Elements that the masks by the full v and by each form keep both, or at least one of them."""
+
+    both: list[int]
+    either: list[int]
+    lock: Lock = field(default_factory=Lock)
+
+
+def agreement(
+    full: Moments, compressed: Moments, expert: Checkpoint, base: Checkpoint, *, density: float, stream: Stream
+) -> Agreement:
+    """``agreements`` with one compressed form."""
+    return agreements(full, [compressed], expert, base, density=density, stream=stream)[0]
+
+
+def agreements(
+    full: Moments, forms: Sequence[Moments], expert: Checkpoint, base: Checkpoint, *, density: float, stream: Stream
+) -> list[Agreement]:
+    """Compare √v·|Δ| with √ṽ·|Δ| of each compressed form over every tensor that the moments cover, in three passes for all forms.
+
+    The same bits for every cut into blocks. Raises CheckpointError when expert and base do not fit.
+    """
+    shapes = {name: shape for name, shape in full.shapes().items() if name in expert and name in base}
+    if not shapes:
+        raise CheckpointError(
+            f"{full.path}: none of its tensors is in both {expert.path} and {base.path}; expected the models it was trained with"
+        )
+    for name, shape in shapes.items():
+        for model in (expert, base):
+            if model.info(name).shape != tuple(shape):
+                raise CheckpointError(
+                    f"{model.path}: tensor '{name}' has shape {list(model.info(name).shape)}, its second moments {list(shape)}"
+                )
+    blocks = [(name, a, b) for name, shape in sorted(shapes.items()) for a, b in row_blocks(shape, stream.block_elements)]
+    k = kept_count(density, sum(math.prod(shape) for shape in shapes.values()))
+    sources = [full, *forms]
+
+    def scores(block: Block) -> list[torch.Tensor]:
+        theta, start = expert.read_rows(*block), base.read_rows(*block)
+        v = [moments.read(*block) for moments in sources]
+        stream.count_read(theta.nbytes + start.nbytes + sum(one.nbytes for one in v))
+        delta = theta.double() - start.double()
+        return [curvature_scores(one, delta) for one in v]
+
+    def pieces(block: Block) -> Iterator[Block]:
+        """Pieces that stay in the cache with the scores of every form."""
+        name, start, stop = block
+        for a, b in row_blocks((stop - start, matrix_shape(shapes[name])[1]), CACHE_ELEMENTS):
+            yield name, start + a, start + b
+
+    def count(into: Callable[[int, torch.Tensor], None]) -> None:
+        def work(block: Block) -> None:
+            for piece in pieces(block):
+                for i, values in enumerate(scores(piece)):
+                    into(i, values)
+
+        stream.map(work, blocks, what="compare")
+
+    high = [Histogram() for _ in sources]
+    count(lambda i, values: count_high(values, high[i].local()))
+    places = [locate(one.counts().numpy(), k) if k else (0, 0) for one in high]
+    low = [Histogram() for _ in sources]
+    count(lambda i, values: count_low(values, places[i][0], low[i].local()))
+    thresholds = [math.inf] * len(sources)
+    if k:
+        thresholds = [
+            score_of((upper << 16) | locate(one.counts().numpy(), k - above)[0])
+            for (upper, above), one in zip(places, low, strict=True)
+        ]
+    ranks = [midranks(one.counts()) for one in high]
+    sums, overlaps = PairDots(len(sources)), _Overlaps([0] * len(forms), [0] * len(forms))
+
+    def compare(block: Block) -> None:
+        local, both, either = PairDots(len(sources)), [0] * len(forms), [0] * len(forms)
+        for piece in pieces(block):
+            found = scores(piece)
+            local.add_rows(np.stack([rank_rows(rank, values) for rank, values in zip(ranks, found, strict=True)]))
+            masks = [keep(values, tau) for values, tau in zip(found, thresholds, strict=True)]
+            for i, mask in enumerate(masks[1:]):
+                both[i] += int((masks[0] & mask).sum())
+                either[i] += int((masks[0] | mask).sum())
+        sums.add(local)
+        with overlaps.lock:
+            overlaps.both = [x + y for x, y in zip(overlaps.both, both, strict=True)]
+            overlaps.either = [x + y for x, y in zip(overlaps.either, either, strict=True)]
+
+    stream.map(compare, blocks, what="compare")
+    found = []
+    for i, (both, either) in enumerate(zip(overlaps.both, overlaps.either, strict=True), 1):
+        rho = sums.cosine(0, i)
+        found.append(
+            Agreement(density=density, spearman=1.0 if math.isnan(rho) else rho, jaccard=both / either if either else 1.0)
+        )
+    return found
+
+
+def midranks(counts: torch.Tensor) -> NDArray[np.float64]:
+    """The centred mean rank of the scores of each bin: float64 (65536,), exact. counts: int64 (65536,), by rising score."""
+    found = counts.numpy()
+    # Twice the rank is a whole number. numpy, because torch would wake threads of its own between the streams' passes.
+    ranks: NDArray[np.float64] = (2 * np.cumsum(found) - found - found.sum()) / 2.0
+    return ranks
+
+
+def rank_rows(ranks: NDArray[np.float64], scores: torch.Tensor) -> NDArray[np.float64]:
+    """The ranks of scores by their upper 16 bits, float64 (R, C). ranks: float64 (65536,); scores: float32 ≥ +0 (R, C)."""
+    found: NDArray[np.float64] = ranks[scores.numpy().view(np.int32) >> 16]
+    return found

@@ -1,0 +1,1 @@
+"""How blocks are cut and run on threads and GPUs, and compiled loops whose sums no cut changes."""

@@ -1,0 +1,164 @@
+"""Runs the same work over many blocks on a few threads, within a memory budget. Results never depend on the cut or the order."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import TypeVar
+
+import torch
+
+from ota_core.compute.gpu import Lanes
+from ota_core.errors import OtaError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name, the units done and the units in all."""
+
+# Tensors of this many elements stay in a core's cache with the intermediate results of a rule on tensors.
+CACHE_ELEMENTS = 1 << 16
+# A block that is handed to a thread: large enough that handing it over costs nothing, small enough that all threads end together.
+BLOCK_ELEMENTS = 1 << 20
+# Mapped pages are given back after this many bytes at the latest, whatever the budget: more of them make nothing faster.
+MAPPED_BYTES = 192 * 2**20
+# More threads than these wait for the memory or the disk rather than compute.
+MAX_THREADS = 8
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_size(text: str | int, what: str, least: str) -> int:
+    """Bytes of a size such as ``2GiB`` or ``800MB``; an integer is taken as it is. Raises OtaError, below ``least`` too."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if not match:
+        raise OtaError(f"{what}: got '{text}', expected a size such as 2GiB or 800MB")
+    size = int(float(match[1]) * _UNITS[match[2] or ""])
+    if least and size < parse_size(least, what, ""):
+        raise OtaError(f"{what}: got '{text}', expected at least {least}")
+    return size
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of a budget for memory. Raises OtaError."""
+    return parse_size(text, "memory", "64MiB")
+
+
+@dataclass(kw_only=True)
+class Stream:
+    """How blocks are worked on: their size, the number of threads, who is told of the progress, whose pages are dropped."""
+
+    block_elements: int = BLOCK_ELEMENTS
+    threads: int = field(default_factory=lambda: min(MAX_THREADS, len(os.sched_getaffinity(0))))
+    memory: int = 2 * 2**30
+    progress: Progress | None = None
+    lanes: Lanes | None = None
+    """Where blocks are worked on by GPUs."""
+    droppable: list[Callable[[], None]] = field(default_factory=list)
+    """Called when ``mapped_bytes`` have been read through memory maps since the last time."""
+    _read: int = 0
+    _lock: Lock = field(default_factory=Lock)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The share of the budget that mapped pages may take: a quarter, at most ``MAPPED_BYTES``."""
+        return min(self.memory // 4, MAPPED_BYTES)
+
+    def count_read(self, size: int) -> None:
+        """Note bytes read from mapped files; give the pages back when they would grow over the budget."""
+        with self._lock:
+            self._read += size
+            if self._read < self.mapped_bytes:
+                return
+            self._read = 0
+        for drop in self.droppable:
+            drop()
+
+    def map(
+        self,
+        work: Callable[[Item], Result],
+        items: Iterable[Item],
+        *,
+        what: str,
+        size: Callable[[Item], int] = lambda _: 1,
+        ahead: Callable[[Item], None] | None = None,
+    ) -> list[Result]:
+        """``work`` of every item, in the order of the items. The first error stops the rest and is raised.
+
+        ``size`` weighs an item in the progress. ``ahead`` is told of the item whose turn comes when the one that is started now is done.
+        """
+        todo: Sequence[Item] = list(items)
+        if not todo:
+            return []
+        total, done = sum(size(item) for item in todo), 0
+        if self.progress:
+            self.progress(what, 0, total)
+        with _torch_threads.single(), ThreadPoolExecutor(self.threads) as pool:
+            futures: dict[Future[Result], int] = {}
+            results: dict[int, Result] = {}
+            queue = iter(enumerate(todo))
+
+            def step(index: int, item: Item) -> Result:
+                if ahead is not None and index + self.threads < len(todo):
+                    ahead(todo[index + self.threads])
+                with self.lanes.mine() if self.lanes else nullcontext():
+                    return work(item)
+
+            def submit(count: int) -> None:
+                for index, item in _take(queue, count):
+                    futures[pool.submit(step, index, item)] = index
+
+            try:
+                submit(4 * self.threads)
+                while futures:
+                    finished, _ = wait(futures, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        index = futures.pop(future)
+                        results[index] = future.result()
+                        done += size(todo[index])
+                    if self.progress:
+                        self.progress(what, done, total)
+                    submit(len(finished))
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                wait(futures, return_when=FIRST_EXCEPTION)
+                raise
+        return [results[i] for i in range(len(todo))]
+
+
+def _take(queue: Iterator[tuple[int, Item]], count: int) -> Iterator[tuple[int, Item]]:
+    for _ in range(count):
+        entry = next(queue, None)
+        if entry is None:
+            return
+        yield entry
+
+
+class _TorchThreads:
+    """torch's own threads would fight with the streams'. The setting is the process's, so the first stream takes and the last restores it."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = Lock(), 0, 0
+
+    @contextmanager
+    def single(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._before = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    torch.set_num_threads(self._before)
+
+
+_torch_threads = _TorchThreads()

@@ -1,0 +1,212 @@
+"""A Hugging Face checkpoint folder as named tensors, read lazily: safetensors, sharded or not, or PyTorch's ``.bin``."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ota_core.compute.blocks import matrix_shape
+from ota_core.errors import CheckpointError, raise_all
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
+from ota_core.files.torch_file import TorchFile
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+# Files beside the weights that belong to a model. What matches is copied from the source of the output's tokenizer and config.
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
+    "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+class WeightFile(Protocol):
+    """One file of tensors; ``SafetensorsFile`` is the usual one."""
+
+    path: Path
+    infos: dict[str, TensorInfo]
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+    def prefetch(self, name: str, start: int, stop: int) -> None: ...
+    def drop_pages(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _BinFile:
+    """A ``.bin`` of torch.save, read by ranges rather than loaded; only tensors are unpickled (``weights_only``)."""
+
+    def __init__(self, path: Path, source_of: SourceOf | None) -> None:
+        self.path = path
+        try:
+            self._file = TorchFile(path, source_of)
+            state = self._file.saved
+            if isinstance(state, dict):
+                self._file.check(value for value in state.values() if isinstance(value, torch.Tensor))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist; the index lists it: fetch the checkpoint again") from None
+        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}); expected a zip file of torch.save with tensors "
+                "only. Save the model as safetensors, or fetch the file again"
+            ) from None
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise CheckpointError(
+                f"{path} holds {type(state).__name__}, expected a dictionary of tensors: is this a model's state dict?"
+            )
+        self._state: dict[str, torch.Tensor] = state
+        self.infos = {
+            name: TensorInfo(name, value.dtype, tuple(value.shape), 0, value.nbytes) for name, value in self._state.items()
+        }
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._file.read_rows(self._state[name], start, stop)
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        self._file.prefetch(self._state[name], start, stop)
+
+    def drop_pages(self) -> None:
+        self._file.drop_pages()
+
+    def close(self) -> None:
+        self._state = {}
+        self._file.close()
+
+
+class Checkpoint:
+    """The tensors of one model folder. Raises CheckpointError when files are missing, truncated or contradict the index."""
+
+    def __init__(self, path: Path | str, source_of: SourceOf | None = None) -> None:
+        """``source_of`` says where the weights' bytes come from; configuration, index and file names are always the folder's own."""
+        self.path = Path(path)
+        self.files = [_open(file, source_of) for file in weight_files(self.path)]
+        self._where: dict[str, WeightFile] = {}
+        for file in self.files:
+            for name in file.infos:
+                if name in self._where:
+                    raise CheckpointError(
+                        f"{self.path}: tensor '{name}' is in both {self._where[name].path.name} and {file.path.name}; expected it once"
+                    )
+                self._where[name] = file
+        _check_index(self.path, self._where)
+        self.config = read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of one tensor."""
+        if name not in self._where:
+            raise CheckpointError(f"{self.path} holds no tensor '{name}'")
+        return self._where[name].infos[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of the matrix of ``blocks.matrix_shape``, in the stored dtype; a view of the file, not to be written to."""
+        return self._where[name].read_rows(name, start, stop)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor in its own shape and stored dtype."""
+        shape = self.info(name).shape
+        return self.read_rows(name, 0, matrix_shape(shape)[0]).reshape(shape)
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """The same rows are read soon: a hint that costs little and may be repeated."""
+        self._where[name].prefetch(name, start, stop)
+
+    def drop_pages(self) -> None:
+        """Give the mapped pages that were read back to the kernel; what is read again comes from its page cache."""
+        for file in self.files:
+            file.drop_pages()
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
+    if path.suffix != ".safetensors":
+        return _BinFile(path, source_of)
+    return SafetensorsFile(path, source_of(path) if source_of else None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; expected a JSON file") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights. Raises CheckpointError when there are none, or it is unclear which."""
+    if not folder.is_dir():
+        seen = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {seen}; expected a checkpoint folder with config.json and *.safetensors")
+    for index in (SAFETENSORS_INDEX, BIN_INDEX):
+        if (folder / index).exists():
+            return [folder / name for name in sorted(set(_weight_map(folder / index).values()))]
+        single = folder / index.removesuffix(".index.json")
+        if single.exists():
+            return [single]
+    candidates = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("exp_avg", "optimizer")))
+    if any(p.name.startswith("adapter_") for p in candidates):
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter, not a whole model; merge it into its base first (peft: merge_and_unload)"
+        )
+    if len(candidates) == 1:
+        return candidates
+    if candidates:
+        raise CheckpointError(
+            f"{folder} holds {len(candidates)} safetensors files and no {SAFETENSORS_INDEX} "
+            f"({', '.join(p.name for p in candidates[:4])}, …); expected the index that says which belong to the model"
+        )
+    held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, or pytorch_model.bin"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} holds no weight_map; expected tensor names with the file of each")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: tensor '{name}' lies in {file!r}; expected the name of a file beside the index")
+    return weight_map
+
+
+def _check_index(folder: Path, where: dict[str, WeightFile]) -> None:
+    for name in (SAFETENSORS_INDEX, BIN_INDEX):
+        if (folder / name).exists():
+            listed = _weight_map(folder / name)
+            problems = [
+                f"{folder / name} says that tensor '{tensor}' lies in {file}, "
+                + (f"it lies in {where[tensor].path.name}" if tensor in where else "but no file holds it")
+                for tensor, file in sorted(listed.items())
+                if tensor not in where or where[tensor].path.name != file
+            ]
+            problems += [
+                f"{where[tensor].path} holds tensor '{tensor}', which {name} does not list"
+                for tensor in sorted(set(where) - set(listed))
+            ]
+            raise_all(problems, CheckpointError)
+            return
+
+
+def companion_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Files of a model folder that match, each once, sorted by name."""
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

@@ -1,0 +1,121 @@
+"""Files of torch.save whose tensors are read by ranges.
+
+Format: a zip file that stores ``data.pkl`` and each storage's bytes uncompressed. torch.load with ``map_location="meta"`` unpickles
+the structure alone and notes in each storage where its bytes lie (``torch.load`` documents this as ``_checkpoint_offset``).
+torch's old format, which is no zip, is loaded whole.
+"""
+
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ota_core.compute.blocks import matrix_shape
+from ota_core.files.byte_source import ByteSource, SourceOf, numbers, open_source
+
+ZIP = b"PK\x03\x04"
+LOCAL_HEADER = 30  # bytes before a record's name (APPNOTE.TXT 4.3.7); the lengths of name and extra field are its last four
+
+
+class TorchFile:
+    """One file of torch.save. ``saved`` is what was saved; its tensors have shapes and dtypes, their numbers come from ``read_rows``."""
+
+    path: Path
+    saved: Any
+
+    def __init__(self, path: Path, source_of: SourceOf | None = None) -> None:
+        """Only tensors and plain containers are unpickled (``weights_only``).
+
+        Raises whatever torch.load raises for a damaged or hostile file, OSError, or ValueError for a zip file that torch did not write.
+        """
+        self.path = path
+        source = open_source(path, source_of)
+        self._source: ByteSource | None = source
+        if bytes(source.read(0, min(4, source.size))) != ZIP:
+            source.close()
+            self._source = None
+            self.saved = torch.load(path, map_location="cpu", weights_only=True)
+            return
+        self.saved = torch.load(path, map_location="meta", weights_only=True)
+        self._records = _records(path, source)
+
+    def check(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Raises ValueError where the bytes of one of the file's tensors do not lie where torch puts them."""
+        for tensor in tensors:
+            if self._source is not None and tensor.numel():
+                self._offset(tensor)
+
+    def read_rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of one of the file's tensors as the matrix (R, C) of ``blocks.matrix_shape``, in its dtype; read-only."""
+        rows, cols = matrix_shape(tensor.shape)
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows {start}:{stop} asked, the tensor has rows 0:{rows}")
+        if self._source is None or tensor.numel() == 0:
+            whole = tensor if self._source is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+            return whole.reshape(rows, cols)[start:stop]
+        offset = self._offset(tensor)
+        if tensor.is_contiguous():
+            first = offset + start * cols * tensor.itemsize
+            return numbers(self._source, first, (stop - start) * cols, tensor.dtype).view(stop - start, cols)
+        held = numbers(self._source, offset, _span(tensor), tensor.dtype)
+        return held.as_strided(tensor.shape, tensor.stride(), 0).reshape(rows, cols)[start:stop]
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All numbers of one of the file's tensors, in its shape; read-only."""
+        return self.read_rows(tensor, 0, matrix_shape(tensor.shape)[0]).reshape(tensor.shape)
+
+    def prefetch(self, tensor: torch.Tensor, start: int, stop: int) -> None:
+        """The same rows are read soon: a hint, see ``ByteSource.prefetch``."""
+        if self._source is None or tensor.numel() == 0:
+            return
+        offset = self._offset(tensor)
+        width = matrix_shape(tensor.shape)[1] * tensor.itemsize
+        if tensor.is_contiguous():
+            self._source.prefetch(offset + start * width, min(offset + stop * width, offset + tensor.nbytes))
+        else:
+            self._source.prefetch(offset, offset + _span(tensor) * tensor.itemsize)
+
+    def drop_pages(self) -> None:
+        """Give memory that holds bytes already read back. What was returned stays valid."""
+        if self._source is not None:
+            self._source.drop()
+
+    def close(self) -> None:
+        """Let go of the file; closing twice is fine."""
+        self.saved = None
+        if self._source is not None:
+            self._source.close()
+
+    def _offset(self, tensor: torch.Tensor) -> int:
+        """Where a tensor's first element lies in the file. torch computes it from sizes; the zip's own directory must agree."""
+        storage = tensor.untyped_storage()
+        offset = getattr(storage, "_checkpoint_offset", None)
+        if offset is None or self._records.get(offset) != storage.nbytes():
+            raise ValueError(
+                f"torch looks for a storage of {storage.nbytes()} bytes at byte {offset}, where the zip file has no such record: it was "
+                "not written by torch.save"
+            )
+        return int(offset) + int(tensor.storage_offset()) * tensor.itemsize
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Elements of the storage from the tensor's first to its last one."""
+    return 1 + sum(int((size - 1) * stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _records(path: Path, source: ByteSource) -> dict[int, int]:
+    """Offset of a record's bytes to their number. Raises ValueError for compressed records and another byte order."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its record {info.filename} is compressed, torch.save stores records as they are")
+            if info.filename.endswith("/byteorder") and archive.read(info).decode(errors="replace") != sys.byteorder:
+                raise ValueError(f"it was saved on a machine of another byte order than this one ({sys.byteorder} endian)")
+            header = bytes(source.read(info.header_offset, info.header_offset + LOCAL_HEADER))
+            name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+            found[info.header_offset + LOCAL_HEADER + name + extra] = info.file_size
+    return found

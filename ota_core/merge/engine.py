@@ -1,0 +1,289 @@
+"""The stages of a merge as functions of files: compress, mask, merge. Fused in one process or staged through files, the same bytes.
+
+merge: recipe and inputs → a complete Hugging Face folder. mask: recipe and inputs → one mask file per expert.
+"""
+
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
+from ota_core.compute.stream import Progress, Stream, parse_memory
+from ota_core.errors import OtaError
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.writer import MAX_SHARD_BYTES, write_index
+from ota_core.merge.model_card import model_card
+from ota_core.merge.output import Shards, check_apart, check_free, copy_companions, new_folder, plan_files, write_weights
+from ota_core.moments import open_moments
+from ota_core.moments.compression import CompressionReport, is_compressed, label_of, write_compressed
+from ota_core.moments.match import Layout
+from ota_core.plan.found import Found
+from ota_core.plan.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
+from ota_core.plan.masks import MaskWriter
+from ota_core.plan.plan import MergePlan, open_plan
+from ota_core.plan.prepare import block_mask, ffg_scoring, prepare_curvature
+from ota_core.plan.views import Block, ExpertView, block_elements
+from ota_core.recipe.recipe import MergeRecipe
+from ota_core.rules.ota import density_report
+from ota_core.rules.rule import Rule, rule_of
+
+
+class MergeReport(BaseModel):
+    """What a merge did. ``results`` also stand in the record."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    results: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory_gib: float
+    notes: list[str]
+
+    @property
+    def densities(self) -> dict[str, Any]:
+        """Expert → threshold, density, kept, total, per_tensor; empty without FFG."""
+        found: dict[str, Any] = self.results.get("densities", {})
+        return found
+
+
+def pick_device(device: str) -> str:
+    """The torch device that ``cpu``, ``cuda`` or ``auto`` means here. Raises OtaError when cuda is asked and there is none."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in {"cpu", "cuda"} and not device.startswith("cuda:"):
+        raise OtaError(f"device: got '{device}', expected cpu, cuda or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise OtaError("device: cuda is asked for, but torch sees no GPU here; use --device cpu or auto")
+    return device
+
+
+def merge(
+    recipe: MergeRecipe,
+    out: Path,
+    *,
+    recipe_dir: Path | None = None,
+    inputs: MergeInputs | None = None,
+    layout_of: LayoutOf | None = None,
+    memory: str | int = "2GiB",
+    device: str = "cpu",
+    overwrite: bool = False,
+    shard_size: int = MAX_SHARD_BYTES,
+    block_elements: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge and write the folder ``out``: shards, configuration, tokenizer, model card, and ``record.json`` last.
+
+    inputs: local files; without them the recipe's models must be folders, looked up beside ``recipe_dir`` and here. Nothing of the result
+    depends on memory, device (to one unit in the last place of the output type), blocks or threads. Raises OtaError, with all problems
+    at once, before anything is written; ``out`` appears complete or not at all.
+    """
+    check_free(out, overwrite=overwrite)
+    inputs = inputs or resolve_local(recipe, recipe_dir, layout_of)
+    check_apart(out, inputs)
+    with new_folder(out, overwrite=overwrite) as folder:
+        report = merge_into(
+            folder,
+            recipe,
+            inputs,
+            memory=memory,
+            device=device,
+            shard_size=shard_size,
+            block_elements=block_elements,
+            threads=threads,
+            progress=progress,
+        )
+        identity, config, digests = merge_identity(recipe, inputs, shard_size)
+        provenance = {**environment(device), "sources": sources(inputs), "recipe": described(recipe), "seconds": report.seconds}
+        record = Record(
+            kind="merged",
+            fingerprint=identity,
+            algorithm_version=ALGORITHM_VERSION,
+            config=config,
+            inputs=digests,
+            files=folder_files(folder),
+            provenance=provenance,
+            results=report.results,
+        )
+        write_record(folder, record)
+    return report
+
+
+def merge_into(
+    folder: Path,
+    recipe: MergeRecipe,
+    inputs: MergeInputs,
+    *,
+    memory: str | int = "2GiB",
+    device: str = "cpu",
+    shard_size: int = MAX_SHARD_BYTES,
+    block_elements: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write everything of a merged model but its record into an empty folder. Who calls owns the folder: its name, record and removal."""
+    budget, where = parse_memory(memory), pick_device(device)
+    started = time.perf_counter()
+    with open_plan(
+        recipe, inputs, device=where, memory=budget, block_elements=block_elements, threads=threads, progress=progress
+    ) as plan:
+        plan.scratch = folder
+        rule = rule_of(plan)
+        rule.prepare()
+        prepared = time.perf_counter()
+        shards = plan_files(plan, shard_size)
+        write_weights(plan, rule, folder, shards)
+        fingerprint, results = complete_folder(plan, rule, rule.found(), folder, shards, shard_size)
+        seconds = {"prepare": prepared - started, "merge": time.perf_counter() - prepared}
+        return MergeReport(
+            fingerprint=fingerprint, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes
+        )
+
+
+def complete_folder(
+    plan: MergePlan, rule: Rule, found: Found, folder: Path, shards: Shards, shard_size: int
+) -> tuple[str, dict[str, Any]]:
+    """Everything beside the weights but the record: index, configuration, tokenizer, model card. Returns fingerprint and results."""
+    write_index(folder, shards)
+    copy_companions(plan, folder)
+    results = rule.results(found)
+    identity, _, _ = merge_identity(plan.recipe, plan.inputs, shard_size)
+    write_text_atomic(folder / CARD, model_card(plan.recipe, plan.inputs, results, identity))
+    return identity, results
+
+
+def described(recipe: MergeRecipe) -> dict[str, Any]:
+    """The recipe as a record keeps it: what it says, in JSON."""
+    return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def mask(
+    recipe: MergeRecipe,
+    out: Path,
+    *,
+    inputs: MergeInputs,
+    only: str | None = None,
+    memory: str | int = "2GiB",
+    device: str = "cpu",
+    block_elements: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``<expert>.safetensors`` with the FFG mask of every expert that FFG masks (or of ``only`` one) into the folder ``out``.
+
+    Returns expert → threshold, realised density, counts. Raises OtaError; a recipe without FFG has no masks to write.
+    """
+    if not any(recipe.ffg(i) for i in range(len(recipe.models))):
+        raise OtaError("the recipe has no FFG masks: merge_method must be ota, with a density below 1 or a precond_threshold")
+    found: dict[str, Any] = {}
+    with open_plan(
+        recipe,
+        inputs,
+        device=pick_device(device),
+        memory=parse_memory(memory),
+        block_elements=block_elements,
+        threads=threads,
+        progress=progress,
+    ) as plan:
+        plan.scratch = out
+        if only is not None:
+            plan.experts = [expert for expert in plan.experts if expert.name == only]
+        plan.experts = [expert for expert in plan.experts if recipe.ffg(expert.index)]
+        facts = prepare_curvature(plan)
+        for expert in plan.experts:
+            found[expert.name] = _write_mask(plan, expert, facts, out / f"{expert.name}.safetensors")
+    return found
+
+
+def _write_mask(plan: MergePlan, expert: ExpertView, facts: Any, path: Path) -> dict[str, Any]:
+    jobs = plan.curved(expert)
+    taus = facts.thresholds[expert.index]
+    kept: dict[str, int] = {}
+    writer = MaskWriter(
+        path, {job.name: job.shape for job in jobs}, {"expert": expert.name, "thresholds": {n: _json(t) for n, t in taus.items()}}
+    )
+
+    def work(block: Block) -> tuple[str, int]:
+        mask, kept = block_mask(plan, facts, expert, block)
+        writer.write(block[0].name, block[1], mask)
+        return block[0].name, kept
+
+    scoring = ffg_scoring(plan)
+    try:
+        counts = plan.stream.map(
+            work,
+            plan.blocks(jobs, multiple=8),
+            what=f"mask {expert.name}",
+            size=block_elements,
+            ahead=lambda block: scoring.prefetch([expert.index], block),
+        )
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()
+    for name, count in counts:
+        kept[name] = kept.get(name, 0) + count
+    return density_report(plan, expert, taus, kept)
+
+
+def _json(tau: float) -> float | str:
+    return tau if tau != float("inf") else "inf"
+
+
+def compress_moments(
+    source: Path,
+    out: Path,
+    *,
+    method: str,
+    rank: int | None = None,
+    layout: Layout = None,
+    source_of: SourceOf | None = None,
+    memory: str | int = "2GiB",
+    progress: Progress | None = None,
+) -> CompressionReport:
+    """Compress the second moments in ``source`` into the safetensors file ``out``, by any method of ``ota_core.moments.compression``.
+
+    rank: of ``rank_k``, 4 by default; ``none`` writes v under the model's names.
+    layout: the model's parameters, or a function that builds them, for optimizer states that number them.
+    source_of: where the bytes of v come from, if not from the files themselves. Raises MomentsError.
+    """
+    moments = open_moments(source, layout=layout, source_of=source_of)
+    try:
+        stream = Stream(
+            memory=parse_memory(memory),
+            progress=progress,
+            droppable=[drop] if (drop := getattr(moments, "drop_pages", None)) else [],
+        )
+        if is_compressed(moments):
+            raise OtaError(f"{source} is compressed with {label_of(moments)} already; compress the full second moments instead")
+        return write_compressed(moments, out, method=method, rank=rank, stream=stream)
+    finally:
+        moments.close()
+
+
+def peak_memory_gib() -> float:
+    """Largest resident size of this process so far, mapped pages included, in GiB."""
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where and with what a stage ran; it never decides the bytes."""
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device,
+    }
+
+
+def sources(inputs: MergeInputs) -> dict[str, str]:
+    """Where each input came from, as the recipe calls it."""
+    found = {"base": inputs.base.source} if inputs.base else {}
+    return found | {expert.name: expert.source for expert in inputs.experts}

@@ -1,0 +1,177 @@
+"""The output folder of a merge: weights as they are computed, then everything a Hugging Face folder needs, the record last."""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ota_core.compute.gpu import output_rows
+from ota_core.errors import CheckpointError, OtaError
+from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
+from ota_core.plan.inputs import ExpertInput, MergeInputs
+from ota_core.plan.plan import MergePlan
+from ota_core.plan.views import Block, block_elements
+from ota_core.plan.vocabulary import add_tokens
+from ota_core.rules.rule import Rule
+
+ABANDONED_SECONDS = 60
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that takes the name ``out`` when the body ends well, and vanishes when it does not.
+
+    Raises OtaError when ``out`` exists already and is not to be overwritten, or its parent cannot be written to.
+    """
+    check_free(out, overwrite=overwrite)
+    out = out.absolute()
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        temporary.mkdir()
+        # Held as long as this process lives: says to a later merge that this folder is not abandoned.
+        held = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+    except OSError as error:
+        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output folder") from None
+    try:
+        yield temporary
+        _take_place(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(held)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove temporary siblings of merges to ``out`` that were killed: nobody holds their lock any more."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # gone already, or somebody else's: not ours to remove
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Younger ones may be between their making and their locking.
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(path)
+            finally:
+                os.close(folder)
+
+
+def _take_place(new: Path, out: Path) -> None:
+    """Give ``new`` the name ``out``; what had it is removed afterwards, and gets it back when the renaming fails."""
+    old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.old")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(out, old)
+    try:
+        os.rename(new, out)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(old, out)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise OtaError when ``out`` exists and is not to be overwritten."""
+    if out.exists() and not overwrite:
+        raise OtaError(f"{out} exists already; choose another output or pass --overwrite")
+
+
+def check_apart(out: Path, inputs: MergeInputs) -> None:
+    """Raise OtaError when writing ``out`` would replace an input."""
+    target = out.resolve()
+    for item in (*([inputs.base] if inputs.base else []), *inputs.experts):
+        held = [item.path, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
+        if any(path.resolve().is_relative_to(target) for path in held):
+            raise OtaError(f"{out} is, or holds, an input of the merge ({item.name}: {item.path}); choose another output")
+
+
+Shards = list[tuple[str, list[TensorSpec]]]
+"""Weight files by name, and the tensors of each."""
+
+
+def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> Shards:
+    """The output's weight files and the tensors of each."""
+    return plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
+
+
+def write_weights(plan: MergePlan, rule: Rule, folder: Path, shards: Shards) -> None:
+    """Merge every block of these files and write it to its place; the bytes do not depend on the order of the blocks."""
+    writers: dict[str, SafetensorsWriter] = {}
+    try:
+        by_tensor: dict[str, SafetensorsWriter] = {}
+        for file, specs in shards:
+            writers[file] = SafetensorsWriter(folder / file, specs, {"format": "pt"})
+            by_tensor |= {spec.name: writers[file] for spec in specs}
+
+        def work(block: Block) -> None:
+            job, start, stop = block
+            if job.copy:
+                rows = _copied(plan, block)
+            else:
+                rows = output_rows(stop - start, block_elements(block) // (stop - start), job.dtype, plan.device)
+                rule.merge(block, rows)
+                if plan.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
+            by_tensor[job.name].write_rows(job.name, start, rows)
+
+        def ahead(block: Block) -> None:
+            if not block[0].copy:
+                rule.prefetch(block)
+
+        jobs = [job for job in plan.jobs if job.name in by_tensor]
+        plan.stream.map(work, plan.blocks(jobs), what="merge", size=block_elements, ahead=ahead)
+    except BaseException:
+        for writer in writers.values():
+            writer.abort()
+        raise
+    for writer in writers.values():
+        writer.close()
+
+
+def _copied(plan: MergePlan, block: Block) -> torch.Tensor:
+    """Rows of a tensor that is not of floating point: every model must hold the same."""
+    job, start, stop = block
+    first, *others = plan.models
+    rows = first.stored(job.name, start, stop)
+    for view in others:
+        if not rows.equal(view.stored(job.name, start, stop)):
+            raise CheckpointError(
+                f"tensor '{job.name}' ({job.dtype}) differs between {first.name} and {view.name}; integer tensors cannot be merged"
+            )
+    return rows
+
+
+def copy_companions(plan: MergePlan, folder: Path) -> None:
+    """Configuration, tokenizer and chat template, from the base or from the model of ``tokenizer_source``."""
+    source = plan.source_folder()
+    for path in companion_files(source, (*CONFIG_FILES, *TOKENIZER_PATTERNS)):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    config = folder / "config.json"
+    if config.exists():
+        settings = read_json(config)
+        if plan.vocabulary:
+            settings["vocab_size"] = plan.vocabulary.rows
+            if plan.vocabulary.added:
+                add_tokens(folder / "tokenizer.json", plan.vocabulary.added)
+        if plan.recipe.output_dtype:
+            settings.pop("torch_dtype", None)
+            settings["dtype"] = plan.recipe.output_dtype
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

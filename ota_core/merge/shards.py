@@ -1,0 +1,242 @@
+"""A merge spread over machines: output shards are independent but for a few facts of whole experts, which sums of the parts give.
+
+    for each shard    survey(...)                     counts of the scores' upper bits, sums of the curvature
+    once              Survey.sum, opened_bins(...)    which bins hold the thresholds
+    for each shard    survey(..., opened=...)         counts above and inside those bins
+    once              whole_facts(...)                thresholds and means, to the bit those of one process
+    for each shard    merge_shard(...)                its weight file
+    once              finish(...)                     index, configuration, model card
+
+Whoever works on a shard reads the bytes of its tensors alone. Recipes without a global density and without ``normalise: global`` need no
+survey (``needs_survey``). Second moments must be compressed before, once an expert: a shard would otherwise compress the whole expert.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ota_core.compute.blocks import matrix_shape
+from ota_core.compute.stream import Progress, parse_memory
+from ota_core.errors import ArtifactError, OtaError, RecipeError
+from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
+from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
+from ota_core.merge.engine import complete_folder, pick_device
+from ota_core.merge.output import Shards, plan_files, write_weights
+from ota_core.moments.compression import compression_of
+from ota_core.plan.found import Found
+from ota_core.plan.inputs import MergeInputs
+from ota_core.plan.plan import MergePlan, open_plan
+from ota_core.plan.prepare import WholeFacts, ffg_group, ffg_scoring, masked_here, mean_of, taus_of, weight_sums
+from ota_core.plan.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off
+from ota_core.plan.views import ExpertView
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.rules.rule import rule_of
+
+FORMAT = "survey/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A merge and how its parts are run; the parts of one merge share recipe, inputs and shard size."""
+
+    recipe: MergeRecipe
+    inputs: MergeInputs
+    shard_size: int = MAX_SHARD_BYTES
+    memory: str | int = "2GiB"
+    device: str = "cpu"
+    threads: int | None = None
+    progress: Progress | None = None
+
+    @contextmanager
+    def opened(self, shard: str | None = None) -> Iterator[tuple[MergePlan, Shards]]:
+        """The plan of the whole merge, or of one shard, and the shards' files. Raises OtaError with all problems found."""
+        with open_plan(
+            self.recipe,
+            self.inputs,
+            device=pick_device(self.device),
+            memory=parse_memory(self.memory),
+            threads=self.threads,
+            progress=self.progress,
+        ) as plan:
+            _check_compressed(plan)
+            shards = plan_files(plan, self.shard_size)
+            if shard is not None:
+                shards = [one for one in shards if one[0] == shard]
+                if not shards:
+                    raise OtaError(
+                        f"this merge has no file '{shard}'; its shards depend on the shard size, which all parts must share"
+                    )
+                plan.part = frozenset(spec.name for spec in shards[0][1])
+            yield plan, shards
+
+
+def _check_compressed(plan: MergePlan) -> None:
+    wanted = plan.recipe.setting("compression") if plan.recipe.merge_method in NEEDS_MOMENTS else None
+    if wanted in {None, "none"}:
+        return
+    for expert in plan.experts:
+        assert expert.moments is not None
+        if compression_of(expert.moments) != wanted:
+            raise RecipeError(
+                f"expert '{expert.name}': the recipe says compression: {wanted}, a merge in shards needs its second moments compressed "
+                "before; run `ota compress` on them, or let the flow do it"
+            )
+
+
+def shard_files(job: Job) -> list[str]:
+    """The names of the output's weight files, each a part of the merge."""
+    with job.opened() as (_, shards):
+        return [file for file, _ in shards]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a shard adds to the facts of whole experts, which are named by their position in the recipe."""
+
+    experts: tuple[int, ...] = ()
+    """Rows of the counts."""
+    high: Counts | None = None
+    """Round 1: histogram of the scores' upper bits, int64 (M, 65536)."""
+    brackets: Brackets | None = None
+    """Round 2: what lies above and inside the bins of the thresholds."""
+    sums: Mapping[int, Mapping[str, float]]
+    """Round 1: expert → tensor → Σ v̂^power, with ``normalise: global``."""
+
+    @staticmethod
+    def sum(surveys: Sequence["Survey"]) -> "Survey":
+        """The survey of all shards together. Raises ArtifactError when they are not of one merge and round."""
+        first = surveys[0]
+        if any(one._kind() != first._kind() for one in surveys):
+            raise ArtifactError("surveys of different merges or rounds cannot be added up; take one round of one recipe")
+        high = None if first.high is None else np.sum([one.high for one in surveys if one.high is not None], axis=0)
+        brackets = None
+        if first.brackets is not None:
+            brackets = Brackets.empty(first.brackets.bins)
+            for one in surveys:
+                assert one.brackets is not None
+                brackets += one.brackets
+        sums: dict[int, dict[str, float]] = {}
+        for one in surveys:
+            for expert, tensors in one.sums.items():
+                sums.setdefault(expert, {}).update(tensors)
+        return Survey(experts=first.experts, high=high, brackets=brackets, sums=sums)
+
+    def _kind(self) -> tuple[Any, ...]:
+        bins = None if self.brackets is None else self.brackets.bins.tolist()
+        return self.experts, self.high is None, bins
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file: the counts, int64, and the sums in the metadata (as hexadecimal floats, exact)."""
+        tensors = {} if self.high is None else {"high": self.high}
+        if self.brackets is not None:
+            tensors |= {"bins": self.brackets.bins, "above": self.brackets.above, "inside": self.brackets.inside}
+        metadata = {FORMAT_KEY: FORMAT, "experts": ",".join(map(str, self.experts))}
+        metadata |= {f"sum {m} {name}": value.hex() for m, sums in self.sums.items() for name, value in sums.items()}
+        writer = SafetensorsWriter(path, [TensorSpec(n, t.shape, torch.int64) for n, t in tensors.items()], metadata)
+        for name, counts in tensors.items():
+            writer.write_rows(name, 0, torch.from_numpy(counts).reshape(matrix_shape(counts.shape)))
+        writer.close()
+
+    @staticmethod
+    def load(path: Path) -> "Survey":
+        """Read what ``save`` wrote. Raises ArtifactError for another format."""
+        with SafetensorsFile(path) as file:
+            if file.metadata.get(FORMAT_KEY) != FORMAT:
+                raise ArtifactError(
+                    f"{path}: format {file.metadata.get(FORMAT_KEY)!r}, expected {FORMAT}; survey the shard again"
+                )
+            held = {
+                name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone().numpy()
+                for name, info in file.infos.items()
+            }
+            experts = tuple(int(m) for m in file.metadata["experts"].split(",") if m)
+            sums: dict[int, dict[str, float]] = {}
+            for key, value in file.metadata.items():
+                if key.startswith("sum "):
+                    _, expert, name = key.split(" ", 2)
+                    sums.setdefault(int(expert), {})[name] = float.fromhex(value)
+        brackets = Brackets(held["bins"], held["above"], held["inside"]) if "bins" in held else None
+        return Survey(experts=experts, high=held.get("high"), brackets=brackets, sums=sums)
+
+
+def needs_survey(recipe: MergeRecipe, inputs: MergeInputs) -> bool:
+    """Whether a shard of this merge must know facts of whole experts."""
+    if recipe.merge_method != "ota":
+        return False
+    ranked = any(
+        recipe.ffg(i) and expert.masks is None and recipe.setting("density", i) is not None
+        for i, expert in enumerate(inputs.experts)
+    )
+    return recipe.setting("normalise") == "global" or (ranked and recipe.setting("scope") == "global")
+
+
+def survey(job: Job, shard: str, *, opened: Mapping[int, int] | None = None) -> Survey:
+    """Count one shard: all upper bits and the sums, or with ``opened`` what lies above and inside each expert's bin. Raises OtaError."""
+    with job.opened(shard) as (plan, _):
+        experts = _ranked(plan)
+        names = tuple(expert.index for expert in experts)
+        what = f"survey {shard}"
+        if opened is not None:
+            group = ffg_group(plan, experts)
+            bins = np.array([[opened.get(expert, -1)] for expert in names], np.int64)
+            return Survey(experts=names, brackets=count_brackets(plan, ffg_scoring(plan), group, bins, what=what), sums={})
+        high = count_high(plan, ffg_scoring(plan), ffg_group(plan, experts), what=what) if experts else None
+        sums: dict[int, dict[str, float]] = {}
+        if plan.recipe.setting("normalise") == "global":
+            sums = {expert.index: weight_sums(plan, expert) for expert in plan.experts}
+        return Survey(experts=names, high=high, sums=sums)
+
+
+def _ranked(plan: MergePlan) -> list[ExpertView]:
+    """The experts whose threshold is a rank among all their scores."""
+    if plan.recipe.merge_method != "ota" or plan.recipe.setting("scope") != "global":
+        return []
+    return [expert for expert in masked_here(plan) if plan.recipe.setting("density", expert.index) is not None]
+
+
+def opened_bins(job: Job, first: Survey) -> dict[int, int]:
+    """Expert → the bin that holds its threshold, from round 1 of all shards together. Empty when no second round is needed."""
+    if first.high is None:
+        return {}
+    with job.opened() as (plan, _):
+        group = ffg_group(plan, _ranked(plan))
+        bins = bins_of(group, first.high).max(axis=1, initial=-1).tolist()
+    return {expert: bin for expert, bin in zip(group.experts, bins, strict=True) if bin >= 0}
+
+
+def whole_facts(job: Job, first: Survey, second: Survey | None) -> WholeFacts:
+    """Thresholds and means, from both rounds of all shards together (the second one where ``opened_bins`` asked for it)."""
+    with job.opened() as (plan, _):
+        means = {expert.index: mean_of(plan, expert, first.sums[expert.index]) for expert in plan.experts} if first.sums else {}
+        if first.high is None:
+            return WholeFacts(means=means)
+        group = ffg_group(plan, _ranked(plan))
+        brackets = Brackets.empty(np.full((len(group.experts), 1), -1, np.int64))
+        if second is not None and second.brackets is not None:
+            brackets = second.brackets
+        scores = read_off(group, brackets)
+        if scores is None:
+            raise ArtifactError("the second survey does not hold the bins that the first one asks for; survey all shards again")
+        return WholeFacts(thresholds=taus_of(scores), means=means)
+
+
+def merge_shard(job: Job, shard: str, folder: Path, whole: WholeFacts | None) -> Found:
+    """Write one weight file of the merge into ``folder``. ``whole``: where ``needs_survey`` says so. Raises OtaError."""
+    if whole is None and needs_survey(job.recipe, job.inputs):
+        raise OtaError(f"{shard}: thresholds and means of the whole experts are missing; survey all shards first")
+    with job.opened(shard) as (plan, shards):
+        rule = rule_of(plan, whole or WholeFacts())
+        rule.prepare()
+        write_weights(plan, rule, folder, shards)
+        return rule.found()
+
+
+def finish(job: Job, folder: Path, found: Sequence[Found]) -> tuple[str, dict[str, Any]]:
+    """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint and results."""
+    with job.opened() as (plan, shards):
+        return complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size)

@@ -1,0 +1,127 @@
+"""The files of second moments: safetensors whose metadata hold a ``Header``, tensors as the method's class says (``keys``)."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from ota_core.compute.blocks import matrix_shape, row_blocks
+from ota_core.compute.stream import Stream
+from ota_core.errors import MomentsError
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.safetensors_io import SafetensorsFile
+from ota_core.files.writer import SafetensorsWriter, TensorSpec
+from ota_core.moments.base import Moments
+from ota_core.moments.check import checked
+from ota_core.moments.compression.base import CompressedMoments, CompressionReport, FactoredMoments, Method, steps_of
+from ota_core.moments.compression.header import Header, read_header
+from ota_core.moments.compression.log8 import CODE, Log8Moments
+from ota_core.moments.compression.rank1 import RankOneMoments
+from ota_core.moments.compression.rank_k import RankKMoments
+
+
+class StoredMoments(CompressedMoments):
+    """Moments that ``save_full`` wrote: v under the parameters' names."""
+
+    method: Method = "none"
+
+    def __init__(self, file: SafetensorsFile, header: Header) -> None:
+        super().__init__(file.path, header.shapes, header.beta2, header.steps)
+        self._file = file
+
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+        """Rows start:stop of v, a view of the file: float32 (stop − start, C)."""
+        rows = self._file.read_rows(name, start, stop)
+        return checked(rows, path=self.path, name=name, shape=self._shapes[name], start=start) if check else rows
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """The same rows are read soon."""
+        self._file.prefetch(name, start, stop)
+
+    def drop_pages(self) -> None:
+        """Return the pages read so far."""
+        self._file.drop_pages()
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+
+
+def save_compressed(moments: FactoredMoments, path: Path) -> None:
+    """Write factors to ``path``."""
+    stored = {name: tensor.contiguous() for name, tensor in moments.tensors().items()}
+    specs = [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in stored.items()]
+    writer = SafetensorsWriter(path, specs, Header.of(moments).metadata())
+    for name, tensor in stored.items():
+        writer.write_rows(name, 0, tensor.reshape(matrix_shape(tensor.shape)))
+    writer.close()
+
+
+def save_full(moments: Moments, path: Path, *, stream: Stream) -> CompressionReport:
+    """Write v uncompressed, float32, under the parameters' names: one format whatever the trainer left."""
+    shapes = dict(moments.shapes())
+    header = Header(method="none", shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
+    writer = SafetensorsWriter(path, [TensorSpec(n, s, torch.float32) for n, s in sorted(shapes.items())], header.metadata())
+
+    def copy(block: tuple[str, int, int]) -> None:
+        rows = moments.read(*block)
+        stream.count_read(rows.nbytes)
+        writer.write_rows(block[0], block[1], rows)
+
+    try:
+        blocks = [(name, a, b) for name in sorted(shapes) for a, b in row_blocks(shapes[name], stream.block_elements)]
+        stream.map(copy, blocks, what="copy moments")
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    return CompressionReport(method="none", parameters=parameters, bytes_per_param=4.0, sqrt_error=0.0, sqrt_error_per_tensor={})
+
+
+def open_compressed(path: Path, source_of: SourceOf | None = None) -> CompressedMoments:
+    """Open a file of this format; ``rank1`` and ``rank_k`` are read into memory, the others read as they are asked for.
+
+    Raises MomentsError when the format or the method is not known here, or the tensors are not those that the header announces.
+    """
+    file = SafetensorsFile(path, source_of(path) if source_of else None)
+    header = read_header(path, file.metadata)
+    _check_tensors(file, header)
+    if header.method == "none":
+        return StoredMoments(file, header)
+    if header.method == "log8":
+        return Log8Moments(file, header)
+    stored = {}
+    for name, info in file.infos.items():
+        file.prefetch(name, 0, matrix_shape(info.shape)[0])
+    for name, info in file.infos.items():
+        tensor = stored[name] = file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone()
+        # Factors of rank_k have signs; whatever stands for itself or is a sum has none.
+        lowest = -math.inf if header.method == "rank_k" and name not in header.shapes else 0.0
+        if tensor.numel() and not (tensor.min() >= lowest and tensor.abs().max() < math.inf):
+            raise MomentsError(
+                f"{path}: tensor '{name}' holds a negative, NaN or infinite entry; second moments are finite and ≥ 0"
+            )
+    file.close()
+    if header.method == "rank_k":
+        assert header.rank is not None
+        return RankKMoments(path, header.shapes, stored, header.beta2, header.steps, header.rank)
+    return RankOneMoments(path, header.shapes, stored, header.beta2, header.steps)
+
+
+def _check_tensors(file: SafetensorsFile, header: Header) -> None:
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in header.shapes.items():
+        if header.method == "rank1":
+            expected |= RankOneMoments.keys(name, shape)
+        elif header.method == "log8":
+            expected |= Log8Moments.keys(name, shape)
+        elif header.method == "rank_k":
+            expected |= RankKMoments.keys(name, shape, header.rank or 1)
+        else:
+            expected[name] = shape
+    found = {name: info.shape for name, info in file.infos.items()}
+    odd = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    odd += [name for name, info in file.infos.items() if info.dtype != (torch.uint8 if name.endswith(CODE) else torch.float32)]
+    if odd or (header.method == "rank_k") != (header.rank is not None):
+        raise MomentsError(f"{file.path}: its tensors do not match its header ({odd[:4]}); compress the second moments again")

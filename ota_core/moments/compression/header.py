@@ -1,0 +1,55 @@
+"""The metadata of a file of compressed second moments."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ota_core.errors import MomentsError
+from ota_core.files.safetensors_io import FORMAT_KEY
+from ota_core.moments.compression.base import METHODS, CompressedMoments, Method, steps_of
+
+FORMAT = "moments/1"
+_AGAIN = "Compress the second moments again with this version"
+
+
+class Header(BaseModel):
+    """What a file says of itself: which method, and the facts that the tensors do not tell."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method
+    rank: int | None = None
+    shapes: dict[str, tuple[int, ...]]
+    """Parameter name to the shape of the parameter."""
+    steps: dict[str, int]
+    beta2: float | None
+
+    @classmethod
+    def of(cls, moments: CompressedMoments) -> "Header":
+        """The header of moments that are compressed already."""
+        shapes = {name: tuple(shape) for name, shape in moments.shapes().items()}
+        return cls(method=moments.method, rank=moments.rank, shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
+
+    def metadata(self) -> dict[str, str]:
+        """The header as safetensors metadata, one spelling for one content."""
+        facts: dict[str, Any] = {"shapes": {n: list(s) for n, s in self.shapes.items()}, "steps": self.steps, "beta2": self.beta2}
+        if self.rank is not None:
+            facts["rank"] = self.rank
+        return {FORMAT_KEY: FORMAT, "method": self.method, "header": json.dumps(facts, sort_keys=True)}
+
+
+def read_header(path: Path, metadata: Mapping[str, str]) -> Header:
+    """Raises MomentsError when the format or the method is not known here, or the header is damaged."""
+    found, method = metadata.get(FORMAT_KEY), metadata.get("method")
+    if found != FORMAT or method not in METHODS:
+        raise MomentsError(
+            f"{path}: format {found!r}, method {method!r}; this version reads {FORMAT} with method {', '.join(METHODS[:-1])} or "
+            f"{METHODS[-1]}. {_AGAIN}"
+        )
+    try:
+        return Header.model_validate({"method": method, **json.loads(metadata["header"])})
+    except (KeyError, ValueError, TypeError, ValidationError):
+        raise MomentsError(f"{path}: its header is damaged. {_AGAIN}") from None

@@ -1,0 +1,186 @@
+"""What a merge reads, as local files: the base, the experts, their second moments and, in a staged run, their masks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ota_core.artifact import EXPERT_JSON, fingerprint
+from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.checkpoint import read_json
+from ota_core.files.writer import MAX_SHARD_BYTES
+from ota_core.moments import ParameterLayout, find_moments, none_found
+from ota_core.moments.match import Layout
+from ota_core.recipe.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
+
+LayoutOf = Callable[[Path], ParameterLayout]
+"""Gives the parameter layout of the model in a folder; needed for optimizer states that number their parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """A checkpoint: a folder on this machine; large files in it may be outlines whose bytes lie elsewhere (``source_of``)."""
+
+    name: str
+    path: Path
+    source: str = ""
+    """What the recipe calls it."""
+    digest: str | None = None
+    """Content digest where known."""
+    source_of: SourceOf | None = None
+    """Where the bytes of weights and second moments come from, if not from the files themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertInput(ModelInput):
+    """An expert: its checkpoint, and what belongs to it."""
+
+    capability: str | None = None
+    moments: Path | None = None
+    """Second moments, raw or compressed."""
+    moments_digest: str | None = None
+    full_moments: Path | None = None
+    """Uncompressed second moments for ``mask_curvature: full`` when ``moments`` is compressed already."""
+    masks: Path | None = None
+    """Masks of an earlier stage; without them FFG masks are made on the fly."""
+    layout: Layout = None
+    """The parameter layout, or a function that builds it when an optimizer state numbers its parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeInputs:
+    """All inputs of one merge, in the recipe's order."""
+
+    base: ModelInput | None
+    experts: tuple[ExpertInput, ...]
+
+
+def expert_name(source: str, capability: str | None, label: str | None) -> str:
+    """The label of an expert: the recipe's, else its capability, else the last part of its path without a revision.
+
+    It also names files, so that a slash in a capability becomes a dash.
+    """
+    return label or (capability or "").replace("/", "-") or source.rstrip("/").rsplit("/", 1)[-1].split("@")[0] or source
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """The names with a number behind each that repeats an earlier one, or that is kept for another model."""
+    result: list[str] = []
+    for name in names:
+        free = (
+            label
+            for label in (name, *(f"{name}-{i}" for i in range(2, len(names) + 3)))
+            if label not in {*result, *RESERVED_NAMES}
+        )
+        result.append(next(free))
+    return result
+
+
+def find_preconditioner(path: str, expert: Path, recipe_dir: Path | None) -> Path | None:
+    """The file or folder a relative ``preconditioner_path`` means: in the expert's folder, beside the recipe, in the working directory.
+
+    Raises RecipeError when different places hold different files of that name. None when no place holds it.
+    """
+    places = [expert, *([recipe_dir] if recipe_dir else []), Path.cwd()]
+    hits = {(place / path).resolve(): place / path for place in places if (place / path).exists()}
+    if len(hits) > 1:
+        raise RecipeError(
+            f"preconditioner_path '{path}' is found in {len(hits)} places ({', '.join(str(hit) for hit in hits.values())}); "
+            "give the full path of the one that is meant"
+        )
+    return next(iter(hits.values()), None)
+
+
+def find_model(source: str, recipe_dir: Path | None) -> Path:
+    """The folder a recipe's relative model path means: beside the recipe, or in the working directory. Raises CheckpointError."""
+    places = [*([recipe_dir] if recipe_dir else []), Path.cwd()]
+    hits = {(place / source).resolve(): place / source for place in places if (place / source).is_dir()}
+    if len(hits) > 1:
+        raise CheckpointError(
+            f"model '{source}' is found in {' and in '.join(str(h) for h in hits.values())}; give the full path of the one that is meant"
+        )
+    if not hits:
+        raise CheckpointError(
+            f"model '{source}' does not exist (looked in {', '.join(str(p) for p in places)}); expected a checkpoint folder"
+        )
+    return next(iter(hits.values()))
+
+
+def expert_facts(folder: Path) -> dict[str, Any]:
+    """The content of ``expert.json``, or nothing where there is none."""
+    return read_json(folder / EXPERT_JSON) if (folder / EXPERT_JSON).exists() else {}
+
+
+def optimizer_facts(folder: Path) -> dict[str, Any]:
+    """What ``expert.json`` adds to second moments: step and β₂, which the digest of the weights does not cover."""
+    return {key: value for key, value in expert_facts(folder).items() if key in {"step", "beta2"}}
+
+
+def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of: LayoutOf | None = None) -> MergeInputs:
+    """The inputs of a recipe whose models are all folders on this machine. Raises OtaError with every input that is not there."""
+    problems: list[str] = []
+    folders: list[Path | None] = []
+    for source in [*([recipe.base_model] if recipe.base_model else []), *(entry.model for entry in recipe.models)]:
+        try:
+            folders.append(find_model(source, recipe_dir))
+        except CheckpointError as error:
+            problems.append(str(error))
+            folders.append(None)
+    raise_all(problems, CheckpointError)
+    found = [folder for folder in folders if folder is not None]
+    base = ModelInput(name="base", path=found.pop(0), source=recipe.base_model or "") if recipe.base_model else None
+    facts = [expert_facts(folder) for folder in found]
+    capabilities = [entry.capability or fact.get("capability") for entry, fact in zip(recipe.models, facts, strict=True)]
+    labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
+    experts = []
+    for i, (folder, name) in enumerate(zip(found, unique_names(labels), strict=True)):
+        expert = ExpertInput(name=name, path=folder, source=recipe.models[i].model, capability=capabilities[i])
+        try:
+            experts.append(with_moments(recipe, i, expert, recipe_dir, layout_of))
+        except OtaError as error:
+            problems.append(str(error))
+    raise_all(problems, MomentsError)
+    return MergeInputs(base=base, experts=tuple(experts))
+
+
+def with_moments(
+    recipe: MergeRecipe, index: int, expert: ExpertInput, recipe_dir: Path | None, layout_of: LayoutOf | None
+) -> ExpertInput:
+    """The expert with the file of its second moments, as the recipe names it or as its folder holds it. Raises MomentsError."""
+    if recipe.merge_method not in NEEDS_MOMENTS:
+        return expert
+    named = recipe.models[index].parameters.preconditioner_path
+    path = find_preconditioner(named, expert.path, recipe_dir) if named else find_moments(expert.path)
+    if path is None and named:
+        raise MomentsError(
+            f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and here)"
+        )
+    if path is None:
+        raise MomentsError(f"expert '{expert.name}': {none_found(expert.path)}. Name the file with preconditioner_path")
+    return replace(expert, moments=path, layout=partial(layout_of, expert.path) if layout_of else None)
+
+
+def merge_identity(
+    recipe: MergeRecipe, inputs: MergeInputs, shard_size: int = MAX_SHARD_BYTES
+) -> tuple[str, dict[str, Any], dict[str, str]]:
+    """(fingerprint, parameters, input digests) of the merged model: what decides its bytes, and nothing else.
+
+    ``shard_size`` decides which file a tensor lies in, never its values.
+    """
+    names = [expert.name for expert in inputs.experts]
+    tokenizer = recipe.tokenizer_source.removeprefix("model:")
+    config = recipe.effective() | {"tokenizer_source": names.index(tokenizer) if tokenizer in names else tokenizer}
+    if recipe.setting("bias_correction"):
+        config["optimizers"] = [optimizer_facts(expert.path) for expert in inputs.experts]
+    if shard_size != MAX_SHARD_BYTES:
+        config["shard_size"] = shard_size
+    digests: dict[str, str] = {}
+    if inputs.base is not None:
+        digests["base"] = inputs.base.digest or "unknown"
+    for i, expert in enumerate(inputs.experts):
+        digests[f"expert{i}"] = expert.digest or "unknown"
+        if expert.moments is not None and expert.moments_digest is not None:
+            digests[f"moments{i}"] = expert.moments_digest
+    return fingerprint("merged", config, digests), config, digests

@@ -1,0 +1,382 @@
+"""Opens everything a merge reads and checks that it fits together, before a byte is written. All problems are reported at once."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ota_core.compute.blocks import matrix_shape, row_blocks
+from ota_core.compute.gpu import BLOCK_ELEMENTS as GPU_BLOCK_ELEMENTS
+from ota_core.compute.gpu import BLOCKS_UNDER_WAY, Lanes, gpus_of
+from ota_core.compute.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Progress, Stream
+from ota_core.errors import CheckpointError, OtaError, raise_all
+from ota_core.files.checkpoint import Checkpoint
+from ota_core.fused.memory import KINDS
+from ota_core.moments import Moments, open_moments
+from ota_core.moments.compression import compression_label, compression_of, is_compressed, label_of, rank_of
+from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
+from ota_core.plan.masks import MaskFile
+from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob, bias_factor
+from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
+SHOWN = 8
+
+
+@dataclass(kw_only=True)
+class MergePlan:
+    """A merge that is ready to run: open inputs, the output's tensors, and how the work is cut."""
+
+    recipe: MergeRecipe
+    inputs: MergeInputs
+    base: ModelView | None
+    experts: list[ExpertView]
+    jobs: list[TensorJob]
+    vocabulary: Vocabulary | None
+    stream: Stream
+    device: torch.device
+    scratch: Path | None = None
+    """A folder for what the merge keeps on disk while it runs; none means the system's."""
+    notes: list[str] = field(default_factory=list)
+    part: frozenset[str] | None = None
+    """The tensors that are worked on here, where a merge is spread over machines; None: all."""
+
+    @property
+    def models(self) -> list[ModelView]:
+        """Base first, then the experts."""
+        return [*([self.base] if self.base else []), *self.experts]
+
+    def expert(self, index: int) -> ExpertView:
+        """The expert at this position of the recipe."""
+        return next(expert for expert in self.experts if expert.index == index)
+
+    def is_here(self, job: TensorJob) -> bool:
+        """Whether this tensor is worked on here."""
+        return self.part is None or job.name in self.part
+
+    def merged_jobs(self) -> list[TensorJob]:
+        """The floating-point tensors that are worked on here."""
+        return [job for job in self.jobs if not job.copy and self.is_here(job)]
+
+    def canonical_jobs(self) -> list[TensorJob]:
+        """The parameters behind them, each once: a tied tensor's own is among them, wherever that is worked on."""
+        names = {job.canonical for job in self.merged_jobs()}
+        return [job for job in self.jobs if job.name == job.canonical and job.name in names]
+
+    def curved(self, expert: ExpertView) -> list[TensorJob]:
+        """The tensors that carry curvature in an expert, here or elsewhere, each parameter once: what N of methods.md section 3 counts."""
+        return [job for job in self.jobs if not job.copy and job.name == job.canonical and expert.has_curvature(job.name)]
+
+    def blocks(self, jobs: Sequence[TensorJob], multiple: int = 1) -> list[Block]:
+        """Every block of these tensors. ``multiple``: rows of a block, but a tensor's last, are a multiple of this."""
+        result = []
+        for job in jobs:
+            cols = max(1, matrix_shape(job.shape)[1])
+            step = max(1, self.stream.block_elements // cols)
+            step = -(-step // multiple) * multiple
+            result += [(job, a, b) for a, b in row_blocks(job.shape, step * cols)]
+        return result
+
+    def prefetch(self, block: Block, *, curvature: bool = False) -> None:
+        """A hint that every model's rows of this block are read next, with ``curvature`` their second moments too."""
+        for view in self.models:
+            view.prefetch(*block)
+        for expert in self.experts if curvature else ():
+            expert.prefetch_curvature(*block)
+
+    def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob, *, base: bool = True) -> bool:
+        """Whether the compiled passes give the same bits for this tensor: on the CPU, rows one to one, types that they load.
+
+        ``base``: whether the rule needs the base.
+        """
+        if self.device.type != "cpu" or (base and self.base is None):
+            return False
+        models = [*([self.base] if base and self.base else []), *experts]
+        return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype in KINDS for m in models)
+
+    @property
+    def tensor_elements(self) -> int:
+        """How many elements a rule on tensors works on at once: on the CPU what stays in the cache, and within the budget."""
+        if self.device.type != "cpu":
+            return self.stream.block_elements
+        room = self.stream.memory // 4 // self.stream.threads // tensor_bytes_per_element(len(self.experts))
+        return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
+
+    def source_folder(self) -> Path:
+        """The model whose configuration and tokenizer the output takes."""
+        return self.models[self.vocabulary.source if self.vocabulary else 0].checkpoint.path
+
+
+@contextmanager
+def open_plan(
+    recipe: MergeRecipe,
+    inputs: MergeInputs,
+    *,
+    device: str = "cpu",
+    memory: int = 2 * 2**30,
+    block_elements: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    with_moments: bool = True,
+    need_moments: bool = True,
+) -> Iterator[MergePlan]:
+    """Open all inputs and check them. Raises OtaError that lists every problem found; closes the files at the end.
+
+    ``with_moments=False`` leaves second moments unopened, for planning before they are at hand; ``need_moments=False`` takes experts
+    for which none are given, too: an analysis does without, a merge cannot.
+    """
+    stream = Stream(memory=memory, progress=progress)
+    where = torch.device(device)
+    if gpus := gpus_of(where):
+        stream.lanes, stream.threads = Lanes(gpus), BLOCKS_UNDER_WAY * len(gpus)
+    stream.threads = threads or stream.threads
+    most = GPU_BLOCK_ELEMENTS if gpus else BLOCK_ELEMENTS
+    stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models), most)
+    with contextlib.ExitStack() as stack:
+        problems: list[str] = []
+        opened = [_open(item, problems, stack) for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
+        if problems and with_moments:
+            problems += [problem for item in inputs.experts for problem in _moments_problems(recipe, item)]
+        raise_all(problems, CheckpointError)
+        checkpoints = [checkpoint for checkpoint in opened if checkpoint is not None]
+        names = [item.name for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
+        vocabulary = _vocabulary(recipe, names, checkpoints)
+        maps = vocabulary.maps if vocabulary else (None,) * len(checkpoints)
+        common: list[dict[str, Any]] = [
+            {"name": name, "checkpoint": checkpoint, "tied": tied_tensors(checkpoint), "row_map": row_map}
+            for name, checkpoint, row_map in zip(names, checkpoints, maps, strict=True)
+        ]
+        for facts in common:
+            facts |= {"device": where, "count_read": stream.count_read}
+        base = ModelView(**common.pop(0)) if inputs.base else None
+        correct = bool(recipe.setting("bias_correction"))
+        experts = [ExpertView(**facts, index=i, bias_correction=correct) for i, facts in enumerate(common)]
+        views: list[ModelView] = [*([base] if base else []), *experts]
+        for expert, item in zip(experts, inputs.experts if with_moments else (), strict=with_moments):
+            if item.moments is None and not need_moments:
+                continue
+            _open_moments(recipe, expert, item, problems, stack)
+        first = views[vocabulary.source if vocabulary else 0]
+        jobs = _jobs(recipe, views, first, vocabulary, problems)
+        for expert in experts:
+            _check_moments(recipe, expert, jobs, problems)
+        raise_all(problems, OtaError)
+        opened_files = (*checkpoints, *(part for e in experts for part in (e.moments, e.full_moments, e.masks)))
+        stream.droppable = [drop for item in opened_files if (drop := getattr(item, "drop_pages", None))]
+        plan = MergePlan(
+            recipe=recipe, inputs=inputs, base=base, experts=experts, jobs=jobs,
+            vocabulary=vocabulary, stream=stream, device=where,
+        )  # fmt: skip
+        if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
+            plan.notes.append("vocabularies differ: embedding rows are matched by token")
+        yield plan
+
+
+def bytes_per_element(experts: int) -> int:
+    """Memory that one element of a block takes: mapped or fetched θ and v of every model for this block and the next, and the output."""
+    return 2 * (experts * (4 + 4) + 4) + 4
+
+
+def tensor_bytes_per_element(experts: int) -> int:
+    """The same for a rule on tensors: θ, v̂, p, score and mask of every expert in float64 and float32, and the results."""
+    return experts * (8 + 8 + 8 + 4 + 4 + 1) + 64
+
+
+def _block_elements(memory: int, threads: int, experts: int, most: int) -> int:
+    return max(1, min(most, memory // 4 // threads // bytes_per_element(experts)))
+
+
+def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:
+    try:
+        checkpoint = Checkpoint(item.path, item.source_of)
+    except CheckpointError as error:
+        problems.append(f"{item.name}: {error}")
+        return None
+    stack.callback(checkpoint.close)
+    return checkpoint
+
+
+def _vocabulary(recipe: MergeRecipe, names: list[str], checkpoints: list[Checkpoint]) -> Vocabulary | None:
+    models = []
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        embeddings = [n for n in checkpoint.names() if is_vocabulary_tensor(n)]
+        if not embeddings:
+            return None
+        models.append((name, checkpoint.path, checkpoint.info(embeddings[0]).shape[0]))
+    source = recipe.tokenizer_source
+    if source == "union":
+        return match(models, source)
+    if source == "base":
+        return match(models, 0)
+    wanted = source.removeprefix("model:")
+    known = {name: i for i, name in enumerate(names)}
+    offset = len(names) - len(recipe.models)
+    known |= {entry.model: i + offset for i, entry in enumerate(recipe.models)}
+    if wanted not in known:
+        raise CheckpointError(f"tokenizer_source: no model '{wanted}'; the recipe's models are {', '.join(names)}")
+    return match(models, known[wanted])
+
+
+def checkpoint_problems(recipe: MergeRecipe, inputs: MergeInputs) -> list[str]:
+    """What ``open_plan`` would find wrong with the checkpoints alone: for who raises already because of something else."""
+    try:
+        with open_plan(recipe, inputs, with_moments=False):
+            return []
+    except OtaError as error:
+        return list(error.problems)
+
+
+def _moments_problems(recipe: MergeRecipe, item: ExpertInput) -> list[str]:
+    """What opening an expert's second moments finds wrong; nothing where none are given or needed."""
+    if recipe.merge_method not in NEEDS_MOMENTS or item.moments is None:
+        return []
+    try:
+        open_moments(item.moments, layout=item.layout, source_of=item.source_of).close()
+    except OtaError as error:
+        return [f"expert '{item.name}': {problem}" for problem in error.problems]
+    return []
+
+
+def _open_moments(
+    recipe: MergeRecipe, expert: ExpertView, item: ExpertInput, problems: list[str], stack: contextlib.ExitStack
+) -> None:
+    if recipe.merge_method not in NEEDS_MOMENTS:
+        return
+    asked, rank = recipe.setting("compression"), recipe.setting("rank")
+    try:
+        if item.moments is None:
+            problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")
+            return
+        expert.moments = _open_one(item.moments, item, stack)
+        compressed, held = is_compressed(expert.moments), compression_of(expert.moments)
+        if compressed and (held, rank_of(expert.moments)) != (asked, rank):
+            problems.append(
+                f"{item.moments} holds second moments compressed with {label_of(expert.moments)}; "
+                f"the recipe asks for compression: {compression_label(asked, rank)}"
+            )
+        if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
+            if item.full_moments is not None:
+                expert.full_moments = _open_one(item.full_moments, item, stack)
+            elif not compressed:
+                expert.full_moments = expert.moments
+            else:
+                problems.append(
+                    f"expert '{expert.name}': mask_curvature: full needs uncompressed second moments, {item.moments} is compressed with {held}"
+                )
+        if item.masks is not None:
+            expert.masks = MaskFile(item.masks, item.source_of)
+            stack.callback(expert.masks.close)
+    except OtaError as error:
+        problems.append(f"expert '{expert.name}': {error}")
+
+
+def _open_one(path: Path, item: ExpertInput, stack: contextlib.ExitStack) -> Moments:
+    moments = open_moments(path, layout=item.layout, source_of=item.source_of)
+    stack.callback(moments.close)
+    return moments
+
+
+def _jobs(
+    recipe: MergeRecipe, views: list[ModelView], first: ModelView, vocabulary: Vocabulary | None, problems: list[str]
+) -> list[TensorJob]:
+    """The output's tensors, checked against every model."""
+    jobs = []
+    differing: dict[str, list[str]] = {view.name: [] for view in views}
+    out_dtype = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
+    for name in sorted(first.checkpoint.names(), key=natural):
+        info = first.checkpoint.info(name)
+        floating = info.dtype.is_floating_point
+        token_rows = vocabulary is not None and is_vocabulary_tensor(name)
+        shape = (vocabulary.rows, *info.shape[1:]) if vocabulary is not None and token_rows else info.shape
+        for view in views:
+            difference = _difference(view, first, name, from_axis=1 if token_rows else 0)
+            if difference:
+                differing[view.name].append(f"tensor '{name}' {difference}")
+        jobs.append(
+            TensorJob(
+                name, first.tied.get(name, name), shape, (out_dtype or info.dtype) if floating else info.dtype, not floating
+            )
+        )
+    known = {job.name for job in jobs}
+    for view in views:
+        extra = [name for name in view.checkpoint.names() if name not in known and view.tied.get(name) not in known]
+        differing[view.name] += [f"tensor '{name}' is here and not in {first.name}" for name in extra]
+    problems += _grouped(views, first, differing)
+    return jobs
+
+
+def _difference(view: ModelView, first: ModelView, name: str, from_axis: int) -> str:
+    """How one tensor of a model differs in form from that of the output's model; empty when it does not."""
+    stored, info = view.stored_name(name), first.checkpoint.info(name)
+    if stored not in view.checkpoint:
+        return f"is missing, {first.name} has it"
+    seen = view.checkpoint.info(stored)
+    if seen.shape[from_axis:] != info.shape[from_axis:]:
+        return f"has shape {list(seen.shape)}, {first.name} has {list(info.shape)}"
+    if seen.dtype.is_floating_point != info.dtype.is_floating_point:
+        return f"is {seen.dtype}, {first.name} has {info.dtype}"
+    return ""
+
+
+def _grouped(views: list[ModelView], first: ModelView, differing: dict[str, list[str]]) -> list[str]:
+    """One problem for each model that differs; where all experts differ from the base in the same way, the base alone is suspected."""
+    experts = [view.name for view in views if isinstance(view, ExpertView)]
+    shown = {view.name: _some(differing[view.name]) for view in views}
+    alike = len(experts) > 1 and len({tuple(differing[name]) for name in experts}) == 1 and differing[experts[0]]
+    if alike and first.name not in experts:
+        return [
+            f"{first.checkpoint.path} ({first.name}) and all {len(experts)} experts differ in the same way; of the experts: "
+            f"{shown[experts[0]]}. Is base_model the one that they were fine-tuned from?"
+        ]
+    return [
+        f"{view.checkpoint.path} ({view.name}): {shown[view.name]}; experts must come from the same base"
+        for view in views
+        if differing[view.name]
+    ]
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - SHOWN
+    return "; ".join(items[:SHOWN]) + (f"; and {more} more tensors like these" if more > 0 else "")
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key in which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _check_moments(recipe: MergeRecipe, expert: ExpertView, jobs: list[TensorJob], problems: list[str]) -> None:
+    """v must have the shapes of the expert's own tensors; bias correction must know its numbers."""
+    for moments in {id(m): m for m in (expert.moments, expert.full_moments) if m is not None}.values():
+        shapes = moments.shapes()
+        for job in jobs:
+            stored = expert.stored_name(job.canonical)
+            if job.copy or job.canonical not in shapes or stored not in expert.checkpoint:
+                continue
+            seen, expected = tuple(shapes[job.canonical]), expert.checkpoint.info(stored).shape
+            if seen != expected and job.name == job.canonical:
+                hint = (
+                    "was the vocabulary changed after training?"
+                    if is_vocabulary_tensor(job.name)
+                    else "do they belong to this checkpoint?"
+                )
+                problems.append(
+                    f"{moments.path}: second moments of '{job.canonical}' have shape {list(seen)}, the expert '{expert.name}' has {list(expected)} there; "
+                    f"{hint}"
+                )
+        if not any(job.canonical in shapes for job in jobs):
+            problems.append(
+                f"{moments.path} ({expert.name}): none of its names ({', '.join(sorted(shapes)[:3])}, …) is a tensor of the model; expected the model's names"
+            )
+        if recipe.setting("bias_correction"):
+            try:
+                for name in sorted(set(shapes) & {job.canonical for job in jobs})[:1]:
+                    bias_factor(moments, name)
+            except OtaError as error:
+                problems.append(str(error))

@@ -1,0 +1,316 @@
+"""What must be known of whole tensors or whole experts before the first block is merged: compression, means, thresholds, norms."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ota_core.compute.kernels import power, row_sums
+from ota_core.errors import MomentsError, raise_all
+from ota_core.fused.counts import Candidate, keep_block
+from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE
+from ota_core.methods.saliency import curvature_scores, keep, kept_count, magnitude_scores, threshold_of_product
+from ota_core.moments.compression import CompressionReport, compress, compression_of
+from ota_core.plan.plan import MergePlan
+from ota_core.plan.tally import Group, kth_largest
+from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts
+
+
+@dataclass(kw_only=True)
+class Curvature:
+    """The facts of one OTA or Fisher merge that go beyond a block."""
+
+    thresholds: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Expert → tensor → τ on the score, for experts with FFG whose masks are made on the fly."""
+    means: dict[int, float] = field(default_factory=dict)
+    """Expert → mean of v̂^power over the whole expert, with ``normalise: global``."""
+    averaged: set[str] = field(default_factory=set)
+    """Tensors that are averaged because an expert moved them without curvature (``missing_curvature: mean``)."""
+    reports: dict[str, CompressionReport] = field(default_factory=dict)
+    """Expert's name → what its compression lost."""
+
+
+class WholeFacts(BaseModel):
+    """What every part of a merge must know of whole experts, by their position in the recipe. JSON-able: machines pass it on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    thresholds: dict[int, float] = {}
+    """τ of experts whose FFG ranks the whole expert by a density; infinite where nothing is kept."""
+    means: dict[int, float] = {}
+    """Mean of v̂^power, with ``normalise: global``."""
+
+
+def prepare_curvature(plan: MergePlan, whole: WholeFacts | None = None) -> Curvature:
+    """Compress where the recipe asks, find tensors without curvature, means and thresholds. Raises MomentsError.
+
+    ``whole``: what was found out before of whole experts, for a part of a merge.
+    """
+    facts = Curvature()
+    facts.averaged = _without_curvature(plan)
+    for expert in plan.experts:
+        assert expert.moments is not None
+        method = plan.recipe.setting("compression")
+        if method != (compression_of(expert.moments) or "none"):
+            expert.moments, facts.reports[expert.name] = compress(
+                expert.moments, method=method, rank=plan.recipe.setting("rank"), stream=plan.stream, scratch=plan.scratch,
+                what=f"compress {expert.name}",
+            )  # fmt: skip
+    if plan.recipe.merge_method != "ota":
+        return facts
+    if plan.recipe.setting("normalise") == "global":
+        facts.means = whole.means if whole else {e.index: mean_of(plan, e, weight_sums(plan, e)) for e in plan.experts}
+    facts.thresholds = thresholds(plan, masked_here(plan), whole)
+    return facts
+
+
+def masked_here(plan: MergePlan) -> list[ExpertView]:
+    """The experts whose FFG masks are made on the fly."""
+    return [expert for expert in plan.experts if plan.recipe.ffg(expert.index) and expert.masks is None]
+
+
+def delta(
+    plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int, *, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Task vector of a block, float64 (r, C); 0 in rows that the expert or the base lacks. base: its θ₀ where it was read already."""
+    assert plan.base is not None
+    difference = expert.theta(job.name, start, stop) - (plan.base.theta(job.name, start, stop) if base is None else base)
+    for view in (expert, plan.base):
+        present = view.present(job.name, start, stop)
+        if present is not None:
+            difference = torch.where(present, difference, 0.0)
+    return difference
+
+
+def _without_curvature(plan: MergePlan) -> set[str]:
+    """Mark tensors that an expert holds no curvature of and never moved; return those to be averaged, or raise for the others."""
+    problems: list[str] = []
+    averaged: set[str] = set()
+    for expert in plan.experts:
+        lacking = [job for job in plan.merged_jobs() if not expert.has_curvature(job.canonical)]
+        if plan.base is None:
+            moved = [True] * len(lacking)
+        else:
+            moved = plan.stream.map(partial(_moved, plan, expert), lacking, what=f"check {expert.name}")
+        bad = [job.name for job, did in zip(lacking, moved, strict=True) if did]
+        expert.inactive = {job.canonical for job, did in zip(lacking, moved, strict=True) if not did}
+        if bad and plan.recipe.setting("missing_curvature") == "mean":
+            averaged.update(bad)
+        elif bad:
+            assert expert.moments is not None
+            problems.append(
+                f"expert '{expert.name}': {len(bad)} tensors changed in training but have no second moments in {expert.moments.path}: {', '.join(bad)}. "
+                "Give the complete optimizer state, or set missing_curvature: mean to average these tensors"
+            )
+    raise_all(problems, MomentsError)
+    return averaged
+
+
+def _moved(plan: MergePlan, expert: ExpertView, job: TensorJob) -> bool:
+    return any(bool(delta(plan, expert, *part).any()) for part in parts((job, 0, job.rows), plan.tensor_elements))
+
+
+def weight_sums(plan: MergePlan, expert: ExpertView) -> dict[str, float]:
+    """Σ v̂^power of every tensor that is worked on here and carries curvature in this expert."""
+    exponent = plan.recipe.setting("power")
+    jobs = [job for job in plan.curved(expert) if plan.is_here(job)]
+    cut = plan.blocks(jobs)
+
+    def work(block: Block) -> list[float]:
+        sums: list[float] = []
+        for job, start, stop in parts(block, plan.tensor_elements):
+            sums += row_sums(power(expert.v_hat(job.canonical, start, stop).double(), exponent)).tolist()
+        return sums
+
+    rows: dict[str, list[float]] = {job.name: [] for job in jobs}
+    for block, found in zip(cut, plan.stream.map(work, cut, what=f"normalise {expert.name}", size=block_elements), strict=True):
+        rows[block[0].name] += found
+    return {name: math.fsum(sums) for name, sums in rows.items()}
+
+
+def mean_of(plan: MergePlan, expert: ExpertView, sums: Mapping[str, float]) -> float:
+    """Mean of v̂^power over the whole expert, from the sums of all its tensors. Raises MomentsError when it is 0."""
+    mean = math.fsum(sums.values()) / max(sum(job.elements for job in plan.curved(expert)), 1)
+    if mean == 0:
+        assert expert.moments is not None
+        raise MomentsError(f"{expert.moments.path}: all second moments are 0; normalise: global cannot divide by their mean")
+    return mean
+
+
+def scores(
+    plan: MergePlan,
+    expert: ExpertView,
+    job: TensorJob,
+    start: int,
+    stop: int,
+    difference: torch.Tensor,
+    v_hat: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """FFG scores of a block, float32 (r, C). difference: its task vector, float64 (r, C); v_hat: the merge's v̂ where it was read already."""
+    if plan.recipe.setting("metric") == "magnitude":
+        return magnitude_scores(difference)
+    if plan.recipe.setting("mask_curvature") == "full":
+        v_hat = expert.v_hat(job.canonical, start, stop, full=True)
+    elif v_hat is None:
+        v_hat = expert.v_hat(job.canonical, start, stop)
+    return curvature_scores(v_hat, difference)
+
+
+@dataclass(frozen=True)
+class PlanScoring:
+    """The scores that FFG, TIES and breadcrumbs rank by, for ``tally``."""
+
+    plan: MergePlan
+    curvature: bool
+    """√v̂·|Δ| over the tensors that carry curvature; else |Δ|, over those or, with ``everywhere``, over all."""
+    full: bool = False
+    """From the uncompressed second moments."""
+    everywhere: bool = False
+
+    def compiled(self, experts: Sequence[int], job: TensorJob) -> bool:
+        return self.plan.can_fuse([self.plan.expert(i) for i in experts], job)
+
+    def covers(self, expert: int, job: TensorJob) -> bool:
+        return self.everywhere or self.plan.expert(expert).has_curvature(job.canonical)
+
+    def candidates(self, experts: Sequence[int], block: Block) -> tuple[torch.Tensor, list[Candidate]]:
+        assert self.plan.base is not None
+        found = []
+        for row, expert in enumerate(self.plan.expert(i) for i in experts):
+            theta = expert.stored(block[0].name, *block[1:])
+            v = expert.v_source(*block, full=self.full) if self.curvature else None
+            found.append(Candidate(theta=theta, v=v, metric=BY_CURVATURE if self.curvature else BY_MAGNITUDE, row=row))
+        return self.plan.base.stored(block[0].name, *block[1:]), found
+
+    def scores(self, experts: Sequence[int], block: Block) -> Iterator[tuple[int, torch.Tensor]]:
+        assert self.plan.base is not None
+        for part in parts(block, self.plan.tensor_elements):
+            base = self.plan.base.theta(part[0].name, *part[1:])
+            for index in experts:
+                view = self.plan.expert(index)
+                difference = delta(self.plan, view, *part, base=base)
+                if self.curvature:
+                    yield index, curvature_scores(view.v_hat(part[0].canonical, *part[1:], full=self.full), difference)
+                else:
+                    yield index, magnitude_scores(difference)
+
+    def prefetch(self, experts: Sequence[int], block: Block) -> None:
+        assert self.plan.base is not None
+        self.plan.base.prefetch(*block)
+        for expert in (self.plan.expert(i) for i in experts):
+            expert.prefetch(*block)
+            if self.curvature:
+                expert.prefetch_curvature(*block, full=self.full)
+
+    def refuse(self, expert: int, block: Block) -> None:
+        self.plan.expert(expert).refuse(*block)
+
+
+def ffg_scoring(plan: MergePlan) -> PlanScoring:
+    """How the recipe's FFG ranks."""
+    setting = plan.recipe.setting
+    return PlanScoring(plan, setting("metric") == "curvature", full=setting("mask_curvature") == "full")
+
+
+def ffg_group(plan: MergePlan, experts: Sequence[ExpertView]) -> Group:
+    """All tensors together that are here: what scope ``global`` ranks, for the experts with a density."""
+    curved = {expert.index: plan.curved(expert) for expert in experts}
+    names = {job.name for jobs in curved.values() for job in jobs}
+    ranks = {}
+    for expert in experts:
+        k = kept_count(plan.recipe.setting("density", expert.index), sum(job.elements for job in curved[expert.index]))
+        ranks[expert.index] = (k,) if k else ()
+    return Group(jobs=[job for job in plan.merged_jobs() if job.name in names], experts=tuple(curved), ranks=ranks)
+
+
+def thresholds(plan: MergePlan, experts: Sequence[ExpertView], whole: WholeFacts | None = None) -> dict[int, dict[str, float]]:
+    """τ of every tensor that FFG masks in each of these experts, exactly (methods.md section 3).
+
+    With scope ``per_tensor``, of the tensors that are worked on here. ``whole`` gives τ of experts that are ranked as a whole.
+    """
+    recipe = plan.recipe
+    found: dict[int, dict[str, float]] = {}
+    ranked = []
+    for expert in experts:
+        product = recipe.setting("precond_threshold", expert.index)
+        if product is None:
+            ranked.append(expert)
+        else:
+            found[expert.index] = dict.fromkeys((job.name for job in plan.curved(expert)), threshold_of_product(product))
+    if not ranked:
+        return found
+    if recipe.setting("scope") == "global":
+        if whole:
+            taus = whole.thresholds
+        else:
+            taus = taus_of(kth_largest(plan, ffg_scoring(plan), [ffg_group(plan, ranked)], what="thresholds")[0])
+        for expert in ranked:
+            tau = taus[expert.index]
+            found[expert.index] = dict.fromkeys((job.name for job in plan.curved(expert)), tau)
+        return found
+    return found | _thresholds_per_tensor(plan, ranked)
+
+
+def taus_of(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """Expert → τ, from the scores of the ranks of ``ffg_group``; without a rank nothing is kept."""
+    return {expert: values[0] if values else math.inf for expert, values in scores.items()}
+
+
+def _thresholds_per_tensor(plan: MergePlan, experts: Sequence[ExpertView]) -> dict[int, dict[str, float]]:
+    groups = []
+    for job in plan.canonical_jobs():
+        curved = [expert.index for expert in experts if expert.has_curvature(job.canonical)]
+        ranks = {i: kept_count(plan.recipe.setting("density", i), job.elements) for i in curved}
+        groups.append(Group(jobs=[job], experts=curved, ranks={i: (k,) if k else () for i, k in ranks.items()}))
+    found: dict[int, dict[str, float]] = {expert.index: {} for expert in experts}
+    for group, scores in zip(groups, kth_largest(plan, ffg_scoring(plan), groups, what="thresholds"), strict=True):
+        for expert, values in scores.items():
+            found[expert][group.jobs[0].name] = values[0] if values else math.inf
+    return found
+
+
+def mask_of(
+    plan: MergePlan,
+    facts: Curvature,
+    expert: ExpertView,
+    block: Block,
+    difference: torch.Tensor | None,
+    v_hat: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """The expert's mask of a block, bool (r, C); None where it keeps everything. ``difference``: its task vector, where there is a base."""
+    job, start, stop = block
+    present = expert.present(job.name, start, stop)
+    cols = max(1, job.elements // max(job.rows, 1))
+    if job.canonical in expert.inactive:
+        return torch.zeros(stop - start, cols, dtype=torch.bool, device=plan.device)
+    if not plan.recipe.ffg(expert.index):
+        return None if present is None else present.expand(stop - start, cols)
+    if expert.masks is not None:
+        kept = expert.masks.read(job.canonical, start, stop).to(plan.device)
+    else:
+        assert difference is not None
+        kept = keep(scores(plan, expert, job, start, stop, difference, v_hat), facts.thresholds[expert.index][job.canonical])
+    return kept if present is None else kept & present
+
+
+def block_mask(plan: MergePlan, facts: Curvature, expert: ExpertView, block: Block) -> tuple[torch.Tensor, int]:
+    """The FFG mask of a block, bool (r, C) on the CPU, and how many elements it keeps: compiled where that can be, the same bits."""
+    job, start, stop = block
+    scoring = ffg_scoring(plan)
+    if scoring.compiled([expert.index], job):
+        base, (candidate,) = scoring.candidates([expert.index], block)
+        found = keep_block(base, candidate, facts.thresholds[expert.index][job.canonical])
+        if found is None:
+            expert.refuse(*block)
+        else:
+            return found[0].view(stop - start, -1), found[1]
+    masks = []
+    for part in parts(block, plan.tensor_elements):
+        bits = mask_of(plan, facts, expert, part, delta(plan, expert, *part))
+        assert bits is not None
+        masks.append(bits.cpu())
+    mask = torch.cat(masks)
+    return mask, int(mask.sum())

@@ -1,0 +1,173 @@
+"""Checkpoints, second moments and masks as the output sees them: its names, its rows, float64 weights, bias-corrected curvature."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ota_core.compute.blocks import matrix_shape, row_blocks
+from ota_core.compute.gpu import to_device
+from ota_core.errors import MomentsError
+from ota_core.files.checkpoint import Checkpoint
+from ota_core.fused.memory import VSource, rank1_source, source_of
+from ota_core.moments import Moments
+from ota_core.moments.compression import RankOneMoments
+from ota_core.plan.masks import MaskFile
+from ota_core.plan.vocabulary import is_vocabulary_tensor
+
+ReadRows = Callable[[str, int, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One tensor of the output."""
+
+    name: str
+    canonical: str
+    """The tensor it is tied to, or itself: curvature, masks and random numbers go by this name."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    copy: bool
+    """Not a floating-point tensor: copied, never merged."""
+
+    @property
+    def rows(self) -> int:
+        return matrix_shape(self.shape)[0]
+
+    @property
+    def elements(self) -> int:
+        rows, cols = matrix_shape(self.shape)
+        return rows * cols
+
+
+Block = tuple[TensorJob, int, int]
+"""A tensor of the output and a half-open range of its rows."""
+
+
+def block_elements(block: Block) -> int:
+    """Elements of a block."""
+    job, start, stop = block
+    return (stop - start) * matrix_shape(job.shape)[1]
+
+
+def parts(block: Block, elements: int) -> Iterator[Block]:
+    """The block in parts of at most this many elements (one row where a row is longer)."""
+    job, start, stop = block
+    for a, b in row_blocks((stop - start, matrix_shape(job.shape)[1]), elements):
+        yield job, start + a, start + b
+
+
+@dataclass(kw_only=True)
+class ModelView:
+    """A model's tensors by the output's names and rows."""
+
+    name: str
+    checkpoint: Checkpoint
+    tied: Mapping[str, str]
+    row_map: torch.Tensor | None
+    device: torch.device
+    count_read: Callable[[int], None]
+
+    def stored_name(self, name: str) -> str:
+        """The name under which the checkpoint holds a tensor, or the one it is tied to."""
+        return name if name in self.checkpoint else self.tied.get(name, name)
+
+    def gather(self, read: ReadRows, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of the output from a reader of the model's own rows; rows that the model lacks are zeros."""
+        if self.row_map is None or not is_vocabulary_tensor(name):
+            return read(name, start, stop)
+        wanted = self.row_map[start:stop]
+        return torch.cat(
+            [read(name, row, row + 1) if row >= 0 else torch.zeros_like(read(name, 0, 1)) for row in wanted.tolist()]
+        )
+
+    def present(self, name: str, start: int, stop: int) -> torch.Tensor | None:
+        """Which rows the model has: bool (stop − start, 1), or None when it has all."""
+        if self.row_map is None or not is_vocabulary_tensor(name):
+            return None
+        has = self.row_map[start:stop] >= 0
+        return None if bool(has.all()) else has[:, None].to(self.device)
+
+    def theta(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start:stop of the weights, float64 (stop − start, C), on the device."""
+        return to_device(self.stored(name, start, stop), self.device).double()
+
+    def prefetch(self, job: TensorJob, start: int, stop: int) -> None:
+        """A hint that these rows are asked for soon."""
+        if self.row_map is None or not is_vocabulary_tensor(job.name):
+            self.checkpoint.prefetch(self.stored_name(job.name), start, stop)
+
+    def stored(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The same rows as they are stored."""
+        rows = self.gather(self.checkpoint.read_rows, self.stored_name(name), start, stop)
+        self.count_read(rows.nbytes)
+        return rows
+
+
+@dataclass(kw_only=True)
+class ExpertView(ModelView):
+    """An expert: a model with second moments and masks."""
+
+    index: int
+    moments: Moments | None = None
+    full_moments: Moments | None = None
+    masks: MaskFile | None = None
+    bias_correction: bool = False
+    inactive: set[str] = field(default_factory=set)
+    """Tensors (canonical names) without curvature that the expert never moved: it takes no part there."""
+
+    def has_curvature(self, canonical: str) -> bool:
+        """Whether v is known for this tensor."""
+        return self.moments is not None and canonical in self.moments.shapes()
+
+    def v_hat(self, canonical: str, start: int, stop: int, *, full: bool = False) -> torch.Tensor:
+        """Rows start:stop of v̂, float32 (stop − start, C), on the device. ``full``: from the uncompressed moments."""
+        moments = self._moments(full)
+        factors = moments.factors(canonical) if isinstance(moments, RankOneMoments) else None
+        if self.device.type != "cpu" and factors is not None and factors[1].dim() == 1 and self.row_map is None:
+            # Two vectors go to the GPU, not their product.
+            share, columns = (to_device(part, self.device) for part in (factors[0][start:stop], factors[1]))
+            v = share[:, None] * columns
+        else:
+            rows = self.gather(moments.read, canonical, start, stop)
+            self.count_read(rows.nbytes)
+            v = to_device(rows, self.device)
+        return v * bias_factor(moments, canonical) if self.bias_correction else v
+
+    def v_source(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> VSource:
+        """Rows start:stop of v for a compiled pass, on the CPU, unchecked: the pass tells of a bad entry, ``refuse`` names it."""
+        moments = self._moments(full)
+        factor = bias_factor(moments, job.canonical) if self.bias_correction else 1.0
+        if isinstance(moments, RankOneMoments) and (factors := moments.factors(job.canonical)) is not None:
+            return VSource(rank1_source(*factors, start), factor, factors)
+        v = moments.read(job.canonical, start, stop, check=False)
+        self.count_read(v.nbytes)
+        return VSource(source_of(v), factor, v)
+
+    def refuse(self, job: TensorJob, start: int, stop: int) -> None:
+        """Raise the MomentsError that names the bad entry of v, merged or full, in these rows."""
+        for moments in (self.moments, self.full_moments):
+            if moments is not None:
+                moments.read(job.canonical, start, stop)
+        raise AssertionError(f"{job.canonical}: a compiled pass found a bad second moment, the check of its file did not")
+
+    def prefetch_curvature(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> None:
+        """A hint that these rows of v are asked for soon."""
+        if self.has_curvature(job.canonical) and (self.row_map is None or not is_vocabulary_tensor(job.name)):
+            self._moments(full).prefetch(job.canonical, start, stop)
+
+    def _moments(self, full: bool) -> Moments:
+        moments = self.full_moments if full else self.moments
+        assert moments is not None
+        return moments
+
+
+def bias_factor(moments: Moments, name: str) -> float:
+    """1 / (1 − β₂^t) (Kingma & Ba 2015, arXiv 1412.6980, section 3). Raises MomentsError when β₂ or t is not known."""
+    step = moments.step(name)
+    if moments.beta2 is None or not step:
+        raise MomentsError(
+            f"{moments.path}: bias_correction needs β₂ and the step, known are beta2={moments.beta2}, step={step} for '{name}'. "
+            "Add them to expert.json or to the file's metadata, or set bias_correction: false"
+        )
+    return torch.tensor(1.0 / (1.0 - moments.beta2**step), dtype=torch.float32).item()

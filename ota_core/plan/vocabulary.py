@@ -1,0 +1,138 @@
+"""Vocabularies that differ: embedding rows are matched by token, never by row number (methods.md, mistake 7).
+
+The rows of θ and of v go through the same map, so that curvature stays with its token.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ota_core.errors import CheckpointError
+from ota_core.files.checkpoint import Checkpoint, read_json
+
+_INPUT = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
+_OUTPUT = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
+
+
+def is_vocabulary_tensor(name: str) -> bool:
+    """Whether the rows of this tensor stand for tokens."""
+    return name.endswith(_INPUT + _OUTPUT)
+
+
+def tied_tensors(checkpoint: Checkpoint) -> dict[str, str]:
+    """Alias to the tensor it is tied to, from ``tie_word_embeddings`` of the configuration."""
+    if not checkpoint.config.get("tie_word_embeddings", False):
+        return {}
+    names = checkpoint.names()
+    inputs = [name for name in names if name.endswith(_INPUT)]
+    return (
+        {name: inputs[0] for name in (*names, "lm_head.weight") if name.endswith(_OUTPUT) and name.endswith(".weight")}
+        if len(inputs) == 1
+        else {}
+    )
+
+
+def tokens_of(folder: Path) -> dict[str, int] | None:
+    """Token to row, from tokenizer.json or vocab.json; None where the folder holds no tokenizer that can be read as a table."""
+    if (folder / "tokenizer.json").exists():
+        tokenizer = read_json(folder / "tokenizer.json")
+        table = _model_vocabulary(tokenizer.get("model", {}))
+        table.update({entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])})
+        return table
+    return dict(read_json(folder / "vocab.json")) if (folder / "vocab.json").exists() else None
+
+
+def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
+    vocabulary = model.get("vocab", {})
+    if isinstance(vocabulary, list):  # Unigram: pairs of token and score, in row order
+        return {entry[0]: row for row, entry in enumerate(vocabulary)}
+    return dict(vocabulary)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The output's rows, and where each model holds them."""
+
+    rows: int
+    maps: tuple[torch.Tensor | None, ...]
+    """For each model, base first: int64 (rows,) with the model's row for each output row, −1 where it lacks the token; None for the identity."""
+    source: int
+    """The model (by position, base first) whose tokenizer files the output takes."""
+    added: tuple[dict[str, Any], ...] = ()
+    """With ``union``: entries to append to the source's added tokens."""
+
+
+def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabulary | None:
+    """How the vocabularies fit. models: (name, folder, rows of the embedding), base first. source: position, or ``union``.
+
+    None when all agree row by row. Raises CheckpointError when rows differ and a tokenizer that would say why is missing.
+    """
+    tables = [tokens_of(folder) for _, folder, _ in models]
+    first = 0 if source == "union" else int(source)
+    same_rows = len({rows for _, _, rows in models}) == 1
+    known = [table for table in tables if table is not None]
+    if same_rows and all(table == known[0] for table in known):
+        return None if first == 0 else Vocabulary(models[0][2], (None,) * len(models), first)
+    without = [name for (name, _, _), table in zip(models, tables, strict=True) if table is None]
+    if without:
+        raise CheckpointError(
+            f"the vocabularies differ ({', '.join(f'{name}: {rows} rows' for name, _, rows in models)}) and no tokenizer.json says which row is "
+            f"which token in: {', '.join(without)}. Put the tokenizer files beside the weights"
+        )
+    target = dict(tables[first] or {})
+    count, added = models[first][2], []
+    if source == "union":
+        added = _extra_tokens(models, tables, target)
+        for entry in added:
+            target[entry["content"]] = entry["id"]
+        count = max(count, max(target.values()) + 1)
+    token_at = {row: token for token, row in target.items()}
+    return Vocabulary(
+        count,
+        tuple(_row_map(count, token_at, table or {}, model[2]) for table, model in zip(tables, models, strict=True)),
+        first,
+        tuple(added),
+    )
+
+
+def _row_map(count: int, token_at: dict[int, str], table: dict[str, int], rows: int) -> torch.Tensor | None:
+    taken = set(table.values())
+    result = []
+    for row in range(count):
+        token = token_at.get(row)
+        padding = row if row not in taken else -1  # rows behind the last token match each other
+        place = padding if token is None else table.get(token, -1)
+        result.append(place if place < rows else -1)
+    mapped = torch.tensor(result, dtype=torch.int64)
+    return None if count == rows and torch.equal(mapped, torch.arange(rows)) else mapped
+
+
+def _extra_tokens(
+    models: Sequence[tuple[str, Path, int]], tables: Sequence[dict[str, int] | None], target: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Added-token entries for what later models know and the first does not, in their order, with new rows behind the first's last token."""
+    extra: dict[str, dict[str, Any]] = {}
+    row = max(target.values(), default=-1) + 1
+    for (name, folder, _), table in zip(models, tables, strict=True):
+        missing = sorted((set(table or {}) - set(target) - set(extra)), key=lambda token: (table or {})[token])
+        entries = {e["content"]: e for e in read_json(folder / "tokenizer.json").get("added_tokens", [])} if missing else {}
+        for token in missing:
+            if token not in entries:
+                raise CheckpointError(
+                    f"tokenizer_source union: token {token!r} of {name} is part of its tokenizer's own model, not an added token; "
+                    "it cannot be joined to another tokenizer. Choose base or model:<name>"
+                )
+            extra[token] = {**entries[token], "id": row}
+            row += 1
+    return list(extra.values())
+
+
+def add_tokens(tokenizer_json: Path, added: Sequence[dict[str, Any]]) -> None:
+    """Append entries to the added tokens of a copied tokenizer.json."""
+    tokenizer = read_json(tokenizer_json)
+    tokenizer["added_tokens"] = [*tokenizer.get("added_tokens", []), *added]
+    tokenizer_json.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")

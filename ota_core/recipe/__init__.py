@@ -1,0 +1,1 @@
+"""Recipes: what to merge and how, typed and checked, YAML in and out."""

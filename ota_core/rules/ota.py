@@ -1,0 +1,206 @@
+"""OTA with Fast Fisher Grafting, bound to a plan: the recipe's options become arguments of ``methods.ota``."""
+
+import math
+from collections import defaultdict
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import torch
+
+from ota_core.compute.kernels import row_sums
+from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
+from ota_core.methods.ota import any_kept, curvature_weights, masked_ties, mean, ota
+from ota_core.plan.found import Found
+from ota_core.plan.plan import MergePlan
+from ota_core.plan.prepare import Curvature, WholeFacts, block_mask, delta, mask_of, prepare_curvature
+from ota_core.plan.views import Block, ExpertView, TensorJob, parts
+from ota_core.rules.rows import base_rows, expert_rows, merge_in_parts, rounded
+
+
+class OtaRule:
+    """OTA with FFG: all options of methods.md sections 3 and 4."""
+
+    def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
+        """``whole``: what is known of whole experts already, for a part of a merge."""
+        self._plan, self._facts, self._whole = plan, Curvature(), whole
+        self._scales: dict[tuple[int, str], float] = {}
+        self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._lock = Lock()
+        setting = plan.recipe.setting
+        self._lambda: float = setting("lambda")
+        self._denominator: str = setting("denominator")
+        self._fallback: str = setting("fallback")
+        self._masked_merge, self._power, self._epsilon = setting("masked_merge"), setting("power"), setting("epsilon")
+
+    def prepare(self) -> None:
+        """Compression, means, thresholds; with ``rescale`` the norms of every masked task vector."""
+        plan = self._plan
+        self._facts = prepare_curvature(plan, self._whole)
+        if plan.recipe.setting("rescale"):
+            for expert in plan.experts:
+                if plan.recipe.ffg(expert.index):
+                    jobs = [job for job in plan.merged_jobs() if job.name not in self._facts.averaged]
+                    found = plan.stream.map(
+                        partial(self._scale, expert), jobs, what=f"norms {expert.name}", size=lambda j: j.elements
+                    )
+                    self._scales |= {(expert.index, job.name): scale for job, scale in zip(jobs, found, strict=True)}
+
+    def _scale(self, expert: ExpertView, job: TensorJob) -> float:
+        """‖Δ‖ / ‖mask·Δ‖ of one tensor; 1 where nothing is left."""
+        whole, kept = [], []
+        for block in parts((job, 0, job.rows), self._plan.tensor_elements):
+            difference = delta(self._plan, expert, *block)
+            mask = mask_of(self._plan, self._facts, expert, block, difference)
+            squares = difference * difference
+            whole += row_sums(squares).tolist()
+            kept += row_sums(squares if mask is None else torch.where(mask, squares, 0.0)).tolist()
+        left = math.fsum(kept)
+        return math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
+
+    def prefetch(self, block: Block) -> None:
+        self._plan.prefetch(block, curvature=True)
+
+    def merge(self, block: Block, out: torch.Tensor) -> None:
+        if self._can_fuse(block[0]):
+            self._merge_fused(block, out)
+        else:
+            merge_in_parts(self._plan, self._merge_tensors, block, out)
+
+    def _merge_tensors(self, block: Block) -> torch.Tensor:
+        plan, job = self._plan, block[0]
+        base = base_rows(plan, block)
+        thetas = expert_rows(plan, block, base)
+        if job.name in self._facts.averaged:
+            assert base is not None
+            return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=self._lambda)
+        weights, masks = [], []
+        for expert, theta in zip(plan.experts, thetas, strict=True):
+            v_hat = expert.v_hat(job.canonical, *block[1:]) if expert.has_curvature(job.canonical) else None
+            mask = mask_of(plan, self._facts, expert, block, None if base is None else theta - base, v_hat)
+            self._count(expert, job, mask)
+            masks.append(mask)
+            weights.append(self._weight(expert, theta, v_hat))
+            present = expert.present(job.name, *block[1:])
+            if present is not None:
+                weights[-1] = torch.where(present, weights[-1], 0.0)
+        scaled = thetas
+        if self._scales:
+            assert base is not None
+            scales = [self._scales.get((expert.index, job.name), 1.0) for expert in plan.experts]
+            scaled = [base + scale * (theta - base) for scale, theta in zip(scales, thetas, strict=True)]
+        if self._masked_merge == "ties":
+            assert base is not None
+            factors = [plan.recipe.setting("scaling_factor", expert.index) for expert in plan.experts]
+            merged = base + self._lambda * masked_ties([theta - base for theta in scaled], masks, factors)
+        else:
+            merged = ota(scaled, weights, masks, base, lam=self._lambda, denominator=self._denominator)
+        if self._fallback == "mean" and base is not None:
+            merged = torch.where(any_kept(masks, base), merged, mean(thetas))
+        return merged
+
+    def _can_fuse(self, job: TensorJob) -> bool:
+        """Whether the compiled pass covers what the recipe asks of this tensor; it gives the same bits as the tensors' way."""
+        usual = self._masked_merge == "precond" and self._fallback == "base" and not self._scales
+        fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
+        return usual and job.name not in self._facts.averaged and fuses
+
+    def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
+        plan, job = self._plan, block[0]
+        base = plan.base.stored(job.name, *block[1:]) if plan.base else None
+        active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
+        with rounded(out) as target:
+            counts, bad = ota_block(
+                base,
+                [self._vote(expert, block) for expert in active],
+                target,
+                power=self._power,
+                epsilon=self._epsilon,
+                lam=self._lambda,
+                denominator=self._denominator,
+            )
+        if bad is not None:
+            active[bad].refuse(*block)
+        for expert, count in zip(active, counts, strict=True):
+            self._add_count(expert, job, count)
+
+    def _vote(self, expert: ExpertView, block: Block) -> Vote:
+        job, plan = block[0], self._plan
+        theta = expert.stored(job.name, *block[1:])
+        threshold, kept = None, None
+        if plan.recipe.ffg(expert.index):
+            if expert.masks is not None:
+                kept = expert.masks.read(job.canonical, *block[1:])
+            elif plan.recipe.setting("mask_curvature") == "full" and expert.full_moments is not expert.moments:
+                kept, _ = block_mask(plan, self._facts, expert, block)
+            else:
+                threshold = self._facts.thresholds[expert.index][job.canonical]
+        return Vote(
+            theta=theta,
+            v=expert.v_source(*block),
+            scale=plan.recipe.setting("scaling_factor", expert.index),
+            mean=self._facts.means.get(expert.index, 1.0),
+            threshold=threshold,
+            kept=kept,
+            metric=BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE,
+        )
+
+    def _weight(self, expert: ExpertView, theta: torch.Tensor, v_hat: torch.Tensor | None) -> torch.Tensor:
+        """p_m of a block: from the curvature, or the bare scaling factor with ``masked_merge: linear``; 0 for an expert that takes no part."""
+        if v_hat is None:
+            return torch.zeros_like(theta)
+        scale = self._plan.recipe.setting("scaling_factor", expert.index)
+        if self._masked_merge != "precond":
+            return torch.full_like(theta, scale)
+        mean_weight = self._facts.means.get(expert.index)
+        return curvature_weights(v_hat, power=self._power, scale=scale, mean=mean_weight, epsilon=self._epsilon)
+
+    def _count(self, expert: ExpertView, job: TensorJob, mask: torch.Tensor | None) -> None:
+        if mask is not None:
+            self._add_count(expert, job, int(mask.sum()))
+
+    def _add_count(self, expert: ExpertView, job: TensorJob, kept: int) -> None:
+        if self._plan.recipe.ffg(expert.index) and job.name == job.canonical:
+            with self._lock:
+                self._kept[expert.index][job.name] += kept
+
+    def found(self) -> Found:
+        thresholds = {
+            expert.index: expert.masks.header["thresholds"] if expert.masks else self._facts.thresholds[expert.index]
+            for expert in self._plan.experts
+            if self._plan.recipe.ffg(expert.index)
+        }
+        return Found(
+            kept={expert: dict(counts) for expert, counts in self._kept.items()},
+            thresholds={expert: {name: float(tau) for name, tau in taus.items()} for expert, taus in thresholds.items()},
+            averaged=sorted(self._facts.averaged),
+            compression={
+                name: report.model_dump(exclude={"sqrt_error_per_tensor"}) for name, report in self._facts.reports.items()
+            },
+        )
+
+    def results(self, found: Found) -> dict[str, Any]:
+        """Densities and thresholds of every expert with FFG, and what compression lost."""
+        densities = {}
+        for expert in self._plan.experts:
+            if self._plan.recipe.ffg(expert.index):
+                taus = found.thresholds[expert.index]
+                densities[expert.name] = density_report(self._plan, expert, taus, found.kept.get(expert.index, {}))
+        everything = {"densities": densities, "compression": found.compression, "averaged_without_curvature": found.averaged}
+        return {key: value for key, value in everything.items() if value}
+
+
+def density_report(plan: MergePlan, expert: ExpertView, taus: dict[str, float], kept: dict[str, int]) -> dict[str, Any]:
+    """τ and the realised density of an expert, over all and per tensor. An infinite τ (nothing kept) is spelled "inf" for JSON."""
+    jobs = plan.curved(expert)
+    total = sum(job.elements for job in jobs)
+    count = sum(kept.get(job.name, 0) for job in jobs)
+    values = {name: tau if math.isfinite(tau) else "inf" for name, tau in taus.items()}
+    same = plan.recipe.setting("scope") == "global" or plan.recipe.setting("precond_threshold", expert.index) is not None
+    return {
+        "threshold": next(iter(values.values()), None) if same else values,
+        "density": count / max(total, 1),
+        "kept": count,
+        "total": total,
+        "per_tensor": {job.name: kept.get(job.name, 0) / max(job.elements, 1) for job in jobs},
+    }

@@ -1,0 +1,59 @@
+"""Weights of a block as the rules see them: the base's and every expert's rows, whole where a vocabulary lacks some; and back, rounded."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ota_core.fused.memory import WRITTEN
+from ota_core.plan.plan import MergePlan
+from ota_core.plan.views import Block, parts
+
+
+@contextmanager
+def rounded(out: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Where a compiled pass writes: ``out`` itself, or float32 that is rounded into it at the end (float16)."""
+    if out.dtype in WRITTEN:
+        yield out
+        return
+    single = torch.empty(out.shape, dtype=torch.float32)
+    yield single
+    out.copy_(single)
+
+
+def merge_in_parts(plan: MergePlan, rule: Callable[[Block], torch.Tensor], block: Block, out: torch.Tensor) -> None:
+    """A rule on tensors, over parts that stay in the cache. rule: float64 (r, C) of a part; out: (R, C) in the output's type."""
+    for part in parts(block, plan.tensor_elements):
+        first = part[1] - block[1]
+        merged = rule(part)
+        # From a GPU into pinned memory; who gave the block to this thread waits for its stream.
+        out[first : first + merged.shape[0]].copy_(merged.to(out.dtype), non_blocking=merged.is_cuda)
+
+
+def base_rows(plan: MergePlan, block: Block) -> torch.Tensor | None:
+    """θ₀ of a block, float64 (r, C). A row that the base's vocabulary lacks is the mean of the experts that have it."""
+    if plan.base is None:
+        return None
+    base = plan.base.theta(block[0].name, *block[1:])
+    present = plan.base.present(block[0].name, *block[1:])
+    if present is None:
+        return base
+    total, count = torch.zeros_like(base), torch.zeros_like(base)
+    for expert in plan.experts:
+        has = expert.present(block[0].name, *block[1:])
+        theta = expert.theta(block[0].name, *block[1:])
+        total += theta if has is None else torch.where(has, theta, 0.0)
+        count += 1.0 if has is None else has.double()
+    return torch.where(present, base, total / count.clamp(min=1.0))
+
+
+def expert_rows(plan: MergePlan, block: Block, base: torch.Tensor | None) -> list[torch.Tensor]:
+    """θ_m of every expert; a row that an expert's vocabulary lacks is the base's."""
+    thetas = []
+    for expert in plan.experts:
+        theta = expert.theta(block[0].name, *block[1:])
+        present = expert.present(block[0].name, *block[1:])
+        if present is not None:
+            theta = torch.where(present, theta, theta if base is None else base)
+        thetas.append(theta)
+    return thetas

@@ -1,0 +1,127 @@
+"""Task arithmetic, TIES, DARE and breadcrumbs, bound to a plan."""
+
+import math
+from typing import Any
+
+import torch
+
+from ota_core.fused.task_vectors import Part, combine_block
+from ota_core.methods.dare import drop, uniform
+from ota_core.methods.task_vectors import NOTHING, add_up, breadcrumbs_ranks, elect_and_add, ties_ranks, trim
+from ota_core.plan.found import Found
+from ota_core.plan.plan import MergePlan
+from ota_core.plan.prepare import PlanScoring
+from ota_core.plan.tally import Group, kth_largest
+from ota_core.plan.views import Block, ExpertView, TensorJob
+from ota_core.rules.rows import base_rows, expert_rows, merge_in_parts, rounded
+
+
+class TaskVectorRule:
+    """task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties: what is left of each task vector, added up."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan = plan
+        self._method = plan.recipe.merge_method
+        self._weights = [plan.recipe.setting("weight", i) for i in range(len(plan.experts))]
+        self._limits: dict[tuple[int, str], tuple[float, float]] = {}
+
+    def prepare(self) -> None:
+        """The limits of |Δ| for the methods that trim, per expert and tensor."""
+        if self._method not in {"ties", "breadcrumbs", "breadcrumbs_ties"}:
+            return
+        plan, groups = self._plan, []
+        for job in plan.merged_jobs():
+            wanted = {expert.index: [r for r in self._ranks(expert, job) if r] for expert in plan.experts}
+            groups.append(Group(jobs=[job], experts=[i for i, ranks in wanted.items() if ranks], ranks=wanted))
+        asked = [group for group in groups if group.experts]
+        scoring = PlanScoring(plan, curvature=False, everywhere=True)
+        found = dict(zip((g.jobs[0].name for g in asked), kth_largest(plan, scoring, asked, what="trim"), strict=True))
+        for job in plan.merged_jobs():
+            for expert in plan.experts:
+                self._limits[expert.index, job.name] = self._limit(expert, job, found.get(job.name, {}).get(expert.index, []))
+
+    def _ranks(self, expert: ExpertView, job: TensorJob) -> tuple[int, int]:
+        """Ranks, by falling |Δ|, of the last kept entry and of the first kept one; 0 where there is no such limit."""
+        dropped, last = self._kept(expert, job)
+        if last == dropped:
+            return 0, 0
+        return last if last < job.elements else 0, dropped + 1 if dropped else 0
+
+    def _kept(self, expert: ExpertView, job: TensorJob) -> tuple[int, int]:
+        density = self._plan.recipe.setting("density", expert.index)
+        if self._method == "ties":
+            return ties_ranks(density, job.elements)
+        return breadcrumbs_ranks(density, self._plan.recipe.setting("gamma", expert.index), job.elements)
+
+    def _limit(self, expert: ExpertView, job: TensorJob, values: list[float]) -> tuple[float, float]:
+        """The smallest and the largest |Δ| that are kept. values: of the ranks that are limits."""
+        dropped, last = self._kept(expert, job)
+        if last == dropped:
+            return math.inf, -math.inf
+        by_rank = dict(zip([rank for rank in self._ranks(expert, job) if rank], values, strict=True))
+        return by_rank.get(last if last < job.elements else 0, 0.0), by_rank.get(dropped + 1 if dropped else 0, math.inf)
+
+    def prefetch(self, block: Block) -> None:
+        self._plan.prefetch(block)
+
+    def merge(self, block: Block, out: torch.Tensor) -> None:
+        if self._plan.can_fuse(self._plan.experts, block[0]):
+            self._merge_fused(block, out)
+        else:
+            merge_in_parts(self._plan, self._merge_tensors, block, out)
+
+    def _merge_tensors(self, block: Block) -> torch.Tensor:
+        base = base_rows(self._plan, block)
+        assert base is not None
+        thetas = expert_rows(self._plan, block, base)
+        deltas = [self._left(expert, block, theta - base) for expert, theta in zip(self._plan.experts, thetas, strict=True)]
+        combine = elect_and_add if self._method.endswith("ties") else add_up
+        merged = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
+        scale: float = self._plan.recipe.setting("lambda")
+        return base + scale * merged
+
+    def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
+        """The compiled pass; the same bits."""
+        assert self._plan.base is not None
+        with rounded(out) as target:
+            combine_block(
+                self._plan.base.stored(block[0].name, *block[1:]),
+                [self._part(expert, block) for expert in self._plan.experts],
+                target,
+                elect=self._method.endswith("ties"),
+                normalize=self._plan.recipe.setting("normalize"),
+                lam=self._plan.recipe.setting("lambda"),
+                nothing=NOTHING,
+            )
+
+    def _part(self, expert: ExpertView, block: Block) -> Part:
+        job, start, _ = block
+        theta, weight = expert.stored(job.name, *block[1:]), self._weights[expert.index]
+        if (expert.index, job.name) in self._limits:
+            lowest, highest = self._limits[expert.index, job.name]
+            return Part(theta=theta, weight=weight, lowest=lowest, highest=highest)
+        setting = self._plan.recipe.setting
+        density = setting("density", expert.index)
+        if not self._method.startswith("dare") or density >= 1:
+            return Part(theta=theta, weight=weight)
+        first = start * (job.elements // job.rows)
+        random = (setting("seed"), expert.index, job.canonical, first)
+        return Part(theta=theta, weight=weight, random=random, density=density, rescale=setting("rescale"))
+
+    def _left(self, expert: ExpertView, block: Block, difference: torch.Tensor) -> torch.Tensor:
+        job, start, _ = block
+        if (expert.index, job.name) in self._limits:
+            return trim(difference, *self._limits[expert.index, job.name])
+        density = self._plan.recipe.setting("density", expert.index)
+        if not self._method.startswith("dare") or density >= 1:
+            return difference
+        rows, cols = difference.shape
+        seed = self._plan.recipe.setting("seed")
+        random = uniform(seed, expert.index, job.canonical, start * cols, rows * cols, self._plan.device).view(rows, cols)
+        return drop(difference, random, density=density, rescale=self._plan.recipe.setting("rescale"))
+
+    def found(self) -> Found:
+        return Found()
+
+    def results(self, found: Found) -> dict[str, Any]:
+        return {"seed": self._plan.recipe.setting("seed")} if self._method.startswith("dare") else {}
