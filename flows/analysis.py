@@ -2,11 +2,11 @@
 
 from prefect import task
 
-from flows.run_log import Progress
 from flows.steps import CACHED, ONE_AT_A_TIME
 from ota_core.artifact import ArtifactRef
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
+from tasks.orchestration.run_log import Progress
 from tasks.settings import Places
 from tasks.stages import Step
 

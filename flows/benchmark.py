@@ -3,21 +3,21 @@
 from prefect import flow, task
 from prefect.logging import get_run_logger
 
-from flows.blocks import use_blocks
-from flows.deployed import cancel_children
 from flows.merge import score_all
-from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
 from flows.report import short_name
-from flows.run_log import hide_tracebacks_of_user_errors
 from flows.steps import fetch, several_at_once
 from tasks import stages
-from tasks.scores import ModelScores, to_markdown_of_one
+from tasks.evaluation.scores import ModelScores, to_markdown_of_one
+from tasks.evaluation.suites import load_suite
+from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.deployed import cancel_children
+from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Device, Places, places
 from tasks.stages import Subject
-from tasks.suites import load_suite
-from tasks.tracking import LoggedRun, log_benchmark
-from tasks.watch import identity_of_source, is_intact
+from tasks.storage.watch import identity_of_source, is_intact
+from tasks.tracking.merge import LoggedRun, log_benchmark
 
 hide_tracebacks_of_user_errors()
 

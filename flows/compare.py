@@ -7,17 +7,17 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
-from flows.blocks import use_blocks
-from flows.pages import show_leaderboard, show_mlflow
-from flows.run_log import hide_tracebacks_of_user_errors
-from tasks.leaderboard import BEST, Leaderboard
-from tasks.leaderboard_question import Question
-from tasks.leaderboard_text import write_files
-from tasks.names import EXPERIMENT
+from tasks.experiments.leaderboard.leaderboard import BEST, Leaderboard
+from tasks.experiments.leaderboard.log import log_leaderboard
+from tasks.experiments.leaderboard.question import Question
+from tasks.experiments.leaderboard.text import write_files
+from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.shown import show_leaderboard, show_mlflow
 from tasks.settings import places
-from tasks.tracking_leaderboard import log_leaderboard
-from tasks.tracking_run import LoggedRun
-from tasks.tracking_store import Store, resolve_store
+from tasks.tracking.names import EXPERIMENT
+from tasks.tracking.run import LoggedRun
+from tasks.tracking.store import Store, resolve_store
 
 hide_tracebacks_of_user_errors()
 

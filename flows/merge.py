@@ -14,14 +14,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
-from flows.blocks import use_blocks
-from flows.deployed import cancel_children
-from flows.pages import show_mlflow, show_scores
 from flows.pools import gpu_deployment
 from flows.report import comparison, merge_label, merge_name, merge_run
 from flows.report_page import MergePage, ReportKind, analysed, keeping_scores, page_of, put_beside_the_model, with_report
-from flows.run_log import hide_tracebacks_of_user_errors
-from flows.runners import Runner, runner_of
 from flows.spread import results, spread_flow
 from flows.steps import benchmark, compress, fetch, log, mask, merge, missing, send, several_at_once
 from ota_core.artifact import ArtifactRef
@@ -30,19 +25,24 @@ from ota_core.errors import OtaError
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import stages
-from tasks.inputs import fetch_all, model_sources
+from tasks.evaluation.suites import load_suite
 from tasks.jobs import MergeJob, ScoreJob
-from tasks.names import REGISTERED_MODEL
+from tasks.merging.inputs import fetch_all, model_sources
+from tasks.merging.recipes import read_recipe
+from tasks.merging.sources import MergeSources
+from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.deployed import cancel_children
+from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.runners import Runner, runner_of
+from tasks.orchestration.shown import show_mlflow, show_scores
 from tasks.parts import SpreadMerge
-from tasks.recipes import read_recipe
 from tasks.settings import Device, Places, places
-from tasks.sources import MergeSources
 from tasks.stages import Subject
-from tasks.storage import Fetched, is_s3
-from tasks.streaming import Streams
-from tasks.suites import load_suite
-from tasks.tracking import LoggedRun
-from tasks.watch import identity_of_source, is_intact
+from tasks.storage.models import Fetched, is_s3
+from tasks.storage.streaming.streams import Streams
+from tasks.storage.watch import identity_of_source, is_intact
+from tasks.tracking.merge import LoggedRun
+from tasks.tracking.names import REGISTERED_MODEL
 
 hide_tracebacks_of_user_errors()
 

@@ -14,12 +14,8 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
-from flows.blocks import use_blocks
-from flows.deployed import cancel_children
 from flows.merge import MergeOutcome, merge_flow, score_all
-from flows.pages import show_markdown, show_mlflow, show_scores
 from flows.pools import gpu_deployment
-from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from flows.single import comparison_table
 from flows.steps import ONE_AT_A_TIME, several_at_once
 from flows.verdict import Night, Verdict, judge, keep_published, settle
@@ -27,12 +23,18 @@ from ota_core.artifact import canonical_json
 from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe.parameters import default
 from ota_core.recipe.recipe import NEEDS_MOMENTS
-from tasks import expert_check, experts, stages
-from tasks.experts import ExpertFound, ExpertProblem
-from tasks.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember
+from tasks import stages
+from tasks.evaluation.suites import digest_data, load_suite
+from tasks.experts import check as expert_check
+from tasks.experts import find as experts
+from tasks.experts.find import ExpertFound, ExpertProblem
+from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.deployed import cancel_children
+from tasks.orchestration.run_log import Progress, hide_tracebacks_of_user_errors
+from tasks.orchestration.shown import show_markdown, show_mlflow, show_scores
+from tasks.registry.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember
 from tasks.settings import Places, places
 from tasks.stages import read_scores
-from tasks.suites import digest_data, load_suite
 
 hide_tracebacks_of_user_errors()
 

@@ -4,9 +4,9 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.blocks import use_blocks
-from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from ota_core.errors import OtaError
+from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.run_log import Progress, hide_tracebacks_of_user_errors
 from tasks.parts import Part, run_part
 
 hide_tracebacks_of_user_errors()

@@ -15,13 +15,13 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_run
 from prefect.states import Completed, Failed
 
-from flows.blocks import use_blocks
-from flows.deployed import POLL_SECONDS, complaint, run_deployed
-from flows.run_log import Progress, hide_tracebacks_of_user_errors
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import OtaError
 from tasks import stages
 from tasks.jobs import Job, MergeJob, ScoreJob, missing_after
+from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.deployed import POLL_SECONDS, complaint, run_deployed
+from tasks.orchestration.run_log import Progress, hide_tracebacks_of_user_errors
 from tasks.settings import Places
 
 hide_tracebacks_of_user_errors()

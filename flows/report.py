@@ -16,16 +16,16 @@ from ota_core.merge.model_card import model_card
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages
-from tasks.scores import ModelScores, negative_transfer, retention, scores_table
+from tasks.artifacts.system_metrics import SystemPoint, points_of
+from tasks.evaluation.scores import ModelScores, negative_transfer, retention, scores_table
+from tasks.evaluation.suites import Suite
+from tasks.experiments.study.cells import settings_of, spell, unusual
 from tasks.settings import Places
 from tasks.stages import Subject
-from tasks.storage import Fetched
-from tasks.study_cells import settings_of, spell, unusual
-from tasks.suites import Suite
-from tasks.tracking import ChildRun, InputRef, MergeRun
-from tasks.tracking_params import comparable_params
-from tasks.tracking_run import TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
-from tasks.tracking_system import SystemPoint, points_of
+from tasks.storage.models import Fetched
+from tasks.tracking.merge import ChildRun, InputRef, MergeRun
+from tasks.tracking.params import comparable_params
+from tasks.tracking.run import TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
     import pandas as pd

@@ -18,13 +18,15 @@ from ota_core.errors import OtaError
 from ota_core.merge.model_card import SCORES
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
-from tasks import promotion, stages, storage
-from tasks.gate import GateDecision
-from tasks.scores import NOT_MEASURED, ModelScores, caption, loss_rows
+from tasks import stages
+from tasks.evaluation.gate import GateDecision
+from tasks.evaluation.scores import NOT_MEASURED, ModelScores, caption, loss_rows
+from tasks.registry import promotion
 from tasks.settings import Places
 from tasks.stages import Subject
-from tasks.tracking import InputRef, MergeRun
-from tasks.tracking_run import ANALYSIS_CSV, REPORT, TAG_ANALYSIS, mean_error
+from tasks.storage import models as storage
+from tasks.tracking.merge import InputRef, MergeRun
+from tasks.tracking.run import ANALYSIS_CSV, REPORT, TAG_ANALYSIS, mean_error
 
 ReportKind = Literal["full", "scores", "none"]
 """``full``: with the analysis of the experts. ``scores``: without. ``none``: no report."""
@@ -57,7 +59,7 @@ class MergePage(BaseModel):
     def html(self, where: Places, decision: GateDecision | None = None) -> str:
         """The page. It does not name the MLflow run: it is one of that run's own artifacts. Raises OtaError."""
         from tasks.analysis import read_analysis, read_settings
-        from tasks.html_report import MergeReport, report_html
+        from tasks.pages.html_report import MergeReport, report_html
 
         store = stages.store_of(where)
         record = store.read_record(self.merged)

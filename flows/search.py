@@ -1,6 +1,6 @@
 """A search for the densities and λ of a recipe: base and experts scored once, then trial by trial merged, scored, reported, logged.
 
-What is searched, how, and how far: tasks/search_config.py. An interrupted run goes on with the trial that it had begun.
+What is searched, how, and how far: tasks/experiments/search/config.py. An interrupted run goes on with the trial that it had begun.
 """
 
 from contextlib import ExitStack
@@ -14,13 +14,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
-from flows.blocks import use_blocks
-from flows.deployed import cancel_children
 from flows.merge import MergeOutcome, fetch_models, merge_flow
-from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
 from flows.report import merge_label, merge_name
-from flows.run_log import Progress, ProgressBar, hide_tracebacks_of_user_errors
 from flows.search_inputs import References, compressed, identity_of, models_of
 from flows.search_pool import PoolModels
 from flows.steps import ONE_AT_A_TIME, several_at_once
@@ -29,18 +25,23 @@ from ota_core.errors import OtaError
 from ota_core.merge.engine import pick_device
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import search_log, stages
-from tasks.search import Budget, Point, Search, Trial, Tuned
-from tasks.search_config import SearchConfig, load_search, recipe_of
-from tasks.search_log import SearchRun
-from tasks.search_merge import TrialModels
-from tasks.search_overlap import check_apart
-from tasks.search_result import files, markdown, recipe_text, verdict
+from tasks import stages
+from tasks.evaluation.suites import Suite, load_suite
+from tasks.experiments.search import log as search_log
+from tasks.experiments.search.config import SearchConfig, load_search, recipe_of
+from tasks.experiments.search.log import SearchRun
+from tasks.experiments.search.merge import TrialModels
+from tasks.experiments.search.overlap import check_apart
+from tasks.experiments.search.result import files, markdown, recipe_text, verdict
+from tasks.experiments.search.search import Budget, Point, Search, Trial, Tuned
+from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.deployed import cancel_children
+from tasks.orchestration.run_log import Progress, ProgressBar, hide_tracebacks_of_user_errors
+from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Device, places
-from tasks.storage import write_note
-from tasks.suites import Suite, load_suite
-from tasks.tracking import LoggedRun
-from tasks.tracking_run import TAG_FLOW_RUN
+from tasks.storage.models import write_note
+from tasks.tracking.merge import LoggedRun
+from tasks.tracking.run import TAG_FLOW_RUN
 
 hide_tracebacks_of_user_errors()
 

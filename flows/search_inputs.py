@@ -11,12 +11,12 @@ from ota_core.merge.engine import pick_device
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks import stages
-from tasks.search_config import SearchConfig, floors_of
-from tasks.search_merge import TrialModels
+from tasks.evaluation.suites import Suite
+from tasks.experiments.search.config import SearchConfig, floors_of
+from tasks.experiments.search.merge import TrialModels
 from tasks.settings import Places
 from tasks.stages import Subject
-from tasks.storage import Fetched
-from tasks.suites import Suite
+from tasks.storage.models import Fetched
 
 
 class References:

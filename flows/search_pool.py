@@ -1,4 +1,4 @@
-"""Trials whose merges and benchmarks run on the GPU pool. The same interface as ``tasks.search_merge.TrialModels``."""
+"""Trials whose merges and benchmarks run on the GPU pool. The same interface as ``tasks.experiments.search.merge.TrialModels``."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -12,12 +12,12 @@ from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages
+from tasks.evaluation.scores import ModelScores
 from tasks.jobs import MergeJob
-from tasks.scores import ModelScores
+from tasks.merging.sources import MergeSources
 from tasks.settings import Places
-from tasks.sources import MergeSources
 from tasks.stages import Subject
-from tasks.storage import Fetched
+from tasks.storage.models import Fetched
 
 
 class PoolModels:

@@ -19,11 +19,11 @@ from ota_core.moments import find_moments, moments_files, none_found, open_momen
 from ota_core.moments.compression import CompressionReport, open_compressed
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import storage
-from tasks.architecture import parameter_layout
+from tasks.evaluation.suites import load_suite
+from tasks.merging.architecture import parameter_layout
 from tasks.settings import Device, Places, places
-from tasks.streaming import Streams
-from tasks.suites import load_suite
+from tasks.storage import models as storage
+from tasks.storage.streaming.streams import Streams
 
 
 class Compressed(NamedTuple):
@@ -146,7 +146,7 @@ def prepare_prefect() -> None:
 def run_recipe(
     recipe: MergeRecipe, *, runner: str | None = None, address: str | None = None, parts: int | None = None, **options: Any
 ) -> list[Any]:
-    """Run the flow and say where everything is. ``runner``, ``address``, ``parts``: as for ``flows.runners.runner_of``.
+    """Run the flow and say where everything is. ``runner``, ``address``, ``parts``: as for ``tasks.orchestration.runners.runner_of``.
 
     Raises OtaError as the flow's tasks raise it.
     """
@@ -156,9 +156,9 @@ def run_recipe(
     parse_memory(options.get("memory", "2GiB"))
     prepare_prefect()
     from flows.merge import merge_flow
-    from flows.runners import runner_of, server_for
-    from tasks.scores import render
-    from tasks.tracking import open_hint
+    from tasks.evaluation.scores import render
+    from tasks.orchestration.runners import runner_of, server_for
+    from tasks.tracking.merge import open_hint
 
     chosen = runner_of(runner, address=address, parts=parts)
     chosen.task_runner()  # says what is not installed

@@ -16,14 +16,14 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run as this_run
 from pydantic import BaseModel, ConfigDict
 
-from flows.deployed import POLL_SECONDS, complaint, pool_of, run_deployed
-from flows.run_log import Progress
-from flows.runners import Runner
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import OtaError, raise_all
 from tasks import parts
+from tasks.orchestration.deployed import POLL_SECONDS, complaint, pool_of, run_deployed
+from tasks.orchestration.run_log import Progress
+from tasks.orchestration.runners import Runner
 from tasks.parts import Part, SpreadMerge
-from tasks.storage_cache import locked
+from tasks.storage.cache import locked
 
 T = TypeVar("T")
 Run = Callable[[list[Part]], list[ArtifactRef]]

@@ -1,7 +1,7 @@
 """`ota stack`: every server and worker as local processes, everything deployed, the demo's experts in S3.
 
 The main path, ``up``, reads top to bottom; processes are the business of ``tasks.stack_*``, what Prefect is told that of
-``flows.stack_deploy``.
+``tasks.orchestration.deploy``.
 """
 
 import os
@@ -15,13 +15,12 @@ from typing import Literal, NamedTuple
 from filelock import FileLock, Timeout
 
 from flows.single import prepare_prefect
-from tasks import s3, stack_control
-from tasks.s3_server import environment
-from tasks.settings import places
-from tasks.stack_control import Process
-from tasks.stack_credentials import credentials, generated, secret_of, write_private
-from tasks.stack_health import problem_of
-from tasks.stack_layout import (
+from tasks.local.s3_server import environment
+from tasks.local.stack import control as stack_control
+from tasks.local.stack.control import Process
+from tasks.local.stack.credentials import credentials, generated, secret_of, write_private
+from tasks.local.stack.health import problem_of
+from tasks.local.stack.layout import (
     BUCKET,
     DEMO_BUCKET,
     SERVERS,
@@ -35,7 +34,9 @@ from tasks.stack_layout import (
     unused_ports,
     visible_gpus,
 )
-from tasks.stack_programs import FOREIGN, prefect_environment, write_programs
+from tasks.local.stack.programs import FOREIGN, prefect_environment, write_programs
+from tasks.settings import places
+from tasks.storage import s3
 
 Experts = Literal["demo", "smoke", "none"]
 Step = Callable[..., AbstractContextManager[None]]
@@ -113,7 +114,7 @@ def _fill(stack: Stack, experts: Experts, step: Step) -> list[str]:
         for bucket in (DEMO_BUCKET, BUCKET):
             s3.create_bucket(f"s3://{bucket}")
     with step("work pools, automations"):
-        from flows import stack_deploy  # imports Prefect: the environment is set by now
+        from tasks.orchestration import deploy as stack_deploy
 
         stack_deploy.create_pools()
         stack_deploy.create_automations()
@@ -131,8 +132,8 @@ def _fill(stack: Stack, experts: Experts, step: Step) -> list[str]:
 
 def _seed(stack: Stack, experts: Experts) -> None:
     """Train and upload, in this process. What is trained is kept where `ota demo` keeps it, outside the stack's folder."""
-    from flows.demo import experts_flow
-    from tasks.demo_train import SMOKE
+    from flows.lab.demo import experts_flow
+    from tasks.local.demo.train import SMOKE
 
     where = places(stack.home, artifacts=str(stack.home / "artifacts"))
     experts_flow(where, settings=SMOKE if experts == "smoke" else None)

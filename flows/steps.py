@@ -14,16 +14,17 @@ from prefect.context import TaskRunContext
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pools import TRIES_AFTER_A_LOST_WORKER, on_pool, worker_lost
-from flows.run_log import Progress
 from ota_core.artifact import ArtifactRef
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages, storage
+from tasks import stages
 from tasks.jobs import Job
+from tasks.orchestration.run_log import Progress
 from tasks.settings import Places
 from tasks.stages import Step, Subject
-from tasks.storage import Fetched
-from tasks.tracking import LoggedRun, MergeRun, log_merge
+from tasks.storage import models as storage
+from tasks.storage.models import Fetched
+from tasks.tracking.merge import LoggedRun, MergeRun, log_merge
 
 # A stage of the engine uses all cores by threads of its own; two at once in one process would each take the budget of memory.
 ONE_AT_A_TIME = threading.Lock()
@@ -40,7 +41,7 @@ def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
     if isinstance(step, Step):
         return f"ota-{step.kind}-{step.fingerprint}-{_place(where.artifacts)}"
     identity = parameters.get("identity")
-    return f"ota-fetch-{identity}-{_place(where.cache)}" if identity else None
+    return f"ota-fetch2-{identity}-{_place(where.cache)}" if identity else None
 
 
 def _place(root: str | Path) -> str:

@@ -17,29 +17,29 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from pydantic import BaseModel, ConfigDict
 
-from flows.blocks import use_blocks
-from flows.deployed import cancel_children
 from flows.merge import merge_flow, score_all
-from flows.pages import show_markdown, show_mlflow
 from flows.pools import gpu_deployment
-from flows.run_log import hide_tracebacks_of_user_errors
 from flows.search_inputs import compressed
 from flows.search_pool import pool_models
 from flows.steps import ONE_AT_A_TIME, several_at_once
 from ota_core.errors import OtaError, raise_all
 from ota_core.merge.engine import pick_device
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.scores import ModelScores
+from tasks.evaluation.scores import ModelScores
+from tasks.experiments.study.cells import Cell
+from tasks.experiments.study.found import Models, read_all
+from tasks.experiments.study.log import log_study, logged_merges
+from tasks.experiments.study.losses import ranked
+from tasks.experiments.study.report import RESULTS, write_results, write_study
+from tasks.experiments.study.scores import CellResult, StudyResults
+from tasks.experiments.study.study import StudyConfig, load_study
+from tasks.experiments.study.tune import check_splits, chosen, tuning
+from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.deployed import cancel_children
+from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Device, Places, places
-from tasks.study import StudyConfig, load_study
-from tasks.study_cells import Cell
-from tasks.study_found import Models, read_all
-from tasks.study_log import log_study, logged_merges
-from tasks.study_losses import ranked
-from tasks.study_report import RESULTS, write_results, write_study
-from tasks.study_scores import CellResult, StudyResults
-from tasks.study_tune import check_splits, chosen, tuning
-from tasks.tracking_run import LoggedRun
+from tasks.tracking.run import LoggedRun
 
 hide_tracebacks_of_user_errors()
 

@@ -13,15 +13,15 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.merge import MergeOutcome
 from flows.report_page import with_decision
-from tasks import promotion
-from tasks.gate import GateDecision, best, decide
-from tasks.nightly import NightlyConfig
-from tasks.promotion import CHAMPION, Version
-from tasks.publish import Latest, publish, publish_champion, read_latest
-from tasks.scores import ModelScores
+from tasks.evaluation.gate import GateDecision, best, decide
+from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.suites import Suite
+from tasks.registry import promotion
+from tasks.registry.nightly import NightlyConfig
+from tasks.registry.promotion import CHAMPION, Version
+from tasks.registry.publish import Latest, publish, publish_champion, read_latest
 from tasks.settings import Places
 from tasks.stages import Subject, read_scores
-from tasks.suites import Suite
 
 Score = Callable[[Subject], ModelScores]
 BY = "nightly"

@@ -17,7 +17,7 @@ from ota_core.errors import ArtifactError, OtaError
 from ota_core.moments.compression import METHODS
 from ota_core.plan.inputs import MergeInputs, optimizer_facts
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.artifacts import BuildResult
+from tasks.artifacts.store import BuildResult
 from tasks.settings import Places
 from tasks.stages import Step, expert_digests, store_of
 

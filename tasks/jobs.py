@@ -12,10 +12,10 @@ from ota_core.compute.stream import Progress, parse_memory
 from ota_core.errors import ArtifactError
 from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages
+from tasks.evaluation.suites import SuiteError, load_suite
+from tasks.merging.sources import MergeSources
 from tasks.settings import Places
-from tasks.sources import MergeSources
 from tasks.stages import Step, Subject
-from tasks.suites import SuiteError, load_suite
 
 
 class _Job(BaseModel):

@@ -31,13 +31,14 @@ from ota_core.plan.found import Found
 from ota_core.plan.inputs import MergeInputs
 from ota_core.plan.prepare import WholeFacts
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import jobs, stages, storage
-from tasks.artifacts import ArtifactStore, BuildResult
+from tasks import jobs, stages
+from tasks.artifacts.store import ArtifactStore, BuildResult
+from tasks.merging.sources import MergeSources
 from tasks.settings import Places
-from tasks.sources import MergeSources
 from tasks.stages import Step, store_of
-from tasks.storage_cache import FileInfo, combined_digest, digest_files, hash_file
-from tasks.storage_layout import model_files
+from tasks.storage import models as storage
+from tasks.storage.cache import FileInfo, combined_digest, digest_files, hash_file
+from tasks.storage.layout import model_files
 
 SURVEY_FILE = "survey.safetensors"
 FACTS_FILE = "facts.json"

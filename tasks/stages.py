@@ -18,16 +18,16 @@ from ota_core.merge.output import plan_files
 from ota_core.plan.inputs import ExpertInput, MergeInputs, merge_identity, optimizer_facts
 from ota_core.plan.plan import open_plan
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import storage
-from tasks.artifacts import ArtifactStore, BuildResult
-from tasks.benchmark import score_model
-from tasks.inputs import assemble
-from tasks.scores import ModelScores
+from tasks.artifacts.store import ArtifactStore, BuildResult
+from tasks.evaluation.harness import score_model
+from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.suites import Suite, SuiteError, digest_data, kept_identity, load_suite, score_identity
+from tasks.merging.inputs import assemble
+from tasks.merging.sources import MASK_FILE, MOMENTS_FILE
 from tasks.settings import Places
-from tasks.sources import MASK_FILE, MOMENTS_FILE
-from tasks.storage import Fetched, digest_folder, download_folder, is_s3
-from tasks.streaming import Streams
-from tasks.suites import Suite, SuiteError, digest_data, kept_identity, load_suite, score_identity
+from tasks.storage import models as storage
+from tasks.storage.models import Fetched, digest_folder, download_folder, is_s3
+from tasks.storage.streaming.streams import Streams
 
 SCORES_FILE = "scores.json"
 

@@ -17,17 +17,18 @@ from mlflow import MlflowClient
 from ota_core.artifact import RECORD, ArtifactRef, read_record
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages, storage
-from tasks.artifacts import ArtifactStore
-from tasks.inputs import model_sources
-from tasks.names import REGISTERED_MODEL
-from tasks.retention import DEFAULT_KINDS, Plan, Retention
-from tasks.scores import ModelScores
+from tasks import stages
+from tasks.artifacts.store import ArtifactStore
+from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.suites import load_suite
+from tasks.merging.inputs import model_sources
+from tasks.registry.retention.references import TAG_REPLACED, Tracking
+from tasks.registry.retention.retention import DEFAULT_KINDS, Plan, Retention
 from tasks.settings import Places, places
 from tasks.stages import Subject
-from tasks.suites import load_suite
-from tasks.tracking import InputRef, log_merge
-from tasks.tracking_references import TAG_REPLACED, Tracking
+from tasks.storage import models as storage
+from tasks.tracking.merge import InputRef, log_merge
+from tasks.tracking.names import REGISTERED_MODEL
 from tests.flows.merge_fixture import write_v
 from tests.s3_fixture import S3Test
 from tests.tasks.mlflow_server import a_merge
@@ -194,7 +195,7 @@ def usual_past(shop: Shop) -> None:
 
 def quick_scores(patch: pytest.MonkeyPatch) -> None:
     """Scores without lm-eval: what is kept and deleted are the artifacts, not the numbers."""
-    from tasks.scores import CapabilityScore
+    from tasks.evaluation.scores import CapabilityScore
 
     def score(path: Path, suite: Any, **_: Any) -> ModelScores:
         capabilities = {name: CapabilityScore(score=0.5, stderr=None, n_samples=1, tasks={}) for name in suite.capabilities}

@@ -17,14 +17,14 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 
-from flows.events import EXPERT_ARRIVED
 from ota_core.recipe.parameters import USED, default
 from ota_core.recipe.recipe import MergeRecipe, Method
-from tasks.nightly import NightlyConfig, find_config, load_nightly
-from tasks.recipes import ROOT, read_recipe
-from tasks.stack_layout import CPU_POOL, GPU_POOL
-from tasks.study import load_study
-from tasks.suites import load_suite
+from tasks.evaluation.suites import load_suite
+from tasks.experiments.study.study import load_study
+from tasks.local.stack.layout import CPU_POOL, GPU_POOL
+from tasks.merging.recipes import ROOT, read_recipe
+from tasks.orchestration.events import EXPERT_ARRIVED
+from tasks.registry.nightly import NightlyConfig, find_config, load_nightly
 
 FOLDER = ROOT / "deployments"
 RAW = yaml.safe_load((FOLDER / "prefect.yaml").read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.real_corpus import DOMAINS
+from tasks.local.real.corpus import DOMAINS
 
 HIDDEN, LAYERS, HEADS, FEED = 32, 2, 4, 64
 

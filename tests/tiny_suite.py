@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.suites import Suite, load_suite
+from tasks.evaluation.suites import Suite, load_suite
 
 SUITE = """
 name: tiny

@@ -15,13 +15,13 @@ from uuid import UUID, uuid4
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tasks import promotion
-from tasks.nightly import LastNight, NightlyConfig, last_night
-from tasks.publish import Latest, read_latest
-from tasks.registry import CHALLENGER
+from tasks.registry import promotion
+from tasks.registry.nightly import LastNight, NightlyConfig, last_night
+from tasks.registry.publish import Latest, read_latest
 from tasks.settings import places
-from tasks.storage import EXPERT_JSON, upload_folder
-from tasks.storage_layout import write_expert_json
+from tasks.storage.layout import write_expert_json
+from tasks.storage.models import EXPERT_JSON, upload_folder
+from tasks.tracking.registered import CHALLENGER
 from tests.flows.merge_fixture import World, write_v
 from tests.flows.prefect_fixture import flow_run_name
 from tests.tiny_models import perturb, write_tiny_llama

@@ -7,7 +7,7 @@ import time
 from prefect import flow
 from prefect.settings import get_current_settings
 
-from tasks import s3
+from tasks.storage import s3
 
 TOLD = ("OTA_HOME", "OTA_ARTIFACTS", "OTA_WORK_POOL", "OTA_GPU_DEPLOYMENT", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.bench import Options, run_bench
+from flows.lab.speed import Options, run_bench
 from ota_core.errors import OtaError
-from tasks.bench_cases import FLOW_STAGES, STAGES
+from tasks.local.speed.cases import FLOW_STAGES, STAGES
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = {

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.benchmark import benchmark_flow
-from flows.cli import app
+from flows.cli.app import app
 from tests.flows.merge_fixture import World
 from tests.flows.nightly_fixture import artifacts_of
 from tests.flows.prefect_fixture import flow_run_name, task_states

@@ -11,10 +11,10 @@ import pytest
 from prefect import flow
 from prefect_aws import AwsCredentials
 
-from flows.blocks import VARIABLE, use_blocks
 from ota_core.errors import OtaError
-from tasks import s3
-from tasks.s3_server import S3Server
+from tasks.local.s3_server import S3Server
+from tasks.orchestration.credentials import VARIABLE, use_blocks
+from tasks.storage import s3
 from tests.s3_fixture import CREDENTIALS
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def test_blocks_that_say_too_little_or_too_much(fields: dict[str, Any], message:
 def test_without_prefect_aws_the_message_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['prefect_aws'] = None\n"
-        "from flows.blocks import use_blocks\nfrom ota_core.errors import OtaError\n"
+        "from tasks.orchestration.credentials import use_blocks\nfrom ota_core.errors import OtaError\n"
         "try: use_blocks()\nexcept OtaError as error: print(error)"
     )
     done = subprocess.run(

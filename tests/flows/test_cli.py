@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 from ota_core.merge import engine
 from ota_core.moments.compression import open_compressed
 from ota_core.plan.masks import MaskFile
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.storage import upload_folder
+from tasks.storage.models import upload_folder
 from tests.ota_core.test_output import llama_experts, loaded
 from tests.s3_fixture import S3Test
 from tests.tasks.test_architecture import llama, train
@@ -321,7 +321,7 @@ def test_interrupting_a_merge_leaves_nothing(recipe: Path, tmp_path: Path) -> No
         "import signal, sys\nfrom ota_core.files.writer import SafetensorsWriter\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def stop(*_):\n    import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
-        "SafetensorsWriter.write_rows = stop\nfrom flows.cli import app\nsys.argv = ['ota', *sys.argv[1:]]\napp()"
+        "SafetensorsWriter.write_rows = stop\nfrom flows.cli.app import app\nsys.argv = ['ota', *sys.argv[1:]]\napp()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "merge", str(recipe), str(tmp_path / "out")], cwd=ROOT, env=os.environ | {"OTA_HOME": str(tmp_path / "home")},

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 from tasks.analysis import read_tables
 from tests.flows.merge_fixture import World
 from tests.ota_core.test_output import llama_experts
@@ -105,7 +105,7 @@ def test_the_task_is_cached_by_what_it_makes(world: World) -> None:
     from flows.steps import missing
     from tasks import stages
     from tasks.analysis import analysis_options, analysis_step, read_analysis
-    from tasks.inputs import fetch_all
+    from tasks.merging.inputs import fetch_all
     from tasks.settings import places
     from tests.flows.prefect_fixture import task_states
 

@@ -10,8 +10,8 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from flows.cli import app
-from tasks.tracking import log_merge
+from flows.cli.app import app
+from tasks.tracking.merge import log_merge
 from tests.tasks.leaderboard_fixture import BASE, EXPERTS, coins, scored_merge, some_merges
 from tests.tasks.leaderboard_fixture import blank_database as blank_database
 from tests.tasks.leaderboard_fixture import tracking as tracking

@@ -11,12 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flows.cli import app
-from flows.events import EXPERT_ARRIVED, expert_arrived
+from flows.cli.app import app
 from ota_core.errors import OtaError
-from tasks import s3, storage
-from tasks.experts import find_experts
-from tasks.storage import EXPERT_JSON, fetch, upload_folder
+from tasks.experts.find import find_experts
+from tasks.orchestration.events import EXPERT_ARRIVED, expert_arrived
+from tasks.storage import models as storage
+from tasks.storage import s3
+from tasks.storage.models import EXPERT_JSON, fetch, upload_folder
 from tests.checkpoints import SHAPES, random_base, random_expert, write_checkpoint, write_expert
 from tests.s3_fixture import S3Test
 

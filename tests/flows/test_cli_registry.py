@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
-from tasks.promotion import current, history, promote, reject
-from tasks.publish import read_latest
+from flows.cli.app import app
+from tasks.registry.promotion import current, history, promote, reject
+from tasks.registry.publish import read_latest
 from tests.tasks.registry_fixture import Registry, a_decision
 from tests.tasks.registry_fixture import registry as registry
 from tests.tasks.registry_fixture import registry_template as registry_template

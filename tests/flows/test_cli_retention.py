@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
-from flows.cli_retention import age_text, size_text
-from tasks.retention_listing import list_root
+from flows.cli.app import app
+from flows.cli.retention import age_text, size_text
+from tasks.registry.retention.listing import list_root
 from tests.retention_fixture import Shop, empty_database, keys, open_shop, quick_scores, write_models
 
 
@@ -101,7 +101,7 @@ def test_mistakes_are_said_in_one_line(past: Shop, arguments: list[str], message
 
 
 def test_a_long_list_is_cut_and_says_so(past: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.cli_retention.ROWS", 3)
+    monkeypatch.setattr("flows.cli.retention.ROWS", 3)
     text = ota_gc(past)
     assert "5 smaller ones (--all lists them)" in text and "8 in all" in text
     assert "smaller ones" not in ota_gc(past, "--all")

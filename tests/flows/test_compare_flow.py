@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.compare import Comparison, compare_flow
-from tasks.tracking import log_merge
+from tasks.tracking.merge import log_merge
 from tests.flows.prefect_fixture import flow_run_name
 from tests.tasks.leaderboard_fixture import BASE, EXPERTS, coins, scored_merge, some_merges
 from tests.tasks.leaderboard_fixture import blank_database as blank_database

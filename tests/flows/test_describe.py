@@ -17,17 +17,18 @@ import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from flows.cli import app
-from flows.describe_plan import bytes_read
+from flows.cli.app import app
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.merge import engine
 from ota_core.moments.trainer import TrainerMoments
 from ota_core.plan.inputs import resolve_local
 from ota_core.plan.plan import open_plan
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import s3, storage_cache
-from tasks.storage import upload_folder
-from tasks.storage_layout import write_expert_json
+from tasks.merging.describe_plan import bytes_read
+from tasks.storage import cache as storage_cache
+from tasks.storage import s3
+from tasks.storage.layout import write_expert_json
+from tasks.storage.models import upload_folder
 from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
 from tests.ota_core.test_output import add_moments, llama_experts
 from tests.s3_fixture import S3Test
@@ -165,7 +166,7 @@ def test_the_bytes_that_plan_counts_are_those_that_are_read(tmp_path: Path, read
     assert read.total() == pytest.approx(expected, rel=0.02), dict(read)
 
 
-SHOW = "import sys; from flows.cli import app; sys.argv = ['ota', *sys.argv[1:]]; app()"
+SHOW = "import sys; from flows.cli.app import app; sys.argv = ['ota', *sys.argv[1:]]; app()"
 
 
 @pytest.mark.parametrize(

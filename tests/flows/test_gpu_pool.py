@@ -15,11 +15,12 @@ from flows.pools import TRIES_AFTER_A_LOST_WORKER, WorkerLost, gpu_deployment, s
 from flows.steps import send
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import ArtifactError, OtaError
-from tasks import stages, storage
+from tasks import stages
+from tasks.evaluation.suites import load_suite
 from tasks.jobs import ScoreJob
 from tasks.settings import Places, places
 from tasks.stages import Subject
-from tasks.suites import load_suite
+from tasks.storage import models as storage
 from tests.flows.merge_fixture import World
 
 

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from ota_core.artifact import RECORD, read_record
 from ota_core.merge import engine
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.artifacts import ArtifactStore
-from tasks.inputs import assemble, fetch_all
-from tasks.storage import EXPERT_JSON, upload_folder
-from tasks.storage_layout import write_expert_json
+from tasks.artifacts.store import ArtifactStore
+from tasks.merging.inputs import assemble, fetch_all
+from tasks.storage.layout import write_expert_json
+from tasks.storage.models import EXPERT_JSON, upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World, write_v
 from tests.flows.prefect_fixture import flow_run_name
 from tests.tiny_models import perturb

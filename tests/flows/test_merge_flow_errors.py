@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ota_core.errors import CheckpointError, OtaError, StorageError
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.storage import upload_folder
+from tasks.storage.models import upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World
 from tests.tasks.mlflow_server import free_port
 
@@ -176,7 +176,7 @@ def test_only_user_errors_lose_their_traceback(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine's own records, with their tracebacks, of one failure of each kind."""
-    from tasks import storage
+    from tasks.storage import models as storage
 
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addHandler(caplog.handler)

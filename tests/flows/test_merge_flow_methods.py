@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.storage_layout import write_expert_json
+from tasks.storage.layout import write_expert_json
 from tests.flows.merge_fixture import EXPERTS, World
 
 SOME = {"density": 0.4}

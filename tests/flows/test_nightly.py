@@ -10,7 +10,8 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.errors import OtaError
-from tasks import promotion, storage
+from tasks.registry import promotion
+from tasks.storage import models as storage
 from tests.flows.nightly_fixture import FIRST, LINEAR, OTA, SECOND, THIRD, WEAK, Night, Nights, broken_copy
 from tests.flows.nightly_fixture import nights as nights
 from tests.flows.nightly_fixture import trained as trained

@@ -19,15 +19,16 @@ import psutil
 import pytest
 import yaml
 
-from tasks import s3, stack_control
-from tasks.promotion import CHAMPION, Version, current
-from tasks.publish import read_latest
-from tasks.registry import CHALLENGER, TAG_REPLACED
-from tasks.s3_server import environment
-from tasks.stack_credentials import secret_of
-from tasks.stack_layout import ROOT, Stack, load_stack
-from tasks.storage import EXPERT_JSON, upload_folder
-from tasks.storage_layout import write_expert_json
+from tasks.local.s3_server import environment
+from tasks.local.stack import control as stack_control
+from tasks.local.stack.credentials import secret_of
+from tasks.local.stack.layout import ROOT, Stack, load_stack
+from tasks.registry.promotion import CHAMPION, Version, current
+from tasks.registry.publish import read_latest
+from tasks.storage import s3
+from tasks.storage.layout import write_expert_json
+from tasks.storage.models import EXPERT_JSON, upload_folder
+from tasks.tracking.registered import CHALLENGER, TAG_REPLACED
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 from tests.tiny_training import memorise, rows_of

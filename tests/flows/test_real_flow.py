@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from flows import real, real_study
+from flows.lab import real, real_study
 from ota_core.artifact import read_record
 from ota_core.errors import OtaError
-from tasks.real_base import BaseSettings, HubSettings, convert
-from tasks.real_corpus import DOMAINS, CorpusError, CorpusSettings
-from tasks.real_questions import QuestionSettings
-from tasks.real_train import RealTrainSettings
+from tasks.experiments.study.study import load_study
+from tasks.local.real.base import BaseSettings, HubSettings, convert
+from tasks.local.real.corpus import DOMAINS, CorpusError, CorpusSettings
+from tasks.local.real.questions import QuestionSettings
+from tasks.local.real.train import RealTrainSettings
 from tasks.settings import Places, places
-from tasks.storage import fetch
-from tasks.study import load_study
+from tasks.storage.models import fetch
 from tests.tiny_real import write_gguf, write_real_corpora
 
 RealSettings = real.RealSettings

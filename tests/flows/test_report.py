@@ -20,10 +20,10 @@ from safetensors import safe_open
 
 from ota_core.artifact import read_record
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
-from tasks import promotion
-from tasks.gate import decide
-from tasks.scores import ModelScores
-from tasks.suites import digest_data, load_suite
+from tasks.evaluation.gate import decide
+from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.suites import digest_data, load_suite
+from tasks.registry import promotion
 from tests.flows.merge_fixture import EXPERTS, RUN, FlowRun, World
 
 NAME = "ota math+knowledge rho=0.40 rank1"

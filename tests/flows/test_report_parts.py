@@ -13,9 +13,9 @@ import pytest
 from flows.report import compare, comparison, git_commit, merge_label, merge_name, rows_of, score_metrics
 from ota_core.artifact import ArtifactRef
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.scores import CapabilityScore, ModelScores, to_markdown
+from tasks.evaluation.scores import CapabilityScore, ModelScores, to_markdown
 from tasks.stages import Subject
-from tasks.tracking import MergeRun
+from tasks.tracking.merge import MergeRun
 
 
 def scores(**values: float | None) -> ModelScores:

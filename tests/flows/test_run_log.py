@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prefect import flow
 
-from flows.run_log import Progress, ProgressBar
+from tasks.orchestration.run_log import Progress, ProgressBar
 from tests.flows.nightly_fixture import artifacts_of
 
 
@@ -39,11 +39,13 @@ def test_a_short_stage_leaves_no_trace(prefect_server: None) -> None:
 
 
 def test_only_after_the_interval_and_not_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    import flows.run_log
+    import tasks.orchestration.run_log
 
     now, told, logged = [0.0], [], []
-    monkeypatch.setattr(flows.run_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(flows.run_log, "get_run_logger", lambda: SimpleNamespace(info=lambda *what: logged.append(what)))
+    monkeypatch.setattr(tasks.orchestration.run_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        tasks.orchestration.run_log, "get_run_logger", lambda: SimpleNamespace(info=lambda *what: logged.append(what))
+    )
     progress = Progress()
     monkeypatch.setattr(progress, "_show", lambda what, percent: told.append((what, percent)))
     for seconds, done in [(9.9, 1), (10.0, 2), (19.9, 3), (20.0, 4), (20.1, 5)]:
@@ -82,12 +84,12 @@ def test_a_stage_that_fails_stays_where_it_was(prefect_server: None) -> None:
 
 
 def test_a_server_that_is_away_does_not_end_the_stage(prefect_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import flows.run_log
+    import tasks.orchestration.run_log
 
     def away(**_: Any) -> None:
         raise httpx.ConnectError("no route to host")
 
-    monkeypatch.setattr(flows.run_log, "create_progress_artifact", away)
+    monkeypatch.setattr(tasks.orchestration.run_log, "create_progress_artifact", away)
     ended = []
 
     def work() -> None:
@@ -101,9 +103,9 @@ def test_a_server_that_is_away_does_not_end_the_stage(prefect_server: None, monk
 def test_a_bar_begins_when_the_server_is_back_and_is_then_brought_up_to_date(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import flows.run_log
+    import tasks.orchestration.run_log
 
-    create = flows.run_log.create_progress_artifact
+    create = tasks.orchestration.run_log.create_progress_artifact
     answers = iter([httpx.ConnectError("no route to host")])
 
     def sometimes(**given: Any) -> Any:
@@ -111,7 +113,7 @@ def test_a_bar_begins_when_the_server_is_back_and_is_then_brought_up_to_date(
             raise error
         return create(**given)
 
-    monkeypatch.setattr(flows.run_log, "create_progress_artifact", sometimes)
+    monkeypatch.setattr(tasks.orchestration.run_log, "create_progress_artifact", sometimes)
 
     def work() -> None:
         bar = ProgressBar("the search")
@@ -123,7 +125,7 @@ def test_a_bar_begins_when_the_server_is_back_and_is_then_brought_up_to_date(
 
 
 def test_artifacts_by_key_or_type(prefect_server: None) -> None:
-    from flows.pages import show_markdown, show_mlflow
+    from tasks.orchestration.shown import show_markdown, show_mlflow
 
     @flow
     def pages() -> None:

@@ -15,16 +15,16 @@ from mlflow import MlflowClient
 from prefect import flow, task
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 from flows.search import SearchOutcome, search_flow
 from flows.search_pool import PoolModels, pool_models
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
 from tasks import stages
-from tasks.inputs import fetch_all
-from tasks.scores import ModelScores
-from tasks.search import SearchError
-from tasks.search_config import SearchConfig
+from tasks.evaluation.scores import ModelScores
+from tasks.experiments.search.config import SearchConfig
+from tasks.experiments.search.search import SearchError
+from tasks.merging.inputs import fetch_all
 from tasks.settings import places
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of

@@ -17,18 +17,18 @@ import pytest
 from prefect.states import Completed
 
 import flows.spread
-from flows.runners import Runner, runner_of
 from ota_core.artifact import RECORD, read_record
 from ota_core.errors import OtaError, StorageError
 from ota_core.merge import engine
 from ota_core.recipe.recipe import MergeRecipe
 from tasks import parts
-from tasks.inputs import assemble, fetch_all
+from tasks.merging.inputs import assemble, fetch_all
+from tasks.merging.sources import MergeSources
+from tasks.orchestration.runners import Runner, runner_of
 from tasks.parts import Part, SpreadMerge
-from tasks.s3 import list_objects
 from tasks.settings import places
-from tasks.sources import MergeSources
-from tasks.storage import digest_folder, upload_folder
+from tasks.storage.models import digest_folder, upload_folder
+from tasks.storage.s3 import list_objects
 from tests.checkpoints import ota_recipe, random_base, random_experts
 from tests.flows.merge_fixture import World, s3_client
 
@@ -202,7 +202,8 @@ def test_a_run_that_is_killed_leaves_its_finished_shards(world: World, part_coun
 def test_artifacts_in_s3_are_assembled_there(
     world: World, part_counts: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks import storage, storage_download
+    from tasks.storage import download as storage_download
+    from tasks.storage import models as storage
 
     downloaded: list[str] = []
     whole = storage_download.download
@@ -239,7 +240,7 @@ def spread_merge(
 ) -> SpreadMerge:
     """A merge in parts as the flow describes it, with its second moments compressed."""
     from tasks import stages
-    from tasks.streaming import Streams
+    from tasks.storage.streaming.streams import Streams
 
     where = places(home, artifacts)
     with Streams(cache=where.cache, memory=2**26) as streams:
@@ -254,7 +255,7 @@ def spread_merge(
 
 def test_a_part_reads_the_ranges_of_its_tensors_alone(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that has nothing reads, of each model in S3, what its shard holds and the headers."""
-    from tasks import s3
+    from tasks.storage import s3
 
     size = 4 * 2**20  # of each of five tensors, float32
     base = random_base(shapes={f"model.layers.{i}.mlp.up_proj.weight": (1024, 1024) for i in range(5)})

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from flows.runners import Runner
 from ota_core.artifact import read_record
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.processes import wait_for_end
+from tasks.artifacts.processes import wait_for_end
+from tasks.orchestration.runners import Runner
 from tests.flows.merge_fixture import World
 from tests.flows.test_spread import REPOSITORY, assert_same, kinds_left, sharded
 
@@ -111,8 +111,8 @@ def test_ray_gives_the_bytes_of_one_process(world: World, tmp_path: Path) -> Non
 def by_streams(recipe: MergeRecipe, tmp_path: Path) -> Path:
     """The merge in this process, its models read where they lie."""
     from ota_core.merge import engine
-    from tasks.inputs import assemble, fetch_all
-    from tasks.streaming import Streams
+    from tasks.merging.inputs import assemble, fetch_all
+    from tasks.storage.streaming.streams import Streams
 
     options: dict[str, Any] = {"cache": tmp_path / "cache", "recipe_dir": None}
     with Streams(cache=tmp_path / "cache", memory=2**28) as streams:

@@ -12,9 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows import stack_deploy
-from tasks.loopback import free_ports
-from tasks.stack_layout import CPU_POOL, GPU_POOL, ROOT, StackError
+from tasks.local.loopback import free_ports
+from tasks.local.stack.layout import CPU_POOL, GPU_POOL, ROOT, StackError
+from tasks.orchestration import deploy as stack_deploy
 
 
 def automation(name: str, description: str) -> dict[str, object]:

@@ -14,13 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from tasks import s3, stack_control
-from tasks.demo_tasks import CAPABILITIES
-from tasks.loopback import get
-from tasks.s3_server import environment
-from tasks.stack_credentials import secret_of
-from tasks.stack_layout import ROOT, SERVERS, Stack, load_stack
-from tasks.stack_processes import marked
+from tasks.local.demo.questions import CAPABILITIES
+from tasks.local.loopback import get
+from tasks.local.s3_server import environment
+from tasks.local.stack import control as stack_control
+from tasks.local.stack.credentials import secret_of
+from tasks.local.stack.layout import ROOT, SERVERS, Stack, load_stack
+from tasks.local.stack.processes import marked
+from tasks.storage import s3
 
 SETTINGS = ("AWS_", "OTA_", "PREFECT_", "MLFLOW_")
 

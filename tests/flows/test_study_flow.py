@@ -12,12 +12,12 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 from flows.study import study_flow
+from tasks.experiments.study.study import StudyConfig
 from tasks.settings import places
 from tasks.stages import read_scores
-from tasks.storage import upload_folder
-from tasks.study import StudyConfig
+from tasks.storage.models import upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World
 from tests.flows.nightly_fixture import artifacts_of
 from tests.flows.prefect_fixture import flow_run_name

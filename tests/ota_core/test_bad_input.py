@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 from ota_core.errors import MomentsError, OtaError, raise_all
 from tests.checkpoints import ota_recipe, random_base, random_experts
 from tests.s3_fixture import S3Test
@@ -307,7 +307,7 @@ def test_a_full_disk_is_a_message_and_leaves_nothing(world: World, monkeypatch: 
 def test_a_real_process_exits_with_2_and_prints_to_stderr_alone(world: World) -> None:
     world.cut("expert0/model.safetensors")
     (world.root / "recipe.yaml").write_text(yaml.safe_dump(world.recipe))
-    code = "import sys; from flows.cli import app; sys.argv = ['ota', *sys.argv[1:]]; app()"
+    code = "import sys; from flows.cli.app import app; sys.argv = ['ota', *sys.argv[1:]]; app()"
     arguments = ["merge", str(world.root / "recipe.yaml"), str(world.out), "--home", str(world.home)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr

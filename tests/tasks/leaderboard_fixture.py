@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tasks.scores import CapabilityScore, ModelScores, negative_transfer, retention
-from tasks.suites import Capability, Suite, TaskEntry
-from tasks.tracking import ChildRun, InputRef, MergeRun
-from tasks.tracking_run import Benchmarked, uncertainty
+from tasks.evaluation.scores import CapabilityScore, ModelScores, negative_transfer, retention
+from tasks.evaluation.suites import Capability, Suite, TaskEntry
+from tasks.tracking.merge import ChildRun, InputRef, MergeRun
+from tasks.tracking.run import Benchmarked, uncertainty
 
 CAPABILITIES = ("math", "code")
 SUITE = Suite(

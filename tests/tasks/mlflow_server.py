@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.tracking import ChildRun, InputRef, MergeRun
+from tasks.tracking.merge import ChildRun, InputRef, MergeRun
 
 CAPABILITIES = ("math", "code")
 

@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from tasks.pictures import page
+from tasks.pages.pictures import page
 
 
 @dataclass

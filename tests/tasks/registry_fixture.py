@@ -10,11 +10,11 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.artifact import Record, folder_files, write_record
-from tasks.gate import Check, GateDecision
-from tasks.promotion import promote, rollback
-from tasks.promotion_history import moves_of
-from tasks.registry import register_version
-from tasks.tracking_store import experiment_id, resolve_store
+from tasks.evaluation.gate import Check, GateDecision
+from tasks.registry.history import moves_of
+from tasks.registry.promotion import promote, rollback
+from tasks.tracking.registered import register_version
+from tasks.tracking.store import experiment_id, resolve_store
 
 NAME = "ota-merged"
 

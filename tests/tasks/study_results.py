@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from tasks.scores import CapabilityScore, ModelScores
-from tasks.study import StudyConfig
-from tasks.study_scores import CellResult, StudyResults
+from tasks.evaluation.scores import CapabilityScore, ModelScores
+from tasks.experiments.study.scores import CellResult, StudyResults
+from tasks.experiments.study.study import StudyConfig
 
 CAPABILITIES = ("math", "code")
 Values = Mapping[str, float | None]

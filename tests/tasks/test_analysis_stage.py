@@ -14,10 +14,11 @@ from ota_core.analysis.roles import ROLES
 from ota_core.errors import ArtifactError, OtaError
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import analysis, stages, storage
+from tasks import analysis, stages
 from tasks.analysis import TYPES, analysis_options, analysis_step, frame, read_analysis, read_settings, read_tables
-from tasks.inputs import model_sources
+from tasks.merging.inputs import model_sources
 from tasks.settings import Places, places
+from tasks.storage import models as storage
 from tests.flows.merge_fixture import EXPERTS, write_experts
 
 OTA = {"density": 0.4, "compression": "rank1"}

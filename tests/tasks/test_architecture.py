@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ota_core.compute.blocks import row_blocks
 from ota_core.errors import CheckpointError, MomentsError
 from ota_core.moments import ParameterLayout, find_moments, open_moments
-from tasks.architecture import parameter_layout
+from tasks.merging.architecture import parameter_layout
 from tests.tiny_models import edit_config
 
 STEPS = 3
@@ -194,7 +194,7 @@ def test_several_threads_may_ask_first(trained, tmp_path):
     """transformers loads its parts on first use; experts are compressed in parallel, and each may be the first to ask."""
     folder, _ = trained("untied")
     script = (
-        "from concurrent.futures import ThreadPoolExecutor\nfrom pathlib import Path\nfrom tasks.architecture import parameter_layout\n"
+        "from concurrent.futures import ThreadPoolExecutor\nfrom pathlib import Path\nfrom tasks.merging.architecture import parameter_layout\n"
         f"with ThreadPoolExecutor(8) as pool:\n    layouts = list(pool.map(parameter_layout, [Path({str(folder)!r})] * 8))\n"
         "assert all(layout == layouts[0] for layout in layouts)\n"
     )

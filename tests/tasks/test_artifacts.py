@@ -16,8 +16,9 @@ import pytest
 
 from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import ArtifactError
-from tasks import s3, storage
-from tasks.artifacts import ArtifactStore, BuildResult
+from tasks.artifacts.store import ArtifactStore, BuildResult
+from tasks.storage import models as storage
+from tasks.storage import s3
 from tests.s3_fixture import S3Test
 
 REPOSITORY = Path(__file__).parents[2]
@@ -194,7 +195,7 @@ def test_threads_compute_it_once(store: ArtifactStore) -> None:
 BUILDER = """
 import json, os, sys, time
 from pathlib import Path
-from tasks.artifacts import ArtifactStore, BuildResult
+from tasks.artifacts.store import ArtifactStore, BuildResult
 root, cache, log, seconds = sys.argv[1:]
 def build(folder):
     with open(log, "a") as stream: stream.write(f"{os.getpid()}\\n")

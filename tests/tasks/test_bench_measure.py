@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from ota_core.errors import OtaError
-from tasks.bench_cases import STAGES, chosen
-from tasks.bench_machine import machine
-from tasks.bench_measure import CHUNK, Floor, FloorRound, Run, floor_of, measure_floor, run_command
-from tasks.bench_report import findings
-from tasks.bench_results import Bench, CaseResult, Combination, Target
+from tasks.local.speed.cases import STAGES, chosen
+from tasks.local.speed.machine import machine
+from tasks.local.speed.measure import CHUNK, Floor, FloorRound, Run, floor_of, measure_floor, run_command
+from tasks.local.speed.report import findings
+from tasks.local.speed.results import Bench, CaseResult, Combination, Target
 
 MIB = 2**20
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ota_core.errors import OtaError
-from tasks.bench_models import MOMENTS, Models, Shape, build, bytes_on_disk, shape_of
+from tasks.local.speed.models import MOMENTS, Models, Shape, build, bytes_on_disk, shape_of
 from tests.checkpoints import read_tensors
 
 TINY = Shape(hidden=64, layers=2)

@@ -6,11 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from ota_core.errors import OtaError
-from tasks import bench_scaling
-from tasks.bench_machine import machine
-from tasks.bench_measure import Run
-from tasks.bench_results import Bench, CaseResult, Combination
-from tasks.bench_scaling import Constants, Hardware, passes, resident, time_of
+from tasks.local.speed import scaling as bench_scaling
+from tasks.local.speed.machine import machine
+from tasks.local.speed.measure import Run
+from tasks.local.speed.results import Bench, CaseResult, Combination
+from tasks.local.speed.scaling import Constants, Hardware, passes, resident, time_of
 
 GIB = 2**30
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.benchmark import score_model
-from tasks.scores import ModelScores
-from tasks.suites import Suite, SuiteError, load_suite
+from tasks.evaluation.harness import score_model
+from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.suites import Suite, SuiteError, load_suite
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import edited, read_rows, write_rows, write_tiny_suite
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ota_core.errors import CheckpointError
-from tasks.benchmark import score_model
-from tasks.benchmark_tasks import load_tasks
-from tasks.suites import SuiteError, load_suite
+from tasks.evaluation.harness import score_model
+from tasks.evaluation.harness_tasks import load_tasks
+from tasks.evaluation.suites import SuiteError, load_suite
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import edited, write_tiny_suite
 

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from tasks.chunk_cache import CHUNK, ChunkCache
+from tasks.storage.streaming.chunk_cache import CHUNK, ChunkCache
 
 KIB = 1024
 LIMIT = 1024 * KIB

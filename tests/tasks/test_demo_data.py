@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ota_core.errors import OtaError
-from tasks.demo_data import CAPABILITIES, DataSettings, read_jsonl, write_data
-from tasks.demo_tasks import knowledge
+from tasks.local.demo.data import CAPABILITIES, DataSettings, read_jsonl, write_data
+from tasks.local.demo.questions import knowledge
 
 SETTINGS = DataSettings(train=800, validation=30, test=120, base=1500, places=30)
 SPLITS = ("train", "validation", "test")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from ota_core.errors import OtaError
-from tasks.demo_data import CAPABILITIES, read_jsonl, write_data
-from tasks.demo_train import SMOKE, TRAINING, DemoSettings, TrainedModel, make_tokenizer, train_base, train_expert
+from tasks.local.demo.data import CAPABILITIES, read_jsonl, write_data
+from tasks.local.demo.train import SMOKE, TRAINING, DemoSettings, TrainedModel, make_tokenizer, train_base, train_expert
 
 SUITE = Path(__file__).parents[2] / "deployments" / "suites"
 
@@ -122,8 +122,8 @@ def test_settings_are_strict_and_have_one_canonical_form() -> None:
 def test_the_suite_s_task_files_load_in_lm_eval_and_ask_the_test_split(root: Path, tmp_path: Path) -> None:
     from lm_eval.tasks import TaskManager
 
-    from tasks.benchmark_tasks import load_tasks
-    from tasks.suites import load_suite
+    from tasks.evaluation.harness_tasks import load_tasks
+    from tasks.evaluation.suites import load_suite
 
     suite = load_suite("demo")
     assert set(suite.capabilities) == set(CAPABILITIES)

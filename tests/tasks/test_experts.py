@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 from ota_core.errors import CheckpointError, StorageError
-from tasks import experts, s3, storage
-from tasks.expert_check import check
-from tasks.experts import ExpertFound, find_experts, identity_of_lineup, lineup
+from tasks.experts import find as experts
+from tasks.experts.check import check
+from tasks.experts.find import ExpertFound, find_experts, identity_of_lineup, lineup
 from tasks.settings import Places, places
-from tasks.storage import EXPERT_JSON, fetch, upload_folder
-from tasks.storage_layout import write_expert_json
-from tasks.streaming import Streams
-from tasks.watch import identity_of_source
+from tasks.storage import models as storage
+from tasks.storage import s3
+from tasks.storage.layout import write_expert_json
+from tasks.storage.models import EXPERT_JSON, fetch, upload_folder
+from tasks.storage.streaming.streams import Streams
+from tasks.storage.watch import identity_of_source
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_expert
 from tests.s3_fixture import S3Test
 
@@ -223,7 +225,7 @@ def test_a_verdict_is_kept_and_names_no_place(tmp_path: Path, base: Path, where:
     assert [text.split(";")[0] for text in check(where, uri, str(base))] == expected
     fetched = fetch(uri, cache=where.cache), fetch(str(base), cache=where.cache)
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.expert_check.check_expert", lambda *a, **k: pytest.fail("read again"))
+        patch.setattr("tasks.experts.check.check_expert", lambda *a, **k: pytest.fail("read again"))
         again = check(where, uri, str(base))
         assert again == check(where, *fetched) and [text.split(";")[0] for text in again] == expected
         # The same content under another name is the same expert.

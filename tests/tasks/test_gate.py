@@ -15,10 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tasks.gate import GateDecision, GateError, GateSettings, best, decide
-from tasks.gate_pairs import sign_flips
-from tasks.scores import CapabilityScore, ModelScores
-from tasks.suites import Capability, Suite, TaskEntry
+from tasks.evaluation.gate import GateDecision, GateError, GateSettings, best, decide
+from tasks.evaluation.pairs import sign_flips
+from tasks.evaluation.scores import CapabilityScore, ModelScores
+from tasks.evaluation.suites import Capability, Suite, TaskEntry
 from tests.tiny_suite import edited, write_tiny_suite
 
 ROOT = Path(__file__).parents[2]
@@ -193,7 +193,7 @@ def test_twenty_thousand_documents_in_bounded_memory() -> None:
     """In a process of its own, whose peak is its own."""
     program = """
 import resource, numpy as np, scipy.stats
-from tasks.gate_pairs import sign_flips
+from tasks.evaluation.pairs import sign_flips
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sign_flips(np.linspace(-1.001, 1, 20_000), resamples=299, seed=0)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -248,8 +248,8 @@ def test_two_groups_in_one_capability_are_told_apart_by_name() -> None:
 
 def test_scores_of_a_real_benchmark(tmp_path: Path) -> None:
     """Weights, hashes and numbers as lm-eval gives them."""
-    from tasks.benchmark import score_model
-    from tasks.suites import load_suite
+    from tasks.evaluation.harness import score_model
+    from tasks.evaluation.suites import load_suite
     from tests.tiny_models import perturb, write_tiny_llama
 
     file, data = write_tiny_suite(tmp_path)
@@ -391,7 +391,7 @@ def test_best() -> None:
 
 
 def test_the_gate_knows_neither_mlflow_nor_prefect() -> None:
-    program = "import sys, tasks.gate; print([m for m in ('mlflow', 'prefect', 'boto3', 'torch', 'scipy') if m in sys.modules])"
+    program = "import sys, tasks.evaluation.gate; print([m for m in ('mlflow', 'prefect', 'boto3', 'torch', 'scipy') if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )

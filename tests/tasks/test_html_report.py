@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tasks.gate import Check, GateDecision
-from tasks.html_report import MergeReport, report_html
-from tasks.tracking_run import InputRef
+from tasks.evaluation.gate import Check, GateDecision
+from tasks.pages.html_report import MergeReport, report_html
+from tasks.tracking.run import InputRef
 from tests.tasks.analysis_table import EXPERTS, analysis_table, score_rows
 from tests.tasks.page_reader import find, loads, specs
 

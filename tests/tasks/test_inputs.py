@@ -8,9 +8,9 @@ import pytest
 from ota_core.errors import OtaError
 from ota_core.plan.inputs import MergeInputs, expert_name, unique_names
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import storage
-from tasks.inputs import assemble, fetch_all, locate
-from tasks.storage_layout import write_expert_json
+from tasks.merging.inputs import assemble, fetch_all, locate
+from tasks.storage import models as storage
+from tasks.storage.layout import write_expert_json
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_expert, write_moments
 from tests.s3_fixture import S3Test
 

@@ -13,13 +13,14 @@ from ota_core.artifact import RECORD, ArtifactRef, read_record
 from ota_core.errors import OtaError, StorageError
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages, storage
-from tasks.inputs import fetch_all
+from tasks import stages
+from tasks.evaluation.suites import SuiteError, load_suite
 from tasks.jobs import Job, MergeJob, ScoreJob, missing_after
+from tasks.merging.inputs import fetch_all
+from tasks.merging.sources import MergeSources
 from tasks.settings import Places, places
-from tasks.sources import MergeSources
 from tasks.stages import Subject
-from tasks.suites import SuiteError, load_suite
+from tasks.storage import models as storage
 from tests.flows.merge_fixture import EXPERTS, RUN, upload, write_experts
 from tests.s3_fixture import S3Test
 from tests.tiny_models import perturb

@@ -14,14 +14,14 @@ import pytest
 from scipy.stats import binom, binomtest, norm
 
 from ota_core.errors import OtaError
-from tasks.leaderboard import Leaderboard
-from tasks.leaderboard_entries import LeaderboardError
-from tasks.leaderboard_question import Question, parse_since
-from tasks.leaderboard_stats import Interval, holm, mean_interval, paired_difference, ratio_interval, score_interval
-from tasks.leaderboard_text import CSV, HTML, MARKDOWN, PARQUET, PNG, render, to_markdown, write_files
-from tasks.tracking import log_merge
-from tasks.tracking_run import Benchmarked
-from tasks.tracking_store import resolve_store
+from tasks.experiments.leaderboard.entries import LeaderboardError
+from tasks.experiments.leaderboard.leaderboard import Leaderboard
+from tasks.experiments.leaderboard.question import Question, parse_since
+from tasks.experiments.leaderboard.stats import Interval, holm, mean_interval, paired_difference, ratio_interval, score_interval
+from tasks.experiments.leaderboard.text import CSV, HTML, MARKDOWN, PARQUET, PNG, render, to_markdown, write_files
+from tasks.tracking.merge import log_merge
+from tasks.tracking.run import Benchmarked
+from tasks.tracking.store import resolve_store
 from tests.tasks.leaderboard_fixture import BASE, EXPERTS, SUITE, coins, model_scores, scored_merge, some_merges
 from tests.tasks.leaderboard_fixture import blank_database as blank_database
 from tests.tasks.leaderboard_fixture import tracking as tracking

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tasks.loss_errors import difference_error, loss_error, recovered_error
-from tasks.scores import ModelScores
+from tasks.evaluation.loss_errors import difference_error, loss_error, recovered_error
+from tasks.evaluation.scores import ModelScores
 from tests.tasks.study_results import Read, scores
 
 SIZES = {"math": 60, "code": 90}

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from ota_core.errors import OtaError, RecipeError, StorageError
-from tasks.nightly import LastNight, NightlyConfig, NightlyError, last_night, load_nightly, remember
-from tasks.recipes import ROOT
+from tasks.evaluation.suites import digest_data, load_suite
+from tasks.merging.recipes import ROOT
+from tasks.registry.nightly import LastNight, NightlyConfig, NightlyError, last_night, load_nightly, remember
 from tasks.settings import Places, places
-from tasks.suites import digest_data, load_suite
 from tests.s3_fixture import S3Test
 from tests.tiny_suite import edited, write_tiny_suite
 
@@ -170,7 +170,7 @@ def test_the_note_of_the_last_night(where: Places) -> None:
 
 
 def test_a_damaged_note_is_told_with_its_place(where: Places) -> None:
-    from tasks import storage
+    from tasks.storage import models as storage
 
     remember(where, "n", **NOTE)
     uri = storage.join(where.artifacts, "nightly", "n.json")

@@ -12,10 +12,10 @@ import vl_convert
 
 from ota_core.analysis.roles import ROLES
 from ota_core.errors import OtaError
-from tasks.pictures import page
-from tasks.pictures.analysis import pictures_of
-from tasks.pictures.page import Picture
-from tasks.pictures.pairs import ALL_PAIRS
+from tasks.pages.pictures import page
+from tasks.pages.pictures.analysis import pictures_of
+from tasks.pages.pictures.page import Picture
+from tasks.pages.pictures.pairs import ALL_PAIRS
 from tests.tasks.analysis_table import COMPRESSIONS, EXPERTS, OUTSIDE, analysis_table
 from tests.tasks.page_reader import svg
 

@@ -14,8 +14,8 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from tasks.pictures import page, style
-from tasks.pictures.page import Picture, Section
+from tasks.pages.pictures import page, style
+from tasks.pages.pictures.page import Picture, Section
 from tests.tasks.page_reader import find, loads, specs, svg
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from ota_core.errors import OtaError
-from tasks.pictures import page
-from tasks.pictures.page import Picture
-from tasks.pictures.scores import pictures_of_scores
-from tasks.scores import retention
+from tasks.evaluation.scores import retention
+from tasks.pages.pictures import page
+from tasks.pages.pictures.page import Picture
+from tasks.pages.pictures.scores import pictures_of_scores
 from tests.tasks.analysis_table import EXPERTS, score_rows
 from tests.tasks.page_reader import svg
 

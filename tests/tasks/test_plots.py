@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ota_core.errors import OtaError
-from tasks.plots import FACE, OWN, capability_columns, score_chart
+from tasks.pages.plots import FACE, OWN, capability_columns, score_chart
 
 
 def _table() -> pd.DataFrame:

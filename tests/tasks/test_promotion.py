@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from ota_core.errors import StorageError
-from tasks.gate import GateDecision, GateError
-from tasks.promotion import PromotionError, current, history, log_decision, logged_decision, promote, reject, rollback
-from tasks.promotion_history import Move, champions, history_tag, next_time
+from tasks.evaluation.gate import GateDecision, GateError
+from tasks.registry.history import Move, champions, history_tag, next_time
+from tasks.registry.promotion import PromotionError, current, history, log_decision, logged_decision, promote, reject, rollback
 from tests.tasks.mlflow_server import mlflow_server
 from tests.tasks.registry_fixture import NAME, Registry, a_decision, back, make, register, told, write_model
 from tests.tasks.registry_fixture import registry as registry
@@ -241,7 +241,7 @@ def test_times_never_go_back_and_long_reasons_fit() -> None:
 def test_promotion_on_a_server_by_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     program = (
-        "import sys\nfrom tasks.promotion import promote\n"
+        "import sys\nfrom tasks.registry.promotion import promote\n"
         "promote(sys.argv[2], by=sys.argv[2], reason='at once', tracking_uri=sys.argv[1])"
     )
     with mlflow_server(tmp_path) as url:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-import tasks.promotion as promotion
+import tasks.registry.promotion as promotion
 from ota_core.errors import StorageError
-from tasks.promotion import Moved, history, promote, reject, rollback, rolled_back
-from tasks.promotion_history import champions
+from tasks.registry.history import champions
+from tasks.registry.promotion import Moved, history, promote, reject, rollback, rolled_back
 from tests.tasks.registry_fixture import Registry, a_decision, back, make, told
 from tests.tasks.registry_fixture import registry as registry
 from tests.tasks.registry_fixture import registry_template as registry_template

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-import tasks.publish as publishing
+import tasks.registry.publish as publishing
 from ota_core.artifact import RECORD
 from ota_core.errors import StorageError
-from tasks import s3, storage
-from tasks.artifacts import record_at
-from tasks.promotion import PromotionError, promote
-from tasks.publish import Published, point_latest, publish, publish_champion, read_latest
+from tasks.artifacts.store import record_at
+from tasks.registry.promotion import PromotionError, promote
+from tasks.registry.publish import Published, point_latest, publish, publish_champion, read_latest
+from tasks.storage import models as storage
+from tasks.storage import s3
 from tests.s3_fixture import S3Test
 from tests.tasks.registry_fixture import Registry, register, write_model
 from tests.tasks.registry_fixture import registry as registry

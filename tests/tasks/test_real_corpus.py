@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks import real_text
-from tasks.real_corpus import (
+from tasks.local.real import text as real_text
+from tasks.local.real.corpus import (
     DOMAINS,
     SPLITS,
     CorpusError,

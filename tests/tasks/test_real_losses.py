@@ -10,9 +10,9 @@ import torch
 
 from ota_core.artifact import fingerprint
 from tasks import stages
-from tasks.benchmark import score_model
-from tasks.scores import ModelScores, render, scores_table, text_rows, to_csv, to_markdown, to_markdown_of_one
-from tasks.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
+from tasks.evaluation.harness import score_model
+from tasks.evaluation.scores import ModelScores, render, scores_table, text_rows, to_csv, to_markdown, to_markdown_of_one
+from tasks.evaluation.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_suite import edited, write_rows, write_tiny_suite
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ota_core.errors import CheckpointError
-from tasks.real_base import BaseError, BaseSettings, convert, find_wheel, unpack
-from tasks.real_train import RealTrainSettings, train_real, write_readme
+from tasks.local.real.base import BaseError, BaseSettings, convert, find_wheel, unpack
+from tasks.local.real.train import RealTrainSettings, train_real, write_readme
 from tests.tiny_real import write_gguf
 
 TINY = RealTrainSettings(steps=3, batch=2, length=16, warmup=0)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from ota_core.errors import OtaError
-from tasks.benchmark import score_model
-from tasks.real_corpus import DOMAINS
-from tasks.real_questions import QuestionSettings, write_questions
-from tasks.suites import load_suite, needs_data
+from tasks.evaluation.harness import score_model
+from tasks.evaluation.suites import load_suite, needs_data
+from tasks.local.real.corpus import DOMAINS
+from tasks.local.real.questions import QuestionSettings, write_questions
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_real import write_real_corpora
 

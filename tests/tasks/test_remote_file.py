@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tasks import s3
-from tasks.chunk_cache import ChunkCache
-from tasks.remote_file import RemoteFile
+from tasks.storage import s3
+from tasks.storage.streaming.chunk_cache import ChunkCache
+from tasks.storage.streaming.remote_file import RemoteFile
 from tests.s3_fixture import S3Test
 
 MIB = 2**20

@@ -13,14 +13,16 @@ import pytest
 
 from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import OtaError, StorageError
-from tasks import s3, stages, storage
-from tasks.artifacts import BuildResult
-from tasks.names import REGISTERED_MODEL
-from tasks.registry import TAG_DIGEST, TAG_WEIGHTS_DELETED
-from tasks.retention import Plan
-from tasks.retention_listing import list_root
-from tasks.tracking_references import Tracking
-from tasks.tracking_run import TAG_FINGERPRINT
+from tasks import stages
+from tasks.artifacts.store import BuildResult
+from tasks.registry.retention.listing import list_root
+from tasks.registry.retention.references import Tracking
+from tasks.registry.retention.retention import Plan
+from tasks.storage import models as storage
+from tasks.storage import s3
+from tasks.tracking.names import REGISTERED_MODEL
+from tasks.tracking.registered import TAG_DIGEST, TAG_WEIGHTS_DELETED
+from tasks.tracking.run import TAG_FINGERPRINT
 from tests.retention_fixture import Shop, keys, names, why
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -205,7 +207,7 @@ def test_a_break_in_the_middle_leaves_whole_artifacts_and_a_repeat_finishes(
         if storage.is_s3(shop.where.artifacts):
             patch.setattr(s3.client(), "delete_objects", breaks)
         else:
-            patch.setattr("tasks.storage_cache.shutil.rmtree", breaks)
+            patch.setattr("tasks.storage.cache.shutil.rmtree", breaks)
         with pytest.raises(KeyboardInterrupt):
             shop.retention().collect(plan)
 
@@ -225,13 +227,13 @@ def test_a_killed_process_leaves_whole_artifacts(settled: Shop, tmp_path: Path) 
     shop = settled
     plan = shop.retention().plan()
     code = (
-        "import os, sys, tasks.storage_cache as c\n"
+        "import os, sys, tasks.storage.cache as c\n"
         "c.shutil.rmtree = lambda *_: os.kill(os.getpid(), 9)\n"
         "from datetime import UTC, datetime, timedelta\n"
         "from pathlib import Path\n"
-        "from tasks.artifacts import ArtifactStore\n"
-        "from tasks.retention import Retention\n"
-        "from tasks.tracking_references import Tracking\n"
+        "from tasks.artifacts.store import ArtifactStore\n"
+        "from tasks.registry.retention.retention import Retention\n"
+        "from tasks.registry.retention.references import Tracking\n"
         "store = ArtifactStore(sys.argv[1], Path(sys.argv[2]))\n"
         "rule = Retention(store, Tracking(tracking_uri=None, root=Path(sys.argv[3])), 14, now=datetime.now(UTC) + timedelta(days=30))\n"
         "rule.collect(rule.plan())\n"

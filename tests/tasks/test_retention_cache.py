@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from ota_core.artifact import ArtifactRef
-from tasks import storage, storage_download, watch
-from tasks.artifacts import ArtifactStore, BuildResult
-from tasks.retention_cache import CachePlan, collect_cache, plan_cache
-from tasks.storage_cache import digest_file, note_use
-from tasks.streaming import Streams
+from tasks.artifacts.store import ArtifactStore, BuildResult
+from tasks.registry.retention.cache import CachePlan, collect_cache, plan_cache
+from tasks.storage import download as storage_download
+from tasks.storage import models as storage
+from tasks.storage import watch
+from tasks.storage.cache import digest_file, note_use
+from tasks.storage.streaming.streams import Streams
 from tests.s3_fixture import S3Test
 
 WEEK = timedelta(days=7)
@@ -96,7 +98,7 @@ def test_use_does_not_make_files_look_changed(
         os.utime(folder, (1, 1))
     assert storage.fetch(fetched.source, cache=cache) == fetched
     assert fetched.path.stat().st_mtime > 1 and (fetched.path / "model.bin").stat().st_mtime_ns == when
-    monkeypatch.setattr("tasks.storage_cache.hash_file", lambda *_, **__: pytest.fail("it was read again"))
+    monkeypatch.setattr("tasks.storage.cache.hash_file", lambda *_, **__: pytest.fail("it was read again"))
     assert digest_file(fetched.path / "model.bin", cache=cache) == fetched.files["model.bin"].digest
 
 
@@ -119,7 +121,7 @@ def test_what_is_used_after_the_listing_stays_whole(s3_server: S3Test, cache: Pa
 
 def test_a_use_between_look_and_removal_is_seen(cache: Path, tmp_path: Path) -> None:
     """The folder has left its place when the second look sees that somebody came: it goes back."""
-    from tasks.storage_cache import remove_tree
+    from tasks.storage.cache import remove_tree
 
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -159,7 +161,7 @@ def test_interrupted_downloads(s3_server: S3Test, cache: Path, tmp_path: Path, m
 
     # Somebody resumes it: the lock is held, and it stays.
     place = partial[0].name.partition("-")[0]
-    from tasks.storage_cache import locked
+    from tasks.storage.cache import locked
 
     with locked(cache, storage_download.object_lock(place)):
         outcome = collect_cache(found)

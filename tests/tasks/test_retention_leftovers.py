@@ -11,11 +11,12 @@ import pytest
 
 from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import StorageError
-from tasks import s3, storage
-from tasks.artifacts import ArtifactStore, BuildResult
-from tasks.names import REGISTERED_MODEL
-from tasks.registry import TAG_WEIGHTS_DELETED
-from tasks.retention_listing import list_root
+from tasks.artifacts.store import ArtifactStore, BuildResult
+from tasks.registry.retention.listing import list_root
+from tasks.storage import models as storage
+from tasks.storage import s3
+from tasks.tracking.names import REGISTERED_MODEL
+from tasks.tracking.registered import TAG_WEIGHTS_DELETED
 from tests.retention_fixture import Shop, keys, names, why
 from tests.s3_fixture import S3Test
 
@@ -174,7 +175,7 @@ def test_finding_in_s3_is_using_to_the_hour(
     made = modified()
     time.sleep(1.1)
     assert store.find("moments", FP) == ref and modified() == made, "made within the hour: not noted again"
-    monkeypatch.setattr("tasks.artifacts.USE_NOTED_SECONDS", 0.0)
+    monkeypatch.setattr("tasks.artifacts.store.USE_NOTED_SECONDS", 0.0)
     assert store.find("moments", FP) == ref
     assert made and (now := modified()) and now > made
     assert store.read_record(ref).files == {"m.bin": 1}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tasks.scores import (
+from tasks.evaluation.scores import (
     CapabilityScore,
     ModelScores,
     best_experts,

@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.search import Budget, Range, Search, SearchError, Space, Trial, Tuned, tune
+from tasks.experiments.search.search import Budget, Range, Search, SearchError, Space, Trial, Tuned, tune
 
 BEST = {"a": 0.1, "b": 0.3, "c": 0.8}
 ALL = Budget(evaluations=40)
@@ -74,7 +74,7 @@ def test_it_beats_random_points_at_the_same_cost() -> None:
 
     def drawn(seed: int) -> float:
         rng, dimensions = random.Random(seed), Space().dimensions(recipe())
-        from tasks.search_space import apply
+        from tasks.experiments.search.space import apply
 
         points = [{one.name: one.within.at(rng.random()) for one in dimensions} for _ in range(40)]
         return max(sum(peak(apply(recipe(), dimensions, point), 100).values()) / 3 for point in points)
@@ -230,7 +230,7 @@ def test_of_a_smaller_budget_only_the_trials_count_that_it_pays_for(tmp_path: Pa
 SLOW = """
 import sys, time
 from pathlib import Path
-from tasks.search import Budget, Space, tune
+from tasks.experiments.search.search import Budget, Space, tune
 from tests.tasks.test_search import peak, recipe
 
 def slow(found, limit):

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
-from tasks.pictures.search import HOLDS, MISSES, STOPPED, table_of
-from tasks.search import Origin, Trial, Tuned
-from tasks.search_config import SearchConfig
-from tasks.search_result import files, markdown, ranked, recipe_text, render, text_rows, verdict
-from tasks.search_space import Space, apply
+from tasks.experiments.search.config import SearchConfig
+from tasks.experiments.search.pictures import HOLDS, MISSES, STOPPED, table_of
+from tasks.experiments.search.result import files, markdown, ranked, recipe_text, render, text_rows, verdict
+from tasks.experiments.search.search import Origin, Trial, Tuned
+from tasks.experiments.search.space import Space, apply
 
 GIVEN = MergeRecipe.model_validate(
     {"merge_method": "ota", "base_model": "./base", "parameters": {"density": 0.4},

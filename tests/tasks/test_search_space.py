@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.search_config import Floor, SearchConfig, floors_of, load_search, parse_floor, recipe_of
-from tasks.search_space import Range, Space, apply, starts, values_of
+from tasks.experiments.search.config import Floor, SearchConfig, floors_of, load_search, parse_floor, recipe_of
+from tasks.experiments.search.space import Range, Space, apply, starts, values_of
 from tests.tasks.study_results import scores
 
 ALL = Space.model_validate(

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks import stack_control
-from tasks.loopback import free_ports, taken
-from tasks.stack_credentials import credentials, generated, secret_of
-from tasks.stack_layout import (
+from tasks.local.loopback import free_ports, taken
+from tasks.local.stack import control as stack_control
+from tasks.local.stack.credentials import credentials, generated, secret_of
+from tasks.local.stack.layout import (
     ROOT,
     Ports,
     Stack,
@@ -31,8 +31,8 @@ from tasks.stack_layout import (
     socket_of,
     unused_ports,
 )
-from tasks.stack_processes import end, marked
-from tasks.stack_programs import NAME, OURS, config, config_file, programs, supervisor_environment, write_programs
+from tasks.local.stack.processes import end, marked
+from tasks.local.stack.programs import NAME, OURS, config, config_file, programs, supervisor_environment, write_programs
 
 SECRET = "the-secret-of-the-test"
 
@@ -202,7 +202,7 @@ def test_supervisor_reads_the_configuration_as_it_is_meant(tmp_path: Path) -> No
         assert one.stdout_logfile == str(stack.log(name)) and one.redirect_stderr
         assert one.stopasgroup and one.killasgroup and one.autorestart is datatypes.RestartUnconditionally
         assert one.autostart is (not name.startswith("worker"))
-        assert one.command.endswith(f" -m tasks.stack_exec {name}")
+        assert one.command.endswith(f" -m tasks.local.stack.exec {name}")
     priorities = {name: one.priority for name, one in groups.items()}
     assert min(priorities["worker-cpu"], priorities["worker-gpu"]) > max(priorities[name] for name in ("s3", "mlflow", "prefect"))
     assert read.logfile == str(stack.folder / "logs" / "supervisord.log")
@@ -245,7 +245,12 @@ def test_what_a_killed_predecessor_left_is_ended_before_the_process_starts(tmp_p
     with sleeper(tmp_path, **{NAME: "a"}) as left, sleeper(tmp_path, **{NAME: "b"}) as sibling:
         environ = {**os.environ, OURS: str(tmp_path)}
         done = subprocess.run(
-            [sys.executable, "-m", "tasks.stack_exec", "a"], cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+            [sys.executable, "-m", "tasks.local.stack.exec", "a"],
+            cwd=ROOT,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert left.wait(5) and sibling.poll() is None
     assert said.read_text() == "xa" and "ended 1 processes that the last a had left" in done.stdout

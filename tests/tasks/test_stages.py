@@ -10,13 +10,14 @@ from ota_core.artifact import read_record
 from ota_core.merge import engine
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages, storage
-from tasks.inputs import model_sources
-from tasks.scores import ModelScores
+from tasks import stages
+from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.suites import SuiteError, load_suite
+from tasks.merging.inputs import model_sources
 from tasks.settings import Places, places
 from tasks.stages import Subject
-from tasks.storage_layout import write_expert_json
-from tasks.suites import SuiteError, load_suite
+from tasks.storage import models as storage
+from tasks.storage.layout import write_expert_json
 from tests.flows.merge_fixture import EXPERTS, write_experts, write_v
 from tests.tiny_models import perturb
 from tests.tiny_suite import write_rows, write_tiny_suite

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 import pytest
 
 from ota_core.errors import StorageError
-from tasks import s3, storage, storage_cache
-from tasks.storage import Fetched, fetch, upload_folder
-from tasks.storage_layout import write_expert_json
+from tasks.storage import cache as storage_cache
+from tasks.storage import models as storage
+from tasks.storage import s3
+from tasks.storage.layout import write_expert_json
+from tasks.storage.models import Fetched, fetch, upload_folder
 from tests.s3_fixture import S3Test
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ota_core.errors import StorageError
-from tasks import storage_cache
-from tasks.storage_cache import FileInfo, combined_digest, digest_file, link_folder
-from tasks.storage_layout import is_model_file, model_files
+from tasks.storage import cache as storage_cache
+from tasks.storage.cache import FileInfo, combined_digest, digest_file, link_folder
+from tasks.storage.layout import is_model_file, model_files
 
 
 @pytest.fixture

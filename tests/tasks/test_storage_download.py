@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from ota_core.errors import StorageError
-from tasks import s3, storage_download
-from tasks.storage_cache import blob_path, hash_file
-from tasks.storage_download import download
+from tasks.storage import download as storage_download
+from tasks.storage import s3
+from tasks.storage.cache import blob_path, hash_file
+from tasks.storage.download import download
 from tests.s3_fixture import S3Test
 
 MIB = 1024 * 1024

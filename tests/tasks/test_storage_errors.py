@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from ota_core.errors import StorageError
-from tasks import s3, storage
-from tasks.storage import fetch
+from tasks.storage import models as storage
+from tasks.storage import s3
+from tasks.storage.models import fetch
 from tests.s3_fixture import S3Test
 
 

@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from ota_core.errors import StorageError
-from tasks import s3, s3_command, s3_server
-from tasks.s3_server import running_server, start_server
+from tasks.local import s3_command, s3_server
+from tasks.local.s3_server import running_server, start_server
+from tasks.storage import s3
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def test_data_and_address_survive_a_restart(tmp_path: Path, monkeypatch: pytest.
 
     # The owner of the second server dies without stopping it.
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom tasks.s3_server import start_server\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tasks.local.s3_server import start_server\n"
         "server = start_server(Path(sys.argv[1]))\nprint(server.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run(

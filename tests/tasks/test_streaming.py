@@ -19,14 +19,15 @@ from ota_core.merge import engine
 from ota_core.moments import open_moments
 from ota_core.moments.compression import compress, save_compressed
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import outline as outlines
-from tasks import s3, storage
-from tasks.architecture import parameter_layout
-from tasks.inputs import assemble, fetch_all
-from tasks.outline import outline
-from tasks.storage import upload_folder
-from tasks.storage_layout import write_expert_json
-from tasks.streaming import Streams
+from tasks.merging.architecture import parameter_layout
+from tasks.merging.inputs import assemble, fetch_all
+from tasks.storage import models as storage
+from tasks.storage import s3
+from tasks.storage.layout import write_expert_json
+from tasks.storage.models import upload_folder
+from tasks.storage.streaming import outline as outlines
+from tasks.storage.streaming.outline import outline
+from tasks.storage.streaming.streams import Streams
 from tests.ota_core.test_output import llama_experts
 from tests.s3_fixture import S3Test
 from tests.tiny_models import perturb, vocabulary, write_tiny_llama

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ota_core.errors import RecipeError
-from tasks.study import StudyConfig, load_study
+from tasks.experiments.study.study import StudyConfig, load_study
 from tests.s3_fixture import S3Test
 
 RAW: dict[str, Any] = {

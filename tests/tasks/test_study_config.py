@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from ota_core.errors import RecipeError
-from tasks.study import StudyConfig
-from tasks.study_cells import families
+from tasks.experiments.study.cells import families
+from tasks.experiments.study.study import StudyConfig
 
 EXPERTS = ("math", "code", "knowledge")
 TUNE = {"suite": "demo-validation", "trials": 4}

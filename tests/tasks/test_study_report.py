@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from tasks.study_report import render, to_markdown, write_results, write_study
-from tasks.study_scores import StudyResults
-from tasks.study_tables import all_tables
+from tasks.experiments.study.report import render, to_markdown, write_results, write_study
+from tasks.experiments.study.scores import StudyResults
+from tasks.experiments.study.tables import all_tables
 from tests.tasks.study_results import Read, study
 
 GRID: list[dict[str, Any]] = [

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from tasks.study_losses import RECOVERED
-from tasks.study_rows import DIFFERENCE, ERROR, StudyTable, words
-from tasks.study_scores import AVERAGE, BELOW, RETENTION
-from tasks.study_tables import all_tables
+from tasks.experiments.study.losses import RECOVERED
+from tasks.experiments.study.rows import DIFFERENCE, ERROR, StudyTable, words
+from tasks.experiments.study.scores import AVERAGE, BELOW, RETENTION
+from tasks.experiments.study.tables import all_tables
 from tests.tasks.study_results import study
 
 OTA = {"merge_method": "ota", "parameters": {"density": [0.2, 0.6], "metric": ["curvature", "magnitude"]}}

@@ -10,7 +10,7 @@ import pytest
 
 from ota_core.artifact import fingerprint
 from ota_core.errors import OtaError
-from tasks.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
+from tasks.evaluation.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
 from tests.tiny_suite import edited, write_tiny_suite
 
 
@@ -122,7 +122,7 @@ def test_the_public_suite_names_what_lm_eval_carries() -> None:
     """Every task, filter, metric and few-shot source of the public suite, looked up in lm-eval's own index; no network."""
     from lm_eval.tasks import TaskManager
 
-    from tasks.benchmark_tasks import index_problems, is_unsafe, members
+    from tasks.evaluation.harness_tasks import index_problems, is_unsafe, members
 
     suite = load_suite("public")
     assert list(suite.capabilities) == ["math", "code", "precise_if", "general_if", "knowledge"]

@@ -14,11 +14,11 @@ import pytest
 from mlflow import MlflowClient
 from pydantic import ValidationError
 
-import tasks.registry as registry
-import tasks.tracking as tracking
-import tasks.tracking_write as tracking_write
+import tasks.tracking.merge as tracking
+import tasks.tracking.registered as registry
+import tasks.tracking.write as tracking_write
 from ota_core.errors import StorageError
-from tasks.tracking import LoggedRun, MergeRun, log_merge
+from tasks.tracking.merge import LoggedRun, MergeRun, log_merge
 from tests.tasks.mlflow_server import a_merge, free_port, mlflow_server
 
 
@@ -65,7 +65,7 @@ def _children(client: MlflowClient, logged: LoggedRun) -> dict[str, object]:
 
 
 def _fail_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The named function of tasks.tracking raises on its first call, as when the connection breaks."""
+    """The named function of tasks.tracking.merge raises on its first call, as when the connection breaks."""
     whole, calls = getattr(tracking, name), []
 
     def broken(*args: object, **kwargs: object) -> object:

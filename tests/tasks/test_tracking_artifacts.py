@@ -11,15 +11,15 @@ from mlflow import MlflowClient
 
 from ota_core.errors import StorageError
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import search_log
-from tasks.names import EXPERIMENT
-from tasks.promotion import log_decision
-from tasks.search import Trial, Tuned
-from tasks.search_log import SearchRun
-from tasks.study_log import log_study
-from tasks.tracking import log_benchmark, log_merge
-from tasks.tracking_run import LoggedRun
-from tasks.tracking_store import connect, resolve_store
+from tasks.experiments.search import log as search_log
+from tasks.experiments.search.log import SearchRun
+from tasks.experiments.search.search import Trial, Tuned
+from tasks.experiments.study.log import log_study
+from tasks.registry.promotion import log_decision
+from tasks.tracking.merge import log_benchmark, log_merge
+from tasks.tracking.names import EXPERIMENT
+from tasks.tracking.run import LoggedRun
+from tasks.tracking.store import connect, resolve_store
 from tests.s3_fixture import S3Test
 from tests.tasks.leaderboard_fixture import coins, model_scores
 from tests.tasks.mlflow_server import a_merge

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.tracking_params import comparable_params
+from tasks.tracking.params import comparable_params
 
 KEYS = {"density", "power", "compression", "lambda", "expert_count"}
 

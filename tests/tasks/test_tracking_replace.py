@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tasks.tracking_artifacts import replace_artifacts
+from tasks.tracking.artifacts import replace_artifacts
 from tests.s3_fixture import S3Test
 
 

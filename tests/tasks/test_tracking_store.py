@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
 from ota_core.errors import StorageError
-from tasks.tracking_store import cut, mlflow_name, mlflow_names, open_hint, quoted, resolve_store
+from tasks.tracking.store import cut, mlflow_name, mlflow_names, open_hint, quoted, resolve_store
 
 
 @pytest.fixture(autouse=True)

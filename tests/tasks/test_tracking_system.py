@@ -10,9 +10,9 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.artifact import read_record
-from tasks.artifacts import ArtifactStore, BuildResult
-from tasks.tracking import log_merge
-from tasks.tracking_system import MOST_POINTS, SWITCH, Sampler, SystemPoint, points_of, sampled, thinned
+from tasks.artifacts.store import ArtifactStore, BuildResult
+from tasks.artifacts.system_metrics import MOST_POINTS, SWITCH, Sampler, SystemPoint, points_of, sampled, thinned
+from tasks.tracking.merge import log_merge
 from tests.tasks.leaderboard_fixture import blank_database as blank_database
 from tests.tasks.leaderboard_fixture import tracking as tracking
 from tests.tasks.mlflow_server import a_merge

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from tasks import s3, storage
-from tasks.storage import EXPERT_JSON, upload_folder
-from tasks.storage_layout import write_expert_json
-from tasks.watch import identity_of_source, is_intact
+from tasks.storage import models as storage
+from tasks.storage import s3
+from tasks.storage.layout import write_expert_json
+from tasks.storage.models import EXPERT_JSON, upload_folder
+from tasks.storage.watch import identity_of_source, is_intact
 from tests.s3_fixture import S3Test
 
 

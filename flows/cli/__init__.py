@@ -1,0 +1,1 @@
+"""The command ``ota``: a file for each family of commands, ``app.py`` on top."""

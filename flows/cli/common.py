@@ -1,0 +1,108 @@
+"""What the files of the command ``ota`` share: options, how a user's mistake ends, progress bars."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ota_core.errors import MomentsError, OtaError
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
+Memory = Annotated[str, typer.Option(help="Memory budget, for example 2GiB.")]
+MergeMemory = Annotated[str, typer.Option(help="Memory budget of each merge, for example 2GiB.")]
+Fetch = Annotated[
+    bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Home = Annotated[
+    Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota")
+]
+Artifacts = Annotated[
+    str | None,
+    typer.Option(help="Root of the artifacts: a folder or s3://….", show_default="$OTA_ARTIFACTS or inside the home folder"),
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
+]
+DataDir = Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")]
+Limit = Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")]
+
+# What the machine refuses: no space, no permission, a read-only disk. The user can mend it; a traceback would not help.
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's mistake ends with its message and exit code 2, without a traceback."""
+    try:
+        yield
+    except OtaError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """A function that draws (stage, done, total) as progress bars on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bars:
+        known: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=total)
+            elif done == 0:  # a further pass over the same blocks
+                bars.reset(known[what], total=total)
+            bars.update(known[what], completed=done, total=total)
+
+        yield report
+
+
+def show(item: Any) -> None:
+    """Text, or anything rich can draw."""
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(item)
+
+
+@contextmanager
+def recipe_inputs(
+    recipe: Any, recipe_file: Path, *, home: Path | None, memory: str, fetch: bool, progress: Any, optional_moments: bool = False
+) -> Iterator[Any]:
+    """(every model of a recipe with second moments and digests, notes). What lies in S3 is read by ranges, or ``fetch``ed first.
+
+    ``optional_moments``: second moments that lie beside the experts of a merge that needs none are made ready, too.
+    """
+    from ota_core.compute.stream import parse_memory
+    from ota_core.moments import find_moments, moments_files
+    from tasks.merging.inputs import assemble, fetch_all
+    from tasks.settings import places
+    from tasks.storage.streaming.streams import Streams
+
+    options: dict[str, Any] = {"cache": places(home).cache, "recipe_dir": recipe_file.resolve().parent}
+    with ExitStack() as stack:
+        streams = None
+        if not fetch:
+            streams = stack.enter_context(Streams(cache=options["cache"], memory=parse_memory(memory)))
+        fetched = fetch_all(recipe, **options, progress=progress, streams=streams)
+        inputs = assemble(recipe, fetched, **options, streams=streams)
+        if optional_moments and streams is not None:
+            for expert in inputs.experts:
+                with suppress(MomentsError):  # the analysis says what is wrong with them
+                    if expert.moments is None and (found := find_moments(expert.path)) is not None:
+                        streams.settle(moments_files(found))
+        yield inputs, streams.notes if streams else []

@@ -1,0 +1,86 @@
+"""The commands about experts: ``ota push`` publishes one, ``ota experts`` lists what lies below a prefix."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.common import progress_bars, show, user_errors
+from ota_core.errors import OtaError
+
+Prefix = Annotated[
+    str,
+    typer.Argument(
+        metavar="PREFIX", help="Where experts lie: s3://bucket/prefix, or a folder; experts are <capability>/<name> below it.", show_default=False
+    ),
+]  # fmt: skip
+BaseModel = Annotated[
+    str, typer.Option(help="The base that experts are trained from: s3://…, a folder or org/name.", show_default=False)
+]
+
+
+def push(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="The checkpoint's folder; it is only read.", show_default=False)
+    ],
+    prefix: Prefix,
+    capability: Annotated[str, typer.Option(help="What the expert was trained for, such as math.", show_default=False)],
+    base_model: BaseModel,
+    name: Annotated[str | None, typer.Option(help="The expert's name.", show_default="its time, as 2026-11-24T18-30-05")] = None,
+    trained_at: Annotated[
+        str | None, typer.Option(help="Date or time of the training, UTC.", show_default="when the model's files were written")
+    ] = None,
+    without_moments: Annotated[
+        bool, typer.Option("--without-moments", help="Push a checkpoint without second moments; OTA and Fisher cannot merge it.")
+    ] = False,
+) -> None:
+    """Publish a trained checkpoint as an expert, expert.json last, and tell the Prefect server that it is there."""
+    from tasks.experts.push import push_expert
+
+    with user_errors():
+        with progress_bars() as progress:
+            pushed = push_expert(
+                folder, prefix, capability=capability, base_model=base_model, name=name, trained_at=trained_at,
+                needs_moments=not without_moments, progress=lambda done, total: progress("upload", done, total),
+            )  # fmt: skip
+        typer.echo(f"{pushed.uri}: {'was there already, with the same content' if pushed.was_there else 'pushed'}")
+        typer.echo(f"trained at {pushed.trained_at.isoformat()}")
+        typer.echo(_announce(pushed.uri, pushed.capability, pushed.name))
+
+
+def _announce(uri: str, capability: str, name: str) -> str:
+    """Send the event; say whether it was sent. The expert is there either way, which a failure must not hide."""
+    from tasks.orchestration.events import EXPERT_ARRIVED, expert_arrived
+
+    try:
+        sent = expert_arrived(uri, capability, name)
+    except OtaError as error:
+        return f"event {EXPERT_ARRIVED} not sent: {error}. The next nightly run finds the expert all the same"
+    if not sent:
+        return f"event {EXPERT_ARRIVED} not sent: PREFECT_API_URL names no server. The next nightly run finds the expert all the same"
+    return f"event {EXPERT_ARRIVED} sent"
+
+
+def experts(prefix: Prefix, base_model: BaseModel) -> None:
+    """List the experts below PREFIX that were trained from a base, the newest of each capability marked, and what is wrong with others."""
+    from tasks.experts.find import find_experts, lineup
+    from tasks.storage.models import EXPERT_JSON
+
+    with user_errors():
+        found, problems = find_experts(prefix, base_model=base_model)
+        if found:
+            show(_table(lineup(found)))
+        else:
+            typer.echo(f"no complete expert of {base_model}; expected {prefix.rstrip('/')}/<capability>/<name>/{EXPERT_JSON}")
+        for one in problems:
+            typer.echo(f"problem: {one.capability}/{one.name}: {one.problem}")
+
+
+def _table(by_capability: dict[str, list[Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("capability", "name", "trained at (UTC)", "")
+    for capability, experts in by_capability.items():
+        for i, one in enumerate(experts):
+            table.add_row(capability, one.name, one.trained_at.strftime("%Y-%m-%d %H:%M:%S"), "newest" if i == 0 else "")
+    return table

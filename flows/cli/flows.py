@@ -1,0 +1,101 @@
+"""The commands that run the other flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.common import DataDir, Device, Limit, MergeMemory, TrackingUri, show, user_errors
+
+
+def nightly(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="Configuration (YAML): a file or s3://….",
+            show_default="$OTA_NIGHTLY or deployments/nightly.yaml",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Merge and judge also when nothing has arrived since the last time.")
+    ] = False,
+) -> None:
+    """Merge the newest experts in every configured way, and promote the best merge if it passes the gate."""
+    from flows.single import prepare_prefect
+    from tasks.registry.nightly import find_config, load_nightly
+
+    with user_errors():
+        load_nightly(find_config(config))  # what needs no server is checked before one is started
+        prepare_prefect()
+        from flows.nightly import run_nightly
+
+        typer.echo(run_nightly(config, force=force))
+
+
+def study(
+    file: Annotated[str, typer.Argument(metavar="STUDY", help="Study (YAML): a file or s3://….", show_default=False)],
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Markdown file for the results; the figures go into a folder beside it.", show_default="none"),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Begin with the demo's S3 server, and train the experts that the study names.")
+    ] = False,
+    device: Device = "auto",
+    memory: MergeMemory = "2GiB",
+) -> None:
+    """Merge and benchmark every cell of a grid, and write the tables and figures of all."""
+    from flows.single import prepare_prefect
+    from ota_core.compute.stream import parse_memory
+    from ota_core.merge.engine import pick_device
+    from tasks.evaluation.suites import load_suite
+    from tasks.experiments.study.study import load_study
+
+    with user_errors():
+        config, _ = load_study(file)
+        for replicate in config.all_replicates():
+            load_suite(replicate.suite)
+        parse_memory(memory)
+        pick_device(device)
+        command = f"ota study {file}{' --demo' if demo else ''}{f' --write {write}' if write else ''}"
+        prepare_prefect()
+        from flows.study import study_flow
+        from tasks.experiments.study.report import render
+
+        if demo:
+            from flows.lab.demo_study import demo_study
+
+            outcome = demo_study(file, config, device=device, memory=memory, write=write, command=command)
+        else:
+            outcome = study_flow(file, device=device, memory=memory, write=write, command=command)
+        for item in render(outcome.folder, write):
+            show(item)
+
+
+def benchmark(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint: a folder, s3://… or org/name@revision.", show_default=False)
+    ],
+    suite: Annotated[str, typer.Option(help="Benchmark suite: a name in deployments/suites or a file.")] = "public",
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Score MODEL on every capability of a suite, and log the scores to MLflow."""
+    from flows.single import prepare_prefect
+    from ota_core.merge.engine import pick_device
+    from tasks.evaluation.scores import NOT_MEASURED
+    from tasks.evaluation.suites import load_suite
+
+    with user_errors():
+        load_suite(suite)
+        pick_device(device)
+        prepare_prefect()
+        from flows.benchmark import benchmark_flow
+
+        scores = benchmark_flow(model, suite, data_dir, limit, device, tracking_uri)
+        width = max(map(len, scores))
+        for capability, score in scores.items():
+            typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")

@@ -1,0 +1,213 @@
+"""``ota gc``: what may be deleted, as tables or JSON, and its deletion."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.common import Artifacts, Home, TrackingUri, progress_bars, user_errors
+from ota_core.errors import OtaError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ota_core.artifact import Kind
+    from tasks.registry.retention.cache import CacheOutcome, CachePlan
+    from tasks.registry.retention.retention import Outcome, Plan
+
+ROWS = 40
+_USUAL = "unreferenced"
+
+
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed. Without it nothing is changed.")] = False,
+    days: Annotated[
+        int, typer.Option(help="Keep what was made or used within so many days, and what runs of that time refer to.")
+    ] = 14,
+    kinds: Annotated[
+        str | None,
+        typer.Option(help="Only these kinds, with commas between them.", show_default="all but checkpoint and data"),
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Also what was downloaded to this machine and not used for so long.")
+    ] = False,
+    home: Home = None,
+    artifacts: Artifacts = None,
+    tracking_uri: TrackingUri = None,
+    everything: Annotated[bool, typer.Option("--all", help=f"List every row, not the {ROWS} largest.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
+) -> None:
+    """List the artifacts that no champion, challenger or recent run refers to, with their sizes; --delete removes them."""
+    from tasks.artifacts.store import ArtifactStore
+    from tasks.registry.retention.cache import collect_cache, plan_cache
+    from tasks.registry.retention.references import Tracking
+    from tasks.registry.retention.retention import Retention
+    from tasks.settings import places
+
+    with user_errors():
+        where = places(home, artifacts)
+        tracking = Tracking(tracking_uri=tracking_uri, root=where.tracking)
+        rule = Retention(ArtifactStore(where.artifacts, where.cache), tracking, days, _kinds(kinds))
+        plan = rule.plan()
+        local = plan_cache(where.cache, rule.since) if cache else None
+        if not as_json:
+            _show(_lines(plan, local, everything))
+        done: Outcome | None = None
+        emptied: CacheOutcome | None = None
+        if delete:
+            with progress_bars() as progress:
+                done = rule.collect(plan, progress)
+                emptied = collect_cache(local, lambda _, count, total: progress("cache", count, total)) if local else None
+        if as_json:
+            typer.echo(json.dumps(_as_json(plan, local, done, emptied)))
+            return
+        _show(_result(plan, local, done, emptied))
+
+
+def _kinds(text: str | None) -> frozenset["Kind"]:
+    from tasks.registry.retention.listing import KINDS
+    from tasks.registry.retention.retention import DEFAULT_KINDS
+
+    if text is None:
+        return DEFAULT_KINDS
+    asked = {part.strip() for part in text.split(",")}
+    unknown = sorted(asked - set(KINDS))
+    if unknown:
+        raise OtaError(f"--kinds: got '{', '.join(unknown)}', expected some of {', '.join(KINDS)}")
+    return frozenset(kind for kind in KINDS if kind in asked)
+
+
+def _show(items: Iterable["RenderableType"]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for item in items:
+        console.print(item)
+
+
+def _lines(plan: "Plan", cache: "CachePlan | None", everything: bool) -> Iterable["RenderableType"]:
+    from rich.text import Text
+
+    yield Text(f"Artifacts in {plan.root}, kept by MLflow at {plan.tracking}", style="dim")
+    rows = [(item.facts(), item.stored.used) for item in plan.going]
+    if rows:
+        yield _table("May go", rows, plan.frees, plan.now, everything)
+    kept: dict[str, list[int]] = defaultdict(list)
+    for item in plan.kept:
+        kept[item.why].append(item.stored.size)
+    if kept:
+        yield _kept(kept)
+    for note in plan.notes:
+        yield Text.assemble(("Note: ", "yellow"), note)
+    if cache is not None:
+        yield Text(f"Cache in {cache.cache}", style="dim")
+        if cache.going:
+            yield _table("May go", [(one.facts(), one.used) for one in cache.listed], cache.frees, plan.now, everything)
+
+
+def _table(
+    title: str, rows: Sequence[tuple[dict[str, Any], datetime]], frees: int, now: datetime, everything: bool
+) -> "RenderableType":
+    """One row per thing. Only what it is takes a second line where the terminal is narrow."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
+    )
+    shown = rows if everything else rows[:ROWS]
+    table.add_column("kind", no_wrap=True)
+    table.add_column("id", no_wrap=True)
+    table.add_column("what", overflow="fold", footer=f"{len(rows):,} in all, which frees")
+    table.add_column("unused", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True, footer=size_text(frees))
+    for facts, used in shown:
+        what = Text(facts["what"])
+        if facts.get("why", _USUAL) != _USUAL:
+            what.append(f" ({facts['why']})" if facts["what"] else facts["why"], style="dim")
+        table.add_row(facts["kind"], facts["name"].lstrip(".")[:8], what, age_text(now - used), size_text(facts["bytes"]))
+    if len(rows) > len(shown):
+        rest = sum(facts["bytes"] for facts, _ in rows[len(shown) :])
+        table.add_row("…", "", Text(f"{len(rows) - len(shown):,} smaller ones (--all lists them)"), "", size_text(rest))
+    return table
+
+
+def _kept(kept: dict[str, list[int]]) -> "RenderableType":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, title="Kept", title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
+    )
+    table.add_column("why", footer="")
+    table.add_column("artifacts", justify="right", footer=f"{sum(map(len, kept.values())):,}")
+    table.add_column("size", justify="right", footer=size_text(sum(map(sum, kept.values()))))
+    for why, sizes in sorted(kept.items(), key=lambda item: -sum(item[1])):
+        table.add_row(why, f"{len(sizes):,}", size_text(sum(sizes)))
+    return table
+
+
+def _result(
+    plan: "Plan", cache: "CachePlan | None", done: "Outcome | None", emptied: "CacheOutcome | None"
+) -> Iterable["RenderableType"]:
+    from rich.text import Text
+
+    going = len(plan.going) + (len(cache.going) if cache else 0)
+    if not going:
+        yield "Nothing to delete."
+        return
+    if done is None:
+        yield f"Nothing was deleted. The same with --delete frees {size_text(plan.frees + (cache.frees if cache else 0))}."
+        return
+    frees, count = done.frees, len(done.deleted)
+    spared: list[str] = [f"{item.stored.kind} {item.stored.name[:8]}" for item in done.spared]
+    if emptied is not None:
+        frees, count = frees + emptied.frees, count + len(emptied.deleted)
+        spared += [f"{one.kind} {one.path.name[:8]}" for one in emptied.spared]
+    yield f"Deleted {count:,} of {going:,}, {size_text(frees)}."
+    if done.versions:
+        yield Text(f"Without weights now, and tagged so in MLflow: versions {', '.join(done.versions)} of the registered model.")
+    if spared:
+        yield Text(f"In use since they were listed, and left: {', '.join(spared)}.")
+
+
+def _as_json(plan: "Plan", cache: "CachePlan | None", done: "Outcome | None", emptied: "CacheOutcome | None") -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "root": plan.root, "tracking": plan.tracking, "days": plan.days, "frees": plan.frees, "notes": list(plan.notes),
+        "going": [item.facts() for item in plan.going], "kept": [item.facts() for item in plan.kept],
+    }  # fmt: skip
+    if cache is not None:
+        facts["cache"] = {
+            "root": str(cache.cache), "frees": cache.frees, "going": [one.facts() for one in cache.going],
+            "kept": [one.facts() for one in cache.kept],
+        }  # fmt: skip
+    if done is not None:
+        facts["deleted"] = [item.stored.uri for item in done.deleted]
+        facts["spared"] = [item.stored.uri for item in done.spared]
+        facts["versions_without_weights"] = done.versions
+    if emptied is not None:
+        facts["cache"] |= {
+            "deleted": [str(one.path) for one in emptied.deleted],
+            "spared": [str(one.path) for one in emptied.spared],
+        }
+    return facts
+
+
+def size_text(count: int) -> str:
+    """Bytes as a person reads them, in powers of 1024."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def age_text(age: Any) -> str:
+    """A time span in its largest unit."""
+    hours = max(0, int(age.total_seconds() // 3600))
+    return f"{hours // 24} d" if hours >= 48 else f"{hours} h"

@@ -1,0 +1,1 @@
+"""Many merges compared: search, study, leaderboard."""

@@ -1,0 +1,1 @@
+"""The merges of an MLflow experiment, ranked: table, statistics, picture and log."""

@@ -1,0 +1,1 @@
+"""A search for the parameters of a recipe: its space, trials, result, picture and log."""

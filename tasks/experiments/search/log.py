@@ -1,0 +1,149 @@
+"""A search in MLflow: one run of role ``search``, and below it one of role ``trial`` for every trial, logged as it ends.
+
+Everything is found again by tags: what an interrupted search has logged is not logged twice.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.experiments.search.search import Trial, Tuned
+from tasks.tracking.run import LoggedRun, logged_run
+from tasks.tracking.store import (
+    PARAM_LENGTH,
+    artifact_errors,
+    clear_errors,
+    connect,
+    cut,
+    experiment_id,
+    locked,
+    mlflow_name,
+    mlflow_names,
+    pages,
+    quoted,
+    resolve_store,
+)
+from tasks.tracking.write import PARENT, TAG_ROLE, find_or_create
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+TAG_SEARCH = "search"
+TAG_TRIAL = "trial"
+_SAFE = "The search itself keeps every trial, and a repeat goes on with the next."
+
+
+class SearchRun(BaseModel):
+    """What stands in MLflow of a search from its beginning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    search: str
+    """The search's name in its storage: what decides its trials."""
+    params: dict[str, str | int | float]
+    tags: dict[str, str] = {}
+
+
+def begin(run: SearchRun, *, tracking_uri: str | None = None, root: Path | None = None) -> LoggedRun:
+    """The search's run, RUNNING; made when it is missing. Raises StorageError."""
+    store = resolve_store(tracking_uri=tracking_uri, root=root)
+    with clear_errors(store, f"logging {run.name!r}", _SAFE), locked(store):
+        client = connect(store)
+        experiment = experiment_id(client, store)
+        found = find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: run.search}, run.name)
+        client.update_run(found.info.run_id, status="RUNNING")
+        _log(client, found, run.params, {}, run.tags)
+    return logged_run(store, experiment, found.info.run_id)
+
+
+def logged_trials(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | None = None) -> set[int]:
+    """The numbers of the trials that have their whole run below the search's already. Raises StorageError."""
+    store = resolve_store(tracking_uri=tracking_uri, root=root)
+    with clear_errors(store, "reading the trials of the search", _SAFE):
+        wanted = quoted({PARENT: parent.run_id, TAG_ROLE: "trial"})
+        runs = pages(connect(store).search_runs, experiment_ids=[parent.experiment_id], filter_string=wanted)
+        return {int(run.data.tags[TAG_TRIAL]) for run in runs if run.info.status == "FINISHED"}
+
+
+def log_trial(
+    parent: LoggedRun, trial: Trial, best: Trial | None, *, tracking_uri: str | None = None, root: Path | None = None
+) -> None:
+    """One trial as a run below the search's, with the scores of every rung: the metric's step is the number of documents.
+
+    ``best`` of the trials so far becomes a point of the search's own curve, at the trial's number. Raises StorageError.
+    """
+    store = resolve_store(tracking_uri=tracking_uri, root=root)
+    name = f"trial {trial.number}"
+    with clear_errors(store, f"logging {name} of the search", _SAFE), locked(store):
+        client = connect(store)
+        identity = {PARENT: parent.run_id, TAG_ROLE: "trial", TAG_TRIAL: str(trial.number)}
+        run = find_or_create(client, parent.experiment_id, identity, name)
+        if run.info.status == "FINISHED":
+            return
+        points = {limit: _metrics(scores) for limit, scores in trial.scores.items()}
+        points[max(points)]["violation"] = trial.violation
+        tags = {"pruned": str(not trial.complete).lower(), "feasible": str(not trial.shortfall).lower(), "origin": trial.origin}
+        params = {"merge_method": trial.recipe.merge_method, **trial.values}
+        _log(client, run, params, points, tags)
+        text = trial.recipe.to_yaml()
+        with artifact_errors(f"the recipe of {name}", run.info.artifact_uri, _SAFE):
+            client.log_text(run.info.run_id, text, "recipe.yaml")
+        client.set_terminated(run.info.run_id, status="FINISHED")
+        if best is not None:
+            owner = client.get_run(parent.run_id)
+            _log(client, owner, {}, {trial.number: {"best/avg": best.average, "best/violation": best.violation}}, {})
+
+
+def finish(
+    parent: LoggedRun, tuned: Tuned, files: Mapping[str, str | bytes], *, tracking_uri: str | None = None, root: Path | None = None
+) -> None:  # fmt: skip
+    """The winner's scores on the search's run, and files by their paths among its artifacts; the run is FINISHED. Raises StorageError."""
+    store = resolve_store(tracking_uri=tracking_uri, root=root)
+    with clear_errors(store, "logging the end of the search", _SAFE), locked(store):
+        client = connect(store)
+        best = tuned.best
+        metrics = _metrics(best.last) | {"violation": best.violation, "start/avg": tuned.start.average}
+        metrics |= {"evaluations": tuned.evaluations, "trials": float(len(tuned.trials))}
+        run = client.get_run(parent.run_id)
+        _log(client, run, {}, {0: metrics}, {"feasible": str(tuned.feasible).lower(), "best_trial": str(best.number)})
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, content in files.items():
+                path = Path(temporary) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            with artifact_errors("the files of the search", run.info.artifact_uri, _SAFE):
+                client.log_artifacts(parent.run_id, temporary)
+        client.set_terminated(parent.run_id, status="FINISHED")
+
+
+def fail(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | None = None) -> None:
+    """Mark the search's run as failed: an error ended it. A repeat goes on in the same run. Raises StorageError."""
+    store = resolve_store(tracking_uri=tracking_uri, root=root)
+    with clear_errors(store, "logging that the search failed", _SAFE), locked(store):
+        connect(store).set_terminated(parent.run_id, status="FAILED")
+
+
+def _metrics(scores: Mapping[str, float]) -> dict[str, float]:
+    return {f"score/{name}": value for name, value in scores.items()} | {"score/avg": sum(scores.values()) / len(scores)}
+
+
+def _log(
+    client: MlflowClient, run: Run, params: Mapping[str, object], points: Mapping[int, Mapping[str, float]], tags: Mapping[str, str]
+) -> None:  # fmt: skip
+    """What the run does not hold yet, in one request. ``points``: step to metrics."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    now = int(time.time() * 1000)
+    names = mlflow_names(params)
+    new = [Param(name, cut(str(params[key]), PARAM_LENGTH)) for key, name in names.items() if name not in run.data.params]
+    metrics = [Metric(mlflow_name(key), value, now, step) for step, some in points.items() for key, value in some.items()]
+    marks = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
+    client.log_batch(run.info.run_id, params=new, metrics=metrics, tags=marks, synchronous=True)

@@ -1,0 +1,93 @@
+"""Pictures of a search: how its best average grew with what was spent, and which densities and λ the good trials have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from tasks.experiments.search.search import Range, Tuned
+from tasks.pages.pictures import style
+
+HOLDS, MISSES, STOPPED = "holds all floors", "misses a floor", "stopped early"
+_STATES = alt.Scale(domain=[HOLDS, MISSES, STOPPED], range=[style.CATEGORIES[0], style.CATEGORIES[1], "#999999"])
+_SHAPES = alt.Scale(domain=[HOLDS, MISSES, STOPPED], range=["circle", "triangle-up", "cross"])
+COLUMNS = 3
+
+
+def table_of(tuned: Tuned) -> pd.DataFrame:
+    """One row a trial: number, origin, state, evaluations spent until then, documents, scores, average, violation, best so far, values.
+
+    ``average`` is in percent, as is ``best``: the best average of trials on all documents under the floors, missing before there is one.
+    """
+    rows: list[dict[str, Any]] = []
+    spent, best = 0.0, None
+    top = max(limit for trial in tuned.trials for limit in trial.scores)
+    for trial in tuned.trials:
+        spent += sum(limit / top for limit in trial.scores)
+        state = STOPPED if not trial.complete else MISSES if trial.shortfall else HOLDS
+        if state == HOLDS:
+            best = max(best or 0.0, 100 * trial.average)
+        scores = {f"score/{name}": value for name, value in trial.last.items()}
+        rows.append(
+            {"trial": trial.number, "origin": trial.origin, "state": state, "spent": spent, "documents": max(trial.scores),
+             "average": 100 * trial.average, "violation": trial.violation, "best": best, **scores, **trial.values}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def best_so_far(tuned: Tuned) -> alt.LayerChart:
+    """Average over the evaluations spent: every trial a point, the best of those that hold the floors a line."""
+    table = table_of(tuned)
+    x = alt.X("spent:Q", title="evaluations spent (on all documents)")
+    points = (
+        alt.Chart(table[["spent", "average", "state", "trial", "documents", "origin"]])
+        .mark_point(opacity=0.85)
+        .encode(
+            x=x,
+            y=alt.Y("average:Q", title="average score, validation (%)", scale=alt.Scale(zero=False)),
+            color=alt.Color("state:N", title=None, scale=_STATES),
+            shape=alt.Shape("state:N", title=None, scale=_SHAPES),
+            tooltip=["trial:Q", "origin:N", alt.Tooltip("average:Q", format=".2f", title="average, %"), "documents:Q", "state:N"],
+        )
+    )
+    line = (
+        alt.Chart(table[["spent", "best"]].dropna()).mark_line(interpolate="step-after", color=style.INK).encode(x=x, y="best:Q")
+    )
+    start = pd.DataFrame({"start": [100 * tuned.start.average], "label": ["the recipe as given"]})
+    rule = alt.Chart(start).mark_rule(color="#888888", strokeDash=[4, 3]).encode(y="start:Q")
+    text = (
+        alt.Chart(start)
+        .mark_text(align="right", dy=-7, fontSize=12, color="#555555")
+        .encode(x=alt.value(556), y="start:Q", text="label:N")
+    )
+    return (line + points + rule + text).properties(width=560, height=260, title="Best average under the floors")
+
+
+def values_against_average(tuned: Tuned, ranges: Mapping[str, Range]) -> alt.ConcatChart:
+    """A panel for each density, λ or weight: its value against the average, of every trial. ``ranges``: of all of them, by name."""
+    table = table_of(tuned)
+    panels = []
+    for name, within in ranges.items():
+        rows = table[["average", "state", "trial"]].assign(value=table[name]).dropna()
+        scale = alt.Scale(type="log" if within.log else "linear", domain=[within.low, within.high], nice=False, zero=False)
+        marks = alt.Chart(rows).mark_point(opacity=0.85).encode(
+            x=alt.X("value:Q", title=_title(name), scale=scale),
+            y=alt.Y("average:Q", title="average (%)", scale=alt.Scale(zero=False)),
+            color=alt.Color("state:N", title=None, scale=_STATES),
+            shape=alt.Shape("state:N", title=None, scale=_SHAPES),
+            tooltip=["trial:Q", alt.Tooltip("value:Q", title=_title(name)), alt.Tooltip("average:Q", format=".2f", title="average, %"), "state:N"],
+        )  # fmt: skip
+        best = alt.Chart(rows[rows["trial"] == tuned.best.number]).mark_point(
+            size=220, filled=False, stroke=style.INK, strokeWidth=2
+        )
+        panels.append((marks + best.encode(x="value:Q", y="average:Q")).properties(width=style.PANEL, height=180))
+    return alt.concat(*panels, columns=COLUMNS).properties(title="What the trials chose (ring: the winner)")
+
+
+def _title(name: str) -> str:
+    key, _, expert = name.partition("/")
+    label = {"lambda": "scale λ", "t": "position t"}.get(key, key.replace("_", " "))
+    return f"{label} of {expert}" if expert else label

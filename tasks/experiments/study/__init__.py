@@ -1,0 +1,1 @@
+"""A grid of merges over replicates: its cells, scores, tables, pictures and log."""

@@ -1,0 +1,92 @@
+"""What the tables of a study share: a table, its numbers with standard errors, and how rows name a cell."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from tasks.evaluation.scores import ModelScores
+from tasks.experiments.study.cells import Cell, spell, subset_label, unusual
+from tasks.experiments.study.scores import Estimate, StudyResults
+
+ERROR = "_se"
+"""A column's standard errors stand in the column of its name and this."""
+DIFFERENCE = "difference"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """A table of a study: numbers in full, scores and retention as fractions, losses in bits per byte."""
+
+    key: str
+    """Name of its files."""
+    title: str
+    caption: str
+    frame: pd.DataFrame
+    percent: tuple[str, ...] = field(default=())
+    """Columns that are fractions and read as percent."""
+    bits: tuple[str, ...] = field(default=())
+    """Columns that are bits per byte and read with three decimals."""
+
+
+def is_ffg(cell: Cell) -> bool:
+    """Whether Fast Fisher Grafting masks any expert of this cell."""
+    return any(cell.recipes[0].ffg(i) for i in range(len(cell.experts)))
+
+
+def on_all(results: StudyResults) -> list[Cell]:
+    """The cells that merge all experts."""
+    return [cell for cell in results.cells if len(cell.experts) == len(results.experts)]
+
+
+def methods_of(results: StudyResults) -> list[Cell]:
+    """Of each method the first untuned cell on all experts in the grid's order, with and without FFG, and every tuned one.
+
+    What was tuned was chosen on other documents, so that all may stand beside each other; of a sweep the best would be chosen by
+    the scores that it is compared on.
+    """
+    chosen: dict[tuple[str, bool, str], Cell] = {}
+    for cell in on_all(results):
+        chosen.setdefault((cell.method, is_ffg(cell), cell.label if cell.tune else ""), cell)
+    return list(chosen.values())
+
+
+def words(cell: Cell, skip: Sequence[str] = ()) -> str:
+    """A cell's method and the settings that are not the method's defaults, but for those of ``skip``: ``ota density=0.4 compression=rank1``."""
+    said = set(unusual(cell.method, cell.settings))
+    if cell.method == "ota" and cell.tune and "density" not in cell.tune:
+        said.add("density")  # also one of 1: it says something where others of the method search theirs
+    settings = [f"{key}={spell(value)}" for key, value in cell.settings.items() if key in said - set(skip)]
+    return " ".join([cell.method, *(["tuned"] if cell.tune else []), *settings])
+
+
+def words_of_subset(results: StudyResults, cell: Cell) -> str:
+    """``words``, and which experts are merged where it is not all of them: ``ota tuned without math``."""
+    names = list(results.experts)
+    return " ".join([words(cell), *subset_label([names.index(name) for name in cell.experts], names)])
+
+
+def model_rows(
+    results: StudyResults, cells: Sequence[Cell], measure: Callable[[Sequence[ModelScores]], Row], of_merge: Callable[[Cell], Row]
+) -> list[Row]:
+    """A row each for base, experts and these merges: what ``measure`` tells of any model, and ``of_merge`` of a merge besides."""
+    rows: list[Row] = [{"model": "base", "kind": "base"} | measure(results.models())]
+    rows += [{"model": name, "kind": "expert"} | measure(results.models(expert=name)) for name in results.experts]
+    return rows + [{"model": words(cell), "kind": "merge"} | measure(results.models(cell)) | of_merge(cell) for cell in cells]
+
+
+def numbers(name: str, found: Estimate | None) -> Row:
+    """A number and its standard error as two columns of a row; NaN where there is none."""
+    mean, error = found or (math.nan, math.nan)
+    return {name: mean, f"{name}{ERROR}": error}
+
+
+def errors_over(results: StudyResults, unit: str) -> str:
+    """What numbers in ``unit`` are, and what their errors are over."""
+    many = len(results.replicates)
+    if many > 1:
+        return f"{unit}, mean ± standard error over {many} replicates."
+    return f"{unit} ± standard error over documents (one replicate)."

@@ -1,0 +1,1 @@
+"""Experts below a prefix: finding, checking and publishing them."""

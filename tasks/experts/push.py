@@ -1,0 +1,214 @@
+"""Publishing a trained checkpoint as an expert: looked at cheaply, uploaded, ``expert.json`` last. The user's folder is only read."""
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ota_core.artifact import CARD
+from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
+from ota_core.files.checkpoint import Checkpoint, read_json
+from ota_core.moments import find_moments, none_found, open_moments
+from ota_core.moments.safetensors_file import as_beta2, as_step
+from ota_core.plan.inputs import expert_facts
+from tasks.experts.find import utc_time
+from tasks.merging.architecture import parameter_layout
+from tasks.storage import models as storage
+from tasks.storage.download import Progress
+from tasks.storage.layout import expert_manifest, folder_model_files, manifest_sha256, model_files, parse_expert_json
+from tasks.storage.models import EXPERT_JSON
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+# What training leaves beside the weights: the key of the count of steps, of β₂ and of the optimizer's name in each.
+_RECORDS = {
+    "training.json": {"step": "step", "beta2": "beta2", "optimizer": "optimizer"},
+    "trainer_state.json": {"step": "global_step"},
+    EXPERT_JSON: {"step": "step", "beta2": "beta2", "optimizer": "optimizer"},
+}
+SHOWN = 4
+
+
+class Pushed(BaseModel):
+    """An expert that was published."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    capability: str
+    name: str
+    trained_at: datetime
+    was_there: bool
+    """Whether it had been published before with the same content."""
+
+
+def push_expert(
+    folder: Path,
+    prefix: str,
+    *,
+    capability: str,
+    base_model: str,
+    name: str | None = None,
+    trained_at: str | None = None,
+    needs_moments: bool = True,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Publish a checkpoint's folder as ``<prefix>/<capability>/<name>/``, in S3 or in a local folder.
+
+    trained_at: an ISO date or time; by default that of an ``expert.json`` in the folder, else when the newest file of the model was written.
+    name: by default ``trained_at`` in UTC, such as 2026-11-24T18-30-05. Pushing the same again changes nothing.
+    Raises OtaError with all that is wrong, before anything is written: a folder that holds no readable weights, configuration or second
+    moments (these unless ``needs_moments`` is False), a bad name, a complete expert of this name with other content.
+    """
+    facts = _examined(folder, capability, base_model, name, needs_moments)
+    when = utc_time(trained_at, "trained_at") if trained_at is not None else _trained_at(folder)
+    label = name or when.strftime("%Y-%m-%dT%H-%M-%S")
+    manifest = expert_manifest(
+        folder, capability=capability, base_model=base_model.rstrip("/"), trained_at=when.isoformat(), **facts
+    )
+    place = {"capability": capability, "name": label, "trained_at": when}
+    if storage.is_s3(prefix):
+        uri = storage.join(prefix, capability, label)
+        return Pushed(uri=uri, was_there=_into_s3(folder, uri, manifest, progress), **place)
+    target = Path(prefix).expanduser().absolute() / capability / label
+    return Pushed(uri=str(target), was_there=_into_folder(folder, target, manifest), **place)
+
+
+def _examined(folder: Path, capability: str, base_model: str, name: str | None, needs_moments: bool) -> dict[str, Any]:
+    """What is known of the optimizer. Raises OtaError with all that is wrong with the folder and the names; reads headers only."""
+    problems = [
+        f"{what} {value!r} cannot be part of an address; expected letters, digits and . _ + = -, a letter or digit first"
+        for what, value in (("capability", capability), ("name", name))
+        if value is not None and not _NAME.fullmatch(value)
+    ]
+    facts: dict[str, Any] = {}
+    try:
+        with closing(Checkpoint(folder)) as checkpoint:
+            if not checkpoint.config:
+                problems.append(f"{folder} holds no config.json, or an empty one; copy the model's configuration there")
+    except OtaError as error:
+        problems += error.problems
+    try:
+        problems += _contradictions(folder, capability, base_model)
+        facts = _optimizer_facts(folder, needs_moments)
+    except OtaError as error:
+        problems += error.problems
+    raise_all(problems)
+    return facts
+
+
+def _optimizer_facts(folder: Path, needs_moments: bool) -> dict[str, Any]:
+    """step, beta2 and optimizer where they are known: the optimizer's own file is believed first, then what training wrote beside it.
+
+    Training may count steps that the optimizer skipped (an overflow in float16); for bias correction the optimizer's count is the right one.
+    Raises OtaError when the second moments cannot be read, or are missing and needed.
+    """
+    known: dict[str, Any] = {}
+    path = find_moments(folder) if folder.is_dir() else None
+    if path is not None:
+        with closing(open_moments(path, layout=partial(parameter_layout, folder))) as moments:
+            steps = [step for name in moments.shapes() if (step := moments.step(name)) is not None]
+            known = {"step": max(steps, default=None), "beta2": moments.beta2}
+    elif needs_moments and folder.is_dir():
+        raise MomentsError(f"{none_found(folder)}: copy them there, or say that none are wanted (--without-moments)")
+    for file, keys in _RECORDS.items():
+        record = read_json(folder / file) if (folder / file).is_file() else {}
+        known = {fact: record.get(key) for fact, key in keys.items()} | {k: v for k, v in known.items() if v is not None}
+    readers: dict[str, Callable[[Any, str], Any]] = {"step": as_step, "beta2": as_beta2, "optimizer": lambda value, _: str(value)}
+    return {fact: readers[fact](value, f"{folder}: {fact}") for fact, value in known.items() if value is not None}
+
+
+def _contradictions(folder: Path, capability: str, base_model: str) -> list[str]:
+    """An ``expert.json`` that is in the folder already is not sent, but what it says is somebody's word."""
+    said = {"capability": capability, "base_model": base_model.rstrip("/")}
+    held = {key: value.rstrip("/") for key, value in expert_facts(folder).items() if key in said and isinstance(value, str)}
+    return [
+        f"{folder / EXPERT_JSON} says {key} '{value}', but '{said[key]}' was given; correct one of them"
+        for key, value in held.items()
+        if value != said[key]
+    ]
+
+
+def _trained_at(folder: Path) -> datetime:
+    said = expert_facts(folder).get("trained_at")
+    if said is not None:
+        return utc_time(said, f"{folder / EXPERT_JSON}: trained_at")
+    newest = max((folder / name).stat().st_mtime for name in folder_model_files(folder))
+    return datetime.fromtimestamp(int(newest), UTC)
+
+
+def _into_s3(folder: Path, uri: str, manifest: Mapping[str, Any], progress: Progress | None) -> bool:
+    """Upload, the manifest last. Returns whether the expert was there before. Raises StorageError."""
+    there = {one.uri.removeprefix(uri + "/"): one.size for one in storage.list_objects(uri)}
+    complete = EXPERT_JSON in there
+    if complete:
+        _check_same(_remote_manifest(uri), manifest, uri)
+    strays = sorted(set(model_files(there)) - set(manifest["files"]))
+    if strays:
+        raise StorageError(
+            f"{uri} holds files of another model, of an upload that never finished ({', '.join(strays[:SHOWN])}); delete them, or choose "
+            "another --name"
+        )
+    storage.upload_folder(folder, uri, files=manifest_sha256(manifest, EXPERT_JSON), progress=progress)
+    if (folder / CARD).is_file():  # its licence is what a merge's own card goes by
+        storage.write_bytes(storage.join(uri, CARD), (folder / CARD).read_bytes())
+    content = (json.dumps(manifest, indent=2) + "\n").encode()
+    if not complete and not storage.write_bytes(storage.join(uri, EXPERT_JSON), content, only_if_absent=True):
+        _check_same(_remote_manifest(uri), manifest, uri)  # somebody pushed to this name at the same time
+        return True
+    return complete
+
+
+def _remote_manifest(uri: str) -> dict[str, Any]:
+    where = storage.join(uri, EXPERT_JSON)
+    return parse_expert_json(storage.read_bytes(where), where)
+
+
+def _into_folder(folder: Path, target: Path, manifest: Mapping[str, Any]) -> bool:
+    """The same for a local prefix: copied beside its place and renamed, so that nobody sees half of it."""
+    if (target / EXPERT_JSON).is_file():
+        where = str(target / EXPERT_JSON)
+        _check_same(parse_expert_json(Path(where).read_bytes(), where), manifest, str(target))
+        return True
+    if target.exists():
+        raise StorageError(f"{target} exists, and is no expert (it holds no {EXPERT_JSON}); delete it, or choose another --name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        for name in [*manifest["files"], *([CARD] if (folder / CARD).is_file() else [])]:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / name, temporary / name)
+        (temporary / EXPERT_JSON).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return False
+
+
+def _check_same(there: Mapping[str, Any], wanted: Mapping[str, Any], uri: str) -> None:
+    """Raises StorageError unless the expert that is there is the one that is pushed: the same files, and the same facts about them."""
+    differing = sorted(key for key, value in _facts_of(wanted, uri).items() if _facts_of(there, uri)[key] != value)
+    old, new = manifest_sha256(there, uri), manifest_sha256(wanted, uri)
+    differing += sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if differing:
+        more = ", …" if len(differing) > SHOWN else ""
+        raise StorageError(
+            f"{uri} holds a complete expert already, with other content ({', '.join(differing[:SHOWN])}{more}); experts are never replaced: "
+            "choose another --name"
+        )
+
+
+def _facts_of(manifest: Mapping[str, Any], uri: str) -> dict[str, Any]:
+    """What two spellings of the same expert share."""
+    return {
+        "capability": manifest["capability"],
+        "base_model": str(manifest["base_model"]).rstrip("/"),
+        "trained_at": utc_time(manifest["trained_at"], f"{uri}/{EXPERT_JSON}: trained_at"),
+    }

@@ -1,0 +1,1 @@
+"""What runs on this machine alone: the local stack, the demo, the real study's models, measuring speed."""

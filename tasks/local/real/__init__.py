@@ -1,0 +1,1 @@
+"""The real study: its base, corpus, questions and training."""

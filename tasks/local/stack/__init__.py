@@ -1,0 +1,1 @@
+"""Every server and worker as local processes under supervisord."""

@@ -1,0 +1,1 @@
+"""From a recipe to the inputs of a merge: sources, recipes, architectures, what is read."""

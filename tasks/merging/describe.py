@@ -1,0 +1,159 @@
+"""What ``ota inspect`` says. Nothing here reads weights."""
+
+from collections import Counter
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ota_core.artifact import RECORD, read_record
+from ota_core.errors import CheckpointError, OtaError
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.checkpoint import Checkpoint, weight_files
+from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
+from ota_core.moments import Moments, find_moments, moments_files, open_moments
+from ota_core.moments.compression import compression_of, label_of
+from ota_core.plan.masks import MaskFile
+from tasks.merging.architecture import parameter_layout
+from tasks.settings import places
+from tasks.storage.models import fetch, is_s3
+from tasks.storage.streaming.streams import Streams
+
+# What may be read of models in S3 to describe them: headers, steps, compressed second moments.
+LITTLE = 256 * 2**20
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def binary_size(count: float) -> str:
+    """Bytes with two decimals of the largest unit that fits, up to GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def describe_source(source: str, home: Path | None) -> list[str]:
+    """What a checkpoint (a folder, ``s3://…`` or a Hugging Face id), a file of second moments or masks, or an artifact holds.
+
+    Of a checkpoint in S3 only the headers are read. Raises OtaError when it is none of these.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return describe_path(path)
+    if not is_s3(source) and (path.is_absolute() or source.count("/") != 1 or source.startswith(".")):
+        raise CheckpointError(
+            f"{source} does not exist; expected a checkpoint, a file of second moments or masks, or an artifact"
+        )
+    cache = places(home).cache
+    if not is_s3(source):
+        return _describe_checkpoint(fetch(source, cache=cache).path)
+    with Streams(cache=cache, memory=LITTLE, may_download=False) as streams:
+        return _describe_checkpoint(streams.model(source).path, streams)
+
+
+def describe_path(path: Path) -> list[str]:
+    """The same for what lies on this machine."""
+    if path.is_file():
+        return _describe_file(path)
+    lines = _describe_record(path) if (path / RECORD).exists() else []
+    ours = [file for file in sorted(path.glob("*.safetensors")) if _format(file)]
+    if ours:
+        return lines + [line for file in ours for line in _describe_file(file)]
+    return lines if lines and not _has_weights(path) else lines + _describe_checkpoint(path)
+
+
+def _format(path: Path) -> str:
+    """The format that this project gave a safetensors file; empty for others'."""
+    with SafetensorsFile(path) as file:
+        return file.metadata.get(FORMAT_KEY, "")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def _describe_record(folder: Path) -> list[str]:
+    record = read_record(folder)
+    lines = [f"artifact: {record.kind} {record.fingerprint}, complete"]
+    lines += [f"  {key}: {_plain(value)}" for key, value in record.config.items()]
+    lines += [f"  input {name}: {digest}" for name, digest in record.inputs.items()]
+    for name, report in record.results.get("densities", {}).items():
+        lines.append(f"  density {name}: {report['density']:.6f} ({report['kept']:,} of {report['total']:,})")
+    return lines
+
+
+def _plain(value: Any) -> str:
+    """A parameter, or several, without the marks of a programming language; what is not set is left out."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_plain(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return "; ".join(_plain(item) for item in value)
+    return "not set" if value is None else str(value)
+
+
+def _describe_checkpoint(folder: Path, streams: Streams | None = None) -> list[str]:
+    source_of = streams.source_of if streams else None
+    checkpoint = Checkpoint(folder, source_of)
+    infos = [checkpoint.info(name) for name in checkpoint.names()]
+    dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
+    size = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
+    lines = [
+        f"checkpoint: {checkpoint.config.get('model_type', 'unknown model type')}, {sum(prod(info.shape) for info in infos):,} parameters "
+        f"in {counted(len(infos), 'tensor')} and {counted(len(checkpoint.files), 'file')}, {binary_size(size)}",
+        "  data types: " + ", ".join(f"{dtype} ({counted(count, 'tensor')})" for dtype, count in dtypes.items()),
+    ]
+    if "tie_word_embeddings" in checkpoint.config:
+        lines.append(f"  tied embeddings: {'yes' if checkpoint.config['tie_word_embeddings'] else 'no'}")
+    checkpoint.close()
+    found = find_moments(folder)
+    if found is None:
+        return lines
+    if streams is not None:
+        streams.settle(moments_files(found))
+        if streams.unread:
+            return [*lines, *(f"  {note}" for note in streams.notes)]
+    return lines + [f"  {line}" for line in _describe_moments(found, folder, source_of)]
+
+
+def _describe_file(path: Path) -> list[str]:
+    if path.suffix == ".safetensors" and _format(path).startswith("masks/"):
+        masks = MaskFile(path)
+        total = sum(prod(shape) for shape in masks.shapes.values())
+        kept = sum(masks.density(name) * prod(shape) for name, shape in masks.shapes.items())
+        share = kept / max(total, 1)
+        return [
+            f"{path.name}: FFG mask of {masks.header['expert']}: keeps {kept:,.0f} of {total:,} elements (density {share:.6f})"
+        ]
+    ours = path.suffix == ".safetensors" and bool(_format(path))
+    if not ours and _is_weights(path):
+        return [f"{path.name} holds weights; the checkpoint that it belongs to:", *_describe_checkpoint(path.parent)]
+    return _describe_moments(path, path.parent)
+
+
+def _is_weights(path: Path) -> bool:
+    try:
+        return path in weight_files(path.parent)
+    except OtaError:
+        return False
+
+
+def _describe_moments(path: Path, folder: Path, source_of: SourceOf | None = None) -> list[str]:
+    layout = partial(parameter_layout, folder) if (folder / "config.json").exists() else None
+    try:
+        moments: Moments = open_moments(path, layout=layout, source_of=source_of)
+    except OtaError as error:
+        raise type(error)(f"{path} is neither a mask file nor second moments that can be read: {error}") from None
+    shapes = moments.shapes()
+    steps = sorted({step for name in shapes if (step := moments.step(name)) is not None})
+    total = sum(prod(shape) for shape in shapes.values())
+    how = label_of(moments) if compression_of(moments) else "as the trainer left them"
+    size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
+    known = f"β₂ {moments.beta2 if moments.beta2 is not None else 'unknown'}, step {'–'.join(map(str, steps)) or 'unknown'}"
+    line = f"{path.name}: second moments of {total:,} parameters in {counted(len(shapes), 'tensor')}, {how}, {binary_size(size)}, {known}"
+    moments.close()
+    return [line]

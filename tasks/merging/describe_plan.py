@@ -1,0 +1,207 @@
+"""What ``ota plan`` says, and the bytes that a merge reads. Nothing here reads weights."""
+
+from math import prod
+from pathlib import Path
+
+from ota_core.compute.stream import parse_memory
+from ota_core.merge.engine import peak_memory_gib
+from ota_core.merge.output import plan_files
+from ota_core.moments.compression import (
+    DEFAULT_RANK,
+    IN_MEMORY,
+    METHODS,
+    compressed_bytes,
+    compression_label,
+    is_compressed,
+    passes,
+)
+from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
+from ota_core.plan.views import ExpertView, ModelView
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from tasks.merging.describe import LITTLE, binary_size, counted
+from tasks.merging.inputs import assemble, fetch_all
+from tasks.settings import places
+from tasks.storage.models import is_s3
+from tasks.storage.streaming.streams import Streams
+
+GIB = 2**30
+# What the compiled loops and torch's own buffers take when a merge first uses them, in bytes.
+KERNELS = 100 * 2**20
+
+
+def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path | None) -> list[str]:
+    """Lines that say what the merge would do. Raises OtaError that lists every problem found."""
+    budget, cache = parse_memory(memory), places(home).cache
+    with Streams(cache=cache, memory=LITTLE, may_download=False) as streams:
+        fetched = fetch_all(recipe, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False)
+        inputs = assemble(recipe, fetched, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False)
+        notes = list(streams.notes)
+        pending = bool(streams.unread)
+        if pending:
+            notes.append("the second moments are not counted in the figures above")
+        with open_plan(recipe, inputs, memory=budget, with_moments=not pending) as plan:
+            lines = [
+                f"{recipe.merge_method} of {', '.join(expert.name for expert in plan.experts)}"
+                + (f" over {recipe.base_model}" if recipe.base_model else "")
+            ]
+            lines += [
+                f"  {view.name}: {model.source if is_s3(model.source) else view.checkpoint.path}"
+                for view, model in zip(plan.models, fetched, strict=True)
+            ]
+            notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
+            return [
+                *lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"
+            ]  # fmt: skip
+
+
+def _without_moments(plan: MergePlan) -> list[str]:
+    """Tensors of which an expert has no second moments: fine where training left them alone, which only the weights tell."""
+    if plan.recipe.merge_method not in NEEDS_MOMENTS or plan.recipe.setting("missing_curvature") == "mean":
+        return []
+    notes = []
+    for expert in plan.experts:
+        names = [job.name for job in plan.merged_jobs() if not expert.has_curvature(job.canonical)]
+        if names:
+            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+            notes.append(
+                f"{expert.name}: {counted(len(names), 'tensor')} without second moments ({shown}); the merge is refused if training changed them"
+            )
+    return notes
+
+
+def _bytes(plan: MergePlan, budget: int) -> list[str]:
+    weights = sum(_weight_bytes(view) for view in plan.models)
+    moments = sum(4 * _moments_elements(expert) for expert in plan.experts)
+    method, rank = plan.recipe.setting("compression"), plan.recipe.setting("rank")
+    factors = _compressed(plan, method, rank) if method in IN_MEMORY else 0
+    output = sum(job.elements * job.dtype.itemsize for job in plan.jobs)
+    working = plan.stream.threads * plan.stream.block_elements * bytes_per_element(len(plan.experts))
+    # Mapped pages are given back when so much was read; small inputs never reach that.
+    mapped = min(plan.stream.mapped_bytes, weights + moments)
+    peak = peak_memory_gib() + (working + factors + mapped + KERNELS) / GIB
+    return [
+        f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
+        f"inputs: {binary_size(weights)} of weights, {binary_size(moments)} of second moments as float32; read in all passes: {binary_size(bytes_read(plan))}",
+        f"output: {binary_size(output)} in {counted(len(plan_files(plan)), 'file')}",
+        f"peak memory: about {peak:.2f} GiB (budget {budget / GIB:.2f} GiB for blocks and mapped pages)",
+        *_choices(plan),
+    ]
+
+
+def _choices(plan: MergePlan) -> list[str]:
+    """What the second moments of all experts take by each compression."""
+    elements = _compressed(plan, "none", None) // 4
+    if not elements:
+        return []
+    chosen = plan.recipe.setting("compression")
+    lines = ["second moments by compression:"]
+    for method in METHODS:
+        rank = plan.recipe.setting("rank") or (DEFAULT_RANK if method == "rank_k" else None)
+        size = _compressed(plan, method, rank)
+        note = " (chosen)" if method == chosen else ""
+        label = compression_label(method, rank)
+        lines.append(f"  {label}: {binary_size(size)}, {size / elements:.4f} bytes per parameter{note}")
+    to_write = [e for e in plan.experts if e.moments is not None and not is_compressed(e.moments)]
+    if chosen == "log8" and to_write:
+        lines.append("  a merge in one process keeps the log8 form in the output's folder while it runs")
+    return lines
+
+
+def _compressed(plan: MergePlan, method: str, rank: int | None) -> int:
+    """Bytes of all experts' second moments, which the merge may not need at all."""
+    if plan.recipe.merge_method not in NEEDS_MOMENTS:
+        return 0
+    held = [expert.moments for expert in plan.experts if expert.moments is not None]
+    return sum(compressed_bytes(tuple(shape), method, rank) for moments in held for shape in moments.shapes().values())
+
+
+def bytes_read(plan: MergePlan) -> int:
+    """Bytes of tensors that the merge reads, every pass counted, second moments as float32.
+
+    Exact thresholds take two passes, which all experts share. Of a model large enough the first one only samples; it counts as a
+    pass all the same: from S3, what lies between the samples is fetched with them.
+    """
+    recipe = plan.recipe
+    # Every model once for the merge itself, but the base of a plain average; slerp once more for the angles.
+    merged = plan.experts if recipe.merge_method == "linear" else plan.models
+    total = sum(_weight_bytes(view) for view in merged) * (2 if recipe.merge_method == "slerp" else 1)
+    base = _weight_bytes(plan.base) if plan.base else 0
+    ranked = [expert for expert in plan.experts if _is_ranked(recipe, expert.index)]
+    total += RANKING * (base + sum(_weight_bytes(expert) for expert in ranked)) if ranked else 0
+    for expert in plan.experts:
+        total += (_norms(recipe, expert.index) + _full_masks(plan, expert)) * (base + _weight_bytes(expert))
+        total += _moments_read(plan, expert)
+    return total
+
+
+RANKING = 2
+"""Passes for exact thresholds."""
+
+
+def mask_bytes_read(plan: MergePlan) -> int:
+    """The same for the masks of all experts alone: each pair of base and expert once instead of the merge's one pass over all."""
+    base = _weight_bytes(plan.base) if plan.base else 0
+    pairs = sum(base + _weight_bytes(expert) for expert in plan.experts)
+    return bytes_read(plan) - sum(_weight_bytes(view) for view in plan.models) + pairs
+
+
+def _is_ranked(recipe: MergeRecipe, expert: int) -> bool:
+    """Whether a threshold of this expert is a rank among its scores."""
+    if recipe.merge_method == "ota":
+        return recipe.ffg(expert) and recipe.setting("density", expert) is not None
+    if recipe.merge_method in {"breadcrumbs", "breadcrumbs_ties"}:
+        return True
+    return recipe.merge_method == "ties" and recipe.setting("density", expert) < 1
+
+
+def _norms(recipe: MergeRecipe, expert: int) -> int:
+    """Passes for the norms of ``rescale``."""
+    return 1 if recipe.merge_method == "ota" and recipe.ffg(expert) and recipe.setting("rescale") else 0
+
+
+def _full_masks(plan: MergePlan, expert: ExpertView) -> int:
+    """Further looks at an expert in the merge, whose mask goes by other second moments than its weights."""
+    recipe = plan.recipe
+    full = recipe.merge_method == "ota" and recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full"
+    return 1 if full and recipe.setting("compression") != "none" and expert.masks is None else 0
+
+
+def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
+    """Bytes of an expert's second moments that come out of files: v as float32, and the code of ``log8``; factors are in memory."""
+    recipe, moments = plan.recipe, expert.moments
+    if recipe.merge_method not in NEEDS_MOMENTS or moments is None:
+        return 0
+    scored = recipe.ffg(expert.index) and recipe.setting("metric") == "curvature"
+    scoring = (RANKING if _is_ranked(recipe, expert.index) else 0) + _norms(recipe, expert.index) if scored else 0
+    normalising = 1 if recipe.merge_method == "ota" and recipe.setting("normalise") == "global" else 0
+    method, rank = recipe.setting("compression"), recipe.setting("rank")
+    shapes = [tuple(shape) for shape in moments.shapes().values()]
+    apart = _full_masks(plan, expert)
+    total = 4 * sum(prod(shape) for shape in shapes) * (scoring + (1 if scored else 0)) if apart else 0
+    if not is_compressed(moments):
+        total += sum(passes(shape, method, rank) * 4 * prod(shape) for shape in shapes)
+    if method not in IN_MEMORY:
+        total += (1 + normalising + (0 if apart else scoring)) * sum(compressed_bytes(shape, method, rank) for shape in shapes)
+    return total
+
+
+def _weight_bytes(view: ModelView) -> int:
+    infos = [view.checkpoint.info(name) for name in view.checkpoint.names()]
+    return sum(prod(info.shape) * info.dtype.itemsize for info in infos)
+
+
+def _moments_elements(expert: ExpertView) -> int:
+    """Elements of second moments that are not compressed yet."""
+    if expert.moments is None or is_compressed(expert.moments):
+        return 0
+    return sum(prod(shape) for shape in expert.moments.shapes().values())
+
+
+def _options(plan: MergePlan) -> list[str]:
+    effective = plan.recipe.effective()
+    lines = ["parameters of the merge: " + ", ".join(f"{key}={value}" for key, value in effective["parameters"].items())]
+    for expert, values in zip(plan.experts, effective["experts"], strict=True):
+        shown = {key: value for key, value in values.items() if value is not None}
+        if shown:
+            lines.append(f"  {expert.name}: " + ", ".join(f"{key}={value}" for key, value in shown.items()))
+    return lines

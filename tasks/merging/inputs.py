@@ -1,0 +1,201 @@
+"""From a recipe to a merge's inputs: fetch or stream every model, find every expert's second moments, know every digest."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from ota_core.compute.stream import Progress
+from ota_core.errors import CheckpointError, MomentsError, OtaError, StorageError, raise_all
+from ota_core.files.checkpoint import weight_files
+from ota_core.moments import find_moments, moments_files, none_found
+from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
+from ota_core.plan.plan import checkpoint_problems
+from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from tasks.merging.architecture import parameter_layout
+from tasks.storage import models as storage
+from tasks.storage.cache import FileInfo, combined_digest, digest_files
+from tasks.storage.layout import folder_model_files, parse_expert_json
+from tasks.storage.models import Fetched
+from tasks.storage.streaming.streams import Streams
+
+
+def locate(source: str, recipe_dir: Path | None) -> str:
+    """A model's source with a relative folder made absolute: beside the recipe, or in the working directory.
+
+    What is no folder there (``s3://…``, ``org/name``) is returned as it is. Raises CheckpointError when two folders fit.
+    """
+    if storage.is_s3(source) or Path(source).is_absolute():
+        return source
+    expanded = Path(source).expanduser()
+    if expanded.is_absolute() or any((place / source).is_dir() for place in (recipe_dir, Path.cwd()) if place):
+        return str(expanded if expanded.is_absolute() else find_model(source, recipe_dir).absolute())
+    return source
+
+
+def model_sources(recipe: MergeRecipe, recipe_dir: Path | None) -> list[str]:
+    """Where the recipe's models lie, base first."""
+    named = [*([recipe.base_model] if recipe.base_model else []), *(entry.model for entry in recipe.models)]
+    return [locate(source, recipe_dir) for source in named]
+
+
+def fetch_all(
+    recipe: MergeRecipe,
+    *,
+    cache: Path,
+    recipe_dir: Path | None,
+    progress: Progress | None = None,
+    streams: Streams | None = None,
+    digests: bool = True,
+) -> list[Fetched]:
+    """Every model of a recipe on this machine, base first; ``progress`` is told of each by itself.
+
+    With ``streams``, of what lies in S3 only outlines; all else is fetched. ``digests=False`` leaves local folders unhashed.
+    Raises StorageError that lists every model that cannot be had.
+    """
+
+    def one(source: str) -> Fetched | OtaError:
+        try:
+            if streams is not None and storage.is_s3(source):
+                return streams.model(source)
+            if not digests and Path(source).is_dir():
+                return _unhashed(source)
+            tell = partial(progress, f"fetch {source}") if progress else None
+            fetched = storage.fetch(source, cache=cache, progress=tell)
+            if streams is not None and not Path(source).expanduser().is_dir():
+                streams.notes.append(f"{source} is a Hugging Face id: downloaded to {fetched.path}")
+            return fetched
+        except OtaError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(one, model_sources(recipe, recipe_dir)))
+    raise_all([str(result) for result in results if isinstance(result, OtaError)], StorageError)
+    return [result for result in results if isinstance(result, Fetched)]
+
+
+def _unhashed(source: str) -> Fetched:
+    """A local folder as ``storage.fetch`` gives it, but for the digests: they would read every byte."""
+    folder = Path(source)
+    files = {name: FileInfo(size=(folder / name).stat().st_size, digest="not computed") for name in folder_model_files(folder)}
+    manifest = folder / storage.EXPERT_JSON
+    expert = parse_expert_json(manifest.read_bytes(), str(manifest)) if manifest.is_file() else None
+    return Fetched(source=source, resolved=str(folder.resolve()), path=folder, digest="not computed", files=files, expert=expert)
+
+
+def assemble(
+    recipe: MergeRecipe,
+    fetched: Sequence[Fetched],
+    *,
+    cache: Path,
+    recipe_dir: Path | None,
+    streams: Streams | None = None,
+    digests: bool = True,
+) -> MergeInputs:
+    """The inputs of a merge from its fetched models, base first; ``streams`` as for ``fetch_all``.
+
+    ``digests=False`` leaves the digests of second moments out: planning reads none. Raises MomentsError that lists every expert without
+    second moments, and what is wrong with the checkpoints beside that.
+    """
+    models = list(fetched)
+    source_of = streams.source_of if streams else None
+    if streams is not None:
+        for one in models:
+            with suppress(CheckpointError):  # said with all else that is wrong when the checkpoints are opened
+                streams.settle(weight_files(one.path))
+        raise_all(streams.notes if streams.unread else [], StorageError)
+    base = None
+    if recipe.base_model is not None:
+        first = models.pop(0)
+        base = ModelInput(name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of)
+    capabilities = [
+        entry.capability or (one.expert or {}).get("capability") for entry, one in zip(recipe.models, models, strict=True)
+    ]
+    labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
+    experts: list[ExpertInput] = []
+    problems: list[str] = []
+    for i, (one, name) in enumerate(zip(models, unique_names(labels), strict=True)):
+        expert = ExpertInput(
+            name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capabilities[i],
+            layout=partial(parameter_layout, one.path), source_of=source_of,
+        )  # fmt: skip
+        try:
+            experts.append(_with_moments(recipe, i, expert, one, cache, recipe_dir, digests, streams))
+        except OtaError as error:
+            problems += error.problems
+            experts.append(expert)
+    inputs = MergeInputs(base=base, experts=tuple(experts))
+    if problems:
+        raise_all([*problems, *checkpoint_problems(recipe, inputs)], MomentsError)
+    return inputs
+
+
+def _with_moments(
+    recipe: MergeRecipe,
+    index: int,
+    expert: ExpertInput,
+    fetched: Fetched,
+    cache: Path,
+    recipe_dir: Path | None,
+    digests: bool,
+    streams: Streams | None,
+) -> ExpertInput:
+    if recipe.merge_method not in NEEDS_MOMENTS:
+        return expert
+    named = recipe.models[index].parameters.preconditioner_path
+    path = _named_moments(named, expert, cache, recipe_dir, streams) if named else find_moments(expert.path)
+    if path is None:
+        where = expert.source if storage.is_s3(expert.source) else expert.path
+        raise MomentsError(f"expert '{expert.name}': {none_found(where)}. Name the file with preconditioner_path")
+    if streams is not None:
+        streams.settle(moments_files(path))
+    inside = path.is_relative_to(expert.path) and path.relative_to(expert.path).as_posix() in fetched.files
+    if (inside and named is None) or not digests:
+        return replace(expert, moments=path)
+    return replace(expert, moments=path, moments_digest=moments_digest(path, cache, streams))
+
+
+def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None, streams: Streams | None) -> Path | None:
+    """The file that ``preconditioner_path`` means: S3, a local file, or, as published recipes write it, ``org/name/path/in/repo``."""
+    if storage.is_s3(named):
+        parent, _, name = named.rpartition("/")
+        if streams is not None:
+            return streams.files(parent, [name]) / name
+        folder, _ = storage.download_folder(parent, cache=cache, names=[name])
+        return folder / name
+    found = find_preconditioner(named, expert.path, recipe_dir)
+    if found is not None:
+        return found
+    parts = named.split("/")
+    if len(parts) < 3 or parts[0] in {"", ".", ".."}:
+        raise MomentsError(
+            f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and in {Path.cwd()})"
+        )
+    file = _hub_file(named, "/".join(parts[:2]), "/".join(parts[2:]))
+    if streams is not None:
+        streams.notes.append(f"{named} is a file of the Hugging Face hub: downloaded to {file}")
+    return file
+
+
+def _hub_file(named: str, repo: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, file))
+    except Exception as error:  # no answer at all; which class says so depends on the hub's HTTP library
+        raise StorageError(
+            f"preconditioner_path '{named}' is no file here, and {file} of the Hugging Face repository {repo} could not be downloaded "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Check the spelling and the network, or name a local file"
+        ) from error
+
+
+def moments_digest(path: Path, cache: Path, streams: Streams | None = None) -> str:
+    """Digest of the files that hold second moments: of their content, or, of streamed ones, of their listing."""
+    files = moments_files(path)
+    parent = path if path.is_dir() else path.parent
+    listed = streams.digest(files, parent) if streams else None
+    if listed is not None:
+        return listed
+    return combined_digest(digest_files(parent, [file.relative_to(parent).as_posix() for file in files], cache=cache))

@@ -1,0 +1,179 @@
+"""The inputs of a merge as something that travels between machines: where each file lies and what it is, never an open file.
+
+``MergeSources.of`` describes inputs, ``MergeSources.opened`` makes inputs of the description on the machine that reads them. What lies in
+S3 is read there by ranges; a folder must be one that every machine sees; a Hugging Face id is fetched into the machine's own cache.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from ota_core.artifact import ArtifactRef
+from ota_core.errors import ArtifactError, CheckpointError, MomentsError, StorageError
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.checkpoint import weight_files
+from ota_core.moments import find_moments, moments_files
+from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
+from ota_core.recipe.recipe import MergeRecipe
+from tasks.merging.architecture import parameter_layout
+from tasks.settings import Places
+from tasks.storage import models as storage
+from tasks.storage.models import Fetched
+from tasks.storage.streaming.streams import Streams
+from tasks.storage.watch import identity_of_source
+
+MOMENTS_FILE = "moments.safetensors"
+MASK_FILE = "mask.safetensors"
+
+
+class ModelSource(BaseModel):
+    """A checkpoint and where it lies."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    source: str
+    """What the recipe calls it."""
+    location: str
+    """``s3://bucket/prefix``, an absolute folder, or ``org/name@commit``."""
+    listing: str | None = None
+    """In S3, what the prefix held when the merge began (``identity_of_source``): another listing is another model."""
+    digest: str | None = None
+
+
+class ExpertSource(ModelSource):
+    """An expert, and where what belongs to it lies."""
+
+    capability: str | None = None
+    moments: str | None = None
+    """Second moments as training left them, where they are not what the expert's own folder holds: a path or ``s3://…``."""
+    moments_digest: str | None = None
+    needs_moments: bool = False
+    compressed: ArtifactRef | None = None
+    """The second moments as the merge reads them; None before the compression."""
+    masks: ArtifactRef | None = None
+
+
+class MergeSources(BaseModel):
+    """Base and experts, in the recipe's order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: ModelSource | None
+    experts: tuple[ExpertSource, ...]
+
+    @staticmethod
+    def of(recipe: MergeRecipe, inputs: MergeInputs, fetched: Sequence[Fetched]) -> "MergeSources":
+        """``fetched``: base first, what the inputs were assembled from."""
+        places = [{"location": one.resolved, "listing": _listing(one.resolved)} for one in fetched]
+        base = None
+        if inputs.base is not None:
+            base = ModelSource(name=inputs.base.name, source=inputs.base.source, digest=inputs.base.digest, **places.pop(0))
+        experts = []
+        for entry, expert, place in zip(recipe.models, inputs.experts, places, strict=True):
+            named = entry.parameters.preconditioner_path
+            moments = named if named is None or storage.is_s3(named) else str(expert.moments)
+            experts.append(
+                ExpertSource(
+                    name=expert.name, source=expert.source, digest=expert.digest, capability=expert.capability, moments=moments,
+                    moments_digest=expert.moments_digest, needs_moments=expert.moments is not None, **place,
+                )
+            )  # fmt: skip
+        return MergeSources(base=base, experts=tuple(experts))
+
+    @contextmanager
+    def opened(self, where: Places, memory: int, *, raw_moments: bool = False) -> Iterator[MergeInputs]:
+        """The inputs on this machine. ``raw_moments``: also where the compressed ones are all that a merge reads.
+
+        ``memory``: the budget of what is done with them, bytes. Raises OtaError for what is not there, or not what it was.
+        """
+        with ExitStack() as stack:
+            remote = storage.is_s3(where.artifacts) or any(storage.is_s3(address) for address in self._addresses())
+            streams = stack.enter_context(Streams(cache=where.cache, memory=memory)) if remote else None
+            opening = _Opening(where, streams, raw_moments)
+            base = opening.model(self.base) if self.base else None
+            yield MergeInputs(base=base, experts=tuple(opening.expert(one) for one in self.experts))
+
+    def _addresses(self) -> list[str]:
+        models = [*([self.base] if self.base else []), *self.experts]
+        return [one.location for one in models] + [one.moments for one in self.experts if one.moments]
+
+
+def _listing(location: str) -> str | None:
+    return identity_of_source(location) if storage.is_s3(location) else None
+
+
+class _Opening:
+    """Turns addresses into paths of this machine. With ``streams``, what lies in S3 is an outline here."""
+
+    def __init__(self, where: Places, streams: Streams | None, raw_moments: bool) -> None:
+        self._where, self._streams, self._raw = where, streams, raw_moments
+
+    def model(self, one: ModelSource) -> ModelInput:
+        return ModelInput(name=one.name, path=self._folder(one), source=one.source, digest=one.digest, source_of=self._source_of)
+
+    def expert(self, one: ExpertSource) -> ExpertInput:
+        folder = self._folder(one)
+        raw = self._raw_moments(one, folder) if one.needs_moments and (self._raw or one.compressed is None) else None
+        return ExpertInput(
+            name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._source_of, capability=one.capability,
+            moments=self._artifact(one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
+            masks=self._artifact(one.masks, MASK_FILE), layout=partial(parameter_layout, folder),
+        )  # fmt: skip
+
+    @property
+    def _source_of(self) -> SourceOf | None:
+        return self._streams.source_of if self._streams else None
+
+    def _folder(self, one: ModelSource) -> Path:
+        if storage.is_s3(one.location):
+            if _listing(one.location) != one.listing:
+                raise StorageError(f"{one.location} ({one.name}) is not what it was when the merge began; run the merge again")
+            assert self._streams is not None
+            path = self._streams.model(one.location).path
+            self._streams.settle(weight_files(path))
+            return path
+        if not Path(one.location).is_absolute():
+            return storage.fetch(one.location, cache=self._where.cache).path
+        if not Path(one.location).is_dir():
+            raise CheckpointError(
+                f"{one.location} ({one.name}) is no folder on this machine; machines that share a merge must see its models in the same "
+                "place: a shared folder or s3://…"
+            )
+        return Path(one.location)
+
+    def _raw_moments(self, one: ExpertSource, folder: Path) -> Path:
+        path: Path | None
+        if one.moments is None:
+            path = find_moments(folder)
+        elif storage.is_s3(one.moments):
+            assert self._streams is not None
+            parent, _, name = one.moments.rpartition("/")
+            path = self._streams.files(parent, [name]) / name
+        else:
+            path = Path(one.moments)
+        if path is None or not path.exists():
+            raise MomentsError(
+                f"expert '{one.name}': {path or folder} holds no second moments on this machine; machines that share a merge must see them "
+                "in the same place: beside the weights, in a shared folder, or s3://…"
+            )
+        if self._streams is not None:
+            self._streams.settle(moments_files(path))
+        return path
+
+    def _artifact(self, ref: ArtifactRef | None, file: str) -> Path | None:
+        if ref is None:
+            return None
+        if storage.is_s3(ref.uri):
+            assert self._streams is not None
+            return self._streams.files(ref.uri, [file]) / file
+        path = Path(ref.uri) / file
+        if not path.is_file():
+            raise ArtifactError(
+                f"{path} is not on this machine; machines that share a merge must see its artifacts in the same place: OTA_ARTIFACTS, or "
+                "--artifacts, must be s3://… or a shared folder"
+            )
+        return path

@@ -1,0 +1,1 @@
+"""What stands beside tasks in Prefect: pools, deployed runs, runners, credentials, progress, artifacts, events, deploying."""

@@ -1,0 +1,1 @@
+"""The champion: aliases, history, verdict, publishing, and what a night remembers."""

@@ -1,0 +1,349 @@
+"""Where checkpoints come from and go to: ``s3://bucket/prefix``, a folder, or a Hugging Face id ``org/name@revision``."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
+from ota_core.errors import StorageError
+from tasks.storage import s3
+from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
+from tasks.storage.download import OBJECTS_AT_ONCE, PART_SIZE, Progress, Ticker, download
+from tasks.storage.layout import (
+    BESIDE,
+    MODEL_FILES,
+    NOT_MODEL_FILES,
+    folder_model_files,
+    manifest_sha256,
+    model_files,
+    parse_expert_json,
+    sha256_file,
+)
+from tasks.storage.s3 import S3Object, delete_prefix, exists, head, is_s3, join, list_objects, read_bytes, touch, write_bytes
+
+__all__ = [
+    "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "touch", "upload_folder",
+    "write_bytes",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def absolute(root: str) -> str:
+    """A root as it reads from any working directory: ``s3://…`` as it is, a folder by its whole path."""
+    return root if is_s3(root) else str(Path(root).expanduser().absolute())
+
+
+def read_note(uri: str) -> bytes | None:
+    """A small file here or in S3, None where there is none. Raises StorageError when the server refuses."""
+    if is_s3(uri):
+        return read_bytes(uri) if exists(uri) else None
+    return Path(uri).read_bytes() if Path(uri).is_file() else None
+
+
+def write_note(uri: str, text: str) -> None:
+    """Write, or replace, a small file here or in S3 in one step: a reader sees the old or the new one, whole."""
+    if is_s3(uri):
+        write_bytes(uri, text.encode())
+        return
+    Path(uri).parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(Path(uri), text)
+
+
+class Fetched(BaseModel):
+    """A checkpoint that lies in a local folder, and where it came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """As it was asked for."""
+    resolved: str
+    """The S3 address, the absolute folder, or ``org/name@commit``."""
+    path: Path
+    """The local folder. It belongs to the cache or to the user: read only."""
+    digest: str
+    """Identity of the content: over name, size and digest of the model's files. The same wherever the files lie.
+
+    ``xxh3:`` where the contents were hashed; ``sha256-listing:`` or ``etag-listing:`` of a streamed model (``tasks.storage.streaming.streams``)."""
+    files: dict[str, FileInfo]
+    """The model's files by their name relative to the folder."""
+    expert: dict[str, Any] | None = None
+    """Content of ``expert.json``, which is no part of the digest."""
+
+
+def fetch(
+    source: str,
+    *,
+    cache: Path,
+    require_expert_json: bool = False,
+    threads: int = 8,
+    part_size: int = PART_SIZE,
+    progress: Progress | None = None,
+) -> Fetched:
+    """Bring a checkpoint to this machine and identify it.
+
+    What is there already is not downloaded again; a break is resumed by the next call. Raises StorageError when the source does
+    not exist, cannot be reached, holds no model files, fails verification, or lacks ``expert.json`` where that is required.
+    """
+    cache = cache.absolute()
+    if is_s3(source):
+        return _fetch_s3(source, cache, require_expert_json, threads, part_size, progress)
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return _fetch_folder(source, folder, cache, require_expert_json)
+    hub_id = _HUB_ID.fullmatch(source)
+    if hub_id is None:
+        expected = "a checkpoint folder, s3://bucket/prefix, or a Hugging Face id org/name@revision"
+        raise StorageError(f"{source!r} does not exist; expected {expected}")
+    return _fetch_hub(source, hub_id["repo"], hub_id["revision"], cache, require_expert_json)
+
+
+def digest_folder(folder: Path, *, cache: Path) -> tuple[str, dict[str, FileInfo]]:
+    """(digest, files) of the model's files in a folder. Raises StorageError when there are none."""
+    names = folder_model_files(folder)
+    if not names:
+        raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin")
+    files = digest_files(folder, names, cache=cache)
+    return combined_digest(files), files
+
+
+def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: bool) -> Fetched:
+    if not folder.is_dir():
+        raise StorageError(f"{folder} is a file; name the checkpoint's folder")
+    folder = folder.resolve()
+    digest, files = digest_folder(folder, cache=cache)
+    expert = _local_expert(folder, str(folder), require_expert_json)
+    return Fetched(source=source, resolved=str(folder), path=folder, digest=digest, files=files, expert=expert)
+
+
+def _local_expert(folder: Path, where: str, required: bool) -> dict[str, Any] | None:
+    path = folder / EXPERT_JSON
+    if path.is_file():
+        return parse_expert_json(path.read_bytes(), str(path))
+    if required:
+        raise _no_expert_json(where)
+    return None
+
+
+def _no_expert_json(where: str) -> StorageError:
+    hint = f"upload it again, {EXPERT_JSON} last"
+    return StorageError(f"{where} holds no {EXPERT_JSON}: it is no expert, or its upload never finished; {hint}")
+
+
+class FoundModel(BaseModel):
+    """A checkpoint in S3 as it is listed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    objects: dict[str, S3Object]
+    """The model's files, ``expert.json`` and the model card, by their names below ``uri``."""
+    expert: dict[str, Any] | None
+    sha256: dict[str, str]
+    """By name, what ``expert.json`` says."""
+
+
+def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
+    """What makes the checkpoint below a prefix in S3. Raises StorageError where there is none, or ``expert.json`` lists what is not there."""
+    uri = source.rstrip("/")
+    found = {one.uri.removeprefix(uri + "/"): one for one in list_objects(uri)}
+    if not found:
+        raise _nothing_there(uri)
+    names = model_files(found)
+    if not names:
+        folders = sorted({name.split("/")[0] for name in found if "/" in name})[:8]
+        hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
+        raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
+    wanted, expert, sums = {name: found[name] for name in names}, None, {}
+    if CARD in found:
+        wanted[CARD] = found[CARD]
+    if EXPERT_JSON in found:
+        wanted[EXPERT_JSON] = found[EXPERT_JSON]
+        expert = parse_expert_json(read_bytes(found[EXPERT_JSON].uri, etag=found[EXPERT_JSON].etag), join(uri, EXPERT_JSON))
+        sums = manifest_sha256(expert, join(uri, EXPERT_JSON))
+        lost = ", ".join(sorted(name for name in sums if name not in found))
+        if lost:
+            raise StorageError(f"{source}: {EXPERT_JSON} lists {lost}, which the prefix does not hold; upload the folder again")
+    elif require_expert_json:
+        raise _no_expert_json(source)
+    return FoundModel(uri=uri, objects=wanted, expert=expert, sha256=sums)
+
+
+def _fetch_s3(
+    source: str, cache: Path, require_expert_json: bool, threads: int, part_size: int, progress: Progress | None
+) -> Fetched:
+    found = find_model(source, require_expert_json=require_expert_json)
+    expected = {found.objects[name].uri: value for name, value in found.sha256.items() if name in found.objects}
+    path, all_files = _bring(found.objects, expected, cache, threads, part_size, progress)
+    files = {name: info for name, info in all_files.items() if name not in BESIDE}
+    return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
+
+
+def _nothing_there(uri: str) -> StorageError:
+    bucket, key = s3.split_uri(uri)
+    where = f"endpoint {s3.client().meta.endpoint_url}, bucket {bucket!r}, prefix {key!r}"
+    return StorageError(
+        f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket", reason="missing"
+    )
+
+
+def _bring(
+    wanted: dict[str, S3Object], expected: dict[str, str], cache: Path, threads: int, part_size: int, progress: Progress | None
+) -> tuple[Path, dict[str, FileInfo]]:
+    """Download these objects and link them into a folder that is named after all its files, the manifest included."""
+    known = download(list(wanted.values()), cache=cache, sha256=expected, threads=threads, part_size=part_size, progress=progress)
+    files = {name: FileInfo(size=one.size, digest=known[one.uri].digest) for name, one in wanted.items()}
+    name = combined_digest(files).removeprefix("xxh3:")
+    return link_folder(cache, cache / "checkpoints" / name, files), files
+
+
+def find_objects(uri: str, names: Sequence[str] | None = None) -> dict[str, S3Object]:
+    """The objects of these names below a prefix (all of them by default). Raises StorageError when there is none, or one is missing."""
+    found = {one.uri.removeprefix(uri.rstrip("/") + "/"): one for one in list_objects(uri)}
+    if not found:
+        raise _nothing_there(uri)
+    if names is not None:
+        lost = ", ".join(sorted(set(names) - set(found)))
+        if lost:
+            raise StorageError(f"{uri} does not hold {lost}; make it again")
+        found = {name: found[name] for name in names}
+    return found
+
+
+def download_folder(
+    uri: str,
+    *,
+    cache: Path,
+    names: Sequence[str] | None = None,
+    threads: int = 8,
+    part_size: int = PART_SIZE,
+    progress: Progress | None = None,
+) -> tuple[Path, dict[str, FileInfo]]:
+    """The objects of these names below a prefix (all of them by default), whatever they are, as a folder of the cache.
+
+    Raises StorageError when there is none, or not every one that is named.
+    """
+    found = find_objects(uri, names)
+    return _bring(found, {}, cache.absolute(), threads, part_size, progress)
+
+
+def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, require_expert_json: bool) -> Fetched:
+    """A snapshot in the user's ordinary Hugging Face cache, which is shared with every other tool."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=15)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _hub_error(source, repo, revision, error) from error
+    except Exception as error:  # no answer at all; which class says so depends on the hub's HTTP library
+        try:
+            # The hub's library refuses a snapshot that lacks one of the files asked for.
+            ignored = [*NOT_MODEL_FILES, "pytorch_model*.bin*", "*/*"]
+            folder = Path(
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=[*MODEL_FILES, *BESIDE],
+                    ignore_patterns=ignored,
+                    local_files_only=True,
+                )
+            )
+        except LocalEntryNotFoundError:
+            raise _hub_error(source, repo, revision, error) from error
+        # A branch may have moved on since; who merges from a copy of unknown age has to know.
+        log.warning(
+            "%s: the hub does not answer (%s); the snapshot %s in the local cache is used", source, _said(error), folder.name
+        )
+    else:
+        wanted = [*model_files(sibling.rfilename for sibling in info.siblings or []), *BESIDE]
+        try:
+            folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
+        except Exception as error:  # the hub, its store of large files, the disk: each fails with classes of its own
+            raise _hub_error(source, repo, revision, error) from error
+    names = folder_model_files(folder)
+    if not names:
+        raise StorageError(f"{source!r}: the repository holds no model files (config.json, *.safetensors, *.bin)")
+    files = digest_files(folder, names, cache=cache)
+    return Fetched(
+        source=source, resolved=f"{repo}@{folder.name}", path=folder, digest=combined_digest(files), files=files,
+        expert=_local_expert(folder, source, require_expert_json),
+    )  # fmt: skip
+
+
+def _hub_error(source: str, repo: str, revision: str | None, error: Exception) -> StorageError:
+    return StorageError(
+        f"{source!r} is no folder here, and as a Hugging Face id ({repo}, revision {revision or 'main'}) "
+        f"it could not be downloaded: {_said(error)}. Check the spelling, the network and the token, "
+        "or name a local folder"
+    )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def upload_folder(
+    folder: Path,
+    uri: str,
+    *,
+    last: str | None = None,
+    files: Mapping[str, str] | None = None,
+    threads: int = 8,
+    part_size: int = PART_SIZE,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Upload every file of a folder below a prefix, ``last`` (a manifest or record) after all others. Returns the names sent.
+
+    ``files``: only these, by name their SHA-256 in hex, which then is not computed here. An object that is there already with the same size and SHA-256 is not sent again. Objects that the folder lacks stay.
+    Raises StorageError when ``last`` is not in the folder or the server refuses.
+    """
+    names = sorted(files or (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    if not names:
+        raise StorageError(f"{folder} holds no files to upload to {uri}")
+    if last is not None and last not in names:
+        raise StorageError(f"{folder} holds no {last}, which would be uploaded last to {uri}; write it first")
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    there = {one.uri: one for one in list_objects(uri)}
+    tick = Ticker(progress, sum(sizes.values()))
+
+    def send(name: str) -> bool:
+        target, digest = join(uri, name), files[name] if files else sha256_file(folder / name)
+        old = there.get(target)
+        if old and old.size == sizes[name]:
+            answer = s3.head(target)
+            if answer and answer.get("Metadata", {}).get("sha256") == digest:
+                tick(sizes[name])
+                return False
+        per_file = max(1, threads // OBJECTS_AT_ONCE)
+        s3.upload_file(folder / name, target, sha256=digest, part_size=part_size, threads=per_file, callback=tick)
+        return True
+
+    return _send_all(names, last, send)
+
+
+def copy_objects(pairs: Mapping[str, str], *, threads: int = 8) -> None:
+    """Copy objects, source → target, within the server. Raises StorageError."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(s3.copy_object, pairs.keys(), pairs.values()))
+
+
+def _send_all(names: Sequence[str], last: str | None, send: Any) -> list[str]:
+    ordinary = [name for name in names if name != last]
+    with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
+        try:
+            sent = [name for name, was_sent in zip(ordinary, pool.map(send, ordinary), strict=True) if was_sent]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if last is not None and send(last):
+        sent.append(last)
+    return sent

@@ -1,0 +1,1 @@
+"""MLflow: its store, runs, params, lineage and names."""
