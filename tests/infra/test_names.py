@@ -92,7 +92,7 @@ def commands() -> str:
 
 
 def test_pools_deployments_and_automations_are_made_by_the_command_for_the_workers_types() -> None:
-    """What the command does with a server: tests/flows/test_stack_deploy.py."""
+    """What the command does with a server: tests/flows/stack/test_stack_deploy.py."""
     assert compose("gpu")["deploy"]["command"] == ["ota", "stack", "deploy"]
     (job,) = manifest("Job", "ota-deploy")["spec"]["template"]["spec"]["containers"]
     assert job["args"] == ["ota", "stack", "deploy", "--type", "kubernetes"]

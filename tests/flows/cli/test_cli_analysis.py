@@ -1,0 +1,126 @@
+"""``ota analyse`` as a person types it, and the analysis as a task of a flow."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+from tasks.analysis import read_tables
+from tests.flows.merge_fixture import World
+from tests.ota_core.merge.test_output import llama_experts
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
+    raw = llama_experts(tmp_path) | {"base_model": "base", "models": [{"model": "expert0"}, {"model": "./expert1"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    return tmp_path / "recipe.yaml"
+
+
+def change(recipe: Path, **changes: Any) -> Path:
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | changes))
+    return recipe
+
+
+def test_analyse_writes_tables_and_says_what_it_found(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    result = invoke("analyse", recipe, out, "--compressions", "rank1", "--memory", "256MiB")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert sorted(path.name for path in out.iterdir()) == ["analysis.csv", "analysis.json", "analysis.parquet", "pictures.html"]
+    table = read_tables(out)
+    assert f"{out}: {len(table):,} numbers" in result.stdout
+    for text in ("Where FFG keeps most", "Pairs of experts", "edits: sign conflict", "Compressions", "rank1"):
+        assert text in result.stdout
+    assert set(json.loads((out / "analysis.json").read_text())) == {"settings", "left_out", "notes"}
+
+    again = invoke("analyse", recipe, out)
+    assert again.exit_code == 2 and "exists" in again.stderr
+    assert invoke("analyse", recipe, out, "--overwrite", "--compressions", "-").exit_code == 0
+    assert "compression" not in set(read_tables(out).analysis)
+
+
+def test_it_says_what_it_leaves_out(recipe: Path) -> None:
+    change(recipe, merge_method="linear", parameters={})
+    for expert in ("expert0", "expert1"):
+        (recipe.parent / expert / "exp_avg_sq.safetensors").unlink()
+    result = invoke("analyse", recipe, recipe.parent / "out", "--density", "0.2")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "left out: everything of the curvature of" in result.stdout and "note: the merge masks nothing" in result.stdout
+    table = read_tables(recipe.parent / "out")
+    assert set(table.variant) == {"", "magnitude"}
+    result = invoke("analyse", recipe, recipe.parent / "other", "--curvature", "require")
+    assert result.exit_code == 2 and "holds no second moments" in result.stderr
+    assert not (recipe.parent / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--density", "2"], "density: got 2.0"),
+        (["--compressions", "zip"], "compressions: got 'zip'"),
+        (["--curvature", "maybe"], "curvature: got 'maybe'"),
+        (["--memory", "1MiB"], "expected at least 64MiB"),
+    ],
+    ids=str,
+)
+def test_mistakes_end_with_a_message_and_no_folder(recipe: Path, arguments: list[str], message: str) -> None:
+    result = invoke("analyse", recipe, recipe.parent / "out", *arguments)
+    assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output
+    assert not (recipe.parent / "out").exists()
+
+
+def test_broken_inputs_and_their_own_folder_are_refused(recipe: Path) -> None:
+    result = invoke("analyse", recipe, recipe.parent / "expert0", "--overwrite")
+    assert result.exit_code == 2 and "is, or holds, an input" in result.stderr
+    (recipe.parent / "expert1" / "model.safetensors").write_bytes(b"no weights")
+    result = invoke("analyse", recipe, recipe.parent / "out")
+    assert result.exit_code == 2 and "expert1" in result.stderr and not (recipe.parent / "out").exists()
+    assert [path for path in recipe.parent.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_experts_in_s3_are_read_where_they_are(world: World, tmp_path: Path) -> None:
+    """Also of a merge that needs no second moments: those that lie beside the experts."""
+    for method in ("ota", "linear"):
+        path = tmp_path / f"{method}.yaml"
+        path.write_text(world.recipe(method).to_yaml())
+        result = invoke("analyse", path, tmp_path / method, "--home", tmp_path / "home", "--compressions", "rank1")
+        assert result.exit_code == 0, (result.output, result.exception)
+    pd.testing.assert_frame_equal(read_tables(tmp_path / "ota"), read_tables(tmp_path / "linear"))
+
+
+def test_the_task_is_cached_by_what_it_makes(world: World) -> None:
+    from prefect import flow
+
+    from flows.analysis import analyse
+    from flows.steps import missing
+    from tasks import stages
+    from tasks.analysis import analysis_options, analysis_step, read_analysis
+    from tasks.merging.inputs import fetch_all
+    from tasks.settings import places
+    from tests.flows.prefect_fixture import task_states
+
+    where = places(world.home / "analysis")
+
+    @flow
+    def run(power: float) -> Any:
+        recipe = world.recipe(density=0.4, power=power)
+        fetched = fetch_all(recipe, cache=where.cache, recipe_dir=None)
+        inputs = stages.inputs_of(recipe, fetched, where, None)
+        step = analysis_step(recipe, inputs, analysis_options(compressions="-"))
+        return missing(analyse, step, where)(step, where, recipe, inputs, "256MiB")
+
+    runs = [run(power, return_state=True) for power in (0.5, 0.25)]
+    refs = [one.result() for one in runs]
+    assert refs[0] == refs[1] and set(read_analysis(where, refs[0]).expert) == {"math", "knowledge"}
+    states = [task_states(one.state_details.flow_run_id) for one in runs]
+    assert states == [{"analyse ota": ["Completed"]}, {"analyse ota": ["Cached"]}]

@@ -1,0 +1,238 @@
+"""The files of a study: the same results give the same bytes; numbers read back in full; the page needs no network."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from tasks.experiments.study.report import render, to_markdown, write_results, write_study
+from tasks.experiments.study.scores import StudyResults
+from tasks.experiments.study.tables import all_tables
+from tests.tasks.experiments.study.study_results import Read, study
+
+GRID: list[dict[str, Any]] = [
+    {"merge_method": "linear"},
+    {
+        "merge_method": "ota",
+        "parameters": {"density": [0.2, 0.6], "metric": ["curvature", "magnitude"]},
+        "experts": ["all", "each"],
+    },
+    {"merge_method": "ota", "parameters": {"lambda": [1, 1.5], "density": 1}},
+    {"merge_method": "ota", "parameters": {"density": 0.2, "compression": ["rank1"]}},
+]
+
+
+def made(replicates: int = 3) -> StudyResults:
+    def of(label: str, i: int) -> dict[str, float | None]:
+        return {"math": len(label) % 7 / 10 + i / 50, "code": len(label) % 5 / 10}
+
+    return study(*GRID, of=of, replicates=replicates, cost=lambda label: {"bytes_per_param": 4.0, "sqrt_error": 0.5})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_same_results_give_the_same_bytes_and_leave_nothing_old(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    write_study(made(), first, command="ota study x.yaml")
+    (second / "figures").mkdir(parents=True)
+    (second / "figures" / "old.png").write_bytes(b"x")
+    write_study(made(), second, command="ota study x.yaml")
+    found = files(first)
+    assert found == files(second)
+    names = {Path(name).stem for name in found if name.startswith("figures/")}
+    assert names == {"methods", "density", "grafting", "compression", "lambda"}
+    assert {"study.html", "results.md", "tables/methods.csv", "tables/methods.parquet", "tables/scores.parquet"} <= set(found)
+    for name, content in found.items():
+        assert name.endswith(".png") == content.startswith(b"\x89PNG")
+
+
+def test_numbers_are_kept_in_full(tmp_path: Path) -> None:
+    results = made()
+    write_study(results, tmp_path, command="c")
+    scores = pd.read_parquet(tmp_path / "tables" / "scores.parquet")
+    assert set(scores["kind"]) == {"base", "expert", "merge"}
+    assert len(scores) == 2 * 3 * (1 + 2 + len(results.cells))
+    row = scores[(scores["model"] == "linear") & (scores["replicate"] == "seed=3") & (scores["capability"] == "math")].iloc[0]
+    assert row["score"] == len("linear") % 7 / 10 + 2 / 50 and row["stderr"] == 0.01 and row["documents"] == 100
+    cells = pd.read_csv(tmp_path / "tables" / "cells.csv")
+    assert set(cells[cells["model"].str.startswith("ota density=0.2 metric=magnitude on")]["experts"]) == {"math", "code"}
+
+
+def test_results_say_what_was_run_and_how(tmp_path: Path) -> None:
+    write_study(made(), tmp_path, command="ota study x.yaml")
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("# Results of the study byhand\n")
+    assert "each on 3 replicates (seed=1, seed=2, seed=3), of the experts math, code." in text
+    assert "`ota study x.yaml`" in text and "documents of each capability: math 100, code 100" in text
+    for figure in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / figure).is_file()
+    table = next(one for one in all_tables(made()) if one.key == "methods")
+    assert to_markdown(table) in text
+    base = next(line for line in text.splitlines() if line.startswith("| base |"))
+    assert base == "| base | 10.0 ± 0.0 | 30.0 ± 0.0 | 20.0 ± 0.0 |  |  |"
+
+
+def test_losses_are_a_table_and_a_figure_where_the_suite_has_them(tmp_path: Path) -> None:
+    known = {"base": (2.0, 3.0), "math": (1.0, 3.2), "code": (2.2, 2.0)}
+    rates = known | {"linear": (1.5, 2.75), "ties": (1.5, 2.7)}
+
+    def read(label: str, i: int) -> Read:
+        """Two texts a capability, of which the first takes a tenth more and the second a tenth less."""
+        spread = {"first": 1.1, "second": 0.9}
+        return {
+            name: {text: (-100 * rate * by * math.log(2), 100) for text, by in spread.items()}
+            for name, rate in zip(("math", "code"), rates[label], strict=True)
+        }
+
+    results = study(
+        {"merge_method": "linear"}, {"merge_method": "ties"}, of=lambda label, i: {"math": 0.5, "code": 0.5}, replicates=1, read=read
+    )  # fmt: skip
+    write_study(results, tmp_path, command="c")
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "| base | 2.000 ± 0.020 | 3.000 ± 0.020 | 2.500 ± 0.014 |  |  |" in lines
+    # code: 2.75 less 2.7, a tenth of it more or less; its half. Base, expert and merge differ by the same factor, which cancels.
+    assert "| linear | 1.500 ± 0.020 | 2.750 ± 0.020 | 2.125 ± 0.014 | +0.0250 ± 0.0025 | 37.5 ± 0.0 |" in lines
+    assert "| ties | 1.500 ± 0.020 | 2.700 ± 0.020 | 2.100 ± 0.014 |  | 40.0 ± 0.0 |" in lines
+    assert "to ties, which has the lowest of the merges" in next(line for line in lines if line.startswith("Bits per byte"))
+    assert "![Loss on held-out text](figures/losses.png)" in lines and (tmp_path / "figures" / "losses.png").is_file()
+    row = pd.read_parquet(tmp_path / "tables" / "scores.parquet").set_index(["model", "capability"]).loc[("linear", "code")]
+    assert row["loss"] == pytest.approx(2.75) and row["loss_stderr"] == 0.02
+    table = pd.read_csv(tmp_path / "tables" / "losses.csv").set_index("model")
+    assert table.loc["linear", "difference_se"] == pytest.approx(0.0025) and math.isnan(table.loc["ties", "difference"])
+    console = Console(width=80, record=True)
+    console.print(render(tmp_path, None)[0])
+    said = console.export_text()
+    assert "to the best" in said and re.search(r"linear +50.0 ± 0.7 +.* +2.125 ± 0.014 +\+0.0250 ± 0.0025", said)
+
+
+def test_one_merge_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    loss = {"base": {"math": 2.0}, "math": {"math": 1.0}, "code": {"math": 2.0}, "linear": {"math": 1.5}}
+    results = study(
+        {"merge_method": "linear"}, of=lambda *_: {"math": 0.5, "code": 0.5}, replicates=1, loss=lambda label, i: loss[label]
+    )
+    write_study(results, tmp_path, command="c")
+    assert "| linear | 1.500 ± 0.020 | 1.500 ± 0.020 | 50.0 |" in (tmp_path / "results.md").read_text().splitlines()
+    assert not (tmp_path / "figures" / "losses.png").exists()
+    console = Console(width=80, record=True)
+    console.print(render(tmp_path, None)[0])
+    assert "to the best" not in console.export_text()
+
+
+def test_one_loss_is_drawn_once(tmp_path: Path) -> None:
+    loss = {"base": 2.0, "math": 1.0, "code": 2.0, "linear": 1.5, "ties": 1.25}
+    results = study(
+        {"merge_method": "linear"}, {"merge_method": "ties"}, of=lambda *_: {"math": 0.5, "code": 0.5},
+        loss=lambda label, i: {"math": loss[label] + i / 8},
+    )  # fmt: skip
+    write_study(results, tmp_path, command="c")
+    text = (tmp_path / "results.md").read_text()
+    assert (
+        tmp_path / "figures" / "losses.png"
+    ).is_file() and "± one standard error of the difference, replicate by replicate" in text
+    assert "| linear | 1.562 ± 0.062 | 1.562 ± 0.062 | +0.2500 ± 0.0000 |" in text
+
+
+def test_failures_and_equal_cells_are_named(tmp_path: Path) -> None:
+    results = study(
+        {"merge_method": "linear"},
+        {"merge_method": "linear", "parameters": {"normalize": True}},
+        of=lambda *_: {"math": 0.1, "code": 0.1},
+    )
+    failed = StudyResults(**{**results.__dict__, "failed": ("ties (seed=2): no such tensor",)})
+    write_study(failed, tmp_path, command="c")
+    text = (tmp_path / "results.md").read_text()
+    assert "- Left out, because it failed: ties (seed=2): no such tensor" in text
+    assert "- linear is the same merge as linear normalize=true, and was run once." in text
+
+
+def test_the_page_holds_everything(tmp_path: Path) -> None:
+    write_study(made(), tmp_path, command="c")
+    page = (tmp_path / "study.html").read_text()
+    markup = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert "Content-Security-Policy" in page and not re.search(r"<(script|link|img)[^>]+(src|href)=", markup)
+    assert page.count('class="chart"') == 5
+
+
+def test_results_elsewhere_have_their_figures_beside_them(tmp_path: Path) -> None:
+    results = made()
+    tables = write_study(results, tmp_path / "study", command="c")
+    file = tmp_path / "docs" / "results.md"
+    file.parent.mkdir()
+    for _ in range(2):
+        write_results(tmp_path / "study", results, tables, file, command="c")
+    figures = re.findall(r"!\[.*\]\((.*)\)", file.read_text())
+    assert len(figures) == 5 and all(figure.startswith("results/") and (file.parent / figure).is_file() for figure in figures)
+
+
+def test_experts_with_a_density_of_their_own_and_lost_moments_end_in_files(tmp_path: Path) -> None:
+    """Densities that differ between the experts, and second moments that are no longer among the artifacts."""
+    models = [
+        {"model": "math{seed}", "capability": "math", "parameters": {"density": 0.3}},
+        {"model": "code{seed}", "capability": "code"},
+    ]
+    grid: list[dict[str, Any]] = [
+        {"merge_method": "ota", "parameters": {"density": [0.3, 0.2, 0.6], "metric": ["curvature", "magnitude"]}, "experts": ["all", "each"]},
+        {"merge_method": "ota", "parameters": {"density": 0.3, "compression": ["rank1", "log8"]}},
+        {"merge_method": "ties", "parameters": {"density": [0.1, 0.3, 0.9]}},
+    ]  # fmt: skip
+
+    def costs(known: str) -> Any:
+        return lambda label: {"bytes_per_param": 4.0, "sqrt_error": 0.5} if known in label else {}
+
+    flat = {"math": 0.5, "code": 0.25}
+    some = study(*grid, of=lambda *_: flat, models=models, cost=costs("rank1"))
+    write_study(some, tmp_path / "some", command="c")
+    text = (tmp_path / "some" / "results.md").read_text()
+    assert "| 0.3/0.1 |" in text and "| 0.3/0.9 |" in text
+    assert "Both are blank where the stored second moments are no longer among the artifacts." in text
+    assert "Left out, because second moments are no longer among the artifacts: full, log8." in text
+    assert {path.stem for path in (tmp_path / "some" / "figures").iterdir()} >= {"compression", "sweep-density", "grafting"}
+    cells = pd.read_parquet(tmp_path / "some" / "tables" / "cells.parquet").set_index("model")
+    assert set(cells.loc["ties density=0.9", "density"]) == {"0.3/0.9"} and set(cells.loc["ties density=0.3", "density"]) == {
+        "0.3"
+    }
+    none = study(*grid, of=lambda *_: flat, models=models)
+    write_study(none, tmp_path / "none", command="c")
+    text = (tmp_path / "none" / "results.md").read_text()
+    assert "Both are blank" in text and "figures/compression.png" not in text
+    assert not (tmp_path / "none" / "figures" / "compression.png").exists()
+
+
+def test_documents_are_counted_on_every_replicate(tmp_path: Path) -> None:
+    results = made()
+    last = results.base["seed=3"]
+    fewer = last.capabilities | {"code": last.capabilities["code"].model_copy(update={"n_samples": 98})}
+    base = results.base | {"seed=3": last.model_copy(update={"capabilities": fewer})}
+    write_study(replace(results, base=base), tmp_path, command="c")
+    said = "documents of each capability: math 100, code 100/100/98 (one number a replicate where they differ)."
+    assert said in (tmp_path / "results.md").read_text()
+
+
+def test_one_replicate_draws_the_same_pictures(tmp_path: Path) -> None:
+    results = made(replicates=1)
+    assert results.over == "documents"
+    write_study(results, tmp_path, command="c")
+    assert "± one standard error over documents" in (tmp_path / "results.md").read_text()
+
+
+def test_without_any_error_nothing_is_said_to_have_one(tmp_path: Path) -> None:
+    results = study({"merge_method": "linear"}, of=lambda *_: {"math": 0.25, "code": None}, replicates=1, stderr=None)
+    (table,) = write_study(results, tmp_path, command="c")
+    assert math.isnan(table.frame.iloc[-1]["math_se"])
+    assert "| linear | 25.0 | – | 25.0 |" in (tmp_path / "results.md").read_text()
+
+
+def test_the_command_prints_averages_and_where_everything_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+    write_study(made(), tmp_path, command="c")
+    for item in render(tmp_path, None):
+        Console(width=80, soft_wrap=True).print(item)
+    out = capsys.readouterr().out
+    assert re.search(r"ota density=0.2 +\d+\.\d ± \d\.\d", out) and "results.md" in out.replace("\n", "")

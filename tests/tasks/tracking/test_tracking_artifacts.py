@@ -1,0 +1,97 @@
+"""What becomes of files for a bucket that refuses them: one clear error from every function that logs, and a repeat that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from ota_core.errors import StorageError
+from ota_core.recipe.recipe import MergeRecipe
+from tasks.experiments.search import log as search_log
+from tasks.experiments.search.log import SearchRun
+from tasks.experiments.search.search import Trial, Tuned
+from tasks.experiments.study.log import log_study
+from tasks.registry.promotion import log_decision
+from tasks.tracking.merge import log_benchmark, log_merge
+from tasks.tracking.names import EXPERIMENT
+from tasks.tracking.run import LoggedRun
+from tasks.tracking.store import connect, resolve_store
+from tests.s3_fixture import S3Test
+from tests.tasks.experiments.leaderboard.leaderboard_fixture import coins, model_scores
+from tests.tasks.registry.registry_fixture import a_decision
+from tests.tasks.tracking.mlflow_server import a_merge
+
+RECIPE = MergeRecipe.model_validate({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]})
+TRIAL = Trial(number=0, origin="recipe", values={}, recipe=RECIPE, scores={8: {"math": 0.5}}, floors={}, complete=True)
+
+
+@pytest.fixture
+def root(s3_server: S3Test, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with a database whose runs keep their files in a bucket that is not there."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = connect(resolve_store(root=tmp_path))
+    client.create_experiment(EXPERIMENT, artifact_location=f"{s3_server.uri}-away/runs")
+    return tmp_path
+
+
+def merge(root: Path) -> None:
+    log_merge(a_merge(), root=root)
+
+
+def benchmark(root: Path) -> None:
+    log_benchmark("m", source="s3://m", digest="d", fingerprint="f", scores=model_scores(coins(1, math=0.5)), root=root)
+
+
+def study(root: Path) -> None:
+    folder = root / "study"
+    folder.mkdir(exist_ok=True)
+    (folder / "table.csv").write_text("a\n")
+    log_study("s", folder, config="{}", tags={}, metrics={}, merges={}, root=root)
+
+
+def search(root: Path) -> LoggedRun:
+    return search_log.begin(SearchRun(name="a search", search="key", params={}), root=root)
+
+
+def trial(root: Path) -> None:
+    search_log.log_trial(search(root), TRIAL, TRIAL, root=root)
+
+
+def winner(root: Path) -> None:
+    search_log.finish(search(root), Tuned(trials=(TRIAL,), evaluations=1.0), {"best.yaml": RECIPE.to_yaml()}, root=root)
+
+
+def decision(root: Path) -> None:
+    log_decision(search(root).run_id, a_decision(), root=root)
+
+
+@pytest.mark.parametrize(
+    ("log", "what", "safe"),
+    [
+        (benchmark, "scores.json", "The scores are kept as an artifact."),
+        (study, "the tables and figures", "Its tables and figures lie in "),
+        (trial, "the recipe of trial 0", "The search itself keeps every trial"),
+        (winner, "the files of the search", "The search itself keeps every trial"),
+        (decision, "gate.json, gate.md", "The champion is the old one or the new one"),
+        (merge, "MLflow's description of the model 'base'", "The weights lie at s3://"),
+    ],
+)
+def test_a_bucket_that_refuses_is_a_clear_error(
+    root: Path, s3_server: S3Test, log: Callable[[Path], Any], what: str, safe: str
+) -> None:
+    with pytest.raises(StorageError) as caught:
+        log(root)
+    message = str(caught.value)
+    assert message.startswith(f"{what} could not be stored at {s3_server.uri}-away/runs/")
+    assert "NoSuchBucket" in message and safe in message and message.endswith("then run the same again")
+    assert "\n" not in message
+
+    s3_server.client.create_bucket(Bucket=f"{s3_server.bucket}-away")
+    log(root)
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    assert "FAILED" not in {run.info.status for run in client.search_runs([experiment])}
