@@ -36,8 +36,8 @@ _client_lock = threading.Lock()
 # One request copies objects up to this size; larger ones are copied in ranges.
 _COPY_AT_ONCE, _COPY_RANGE = 5 * 10**9, 10**9
 
-
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)

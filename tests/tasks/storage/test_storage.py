@@ -131,9 +131,7 @@ def test_prefix_is_not_a_beginning_of_a_name(s3_server: S3Test, expert: Path, tm
 def test_threads_and_processes_at_once(s3_server: S3Test, expert: Path, tmp_path: Path) -> None:
     uri, cache = s3_server.uri + "/a", tmp_path / "cache"
     upload_folder(expert, uri, last="expert.json")
-    script = (
-        f"from pathlib import Path\nfrom tasks.storage import models as storage\nprint(storage.fetch({uri!r}, cache=Path({str(cache)!r})).digest)"
-    )
+    script = f"from pathlib import Path\nfrom tasks.storage import models as storage\nprint(storage.fetch({uri!r}, cache=Path({str(cache)!r})).digest)"
     others = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: fetch(uri, cache=cache), range(3)))
