@@ -74,7 +74,8 @@ class Threads(ThreadPoolExecutor):
     """A pool whose threads work with the credentials of who hands them the work."""
 
     def submit(self, fn: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_R]:
-        return super().submit(copy_context().run, fn, *args, **kwargs)
+        context = copy_context()
+        return super().submit(lambda: context.run(fn, *args, **kwargs))
 
 
 class S3Object(BaseModel):
