@@ -6,7 +6,7 @@ READY := .venv/.ready
 DEMO := $(CURDIR)/.ota
 
 # ARGS: options of the command behind the target, for example ARGS="--sizes 0.1 --runs 1" for bench, ARGS="--free-ports" for stack.
-.PHONY: demo study study-real stack stack-down bench test test-slow test-gpu check lines format clean
+.PHONY: demo study study-real stack stack-down bench docs test test-slow test-gpu check lines format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
@@ -31,6 +31,11 @@ stack-down: $(READY)
 
 bench: $(READY)
 	$(BIN)/ota bench --out $(DEMO)/bench $(ARGS)
+
+# The manual as a site in .ota/site, which needs no network: open .ota/site/index.html. Rewrites docs/commands.md from the command itself.
+docs: $(READY)
+	$(BIN)/python docs/site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

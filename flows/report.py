@@ -92,7 +92,7 @@ def merge_run(
     registered_model: str | None,
     data: str | None = None,
 ) -> MergeRun:
-    """Everything that MLflow is told of a merge (names: design.md). ``found``: what the
+    """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md). ``found``: what the
     artifacts ``scores`` hold; ``data``: where the suite's documents lie."""
     store = stages.store_of(where)
     record = store.read_record(merged)

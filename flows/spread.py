@@ -85,7 +85,7 @@ def _merged(merge: SpreadMerge, run: Run) -> ArtifactRef:
 
 
 def _facts(merge: SpreadMerge, shards: list[str], run: Run) -> ArtifactRef:
-    """Thresholds of whole experts: the shards' histograms add up, in two rounds (methods.md, section 3)."""
+    """Thresholds of whole experts: the shards' histograms add up, in two rounds (docs/methods.md section 3)."""
     known = parts.known_facts(merge)
     if known:
         return known

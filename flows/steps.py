@@ -86,10 +86,14 @@ def mask(
 
 
 @task(name="merge", task_run_name="merge {recipe.merge_method}", **CACHED)
-def merge(step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs, memory: str, device: str) -> ArtifactRef:
+def merge(
+    step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs, shard_size: int, memory: str, device: str
+) -> ArtifactRef:
     """Merge the experts into one model."""
     with ONE_AT_A_TIME, Progress() as progress:
-        return stages.merge(where, step, recipe, inputs, memory=memory, device=device, progress=progress)
+        return stages.merge(
+            where, step, recipe, inputs, shard_size=shard_size, memory=memory, device=device, progress=progress
+        )  # fmt: skip
 
 
 @task(name="benchmark", task_run_name="benchmark {subject.name}", **CACHED)
