@@ -107,7 +107,7 @@ def test_the_task_is_cached_by_what_it_makes(world: World) -> None:
     from tasks.analysis import analysis_options, analysis_step, read_analysis
     from tasks.merging.inputs import fetch_all
     from tasks.settings import places
-    from tests.flows.prefect_fixture import task_states
+    from tests.servers import task_states
 
     where = places(world.home / "analysis")
 

@@ -12,7 +12,7 @@ from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tasks.storage.watch import identity_of_source, is_intact
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 
 @pytest.fixture
