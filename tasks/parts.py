@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ArtifactRef, Kind, Record, folder_files
-from ota_core.compute.stream import Progress, parse_memory
+from ota_core.compute.stream import Progress, parse_memory, peak_memory_gib
 from ota_core.errors import ArtifactError
 from ota_core.merge import engine
 from ota_core.merge.shards import Job, Survey, finish, merge_shard, needs_survey, opened_bins, shard_files, survey, whole_facts
@@ -190,7 +190,7 @@ def _produce(merge: SpreadMerge, step: Step, build: Any) -> ArtifactRef:
 
 
 def _worker(job: Job) -> dict[str, Any]:
-    return {**engine.environment(engine.pick_device(job.device)), "pid": os.getpid(), "peak_memory_gib": engine.peak_memory_gib()}
+    return {**engine.environment(engine.pick_device(job.device)), "pid": os.getpid(), "peak_memory_gib": peak_memory_gib()}
 
 
 def present(part: Part) -> ArtifactRef | None:
