@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OtaRule:
-    """OTA with FFG: all options of methods.md sections 3 and 4."""
+    """OTA with FFG: all options of docs/methods.md sections 3 and 4."""
 
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
         """``whole``: what is known of whole experts already, for a part of a merge."""
