@@ -294,7 +294,7 @@ def test_mask_writes_the_masks_of_the_merge(recipe: Path, tmp_path: Path) -> Non
         kept = 0
         for tensor, start in base.items():
             scores = (v[tensor].double().sqrt() * (expert[tensor].double() - start.double()).abs()).reshape(-1)
-            mask = masks.read(tensor, 0, start.shape[0]).reshape(-1)
+            mask = torch.from_numpy(masks.read(tensor, 0, start.shape[0])).reshape(-1)
             kept += int(mask.sum())
             clear = (scores - found["threshold"]).abs() > 1e-5 * found["threshold"]
             assert torch.equal(mask[clear], (scores >= found["threshold"])[clear])

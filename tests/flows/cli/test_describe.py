@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from flows.cli.app import app
+from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.merge import engine
 from ota_core.moments.trainer import TrainerMoments
@@ -114,7 +115,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     original = SafetensorsFile.read_rows
 
-    def counting(self: SafetensorsFile, name: str, start: int, stop: int) -> torch.Tensor:
+    def counting(self: SafetensorsFile, name: str, start: int, stop: int) -> Rows:
         rows = original(self, name, start, stop)
         counts[self.path.name] += rows.nbytes
         return rows
