@@ -76,7 +76,7 @@ def spread_flow(merge: MergeJob, compress: list[CompressJob], where: Places, run
         get_run_logger().info("the merged model has %d weight files, each a part", len(files))
         facts = None
         if surveyed and not (facts := facts_job(merge).find(where)):
-            # Thresholds of whole experts: the shards' histograms add up, in two rounds (methods.md, section 3).
+            # Thresholds of whole experts: the shards' histograms add up, in two rounds (docs/methods.md section 3).
             first = run(survey_jobs(merge, files))
             opened = counted(merge, where, first)
             second = run(survey_jobs(merge, files, opened)) if opened else []

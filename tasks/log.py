@@ -21,8 +21,8 @@ from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of
-from tasks.benchmark import read_all
 from tasks.evaluation.comparison import comparison, experts_of, own_capability, rows_of
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores, negative_transfer, retention
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
@@ -106,7 +106,7 @@ def finish(
 
 
 def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
-    """Everything that MLflow is told of a merge (names: design.md)."""
+    """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md)."""
     recipe, inputs, where = done.plan.recipe, done.plan.inputs, done.where
     subjects, merged, scores, found = done.subjects, done.merged, done.scores, done.found
     refs = done.stages | {"merge": [merged]}
@@ -152,7 +152,7 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
                 capability=own_capability(subject, found[key]),
                 digest=subject.digest,
                 metrics=_scores(found[key]),
-            )  # type: ignore[arg-type]
+            )
             for key, subject in subjects.items()
             if key in found
         ],

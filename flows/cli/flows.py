@@ -1,12 +1,11 @@
 """The commands that run flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``, and what ``ota run`` does."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from flows.cli.common import DataDir, Device, Limit, MergeMemory, TrackingUri, show, user_errors
-from ota_core.errors import OtaError
 
 
 def nightly(
@@ -52,6 +51,7 @@ def study(
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.study.study import load_study
     from tasks.orchestration.prepare import prepare_prefect
+    from tasks.settings import as_device
 
     with user_errors():
         config, _ = load_study(file)
@@ -67,9 +67,9 @@ def study(
         if demo:
             from flows.lab.demo_study import demo_study
 
-            outcome = demo_study(file, config, device=device, memory=memory, write=write, command=command)
+            outcome = demo_study(file, config, device=as_device(device), memory=memory, write=write, command=command)
         else:
-            outcome = study_flow(file, device=device, memory=memory, write=write, command=command)
+            outcome = study_flow(file, device=as_device(device), memory=memory, write=write, command=command)
         for item in render(outcome.folder, write):
             show(item)
 
@@ -89,6 +89,7 @@ def benchmark(
     from tasks.evaluation.scores import NOT_MEASURED
     from tasks.evaluation.suites import load_suite
     from tasks.orchestration.prepare import prepare_prefect
+    from tasks.settings import as_device
 
     with user_errors():
         load_suite(suite)
@@ -96,7 +97,7 @@ def benchmark(
         prepare_prefect()
         from flows.benchmark import benchmark_flow
 
-        scores = benchmark_flow(model, suite, data_dir, limit, device, tracking_uri)
+        scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri)
         width = max(map(len, scores))
         for capability, score in scores.items():
             typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")
@@ -113,8 +114,7 @@ def run_recipe(
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.orchestration.prepare import prepare_prefect
-    from tasks.settings import Device as Devices
-    from tasks.settings import places
+    from tasks.settings import as_device, places
 
     # What needs no server is checked before one is started.
     if options.get("suite"):
@@ -129,9 +129,7 @@ def run_recipe(
 
     chosen = runner_of(runner, address=address, parts=parts)
     chosen.task_runner()  # says what is not installed
-    device = options.get("device", "auto")
-    if device not in get_args(Devices):
-        raise OtaError(f"device: got '{device}', expected {', '.join(get_args(Devices))}")
+    device = as_device(options.get("device", "auto"))
     if chosen.kind == "threads":
         pick_device(device)
     with server_for(chosen):

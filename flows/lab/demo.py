@@ -14,7 +14,7 @@ prepare_prefect()
 
 from prefect import flow  # noqa: E402 - after its settings
 from prefect.logging import get_run_logger  # noqa: E402
-from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
 
 from flows.merge import merge_flow  # noqa: E402
 from ota_core.artifact import ArtifactRef  # noqa: E402
@@ -40,6 +40,7 @@ from tasks.pages.outcome import MergeOutcome, comparison_table  # noqa: E402
 from tasks.settings import Places, places  # noqa: E402
 from tasks.storage.cache import link_name  # noqa: E402
 
+SIDE_BY_SIDE: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1)
 RECIPES = Path(__file__).resolve().parents[2] / "deployments" / "recipes"
 MERGES = {
     "OTA + FFG": "demo-ota.yaml",
@@ -60,7 +61,7 @@ def train_and_upload(where: Places, settings: DemoSettings, seed: int) -> tuple[
     return data, models
 
 
-@flow(name="demo", flow_run_name="demo", task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1), persist_result=False)
+@flow(name="demo", flow_run_name="demo", task_runner=SIDE_BY_SIDE, persist_result=False)
 def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
     """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
     data, models = train_and_upload(where, settings or DemoSettings(), seed)
@@ -80,7 +81,7 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
 @flow(
     name="demo experts",
     flow_run_name="demo experts",
-    task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1),
+    task_runner=SIDE_BY_SIDE,
     persist_result=False,
 )
 def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> list[str]:

@@ -5,13 +5,14 @@ What was fetched, converted, cut and trained is kept in the home folder and made
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tasks.orchestration.prepare import prepare_prefect
 
 prepare_prefect()
 
 from prefect import flow  # noqa: E402 - after its settings
-from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
 
 from tasks.artifacts.store import store_of  # noqa: E402
 from tasks.local.real.base import HubSettings  # noqa: E402
@@ -34,12 +35,13 @@ from tasks.storage.cache import link_name  # noqa: E402
 
 AT_ONCE = 2
 """Trainings side by side, each on one thread and with about 4 GB of memory."""
+SIDE_BY_SIDE: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=min(os.cpu_count() or 1, AT_ONCE))
 
 
 @flow(
     name="real experts",
     flow_run_name="real experts",
-    task_runner=ThreadPoolTaskRunner(max_workers=min(os.cpu_count() or 1, AT_ONCE)),
+    task_runner=SIDE_BY_SIDE,
     persist_result=False,
 )
 def real_experts_flow(

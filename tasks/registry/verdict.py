@@ -11,8 +11,8 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.benchmark import read_scores
 from tasks.evaluation.gate import GateDecision, best, decide
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
@@ -20,9 +20,10 @@ from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import with_decision
 from tasks.registry import promotion
 from tasks.registry.nightly import NightlyConfig
-from tasks.registry.promotion import CHAMPION, Version
+from tasks.registry.promotion import Version
 from tasks.registry.publish import Latest, publish, publish_champion, read_latest
 from tasks.settings import Places
+from tasks.tracking.registered import CHAMPION
 
 Score = Callable[[Subject], ModelScores]
 BY = "nightly"

@@ -19,7 +19,8 @@ from flows.cli.app import app
 from flows.search import SearchOutcome, search_flow
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
-from tasks.benchmark import SCORES_FILE, Benchmark, ScoreJob
+from tasks.benchmark import Benchmark, ScoreJob
+from tasks.evaluation.kept import SCORES_FILE
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.merge import Trials

@@ -91,7 +91,9 @@ def test_a_stage_whose_worker_died_is_sent_again_as_another_run(world: World, wh
     assert len({str(one["parameters"]) for one in sent}) == 1
 
 
-def test_several_jobs_travel_in_one_run_and_one_that_fails_fails_alone(world: World, where: Places, pool: Callable[..., Sent]) -> None:
+def test_several_jobs_travel_in_one_run_and_one_that_fails_fails_alone(
+    world: World, where: Places, pool: Callable[..., Sent]
+) -> None:
     fine, sent = score_job(world), pool(done_there, done_there)
     lost = score_job(world, name="lost", digest="xxh3:0", location=None)
     other = score_job(world, name="other", digest="xxh3:1", location=f"{world.uri}/models/nowhere")
