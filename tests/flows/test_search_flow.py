@@ -228,7 +228,7 @@ def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, wor
     assert sent.trials == alone.trials
     merges = {name for name in worker_here if name.startswith("merge ota rho=")}
     assert len(merges) == 4, "each trial can be told from the others"
-    assert "benchmark trial 3" in worker_here and "benchmark base" in worker_here
+    assert "benchmark trial 3" in worker_here and "benchmark base, math, knowledge" in worker_here
     merged = here.home / "artifacts" / "merged"
     assert not merged.exists() or not list(merged.iterdir())
 
