@@ -36,8 +36,8 @@ _client_lock = threading.Lock()
 # One request copies objects up to this size; larger ones are copied in ranges.
 _COPY_AT_ONCE, _COPY_RANGE = 5 * 10**9, 10**9
 
-
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Threads(ThreadPoolExecutor):
     """A pool whose threads work with the credentials of who hands them the work."""
 
     def submit(self, fn: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_R]:
-        return super().submit(copy_context().run, fn, *args, **kwargs)
+        context = copy_context()
+        return super().submit(lambda: context.run(fn, *args, **kwargs))
 
 
 class S3Object(BaseModel):

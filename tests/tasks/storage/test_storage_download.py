@@ -73,7 +73,7 @@ def test_killed_download_is_resumed(s3_server: S3Test, gets: Requests, tmp_path:
     content = os.urandom(8 * PART)
     one = put(s3_server.uri + "/big.bin", content)
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom tasks.storage import download as storage_download, s3\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tasks.storage import s3\nfrom tasks.storage import download as storage_download\n"
         "calls = []\nreal = s3.read_range\n"
         "def read_range(*arguments):\n"
         "    calls.append(1)\n"
