@@ -1,10 +1,12 @@
 """A real S3 server for tests: one process per test session, a fresh bucket per test, the environment pointing at it."""
 
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -29,6 +31,53 @@ class S3Test:
     def client(self) -> Any:
         """boto3's client, to set up what the code under test finds."""
         return s3.client()
+
+
+class Request(NamedTuple):
+    """One request to S3."""
+
+    operation: str
+    key: str
+    range: str
+    condition: str
+    """``If-Match``."""
+
+
+class Requests(list[Request]):
+    """Requests that left this process; ``before`` is told how many there were, and may raise to break one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Callable[[int], None] = lambda count: None
+
+    def bytes(self, name: str = "") -> int:
+        """Bytes asked for of objects whose key ends so."""
+        ranges = [one.range.removeprefix("bytes=").split("-") for one in self if one.key.endswith(name) and one.range]
+        return sum(int(last) - int(first) + 1 for first, last in ranges)
+
+
+@contextmanager
+def requests(*operations: str) -> Iterator[Requests]:
+    """Everything that is asked of S3 meanwhile, or these operations alone."""
+    seen, lock = Requests(), threading.Lock()
+
+    def note(model: Any, params: dict[str, Any], **_: Any) -> None:
+        if operations and model.name not in operations:
+            return
+        headers = params["headers"]
+        with lock:
+            seen.append(Request(model.name, params["url_path"].strip("/"), headers.get("Range", ""), headers.get("If-Match", "")))
+            count = len(seen)
+        seen.before(count)
+
+    clients = [s3.client(), s3.client(patient=True)]
+    for client in clients:
+        client.meta.events.register("before-call.s3", note)
+    try:
+        yield seen
+    finally:
+        for client in clients:
+            client.meta.events.unregister("before-call.s3", note)
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +107,10 @@ def s3_server(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         for item in page.get("Contents", []):
             client.delete_object(Bucket=bucket, Key=item["Key"])
     client.delete_bucket(Bucket=bucket)
+
+
+@pytest.fixture
+def gets(s3_server: S3Test) -> Iterator[Requests]:
+    """What is read of objects."""
+    with requests("GetObject") as seen:
+        yield seen
