@@ -92,7 +92,7 @@ def merge_run(
     registered_model: str | None,
     data: str | None = None,
 ) -> MergeRun:
-    """Everything that MLflow is told of a merge (names: design.md). ``found``: what the
+    """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md). ``found``: what the
     artifacts ``scores`` hold; ``data``: where the suite's documents lie."""
     store = stages.store_of(where)
     record = store.read_record(merged)
@@ -136,7 +136,7 @@ def merge_run(
                 capability=own_capability(subject, found[key]),
                 digest=subject.digest,
                 metrics=_scores(found[key]),
-            )  # type: ignore[arg-type]
+            )
             for key, subject in subjects.items()
             if key in found
         ],

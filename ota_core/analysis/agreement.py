@@ -1,4 +1,4 @@
-"""How far compressed second moments lead to the same saliency as the full ones (methods.md section 2): rank correlation and mask overlap."""
+"""How far compressed second moments lead to the same saliency as the full ones (docs/methods.md section 2): rank correlation and mask overlap."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Where masks keep elements: density by layer × role, sparsity of rows and columns; FFG beside magnitude (methods.md section 6).
+"""Where masks keep elements: density by layer × role, sparsity of rows and columns; FFG beside magnitude (docs/methods.md section 6).
 
 Rows and columns are those of the stored matrix: for a Linear layer a row is an output and a column an input, for an embedding a row is a
 token. GPT-2 stores its projections the other way round. Vectors have neither. Of a stack of matrices each counts by itself.

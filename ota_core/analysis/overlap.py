@@ -1,4 +1,4 @@
-"""How alike the curvature of two experts is, by layer × role: cosine of √v, rank correlation, overlap of their largest v (methods.md section 6)."""
+"""How alike the curvature of two experts is, by layer × role: cosine of √v, rank correlation, overlap of their largest v (docs/methods.md section 6)."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

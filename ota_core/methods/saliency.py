@@ -1,4 +1,4 @@
-"""Saliency of an expert's edits, and the exact threshold that keeps a given share of them (methods.md section 3).
+"""Saliency of an expert's edits, and the exact threshold that keeps a given share of them (docs/methods.md section 3).
 
 Fast Fisher Grafting (arXiv 2509.11167, section 5) ranks edits by v̂·Δ². √v̂·|Δ| has the same order and does not underflow
 float32. Non-negative floats order as their bit patterns, so the k-th largest score is found with histograms of the patterns: ``locate``.
@@ -38,7 +38,7 @@ def kept_count(density: float, total: int) -> int:
 
 
 def keep(scores: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The mask of methods.md section 3: score ≥ τ and score > 0. bool, the scores' shape."""
+    """The mask of docs/methods.md section 3: score ≥ τ and score > 0. bool, the scores' shape."""
     return (scores >= threshold) & (scores > 0)
 
 

@@ -70,7 +70,7 @@ class MergePlan:
         return [job for job in self.jobs if job.name == job.canonical and job.name in names]
 
     def curved(self, expert: ExpertView) -> list[TensorJob]:
-        """The tensors that carry curvature in an expert, here or elsewhere, each parameter once: what N of methods.md section 3 counts."""
+        """The tensors that carry curvature in an expert, here or elsewhere, each parameter once: what N of docs/methods.md section 3 counts."""
         return [job for job in self.jobs if not job.copy and job.name == job.canonical and expert.has_curvature(job.name)]
 
     def blocks(self, jobs: Sequence[TensorJob], multiple: int = 1) -> list[Block]:

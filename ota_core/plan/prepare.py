@@ -227,7 +227,7 @@ def ffg_group(plan: MergePlan, experts: Sequence[ExpertView]) -> Group:
 
 
 def thresholds(plan: MergePlan, experts: Sequence[ExpertView], whole: WholeFacts | None = None) -> dict[int, dict[str, float]]:
-    """τ of every tensor that FFG masks in each of these experts, exactly (methods.md section 3).
+    """τ of every tensor that FFG masks in each of these experts, exactly (docs/methods.md section 3).
 
     With scope ``per_tensor``, of the tensors that are worked on here. ``whole`` gives τ of experts that are ranked as a whole.
     """

@@ -1,4 +1,4 @@
-"""Vocabularies that differ: embedding rows are matched by token, never by row number (methods.md, mistake 7).
+"""Vocabularies that differ: embedding rows are matched by token, never by row number (docs/methods.md section 4).
 
 The rows of θ and of v go through the same map, so that curvature stays with its token.
 """

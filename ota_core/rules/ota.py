@@ -19,7 +19,7 @@ from ota_core.rules.rows import base_rows, expert_rows, merge_in_parts, rounded
 
 
 class OtaRule:
-    """OTA with FFG: all options of methods.md sections 3 and 4."""
+    """OTA with FFG: all options of docs/methods.md sections 3 and 4."""
 
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
         """``whole``: what is known of whole experts already, for a part of a merge."""

@@ -121,7 +121,7 @@ def best_experts(experts: Mapping[str, tuple[str, Scores]]) -> dict[str, float]:
 
 
 def retention(merged: Scores, experts: Mapping[str, tuple[str, Scores]]) -> dict[str, float]:
-    """Capability to merged / expert on the expert's own capability (methods.md, section 7).
+    """Capability to merged / expert on the expert's own capability (docs/methods.md section 7).
 
     Capabilities where it is not defined are absent: the expert scores 0, or either side was not measured.
     """

@@ -33,7 +33,7 @@ CHOSEN = (
 
 
 def all_tables(results: StudyResults) -> list[StudyTable]:
-    """Every table that the grid has cells for, in the order of methods.md, section 7."""
+    """Every table that the grid has cells for, in the order of docs/methods.md section 7."""
     builders: list[Callable[[StudyResults], list[StudyTable]]] = [
         methods_table, losses_table, ffg_table, density_table, grafting_table, compression_table, combination_table, sweep_tables, subsets_table,
         tuning_table,

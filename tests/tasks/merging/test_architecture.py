@@ -96,7 +96,7 @@ def test_every_v_equals_the_live_optimizers_bit_for_bit(trained, kind):
 
 @pytest.mark.parametrize("kind", ["untied", "qwen2", "gpt2"])
 def test_the_models_plain_order_would_give_wrong_values_under_fitting_shapes(trained, kind):
-    """Mistake 8 of methods.md: numbers taken as the places in named_parameters()."""
+    """A mistake seen elsewhere: numbers taken as the places in named_parameters()."""
     folder, live = trained(kind)
     by_number = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     naive = {name: by_number[i]["exp_avg_sq"] for i, name in enumerate(parameter_layout(folder).shapes)}
