@@ -50,7 +50,7 @@ test-gpu: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy ota_core
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

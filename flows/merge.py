@@ -147,7 +147,7 @@ def merge_flow(
                 job = MergeJob(step=step, label=label, recipe=recipe, sources=sources, shard_size=file_size, memory=memory)
                 merged: ArtifactRef = missing(send, step, where)(step, where, job, device, gpu)
             else:
-                merged = missing(merge, step, where)(step, where, recipe, ready, memory, here)
+                merged = missing(merge, step, where)(step, where, recipe, ready, file_size, memory, here)
         else:
             spread = spread_flow.with_options(task_runner=task_runner)(
                 SpreadMerge(

@@ -76,6 +76,7 @@ def on_pool(job: Work, where: Places, device: str, deployment: str) -> ArtifactR
         poll_interval=POLL_SECONDS,
     )
     state = ended.state
+    assert state is not None  # it was waited for
     if state.is_crashed():
         get_run_logger().warning("%s: the worker is gone (%s); the stage is sent again", job.name, state.message)
         raise WorkerLost(

@@ -136,7 +136,7 @@ def merge_run(
                 capability=own_capability(subject, found[key]),
                 digest=subject.digest,
                 metrics=_scores(found[key]),
-            )  # type: ignore[arg-type]
+            )
             for key, subject in subjects.items()
             if key in found
         ],

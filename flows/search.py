@@ -129,12 +129,11 @@ def search_flow(
     tracking: dict[str, Any] = {"tracking_uri": tracking_uri, "root": where.tracking}
     with ExitStack() as stack:
         stack.enter_context(tried)
-        models = stack.enter_context(
-            models_of(
-                config, recipe, inputs, fetched, moments, where, folder=searches / f"{tried.name}.model", tests=tests, data=data,
-                device=device, memory=memory, gpu=gpu,
-            )
+        models = models_of(
+            config, recipe, inputs, fetched, moments, where, folder=searches / f"{tried.name}.model", tests=tests, data=data,
+            device=device, memory=memory, gpu=gpu,
         )  # fmt: skip
+        stack.enter_context(models)
         logged = search_log.begin(_search_run(config, recipe, inputs, tried, tests), **tracking)
         stack.push(_failed(logged, tracking))
         known = search_log.logged_trials(logged, **tracking)

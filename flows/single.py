@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from ota_core.analysis.agreement import Agreement, agreement
 from ota_core.compute.stream import Progress, Stream, parse_memory
@@ -21,7 +21,7 @@ from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.evaluation.suites import load_suite
 from tasks.merging.architecture import parameter_layout
-from tasks.settings import Device, Places, places
+from tasks.settings import Places, as_device, places
 from tasks.storage import models as storage
 from tasks.storage.streaming.streams import Streams
 
@@ -162,9 +162,7 @@ def run_recipe(
 
     chosen = runner_of(runner, address=address, parts=parts)
     chosen.task_runner()  # says what is not installed
-    device = options.get("device", "auto")
-    if device not in get_args(Device):
-        raise OtaError(f"device: got '{device}', expected {', '.join(get_args(Device))}")
+    device = as_device(options.get("device", "auto"))
     if chosen.kind == "threads":
         engine.pick_device(device)
     with server_for(chosen):

@@ -141,7 +141,8 @@ def _by_workers(todo: list[Part], runner: Runner) -> list[ArtifactRef]:
         get_run_logger().info("%d parts sent to %s; they wait until a worker takes them", len(sent), names)
     # The same key gives the run that was created above; asked for a second time, it is waited for.
     ended = [_deployed(part, runner, as_subflow=False, poll_interval=POLL_SECONDS) for part in todo]
-    raise_all([complaint(part.name, run.state) for part, run in zip(todo, ended, strict=True) if not run.state.is_completed()])
+    states: list[Any] = [run.state for run in ended]
+    raise_all([complaint(part.name, state) for part, state in zip(todo, states, strict=True) if not state.is_completed()])
     found = [parts.present(part) for part in todo]
     raise_all([str(parts.missing_after(part)) for part, ref in zip(todo, found, strict=True) if ref is None])
     return [ref for ref in found if ref is not None]

@@ -11,7 +11,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.context import TaskRunContext
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.pools import TRIES_AFTER_A_LOST_WORKER, on_pool, worker_lost
 from ota_core.artifact import ArtifactRef
@@ -55,7 +55,7 @@ CACHED: dict[str, Any] = {
 }
 
 
-def several_at_once() -> ThreadPoolTaskRunner[Any]:
+def several_at_once() -> TaskRunner[Any]:
     """The task runner of the flows: tasks that wait, for downloads or for other machines, do so side by side."""
     return ThreadPoolTaskRunner(max_workers=4)
 
@@ -86,10 +86,14 @@ def mask(
 
 
 @task(name="merge", task_run_name="merge {recipe.merge_method}", **CACHED)
-def merge(step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs, memory: str, device: str) -> ArtifactRef:
+def merge(
+    step: Step, where: Places, recipe: MergeRecipe, inputs: MergeInputs, shard_size: int, memory: str, device: str
+) -> ArtifactRef:
     """Merge the experts into one model."""
     with ONE_AT_A_TIME, Progress() as progress:
-        return stages.merge(where, step, recipe, inputs, memory=memory, device=device, progress=progress)
+        return stages.merge(
+            where, step, recipe, inputs, shard_size=shard_size, memory=memory, device=device, progress=progress
+        )  # fmt: skip
 
 
 @task(name="benchmark", task_run_name="benchmark {subject.name}", **CACHED)

@@ -18,10 +18,11 @@ from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
 from tasks.registry import promotion
 from tasks.registry.nightly import NightlyConfig
-from tasks.registry.promotion import CHAMPION, Version
+from tasks.registry.promotion import Version
 from tasks.registry.publish import Latest, publish, publish_champion, read_latest
 from tasks.settings import Places
 from tasks.stages import Subject, read_scores
+from tasks.tracking.registered import CHAMPION
 
 Score = Callable[[Subject], ModelScores]
 BY = "nightly"

@@ -273,11 +273,9 @@ def demo(
 
 @app.command()
 def bench(
-    sizes: Annotated[str, typer.Option(help="Billions of parameters.")] = "0.1,0.45,1.8",
-    experts: Annotated[str, typer.Option(help="Numbers of experts.")] = "2,3,5",
-    runs: Annotated[int, typer.Option(help="Runs of every case at 0.45 B with 3 experts, or what comes first instead.")] = 5,
-    runs_elsewhere: Annotated[int, typer.Option(help="Runs at the other sizes.")] = 1,
-    grid: Annotated[bool, typer.Option("--grid", help="Every size with every number of experts, not only two lines.")] = False,
+    sizes: Annotated[str, typer.Option(help="Billions of parameters.")] = "0.45",
+    experts: Annotated[str, typer.Option(help="Numbers of experts.")] = "3",
+    runs: Annotated[int, typer.Option(help="Runs of every case.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for models, bench.json and bench.png.")] = Path(".ota/bench"),
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models for another run.")] = False,
     device: Device = "cpu",
@@ -290,8 +288,7 @@ def bench(
 
     with user_errors():
         options = Options(
-            sizes=_numbers("sizes", sizes, float), experts=_numbers("experts", experts, int), runs=runs, runs_elsewhere=runs_elsewhere,
-            grid=grid, out=out.absolute(), keep=keep, device=device, stages=tuple(stages.split(",")) if stages else None, flow=flow,
+            sizes=_numbers("sizes", sizes, float), experts=_numbers("experts", experts, int), runs=runs, out=out.absolute(), keep=keep, device=device, stages=tuple(stages.split(",")) if stages else None, flow=flow,
             mergekit=mergekit,
         )  # fmt: skip
         with progress_bars() as progress:

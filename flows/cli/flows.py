@@ -51,6 +51,7 @@ def study(
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.study.study import load_study
+    from tasks.settings import as_device
 
     with user_errors():
         config, _ = load_study(file)
@@ -66,9 +67,9 @@ def study(
         if demo:
             from flows.lab.demo_study import demo_study
 
-            outcome = demo_study(file, config, device=device, memory=memory, write=write, command=command)
+            outcome = demo_study(file, config, device=as_device(device), memory=memory, write=write, command=command)
         else:
-            outcome = study_flow(file, device=device, memory=memory, write=write, command=command)
+            outcome = study_flow(file, device=as_device(device), memory=memory, write=write, command=command)
         for item in render(outcome.folder, write):
             show(item)
 
@@ -88,6 +89,7 @@ def benchmark(
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.scores import NOT_MEASURED
     from tasks.evaluation.suites import load_suite
+    from tasks.settings import as_device
 
     with user_errors():
         load_suite(suite)
@@ -95,7 +97,7 @@ def benchmark(
         prepare_prefect()
         from flows.benchmark import benchmark_flow
 
-        scores = benchmark_flow(model, suite, data_dir, limit, device, tracking_uri)
+        scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri)
         width = max(map(len, scores))
         for capability, score in scores.items():
             typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")

@@ -110,11 +110,11 @@ def search(
         prepare_prefect()
         from flows.search import search_flow
         from tasks.experiments.search.result import render, verdict
-        from tasks.settings import places
+        from tasks.settings import as_device, places
         from tasks.tracking.merge import open_hint
 
         outcome = search_flow(
-            config, out=out, device=device, memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
+            config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
         )  # fmt: skip
         show(render(outcome.tuned))
         if outcome.test is not None:

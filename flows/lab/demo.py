@@ -14,7 +14,7 @@ prepare_prefect()
 
 from prefect import flow, task  # noqa: E402 - after its settings
 from prefect.logging import get_run_logger  # noqa: E402
-from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
 
 from flows.merge import MergeOutcome, merge_flow  # noqa: E402
 from ota_core.artifact import ArtifactRef, fingerprint  # noqa: E402
@@ -43,6 +43,7 @@ BUCKET = "ota-demo"
 # Difficulty of the tasks and settings of the training were chosen on seed 0; what is shown comes from another one.
 SEED = 1
 MODEL = "model"
+SIDE_BY_SIDE: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1)
 
 
 def base_uri(seed: int) -> str:
@@ -121,7 +122,7 @@ def train_and_upload(where: Places, settings: DemoSettings, seed: int) -> tuple[
     return data, models
 
 
-@flow(name="demo", flow_run_name="demo", task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1), persist_result=False)
+@flow(name="demo", flow_run_name="demo", task_runner=SIDE_BY_SIDE, persist_result=False)
 def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
     """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
     data, models = train_and_upload(where, settings or DemoSettings(), seed)
@@ -141,7 +142,7 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
 @flow(
     name="demo experts",
     flow_run_name="demo experts",
-    task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1),
+    task_runner=SIDE_BY_SIDE,
     persist_result=False,
 )
 def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> list[str]:

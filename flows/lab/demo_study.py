@@ -28,4 +28,5 @@ def demo_study(file: str, config: StudyConfig, *, home: Path | None = None, **op
     with running_server(where.home / "demo" / "s3", buckets=(BUCKET,)):
         for seed in seeds:
             experts_flow(where, seed)
-        return study_flow(file, home=home, **options)
+        outcome: StudyOutcome = study_flow(file, home=home, **options)
+        return outcome

@@ -5,14 +5,14 @@ What was fetched, converted, cut and trained is kept in the home folder and made
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flows.single import prepare_prefect
 
 prepare_prefect()
 
 from prefect import flow, task  # noqa: E402 - after its settings
-from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
 from pydantic import BaseModel, ConfigDict  # noqa: E402
 
 from ota_core.artifact import ArtifactRef, fingerprint  # noqa: E402
@@ -31,6 +31,7 @@ from tasks.storage.models import fetch  # noqa: E402
 SEED = 1
 AT_ONCE = 2
 """Trainings side by side, each on one thread and with about 4 GB of memory."""
+SIDE_BY_SIDE: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=min(os.cpu_count() or 1, AT_ONCE))
 MODEL = "model"
 CORPORA = "corpora"
 DATA = "data"
@@ -128,7 +129,7 @@ def train(
 @flow(
     name="real experts",
     flow_run_name="real experts",
-    task_runner=ThreadPoolTaskRunner(max_workers=min(os.cpu_count() or 1, AT_ONCE)),
+    task_runner=SIDE_BY_SIDE,
     persist_result=False,
 )
 def real_experts_flow(

@@ -39,7 +39,7 @@ class Lanes:
             with self._lock:
                 gpu = self._gpus[self._given % len(self._gpus)]
                 self._given += 1
-            stream = self._local.stream = torch.cuda.Stream(device=gpu)  # type: ignore[no-untyped-call]
+            stream = self._local.stream = torch.cuda.Stream(device=gpu)
         with torch.cuda.stream(stream):
             yield
             stream.synchronize()

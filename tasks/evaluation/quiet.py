@@ -68,13 +68,13 @@ def quiet(progress: Progress | None) -> Iterator[Callable[[str], None]]:
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
-            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.disable_progress_bar()
             datasets.disable_progress_bars()
             yield lambda name: current.__setitem__(0, name)
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
             if weight_bars:
-                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+                transformers_logging.enable_progress_bar()
             if not data_bars:
                 datasets.enable_progress_bars()

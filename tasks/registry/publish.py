@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import RECORD, Record
 from ota_core.errors import StorageError
 from tasks.artifacts.store import record_at
-from tasks.registry.promotion import CHAMPION, PromotionError, current
+from tasks.registry.promotion import PromotionError, current
 from tasks.storage import models as storage
 from tasks.storage.cache import locked, temporary_sibling
 from tasks.storage.s3 import expected_checksums
 from tasks.tracking.names import REGISTERED_MODEL
+from tasks.tracking.registered import CHAMPION
 from tasks.tracking.run import REPORT
 
 LATEST = "latest.json"

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -332,13 +331,13 @@ def upload_folder(
 
 def copy_objects(pairs: Mapping[str, str], *, threads: int = 8) -> None:
     """Copy objects, source → target, within the server. Raises StorageError."""
-    with ThreadPoolExecutor(threads) as pool:
+    with s3.Threads(threads) as pool:
         list(pool.map(s3.copy_object, pairs.keys(), pairs.values()))
 
 
 def _send_all(names: Sequence[str], last: str | None, send: Any) -> list[str]:
     ordinary = [name for name in names if name != last]
-    with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
+    with s3.Threads(OBJECTS_AT_ONCE) as pool:
         try:
             sent = [name for name, was_sent in zip(ordinary, pool.map(send, ordinary), strict=True) if was_sent]
         except BaseException:

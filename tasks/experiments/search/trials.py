@@ -112,7 +112,7 @@ def ask(
     study.sampler = optuna.samplers.TPESampler(seed=state, n_startup_trials=RANDOM_TRIALS, constant_liar=False)
     if fixed is not None:
         study.enqueue_trial(dict(fixed))
-    ranges = {
+    ranges: dict[str, optuna.distributions.BaseDistribution] = {
         one.name: optuna.distributions.FloatDistribution(one.within.low, one.within.high, log=one.within.log)
         for one in dimensions
     }

@@ -115,15 +115,15 @@ def _cell(one: StudyTable, name: str, row: "pd.Series[object]") -> str:
         blank = row.get("kind") in {"base", "expert"} or name not in one.percent or name == DIFFERENCE
         return "" if blank else NOT_MEASURED
     if name == BELOW:
-        return f"{value:g}" if float(value).is_integer() else f"{value:.1f}"  # type: ignore[arg-type]
+        return f"{value:g}" if float(value).is_integer() else f"{value:.1f}"
     if name not in {*one.percent, *one.bits}:
         return f"{value:.3g}"
     error = row.get(f"{name}{ERROR}")
     sign = "+" if name == DIFFERENCE else ""
     # Losses of the same documents differ by less than either is sure of: one digit more.
     scale, digits = (1, 4 if sign else 3) if name in one.bits else (100, 1)
-    text = f"{scale * float(value):{sign}.{digits}f}"  # type: ignore[arg-type]
-    return text if error is None or math.isnan(error) else f"{text} ± {scale * float(error):.{digits}f}"  # type: ignore[arg-type]
+    text = f"{scale * float(value):{sign}.{digits}f}"
+    return text if error is None or math.isnan(error) else f"{text} ± {scale * float(error):.{digits}f}"
 
 
 def _is_number(one: StudyTable, header: str) -> bool:

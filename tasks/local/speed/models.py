@@ -159,7 +159,8 @@ def _write(models: Models, seed: int) -> float:
     weights = [TensorSpec(name, shape, torch.bfloat16) for name, shape in tensors.items()]
     moments = [TensorSpec(name, shape, torch.float32) for name, shape in tensors.items()]
     pool = _Pool(seed)
-    scores = _Sample(models.shape.parameters)
+    scores: list[torch.Tensor] = []  # v·Δ² of every 997th element of each block
+    step = slice(None, None, 997)
     with ExitStack() as stack:
         base = _Checkpoint(models.base, models.shape, weights, stack)
         experts = [_Checkpoint(models.expert(m), models.shape, weights, stack) for m in range(models.experts)]
@@ -176,29 +177,9 @@ def _write(models: Models, seed: int) -> float:
                     expert.write(block, moved)
                     file.write_rows(name, start, v)
                     if m == 0:
-                        scores.add(stored, moved, v)
-    return scores.quantile(0.6)
-
-
-class _Sample:
-    """v·Δ² of every 997th element of each block."""
-
-    STEP = 997
-
-    def __init__(self, parameters: int) -> None:
-        # At once: small arrays kept between large ones would fragment the heap.
-        self._values = np.empty(2 * parameters // self.STEP + 4096)
-        self._count = 0
-
-    def add(self, base: torch.Tensor, expert: torch.Tensor, v: torch.Tensor) -> None:
-        step = slice(None, None, self.STEP)
-        difference = expert.view(-1)[step].double() - base.view(-1)[step].double()
-        scores = (v.view(-1)[step].double() * difference**2).numpy()
-        self._values[self._count : self._count + len(scores)] = scores
-        self._count += len(scores)
-
-    def quantile(self, share: float) -> float:
-        return float(np.quantile(self._values[: self._count], share))
+                        difference = moved.view(-1)[step].double() - stored.view(-1)[step].double()
+                        scores.append(v.view(-1)[step].double() * difference**2)
+    return float(np.quantile(torch.cat(scores).numpy(), 0.6))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A browser shows a chart at 100 %: letters have 12 px and more. Panels are narrow
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from tasks.pages.plots import FACE, INK, OWN
 
@@ -19,9 +19,9 @@ __all__ = [
 CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 # Beside the colour, for points: a second way to tell them apart.
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
-SEQUENTIAL = "viridis"
+SEQUENTIAL: Final = "viridis"
 """Vega's scheme for amounts: even in lightness, readable with every form of colour blindness and in grey."""
-DIVERGING = "blueorange"
+DIVERGING: Final = "blueorange"
 """Vega's scheme for amounts on both sides of a middle; red and green do not meet in it."""
 
 VARIANT_NAMES = {"curvature": "FFG", "magnitude": "magnitude"}

@@ -9,7 +9,6 @@ import platform
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from ota_core.artifact import RECORD, Kind, Record
 from ota_core.errors import StorageError
 from tasks.artifacts.processes import is_alive
 from tasks.storage import models as storage
+from tasks.storage import s3
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 READS_AT_ONCE = 16
@@ -93,7 +93,7 @@ def is_temporary_of_live_process(name: str) -> bool:
 def list_root(root: str) -> list[Stored]:
     """Every output and leftover below a root: a folder or ``s3://…``. Raises StorageError when it cannot be read."""
     found = _remote(root) if storage.is_s3(root) else _local(Path(root).expanduser().absolute())
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+    with s3.Threads(READS_AT_ONCE) as pool:
         return list(pool.map(_with_record, found))
 
 

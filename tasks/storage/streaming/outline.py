@@ -102,7 +102,7 @@ def _known(folder: Path) -> Outline | None:
 def _make(objects: Mapping[str, s3.S3Object], folder: Path) -> Outline:
     temporary = temporary_sibling(folder)
     try:
-        with ThreadPoolExecutor(_RANGES_AT_ONCE) as ranges, ThreadPoolExecutor(_FILES_AT_ONCE) as files:
+        with s3.Threads(_RANGES_AT_ONCE) as ranges, s3.Threads(_FILES_AT_ONCE) as files:
             filled = files.map(lambda name: _fill(objects[name], name, temporary / "files" / name, ranges), objects)
             made = Outline(files=dict(zip(objects, filled, strict=True)))
         write_text_atomic(temporary / MANIFEST, json.dumps(made.model_dump(mode="json"), indent=1))

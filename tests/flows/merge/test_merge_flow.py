@@ -94,6 +94,14 @@ def test_the_staged_flow_writes_the_bytes_of_the_fused_merge(world: World, tmp_p
         assert ours.results["densities"] == theirs.results["densities"]
 
 
+def test_the_size_of_weight_files_is_part_of_the_merge_also_where_one_file_holds_it(world: World, tmp_path: Path) -> None:
+    here = world.at(tmp_path / "home")
+    merges = [here.run(ota(world), suite=None, **size).outcome.merged for size in ({}, {"shard_size": "4GB"})]
+    assert merges[0].fingerprint != merges[1].fingerprint
+    first, second = (Path(merge.uri) / "model.safetensors" for merge in merges)
+    assert first.read_bytes() == second.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def done(world: World) -> World:
     """A home where one recipe's run is complete. Its tests leave it complete."""

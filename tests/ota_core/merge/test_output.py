@@ -178,7 +178,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 SLOW_MERGE = """
 import sys, time
 from pathlib import Path
-from ota_core import engine
+from ota_core.merge import engine
 from ota_core.recipe.recipe import load_recipe
 from ota_core.files.writer import SafetensorsWriter
 write = SafetensorsWriter.write_rows

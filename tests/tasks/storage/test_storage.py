@@ -131,9 +131,7 @@ def test_prefix_is_not_a_beginning_of_a_name(s3_server: S3Test, expert: Path, tm
 def test_threads_and_processes_at_once(s3_server: S3Test, expert: Path, tmp_path: Path) -> None:
     uri, cache = s3_server.uri + "/a", tmp_path / "cache"
     upload_folder(expert, uri, last="expert.json")
-    script = (
-        f"from pathlib import Path\nfrom tasks import storage\nprint(storage.fetch({uri!r}, cache=Path({str(cache)!r})).digest)"
-    )
+    script = f"from pathlib import Path\nfrom tasks.storage import models as storage\nprint(storage.fetch({uri!r}, cache=Path({str(cache)!r})).digest)"
     others = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: fetch(uri, cache=cache), range(3)))
@@ -231,7 +229,7 @@ def test_hugging_face_id(tmp_path: Path) -> None:
 
     def run(source: str) -> subprocess.CompletedProcess[str]:
         script = (
-            "import sys\nfrom pathlib import Path\nfrom ota_core.errors import StorageError\nfrom tasks import storage\n"
+            "import sys\nfrom pathlib import Path\nfrom ota_core.errors import StorageError\nfrom tasks.storage import models as storage\n"
             f"try: print(storage.fetch({source!r}, cache=Path({str(tmp_path / 'cache')!r})).model_dump_json())\n"
             "except StorageError as error: print('ERROR', error)"
         )

@@ -99,7 +99,7 @@ def test_killed_download_is_resumed(s3_server: S3Test, requests: Requests, tmp_p
     content = os.urandom(8 * PART)
     one = put(s3_server.uri + "/big.bin", content)
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom tasks import s3, storage_download\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tasks.storage import s3\nfrom tasks.storage import download as storage_download\n"
         "calls = []\nreal = s3.read_range\n"
         "def read_range(*arguments):\n"
         "    calls.append(1)\n"
