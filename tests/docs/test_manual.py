@@ -74,7 +74,9 @@ def test_command_lines_parse(one: Page) -> None:
 
 @each_page
 def test_make_targets_and_deployments_exist(one: Page) -> None:
-    targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text()
+    assert all((ROOT / path).exists() for path in re.findall(r"\b(?:docs|deployments|tests)/[\w./-]+", makefile))
+    targets = set(re.findall(r"^([\w-]+):(?!=)", makefile, re.MULTILINE))
     lines = [*one.commands(), *one.code_spans()]
     assert {name for line in lines for name in re.findall(r"^make ([\w-]+)", line)} <= targets
     deployed = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
