@@ -1,6 +1,6 @@
-"""What the site is made of besides the pages in this folder: the command reference, and README, CONTRIBUTING, CHANGELOG and infra/README.
+"""What the site is made of besides the pages in docs/: the command reference, and README, CONTRIBUTING, CHANGELOG and infra/README.
 
-``python docs/manual.py`` writes docs/commands.md from the command itself; MkDocs loads this file as a hook (mkdocs.yml).
+``python docs/site/manual.py`` writes docs/commands.md from the command itself; MkDocs loads this file as a hook (mkdocs.yml).
 """
 
 import posixpath
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BESIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
