@@ -56,10 +56,6 @@ class Page:
             for line in re.sub(r" *\\\n *", " ", code).splitlines() if not language else ():
                 yield re.sub(r"(^| )# .*", "", line).strip()
 
-    def section(self, title: str) -> str:
-        """The text below a heading of the second level, up to the next."""
-        return self.prose.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
-
     def rows(self) -> list[list[str]]:
         """The cells of every row of every table but the lines below the headers."""
         lines = [line for line in self.prose.splitlines() if line.startswith("|") and set(line) - set("|-: ")]
