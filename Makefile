@@ -6,7 +6,7 @@ READY := .venv/.ready
 DEMO := $(CURDIR)/.ota
 
 # ARGS: options of the command behind the target, for example ARGS="--sizes 0.1 --runs 1" for bench, ARGS="--free-ports" for stack.
-.PHONY: demo study study-real stack stack-down bench docs test test-slow test-gpu check format clean
+.PHONY: demo study study-real stack stack-down bench docs test test-slow test-gpu check lines format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
@@ -51,6 +51,11 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# How large this is: lines of the product and of its tests.
+lines:
+	@for part in ota_core tasks flows "ota_core tasks flows" tests; do \
+	  printf '%6d  %s\n' "$$(find $$part -name '*.py' -exec cat {} + | wc -l)" "$$part"; done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-from prefect.logging.handlers import APILogHandler
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -120,16 +120,9 @@ def server_for(runner: Runner) -> Iterator[None]:
     if PREFECT_API_URL.value() or runner.kind == "threads":
         yield
     elif runner.processes_here:
-        from prefect.server.api.server import SubprocessASGIServer
-
-        server = SubprocessASGIServer()
-        server.start()
-        try:
-            with temporary_settings({PREFECT_API_URL: server.api_url}):
-                yield
-        finally:
-            APILogHandler().flush()  # what is not sent yet would fail, loudly, on a server that is gone
-            server.stop()
+        # Prefect's temporary server of this process, the same for all of its runs; it stops it when the process ends.
+        with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url)}):
+            yield
     else:
         where = f"the machines at {runner.address}" if runner.address else "Prefect workers"
         raise OtaError(f"runner: {where} report to a Prefect server; set PREFECT_API_URL to one that they reach")

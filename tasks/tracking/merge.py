@@ -37,8 +37,8 @@ from tasks.tracking.store import (
     mlflow_names,
     open_hint,
     resolve_store,
-    show_columns,
 )
+from tasks.tracking.view import show_columns
 from tasks.tracking.write import NOTE, PARENT, TAG_ROLE, find_or_create, in_progress, log_values
 
 if TYPE_CHECKING:
