@@ -28,6 +28,7 @@ from flows.cli.common import (
     Overwrite,
     Recipe,
     TrackingUri,
+    load_numba,
     progress_bars,
     recipe_inputs,
     show,
@@ -70,6 +71,7 @@ def merge(
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
         file_size = parse_size(shard_size, "shard size", "1KB")
+        load_numba()
         with (
             progress_bars() as progress,
             recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
@@ -128,6 +130,7 @@ def compress(
     from ota_core.moments.compression import compression_label
 
     with user_errors(), progress_bars() as progress:
+        load_numba()
         done = compress_source(
             source,
             out,
@@ -178,6 +181,7 @@ def mask(
     with user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
+        load_numba()
         with (
             progress_bars() as progress,
             recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
