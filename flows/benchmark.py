@@ -3,7 +3,8 @@
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from tasks.benchmark import Benchmark, read_scores
+from tasks.benchmark import Benchmark
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import to_markdown_of_one
 from tasks.evaluation.subject import fetched_subject
 from tasks.job import fetch, score_all

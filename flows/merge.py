@@ -21,7 +21,7 @@ from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.analyse import analyse_job, analysis_options
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import merged_subject, subjects_of
-from tasks.job import fetch_models, run_jobs, score_all, second_moments
+from tasks.job import fetch_models, run_here, run_jobs, score_all, second_moments
 from tasks.log import Merged, finish
 from tasks.merge import merge_job, output_files
 from tasks.merging.labels import merge_label, merge_name
@@ -141,7 +141,7 @@ def analysed(plan: Planned, where: Places) -> tuple[ArtifactRef | None, str]:
     own = plan.recipe.setting("compression") if plan.recipe.merge_method in NEEDS_MOMENTS else None
     try:
         options = analysis_options(compressions="-" if own in {None, "none"} else own)
-        (found,) = run_jobs([analyse_job(plan, options)], where, Here())
+        found = run_here(analyse_job(plan, options), where)
     except OtaError as error:
         get_run_logger().warning("the report goes without an analysis of the experts: %s", error)
         return None, str(error)

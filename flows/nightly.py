@@ -14,7 +14,8 @@ from prefect.states import Completed, Failed
 
 from flows.merge import merge_flow
 from ota_core.errors import OtaError, RecipeError, raise_all
-from tasks.benchmark import Benchmark, read_all
+from tasks.benchmark import Benchmark
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
 from tasks.experts import find as experts

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import ArtifactRef
 from tasks.artifacts.step import Stage
 from tasks.compress import CompressJob, compress_jobs
-from tasks.job import Job, run_jobs
+from tasks.job import Job, run_here, run_jobs
 from tasks.mask import mask_jobs
 from tasks.merge import MergeJob, assemble_job, counted, discard, facts_job, merge_job, shard_jobs, shards_of, survey_jobs
 from tasks.merging.sources import Planned
@@ -76,13 +76,13 @@ def spread_flow(merge: MergeJob, compress: list[CompressJob], where: Places, run
         get_run_logger().info("the merged model has %d weight files, each a part", len(files))
         facts = None
         if surveyed and not (facts := facts_job(merge).find(where)):
-            # Thresholds of whole experts: the shards' histograms add up, in two rounds (methods.md, section 3).
+            # Thresholds of whole experts: the shards' histograms add up, in two rounds (docs/methods.md section 3).
             first = run(survey_jobs(merge, files))
             opened = counted(merge, where, first)
             second = run(survey_jobs(merge, files, opened)) if opened else []
-            (facts,) = run_jobs([facts_job(merge, first, second)], where, Here())
+            facts = run_here(facts_job(merge, first, second), where)
         found = dict(zip(files, run(shard_jobs(merge, files, facts)), strict=True))
-        (merged,) = run_jobs([assemble_job(merge, found)], where, Here())
+        merged = run_here(assemble_job(merge, found), where)
         discard(merge, where, files)
         return SpreadResult(merged=merged, compressed=compressed)
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.merge import merge_flow
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.benchmark import read_all
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.study.cells import Cell
 from tasks.experiments.study.found import Models

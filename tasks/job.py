@@ -64,6 +64,13 @@ def run_jobs(jobs: Sequence[Stage], where: Places, executor: Executor) -> list[A
     )  # fmt: skip
 
 
+def run_here(job: Stage, where: Places) -> ArtifactRef:
+    """The same of one job in the flow's own process, also where its task runner has others."""
+    done = job.find(where) is not None
+    ref: ArtifactRef = run_job.with_options(refresh_cache=not done)(job, where, Here())
+    return ref
+
+
 def results(futures: Iterable[PrefectFuture[T]]) -> list[T]:
     """What the tasks return, once all have ended. The users' errors of all of them are raised together."""
     found, errors = [], []

@@ -120,10 +120,12 @@ class Pool:
         for _, options in runs if several else []:
             run_deployed(self.deployment, **options, as_subflow=True, timeout=0)
         # The same key gives the run that was created above; asked for a second time, it is waited for.
-        return [
-            (group, run_deployed(self.deployment, **options, as_subflow=not several, poll_interval=POLL_SECONDS).state)
-            for group, options in runs
-        ]
+        ended: list[tuple[list[Stage], State]] = []
+        for group, options in runs:
+            run = run_deployed(self.deployment, **options, as_subflow=not several, poll_interval=POLL_SECONDS)
+            assert run.state is not None  # it was waited for
+            ended.append((group, run.state))
+        return ended
 
     def _options(self, jobs: Sequence[Stage], where: Places) -> dict[str, Any]:
         sent = [job.abroad().model_dump(mode="json", by_alias=True) for job in jobs]
