@@ -10,16 +10,13 @@ from flows.steps import fetch, several_at_once
 from tasks import stages
 from tasks.evaluation.scores import ModelScores, to_markdown_of_one
 from tasks.evaluation.suites import load_suite
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import cancel_children
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Device, Places, places
 from tasks.stages import Subject
 from tasks.storage.watch import identity_of_source, is_intact
 from tasks.tracking.merge import LoggedRun, log_benchmark
-
-hide_tracebacks_of_user_errors()
 
 
 @task(name="log", task_run_name="log {name}", retries=2, retry_delay_seconds=10)
@@ -33,6 +30,7 @@ def log_scores(
     )  # fmt: skip
 
 
+@for_users
 @flow(
     name="benchmark", flow_run_name="benchmark {model}", task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -57,7 +55,6 @@ def benchmark_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         gpu: Deployment that benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
     """
-    use_blocks()
     where, gpu = places(), gpu or gpu_deployment()
     stages.check_suite(load_suite(suite), stages.bring_data(data_dir, where), limit)
     identity = identity_of_source(model)

@@ -28,15 +28,12 @@ from tasks.evaluation.suites import digest_data, load_suite
 from tasks.experts import check as expert_check
 from tasks.experts import find as experts
 from tasks.experts.find import ExpertFound, ExpertProblem
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import cancel_children
-from tasks.orchestration.run_log import Progress, hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import Progress, for_users
 from tasks.orchestration.shown import show_markdown, show_mlflow, show_scores
 from tasks.registry.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember
 from tasks.settings import Places, places
 from tasks.stages import read_scores
-
-hide_tracebacks_of_user_errors()
 
 
 @task(name="look", task_run_name="look at {config.experts}", cache_policy=NO_CACHE, persist_result=False)
@@ -63,6 +60,7 @@ def _run_name() -> str:
     return f"nightly {datetime.now(UTC):%Y-%m-%d %H:%M}"
 
 
+@for_users
 @flow(
     name="nightly", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -74,7 +72,6 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         config: The configuration, or where its YAML lies (s3://… or a file); OTA_NIGHTLY or deployments/nightly.yaml by default.
         force: Merge and judge again, also when nothing has changed since the last night.
     """
-    use_blocks()
     if not isinstance(config, NightlyConfig):
         config = load_nightly(find_config(config))
     where, log = places(), get_run_logger()

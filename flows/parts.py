@@ -5,17 +5,14 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from ota_core.errors import OtaError
-from tasks.orchestration.credentials import use_blocks
-from tasks.orchestration.run_log import Progress, hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import Progress, for_users
 from tasks.parts import Part, run_part
 
-hide_tracebacks_of_user_errors()
 
-
+@for_users
 @flow(name="part", flow_run_name="{part.name}", persist_result=False)
 def part(part: Part) -> State:
     """Compress, survey or merge what the part says; its output goes to the artifacts' root, the message of an error to the parent."""
-    use_blocks()
     try:
         with Progress() as progress:
             ref = run_part(part, progress)

@@ -19,12 +19,10 @@ from ota_core.artifact import ArtifactRef
 from ota_core.errors import OtaError
 from tasks import stages
 from tasks.jobs import Job, MergeJob, ScoreJob, missing_after
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import POLL_SECONDS, complaint, run_deployed
-from tasks.orchestration.run_log import Progress, hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import Progress, for_users
 from tasks.settings import Places
 
-hide_tracebacks_of_user_errors()
 # A stage whose worker died is sent again; a machine that dies at every try is no accident.
 TRIES_AFTER_A_LOST_WORKER = 3
 Work = MergeJob | ScoreJob
@@ -39,12 +37,12 @@ def gpu_deployment(environment: Mapping[str, str] = os.environ) -> str | None:
     return environment.get("OTA_GPU_DEPLOYMENT") or None
 
 
+@for_users
 @flow(name="stage", flow_run_name="{job.name}", persist_result=False)
 def stage(job: Job, where: Places, device: str = "auto") -> State:
     """Merge or benchmark on the machine that takes this run. The output goes to the artifacts' root, an error's message to the parent."""
     from ota_core.merge.engine import pick_device
 
-    use_blocks()
     try:
         with Progress() as progress:
             ref = job.run(where.here(), pick_device(device), progress)

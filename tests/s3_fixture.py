@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tasks.local.s3_server import S3Server, environment, start_server
+from tasks.local.s3_server import S3Server, start_server
+from tasks.settings import environment
 from tasks.storage import s3
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
