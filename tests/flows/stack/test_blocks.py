@@ -17,7 +17,7 @@ from tasks.orchestration.credentials import VARIABLE, block_credentials
 from tasks.orchestration.run_log import for_users
 from tasks.storage import s3
 from tasks.tracking.store import clear_errors, connect, resolve_store
-from tests.s3_fixture import CREDENTIALS
+from tests.servers import CREDENTIALS
 
 ROOT = Path(__file__).parents[3]
 NAMES = (
