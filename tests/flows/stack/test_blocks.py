@@ -12,9 +12,13 @@ from prefect import flow
 from prefect_aws import AwsCredentials
 
 from ota_core.errors import OtaError, StorageError
+from tasks.fetch import FetchJob
+from tasks.job import run_job
 from tasks.local.s3_server import S3Server
 from tasks.orchestration.credentials import VARIABLE, block_credentials
+from tasks.orchestration.executors import Here
 from tasks.orchestration.run_log import for_users
+from tasks.settings import Places, places
 from tasks.storage import s3
 from tasks.tracking.store import clear_errors, connect, resolve_store
 from tests.servers import CREDENTIALS
@@ -189,6 +193,16 @@ def test_blocks_that_say_too_little_or_too_much(fields: dict[str, Any], message:
     with pytest.raises(OtaError, match=message) as caught:
         handed()
     assert "block-" not in str(caught.value)
+
+
+def test_a_job_in_another_process_asks_for_the_block_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Probe(Here):
+        def run(self, job: Any, where: Places) -> Any:
+            return handed_here()
+
+    saved("elsewhere", monkeypatch, **KEYS)
+    there: Any = run_job.fn(FetchJob(source="s3://b/m", identity="1"), places(tmp_path), Probe())
+    assert there == {"AWS_ACCESS_KEY_ID": "block-key", "AWS_SECRET_ACCESS_KEY": "block-secret"} and ours() == {}
 
 
 def test_without_prefect_aws_the_message_says_what_to_install() -> None:
