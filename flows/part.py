@@ -22,14 +22,13 @@ from tasks.merge import MergeJob, assemble_job, counted, discard, facts_job, mer
 from tasks.merging.sources import Planned
 from tasks.orchestration.deployed import pool_of
 from tasks.orchestration.executors import Executor, Here, Pool, do_jobs
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import Runner
 from tasks.settings import Places
 from tasks.storage.cache import locked
 
-hide_tracebacks_of_user_errors()
 
-
+@for_users
 @flow(name="part", persist_result=False)
 def part(jobs: list[Job], where: Places, device: str = "auto") -> State:
     """Do what the parts say; their outputs go to the artifacts' root, errors' messages to the parent."""
@@ -59,6 +58,7 @@ def merge_in_parts(
     return spread.merged, {"compress": spread.compressed} if spread.compressed else {}
 
 
+@for_users
 @flow(name="spread", flow_run_name="spread {merge.recipe.merge_method}", persist_result=False)
 def spread_flow(merge: MergeJob, compress: list[CompressJob], where: Places, runner: Runner, device: str) -> SpreadResult:
     """A merge in parts, its second moments compressed before."""

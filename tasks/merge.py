@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ota_core.artifact import ArtifactRef, Kind, Record, folder_files
-from ota_core.compute.stream import Progress
+from ota_core.compute.stream import Progress, peak_memory_gib
 from ota_core.errors import ArtifactError
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.merge import engine, shards
@@ -268,7 +268,7 @@ def _step(merge: MergeJob, kind: Kind, what: str, shard: str = "") -> Step:
 
 
 def _worker(device: str) -> dict[str, Any]:
-    return {**engine.environment(device), "pid": os.getpid(), "peak_memory_gib": engine.peak_memory_gib()}
+    return {**engine.environment(device), "pid": os.getpid(), "peak_memory_gib": peak_memory_gib()}
 
 
 def _sum(where: Places, surveys: Sequence[ArtifactRef]) -> shards.Survey:

@@ -19,7 +19,6 @@ ONLY_IN = {
     "mlflow": ("tasks/tracking/", "tasks/registry/", "tasks/experiments/search/log.py", "tasks/experiments/study/log.py"),
     "lm_eval": ("tasks/evaluation/",),
     "prefect.client.orchestration": ("tasks/orchestration/",),  # and not as prefect.get_client
-    "prefect.server": ("tasks/orchestration/", "tasks/local/stack/"),
 }
 # Prefect's tasks: the stages in tasks/*.py, and rooms with steps of their own.
 TASK_ROOMS = ("tasks/registry/", "tasks/experiments/", "tasks/local/")

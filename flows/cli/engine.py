@@ -6,9 +6,8 @@ import time
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ota_core.analysis.agreement import Agreement, agreement
 from ota_core.compute.stream import Progress, Stream, parse_memory
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.checkpoint import Checkpoint, weight_files
@@ -23,12 +22,15 @@ from tasks.settings import places
 from tasks.storage import models as storage
 from tasks.storage.streaming.streams import Streams
 
+if TYPE_CHECKING:
+    from ota_core.analysis.agreement import Agreement
+
 
 class Compressed(NamedTuple):
     """What a compression led to."""
 
     report: CompressionReport
-    agreement: Agreement | None
+    agreement: "Agreement | None"
     """With a base to compare by."""
     seconds: dict[str, float]
     """Of each part."""
@@ -100,6 +102,8 @@ def compress_source(
             seconds = {"compress": time.perf_counter() - started}
             agreed = None
             if base is not None:
+                from ota_core.analysis.agreement import agreement  # with it comes torch
+
                 reference = bring(base, "fetch base")
                 if streams is not None:
                     streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))

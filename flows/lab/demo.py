@@ -8,39 +8,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks.orchestration.prepare import prepare_prefect
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-prepare_prefect()
+from flows.merge import merge_flow
+from ota_core.artifact import ArtifactRef
+from ota_core.recipe.recipe import load_recipe, parse_recipe
+from ota_core.recipe.yaml_text import parse_yaml
+from tasks.artifacts.store import store_of
+from tasks.evaluation.scores import to_markdown
+from tasks.local.demo import steps
+from tasks.local.demo.progress import training_bars
+from tasks.local.demo.questions import CAPABILITIES
+from tasks.local.demo.steps import BUCKET, base_uri, expert_uri, link_models
+from tasks.local.demo.train import DemoSettings
+from tasks.local.s3_server import running_server
+from tasks.pages.outcome import MergeOutcome, comparison_table
+from tasks.settings import Places, places
 
-from prefect import flow  # noqa: E402 - after its settings
-from prefect.logging import get_run_logger  # noqa: E402
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
-
-from flows.merge import merge_flow  # noqa: E402
-from ota_core.artifact import ArtifactRef  # noqa: E402
-from ota_core.recipe.recipe import load_recipe, parse_recipe  # noqa: E402
-from ota_core.recipe.yaml_text import parse_yaml  # noqa: E402
-from tasks.artifacts.store import store_of  # noqa: E402
-from tasks.evaluation.scores import to_markdown  # noqa: E402
-from tasks.local.demo.questions import CAPABILITIES  # noqa: E402
-from tasks.local.demo.steps import (  # noqa: E402
-    BUCKET,
-    MODEL,
-    SEED,
-    base_uri,
-    expert_uri,
-    make_data,
-    train,
-    upload,
-    upload_data,
-)  # fmt: skip
-from tasks.local.demo.train import DemoSettings  # noqa: E402
-from tasks.local.s3_server import running_server  # noqa: E402
-from tasks.pages.outcome import MergeOutcome, comparison_table  # noqa: E402
-from tasks.settings import Places, places  # noqa: E402
-from tasks.storage.cache import link_name  # noqa: E402
-
-SIDE_BY_SIDE: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1)
 RECIPES = Path(__file__).resolve().parents[2] / "deployments" / "recipes"
 MERGES = {
     "OTA + FFG": "demo-ota.yaml",
@@ -48,16 +34,20 @@ MERGES = {
     "TIES": "demo-ties.yaml",
     "DARE-TIES": "demo-dare-ties.yaml",
 }
+# Difficulty of the tasks and settings of the training were chosen on seed 0; what is shown comes from another one.
+SEED = 1
+SIDE_BY_SIDE: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1)
 
 
 def train_and_upload(where: Places, settings: DemoSettings, seed: int) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:
     """In a flow: the data, and base and experts by name, trained unless they are there and uploaded."""
-    data = make_data(where, settings, seed)
-    base = train(where, settings, seed, data, None, "base")
-    futures = {name: train.submit(where, settings, seed, data, base, name) for name in CAPABILITIES}
-    models = {"base": base} | {name: future.result() for name, future in futures.items()}
+    data = steps.make_data(where, settings, seed)
+    with training_bars():
+        base = steps.train(where, settings, seed, data, None, "base")
+        futures = {name: steps.train.submit(where, settings, seed, data, base, name) for name in CAPABILITIES}
+        models = {"base": base} | {name: future.result() for name, future in futures.items()}
     for name, model in models.items():
-        upload(where, model, name, seed)
+        steps.upload(where, model, name, seed)
     return data, models
 
 
@@ -78,25 +68,13 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
     return outcomes
 
 
-@flow(
-    name="demo experts",
-    flow_run_name="demo experts",
-    task_runner=SIDE_BY_SIDE,
-    persist_result=False,
-)
+@flow(name="demo experts", flow_run_name="demo experts", task_runner=SIDE_BY_SIDE, persist_result=False)
 def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> list[str]:
     """What the local stack begins with: data, base and experts in the S3 server of the environment; returns their addresses."""
     data, models = train_and_upload(where, settings or DemoSettings(), seed)
     if settings is None and seed == SEED:  # a study's further seeds leave the names alone
         link_models(where, models)
-    return [upload_data(where, data, seed), base_uri(seed), *(expert_uri(name, seed) for name in CAPABILITIES)]
-
-
-def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:
-    """Names for the trained models on this machine, ``demo/models/<capability>``, for trying ``ota merge`` without S3."""
-    folder = where.home / "demo" / "models"
-    for name, model in models.items():
-        link_name(folder / name, store_of(where).local_path(model) / MODEL)
+    return [steps.upload_data(where, data, seed), base_uri(seed), *(expert_uri(name, seed) for name in CAPABILITIES)]
 
 
 def run_demo(*, home: Path | None, seed: int) -> list[Any]:

@@ -7,43 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks.orchestration.prepare import prepare_prefect
+from prefect import flow
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-prepare_prefect()
+from tasks.artifacts.store import store_of
+from tasks.local.demo.progress import training_bars
+from tasks.local.real import steps
+from tasks.local.real.base import HubSettings
+from tasks.local.real.corpus import DOMAINS
+from tasks.local.real.steps import CORPORA, DATA, MODEL, RealSettings, Source, real_folder
+from tasks.settings import Places
+from tasks.storage.cache import link_name
 
-from prefect import flow  # noqa: E402 - after its settings
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
-
-from tasks.artifacts.store import store_of  # noqa: E402
-from tasks.local.real.base import HubSettings  # noqa: E402
-from tasks.local.real.corpus import DOMAINS  # noqa: E402
-from tasks.local.real.steps import (  # noqa: E402
-    CORPORA,
-    DATA,
-    MODEL,
-    SEED,
-    RealSettings,
-    Source,
-    make_base,
-    make_corpora,
-    make_questions,
-    real_folder,
-    train,
-)  # fmt: skip
-from tasks.settings import Places  # noqa: E402
-from tasks.storage.cache import link_name  # noqa: E402
-
+SEED = 1
 AT_ONCE = 2
 """Trainings side by side, each on one thread and with about 4 GB of memory."""
 SIDE_BY_SIDE: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=min(os.cpu_count() or 1, AT_ONCE))
 
 
-@flow(
-    name="real experts",
-    flow_run_name="real experts",
-    task_runner=SIDE_BY_SIDE,
-    persist_result=False,
-)
+@flow(name="real experts", flow_run_name="real experts", task_runner=SIDE_BY_SIDE, persist_result=False)
 def real_experts_flow(
     where: Places, seed: int = SEED, settings: RealSettings | None = None, source: Source = "package"
 ) -> dict[str, Path]:
@@ -54,11 +36,12 @@ def real_experts_flow(
     """
     named = settings is None and seed == SEED
     settings = settings or (RealSettings() if source == "package" else RealSettings(base=HubSettings()))
-    base = make_base(where, settings.base)
-    corpora = make_corpora(where, settings.corpora)
-    questions = make_questions(where, settings.questions, corpora)
-    futures = {domain: train.submit(where, settings, seed, corpora, base, domain) for domain in DOMAINS}
-    models = {"base": base} | {domain: future.result() for domain, future in futures.items()}
+    base = steps.make_base(where, settings.base)
+    corpora = steps.make_corpora(where, settings.corpora)
+    questions = steps.make_questions(where, settings.questions, corpora)
+    with training_bars():
+        futures = {domain: steps.train.submit(where, settings, seed, corpora, base, domain) for domain in DOMAINS}
+        models = {"base": base} | {domain: future.result() for domain, future in futures.items()}
     store = store_of(where)
     found = {f"models/{name}": store.local_path(model) / MODEL for name, model in models.items()}
     found |= {"corpora": store.local_path(corpora) / CORPORA, "data": store.local_path(questions) / DATA}

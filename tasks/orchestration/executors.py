@@ -20,7 +20,6 @@ from prefect.states import Completed, Failed
 from ota_core.errors import ArtifactError, OtaError
 from ota_core.merge.engine import pick_device
 from tasks.artifacts.step import Stage, Work
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import POLL_SECONDS, complaint, run_deployed
 from tasks.orchestration.run_log import Progress
 from tasks.settings import Places
@@ -110,7 +109,7 @@ class Pool:
         assert isinstance(job, Stage)
         return self.together([job], where).run(job, where)
 
-    def _runs(self, jobs: Sequence[Stage], where: Places) -> list[tuple[list[Stage], State]]:
+    def _runs(self, jobs: Sequence[Stage], where: Places) -> list[tuple[list[Stage], Any]]:
         """Jobs and the state in which their run ended."""
         groups = [[job] for job in jobs] if self.apart else [list(jobs)] if jobs else []
         runs = [(group, self._options(group, where)) for group in groups]
@@ -172,7 +171,6 @@ def do_jobs(jobs: Sequence[Work], where: Places, device: str) -> State:
 
     Outputs go to the artifacts' root, the errors' messages to who sent the jobs: of one job as it is, of several as JSON.
     """
-    use_blocks()
     problems: dict[str, str] = {}
     for job in jobs:
         try:

@@ -31,7 +31,7 @@ from tasks.orchestration.executors import Pool
 from tasks.settings import places
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.flows.prefect_fixture import flow_run_name, task_states
+from tests.servers import flow_run_name, task_states
 from tests.tasks.local.real.test_real_losses import LOSSES, TEXT
 from tests.tiny_suite import edited, read_rows, write_rows, write_tiny_suite
 

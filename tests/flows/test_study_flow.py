@@ -20,7 +20,7 @@ from tasks.settings import places
 from tasks.storage.models import upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.flows.prefect_fixture import flow_run_name
+from tests.servers import flow_run_name
 from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
 
 

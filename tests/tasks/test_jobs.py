@@ -29,7 +29,7 @@ from tasks.orchestration.executors import missing_after
 from tasks.settings import Places, places
 from tasks.storage import models as storage
 from tests.flows.merge_fixture import EXPERTS, RUN, upload, write_experts
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tiny_models import perturb
 from tests.tiny_suite import write_tiny_suite
 

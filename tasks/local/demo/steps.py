@@ -1,4 +1,4 @@
-"""The steps of the demo as Prefect tasks: data, base and experts made once, and put into S3."""
+"""The demo's steps as Prefect tasks: data, training, upload; and where base and experts lie in S3."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from ota_core.artifact import ArtifactRef, fingerprint
 from tasks.artifacts.store import BuildResult, store_of
 from tasks.local.demo.data import write_data
 from tasks.local.demo.process import in_process
+from tasks.local.demo.progress import Training
 from tasks.local.demo.train import DemoSettings, train_base, train_expert, write_manifest
 from tasks.settings import Places
+from tasks.storage.cache import link_name
 from tasks.storage.models import EXPERT_JSON, upload_folder
 
 BUCKET = "ota-demo"
-# Difficulty of the tasks and settings of the training were chosen on seed 0; what is shown comes from another one.
-SEED = 1
 MODEL = "model"
 
 
@@ -53,11 +53,16 @@ def train(
 
     def build(folder: Path) -> BuildResult:
         source = store.local_path(data) / "data"
+        progress = Training(f"training of {'the base' if base is None else capability}")
         if base is None:
-            trained = in_process(train_base, source, folder / MODEL, seed=seed, model=settings.model, training=part)
+            trained = in_process(
+                train_base, source, folder / MODEL, seed=seed, model=settings.model, training=part, progress=progress
+            )
         else:
             base_folder = store.local_path(base) / MODEL
-            trained = in_process(train_expert, capability, source, base_folder, folder / MODEL, seed=seed, training=part)
+            trained = in_process(
+                train_expert, capability, source, base_folder, folder / MODEL, seed=seed, training=part, progress=progress
+            )
             write_manifest(folder / MODEL, trained, base_uri(seed))
         return BuildResult(provenance=trained.model_dump(mode="json"))
 
@@ -81,3 +86,10 @@ def upload_data(where: Places, data: ArtifactRef, seed: int) -> str:
     uri = f"s3://{BUCKET}/data/seed{seed}"
     upload_folder(store_of(where).local_path(data) / "data", uri)
     return uri
+
+
+def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:
+    """Names for the trained models on this machine, ``demo/models/<capability>``, for trying ``ota merge`` without S3."""
+    folder = where.home / "demo" / "models"
+    for name, model in models.items():
+        link_name(folder / name, store_of(where).local_path(model) / MODEL)

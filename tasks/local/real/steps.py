@@ -1,4 +1,4 @@
-"""The steps of the study on a real language model as Prefect tasks: base, corpora, questions and experts, each made once."""
+"""The real study's steps as Prefect tasks: base, corpora, questions, experts."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import ArtifactRef, fingerprint
 from tasks.artifacts.store import BuildResult, store_of
 from tasks.local.demo.process import in_process
+from tasks.local.demo.progress import Training
 from tasks.local.demo.train import write_manifest
 from tasks.local.real.base import BaseSettings, HubSettings, convert, find_wheel, unpack, widen
 from tasks.local.real.corpus import DOMAINS, CorpusSettings, find_packages, write_corpora
@@ -17,7 +18,6 @@ from tasks.local.real.train import RealTrainSettings, train_real, write_readme
 from tasks.settings import Places
 from tasks.storage.models import fetch
 
-SEED = 1
 MODEL = "model"
 CORPORA = "corpora"
 DATA = "data"
@@ -103,7 +103,7 @@ def train(
     def build(folder: Path) -> BuildResult:
         trained = in_process(
             train_real, domain, store.local_path(corpora) / CORPORA, store.local_path(base) / MODEL, folder / MODEL,
-            seed=seed, training=settings.training,
+            seed=seed, training=settings.training, progress=Training(f"training of {domain}"),
         )  # fmt: skip
         write_readme(folder / MODEL, domain, settings.base.model, settings.training)
         write_manifest(folder / MODEL, trained, settings.base.model)
