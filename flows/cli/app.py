@@ -126,7 +126,7 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
-    from flows.single import compress_source
+    from flows.cli.engine import compress_source
     from ota_core.moments.compression import compression_label
 
     with user_errors(), progress_bars() as progress:
@@ -174,7 +174,7 @@ def mask(
     as_json: AsJson = False,
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
-    from flows.single import mask_recipe
+    from flows.cli.engine import mask_recipe
     from ota_core.merge.output import check_free
     from ota_core.recipe.recipe import load_recipe
 
@@ -248,7 +248,7 @@ def run(
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
-    from flows.single import run_recipe
+    from flows.cli.flows import run_recipe
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():

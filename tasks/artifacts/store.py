@@ -32,6 +32,7 @@ from ota_core.artifact import (
 from ota_core.errors import ArtifactError, StorageError
 from tasks.artifacts.processes import is_alive, start_time
 from tasks.artifacts.system_metrics import sampled
+from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.cache import USE_NOTED_SECONDS, link_or_copy, locked, note_use, remove_tree
 
@@ -244,6 +245,11 @@ class ArtifactStore:
         if not taken:  # else what is here is not the whole artifact
             os.rename(temporary, self._copy(record.kind, record.fingerprint))
         return _ref(record, uri)
+
+
+def store_of(places: Places) -> ArtifactStore:
+    """The store of this installation's artifacts."""
+    return ArtifactStore(places.artifacts, places.cache)
 
 
 def record_at(uri: str) -> Record | None:

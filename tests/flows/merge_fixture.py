@@ -176,7 +176,7 @@ def s3_client() -> Any:
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts calls of the functions that do the stages' work: fetch, compress, mask, merge, score."""
     from ota_core.merge import engine
-    from tasks import stages
+    from tasks import benchmark
     from tasks.storage import models as storage
 
     calls: Counter[str] = Counter()
@@ -196,5 +196,5 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(engine, "compress_moments", "compress")
     count(engine, "mask", "mask")
     count(engine, "merge_into", "merge")
-    count(stages, "score_model", "score")
+    count(benchmark, "score_model", "score")
     return calls

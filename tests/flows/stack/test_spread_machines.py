@@ -36,7 +36,7 @@ def workers_of(merged: Path) -> set[int]:
 
 def slowed(seconds: float) -> None:
     """In a worker process: make every shard take so long that others get their share of a tiny model."""
-    from tasks import parts
+    from ota_core.merge import shards as parts
 
     whole = parts.merge_shard
 
@@ -49,7 +49,7 @@ def slowed(seconds: float) -> None:
 
 def killed_once() -> None:
     """In a worker process: die, hard, at the first shard."""
-    from tasks import parts
+    from ota_core.merge import shards as parts
 
     def die(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,8 +13,8 @@ import pytest
 
 from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import OtaError, StorageError
-from tasks import stages
 from tasks.artifacts.store import BuildResult
+from tasks.evaluation.subject import merged_subject
 from tasks.registry.retention.listing import list_root
 from tasks.registry.retention.references import Tracking
 from tasks.registry.retention.retention import Plan
@@ -338,4 +338,4 @@ def test_a_run_is_known_by_its_tags_alone(shop: Shop) -> None:
     tags = shop.client.get_run(shop.runs["red ota"]).data.tags
     merged = shop.made["red ota"]["merged"]
     assert tags[TAG_FINGERPRINT] == merged.fingerprint
-    assert tags[TAG_DIGEST] == stages.merged_subject(shop.where, "red", merged).digest
+    assert tags[TAG_DIGEST] == merged_subject(shop.where, "red", merged).digest
