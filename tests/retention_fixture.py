@@ -33,8 +33,8 @@ from tasks.storage import models as storage
 from tasks.tracking.merge import InputRef, log_merge
 from tasks.tracking.names import REGISTERED_MODEL
 from tests.flows.merge_fixture import write_v
-from tests.s3_fixture import S3Test
-from tests.tasks.tracking.mlflow_server import a_merge
+from tests.servers import S3Test
+from tests.tasks.tracking.made_up import a_merge
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 

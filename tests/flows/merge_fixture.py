@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.local.s3_server import S3Server, environment
+from tasks.local.s3_server import S3Server
+from tasks.settings import environment
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
-from tests.flows.prefect_fixture import task_states
+from tests.servers import task_states
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 

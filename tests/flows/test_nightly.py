@@ -15,7 +15,7 @@ from tasks.storage import models as storage
 from tests.flows.nightly_fixture import FIRST, LINEAR, OTA, SECOND, THIRD, WEAK, Night, Nights, broken_copy
 from tests.flows.nightly_fixture import nights as nights
 from tests.flows.nightly_fixture import trained as trained
-from tests.flows.prefect_fixture import task_states
+from tests.servers import task_states
 
 BROKEN = {"name": "broken", "merge_method": "linear", "tokenizer_source": "model:nobody"}
 """A recipe whose mistake shows only when the models are there."""

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.study import study_flow
-from tasks.benchmark import read_scores
+from tasks.evaluation.kept import read_scores
 from tasks.experiments.study.study import StudyConfig
 from tasks.settings import places
 from tasks.storage.models import upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.flows.prefect_fixture import flow_run_name
+from tests.servers import flow_run_name
 from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
 
 

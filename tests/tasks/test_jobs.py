@@ -15,8 +15,9 @@ from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
-from tasks.benchmark import Benchmark, ScoreJob, read_scores
+from tasks.benchmark import Benchmark, ScoreJob
 from tasks.compress import compress_jobs
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.subject import Subject, merged_subject
 from tasks.evaluation.suites import SuiteError
 from tasks.job import Job
@@ -28,7 +29,7 @@ from tasks.orchestration.executors import missing_after
 from tasks.settings import Places, places
 from tasks.storage import models as storage
 from tests.flows.merge_fixture import EXPERTS, RUN, upload, write_experts
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tiny_models import perturb
 from tests.tiny_suite import write_tiny_suite
 

@@ -21,7 +21,7 @@ from ota_core.plan.masks import MaskFile
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.storage.models import upload_folder
 from tests.ota_core.merge.test_output import llama_experts, loaded
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tasks.merging.test_architecture import llama, train
 from tests.tiny_models import perturb, write_tiny_llama
 

@@ -108,7 +108,7 @@ def test_the_task_is_cached_by_what_it_makes(world: World) -> None:
     from tasks.orchestration.executors import Here
     from tasks.pages.analysis import read_analysis
     from tasks.settings import places
-    from tests.flows.prefect_fixture import task_states
+    from tests.servers import task_states
 
     where = places(world.home / "analysis")
 

@@ -32,7 +32,7 @@ from tasks.storage.layout import write_expert_json
 from tasks.storage.models import upload_folder
 from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
 from tests.ota_core.merge.test_output import add_moments, llama_experts
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tasks.merging.test_architecture import llama, train
 from tests.tiny_models import perturb, write_tiny_llama
 

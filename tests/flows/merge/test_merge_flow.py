@@ -19,7 +19,7 @@ from tasks.merging.inputs import assemble, fetch_all
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World, write_v
-from tests.flows.prefect_fixture import flow_run_name
+from tests.servers import flow_run_name
 from tests.tiny_models import perturb
 
 NAME = "ota math+knowledge rho=0.40 rank1"

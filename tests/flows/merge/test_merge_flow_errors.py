@@ -15,7 +15,7 @@ from ota_core.errors import CheckpointError, OtaError, StorageError
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.storage.models import upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World
-from tests.tasks.tracking.mlflow_server import free_port
+from tests.servers import free_port
 
 REPOSITORY = Path(__file__).parents[3]
 

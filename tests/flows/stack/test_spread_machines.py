@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tasks.artifacts.processes import wait_for_end
 from tasks.orchestration.runners import Runner
 from tests.flows.merge_fixture import World
 from tests.flows.stack.test_spread import REPOSITORY, assert_same, kinds_left, sharded
+from tests.servers import wait_until
 
 CPU, GPU = "ota-cpu", "ota-gpu"
 
@@ -275,13 +276,6 @@ def test_cancelling_the_parent_on_the_server_cancels_its_parts(world: World, dep
             lambda: {run.state_name for run in part_runs() if run.id not in before} == {"Cancelled"},
             lambda: (tmp_path / "worker0.log").read_text(),
         )
-
-
-def wait_until(holds: Callable[[], bool], log: Callable[[], str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, log()
-        time.sleep(0.3)
 
 
 def test_a_missing_deployment_is_named(world: World, tmp_path: Path) -> None:
