@@ -37,8 +37,9 @@ docs: $(READY)
 	$(BIN)/python docs/site/manual.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
+# File by file in their order: the long ones of tests/flows first, many short ones last, so that both processes end together.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

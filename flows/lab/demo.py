@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flows.single import comparison_table, prepare_prefect
+from tasks.orchestration.prepare import prepare_prefect
 
 prepare_prefect()
 
@@ -16,11 +16,11 @@ from prefect import flow  # noqa: E402 - after its settings
 from prefect.logging import get_run_logger  # noqa: E402
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
 
-from flows.merge import MergeOutcome, merge_flow  # noqa: E402
+from flows.merge import merge_flow  # noqa: E402
 from ota_core.artifact import ArtifactRef  # noqa: E402
 from ota_core.recipe.recipe import load_recipe, parse_recipe  # noqa: E402
 from ota_core.recipe.yaml_text import parse_yaml  # noqa: E402
-from tasks import stages  # noqa: E402
+from tasks.artifacts.store import store_of  # noqa: E402
 from tasks.evaluation.scores import to_markdown  # noqa: E402
 from tasks.local.demo import steps  # noqa: E402
 from tasks.local.demo.progress import training_bars  # noqa: E402
@@ -28,6 +28,7 @@ from tasks.local.demo.questions import CAPABILITIES  # noqa: E402
 from tasks.local.demo.steps import BUCKET, base_uri, expert_uri, link_models  # noqa: E402
 from tasks.local.demo.train import DemoSettings  # noqa: E402
 from tasks.local.s3_server import running_server  # noqa: E402
+from tasks.pages.outcome import MergeOutcome, comparison_table  # noqa: E402
 from tasks.settings import Places, places  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parents[2] / "deployments" / "recipes"
@@ -59,7 +60,7 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
     """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
     data, models = train_and_upload(where, settings or DemoSettings(), seed)
     link_models(where, models)
-    data_dir = stages.store_of(where).local_path(data) / "data"
+    data_dir = store_of(where).local_path(data) / "data"
     outcomes = {}
     for name, file in MERGES.items():
         recipe = load_recipe(RECIPES / file)

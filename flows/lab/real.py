@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flows.single import prepare_prefect
+from tasks.orchestration.prepare import prepare_prefect
 
 prepare_prefect()
 
 from prefect import flow  # noqa: E402 - after its settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
 
-from tasks import stages  # noqa: E402
+from tasks.artifacts.store import store_of  # noqa: E402
 from tasks.local.demo.progress import training_bars  # noqa: E402
 from tasks.local.real import steps  # noqa: E402
 from tasks.local.real.base import HubSettings  # noqa: E402
@@ -46,7 +46,7 @@ def real_experts_flow(
     with training_bars():
         futures = {domain: steps.train.submit(where, settings, seed, corpora, base, domain) for domain in DOMAINS}
         models = {"base": base} | {domain: future.result() for domain, future in futures.items()}
-    store = stages.store_of(where)
+    store = store_of(where)
     found = {f"models/{name}": store.local_path(model) / MODEL for name, model in models.items()}
     found |= {"corpora": store.local_path(corpora) / CORPORA, "data": store.local_path(questions) / DATA}
     if named:

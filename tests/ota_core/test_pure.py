@@ -44,7 +44,7 @@ HEAVY = FORBIDDEN | {"pandas", "matplotlib", "datasets", "sklearn"}
 
 @pytest.mark.parametrize(
     "module, allowed",
-    [("tasks.merging.inputs", {"botocore"}), ("flows.single", {"botocore"}), ("flows.merge", {"botocore", "prefect"})],
+    [("tasks.merging.inputs", {"botocore"}), ("flows.cli.engine", {"botocore"}), ("flows.merge", {"botocore", "prefect"})],
 )
 def test_a_command_loads_only_what_it_needs(module: str, allowed: set[str]) -> None:
     """``ota merge`` of local folders, ``ota compress``, and a flow that finds everything in its cache."""

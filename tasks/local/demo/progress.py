@@ -21,7 +21,7 @@ _BARS: ContextVar[Progress | None] = ContextVar("bars", default=None)
 @contextmanager
 def training_bars() -> Iterator[None]:
     """Around trainings that run side by side: one display of bars for all of them, below the log, where there is a terminal."""
-    handlers = logging.getLogger("prefect").handlers
+    handlers = [*logging.getLogger("prefect").handlers, *logging.getLogger().handlers]
     # On the log's own console: what is logged meanwhile appears above the bars. It knows none of rich's styles by name.
     console = next((one.console for one in handlers if isinstance(one, PrefectConsoleHandler)), Console(stderr=True))
     if not console.is_terminal:

@@ -5,8 +5,7 @@ from pathlib import Path
 from prefect import task
 
 from ota_core.artifact import ArtifactRef, fingerprint
-from tasks import stages
-from tasks.artifacts.store import BuildResult
+from tasks.artifacts.store import BuildResult, store_of
 from tasks.local.demo.data import write_data
 from tasks.local.demo.process import in_process
 from tasks.local.demo.progress import Training
@@ -38,7 +37,7 @@ def make_data(where: Places, settings: DemoSettings, seed: int) -> ArtifactRef:
         write_data(folder / "data", seed=seed, settings=settings.data)
         return BuildResult()
 
-    return stages.store_of(where).produce("data", fingerprint("data", config, {}), config=config, inputs={}, build=build)
+    return store_of(where).produce("data", fingerprint("data", config, {}), config=config, inputs={}, build=build)
 
 
 @task(name="train", task_run_name="train {capability}")
@@ -46,7 +45,7 @@ def train(
     where: Places, settings: DemoSettings, seed: int, data: ArtifactRef, base: ArtifactRef | None, capability: str
 ) -> ArtifactRef:
     """The base (capability ``base``) or one expert, with the optimizer state that the Trainer leaves; kept once it is trained."""
-    store = stages.store_of(where)
+    store = store_of(where)
     part = settings.base if base is None else settings.expert
     config = {"capability": capability, "seed": seed, "version": settings.version, "training": part.model_dump(mode="json")}
     config["model"] = settings.model.model_dump(mode="json")
@@ -73,7 +72,7 @@ def train(
 @task(name="upload", task_run_name="upload {capability}")
 def upload(where: Places, model: ArtifactRef, capability: str, seed: int) -> str:
     """Put a trained model into S3, an expert's ``expert.json`` last."""
-    folder = stages.store_of(where).local_path(model) / MODEL
+    folder = store_of(where).local_path(model) / MODEL
     if capability == "base":
         upload_folder(folder, base_uri(seed))
         return base_uri(seed)
@@ -85,7 +84,7 @@ def upload(where: Places, model: ArtifactRef, capability: str, seed: int) -> str
 def upload_data(where: Places, data: ArtifactRef, seed: int) -> str:
     """Put the data into S3, where benchmarks on other machines find them."""
     uri = f"s3://{BUCKET}/data/seed{seed}"
-    upload_folder(stages.store_of(where).local_path(data) / "data", uri)
+    upload_folder(store_of(where).local_path(data) / "data", uri)
     return uri
 
 
@@ -93,4 +92,4 @@ def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:
     """Names for the trained models on this machine, ``demo/models/<capability>``, for trying ``ota merge`` without S3."""
     folder = where.home / "demo" / "models"
     for name, model in models.items():
-        link_name(folder / name, stages.store_of(where).local_path(model) / MODEL)
+        link_name(folder / name, store_of(where).local_path(model) / MODEL)

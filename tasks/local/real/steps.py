@@ -7,8 +7,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ArtifactRef, fingerprint
-from tasks import stages
-from tasks.artifacts.store import BuildResult
+from tasks.artifacts.store import BuildResult, store_of
 from tasks.local.demo.process import in_process
 from tasks.local.demo.progress import Training
 from tasks.local.demo.train import write_manifest
@@ -62,7 +61,7 @@ def make_base(where: Places, settings: BaseSettings | HubSettings) -> ArtifactRe
         (folder / "unpacked").rmdir()
         return BuildResult(provenance={"parameters": parameters})
 
-    return stages.store_of(where).produce(
+    return store_of(where).produce(
         "checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build
     )
 
@@ -77,13 +76,13 @@ def make_corpora(where: Places, settings: CorpusSettings) -> ArtifactRef:
         files = find_packages(real_folder(where) / "packages")
         return BuildResult(results={"counts": write_corpora(folder / CORPORA, files, settings)})
 
-    return stages.store_of(where).produce("data", fingerprint("data", config, {}), config=config, inputs={}, build=build)
+    return store_of(where).produce("data", fingerprint("data", config, {}), config=config, inputs={}, build=build)
 
 
 @task(name="make questions", task_run_name="make questions")
 def make_questions(where: Places, settings: QuestionSettings, corpora: ArtifactRef) -> ArtifactRef:
     """What the suites real and real-validation ask, from the held-out documents."""
-    store = stages.store_of(where)
+    store = store_of(where)
     config, inputs = {"questions": settings.model_dump(mode="json")}, {"corpora": corpora.fingerprint}
 
     def build(folder: Path) -> BuildResult:
@@ -97,7 +96,7 @@ def train(
     where: Places, settings: RealSettings, seed: int, corpora: ArtifactRef, base: ArtifactRef, domain: str
 ) -> ArtifactRef:  # fmt: skip
     """One expert; kept once it is trained."""
-    store = stages.store_of(where)
+    store = store_of(where)
     config = {"domain": domain, "seed": seed, "training": settings.training.model_dump(mode="json")}
     inputs = {"data": corpora.fingerprint, "base": base.fingerprint}
 

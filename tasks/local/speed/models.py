@@ -19,6 +19,7 @@ import torch
 from ota_core.artifact import write_text_atomic
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.errors import OtaError
+from ota_core.files.rows import BF16, F32, Rows
 from ota_core.files.writer import SafetensorsWriter, TensorSpec, plan_shards, write_index
 
 VERSION = 1
@@ -156,8 +157,8 @@ def build(folder: Path, shape: Shape, experts: int, *, seed: int = 0) -> Models:
 
 def _write(models: Models, seed: int) -> float:
     tensors = models.shape.tensors()
-    weights = [TensorSpec(name, shape, torch.bfloat16) for name, shape in tensors.items()]
-    moments = [TensorSpec(name, shape, torch.float32) for name, shape in tensors.items()]
+    weights = [TensorSpec(name, shape, BF16) for name, shape in tensors.items()]
+    moments = [TensorSpec(name, shape, F32) for name, shape in tensors.items()]
     pool = _Pool(seed)
     scores: list[torch.Tensor] = []  # v·Δ² of every 997th element of each block
     step = slice(None, None, 997)
@@ -175,7 +176,7 @@ def _write(models: Models, seed: int) -> float:
                     moved = pool.edit(block, m).add_(theta).to(torch.bfloat16)
                     v = pool.moments(block, m)
                     expert.write(block, moved)
-                    file.write_rows(name, start, v)
+                    file.write_rows(name, start, v.numpy())
                     if m == 0:
                         difference = moved.view(-1)[step].double() - stored.view(-1)[step].double()
                         scores.append(v.view(-1)[step].double() * difference**2)
@@ -255,7 +256,7 @@ class _Checkpoint:
         (folder / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n", encoding="utf-8")
 
     def write(self, block: _Block, rows: torch.Tensor) -> None:
-        self._writers[block.name].write_rows(block.name, block.start, rows)
+        self._writers[block.name].write_rows(block.name, block.start, Rows.of(rows).held)
 
 
 def _open(path: Path, specs: Sequence[TensorSpec], stack: ExitStack) -> SafetensorsWriter:

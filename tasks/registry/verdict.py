@@ -11,17 +11,18 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from flows.merge import MergeOutcome
-from flows.report_page import with_decision
+from tasks.benchmark import read_scores
 from tasks.evaluation.gate import GateDecision, best, decide
 from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
+from tasks.pages.outcome import MergeOutcome
+from tasks.pages.report_page import with_decision
 from tasks.registry import promotion
 from tasks.registry.nightly import NightlyConfig
 from tasks.registry.promotion import Version
 from tasks.registry.publish import Latest, publish, publish_champion, read_latest
 from tasks.settings import Places
-from tasks.stages import Subject, read_scores
 from tasks.tracking.registered import CHAMPION
 
 Score = Callable[[Subject], ModelScores]

@@ -1,100 +1,116 @@
-"""What a finished merge tells MLflow and the reader: its name, parameters, metrics and table of scores."""
+"""Logging: what MLflow is told of a finished merge, its page and model card, and the tasks that tell it."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from prefect import task
 from prefect.context import FlowRunContext
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from ota_core.artifact import ArtifactRef
 from ota_core.merge.model_card import model_card
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages
+from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of
-from tasks.evaluation.scores import ModelScores, negative_transfer, retention, scores_table
+from tasks.benchmark import read_all
+from tasks.evaluation.comparison import comparison, experts_of, own_capability, rows_of
+from tasks.evaluation.scores import ModelScores, negative_transfer, retention
+from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
-from tasks.experiments.study.cells import settings_of, spell, unusual
+from tasks.merging.labels import merge_label, merge_name
+from tasks.merging.sources import Planned
+from tasks.orchestration.shown import show_mlflow, show_scores
+from tasks.pages.outcome import MergeOutcome
+from tasks.pages.report_page import ReportKind, keeping_scores, page_of, put_beside_the_model, with_report
+from tasks.registry import promotion
 from tasks.settings import Places
-from tasks.stages import Subject
 from tasks.storage.models import Fetched
-from tasks.tracking.merge import ChildRun, InputRef, MergeRun
+from tasks.tracking.merge import ChildRun, InputRef, LoggedRun, MergeRun, log_benchmark, log_merge
 from tasks.tracking.params import comparable_params
 from tasks.tracking.run import TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
 
-if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
-    import pandas as pd
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """A merge whose stages have run."""
+
+    plan: Planned
+    fetched: list[Fetched]
+    """Base first."""
+    subjects: dict[str, Subject]
+    """``base``, ``expert/<name>`` and ``merged``."""
+    merged: ArtifactRef
+    stages: dict[str, list[ArtifactRef]]
+    """Stage to what it left."""
+    scores: dict[str, ArtifactRef]
+    """As ``subjects``; empty without a benchmark."""
+    data_dir: str | None
+    """Where the suite's documents lie."""
+    where: Places
+
+    @cached_property
+    def found(self) -> dict[str, ModelScores]:
+        """The scores that the artifacts hold."""
+        return read_all(self.where, self.scores)
 
 
-_NAME = 200
-"""Characters."""
-_FIRST = ("density", "precond_threshold", "compression", "metric", "power", "masked_merge", "lambda", "t", "weight")
-_SHORT = {"density": "rho", "precond_threshold": "tau"}
+@task(name="log", task_run_name="log {run.name}", retries=2, retry_delay_seconds=10)
+def log(run: MergeRun, where: Places, tracking_uri: str | None) -> LoggedRun:
+    """Log the merge to MLflow. Finds the run that an earlier try or an equal merge logged, so that it can be repeated."""
+    return log_merge(run, tracking_uri=tracking_uri, root=where.tracking)
 
 
-def merge_name(recipe: MergeRecipe) -> str:
-    """A short name that says what is merged, for example ``ota math+code rho=0.40``."""
-    experts = "+".join(entry.name or entry.capability or short_name(entry.model) for entry in recipe.models)
-    method, *settings = merge_label(recipe).split(" ")
-    # MLflow knows the experts besides; what sets this merge apart from others of them is in the settings.
-    room = max(_NAME - len(" ".join([method, *settings])) - 1, _NAME // 4)
-    return " ".join([method, experts[:room], *settings])[:_NAME].replace("'", "").replace("`", "")
+@task(name="log", task_run_name="log {subject.name}", retries=2, retry_delay_seconds=10)
+def log_scores(subject: Subject, fingerprint: str, scores: ModelScores, where: Places, tracking_uri: str | None) -> LoggedRun:
+    """Log the scores of one model to MLflow; finds the run of an earlier try."""
+    return log_benchmark(
+        subject.name, source=subject.location or "", digest=subject.digest, fingerprint=fingerprint, scores=scores,
+        tracking_uri=tracking_uri, root=where.tracking,
+    )  # fmt: skip
 
 
-def merge_label(recipe: MergeRecipe) -> str:
-    """How it is merged, for tables and charts that name the experts anyway: ``ota rho=0.40``.
-
-    Every setting that is not the method's default, so that two merges of the same experts do not read alike. What varies most
-    comes first: that is left where a name is cut.
-    """
-    settings = settings_of(recipe)
-    said = unusual(recipe.merge_method, settings)
-    keys = [*(key for key in _FIRST if key in said), *(key for key in said if key not in {*_FIRST, "rank"})]
-    return " ".join([recipe.merge_method, *(_said(key, said[key], settings.get("rank")) for key in keys)])
-
-
-def _said(key: str, value: Any, rank: int | None) -> str:
-    """One setting in a label; of several experts' values that differ all, in the experts' order."""
-    if key == "compression":
-        return f"{value}={rank}" if rank else str(value)
-    spelling = _decimals if key == "density" else spell
-    values = value if isinstance(value, tuple) else (value,)
-    return f"{_SHORT.get(key, key)}={'/'.join('-' if one is None else spelling(one) for one in values)}"
-
-
-def _decimals(value: float) -> str:
-    """At least two decimals, so that names line up: 0.40, 0.005."""
-    return f"{value:.2f}" if round(value, 2) == value else spell(value)
-
-
-def short_name(model: str) -> str:
-    """The part of a path that names the expert: the capability in the S3 layout …/<capability>/<expert>."""
-    parts = [part for part in model.split("@")[0].split("/") if part and part != "s3:"]
-    last = parts[-1] if parts else model
-    return parts[-2] if len(parts) > 1 and last[:1].isdigit() else last
+def finish(
+    done: Merged, report: ReportKind, analysis: ArtifactRef | None, unanalysed: str, registered_model: str | None, tracking_uri: str | None
+) -> MergeOutcome:  # fmt: skip
+    """In a flow: the merge's page and card beside the model, its run in MLflow, its scores and links in the Prefect UI. Raises OtaError."""
+    where, result = done.where, done.subjects["merged"]
+    run, page = merge_run(done, registered_model), None
+    if report != "none":
+        page = page_of(run, done.merged, done.found, done.subjects, analysis, unanalysed)
+        # What a gate decided of this merge before stays in the page: a champion is merged again by every night that finds it standing.
+        decision = promotion.logged_decision(run.fingerprint, run.model_digest, tracking_uri=tracking_uri, root=where.tracking)
+        run = with_report(run, page, where, decision)
+    run = keeping_scores(run, done.merged)
+    put_beside_the_model(run, done.merged, where)
+    logged = log(run, where, tracking_uri)
+    path = str(result.path or done.merged.uri)
+    get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
+    if done.found:
+        show_scores(comparison(done.found, done.subjects), title=run.name)
+    show_mlflow(run.name, logged.url)
+    return MergeOutcome(
+        name=merge_label(done.plan.recipe), merged=done.merged, path=path, digest=result.digest, scores=done.scores,
+        capabilities={expert.name: expert.capability for expert in done.plan.inputs.experts if expert.capability},
+        densities={key.removeprefix("density/"): value for key, value in run.metrics.items() if key.startswith("density/")},
+        logged=logged, page=page,
+    )  # fmt: skip
 
 
-def merge_run(
-    recipe: MergeRecipe,
-    inputs: MergeInputs,
-    fetched: list[Fetched],
-    subjects: dict[str, Subject],
-    merged: ArtifactRef,
-    scores: dict[str, ArtifactRef],
-    found: dict[str, ModelScores],
-    refs: dict[str, list[ArtifactRef]],
-    where: Places,
-    registered_model: str | None,
-    data: str | None = None,
-) -> MergeRun:
-    """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md). ``found``: what the
-    artifacts ``scores`` hold; ``data``: where the suite's documents lie."""
-    store = stages.store_of(where)
+def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
+    """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md)."""
+    recipe, inputs, where = done.plan.recipe, done.plan.inputs, done.where
+    subjects, merged, scores, found = done.subjects, done.merged, done.scores, done.found
+    refs = done.stages | {"merge": [merged]}
+    store = store_of(where)
     record = store.read_record(merged)
     metrics = _stage_metrics(store, refs, record)
     metrics |= score_metrics(found, subjects)
@@ -126,7 +142,7 @@ def merge_run(
         model_digest=subjects["merged"].digest,
         registered_model=registered_model,
         model_card=_card(recipe, inputs, record.results, merged.fingerprint, rows, found.get("merged")),
-        inputs=_lineage(inputs, fetched) + _benchmark_data(measured, data),
+        inputs=_lineage(inputs, done.fetched) + _benchmark_data(measured, done.data_dir),
         benchmarked=measured,
         system=_machine(store, [*(ref for some in refs.values() for ref in some), *scores.values()]),
         children=[
@@ -177,71 +193,6 @@ def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -
         metrics["negative_transfer"] = float(len(negative_transfer(found["merged"], found["base"])))
     metrics["seconds/benchmark"] = sum(scores.seconds for scores in found.values())
     return metrics
-
-
-def own_capability(subject: Subject, scores: ModelScores) -> str | None:
-    """The capability that is an expert's own: the one that the recipe or its manifest states, else the one that it is named after."""
-    if subject.role != "expert":
-        return None
-    return subject.capability or (subject.name if subject.name in scores.capabilities else None)
-
-
-def experts_of(found: Mapping[str, ModelScores], subjects: Mapping[str, Subject]) -> dict[str, tuple[str, ModelScores]]:
-    """Expert's name to its own capability and its scores, as tables and ``retention`` take them; one without has its name there,
-    which nobody measures."""
-    return {
-        s.name: (own_capability(s, found[key]) or s.name, found[key])
-        for key, s in subjects.items()
-        if s.role == "expert" and key in found
-    }
-
-
-def comparison(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> pd.DataFrame:
-    """The table of one merge: base, experts, merge."""
-    return compare(found.get("base"), experts_of(found, subjects), {subjects["merged"].name: found["merged"]})
-
-
-def compare(
-    base: ModelScores | None, experts: Mapping[str, tuple[str, ModelScores]], merges: Mapping[str, ModelScores]
-) -> pd.DataFrame:
-    """``scores_table``, also for merges without a base: then there is no such row, and nothing is above or below it."""
-    if base is not None:
-        return scores_table(base, experts, merges)
-    import pandas as pd
-
-    stand_in = next(iter(merges.values()))  # a row that measured nothing would take every capability out of the average
-    table = scores_table(stand_in, experts, merges)
-    attrs, table = table.attrs, table.drop(index="base")
-    table["negative_transfer"], table["below_base"] = pd.NA, ""
-    table.attrs |= attrs
-    return table
-
-
-def rows_of(
-    table: pd.DataFrame, found: dict[str, ModelScores], subjects: dict[str, Subject]
-) -> list[dict[str, str | float | None]]:
-    """The table's rows as MLflow's table and chart take them, with standard errors."""
-    import pandas as pd
-
-    by_name = {subject.name: (subject, found[key]) for key, subject in subjects.items() if key in found}
-    rows: list[dict[str, str | float | None]] = []
-    for name, values in table.iterrows():
-        if str(name) not in by_name:
-            continue
-        subject, scores = by_name[str(name)]
-        row: dict[str, str | float | None] = {
-            "model": str(name),
-            "role": subject.role,
-            "capability": own_capability(subject, scores),
-        }
-        for capability, score in scores.capabilities.items():
-            row[capability] = score.score
-            if score.stderr is not None:
-                row[f"{capability}_stderr"] = score.stderr
-        row["average"] = None if pd.isna(values["average"]) else float(values["average"])
-        row["retention"] = None if pd.isna(values["retention"]) else float(values["retention"])
-        rows.append(row)
-    return rows
 
 
 def _card(

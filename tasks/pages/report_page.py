@@ -6,24 +6,17 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any, Literal
 
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
-from flows.analysis import analyse
-from flows.report import comparison
-from flows.steps import missing
 from ota_core.artifact import CARD, ArtifactRef
-from ota_core.errors import OtaError
 from ota_core.merge.model_card import SCORES
-from ota_core.plan.inputs import MergeInputs
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
-from tasks import stages
+from tasks.artifacts.store import store_of
+from tasks.evaluation.comparison import comparison
 from tasks.evaluation.gate import GateDecision
 from tasks.evaluation.scores import NOT_MEASURED, ModelScores, caption, loss_rows
-from tasks.registry import promotion
+from tasks.evaluation.subject import Subject
 from tasks.settings import Places
-from tasks.stages import Subject
 from tasks.storage import models as storage
 from tasks.tracking.merge import InputRef, MergeRun
 from tasks.tracking.run import ANALYSIS_CSV, REPORT, TAG_ANALYSIS, mean_error
@@ -58,10 +51,10 @@ class MergePage(BaseModel):
 
     def html(self, where: Places, decision: GateDecision | None = None) -> str:
         """The page. It does not name the MLflow run: it is one of that run's own artifacts. Raises OtaError."""
-        from tasks.analysis import read_analysis, read_settings
+        from tasks.pages.analysis import read_analysis, read_settings
         from tasks.pages.html_report import MergeReport, report_html
 
-        store = stages.store_of(where)
+        store = store_of(where)
         record = store.read_record(self.merged)
         said: dict[str, Any] = read_settings(store.local_path(self.analysis)) if self.analysis else {"notes": [], "left_out": []}
         return report_html(
@@ -81,24 +74,6 @@ class MergePage(BaseModel):
 def prefect_links(url: str | None) -> dict[str, str]:
     """The way to the flow run; none where there is no UI, of which Prefect's address begins with ``None/``."""
     return {"the run in the Prefect UI": url} if url and url.startswith(("http://", "https://")) else {}
-
-
-def analysed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> tuple[ArtifactRef | None, str]:
-    """The analysis of the recipe's experts, as a cached task, or why there is none; of compressions only the recipe's own.
-
-    Comparing all compressions is half of ``ota analyse``'s work, and says nothing of this merge. The merge is valid without an analysis,
-    so that one that cannot be made does not end the run.
-    """
-    from tasks.analysis import analysis_options, analysis_step
-
-    own = recipe.setting("compression") if recipe.merge_method in NEEDS_MOMENTS else None
-    try:
-        step = analysis_step(recipe, inputs, analysis_options(compressions="-" if own in {None, "none"} else own))
-        found: ArtifactRef = missing(analyse, step, where)(step, where, recipe, inputs, memory)
-    except OtaError as error:
-        get_run_logger().warning("the report goes without an analysis of the experts: %s", error)
-        return None, str(error)
-    return found, ""
 
 
 def page_of(
@@ -138,16 +113,12 @@ def _losses(table: Any, scores: Mapping[str, ModelScores]) -> tuple[tuple[str, .
     return tuple(made) if rows else ()
 
 
-def with_report(run: MergeRun, page: MergePage, where: Places, tracking_uri: str | None) -> MergeRun:
-    """The run with the page, and the table that its pictures show, as artifacts to log. Raises OtaError.
+def with_report(run: MergeRun, page: MergePage, where: Places, decision: GateDecision | None = None) -> MergeRun:
+    """The run with the page, and the table that its pictures show, as artifacts to log. Raises OtaError."""
+    from tasks.pages.analysis import CSV
 
-    What a gate decided of this merge before stays in the page: a champion is merged again by every night that finds it standing.
-    """
-    from tasks.analysis import CSV
-
-    folder = stages.store_of(where).local_path(page.analysis) if page.analysis else None
+    folder = store_of(where).local_path(page.analysis) if page.analysis else None
     tables = {ANALYSIS_CSV: (folder / CSV).read_text(encoding="utf-8")} if folder else {}
-    decision = promotion.logged_decision(run.fingerprint, run.model_digest, tracking_uri=tracking_uri, root=where.tracking)
     tags = run.tags | ({TAG_ANALYSIS: "in the report"} if folder else {})
     tags |= {TAG_ANALYSIS: f"none: {page.unanalysed}"} if page.unanalysed else {}
     return run.model_copy(update={"report_html": page.html(where, decision), "tables": tables, "tags": tags})
@@ -165,11 +136,11 @@ def keeping_scores(run: MergeRun, merged: ArtifactRef) -> MergeRun:
 def put_beside_the_model(run: MergeRun, merged: ArtifactRef, where: Places) -> None:
     """The model card, now with the scores, and the report."""
     notes = {CARD: run.model_card, REPORT: run.report_html}
-    stages.store_of(where).annotate(merged, {name: text for name, text in notes.items() if text})
+    store_of(where).annotate(merged, {name: text for name, text in notes.items() if text})
 
 
 def with_decision(page: MergePage, decision: GateDecision, where: Places) -> str:
     """The page with the gate's decision, which takes the place of the one beside the model. Raises OtaError."""
     html = page.html(where, decision)
-    stages.store_of(where).annotate(page.merged, {REPORT: html})
+    store_of(where).annotate(page.merged, {REPORT: html})
     return html

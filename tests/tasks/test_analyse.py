@@ -2,21 +2,23 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from ota_core import analysis as core
 from ota_core.analysis import AnalysisOptions, Row
 from ota_core.analysis.roles import ROLES
 from ota_core.errors import ArtifactError, OtaError
-from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import analysis, stages
-from tasks.analysis import TYPES, analysis_options, analysis_step, frame, read_analysis, read_settings, read_tables
+from tasks.analyse import analyse_job, analysis_options, analysis_step
+from tasks.compress import compress_jobs
+from tasks.mask import mask_jobs
 from tasks.merging.inputs import model_sources
+from tasks.merging.sources import Planned, planned
+from tasks.pages.analysis import TYPES, densest_cells, frame, read_analysis, read_settings, read_tables
 from tasks.settings import Places, places
 from tasks.storage import models as storage
 from tests.flows.merge_fixture import EXPERTS, write_experts
@@ -44,20 +46,18 @@ def recipe(models: Path, method: str = "ota", own: dict[str, Any] | None = None,
     )
 
 
-def inputs_of(recipe: MergeRecipe, where: Places) -> MergeInputs:
+def plan_of(recipe: MergeRecipe, where: Places) -> Planned:
     fetched = [storage.fetch(source, cache=where.cache) for source in model_sources(recipe, None)]
-    return stages.inputs_of(recipe, fetched, where, None)
+    return planned(recipe, fetched, where, memory="256MiB")
 
 
 def print_of(recipe: MergeRecipe, where: Places, **options: Any) -> str:
-    return analysis_step(recipe, inputs_of(recipe, where), AnalysisOptions(**options)).fingerprint
+    return analysis_step(recipe, plan_of(recipe, where).inputs, AnalysisOptions(**options)).fingerprint
 
 
 def test_the_table_is_tidy_and_survives_its_files(models: Path, where: Places) -> None:
     wanted = recipe(models)
-    inputs = inputs_of(wanted, where)
-    step = analysis_step(wanted, inputs)
-    ref = analysis.analyse(where, step, wanted, inputs, memory="256MiB")
+    ref = analyse_job(plan_of(wanted, where)).run(where)
     table = read_analysis(where, ref)
     assert {name: str(kind) for name, kind in table.dtypes.items()} == TYPES and list(TYPES) == list(Row._fields)
     assert not table.duplicated(["analysis", "expert", "other", "layer", "role", "variant", "measure", "at"]).any()
@@ -115,26 +115,24 @@ def test_options_and_contents_decide_it_places_do_not(models: Path, where: Place
 
 def test_the_inputs_of_later_stages_name_the_same_analysis(models: Path, where: Places) -> None:
     wanted = recipe(models)
-    inputs = inputs_of(wanted, where)
-    experts = [
-        stages.with_compressed(where, e, stages.compress(where, stages.moments_step(wanted, e), e)) for e in inputs.experts
-    ]
-    ready = replace(inputs, experts=tuple(experts))
-    masks = {i: stages.mask(where, stages.mask_step(wanted, inputs, i), wanted, ready, i) for i in range(2)}
-    ready = stages.with_masks(where, ready, masks)
-    raw, staged = analysis_step(wanted, inputs), analysis_step(wanted, ready)
-    assert raw == staged
-    first = read_analysis(where, analysis.analyse(where, raw, wanted, inputs))
+    raw = plan_of(wanted, where)
+    staged = raw.with_artifacts([job.run(where) for job in compress_jobs(raw)])
+    staged = staged.with_artifacts(masks={i: job.run(where) for i, job in mask_jobs(staged).items()})
+    with staged.sources.opened(where, 2**28, raw_moments=True) as ready:
+        assert all(expert.masks and expert.moments != expert.full_moments for expert in ready.experts)
+        assert analysis_step(wanted, ready) == analysis_step(wanted, raw.inputs)
+    first = read_analysis(where, analyse_job(raw).run(where))
     shutil.rmtree(Path(where.artifacts) / "analysis")
-    pd.testing.assert_frame_equal(read_analysis(where, analysis.analyse(where, staged, wanted, ready)), first)
+    pd.testing.assert_frame_equal(read_analysis(where, analyse_job(staged).run(where)), first)
 
 
 def test_a_linear_merge_is_analysed_with_the_second_moments_that_lie_there(models: Path, where: Places) -> None:
     wanted = recipe(models, "linear")
-    inputs = inputs_of(wanted, where)
-    step = analysis_step(wanted, inputs, analysis_options(compressions="rank1"))
+    plan = plan_of(wanted, where)
+    job = analyse_job(plan, analysis_options(compressions="rank1"))
+    step, inputs = job.step, plan.inputs
     assert set(step.inputs) == {"base", "expert0", "moments0", "expert1", "moments1"}
-    ref = analysis.analyse(where, step, wanted, inputs)
+    ref = job.run(where)
     assert set(read_analysis(where, ref).analysis) >= {"curvature_overlap", "compression"}
     assert "merge masks nothing of math, knowledge" in read_settings(Path(ref.uri))["notes"][0]
     off = analysis_step(wanted, inputs, analysis_options(curvature="off"))
@@ -143,11 +141,10 @@ def test_a_linear_merge_is_analysed_with_the_second_moments_that_lie_there(model
 
 def test_what_is_there_is_not_computed_again(models: Path, where: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = recipe(models)
-    inputs = inputs_of(wanted, where)
-    step = analysis_step(wanted, inputs, analysis_options(compressions="-"))
-    ref = analysis.analyse(where, step, wanted, inputs)
-    monkeypatch.setattr(analysis, "analyse_models", None)
-    assert analysis.analyse(where, step, wanted, inputs) == ref
+    job = analyse_job(plan_of(wanted, where), analysis_options(compressions="-"))
+    ref = job.run(where)
+    monkeypatch.setattr(core, "analyse", None)
+    assert job.run(where) == ref
 
 
 def test_options_as_a_person_writes_them() -> None:
@@ -171,9 +168,8 @@ def test_other_tables_are_refused(tmp_path: Path) -> None:
 
 def test_the_densest_cells_are_those_of_all_experts(models: Path, where: Places) -> None:
     wanted = recipe(models)
-    inputs = inputs_of(wanted, where)
-    ref = analysis.analyse(where, analysis_step(wanted, inputs, analysis_options(compressions="-")), wanted, inputs)
-    cells = analysis.densest_cells(read_analysis(where, ref), count=100)
+    ref = analyse_job(plan_of(wanted, where), analysis_options(compressions="-")).run(where)
+    cells = densest_cells(read_analysis(where, ref), count=100)
     assert list(cells.columns) == ["layer", "role", "size", "curvature density", "magnitude density"]
     assert cells["curvature density"].is_monotonic_decreasing and "norm" not in set(cells.role)
     assert cells["size"].sum() == pytest.approx(1)

@@ -1,15 +1,13 @@
-"""What the commands do beyond calling the engine: look up a source, write to a temporary sibling, wrap up a flow run."""
+"""What ``ota compress`` and ``ota mask`` do beyond calling the engine: look up a source, write to a temporary sibling."""
 
 import json
 import os
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ota_core.analysis.agreement import Agreement, agreement
 from ota_core.compute.stream import Progress, Stream, parse_memory
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.checkpoint import Checkpoint, weight_files
@@ -19,18 +17,20 @@ from ota_core.moments import find_moments, moments_files, none_found, open_momen
 from ota_core.moments.compression import CompressionReport, open_compressed
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.evaluation.suites import load_suite
 from tasks.merging.architecture import parameter_layout
-from tasks.settings import Places, as_device, places
+from tasks.settings import places
 from tasks.storage import models as storage
 from tasks.storage.streaming.streams import Streams
+
+if TYPE_CHECKING:
+    from ota_core.analysis.agreement import Agreement
 
 
 class Compressed(NamedTuple):
     """What a compression led to."""
 
     report: CompressionReport
-    agreement: Agreement | None
+    agreement: "Agreement | None"
     """With a base to compare by."""
     seconds: dict[str, float]
     """Of each part."""
@@ -102,6 +102,8 @@ def compress_source(
             seconds = {"compress": time.perf_counter() - started}
             agreed = None
             if base is not None:
+                from ota_core.analysis.agreement import agreement  # with it comes torch
+
                 reference = bring(base, "fetch base")
                 if streams is not None:
                     streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))
@@ -132,68 +134,3 @@ def mask_recipe(
         found = engine.mask(recipe, folder, inputs=inputs, device=device, memory=memory, progress=progress)
         (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
-
-
-def prepare_prefect() -> None:
-    """Before Prefect is imported: settings of the temporary server that it starts where PREFECT_API_URL is not set.
-
-    It may take long to start on a busy machine, and it has nobody to report to.
-    """
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
-
-
-def run_recipe(
-    recipe: MergeRecipe, *, runner: str | None = None, address: str | None = None, parts: int | None = None, **options: Any
-) -> list[Any]:
-    """Run the flow and say where everything is. ``runner``, ``address``, ``parts``: as for ``tasks.orchestration.runners.runner_of``.
-
-    Raises OtaError as the flow's tasks raise it.
-    """
-    # What needs no server is checked before one is started.
-    if options.get("suite"):
-        load_suite(options["suite"])
-    parse_memory(options.get("memory", "2GiB"))
-    prepare_prefect()
-    from flows.merge import merge_flow
-    from tasks.evaluation.scores import render
-    from tasks.orchestration.runners import runner_of, server_for
-    from tasks.tracking.merge import open_hint
-
-    chosen = runner_of(runner, address=address, parts=parts)
-    chosen.task_runner()  # says what is not installed
-    device = as_device(options.get("device", "auto"))
-    if chosen.kind == "threads":
-        engine.pick_device(device)
-    with server_for(chosen):
-        outcome = merge_flow(recipe, runner=chosen, **options)
-    where = places(options.get("home"), options.get("artifacts"))
-    lines: list[Any] = []
-    if outcome.scores:
-        lines.append(render(comparison_table({outcome.name: outcome}, where)))
-    lines.append(f"merged model: {outcome.path}")
-    lines.append(
-        open_hint(
-            tracking_uri=options.get("tracking_uri"),
-            root=where.tracking,
-            experiment=outcome.logged.experiment_id,
-            run=outcome.logged.run_id,
-        )
-    )
-    return lines
-
-
-def comparison_table(outcomes: Mapping[str, Any], where: Places, more: Mapping[str, Any] | None = None) -> Any:
-    """Base, experts and merges side by side, a DataFrame. All outcomes are of the same base and experts; ``more``: scores of other merges."""
-    from flows.report import compare
-    from tasks.stages import read_scores
-
-    first = next(iter(outcomes.values()))
-    found = {key: read_scores(where, ref) for key, ref in first.scores.items()}
-    experts = {
-        key.removeprefix("expert/"): (first.capabilities.get(key.removeprefix("expert/"), key), scores)
-        for key, scores in found.items()
-        if key.startswith("expert/")
-    }
-    merges = {name: read_scores(where, outcome.scores["merged"]) for name, outcome in outcomes.items()}
-    return compare(found.get("base"), experts, {**merges, **(more or {})})
