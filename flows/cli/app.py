@@ -28,6 +28,7 @@ from flows.cli.common import (
     Overwrite,
     Recipe,
     TrackingUri,
+    load_numba,
     progress_bars,
     recipe_inputs,
     show,
@@ -70,6 +71,7 @@ def merge(
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
         file_size = parse_size(shard_size, "shard size", "1KB")
+        load_numba()
         with (
             progress_bars() as progress,
             recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
@@ -128,6 +130,7 @@ def compress(
     from ota_core.moments.compression import compression_label
 
     with user_errors(), progress_bars() as progress:
+        load_numba()
         done = compress_source(
             source,
             out,
@@ -178,6 +181,7 @@ def mask(
     with user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
+        load_numba()
         with (
             progress_bars() as progress,
             recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
@@ -264,9 +268,12 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 1,
 ) -> None:
     """Train a small base and five experts, merge them in four ways, and compare. Needs the extra 'demo'."""
-    from flows.lab.demo import run_demo
+    from tasks.orchestration.prepare import prepare_prefect
 
     with user_errors():
+        prepare_prefect()
+        from flows.lab.demo import run_demo
+
         for line in run_demo(home=home, seed=seed):
             show(line)
 

@@ -13,6 +13,7 @@ from ota_core.errors import OtaError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from ota_core.artifact import Kind
     from tasks.registry.retention.cache import CacheOutcome, CachePlan
@@ -25,7 +26,11 @@ _USUAL = "unreferenced"
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed. Without it nothing is changed.")] = False,
     days: Annotated[
-        int, typer.Option(help="Keep what was made or used within so many days, and what runs of that time refer to.")
+        int,
+        typer.Option(
+            help="Keep what was made within so many days or found in a local folder, and what MLflow's runs of that time refer to: "
+            "reading an artifact from S3 leaves no trace there."
+        ),
     ] = 14,
     kinds: Annotated[
         str | None,
@@ -40,7 +45,11 @@ def gc(
     everything: Annotated[bool, typer.Option("--all", help=f"List every row, not the {ROWS} largest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
 ) -> None:
-    """List the artifacts that no champion, challenger or recent run refers to, with their sizes; --delete removes them."""
+    """List the artifacts that no champion, challenger or recent run refers to, with their sizes; --delete removes them.
+
+    What a champion, a challenger, any other alias, the champion's predecessor or a recent run in MLflow refers to stays, with the moments,
+    masks and scores that belong to it. All that goes can be computed, or fetched, again.
+    """
     from tasks.artifacts.store import ArtifactStore
     from tasks.registry.retention.cache import collect_cache, plan_cache
     from tasks.registry.retention.references import Tracking
@@ -112,13 +121,9 @@ def _table(
     title: str, rows: Sequence[tuple[dict[str, Any], datetime]], frees: int, now: datetime, everything: bool
 ) -> "RenderableType":
     """One row per thing. Only what it is takes a second line where the terminal is narrow."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
-    )
+    table = _empty_table(title)
     shown = rows if everything else rows[:ROWS]
     table.add_column("kind", no_wrap=True)
     table.add_column("id", no_wrap=True)
@@ -136,13 +141,17 @@ def _table(
     return table
 
 
-def _kept(kept: dict[str, list[int]]) -> "RenderableType":
+def _empty_table(title: str) -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        box=box.SIMPLE_HEAD, title="Kept", title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
+    return Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
     )
+
+
+def _kept(kept: dict[str, list[int]]) -> "RenderableType":
+    table = _empty_table("Kept")
     table.add_column("why", footer="")
     table.add_column("artifacts", justify="right", footer=f"{sum(map(len, kept.values())):,}")
     table.add_column("size", justify="right", footer=size_text(sum(map(sum, kept.values()))))

@@ -126,7 +126,7 @@ def server_for(runner: Runner) -> Iterator[None]:
         yield
     elif runner.processes_here:
         # Prefect's temporary server of this process, the same for all of its runs; it stops it when the process ends.
-        with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url)}):
+        with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url).rstrip("/")}):
             yield
     else:
         where = f"the machines at {runner.address}" if runner.address else "Prefect workers"

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -22,6 +22,7 @@ from botocore import exceptions as boto_errors
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError, StorageReason
+from tasks.settings import exchanged
 
 MIB = 1024 * 1024
 POOL_CONNECTIONS = 64
@@ -53,6 +54,17 @@ class Credentials:
     region: str | None = None
     endpoint: str | None = None
 
+    def variables(self) -> dict[str, str | None]:
+        """The environment variables that say the same; None where one has to go."""
+        keys = {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_SESSION_TOKEN": self.session_token if self.access_key else None,
+        }
+        given = {"AWS_PROFILE": self.profile, "AWS_DEFAULT_REGION": self.region, "AWS_ENDPOINT_URL_S3": self.endpoint}
+        # A profile without keys: boto3 would prefer keys of the environment to one that the environment names.
+        return (keys if self.access_key or self.profile else {}) | {name: value for name, value in given.items() if value}
+
 
 _handed: ContextVar[Credentials | None] = ContextVar("s3_credentials", default=None)
 
@@ -68,6 +80,38 @@ def use_credentials(credentials: Credentials | None) -> Iterator[None]:
         yield
     finally:
         _handed.reset(token)
+
+
+def has_credentials() -> bool:
+    """Whether credentials are handed on here."""
+    return _handed.get() is not None
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """The credentials in use as environment variables, for somebody else's client, which reads them there.
+
+    The environment is the whole process's: it is restored when the last thread leaves.
+    """
+    credentials = _handed.get()
+    if credentials is None:
+        yield
+        return
+    with _lent_lock:
+        _lent.append(exchanged(credentials.variables()))
+    try:
+        yield
+    finally:
+        with _lent_lock:
+            before = _lent[0]
+            _lent.pop()
+            if not _lent:
+                exchanged(before)
+
+
+_lent_lock = threading.Lock()
+_lent: list[dict[str, str | None]] = []
+"""What the environment held before each thread came that is within ``environment``."""
 
 
 class Threads(ThreadPoolExecutor):
@@ -88,7 +132,7 @@ class S3Object(BaseModel):
     etag: str
     """As the server gives it, without the quotes."""
     modified: datetime | None = None
-    """When it was written or touched, by the server's clock; None where it is not from a listing."""
+    """When it was written, by the server's clock; None where it is not from a listing."""
 
 
 def is_s3(uri: str) -> bool:
@@ -273,52 +317,51 @@ def write_bytes(uri: str, content: bytes, *, only_if_absent: bool = False) -> bo
     return True
 
 
-def upload_file(path: Path, uri: str, *, sha256: str, part_size: int, threads: int, callback: Any = None) -> None:
-    """Upload one file, in parallel parts when it is larger than one part; its sha256 is kept as metadata."""
-    from boto3.exceptions import S3UploadFailedError
-    from boto3.s3.transfer import TransferConfig
+def upload_files(
+    files: Iterable[tuple[Path, str, str]], *, part_size: int, threads: int, callback: Callable[[int], None] | None = None
+) -> None:
+    """Upload files, each with its address and its SHA-256 in hex, which is kept as metadata: several at once, large ones in parts.
 
-    s3, (bucket, key) = client(patient=True), split_uri(uri)
-    config = TransferConfig(multipart_threshold=part_size, multipart_chunksize=part_size, max_concurrency=threads)
-    with s3_errors("upload", uri, s3):
-        try:
-            s3.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"sha256": sha256}}, Config=config, Callback=callback)
-        except S3UploadFailedError as error:
-            # boto3 wraps the real error in a sentence; unwrap it so that its code is explained.
-            raise error.__context__ or error from error
-
-
-def copy_object(source: str, target: str) -> None:
-    """Copy an object within the server, none of its bytes through this machine; metadata come along. Raises StorageError.
-
-    One request up to 5 GB, S3's limit; copies of ranges above.
+    ``files`` is taken from while the first of them are under way. ``callback`` is told bytes. Raises StorageError.
     """
-    s3, (bucket, key) = client(patient=True), split_uri(target)
-    from boto3.s3.transfer import TransferConfig
+    from boto3.s3.transfer import ProgressCallbackInvoker
 
-    from_bucket, from_key = split_uri(source)
-    with s3_errors("copy", source, s3):
-        # Copies of ranges make a new object, without the metadata of the old one unless they are given.
-        answer = s3.head_object(Bucket=from_bucket, Key=from_key)
-        metadata = {"Metadata": answer.get("Metadata", {}), "MetadataDirective": "REPLACE"}
-        config = TransferConfig(multipart_threshold=_COPY_AT_ONCE, multipart_chunksize=_COPY_RANGE)
-        s3.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, ExtraArgs=metadata, Config=config)
+    def start(manager: Any) -> Iterator[tuple[str, Any]]:
+        for path, uri, sha256 in files:
+            (bucket, key), told = split_uri(uri), [ProgressCallbackInvoker(callback)] if callback else None
+            yield uri, manager.upload(str(path), bucket, key, {"Metadata": {"sha256": sha256}}, told)
+
+    _transfer("upload", start, threads, multipart_threshold=part_size, multipart_chunksize=part_size)
 
 
-def touch(uri: str) -> bool:
-    """Give an object of at most 5 GB the present time; False when it is gone. Raises StorageError."""
-    s3, (bucket, key) = client(), split_uri(uri)
-    with s3_errors("touch", uri, s3):
-        try:
-            # S3 refuses a copy of an object onto itself that changes nothing; replacing metadata counts as a change.
-            kept = s3.head_object(Bucket=bucket, Key=key).get("Metadata", {})
-            source = {"Bucket": bucket, "Key": key}
-            s3.copy_object(Bucket=bucket, Key=key, CopySource=source, Metadata=kept, MetadataDirective="REPLACE")
-        except boto_errors.ClientError as error:
-            if error_code(error) in _MISSING:
-                return False
-            raise
-    return True
+def copy_objects(pairs: Mapping[str, str], *, threads: int = 8) -> None:
+    """Copy objects, source → target, within the server, none of their bytes through this machine; metadata come along.
+
+    One request each up to 5 GB, S3's limit; copies of ranges above. Raises StorageError.
+    """
+    s3 = client(patient=True)
+
+    def start(manager: Any) -> Iterator[tuple[str, Any]]:
+        for source, target in pairs.items():
+            (from_bucket, from_key), (bucket, key) = split_uri(source), split_uri(target)
+            with s3_errors("copy", source, s3):
+                # Copies of ranges make a new object, without the metadata of the old one unless they are given.
+                held = s3.head_object(Bucket=from_bucket, Key=from_key).get("Metadata", {})
+            metadata = {"Metadata": held, "MetadataDirective": "REPLACE"}
+            yield source, manager.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, metadata)
+
+    _transfer("copy", start, threads, multipart_threshold=_COPY_AT_ONCE, multipart_chunksize=_COPY_RANGE)
+
+
+def _transfer(action: str, start: Callable[[Any], Iterator[tuple[str, Any]]], threads: int, **sizes: int) -> None:
+    """Have boto3's transfer manager do what ``start`` asks of it; the first that fails ends the others."""
+    from boto3.s3.transfer import TransferConfig, create_transfer_manager
+
+    s3, config = client(patient=True), TransferConfig(max_concurrency=threads, preferred_transfer_client="classic", **sizes)
+    with create_transfer_manager(s3, config) as manager:
+        for uri, future in list(start(manager)):
+            with s3_errors(action, uri, s3):
+                future.result()
 
 
 def read_range(s3: Any, one: S3Object, start: int, stop: int) -> IO[bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from tasks.tracking.run import (
     SCORES_JSON,
     TAG_COMMIT,
     TAG_FINGERPRINT,
+    TAG_LOGGED,
     ChildRun,
     InputRef,
     LoggedRun,
@@ -72,7 +74,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
         parent = find_or_create(client, experiment, {TAG_FINGERPRINT: run.fingerprint, TAG_DIGEST: run.model_digest}, run.name)
         run_id = parent.info.run_id
         with in_progress(client, parent):
-            tags = {**run.tags, "method": run.method, TAG_SOURCE: run.model_uri}
+            tags = {**run.tags, "method": run.method, TAG_SOURCE: run.model_uri, TAG_LOGGED: datetime.now(UTC).date().isoformat()}
             if TAG_COMMIT in run.tags:
                 tags["mlflow.source.git.commit"] = run.tags[TAG_COMMIT]
             if run.benchmarked is not None:

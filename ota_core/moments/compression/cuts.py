@@ -10,8 +10,8 @@ from ota_core.moments.base import Moments
 
 # Elements of a chunk: 16 MiB of float32, long against the cost of starting a job, short against the memory budget.
 CHUNK = 1 << 22
-# Elements that log8 codes within one range. Here, for what is compiled is not to be loaded for it.
-LOG8_BLOCK = 256
+# Elements that share a range in the code of log8.
+BLOCK = 256
 
 
 def matrices(shape: Sequence[int]) -> tuple[int, int, int]:

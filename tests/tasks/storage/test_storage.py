@@ -20,6 +20,7 @@ from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import Fetched, fetch, upload_folder
+from tests.s3_requests import requests
 from tests.servers import S3Test
 
 ROOT = Path(__file__).parents[3]
@@ -140,22 +141,13 @@ def test_threads_and_processes_at_once(s3_server: S3Test, expert: Path, tmp_path
     assert len(list((cache / "checkpoints").iterdir())) == 1
 
 
-def test_upload_puts_the_last_file_last_and_skips_what_is_there(
-    expert: Path, s3_server: S3Test, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-    real = s3.upload_file
-
-    def upload_file(path: Path, uri: str, **options: Any) -> None:
-        order.append(path.name)
-        real(path, uri, **options)
-
-    monkeypatch.setattr(s3, "upload_file", upload_file)
+def test_upload_puts_the_last_file_last_and_skips_what_is_there(expert: Path, s3_server: S3Test) -> None:
     ticks: list[tuple[int, int]] = []
-    sent = upload_folder(
-        expert, s3_server.uri + "/a", last="expert.json", progress=lambda done, total: ticks.append((done, total))
-    )
-    assert order[-1] == "expert.json" and len(order) == len(sent) == 13
+    with requests("PutObject") as order:
+        sent = upload_folder(
+            expert, s3_server.uri + "/a", last="expert.json", progress=lambda done, total: ticks.append((done, total))
+        )
+    assert order[-1].key == "a/expert.json" and len(order) == len(sent) == 13
     assert ticks[-1][0] == ticks[-1][1]
     assert upload_folder(expert, s3_server.uri + "/a", last="expert.json") == []
     (expert / "tokenizer.json").write_text("[3]")  # the same size

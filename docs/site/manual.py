@@ -1,6 +1,6 @@
-"""What the site is made of besides the pages in this folder: the command reference, and README, CONTRIBUTING, CHANGELOG and infra/README.
+"""What the site is made of besides the pages in docs/: the command reference, and README, CONTRIBUTING, CHANGELOG and infra/README.
 
-``python docs/manual.py`` writes docs/commands.md from the command itself; MkDocs loads this file as a hook (mkdocs.yml).
+``python docs/site/manual.py`` writes docs/commands.md from the command itself; MkDocs loads this file as a hook (mkdocs.yml).
 """
 
 import posixpath
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BESIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -43,7 +43,8 @@ def commands_page() -> str:
         "Every command of `ota` with its arguments and options. This page is written by `make docs` from the command itself, which says the",
         "same with `--help`. `ota` here is `.venv/bin/ota`, where `make` installs it.", "",
         "A mistake in the input ends with exit code 2 and a message that lists every problem. `ota search` ends with 3 when no trial holds all",
-        "floors, `ota stack status` with 1 when a process does not do its work.", "",
+        "floors, `ota stack status` with 1 when a process does not do its work. An output file or folder appears complete or not at all.",
+        "`ota merge`, `compress` and `mask` print one line of JSON with `--json`, seconds included.", "",
     ]  # fmt: skip
     for name, command in commands(app):
         arguments = [one for one in command.params if one.param_type_name == "argument"]
