@@ -22,8 +22,9 @@ from tasks.artifacts.store import ArtifactStore
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import load_suite
 from tasks.merging.inputs import model_sources
+from tasks.registry.retention.plan import Plan
 from tasks.registry.retention.references import TAG_REPLACED, Tracking
-from tasks.registry.retention.retention import DEFAULT_KINDS, Plan, Retention
+from tasks.registry.retention.retention import DEFAULT_KINDS, Retention
 from tasks.settings import Places, places
 from tasks.stages import Subject
 from tasks.storage import models as storage
