@@ -21,8 +21,8 @@ from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of
-from tasks.benchmark import read_all
 from tasks.evaluation.comparison import comparison, experts_of, own_capability, rows_of
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores, negative_transfer, retention
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite

@@ -22,7 +22,8 @@ ONLY_IN = {
 }
 # Prefect's tasks: the stages in tasks/*.py, and rooms with steps of their own.
 TASK_ROOMS = ("tasks/registry/", "tasks/experiments/", "tasks/local/")
-CIRCLES = {("tasks.benchmark", "tasks.evaluation", "tasks.pages", "tasks.tracking")}
+# What is still there of what the rules forbid. What is gone must be taken out.
+CIRCLES = {("tasks.evaluation", "tasks.pages", "tasks.tracking")}
 FULL = 20
 
 
