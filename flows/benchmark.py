@@ -8,12 +8,13 @@ from flows.pools import gpu_deployment
 from flows.report import short_name
 from flows.steps import fetch, several_at_once
 from tasks import stages
-from tasks.evaluation.scores import ModelScores, to_markdown_of_one
+from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import load_suite
 from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
-from tasks.orchestration.shown import show_markdown, show_mlflow
+from tasks.orchestration.shown import show_mlflow, show_table
+from tasks.pages.scores import of_one
 from tasks.settings import Device, Places, places
 from tasks.stages import Subject
 from tasks.storage.watch import identity_of_source, is_intact
@@ -69,7 +70,7 @@ def benchmark_flow(
     refs = score_all({"model": subject}, suite, data_dir, limit, where, device=device, gpu=gpu)
     scores = stages.read_scores(where, refs["model"])
     logged = log_scores(name, subject, refs["model"].fingerprint, scores, where, tracking_uri)
-    show_markdown("scores", to_markdown_of_one(name, scores), f"Scores of {name}")
+    show_table(of_one(name, scores), "scores")
     show_mlflow(name, logged.url)
     get_run_logger().info("scores of %s: %s", model, scores.by_capability())
     return scores.by_capability()

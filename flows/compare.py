@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from tasks.experiments.leaderboard.leaderboard import BEST, Leaderboard
 from tasks.experiments.leaderboard.log import log_leaderboard
 from tasks.experiments.leaderboard.question import Question
-from tasks.experiments.leaderboard.text import write_files
+from tasks.experiments.leaderboard.text import ranking, write_files
 from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
-from tasks.orchestration.shown import show_leaderboard, show_mlflow
+from tasks.orchestration.shown import show_mlflow, show_table
 from tasks.settings import places
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.run import LoggedRun
@@ -85,7 +85,7 @@ def compare_flow(
     if out is not None:
         write_files(board, out)
     logged = log(board, question, store)
-    show_leaderboard(board)
+    show_table(ranking(board), "leaderboard")
     show_mlflow(f"leaderboard of {experiment}", logged.url)
     best = board.best
     for note in board.notes:

@@ -17,15 +17,16 @@ from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 from tasks import stages
 from tasks.artifacts.system_metrics import SystemPoint, points_of
-from tasks.evaluation.scores import ModelScores, negative_transfer, retention, scores_table
+from tasks.evaluation.scores import ModelScores, negative_transfer, retention, rows_of, scores_table
 from tasks.evaluation.suites import Suite
 from tasks.experiments.study.cells import settings_of, spell, unusual
+from tasks.pages.scores import of_card
 from tasks.settings import Places
 from tasks.stages import Subject
 from tasks.storage.models import Fetched
 from tasks.tracking.merge import ChildRun, InputRef, MergeRun
 from tasks.tracking.params import comparable_params
-from tasks.tracking.run import TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
+from tasks.tracking.run import SCORES_PNG, TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
     import pandas as pd
@@ -94,6 +95,9 @@ def merge_run(
 ) -> MergeRun:
     """Everything that MLflow is told of a merge (names: design.md). ``found``: what the
     artifacts ``scores`` hold; ``data``: where the suite's documents lie."""
+    from tasks.pages.pictures.picture import png
+    from tasks.pages.pictures.scores import pictures_of_scores
+
     store = stages.store_of(where)
     record = store.read_record(merged)
     metrics = _stage_metrics(store, refs, record)
@@ -112,7 +116,7 @@ def merge_run(
         if any(value is not None for value in values):
             params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
     params |= comparable_params(recipe, {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")})
-    rows = rows_of(comparison(found, subjects), found, subjects) if found else []
+    rows = rows_of(comparison(found, subjects)) if found else []
     measured = _benchmarked(store, scores, found)
     return MergeRun(
         name=merge_name(recipe),
@@ -125,7 +129,9 @@ def merge_run(
         model_uri=merged.uri,
         model_digest=subjects["merged"].digest,
         registered_model=registered_model,
-        model_card=_card(recipe, inputs, record.results, merged.fingerprint, rows, found.get("merged")),
+        model_card=model_card(
+            recipe, inputs, record.results, merged.fingerprint, **(of_card(rows, found["merged"]) if found else {})
+        ),
         inputs=_lineage(inputs, fetched) + _benchmark_data(measured, data),
         benchmarked=measured,
         system=_machine(store, [*(ref for some in refs.values() for ref in some), *scores.values()]),
@@ -141,6 +147,7 @@ def merge_run(
             if key in found
         ],
         table=rows,
+        pictures={SCORES_PNG: png(pictures_of_scores(rows)["scores"].chart)} if found and found["merged"].measured else {},
     )
 
 
@@ -211,45 +218,7 @@ def compare(
 
     stand_in = next(iter(merges.values()))  # a row that measured nothing would take every capability out of the average
     table = scores_table(stand_in, experts, merges)
-    attrs, table = table.attrs, table.drop(index="base")
-    table["negative_transfer"], table["below_base"] = pd.NA, ""
-    table.attrs |= attrs
-    return table
-
-
-def rows_of(
-    table: pd.DataFrame, found: dict[str, ModelScores], subjects: dict[str, Subject]
-) -> list[dict[str, str | float | None]]:
-    """The table's rows as MLflow's table and chart take them, with standard errors."""
-    import pandas as pd
-
-    by_name = {subject.name: (subject, found[key]) for key, subject in subjects.items() if key in found}
-    rows: list[dict[str, str | float | None]] = []
-    for name, values in table.iterrows():
-        if str(name) not in by_name:
-            continue
-        subject, scores = by_name[str(name)]
-        row: dict[str, str | float | None] = {
-            "model": str(name),
-            "role": subject.role,
-            "capability": own_capability(subject, scores),
-        }
-        for capability, score in scores.capabilities.items():
-            row[capability] = score.score
-            if score.stderr is not None:
-                row[f"{capability}_stderr"] = score.stderr
-        row["average"] = None if pd.isna(values["average"]) else float(values["average"])
-        row["retention"] = None if pd.isna(values["retention"]) else float(values["retention"])
-        rows.append(row)
-    return rows
-
-
-def _card(
-    recipe: MergeRecipe, inputs: MergeInputs, results: Mapping[str, Any], fingerprint: str, rows: list[dict[str, Any]], scores: ModelScores | None
-) -> str:  # fmt: skip
-    if scores is None:
-        return model_card(recipe, inputs, results, fingerprint, rows)
-    return model_card(recipe, inputs, results, fingerprint, rows, scores.suite, limit=scores.limit, documents=scores.documents)
+    return table.drop(index="base").assign(negative_transfer=pd.NA, below_base="")
 
 
 def _lineage(inputs: MergeInputs, fetched: list[Fetched]) -> list[InputRef]:

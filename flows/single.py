@@ -156,8 +156,9 @@ def run_recipe(
     parse_memory(options.get("memory", "2GiB"))
     prepare_prefect()
     from flows.merge import merge_flow
-    from tasks.evaluation.scores import render
     from tasks.orchestration.runners import runner_of, server_for
+    from tasks.pages import terminal
+    from tasks.pages.scores import narrow
     from tasks.tracking.merge import open_hint
 
     chosen = runner_of(runner, address=address, parts=parts)
@@ -172,7 +173,7 @@ def run_recipe(
     where = places(options.get("home"), options.get("artifacts"))
     lines: list[Any] = []
     if outcome.scores:
-        lines.append(render(comparison_table({outcome.name: outcome}, where)))
+        lines.append(terminal.table(narrow(comparison_table({outcome.name: outcome}, where))))
     lines.append(f"merged model: {outcome.path}")
     lines.append(
         open_hint(

@@ -16,6 +16,7 @@ from flows.report_page import with_decision
 from tasks.evaluation.gate import GateDecision, best, decide
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
+from tasks.pages.gate import to_markdown
 from tasks.registry import promotion
 from tasks.registry.nightly import NightlyConfig
 from tasks.registry.promotion import CHAMPION, Version
@@ -67,7 +68,7 @@ class Verdict:
         """The decisions in Markdown, the one that counts first, each with the way to its MLflow run."""
         first = self.winner or self.challenger
         names = sorted(self.decisions, key=lambda name: name != first)
-        return [self.decisions[name].to_markdown(run_url=night.outcomes[name].logged.url) for name in names]
+        return [to_markdown(self.decisions[name], run_url=night.outcomes[name].logged.url) for name in names]
 
 
 def judge(night: Night, score: Score) -> Verdict:

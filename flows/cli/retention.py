@@ -112,43 +112,38 @@ def _table(
     title: str, rows: Sequence[tuple[dict[str, Any], datetime]], frees: int, now: datetime, everything: bool
 ) -> "RenderableType":
     """One row per thing. Only what it is takes a second line where the terminal is narrow."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
-    )
     shown = rows if everything else rows[:ROWS]
-    table.add_column("kind", no_wrap=True)
-    table.add_column("id", no_wrap=True)
-    table.add_column("what", overflow="fold", footer=f"{len(rows):,} in all, which frees")
-    table.add_column("unused", justify="right", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True, footer=size_text(frees))
-    for facts, used in shown:
-        what = Text(facts["what"])
-        if facts.get("why", _USUAL) != _USUAL:
-            what.append(f" ({facts['why']})" if facts["what"] else facts["why"], style="dim")
-        table.add_row(facts["kind"], facts["name"].lstrip(".")[:8], what, age_text(now - used), size_text(facts["bytes"]))
+    cells = [
+        [facts["kind"], facts["name"].lstrip(".")[:8], _what(facts), age_text(now - used), size_text(facts["bytes"])]
+        for facts, used in shown
+    ]
     if len(rows) > len(shown):
         rest = sum(facts["bytes"] for facts, _ in rows[len(shown) :])
-        table.add_row("…", "", Text(f"{len(rows) - len(shown):,} smaller ones (--all lists them)"), "", size_text(rest))
-    return table
+        cells.append(["…", "", f"{len(rows) - len(shown):,} smaller ones (--all lists them)", "", size_text(rest)])
+    total = ["", "", f"{len(rows):,} in all, which frees", "", size_text(frees)]
+    return _drawn(title, ["kind", "id", "what", "unused", "size"], [*cells, total], numbers={3, 4})
+
+
+def _what(facts: dict[str, Any]) -> str:
+    """What it is, and why it may go where that is not the usual reason."""
+    if facts.get("why", _USUAL) == _USUAL:
+        return str(facts["what"])
+    return f"{facts['what']} ({facts['why']})" if facts["what"] else str(facts["why"])
 
 
 def _kept(kept: dict[str, list[int]]) -> "RenderableType":
-    from rich import box
-    from rich.table import Table
+    every = sorted(kept.items(), key=lambda item: -sum(item[1]))
+    rows = [[why, f"{len(sizes):,}", size_text(sum(sizes))] for why, sizes in every]
+    total = ["in all", f"{sum(map(len, kept.values())):,}", size_text(sum(map(sum, kept.values())))]
+    return _drawn("Kept", ["why", "artifacts", "size"], [*rows, total], numbers={1, 2})
 
-    table = Table(
-        box=box.SIMPLE_HEAD, title="Kept", title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
-    )
-    table.add_column("why", footer="")
-    table.add_column("artifacts", justify="right", footer=f"{sum(map(len, kept.values())):,}")
-    table.add_column("size", justify="right", footer=size_text(sum(map(sum, kept.values()))))
-    for why, sizes in sorted(kept.items(), key=lambda item: -sum(item[1])):
-        table.add_row(why, f"{len(sizes):,}", size_text(sum(sizes)))
-    return table
+
+def _drawn(title: str, header: list[str], rows: list[list[str]], *, numbers: set[int]) -> "RenderableType":
+    """A table that ends with its sum."""
+    from tasks.pages.tables import Cells
+    from tasks.pages.terminal import draw
+
+    return draw(Cells(header, rows, frozenset(numbers), breaks=frozenset({len(rows) - 2})), title=title)
 
 
 def _result(

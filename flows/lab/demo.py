@@ -22,7 +22,6 @@ from ota_core.recipe.recipe import load_recipe, parse_recipe  # noqa: E402
 from ota_core.recipe.yaml_text import parse_yaml  # noqa: E402
 from tasks import stages  # noqa: E402
 from tasks.artifacts.store import BuildResult  # noqa: E402
-from tasks.evaluation.scores import to_markdown  # noqa: E402
 from tasks.local.demo.data import write_data  # noqa: E402
 from tasks.local.demo.process import in_process  # noqa: E402
 from tasks.local.demo.questions import CAPABILITIES  # noqa: E402
@@ -161,7 +160,9 @@ def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:
 
 def run_demo(*, home: Path | None, seed: int) -> list[Any]:
     """The whole demo, with an S3 server of its own; what to print at the end."""
-    from tasks.evaluation.scores import render
+    from tasks.pages.markdown import captioned
+    from tasks.pages.scores import losses, narrow, scores
+    from tasks.pages.terminal import table as drawn
     from tasks.tracking.merge import open_hint
 
     where = places(home)
@@ -169,13 +170,13 @@ def run_demo(*, home: Path | None, seed: int) -> list[Any]:
         outcomes = demo_flow(where, seed)
     table = comparison_table(outcomes, where)
     results = where.home / "demo" / f"results-seed{seed}"
-    results.with_suffix(".md").write_text(to_markdown(table), encoding="utf-8")
+    results.with_suffix(".md").write_text(captioned(scores(table), *losses(table)), encoding="utf-8")
     results.with_suffix(".json").write_text(
         json.dumps(table.reset_index().to_dict("records"), indent=1, default=str), encoding="utf-8"
     )
     first = next(iter(outcomes.values()))
     return [
-        render(table, "Accuracy on held-out tests"),
+        drawn(narrow(table, "Accuracy on held-out tests")),
         f"table: {results.with_suffix('.md')}",
         f"merged models: {', '.join(outcome.path for outcome in outcomes.values())}",
         open_hint(root=where.tracking, experiment=first.logged.experiment_id),

@@ -1,4 +1,4 @@
-"""What a flow run shows in the Prefect UI besides its log: tables of scores, links to MLflow, the gate's decision."""
+"""What a flow run shows in the Prefect UI besides its log: tables, pages, links to MLflow."""
 
 from __future__ import annotations
 
@@ -6,34 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from tasks.evaluation.scores import caption, text_rows
-
-if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
+if TYPE_CHECKING:  # a flow without a benchmark does not wait for what makes them
     import pandas as pd
 
-    from tasks.experiments.leaderboard.leaderboard import Leaderboard
+    from tasks.pages.tables import Table
+
+
+def show_table(table: Table, key: str) -> None:
+    """A table of the run, with its title and caption."""
+    cells = table.cells()
+    create_table_artifact(
+        table=[dict(zip(cells.header, row, strict=True)) for row in cells.rows],
+        key=key,
+        description=" ".join([f"{table.title}.", *table.caption]),
+    )
 
 
 def show_scores(table: pd.DataFrame, key: str = "scores", title: str = "Scores") -> None:
     """Base, experts and merges as a table of the run."""
-    header, rows = text_rows(table)
-    create_table_artifact(
-        table=[dict(zip(header, cells, strict=True)) for cells in rows], key=key, description=f"{title}. {caption(table)}"
-    )
+    from tasks.pages.scores import scores
 
-
-def show_leaderboard(board: Leaderboard) -> None:
-    """An experiment's merges as a table of the run."""
-    from tasks.experiments.leaderboard.text import caption as board_caption
-    from tasks.experiments.leaderboard.text import text_rows as board_rows
-
-    header, rows = board_rows(board)
-    names = [name if header.index(name) == i else f"{name} ({header[i - 1]})" for i, name in enumerate(header)]
-    create_table_artifact(
-        table=[dict(zip(names, cells, strict=True)) for cells in rows],
-        key="leaderboard",
-        description=" ".join(board_caption(board)),
-    )
+    show_table(scores(table, title), key)
 
 
 def show_mlflow(name: str, url: str | None) -> None:
