@@ -6,7 +6,7 @@ READY := .venv/.ready
 DEMO := $(CURDIR)/.ota
 
 # ARGS: options of the command behind the target, for example ARGS="--sizes 0.1 --runs 1" for bench, ARGS="--free-ports" for stack.
-.PHONY: demo study study-real stack stack-down bench test test-slow test-gpu check format clean
+.PHONY: demo study study-real stack stack-down bench docs test test-slow test-gpu check lines format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
@@ -32,8 +32,14 @@ stack-down: $(READY)
 bench: $(READY)
 	$(BIN)/ota bench --out $(DEMO)/bench $(ARGS)
 
+# The manual as a site in .ota/site, which needs no network: open .ota/site/index.html. Rewrites docs/commands.md from the command itself.
+docs: $(READY)
+	$(BIN)/python docs/site/manual.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+
+# File by file in their order: the long ones of tests/flows first, many short ones last, so that both processes end together.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -45,7 +51,12 @@ test-gpu: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy ota_core
+	$(BIN)/mypy
+
+# How large this is: lines of the product and of its tests.
+lines:
+	@for part in ota_core tasks flows "ota_core tasks flows" tests; do \
+	  printf '%6d  %s\n' "$$(find $$part -name '*.py' -exec cat {} + | wc -l)" "$$part"; done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
-from tasks.experiments.leaderboard.leaderboard import BEST, Leaderboard
-from tasks.experiments.leaderboard.log import log_leaderboard
+from tasks.experiments.leaderboard.leaderboard import BEST
 from tasks.experiments.leaderboard.question import Question
+from tasks.experiments.leaderboard.steps import log, rank
 from tasks.experiments.leaderboard.text import ranking, write_files
 from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
@@ -17,7 +17,7 @@ from tasks.orchestration.shown import show_mlflow, show_table
 from tasks.settings import places
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.run import LoggedRun
-from tasks.tracking.store import Store, resolve_store
+from tasks.tracking.store import resolve_store
 
 hide_tracebacks_of_user_errors()
 
@@ -33,18 +33,6 @@ class Comparison(BaseModel):
     """The best merge's average, a fraction."""
     merges: int
     logged: LoggedRun
-
-
-@task(name="rank", task_run_name="rank {question.experiment}")
-def rank(question: Question, store: Store) -> Leaderboard:
-    """Read the merges from MLflow and rank them."""
-    return question.answer(store)
-
-
-@task(name="log leaderboard", retries=2, retry_delay_seconds=10)
-def log(board: Leaderboard, question: Question, store: Store) -> LoggedRun:
-    """Log the leaderboard; finds the summary run of an earlier time."""
-    return log_leaderboard(board, question.identity(), store)
 
 
 def _run_name() -> str:

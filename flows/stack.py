@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from flows.single import prepare_prefect
 from tasks.local.s3_server import environment
 from tasks.local.stack import control as stack_control
 from tasks.local.stack.control import Process
@@ -35,6 +34,7 @@ from tasks.local.stack.layout import (
     visible_gpus,
 )
 from tasks.local.stack.programs import FOREIGN, prefect_environment, write_programs
+from tasks.orchestration.prepare import prepare_prefect
 from tasks.settings import places
 from tasks.storage import s3
 

@@ -2,12 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict
 
+from ota_core.errors import OtaError
+
 Device = Literal["auto", "cpu", "cuda"]
 """What a flow may be asked to compute on; auto: cuda where torch sees one."""
+
+
+def as_device(text: str) -> Device:
+    """``text``, where it names what a flow may compute on. Raises OtaError."""
+    if text not in get_args(Device):
+        raise OtaError(f"device: got '{text}', expected cpu, cuda or auto")
+    return cast(Device, text)
 
 
 class Places(BaseModel):

@@ -28,6 +28,7 @@ from flows.cli.common import (
     Overwrite,
     Recipe,
     TrackingUri,
+    load_numba,
     progress_bars,
     recipe_inputs,
     show,
@@ -70,6 +71,7 @@ def merge(
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
         file_size = parse_size(shard_size, "shard size", "1KB")
+        load_numba()
         with (
             progress_bars() as progress,
             recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
@@ -124,10 +126,11 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
-    from flows.single import compress_source
+    from flows.cli.engine import compress_source
     from ota_core.moments.compression import compression_label
 
     with user_errors(), progress_bars() as progress:
+        load_numba()
         done = compress_source(
             source,
             out,
@@ -171,13 +174,14 @@ def mask(
     as_json: AsJson = False,
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
-    from flows.single import mask_recipe
+    from flows.cli.engine import mask_recipe
     from ota_core.merge.output import check_free
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
+        load_numba()
         with (
             progress_bars() as progress,
             recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
@@ -244,7 +248,7 @@ def run(
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
-    from flows.single import run_recipe
+    from flows.cli.flows import run_recipe
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
@@ -273,11 +277,9 @@ def demo(
 
 @app.command()
 def bench(
-    sizes: Annotated[str, typer.Option(help="Billions of parameters.")] = "0.1,0.45,1.8",
-    experts: Annotated[str, typer.Option(help="Numbers of experts.")] = "2,3,5",
-    runs: Annotated[int, typer.Option(help="Runs of every case at 0.45 B with 3 experts, or what comes first instead.")] = 5,
-    runs_elsewhere: Annotated[int, typer.Option(help="Runs at the other sizes.")] = 1,
-    grid: Annotated[bool, typer.Option("--grid", help="Every size with every number of experts, not only two lines.")] = False,
+    sizes: Annotated[str, typer.Option(help="Billions of parameters.")] = "0.45",
+    experts: Annotated[str, typer.Option(help="Numbers of experts.")] = "3",
+    runs: Annotated[int, typer.Option(help="Runs of every case.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for models, bench.json and bench.png.")] = Path(".ota/bench"),
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models for another run.")] = False,
     device: Device = "cpu",
@@ -290,8 +292,7 @@ def bench(
 
     with user_errors():
         options = Options(
-            sizes=_numbers("sizes", sizes, float), experts=_numbers("experts", experts, int), runs=runs, runs_elsewhere=runs_elsewhere,
-            grid=grid, out=out.absolute(), keep=keep, device=device, stages=tuple(stages.split(",")) if stages else None, flow=flow,
+            sizes=_numbers("sizes", sizes, float), experts=_numbers("experts", experts, int), runs=runs, out=out.absolute(), keep=keep, device=device, stages=tuple(stages.split(",")) if stages else None, flow=flow,
             mergekit=mergekit,
         )  # fmt: skip
         with progress_bars() as progress:

@@ -1,11 +1,12 @@
-"""The commands that run the other flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``."""
+"""The commands that run flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``, and what ``ota run`` does."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
 from flows.cli.common import DataDir, Device, Limit, MergeMemory, TrackingUri, show, user_errors
+from ota_core.errors import OtaError
 
 
 def nightly(
@@ -22,7 +23,7 @@ def nightly(
     ] = False,
 ) -> None:
     """Merge the newest experts in every configured way, and promote the best merge if it passes the gate."""
-    from flows.single import prepare_prefect
+    from tasks.orchestration.prepare import prepare_prefect
     from tasks.registry.nightly import find_config, load_nightly
 
     with user_errors():
@@ -46,11 +47,12 @@ def study(
     memory: MergeMemory = "2GiB",
 ) -> None:
     """Merge and benchmark every cell of a grid, and write the tables and figures of all."""
-    from flows.single import prepare_prefect
     from ota_core.compute.stream import parse_memory
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.study.study import load_study
+    from tasks.orchestration.prepare import prepare_prefect
+    from tasks.settings import as_device
 
     with user_errors():
         config, _ = load_study(file)
@@ -66,9 +68,9 @@ def study(
         if demo:
             from flows.lab.demo_study import demo_study
 
-            outcome = demo_study(file, config, device=device, memory=memory, write=write, command=command)
+            outcome = demo_study(file, config, device=as_device(device), memory=memory, write=write, command=command)
         else:
-            outcome = study_flow(file, device=device, memory=memory, write=write, command=command)
+            outcome = study_flow(file, device=as_device(device), memory=memory, write=write, command=command)
         for item in render(outcome.folder, write):
             show(item)
 
@@ -84,10 +86,11 @@ def benchmark(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
-    from flows.single import prepare_prefect
     from ota_core.merge.engine import pick_device
-    from tasks.evaluation.scores import NOT_MEASURED
     from tasks.evaluation.suites import load_suite
+    from tasks.orchestration.prepare import prepare_prefect
+    from tasks.pages.tables import NOT_MEASURED
+    from tasks.settings import as_device
 
     with user_errors():
         load_suite(suite)
@@ -95,7 +98,58 @@ def benchmark(
         prepare_prefect()
         from flows.benchmark import benchmark_flow
 
-        scores = benchmark_flow(model, suite, data_dir, limit, device, tracking_uri)
+        scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri)
         width = max(map(len, scores))
         for capability, score in scores.items():
             typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")
+
+
+def run_recipe(
+    recipe: Any, *, runner: str | None = None, address: str | None = None, parts: int | None = None, **options: Any
+) -> list[Any]:
+    """Run the flow and say where everything is. ``runner``, ``address``, ``parts``: as for ``tasks.orchestration.runners.runner_of``.
+
+    Raises OtaError as the flow's tasks raise it.
+    """
+    from ota_core.compute.stream import parse_memory
+    from ota_core.merge.engine import pick_device
+    from tasks.evaluation.suites import load_suite
+    from tasks.orchestration.prepare import prepare_prefect
+    from tasks.settings import Device as Devices
+    from tasks.settings import places
+
+    # What needs no server is checked before one is started.
+    if options.get("suite"):
+        load_suite(options["suite"])
+    parse_memory(options.get("memory", "2GiB"))
+    prepare_prefect()
+    from flows.merge import merge_flow
+    from tasks.orchestration.runners import runner_of, server_for
+    from tasks.pages import terminal
+    from tasks.pages.outcome import comparison_table
+    from tasks.pages.scores import narrow
+    from tasks.tracking.merge import open_hint
+
+    chosen = runner_of(runner, address=address, parts=parts)
+    chosen.task_runner()  # says what is not installed
+    device = options.get("device", "auto")
+    if device not in get_args(Devices):
+        raise OtaError(f"device: got '{device}', expected {', '.join(get_args(Devices))}")
+    if chosen.kind == "threads":
+        pick_device(device)
+    with server_for(chosen):
+        outcome = merge_flow(recipe, runner=chosen, **options)
+    where = places(options.get("home"), options.get("artifacts"))
+    lines: list[Any] = []
+    if outcome.scores:
+        lines.append(terminal.table(narrow(comparison_table({outcome.name: outcome}, where))))
+    lines.append(f"merged model: {outcome.path}")
+    lines.append(
+        open_hint(
+            tracking_uri=options.get("tracking_uri"),
+            root=where.tracking,
+            experiment=outcome.logged.experiment_id,
+            run=outcome.logged.run_id,
+        )
+    )
+    return lines

@@ -66,11 +66,11 @@ def rollback(
 def champion(tracking_uri: TrackingUri = None, home: Home = None, name: Name = REGISTERED_MODEL) -> None:
     """Show the champion, the challenger, and the history of promotions and rollbacks."""
     from tasks.registry import promotion
-    from tasks.tracking.registered import CHALLENGER
+    from tasks.tracking.registered import CHALLENGER, CHAMPION
 
     with user_errors():
         where = _registry(tracking_uri, home, name)
-        for alias in (promotion.CHAMPION, CHALLENGER):
+        for alias in (CHAMPION, CHALLENGER):
             for line in _described(alias, promotion.current(alias, **where)):
                 typer.echo(line)
         moves = promotion.history(**where)

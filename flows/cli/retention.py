@@ -25,7 +25,11 @@ _USUAL = "unreferenced"
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed. Without it nothing is changed.")] = False,
     days: Annotated[
-        int, typer.Option(help="Keep what was made or used within so many days, and what runs of that time refer to.")
+        int,
+        typer.Option(
+            help="Keep what was made within so many days or found in a local folder, and what MLflow's runs of that time refer to: "
+            "reading an artifact from S3 leaves no trace there."
+        ),
     ] = 14,
     kinds: Annotated[
         str | None,
@@ -40,7 +44,11 @@ def gc(
     everything: Annotated[bool, typer.Option("--all", help=f"List every row, not the {ROWS} largest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
 ) -> None:
-    """List the artifacts that no champion, challenger or recent run refers to, with their sizes; --delete removes them."""
+    """List the artifacts that no champion, challenger or recent run refers to, with their sizes; --delete removes them.
+
+    What a champion, a challenger, any other alias, the champion's predecessor or a recent run in MLflow refers to stays, with the moments,
+    masks and scores that belong to it. All that goes can be computed, or fetched, again.
+    """
     from tasks.artifacts.store import ArtifactStore
     from tasks.registry.retention.cache import collect_cache, plan_cache
     from tasks.registry.retention.references import Tracking

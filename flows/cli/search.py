@@ -70,11 +70,11 @@ def search(
     Run the same again to go on with an interrupted search, or with a larger --budget to add to one; with a smaller one only the trials that
     it pays for count. Exit code 3: no trial holds all floors.
     """
-    from flows.single import prepare_prefect
     from ota_core.compute.stream import parse_memory
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.search.config import recipe_of
+    from tasks.orchestration.prepare import prepare_prefect
 
     with user_errors():
         ranges = {
@@ -110,15 +110,15 @@ def search(
         prepare_prefect()
         from flows.search import search_flow
         from tasks.experiments.search.result import render, verdict
-        from tasks.settings import places
+        from tasks.settings import as_device, places
         from tasks.tracking.merge import open_hint
 
         outcome = search_flow(
-            config, out=out, device=device, memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
+            config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
         )  # fmt: skip
         show(render(outcome.tuned))
         if outcome.test is not None:
-            from flows.single import comparison_table
+            from tasks.pages.outcome import comparison_table
             from tasks.pages.scores import narrow
             from tasks.pages.terminal import table
 

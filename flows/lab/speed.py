@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,10 +31,8 @@ from tasks.local.speed.server import QUIET, prefect_server
 from tasks.merging.describe_plan import bytes_read, mask_bytes_read
 from tasks.pages.pictures.picture import png
 
-# The targets are for this combination; it gets all cases and all runs.
 REFERENCE = (0.45, 3)
-# What the other sizes get by default: the growth of time and memory.
-GROWTH = ("compress", "ota-threshold", "ota-density", "ota-rank1", "linear", "ties")
+"""Billions of parameters and experts: ratios are promised for this size, seconds for any."""
 # The page cache shares the memory with the merge and everything else.
 CACHE_SHARE = 0.8
 WARM_UP = (
@@ -45,30 +43,19 @@ WARM_UP = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to measure."""
+    """What to measure: every size with every number of experts."""
 
     sizes: tuple[float, ...]
+    """Billions of parameters."""
     experts: tuple[int, ...]
     runs: int
-    runs_elsewhere: int
-    grid: bool
-    """Every size with every number of experts; else the two lines through the reference, for the growth along each."""
     out: Path
     keep: bool
     device: str
     stages: tuple[str, ...] | None
+    """Names of cases; None for all."""
     flow: bool
     mergekit: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The combinations, and what each is to run."""
-
-    shapes: dict[float, Shape]
-    combinations: list[tuple[float, int]]
-    reference: tuple[float, int]
-    names: list[str]
 
 
 def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
@@ -76,29 +63,35 @@ def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
 
     progress: told the combination, the runs done and the runs in all.
     """
-    plan = _plan(options)
+    shapes, names = _checked(options)
     device = pick_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    _check_space(options, plan)
+    _check_space(options, shapes)
     measured: list[Combination] = []
     with _workplace(options) as work, ExitStack() as stack:
         prefect = {"temp": {**QUIET, "PREFECT_HOME": str(options.out / "prefect-temp")}}
-        if any(name in plan.names for name in FLOW_STAGES if name.endswith("server")):
+        if any(name in names for name in FLOW_STAGES if name.endswith("server")):
             prefect["server"] = stack.enter_context(prefect_server(options.out / "prefect-server"))
-        for size, counts in _by_size(plan.combinations).items():
+        for size, shape in shapes.items():
             folder = options.out / "models" / f"{size:g}B"
-            yield f"building {size:g} B × {max(counts)} experts in {folder}"
+            yield f"building {size:g} B × {max(options.experts)} experts in {folder}"
             started = time.perf_counter()
-            models = build(folder, plan.shapes[size], max(counts))
+            models = build(folder, shape, max(options.experts))
             built = time.perf_counter() - started
-            for count in counts:
-                is_reference = (size, count) == plan.reference
-                names = plan.names if is_reference else [name for name in plan.names if options.stages or name in GROWTH]
-                names = names if is_reference else [name for name in names if name not in FLOW_STAGES and name != "help"]
-                cases = cases_of(names, models, count, work, device=device, prefect=prefect)
-                runs = options.runs if is_reference else options.runs_elsewhere
+            for count in options.experts:
+                cases = cases_of(names, models, count, work, device=device, prefect=prefect, promised=(size, count) == REFERENCE)
                 tell = partial(progress, f"{size:g} B × {count} experts")
-                measured.append(_measure(cases, models, count, size, runs, work, built, tell, reference=is_reference))
+                found, rounds = _measure(cases, models, count, options.runs, work, tell)
+                measured.append(
+                    Combination(
+                        billions=size,
+                        parameters=shape.parameters,
+                        experts=count,
+                        build_seconds=built,
+                        cases=found,
+                        floor_rounds=rounds,
+                    )
+                )
                 bench = Bench(machine=machine(device), floor_definition=FLOOR, notes=[WARM_UP], combinations=measured)
                 # After every combination: what was measured survives an interruption.
                 write_text_atomic(options.out / "bench.json", bench.model_dump_json(indent=1) + "\n")
@@ -109,47 +102,29 @@ def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
     yield f"raw runs: {options.out / 'bench.json'}; picture: {options.out / 'bench.png'}"
 
 
-def _plan(options: Options) -> Plan:
+def _checked(options: Options) -> tuple[dict[float, Shape], list[str]]:
+    """Billions of parameters to the model of that size, and the names of the cases. Raises OtaError for options that cannot be."""
     problems = []
     if not options.sizes or not options.experts:
         problems.append("sizes and experts: at least one of each is expected")
     problems += [f"experts: got {count}, expected at least 2" for count in options.experts if count < 2]
-    if min(options.runs, options.runs_elsewhere) < 1:
+    if options.runs < 1:
         problems.append("runs: at least one is expected")
     if problems:
         raise OtaError("; ".join(problems))
     shapes = {size: shape_of(size) for size in options.sizes}
-    size = REFERENCE[0] if REFERENCE[0] in options.sizes else options.sizes[0]
-    count = REFERENCE[1] if REFERENCE[1] in options.experts else options.experts[0]
-    combinations = [
-        (one, m) for one in options.sizes for m in sorted(options.experts) if options.grid or one == size or m == count
-    ]
-    names = chosen(options.stages, flow=options.flow, mergekit=options.mergekit)
-    return Plan(shapes, combinations, (size, count), names)
+    return shapes, chosen(options.stages, flow=options.flow, mergekit=options.mergekit)
 
 
-def _by_size(combinations: Sequence[tuple[float, int]]) -> dict[float, list[int]]:
-    found: dict[float, list[int]] = {}
-    for size, count in combinations:
-        found.setdefault(size, []).append(count)
-    return found
-
-
-def _check_space(options: Options, plan: Plan) -> None:
+def _check_space(options: Options, shapes: Mapping[float, Shape]) -> None:
     """Raise OtaError, with every size that the disk has no room for. One size lies there at a time, or all of them with ``keep``."""
-    free = psutil.disk_usage(str(options.out)).free
-    needs, total = {}, 0
-    for size, counts in _by_size(plan.combinations).items():
-        models = bytes_on_disk(plan.shapes[size], max(counts))
+    free, most, kept = psutil.disk_usage(str(options.out)).free, max(options.experts), 0
+    short = []
+    for size, shape in shapes.items():
+        kept = bytes_on_disk(shape, most) + (kept if options.keep else 0)
         # One output at a time; the homes of two flows and of the staged run with merged model and masks.
-        working = plan.shapes[size].parameters * (2 + (3 * 2 + 3 * max(counts) / 8 if size == plan.reference[0] else 0))
-        total = total + models if options.keep else models
-        needs[size] = int(total + working)
-    short = [
-        f"{size:g} B × {max(_by_size(plan.combinations)[size])}: {need / 1e9:.1f} GB"
-        for size, need in needs.items()
-        if need > free
-    ]
+        need = kept + int(shape.parameters * (8 + 3 * most / 8))
+        short += [f"{size:g} B × {most}: {need / 1e9:.1f} GB"] if need > free else []
     if short:
         raise OtaError(
             f"{options.out} has {free / 1e9:.1f} GB free; needed are {', '.join(short)}. Make room, choose another folder with --out, "
@@ -170,9 +145,8 @@ def _workplace(options: Options) -> Iterator[Path]:
 
 
 def _measure(
-    cases: list[Case], models: Models, count: int, size: float, runs: int, work: Path, built: float,
-    tell: Callable[[int, int], None], *, reference: bool,
-) -> Combination:  # fmt: skip
+    cases: list[Case], models: Models, count: int, runs: int, work: Path, tell: Callable[[int, int], None]
+) -> tuple[list[CaseResult], list[FloorRound]]:
     """Every case once to warm up, then in turns: the floor, each case once, and so on, the floor last."""
     able = [case for case in cases if not case.skipped]
     outputs: dict[str, int] = {}
@@ -204,26 +178,18 @@ def _measure(
         CaseResult(
             name=case.name, what=case.what, parameters=models.shape.parameters, experts=count, command=case.command,
             input_bytes=sum(file.stat().st_size for file in case.inputs), output_bytes=outputs.get(case.name, 0),
-            planned_read_bytes=_planned(case), in_page_cache=cached, reference=reference and _is_reference(size, count, case),
-            runs=found.get(case.name, []), target=case.target, skipped=case.skipped,
+            planned_read_bytes=_planned(case), in_page_cache=cached, runs=found.get(case.name, []), target=case.target, skipped=case.skipped,
             floor=floor_of(rounds, case.inputs, written[outputs[case.name]]) if case in against else None,
             stages_sum=median(staged) if staged and case.name.startswith("flow-fresh") else None,
         )
         for case in cases
     ]  # fmt: skip
-    return Combination(
-        billions=size, parameters=models.shape.parameters, experts=count, build_seconds=built, cases=results, floor_rounds=rounds
-    )
+    return results, rounds
 
 
 def _alike(sizes: set[int]) -> dict[int, int]:
     """Each size to the one that the floor writes for it: the largest within 1 %, so that models that differ by a card share one floor."""
     return {size: max(other for other in sizes if other <= 1.01 * size) for size in sizes}
-
-
-def _is_reference(size: float, count: int, case: Case) -> bool:
-    """Ratios are promised for the reference size; seconds for any."""
-    return (size, count) == REFERENCE or (case.target is not None and case.target.kind == "seconds")
 
 
 def _run(case: Case, work: Path) -> Run:

@@ -1,4 +1,4 @@
-"""What each compression of the second moments costs and loses, against the full ones (methods.md section 2)."""
+"""What each compression of the second moments costs and loses, against the full ones (docs/methods.md section 2)."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Task vectors Δ = θ − θ₀: how long they are, how alike, and how often two of them pull in opposite directions (methods.md section 6)."""
+"""Task vectors Δ = θ − θ₀: how long they are, how alike, and how often two of them pull in opposite directions (docs/methods.md section 6)."""
 
 import math
 from collections.abc import Iterator

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Progress, parse_memory
 from ota_core.errors import ArtifactError, OtaError, RecipeError
+from ota_core.files.rows import I64
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
 from ota_core.merge.engine import complete_folder, pick_device
@@ -137,9 +137,9 @@ class Survey:
             tensors |= {"bins": self.brackets.bins, "above": self.brackets.above, "inside": self.brackets.inside}
         metadata = {FORMAT_KEY: FORMAT, "experts": ",".join(map(str, self.experts))}
         metadata |= {f"sum {m} {name}": value.hex() for m, sums in self.sums.items() for name, value in sums.items()}
-        writer = SafetensorsWriter(path, [TensorSpec(n, t.shape, torch.int64) for n, t in tensors.items()], metadata)
+        writer = SafetensorsWriter(path, [TensorSpec(n, t.shape, I64) for n, t in tensors.items()], metadata)
         for name, counts in tensors.items():
-            writer.write_rows(name, 0, torch.from_numpy(counts).reshape(matrix_shape(counts.shape)))
+            writer.write_rows(name, 0, counts.reshape(matrix_shape(counts.shape)))
         writer.close()
 
     @staticmethod
@@ -151,7 +151,7 @@ class Survey:
                     f"{path}: format {file.metadata.get(FORMAT_KEY)!r}, expected {FORMAT}; survey the shard again"
                 )
             held = {
-                name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone().numpy()
+                name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).held.reshape(info.shape).copy()
                 for name, info in file.infos.items()
             }
             experts = tuple(int(m) for m in file.metadata["experts"].split(",") if m)

@@ -1,4 +1,4 @@
-"""OTA merging: experts weighted, element by element, by a power of their curvature (arXiv 2509.11167; methods.md section 4)."""
+"""OTA merging: experts weighted, element by element, by a power of their curvature (arXiv 2509.11167; docs/methods.md section 4)."""
 
 from collections.abc import Sequence
 

@@ -100,7 +100,7 @@ class MergeRecipe(Strict):
         }
 
     def ffg(self, expert: int) -> bool:
-        """Whether Fast Fisher Grafting masks this expert (methods.md section 3: density 1 means no mask)."""
+        """Whether Fast Fisher Grafting masks this expert (docs/methods.md section 3: density 1 means no mask)."""
         if self.merge_method != "ota":
             return False
         density = self.setting("density", expert)

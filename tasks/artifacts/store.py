@@ -29,11 +29,12 @@ from ota_core.artifact import (
     read_record,
     write_record,
 )
-from ota_core.errors import ArtifactError, StorageError
+from ota_core.errors import ArtifactError
 from tasks.artifacts.processes import is_alive, start_time
 from tasks.artifacts.system_metrics import sampled
+from tasks.settings import Places
 from tasks.storage import models as storage
-from tasks.storage.cache import USE_NOTED_SECONDS, link_or_copy, locked, note_use, remove_tree
+from tasks.storage.cache import link_or_copy, locked, note_use, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,12 @@ class ArtifactStore:
     def find(self, kind: Kind, fingerprint: str) -> ArtifactRef | None:
         """The artifact if its record is there and lists only files that are there with their sizes, else None.
 
-        Its record's time of change is the last time that somebody found it, to the hour: ``tasks/registry/retention/retention.py`` goes by that.
-        Raises StorageError when the root cannot be read.
+        Nothing is written in S3. In a folder, the record's time of change notes to the hour that somebody found it. Raises StorageError
+        when the root cannot be read.
         """
         uri = self._uri(kind, fingerprint)
         if storage.is_s3(uri):
-            record = _remote_record(uri, in_use=True)
+            record = _remote_record(uri)
         else:
             note_use(Path(uri) / RECORD)  # before the look: who removes looks after the folder has left its place
             record = _local_record(Path(uri))
@@ -246,6 +247,11 @@ class ArtifactStore:
         return _ref(record, uri)
 
 
+def store_of(places: Places) -> ArtifactStore:
+    """The store of this installation's artifacts."""
+    return ArtifactStore(places.artifacts, places.cache)
+
+
 def record_at(uri: str) -> Record | None:
     """The record of the complete output in a folder or below a prefix in S3; None where there is none, or some of its files are gone.
 
@@ -287,8 +293,8 @@ def _local_record(folder: Path) -> Record | None:
         return None
 
 
-def _remote_record(uri: str, *, in_use: bool = False) -> Record | None:
-    """As ``_local_record``, from one listing; ``in_use`` notes that somebody wants it."""
+def _remote_record(uri: str) -> Record | None:
+    """As ``_local_record``, from one listing."""
     listed = {one.uri.removeprefix(uri + "/"): one for one in storage.list_objects(uri)}
     if RECORD not in listed:
         return None
@@ -298,18 +304,7 @@ def _remote_record(uri: str, *, in_use: bool = False) -> Record | None:
         return None
     if any(name not in listed or not has_size(name, listed[name].size, size) for name, size in record.files.items()):
         return None
-    return record if not in_use or _note_remote_use(listed[RECORD]) else None
-
-
-def _note_remote_use(record: storage.S3Object) -> bool:
-    """``storage_cache.note_use`` in S3; False when the record was deleted meanwhile."""
-    if record.modified is None or (datetime.now(UTC) - record.modified).total_seconds() < USE_NOTED_SECONDS:
-        return True
-    try:
-        return storage.touch(record.uri)
-    except StorageError as error:  # who may only read can use it all the same
-        log.warning("cannot note that %s is in use (%s); ota gc may take it for unused", record.uri, error)
-        return True
+    return record
 
 
 def _provenance(seconds: float) -> dict[str, Any]:

@@ -1,12 +1,20 @@
-"""Keeps lm-eval and what it calls quiet, and turns its progress bars into reports to a caller."""
+"""Keeps lm-eval and what it calls quiet, and turns its progress bars into reports to a caller.
+
+lm-eval has no public way to either, so that its modules' ``tqdm`` is replaced; a test watches that they still have one.
+"""
 
 import contextlib
+import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Progress = Callable[[str, int, int], None]
 """Called with the task's name, the requests answered so far and their number."""
+
+
+MODULES = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")
+"""Where lm-eval draws bars."""
 
 
 class _Bar:
@@ -45,9 +53,6 @@ def quiet(progress: Progress | None) -> Iterator[Callable[[str], None]]:
     Gives a function that names the task which ``progress`` is told. Changes the state of the whole process: one caller at a time.
     """
     import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
     from transformers.utils import logging as transformers_logging
 
     current = [""]
@@ -63,18 +68,18 @@ def quiet(progress: Progress | None) -> Iterator[Callable[[str], None]]:
     levels = [logger.level for logger in loggers]
     weight_bars, data_bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     with contextlib.ExitStack() as stack:
-        for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-            stack.enter_context(_replaced(module, "tqdm", bar))
+        for module in MODULES:
+            stack.enter_context(_replaced(importlib.import_module(module), "tqdm", bar))
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
-            transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.disable_progress_bar()
             datasets.disable_progress_bars()
             yield lambda name: current.__setitem__(0, name)
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
             if weight_bars:
-                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+                transformers_logging.enable_progress_bar()
             if not data_bars:
                 datasets.enable_progress_bars()

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -127,7 +127,7 @@ def best_experts(experts: Mapping[str, tuple[str, Scores]]) -> dict[str, float]:
 
 
 def retention(merged: Scores, experts: Mapping[str, tuple[str, Scores]]) -> dict[str, float]:
-    """Capability to merged / expert on the expert's own capability (methods.md, section 7).
+    """Capability to merged / expert on the expert's own capability (docs/methods.md section 7).
 
     Capabilities where it is not defined are absent: the expert scores 0, or either side was not measured.
     """
@@ -171,7 +171,10 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
     for i, (_, role, own, scores) in enumerate(models):
         kept = list(retention(scores, experts).values()) if role == "merge" else []
         below = negative_transfer(scores, base) if role == "merge" else None
-        beside = {"retention": fmean(kept) if kept else None, "negative_transfer": None if below is None else len(below)}
+        beside: dict[str, str | float | None] = {
+            "retention": fmean(kept) if kept else None,
+            "negative_transfer": None if below is None else len(below),
+        }
         rows.append({"role": role, "capability": own} | measured[i] | beside | {"below_base": ", ".join(below or [])} | lost[i])
     table = pd.DataFrame(rows, index=pd.Index(names, name="model"))
     table = table.astype({name: float for name in [*measured[0], "retention", *lost[0]]} | {"negative_transfer": "Int64"})
@@ -182,7 +185,7 @@ _Measured = Mapping[str, tuple[float | None, float | None]]
 """Capability to value and standard error."""
 
 
-def _columns(models: Sequence[_Measured], prefix: str = "") -> list[dict[str, float | None]]:
+def _columns(models: Sequence[_Measured], prefix: str = "") -> list[dict[str, Any]]:
     """A model each: values and errors by column, and their average over the capabilities that every model has. Nothing where nobody has any."""
     listed = list(dict.fromkeys(name for one in models for name in one))
     shared = [name for name in listed if all(one.get(name, (None, None))[0] is not None for one in models)]
@@ -225,7 +228,7 @@ def loss_rows(table: pd.DataFrame) -> list[dict[str, str | float | None]]:
 
 def _records(table: pd.DataFrame) -> list[dict[str, str | float | None]]:
     """Without the errors that a row does not have."""
-    rows: list[dict[str, str | float | None]] = table.astype(object).where(table.notna(), None).reset_index().to_dict("records")  # type: ignore[assignment]
+    rows: list[dict[str, str | float | None]] = table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
     return [{name: value for name, value in row.items() if value is not None or not name.endswith(STDERR)} for row in rows]
 
 

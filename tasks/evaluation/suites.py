@@ -99,7 +99,7 @@ class Suite(_Strict):
 
     def all_tasks(self) -> list[TaskEntry]:
         """The tasks of scores and losses, as what is run."""
-        losses = [TaskEntry(task=loss.task, metric=loss.metric, filter=loss.filter) for loss in self.losses.values()]  # type: ignore[call-arg]
+        losses = [TaskEntry(task=loss.task, metric=loss.metric, filter=loss.filter) for loss in self.losses.values()]
         return [entry for _, entry in self.entries()] + losses
 
     def runs(self, entry: TaskEntry) -> bool:

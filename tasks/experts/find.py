@@ -6,7 +6,6 @@ the place where all of them lie is raised.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import canonical_json
 from ota_core.errors import StorageError
 from tasks.storage import models as storage
+from tasks.storage import s3
 from tasks.storage.layout import model_files, parse_expert_json
 from tasks.storage.models import EXPERT_JSON, S3Object
 from tasks.storage.watch import identity_of_objects, identity_of_source
@@ -96,7 +96,7 @@ def find_experts(prefix: str, *, base_model: str) -> tuple[list[ExpertFound], li
     when it lets nobody read any of the manifests.
     """
     folders = sorted(_folders(prefix), key=lambda folder: folder.uri)
-    with ThreadPoolExecutor(MANIFESTS_AT_ONCE) as pool:
+    with s3.Threads(MANIFESTS_AT_ONCE) as pool:
         manifests = list(pool.map(_manifest, folders))
     denied = [one for one in manifests if isinstance(one, StorageError) and one.reason == "denied"]
     if denied and len(denied) == len(folders):

@@ -59,8 +59,8 @@ class S3Server:
 
     def create_bucket(self, name: str) -> str:
         """Create the bucket unless it exists; returns its ``s3://`` address."""
-        client = s3.new_client(endpoint=self.endpoint, access_key=self.access_key, secret_key=self.secret_key)
-        return s3.create_bucket(f"s3://{name}", using=client)
+        with s3.use_credentials(s3.Credentials(access_key=self.access_key, secret_key=self.secret_key, endpoint=self.endpoint)):
+            return s3.create_bucket(f"s3://{name}")
 
     def stop(self) -> None:
         """Kill the server's whole process group. A second call does nothing."""

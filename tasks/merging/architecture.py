@@ -27,11 +27,8 @@ def parameter_layout(folder: Path, *, trust_remote_code: bool = False) -> Parame
         )
     with _ONE_AT_A_TIME:
         model = _skeleton(folder, trust_remote_code)
-        from transformers import Trainer
-
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        # The method reads nothing of the Trainer itself; calling it keeps the rule the one of the installed version.
-        decayed = frozenset(Trainer.get_decay_parameter_names(cast(Any, None), model)) & shapes.keys()
+        decayed = frozenset(_decayed(model)) & shapes.keys()
     layout = ParameterLayout(shapes=shapes, decayed=decayed, tied=_tied(model))
     _check_against_checkpoint(folder, type(model).__name__, layout)
     return layout
@@ -52,6 +49,17 @@ def _skeleton(folder: Path, trust_remote_code: bool) -> Any:
             f"{folder / 'config.json'} cannot be built as a causal language model: {type(error).__name__}: {reason[0]:.300} "
             "Correct the configuration, or save the second moments by name as exp_avg_sq.safetensors, which needs none"
         ) from error
+
+
+def _decayed(model: Any) -> list[str]:
+    """Names of the parameters with weight decay, by the rule of the installed Trainer."""
+    from transformers import Trainer
+
+    class Rule(Trainer):
+        def __init__(self) -> None:
+            """The rule reads the model alone; a whole Trainer would move it to a device and set the process's seeds."""
+
+    return list(Rule().get_decay_parameter_names(model))
 
 
 def _tied(model: Any) -> dict[str, str]:

@@ -3,8 +3,7 @@
 from math import prod
 from pathlib import Path
 
-from ota_core.compute.stream import parse_memory
-from ota_core.merge.engine import peak_memory_gib
+from ota_core.compute.stream import parse_memory, peak_memory_gib
 from ota_core.merge.output import plan_files
 from ota_core.moments.compression import (
     DEFAULT_RANK,

@@ -1,7 +1,6 @@
 """From a recipe to a merge's inputs: fetch or stream every model, find every expert's second moments, know every digest."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.merging.architecture import parameter_layout
 from tasks.storage import models as storage
+from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
 from tasks.storage.layout import folder_model_files, parse_expert_json
 from tasks.storage.models import Fetched
@@ -70,7 +70,7 @@ def fetch_all(
         except OtaError as error:
             return error
 
-    with ThreadPoolExecutor(4) as pool:
+    with s3.Threads(4) as pool:
         results = list(pool.map(one, model_sources(recipe, recipe_dir)))
     raise_all([str(result) for result in results if isinstance(result, OtaError)], StorageError)
     return [result for result in results if isinstance(result, Fetched)]

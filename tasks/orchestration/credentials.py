@@ -54,7 +54,7 @@ def _load(reference: str) -> "AwsCredentials":
             f"{VARIABLE}: '{reference}' is asked for, but {error.name} is not installed; pip install prefect-aws"
         ) from None
     try:
-        return AwsCredentials.load(name, _sync=True)
+        return AwsCredentials.load(name, _sync=True)  # type: ignore[call-arg, return-value]  # untyped: Prefect makes the sync one
     except ValueError:
         raise OtaError(
             f"{VARIABLE}: the Prefect server has no block {BLOCK_TYPE}/{name}; make it in the UI under Blocks (AWS Credentials), "

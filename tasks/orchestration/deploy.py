@@ -123,7 +123,7 @@ def create_automations(file: Path = AUTOMATIONS) -> list[str]:
         raise StackError(f"{file} holds an automation that Prefect does not take: {error}") from None
     with get_client(sync_client=True) as client:
         for automation in wanted:
-            old, *more = client.read_automations_by_name(automation.name) or [None]
+            old, *more = client.read_automations_by_name(automation.name) or (None,)
             if old is None:
                 client.create_automation(automation)
             else:

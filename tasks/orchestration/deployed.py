@@ -1,6 +1,6 @@
 """Runs of deployments, taken by workers on other machines: start them, wait for them, cancel them with their parent."""
 
-from typing import Any
+from typing import Any, cast
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
@@ -17,13 +17,13 @@ POLL_SECONDS = 2
 def run_deployed(deployment: str, *, name: str, parameters: dict[str, Any], key: str, **options: Any) -> FlowRun:
     """One run of a deployment; the same key gives the same run. ``options``: of Prefect's ``run_deployment``. Raises OtaError."""
     try:
-        found: Any = run_deployment(deployment, parameters=parameters, flow_run_name=name, idempotency_key=key, **options)
+        found = run_deployment(deployment, parameters=parameters, flow_run_name=name, idempotency_key=key, **options)
     except ObjectNotFound:
         raise OtaError(
             f"the Prefect server has no deployment '{deployment}'; create it: prefect --no-prompt deploy --all, in the repository's root, "
             "with deployments/prefect.yaml"
         ) from None
-    return found
+    return cast(FlowRun, found)  # the coroutine that its type also names is for callers that are one
 
 
 def pool_of(deployment: str) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-from prefect.logging.handlers import APILogHandler
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -21,10 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ota_core.errors import OtaError
 
 Kind = Literal["threads", "dask", "ray", "workers"]
-DEPLOYMENTS = {"merge": "part/gpu"}
+DEPLOYMENTS = {"shard": "part/gpu"}
 OTHER_PARTS = "part/cpu"
 # Each part uses all cores by threads of its own; more processes hide the waiting for a remote store.
 LOCAL_PROCESSES = 2
+
+
+def several_at_once() -> TaskRunner[Any]:
+    """The task runner of the flows: tasks that wait, for downloads or for other machines, do so side by side."""
+    return ThreadPoolTaskRunner(max_workers=4)
 
 
 class Runner(BaseModel):
@@ -46,7 +51,7 @@ class Runner(BaseModel):
     )
     deployment: str | None = Field(
         None,
-        description=f"Deployment that workers run every part of; by default {DEPLOYMENTS['merge']} for merges, {OTHER_PARTS} for the rest.",
+        description=f"Deployment that workers run every part of; by default {DEPLOYMENTS['shard']} for merges, {OTHER_PARTS} for the rest.",
     )
 
     def deployment_of(self, kind: str) -> str:
@@ -120,16 +125,9 @@ def server_for(runner: Runner) -> Iterator[None]:
     if PREFECT_API_URL.value() or runner.kind == "threads":
         yield
     elif runner.processes_here:
-        from prefect.server.api.server import SubprocessASGIServer
-
-        server = SubprocessASGIServer()
-        server.start()
-        try:
-            with temporary_settings({PREFECT_API_URL: server.api_url}):
-                yield
-        finally:
-            APILogHandler().flush()  # what is not sent yet would fail, loudly, on a server that is gone
-            server.stop()
+        # Prefect's temporary server of this process, the same for all of its runs; it stops it when the process ends.
+        with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url).rstrip("/")}):
+            yield
     else:
         where = f"the machines at {runner.address}" if runner.address else "Prefect workers"
         raise OtaError(f"runner: {where} report to a Prefect server; set PREFECT_API_URL to one that they reach")

@@ -81,4 +81,4 @@ def json_for_script(value: object) -> Markup:
 @cache
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed, about 0.9 MB."""
-    return str(vl_convert.javascript_bundle(vl_version=VEGA_LITE))
+    return str(vl_convert.javascript_bundle(vl_version=VEGA_LITE))  # type: ignore[call-arg]  # its stub forgets the default snippet

@@ -142,7 +142,7 @@ class Table:
     def cells(self) -> Cells:
         """Header and rows as people read them."""
         gapless = self.frame.astype(object).where(self.frame.notna(), None)
-        rows: list[dict[str, Any]] = gapless.to_dict("records")  # type: ignore[assignment]
+        rows: list[dict[str, Any]] = gapless.to_dict("records")
         groups = [row[self.group] for row in rows] if self.group else []
         return Cells(
             [column.heading for column in self.columns],

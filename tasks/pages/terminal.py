@@ -32,8 +32,10 @@ def draw(cells: Cells, *, title: str = "", caption: Sequence[str] = ()) -> Drawn
         column, number = [row[i] for row in cells.rows], i in cells.numbers
         whole = column if number else [word for text in column for word in text.split()]
         widest = max(map(len, [*heading.split(), *whole]), default=0)
-        width = {"width": widest} if number else {"min_width": min(widest, 40)}
-        drawn.add_column(Text(heading), justify="right" if number else "left", overflow="fold", **width)
+        drawn.add_column(
+            Text(heading), justify="right" if number else "left", overflow="fold", width=widest if number else None,
+            min_width=min(widest, 40),
+        )  # fmt: skip
     for i, row in enumerate(cells.rows):
         style = "bold" if i in cells.strong else None
         drawn.add_row(*map(Text, row), end_section=i in cells.breaks, style=style)

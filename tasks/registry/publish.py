@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import RECORD, Record
 from ota_core.errors import StorageError
 from tasks.artifacts.store import record_at
-from tasks.registry.promotion import CHAMPION, PromotionError, current
+from tasks.registry.promotion import PromotionError, current
 from tasks.storage import models as storage
-from tasks.storage.cache import locked, temporary_sibling
+from tasks.storage.cache import appearing, locked
 from tasks.storage.s3 import expected_checksums
 from tasks.tracking.names import REGISTERED_MODEL
+from tasks.tracking.registered import CHAMPION
 from tasks.tracking.run import REPORT
 
 LATEST = "latest.json"
@@ -177,7 +178,8 @@ def _to_s3(source: str, target: str, record: Record) -> int:
 
 def _report(source: str) -> list[str]:
     """The report beside a model, which is published with it; none for a merge that was not benchmarked."""
-    return [] if storage.read_note(storage.join(source, REPORT)) is None else [REPORT]
+    place = storage.join(source, REPORT)
+    return [REPORT] if (storage.exists(place) if storage.is_s3(place) else Path(place).is_file()) else []
 
 
 def _equal(one: str, other: str, *, surely: bool) -> bool:
@@ -197,17 +199,10 @@ def _to_folder(source: str, target: str, record: Record, cache: Path) -> int:
         raise StorageError(f"{target} exists, but holds no complete model; move it away, then publish again")
     names = [*record.files, *_report(source), RECORD]
     folder = storage.download_folder(source, cache=cache, names=names)[0] if storage.is_s3(source) else Path(source)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    for stale in place.parent.glob(f".{place.name}.*.tmp"):  # of a killed process: this one holds the lock
-        shutil.rmtree(stale)
-    temporary = temporary_sibling(place)
-    try:
+    with appearing(place) as temporary:
         for name in names:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, temporary / name)
             with open(temporary / name, "rb") as stream:
                 os.fsync(stream.fileno())  # no power failure may leave a published folder with holes
-        os.rename(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return len(names)

@@ -9,8 +9,8 @@
 <cache>/digests.sqlite             digest by (path, size, time of change, inode)
 <cache>/artifacts/<root>/…         outputs that were made here and published to S3 (tasks/artifacts/store.py)
 
-Last use is the time of change of what stands for it: the entry of an object, the folder of a checkpoint, outline or artifact
-(``note_use``). A blob's own time must not move: digests.sqlite would take every link to it for a changed file.
+Last use is noted by ``note_use``: of a blob in its time of access, since digests.sqlite would take every link to it for a changed file if
+its time of change moved; of a checkpoint's folder, an outline or an artifact in its time of change.
 """
 
 import errno
@@ -37,7 +37,7 @@ from ota_core.errors import StorageError
 log = logging.getLogger(__name__)
 
 CHUNK = 8 * 1024 * 1024
-# Last use is noted no finer than this: an artifact in S3 would else be touched several times by every run.
+# Last use is noted no finer than this.
 USE_NOTED_SECONDS = 3600.0
 HASH_THREADS = 4
 # A file changed less than this ago may change again within the resolution of its time stamp; its digest is not remembered.
@@ -144,11 +144,20 @@ def locked(cache: Path, name: str, *, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def note_use(path: Path) -> None:
-    """Note in its time of change that this file or folder is in use, if no use was noted within the hour. A missing one is left so."""
+def last_use(path: Path, *, blob: bool = False) -> float:
+    """When this was last used, in seconds since 1970; 0 for what is gone."""
     try:
-        if time.time() - path.stat().st_mtime > USE_NOTED_SECONDS:
-            os.utime(path)
+        stat = path.stat()
+    except FileNotFoundError:
+        return 0.0
+    return max(stat.st_mtime, stat.st_atime) if blob else stat.st_mtime
+
+
+def note_use(path: Path, *, blob: bool = False) -> None:
+    """Note that this file or folder is in use, if no use was noted within the hour. A missing one is left so."""
+    try:
+        if time.time() - last_use(path, blob=blob) > USE_NOTED_SECONDS:
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns if blob else time.time_ns()))
     except FileNotFoundError:
         pass
     except OSError as error:  # somebody else's folder, or a read-only disk: it can be used all the same
@@ -162,13 +171,12 @@ def blob_path(cache: Path, digest: str) -> Path:
 
 def find_object(cache: Path, endpoint: str, uri: str, etag: str, size: int) -> KnownObject | None:
     """The entry of an unchanged object whose content is still in the cache; a blob of the wrong size is thrown away."""
-    entry = _object_path(cache, endpoint, uri, etag, size)
-    note_use(entry)  # before the look at the blob: who cleans up removes first, then looks again whether it is in use
     try:
-        known = KnownObject.model_validate_json(entry.read_text())
+        known = KnownObject.model_validate_json(_object_path(cache, endpoint, uri, etag, size).read_text())
     except FileNotFoundError:
         return None
     blob = blob_path(cache, known.digest)
+    note_use(blob, blob=True)  # before the look at it: who cleans up removes first, then looks again whether it is in use
     if not blob.is_file():
         return None
     if blob.stat().st_size != size:
@@ -187,6 +195,7 @@ def keep_object(cache: Path, endpoint: str, known: KnownObject) -> None:
 def keep_blob(cache: Path, path: Path, digest: str) -> None:
     """Move a finished file into the cache under its content's name. Equal content that is there already stays."""
     blob = blob_path(cache, digest)
+    note_use(blob, blob=True)
     if blob.is_file() and blob.stat().st_size == path.stat().st_size:
         path.unlink()
         return
@@ -206,17 +215,10 @@ def link_folder(cache: Path, target: Path, files: Mapping[str, FileInfo]) -> Pat
                 note_use(target)
                 return target
             remove_tree(target)
-        for stale in target.parent.glob(f".{target.name}.*.tmp"):  # of a killed process: this one holds the lock
-            shutil.rmtree(stale)
-        temporary = temporary_sibling(target)
-        try:
+        with appearing(target) as folder:
             for name, info in files.items():
-                place = temporary / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(blob_path(cache, info.digest), place)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(blob_path(cache, info.digest), folder / name)
         remember_digests({target / name: info.digest for name, info in files.items()}, cache=cache)
     return target
 
@@ -241,18 +243,28 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def temporary_sibling(target: Path) -> Path:
-    """A new empty folder beside ``target``, under a name that no reader looks for."""
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A new empty folder that becomes ``target`` at the end, in one step; after an error nothing of it stays.
+
+    The caller holds a lock of ``target``: what killed processes left beside it is removed.
+    """
+    for stale in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(stale)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
-    return temporary
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_tree(folder: Path, *, unless: Callable[[Path], bool] | None = None) -> bool:
-    """Remove a folder; it leaves its name in one step, so that no reader sees half of it. Returns whether it is gone.
+    """Remove a folder or file; it leaves its name in one step, so that no reader sees half of it. Returns whether it is gone.
 
     ``unless`` is asked before and, with the folder's place then, once nobody can find it any more: who came to use it in between is
-    seen, and the folder goes back.
+    seen, and it goes back.
     """
     if unless and unless(folder):
         return False
@@ -264,7 +276,10 @@ def remove_tree(folder: Path, *, unless: Callable[[Path], bool] | None = None) -
             return False
         except OSError:  # it was made anew already
             pass
-    shutil.rmtree(trash)
+    if trash.is_dir():
+        shutil.rmtree(trash)
+    else:
+        trash.unlink()
     return True
 
 

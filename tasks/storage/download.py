@@ -41,7 +41,7 @@ def download(
     """
     tick = Ticker(progress, sum(one.size for one in objects))
     workers = max(1, min(threads, s3.POOL_CONNECTIONS))
-    with ThreadPoolExecutor(workers) as parts, ThreadPoolExecutor(OBJECTS_AT_ONCE) as whole:
+    with s3.Threads(workers) as parts, s3.Threads(OBJECTS_AT_ONCE) as whole:
         job = _Job(s3.client(patient=True), cache, parts, part_size, tick)
         futures = {one.uri: whole.submit(_obtain, one, job, (sha256 or {}).get(one.uri)) for one in objects}
         try:

@@ -2,8 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
-from tasks.storage.download import OBJECTS_AT_ONCE, PART_SIZE, Progress, Ticker, download
+from tasks.storage.download import PART_SIZE, Progress, Ticker, download
 from tasks.storage.layout import (
     BESIDE,
     MODEL_FILES,
@@ -24,11 +23,22 @@ from tasks.storage.layout import (
     parse_expert_json,
     sha256_file,
 )
-from tasks.storage.s3 import S3Object, delete_prefix, exists, head, is_s3, join, list_objects, read_bytes, touch, write_bytes
+from tasks.storage.s3 import (
+    S3Object,
+    copy_objects,
+    delete_prefix,
+    exists,
+    head,
+    is_s3,
+    join,
+    list_objects,
+    read_bytes,
+    write_bytes,
+)
 
 __all__ = [
     "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "touch", "upload_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -44,9 +54,14 @@ def absolute(root: str) -> str:
 
 def read_note(uri: str) -> bytes | None:
     """A small file here or in S3, None where there is none. Raises StorageError when the server refuses."""
-    if is_s3(uri):
-        return read_bytes(uri) if exists(uri) else None
-    return Path(uri).read_bytes() if Path(uri).is_file() else None
+    try:
+        return read_bytes(uri) if is_s3(uri) else Path(uri).read_bytes()
+    except FileNotFoundError:
+        return None
+    except StorageError as error:
+        if error.reason != "missing":
+            raise
+        return None
 
 
 def write_note(uri: str, text: str) -> None:
@@ -314,36 +329,20 @@ def upload_folder(
     sizes = {name: (folder / name).stat().st_size for name in names}
     there = {one.uri: one for one in list_objects(uri)}
     tick = Ticker(progress, sum(sizes.values()))
+    sent: list[str] = []
 
-    def send(name: str) -> bool:
-        target, digest = join(uri, name), files[name] if files else sha256_file(folder / name)
-        old = there.get(target)
-        if old and old.size == sizes[name]:
-            answer = s3.head(target)
-            if answer and answer.get("Metadata", {}).get("sha256") == digest:
+    def missing(some: Iterable[str]) -> Iterator[tuple[Path, str, str]]:
+        """What must be sent of these; each is hashed while those before it are under way."""
+        for name in some:
+            target, digest = join(uri, name), files[name] if files else sha256_file(folder / name)
+            old = there.get(target)
+            if old and old.size == sizes[name] and (head(target) or {}).get("Metadata", {}).get("sha256") == digest:
                 tick(sizes[name])
-                return False
-        per_file = max(1, threads // OBJECTS_AT_ONCE)
-        s3.upload_file(folder / name, target, sha256=digest, part_size=part_size, threads=per_file, callback=tick)
-        return True
+                continue
+            sent.append(name)
+            yield folder / name, target, digest
 
-    return _send_all(names, last, send)
-
-
-def copy_objects(pairs: Mapping[str, str], *, threads: int = 8) -> None:
-    """Copy objects, source → target, within the server. Raises StorageError."""
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(s3.copy_object, pairs.keys(), pairs.values()))
-
-
-def _send_all(names: Sequence[str], last: str | None, send: Any) -> list[str]:
-    ordinary = [name for name in names if name != last]
-    with ThreadPoolExecutor(OBJECTS_AT_ONCE) as pool:
-        try:
-            sent = [name for name, was_sent in zip(ordinary, pool.map(send, ordinary), strict=True) if was_sent]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    if last is not None and send(last):
-        sent.append(last)
+    s3.upload_files(missing(name for name in names if name != last), part_size=part_size, threads=threads, callback=tick)
+    if last is not None:
+        s3.upload_files(missing([last]), part_size=part_size, threads=threads, callback=tick)
     return sent

@@ -1,18 +1,21 @@
 """S3 through boto3: the client, one call per function, and errors in words. boto3 is imported here and nowhere else.
 
-The endpoint, region and credentials come from the environment or the AWS profile, as for every AWS tool.
+The endpoint, region and credentials come from the environment or the AWS profile, as for every AWS tool, or from ``use_credentials``.
 """
 
 import base64
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from botocore import exceptions as boto_errors
@@ -33,6 +36,47 @@ _client_lock = threading.Lock()
 # One request copies objects up to this size; larger ones are copied in ranges.
 _COPY_AT_ONCE, _COPY_RANGE = 5 * 10**9, 10**9
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Who asks, and whom. What is left out comes from the environment; key id, secret and token only together."""
+
+    access_key: str | None = None
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    """Counts with the two keys alone: a token of the environment belongs to other keys."""
+    profile: str | None = None
+    """Of the AWS configuration; preferred to keys of the environment, as keys are to it."""
+    region: str | None = None
+    endpoint: str | None = None
+
+
+_handed: ContextVar[Credentials | None] = ContextVar("s3_credentials", default=None)
+
+
+@contextmanager
+def use_credentials(credentials: Credentials | None) -> Iterator[None]:
+    """Within this, every client of this module speaks with these credentials; None stands for the environment's.
+
+    Holds for this thread, the ``Threads`` and coroutines started in it, and no longer than the block; the environment stays as it is.
+    """
+    token = _handed.set(credentials)
+    try:
+        yield
+    finally:
+        _handed.reset(token)
+
+
+class Threads(ThreadPoolExecutor):
+    """A pool whose threads work with the credentials of who hands them the work."""
+
+    def submit(self, fn: Callable[_P, _R], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_R]:
+        context = copy_context()
+        return super().submit(lambda: context.run(fn, *args, **kwargs))
+
 
 class S3Object(BaseModel):
     """One object of a listing."""
@@ -44,7 +88,7 @@ class S3Object(BaseModel):
     etag: str
     """As the server gives it, without the quotes."""
     modified: datetime | None = None
-    """When it was written or touched, by the server's clock; None where it is not from a listing."""
+    """When it was written, by the server's clock; None where it is not from a listing."""
 
 
 def is_s3(uri: str) -> bool:
@@ -65,28 +109,36 @@ def join(uri: str, *names: str) -> str:
 
 
 def client(*, patient: bool = False) -> Any:
-    """The S3 client for the environment as it is now; shared by all threads of the process.
+    """The S3 client for the credentials in use and the environment as it is now; shared by all threads of the process.
 
     ``patient`` is for transfers: many retries. The other one answers within about 15 seconds when nobody is at the endpoint.
+    Raises StorageError for a profile that the AWS configuration does not have.
     """
     settings = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _client_lock:  # boto3 sessions are not thread safe, clients are; a forked child needs connections of its own
-        return _cached_client(settings, os.getpid(), patient)
+        try:
+            return _cached_client(_handed.get() or Credentials(), settings, os.getpid(), patient)
+        except boto_errors.ProfileNotFound as error:
+            raise StorageError(
+                f"no S3 credentials: {error}; check AWS_PROFILE and the files ~/.aws/config and ~/.aws/credentials"
+            ) from error
 
 
 @lru_cache(maxsize=32)
-def _cached_client(settings: tuple[tuple[str, str], ...], pid: int, patient: bool) -> Any:
-    return new_client(patient=patient)
+def _cached_client(credentials: Credentials, settings: tuple[tuple[str, str], ...], pid: int, patient: bool) -> Any:
+    return new_client(credentials, patient=patient)
 
 
-def new_client(
-    *, endpoint: str | None = None, access_key: str | None = None, secret_key: str | None = None, patient: bool = False
-) -> Any:
-    """A client of its own; arguments that are left out come from the environment."""
+def new_client(credentials: Credentials | None = None, *, patient: bool = False) -> Any:
+    """A client of its own."""
     import boto3  # here: a merge of local folders does not wait for it
     from botocore.config import Config
 
-    session = boto3.Session(aws_access_key_id=access_key, aws_secret_access_key=secret_key)
+    known = credentials or Credentials()
+    session = boto3.Session(
+        aws_access_key_id=known.access_key, aws_secret_access_key=known.secret_key, aws_session_token=known.session_token,
+        profile_name=known.profile, region_name=known.region,
+    )  # fmt: skip
     region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
     attempts, connect, read = (10, 5.0, 60) if patient else (3, 3.0, 20)
     config = Config(
@@ -96,7 +148,7 @@ def new_client(
         max_pool_connections=POOL_CONNECTIONS,
         tcp_keepalive=True,
     )
-    made = session.client("s3", region_name=region, endpoint_url=endpoint, config=config)
+    made = session.client("s3", region_name=region, endpoint_url=known.endpoint, config=config)
     if _is_aws(made.meta.endpoint_url):
         return made
     # Servers other than AWS: bucket names are no host names there, and not all of them know the trailing checksums.
@@ -105,7 +157,7 @@ def new_client(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return session.client("s3", region_name=region, endpoint_url=endpoint, config=config.merge(custom))
+    return session.client("s3", region_name=region, endpoint_url=known.endpoint, config=config.merge(custom))
 
 
 def _is_aws(url: str) -> bool:
@@ -221,52 +273,51 @@ def write_bytes(uri: str, content: bytes, *, only_if_absent: bool = False) -> bo
     return True
 
 
-def upload_file(path: Path, uri: str, *, sha256: str, part_size: int, threads: int, callback: Any = None) -> None:
-    """Upload one file, in parallel parts when it is larger than one part; its sha256 is kept as metadata."""
-    from boto3.exceptions import S3UploadFailedError
-    from boto3.s3.transfer import TransferConfig
+def upload_files(
+    files: Iterable[tuple[Path, str, str]], *, part_size: int, threads: int, callback: Callable[[int], None] | None = None
+) -> None:
+    """Upload files, each with its address and its SHA-256 in hex, which is kept as metadata: several at once, large ones in parts.
 
-    s3, (bucket, key) = client(patient=True), split_uri(uri)
-    config = TransferConfig(multipart_threshold=part_size, multipart_chunksize=part_size, max_concurrency=threads)
-    with s3_errors("upload", uri, s3):
-        try:
-            s3.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"sha256": sha256}}, Config=config, Callback=callback)
-        except S3UploadFailedError as error:
-            # boto3 wraps the real error in a sentence; unwrap it so that its code is explained.
-            raise error.__context__ or error from error
-
-
-def copy_object(source: str, target: str) -> None:
-    """Copy an object within the server, none of its bytes through this machine; metadata come along. Raises StorageError.
-
-    One request up to 5 GB, S3's limit; copies of ranges above.
+    ``files`` is taken from while the first of them are under way. ``callback`` is told bytes. Raises StorageError.
     """
-    s3, (bucket, key) = client(patient=True), split_uri(target)
-    from boto3.s3.transfer import TransferConfig
+    from boto3.s3.transfer import ProgressCallbackInvoker
 
-    from_bucket, from_key = split_uri(source)
-    with s3_errors("copy", source, s3):
-        # Copies of ranges make a new object, without the metadata of the old one unless they are given.
-        answer = s3.head_object(Bucket=from_bucket, Key=from_key)
-        metadata = {"Metadata": answer.get("Metadata", {}), "MetadataDirective": "REPLACE"}
-        config = TransferConfig(multipart_threshold=_COPY_AT_ONCE, multipart_chunksize=_COPY_RANGE)
-        s3.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, ExtraArgs=metadata, Config=config)
+    def start(manager: Any) -> Iterator[tuple[str, Any]]:
+        for path, uri, sha256 in files:
+            (bucket, key), told = split_uri(uri), [ProgressCallbackInvoker(callback)] if callback else None
+            yield uri, manager.upload(str(path), bucket, key, {"Metadata": {"sha256": sha256}}, told)
+
+    _transfer("upload", start, threads, multipart_threshold=part_size, multipart_chunksize=part_size)
 
 
-def touch(uri: str) -> bool:
-    """Give an object of at most 5 GB the present time; False when it is gone. Raises StorageError."""
-    s3, (bucket, key) = client(), split_uri(uri)
-    with s3_errors("touch", uri, s3):
-        try:
-            # S3 refuses a copy of an object onto itself that changes nothing; replacing metadata counts as a change.
-            kept = s3.head_object(Bucket=bucket, Key=key).get("Metadata", {})
-            source = {"Bucket": bucket, "Key": key}
-            s3.copy_object(Bucket=bucket, Key=key, CopySource=source, Metadata=kept, MetadataDirective="REPLACE")
-        except boto_errors.ClientError as error:
-            if error_code(error) in _MISSING:
-                return False
-            raise
-    return True
+def copy_objects(pairs: Mapping[str, str], *, threads: int = 8) -> None:
+    """Copy objects, source → target, within the server, none of their bytes through this machine; metadata come along.
+
+    One request each up to 5 GB, S3's limit; copies of ranges above. Raises StorageError.
+    """
+    s3 = client(patient=True)
+
+    def start(manager: Any) -> Iterator[tuple[str, Any]]:
+        for source, target in pairs.items():
+            (from_bucket, from_key), (bucket, key) = split_uri(source), split_uri(target)
+            with s3_errors("copy", source, s3):
+                # Copies of ranges make a new object, without the metadata of the old one unless they are given.
+                held = s3.head_object(Bucket=from_bucket, Key=from_key).get("Metadata", {})
+            metadata = {"Metadata": held, "MetadataDirective": "REPLACE"}
+            yield source, manager.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, metadata)
+
+    _transfer("copy", start, threads, multipart_threshold=_COPY_AT_ONCE, multipart_chunksize=_COPY_RANGE)
+
+
+def _transfer(action: str, start: Callable[[Any], Iterator[tuple[str, Any]]], threads: int, **sizes: int) -> None:
+    """Have boto3's transfer manager do what ``start`` asks of it; the first that fails ends the others."""
+    from boto3.s3.transfer import TransferConfig, create_transfer_manager
+
+    s3, config = client(patient=True), TransferConfig(max_concurrency=threads, preferred_transfer_client="classic", **sizes)
+    with create_transfer_manager(s3, config) as manager:
+        for uri, future in list(start(manager)):
+            with s3_errors(action, uri, s3):
+                future.result()
 
 
 def read_range(s3: Any, one: S3Object, start: int, stop: int) -> IO[bytes]:
@@ -300,9 +351,9 @@ def delete_prefix(uri: str, *, first: str | None = None) -> int:
     return len(keys)
 
 
-def create_bucket(uri: str, *, using: Any = None) -> str:
+def create_bucket(uri: str) -> str:
     """Create a bucket of one's own; one that exists already is fine. Returns its address."""
-    s3, (bucket, _) = using or client(), split_uri(uri)
+    s3, (bucket, _) = client(), split_uri(uri)
     with s3_errors("create", uri, s3):
         try:
             s3.create_bucket(Bucket=bucket)

@@ -1,15 +1,14 @@
-"""The merges of an MLflow experiment, read back as tables: ``mlflow.search_runs`` and the files that go with a run."""
+"""The merges of an MLflow experiment, read back as tables, and the files that go with a run."""
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ota_core.errors import OtaError
 from ota_core.recipe.yaml_text import nearest
@@ -23,12 +22,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_DEFAULT_STORE = Lock()
-
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment holds of merges, as ``mlflow.search_runs`` gives it: columns ``params.…``, ``metrics.…``, ``tags.…``."""
+    """What an experiment holds of merges, with the columns of ``mlflow.search_runs``: ``params.…``, ``metrics.…``, ``tags.…``."""
 
     id: str
     name: str
@@ -47,18 +44,14 @@ def read_experiment(
     """
     wanted = [f"tags.`{TAG_FINGERPRINT}` LIKE '%'", *([f"attributes.start_time >= {since_ms}"] if since_ms is not None else [])]
     with clear_errors(store, f"reading the experiment {name!r}", "Nothing was written."):
-        experiment = _experiment(connect(store), store, name)
+        client = connect(store)
+        experiment = _experiment(client, store, name)
         if filter_string.strip():
-            _check_filter(connect(store), experiment, filter_string)
+            _check_filter(client, experiment, filter_string)
             wanted.append(filter_string.strip())
-        with _as_default(store):
-            import mlflow
-
-            newest: Any = {} if last is None else {"max_results": last}
-            merges = mlflow.search_runs(
-                [experiment], filter_string=" and ".join(wanted), order_by=["attributes.start_time DESC"], **newest
-            )
-            models = mlflow.search_runs([experiment], filter_string=f"tags.`{TAG_ROLE}` LIKE '%'")
+        ask = partial(pages, client.search_runs, experiment_ids=[experiment])
+        merges = _table(islice(ask(filter_string=" and ".join(wanted), order_by=["attributes.start_time DESC"]), last))
+        models = _table(ask(filter_string=f"tags.`{TAG_ROLE}` LIKE '%'"))
     parents = set(merges["run_id"]) if len(merges) else set()
     below = f"tags.{PARENT}"
     models = models[models[below].isin(parents)] if below in models else models.iloc[:0]
@@ -105,22 +98,21 @@ def _check_filter(client: MlflowClient, experiment: str, filter_string: str) -> 
         ) from None
 
 
-@contextmanager
-def _as_default(store: Store) -> Iterator[None]:
-    """``mlflow.search_runs`` asks the process's own store: this one, as long as the block runs. MLflow writes it into the environment, too."""
-    import mlflow
-    from mlflow.tracking._tracking_service import utils
+def _table(runs: Iterable[Run]) -> pd.DataFrame:
+    """A row per run, with the columns of ``mlflow.search_runs``, which asks the process's own store alone."""
+    import pandas as pd
 
-    variable = "MLFLOW_TRACKING_URI"
-    with _DEFAULT_STORE:
-        before, environment = utils._tracking_uri, os.environ.get(variable)
-        mlflow.set_tracking_uri(store.uri)
-        try:
-            yield
-        finally:
-            mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: nobody had set one
-            os.environ.pop(variable, None)
-            os.environ |= {} if environment is None else {variable: environment}
+    rows = [
+        {
+            **{name: getattr(run.info, name) for name in ("run_id", "experiment_id", "status")},
+            "start_time": pd.to_datetime(run.info.start_time, unit="ms", utc=True),
+            **{
+                f"{kind}.{key}": value for kind in ("metrics", "params", "tags") for key, value in getattr(run.data, kind).items()
+            },
+        }
+        for run in runs
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["run_id"])
 
 
 def complete_merges(client: MlflowClient, experiment: str) -> Iterator[Run]:

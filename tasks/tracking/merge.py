@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from tasks.tracking.run import (
     SCORES_JSON,
     TAG_COMMIT,
     TAG_FINGERPRINT,
+    TAG_LOGGED,
     ChildRun,
     InputRef,
     LoggedRun,
@@ -37,8 +39,8 @@ from tasks.tracking.store import (
     mlflow_names,
     open_hint,
     resolve_store,
-    show_columns,
 )
+from tasks.tracking.view import show_columns
 from tasks.tracking.write import NOTE, PARENT, TAG_ROLE, find_or_create, in_progress, log_values
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
         parent = find_or_create(client, experiment, {TAG_FINGERPRINT: run.fingerprint, TAG_DIGEST: run.model_digest}, run.name)
         run_id = parent.info.run_id
         with in_progress(client, parent):
-            tags = {**run.tags, "method": run.method, TAG_SOURCE: run.model_uri}
+            tags = {**run.tags, "method": run.method, TAG_SOURCE: run.model_uri, TAG_LOGGED: datetime.now(UTC).date().isoformat()}
             if TAG_COMMIT in run.tags:
                 tags["mlflow.source.git.commit"] = run.tags[TAG_COMMIT]
             if run.benchmarked is not None:

@@ -20,6 +20,8 @@ from tasks.tracking.store import Store, page_url
 TAG_FINGERPRINT = "recipe_fingerprint"
 TAG_FLOW_RUN = "prefect_flow_run_id"
 TAG_COMMIT = "git_commit"
+TAG_LOGGED = "last_logged"
+"""The day (UTC) on which a merge was last logged, also where the run was complete before: ``ota gc`` keeps what that run names."""
 
 REFERENCE = "model"
 """The folder among a run's artifacts that holds the reference to the weights."""

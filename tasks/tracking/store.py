@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import posixpath
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
 from tasks.tracking.names import EXPERIMENT
+from tasks.tracking.view import VIEW, VIEW_KEY
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,9 +29,6 @@ T = TypeVar("T")
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
-VIEW = "ota"
-"""Name of the experiment's view whose columns are the scores."""
-_VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 
 NAME_LENGTH = 250
 """MLflow's longest name of a metric, param or tag, in characters."""
@@ -201,20 +198,7 @@ def page_url(server: str, experiment: str | None = None, run: str | None = None)
     """The address of a page of MLflow's UI."""
     if experiment is None:
         return server.rstrip("/")
-    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs" + (f"?viewStateShareKey={VIEW}" if run is None else f"/{run}")
-
-
-def show_columns(client: MlflowClient, experiment: str, metrics: Iterable[str]) -> None:
-    """Add these metrics to the columns of the experiment's shared view, which ``page_url`` opens.
-
-    MLflow's table of runs shows no metric unless asked; a shared view is a tag of the experiment that holds the UI's state.
-    """
-    held = client.get_experiment(experiment).tags.get(_VIEW_TAG)
-    old = json.loads(held)["selectedColumns"] if held else []
-    new = [f"metrics.`{name}`" for name in metrics if f"metrics.`{name}`" not in old]
-    columns = ["params.`merge_method`", *new] if not held else [*old, *new]
-    if new:
-        client.set_experiment_tag(experiment, _VIEW_TAG, json.dumps({"selectedColumns": columns}))
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs" + (f"?{VIEW_KEY}={VIEW}" if run is None else f"/{run}")
 
 
 def mlflow_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Compression of second moments (methods.md section 2) and its file format: a file per method, ``file`` for what is on disk.
+"""Compression of second moments (docs/methods.md section 2) and its file format: a file per method, ``file`` for what is on disk.
 
 | method   | ṽ                                               | bytes a parameter       | held          |
 |----------|-------------------------------------------------|-------------------------|---------------|

@@ -43,7 +43,7 @@ def _average_rows(board: Leaderboard) -> pd.DataFrame:
     return rows[rows["average"].notna()]
 
 
-def _averages(rows: pd.DataFrame, row: alt.Y) -> alt.LayerChart:
+def _averages(rows: pd.DataFrame, row: alt.Y) -> alt.LayerChart | alt.FacetChart:
     top = float(rows[["average", "high"]].max().max())
     x = alt.X(
         "average:Q",
@@ -91,7 +91,7 @@ def _cell_rows(board: Leaderboard) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cells(cells: pd.DataFrame, order: list[str], board: Leaderboard) -> alt.LayerChart:
+def _cells(cells: pd.DataFrame, order: list[str], board: Leaderboard) -> alt.LayerChart | alt.FacetChart:
     # Letters on the dark half of the scale are white.
     limit = max(float(cells["score"].max()), 1.0)
     x = alt.X("capability:N", sort=board.capabilities, title="score on each capability (percent); ↓ below the base", axis=alt.Axis(orient="top", labelAngle=0, labelLimit=_CELL + 14,

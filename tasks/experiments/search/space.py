@@ -186,7 +186,7 @@ _SCALES = ((None, 0.67), (None, 0.83), (None, 0.5), (None, 0.33))
 def starts(recipe: MergeRecipe, dimensions: Sequence[Dimension]) -> list[dict[str, float]]:
     """Points that a search tries before it chooses for itself: one density for all experts, λ as the recipe has it and above.
 
-    The best λ of several experts often lies above 1 (methods.md, section 4). Where there is a λ and no density, values of it all over its
+    The best λ of several experts often lies above 1 (docs/methods.md section 4). Where there is a λ and no density, values of it all over its
     range; without both, the middle of every range.
     """
     known = values_of(recipe, dimensions)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,7 @@ def open_study(storage: Path | None, name: str, reduction: int, stack: ExitStack
     """
     import optuna
     from filelock import FileLock, Timeout
-    from sqlalchemy.event import listen
+    from sqlalchemy import NullPool
 
     logging.getLogger("optuna").setLevel(logging.WARNING)
     kept: Any = optuna.storages.InMemoryStorage()
@@ -47,19 +49,20 @@ def open_study(storage: Path | None, name: str, reduction: int, stack: ExitStack
             stack.enter_context(lock)
         except Timeout:
             raise SearchError(f"another process runs a search that is kept in {storage}; wait until it ends") from None
-        kept = optuna.storages.RDBStorage(f"sqlite:///{storage.resolve()}")
-        listen(kept.engine, "connect", _quick)
-        kept.engine.dispose()  # connections from before
-        stack.callback(kept.engine.dispose)
+        connected = {"creator": partial(_connect, storage.resolve()), "poolclass": NullPool}
+        kept = optuna.storages.RDBStorage(f"sqlite:///{storage.resolve()}", engine_kwargs=connected)
+        stack.callback(kept.remove_session)
     return optuna.create_study(
         storage=kept, study_name=name, direction="maximize", load_if_exists=True, pruner=_halving(reduction)
     )  # fmt: skip
 
 
-def _quick(connection: Any, _: object) -> None:
+def _connect(storage: Path) -> sqlite3.Connection:
     """A trial is 25 transactions: no wait for the disk at each. A kill loses nothing; a power failure may lose the last trials, no more."""
+    connection = sqlite3.connect(storage, check_same_thread=False)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+    return connection
 
 
 def _halving(reduction: int) -> optuna.pruners.BasePruner:
@@ -112,7 +115,7 @@ def ask(
     study.sampler = optuna.samplers.TPESampler(seed=state, n_startup_trials=RANDOM_TRIALS, constant_liar=False)
     if fixed is not None:
         study.enqueue_trial(dict(fixed))
-    ranges = {
+    ranges: dict[str, optuna.distributions.BaseDistribution] = {
         one.name: optuna.distributions.FloatDistribution(one.within.low, one.within.high, log=one.within.log)
         for one in dimensions
     }

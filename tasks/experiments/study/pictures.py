@@ -262,9 +262,9 @@ def _scale(names: list[str], values: tuple[str, ...]) -> alt.Scale:
 def _facet(chart: Any, by: str, order: list[str]) -> alt.TopLevelMixin:
     """A panel each value; one value needs no panel and no heading."""
     if len(order) == 1:
-        return chart  # type: ignore[no-any-return]
+        return chart
     header = alt.Header(title=None)
-    return chart.facet(facet=alt.Facet(f"{by}:N", sort=order, header=header), columns=3)  # type: ignore[no-any-return]
+    return chart.facet(facet=alt.Facet(f"{by}:N", sort=order, header=header), columns=3)
 
 
 def _long(table: StudyTable, variants: tuple[str, ...]) -> pd.DataFrame:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup
 
-from tasks.experiments.study.cells import spell
 from tasks.experiments.study.pictures import pictures
 from tasks.experiments.study.rows import DIFFERENCE, ERROR, StudyTable, study_table
 from tasks.experiments.study.scores import AVERAGE, RETENTION, StudyResults
 from tasks.experiments.study.tables import all_tables
+from tasks.merging.labels import spell
 from tasks.pages import markdown, terminal
 from tasks.pages.html import Section, to_html
 from tasks.pages.pictures.picture import Picture, png

@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from tasks.evaluation.scores import ModelScores
-from tasks.experiments.study.cells import Cell, spell, subset_label, unusual
+from tasks.experiments.study.cells import Cell, subset_label
 from tasks.experiments.study.scores import RETENTION, Estimate, StudyResults
+from tasks.merging.labels import spell, unusual
 from tasks.pages.tables import BITS, BITS_MORE, NOT_MEASURED, NUMBER, PERCENT, POINTS, TEXT, Column, Table
 
 ERROR = "_se"

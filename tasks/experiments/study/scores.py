@@ -160,7 +160,7 @@ class StudyResults:
         return best is not None and self.alone[replicate][best].losses[name] >= self.base[replicate].losses[name]
 
     def retention(self, cell: Cell) -> Estimate:
-        """Mean over the merged experts' own capabilities of merged / expert (methods.md, section 7), the best expert where several share one.
+        """Mean over the merged experts' own capabilities of merged / expert (docs/methods.md section 7), the best expert where several share one.
 
         NaN where no expert has a capability of its own that it scores above 0 on.
         """

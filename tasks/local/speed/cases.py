@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,24 @@ def chosen(stages: Sequence[str] | None, *, flow: bool, mergekit: bool) -> list[
 
 
 def cases_of(
-    names: Sequence[str], models: Models, experts: int, work: Path, *, device: str, prefect: dict[str, dict[str, str]]
+    names: Sequence[str],
+    models: Models,
+    experts: int,
+    work: Path,
+    *,
+    device: str,
+    prefect: dict[str, dict[str, str]],
+    promised: bool,
 ) -> list[Case]:
     """The cases of these names for the first ``experts`` experts.
 
     work: folder for recipes, outputs and the homes of the flows. prefect: environment of the flows by kind of server,
-    ``temp`` and ``server``.
+    ``temp`` and ``server``. promised: whether this is the size that ratios to the floor are promised for; seconds are for any.
     """
     work.mkdir(parents=True, exist_ok=True)
     makers = _Makers(models, experts, work, device, prefect)
-    return [makers.make(name) for name in names]
+    made = [makers.make(name) for name in names]
+    return [one if promised or one.target is None or one.target.kind == "seconds" else replace(one, target=None) for one in made]
 
 
 class _Makers:

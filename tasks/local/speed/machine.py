@@ -68,7 +68,7 @@ def _gpu(device: str) -> dict[str, Any]:
     there, other = (torch.empty(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
 
     def rate(target: torch.Tensor, source: torch.Tensor, moved: int) -> float:
-        seconds = []
+        seconds: list[float] = []
         for _ in range(1 + COPIES):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

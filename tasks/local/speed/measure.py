@@ -37,12 +37,6 @@ class Run(BaseModel):
     system_seconds: float
     peak_bytes: int
     """Largest resident size of one process, pages of mapped files included."""
-    call_read_bytes: int | None
-    """Through read(): hardly any of the weights, which are mapped. None where the system does not say."""
-    call_written_bytes: int | None
-    disk_read_bytes: int | None
-    """What the page cache did not hold."""
-    disk_written_bytes: int | None
     stage_seconds: dict[str, float] = {}
     """What the command says of itself: the work without interpreter, imports and looking up inputs."""
     bytes_per_param: float | None = None

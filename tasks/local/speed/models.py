@@ -19,6 +19,7 @@ import torch
 from ota_core.artifact import write_text_atomic
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.errors import OtaError
+from ota_core.files.rows import BF16, F32, Rows
 from ota_core.files.writer import SafetensorsWriter, TensorSpec, plan_shards, write_index
 
 VERSION = 1
@@ -156,10 +157,11 @@ def build(folder: Path, shape: Shape, experts: int, *, seed: int = 0) -> Models:
 
 def _write(models: Models, seed: int) -> float:
     tensors = models.shape.tensors()
-    weights = [TensorSpec(name, shape, torch.bfloat16) for name, shape in tensors.items()]
-    moments = [TensorSpec(name, shape, torch.float32) for name, shape in tensors.items()]
+    weights = [TensorSpec(name, shape, BF16) for name, shape in tensors.items()]
+    moments = [TensorSpec(name, shape, F32) for name, shape in tensors.items()]
     pool = _Pool(seed)
-    scores = _Sample(models.shape.parameters)
+    scores: list[torch.Tensor] = []  # v·Δ² of every 997th element of each block
+    step = slice(None, None, 997)
     with ExitStack() as stack:
         base = _Checkpoint(models.base, models.shape, weights, stack)
         experts = [_Checkpoint(models.expert(m), models.shape, weights, stack) for m in range(models.experts)]
@@ -174,31 +176,11 @@ def _write(models: Models, seed: int) -> float:
                     moved = pool.edit(block, m).add_(theta).to(torch.bfloat16)
                     v = pool.moments(block, m)
                     expert.write(block, moved)
-                    file.write_rows(name, start, v)
+                    file.write_rows(name, start, v.numpy())
                     if m == 0:
-                        scores.add(stored, moved, v)
-    return scores.quantile(0.6)
-
-
-class _Sample:
-    """v·Δ² of every 997th element of each block."""
-
-    STEP = 997
-
-    def __init__(self, parameters: int) -> None:
-        # At once: small arrays kept between large ones would fragment the heap.
-        self._values = np.empty(2 * parameters // self.STEP + 4096)
-        self._count = 0
-
-    def add(self, base: torch.Tensor, expert: torch.Tensor, v: torch.Tensor) -> None:
-        step = slice(None, None, self.STEP)
-        difference = expert.view(-1)[step].double() - base.view(-1)[step].double()
-        scores = (v.view(-1)[step].double() * difference**2).numpy()
-        self._values[self._count : self._count + len(scores)] = scores
-        self._count += len(scores)
-
-    def quantile(self, share: float) -> float:
-        return float(np.quantile(self._values[: self._count], share))
+                        difference = moved.view(-1)[step].double() - stored.view(-1)[step].double()
+                        scores.append(v.view(-1)[step].double() * difference**2)
+    return float(np.quantile(torch.cat(scores).numpy(), 0.6))
 
 
 @dataclass(frozen=True)
@@ -274,7 +256,7 @@ class _Checkpoint:
         (folder / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n", encoding="utf-8")
 
     def write(self, block: _Block, rows: torch.Tensor) -> None:
-        self._writers[block.name].write_rows(block.name, block.start, rows)
+        self._writers[block.name].write_rows(block.name, block.start, Rows.of(rows).held)
 
 
 def _open(path: Path, specs: Sequence[TensorSpec], stack: ExitStack) -> SafetensorsWriter:

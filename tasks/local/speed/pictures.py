@@ -55,7 +55,9 @@ def bench_chart(bench: Bench) -> alt.TopLevelMixin:
     return alt.vconcat(*rows, title=title)
 
 
-def _panel(part: pd.DataFrame, names: Sequence[str], x: str, label: str, measure: str, title: str) -> alt.LayerChart:
+def _panel(
+    part: pd.DataFrame, names: Sequence[str], x: str, label: str, measure: str, title: str
+) -> alt.LayerChart | alt.FacetChart:
     places = sorted(set(part[x])) if x == "experts" else alt.Undefined
     order = range(len(names))  # no two are alike in both colour and shape
     scales = [

@@ -1,15 +1,13 @@
-"""The benchmark for the eye: tables of at most 120 columns, and what was found about memory and linearity."""
+"""The benchmark for the eye: tables of at most 120 columns, and what was found about memory."""
 
 from typing import Any
 
 import pandas as pd
 
 from tasks.local.speed.cases import MEMORY_TARGET, MERGES
-from tasks.local.speed.results import Bench, CaseResult, Combination, spread_of
+from tasks.local.speed.results import Bench, CaseResult, Combination
 from tasks.pages import terminal
 from tasks.pages.tables import GB, MIB, RATIO, SECONDS, Column, Table
-
-MEMORY_SPREAD = 1.1  # peak memory at 0.45 and 1.8 billion parameters, largest ÷ smallest
 
 
 def report(bench: Bench) -> list[Any]:
@@ -70,7 +68,7 @@ def _verdict(one: CaseResult) -> str:
 
 
 def findings(bench: Bench) -> list[str]:
-    """Memory against its targets, and how far from linear time is, over all combinations."""
+    """Memory against its target, over all combinations; what compressions leave; what a GPU reaches."""
     merges = [
         one
         for c in bench.combinations
@@ -86,42 +84,16 @@ def findings(bench: Bench) -> list[str]:
             f"target 1024 MiB: {'met' if peak <= MEMORY_TARGET else 'missed'}"
         )
     for one in merges:
-        if one.reference and one.runs[0].sqrt_error is not None:
+        if one.runs[0].sqrt_error is not None:
             found.append(
                 f"{one.name}: {one.runs[0].bytes_per_param:.4f} bytes per parameter, relative error of √v {one.runs[0].sqrt_error:.4f}"
             )
     copies = bench.machine.gpu_copies
     for one in merges if copies else ():
-        if one.planned_read_bytes and one.stage_seconds and one.reference:
+        if one.planned_read_bytes and one.stage_seconds:
             rate = one.planned_read_bytes / one.stage_seconds / 1e9
             found.append(
                 f"{one.name}: {rate:.1f} GB/s of tensors through the stage; plain copies: {copies['to']:.1f} GB/s to the GPU, "
                 f"{copies['from']:.1f} from it, {copies['on']:.0f} on it"
             )
-    for name in dict.fromkeys(one.name for one in merges):
-        found += _growth(name, [one for one in merges if one.name == name])
-    return found
-
-
-def _growth(name: str, results: list[CaseResult]) -> list[str]:
-    """Memory and time of one case over the sizes."""
-    found = []
-    large = [one for one in results if one.parameters > 4e8]
-    for experts in sorted({one.experts for one in large}):
-        peaks = [one.peak_bytes or 0 for one in large if one.experts == experts]
-        if len(peaks) > 1:
-            spread = spread_of(peaks)
-            said = "met" if spread <= MEMORY_SPREAD else "missed"
-            found.append(f"{name}: peak memory over the sizes × {experts} experts within {spread - 1:.0%} (target 10 %: {said})")
-    # Of what is in the page cache, and large enough that imports do not weigh.
-    rates = [
-        (one.stage_seconds or 0.0) / (one.parameters * (1 if name.startswith("compress") else one.experts)) * 1e9
-        for one in results
-        if one.in_page_cache and one.parameters > 5e7 and one.stage_seconds
-    ]
-    if len(rates) > 1:
-        unit = "billion parameters" if name.startswith("compress") else "billion parameters and expert"
-        found.append(
-            f"{name}: {min(rates):.2f}–{max(rates):.2f} s of the stage per {unit}: linear within a factor {spread_of(rates):.2f}"
-        )
     return found

@@ -1,6 +1,5 @@
 """What the benchmark found, as it stands in ``bench.json``, and what follows from it: medians, ratios to the floor, targets met."""
 
-from collections.abc import Sequence
 from statistics import median
 from typing import Literal
 
@@ -37,12 +36,11 @@ class CaseResult(BaseModel):
     """Tensor bytes that the stage reads in all its passes, by the accounting of ``ota plan``; None where it has none."""
     in_page_cache: bool = True
     """Whether the inputs fit the memory; where not, time is the disk's."""
-    reference: bool = False
-    """Whether the targets hold for this size."""
     runs: list[Run] = []
     floor: Floor | None = None
     """None for a case that merges nothing."""
     target: Target | None = None
+    """What is promised for this size."""
     stages_sum: float | None = None
     """Of a fresh flow: the sum of its stages without Prefect, in seconds."""
     skipped: str = ""
@@ -74,13 +72,6 @@ class CaseResult(BaseModel):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def written_bytes(self) -> int | None:
-        """Median of the bytes that went through write()."""
-        known = [run.call_written_bytes for run in self.runs if run.call_written_bytes is not None]
-        return int(median(known)) if known else None
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
     def command_ratio(self) -> float | None:
         """Wall time of the command ÷ the floor."""
         return self._ratio(self.seconds, fsync=True)
@@ -90,12 +81,6 @@ class CaseResult(BaseModel):
     def stage_ratio(self) -> float | None:
         """Seconds of the stage ÷ the floor."""
         return self._ratio(self.stage_seconds, fsync=True)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def command_ratio_without_fsync(self) -> float | None:
-        """Wall time of the command, its own fsync included ÷ the floor without fsync."""
-        return self._ratio(self.seconds, fsync=False)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -112,8 +97,8 @@ class CaseResult(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def met(self) -> bool | None:
-        """Whether the target is reached; None where there is none, at this size, or nothing was measured."""
-        if self.target is None or not self.reference:
+        """Whether the target is reached; None where there is none, or nothing was measured."""
+        if self.target is None:
             return None
         reached = {"ratio": self.command_ratio, "seconds": self.seconds, "overhead": self.overhead_seconds}[self.target.kind]
         return None if reached is None else reached <= self.target.limit
@@ -142,13 +127,8 @@ class Bench(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int = 1
+    version: int = 2
     machine: Machine
     floor_definition: str
     notes: list[str]
     combinations: list[Combination]
-
-
-def spread_of(values: Sequence[float]) -> float:
-    """Largest ÷ smallest."""
-    return max(values) / min(values)

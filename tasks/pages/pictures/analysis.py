@@ -1,4 +1,4 @@
-"""Pictures of an analysis, from its tidy table: one number a row (``tasks/analysis.py`` makes it)."""
+"""Pictures of an analysis, from its tidy table: one number a row (``tasks/pages/analysis.py`` makes it)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _density(table: pd.DataFrame) -> Pictures:
     if cells.empty:
         return
     cells["value"] = 100 * (cells["FFG"] - cells["magnitude"])
-    tooltip = [*_PLACE, *(alt.Tooltip(f"{name}:Q", format=".4~p") for name in ("FFG", "magnitude"))]
+    tooltip: list[alt.Tooltip | str] = [*_PLACE, *(alt.Tooltip(f"{name}:Q", format=".4~p") for name in ("FFG", "magnitude"))]
     tooltip += [alt.Tooltip("value:Q", title="difference (points)", format="+.4~r"), _ELEMENTS]
     yield (
         "density_difference",
@@ -177,7 +177,7 @@ def _against_bytes(wide: pd.DataFrame, measure: str, title: str, axis: str, vari
         axis=alt.Axis(format="~g", values=decades),
     )
     numbers = {"bytes_per_param": "bytes/parameter", measure: title}
-    tooltip = [alt.Tooltip(f"{field}:Q", title=name, format=".4~g") for field, name in numbers.items()]
+    tooltip: list[alt.Tooltip | str] = [alt.Tooltip(f"{field}:Q", title=name, format=".4~g") for field, name in numbers.items()]
     return (
         alt.Chart(part, title=title)
         .mark_point(size=80, opacity=0.85)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import altair as alt
 
@@ -50,21 +50,21 @@ class Shade:
         return cls(legend, format, about - reach, about + reach, diverging=True)
 
     def colour(self, field: str = "value") -> alt.Color:
-        scheme = DIVERGING if self.diverging else SEQUENTIAL
+        scheme: Any = DIVERGING if self.diverging else SEQUENTIAL
         return alt.Color(
             f"{field}:Q",
             scale=alt.Scale(type="sqrt" if self.root else "linear", scheme=scheme, domain=[self.low, self.high]),
             legend=alt.Legend(title=self.legend, format=self.format, tickCount=4),
         )
 
-    def ink(self, field: str = "value") -> alt.ColorValue | alt.Color:
+    def ink(self, field: str = "value") -> Any:
         """Letters on a cell: black on the light colours, white on the dark ones."""
         span, value = self.high - self.low, f"datum['{field}']"
         if self.diverging:  # dark at both ends
             light = f"abs({value} - {self.low + span / 2}) < {0.36 * span}"
         else:  # viridis: dark below
             light = f"{value} > {self.low + (0.55**2 if self.root else 0.55) * span}"
-        return alt.condition(light, alt.value("black"), alt.value("white"))  # type: ignore[no-any-return]
+        return alt.condition(light, alt.value("black"), alt.value("white"))
 
 
 def place(cells: pd.DataFrame) -> pd.DataFrame:
@@ -129,7 +129,9 @@ def grid(placed: pd.DataFrame, shade: Shade, tooltip: Sequence[alt.Tooltip | str
         .encode(x=layer_axis("middle", layers), y=y, text=alt.Text("value:Q", format=shade.format), color=shade.ink())
     )
     # Whole pixels for each layer: between cells that end within a pixel, hairlines shine through.
-    return alt.layer(cells, numbers).properties(width=layers * max(3, PANEL // layers), height=alt.Step(20))
+    return cast("alt.LayerChart", alt.layer(cells, numbers)).properties(
+        width=layers * max(3, PANEL // layers), height=alt.Step(20)
+    )
 
 
 def grids(placed: pd.DataFrame, shade: Shade, tooltip: Sequence[alt.Tooltip | str], *, by: str = "expert") -> alt.FacetChart:
@@ -149,7 +151,7 @@ def square(pairs: pd.DataFrame, experts: Sequence[str], shade: Shade, tooltip: S
     both = pd.concat([pairs, pairs.rename(columns={"expert": "other", "other": "expert"})], ignore_index=True)
     step = max(36, min(56, PANEL // max(len(experts), 1)))
     scale = alt.Scale(domain=list(experts))
-    bare = {"ticks": False, "domain": False, "labelOverlap": False, "labelPadding": 5}
+    bare: dict[str, Any] = {"ticks": False, "domain": False, "labelOverlap": False, "labelPadding": 5}
     base = alt.Chart(both).encode(
         x=alt.X("other:N", title=None, scale=scale, axis=alt.Axis(labelAngle=-40, **bare)),
         y=alt.Y("expert:N", title=None, scale=scale, axis=alt.Axis(**bare)),
@@ -158,6 +160,6 @@ def square(pairs: pd.DataFrame, experts: Sequence[str], shade: Shade, tooltip: S
     cells = base.mark_rect(stroke="white").encode(color=shade.colour())
     numbers = base.mark_text(fontSize=12, color=INK).encode(text=alt.Text("value:Q", format=shade.format), color=shade.ink())
     # The diagonal is the view that shows through.
-    return alt.layer(cells, numbers).properties(
+    return cast("alt.LayerChart", alt.layer(cells, numbers)).properties(
         width=alt.Step(step), height=alt.Step(min(step, 40)), view=alt.ViewBackground(fill="#ececec")
     )

@@ -81,7 +81,7 @@ def _squares(whole: pd.DataFrame, shades: Mapping[str, Shade]) -> alt.ConcatChar
     for name, shade in shades.items():
         pairs = whole[whole["name"] == name]
         if not pairs.empty:
-            tooltip = [
+            tooltip: list[alt.Tooltip | str] = [
                 "expert:N",
                 "other:N",
                 alt.Tooltip("value:Q", title=name, format=".4~g"),

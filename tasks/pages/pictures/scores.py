@@ -84,7 +84,7 @@ def _scores(table: pd.DataFrame, scores: pd.DataFrame) -> Picture:
         low=scores["score"] - scores["stderr"],
         high=scores["score"] + scores["stderr"],
     )
-    tooltip = [
+    tooltip: list[alt.Tooltip | str] = [
         "model:N",
         "capability:N",
         alt.Tooltip("score:Q", format=".4~p"),
@@ -151,7 +151,7 @@ def _retention_bars(kept: pd.DataFrame) -> alt.FacetChart:
     capabilities, models = (list(dict.fromkeys(kept[column])) for column in ("capability", "model"))
     most = max(1.0, float(kept[["retention", "base"]].max().max()))
     shown = {"retention": "retention", "score": "merge's score", "expert": "expert's score", "base": "base / expert"}
-    tooltip = [alt.Tooltip("model:N", title="merge"), "capability:N"]
+    tooltip: list[alt.Tooltip | str] = [alt.Tooltip("model:N", title="merge"), "capability:N"]
     tooltip += [alt.Tooltip(f"{field}:Q", title=title, format=".4~p") for field, title in shown.items()]
     y = alt.Y("capability:N", title=None, sort=None, scale=alt.Scale(domain=capabilities))
     chart = alt.Chart(kept).encode(y=y, tooltip=tooltip)

@@ -75,7 +75,7 @@ def _histograms(bins: pd.DataFrame) -> alt.FacetChart:
     experts, there = list(dict.fromkeys(bins["expert"])), set(bins["role"])
     roles = [role for role in dict.fromkeys([_ALL, *BEFORE, *IN_BLOCK, *BEHIND]) if role in there]
     panels = [f"{expert}: {what}" for expert in experts for what in ("rows", "columns")]
-    tooltip = [
+    tooltip: list[alt.Tooltip | str] = [
         "expert:N",
         "role:N",
         alt.Tooltip("measure:N", title="of"),
@@ -113,7 +113,7 @@ def _histograms(bins: pd.DataFrame) -> alt.FacetChart:
 
 def _empty(empty: pd.DataFrame) -> alt.FacetChart:
     empty = empty.assign(panel=empty["measure"].map({"empty_rows": "rows", "empty_columns": "columns"}))
-    tooltip = [
+    tooltip: list[alt.Tooltip | str] = [
         "expert:N",
         alt.Tooltip("how:N", title="kept by"),
         alt.Tooltip("value:Q", title="empty", format=".4~p"),

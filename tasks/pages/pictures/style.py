@@ -5,7 +5,7 @@ A browser shows a chart at 100 %: letters have 12 px and more. Panels are narrow
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 INK = "#222222"
 # Okabe and Ito's palette ("Color Universal Design", 2008), told apart with every common form of colour blindness. Yellow comes last:
@@ -17,9 +17,9 @@ FACE = {"base": "#7f7f7f", "expert": "#a9d6f2", OWN: CATEGORIES[0], "merge": CAT
 """A model's role to its colour."""
 # Beside the colour, for points: a second way to tell them apart.
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
-SEQUENTIAL = "viridis"
+SEQUENTIAL: Final = "viridis"
 """Vega's scheme for amounts: even in lightness, readable with every form of colour blindness and in grey."""
-DIVERGING = "blueorange"
+DIVERGING: Final = "blueorange"
 """Vega's scheme for amounts on both sides of a middle; red and green do not meet in it."""
 
 VARIANT_NAMES = {"curvature": "FFG", "magnitude": "magnitude"}

@@ -1,17 +1,12 @@
 """What of the local cache may go: downloads, outlines and copies that nobody has used for some days. All of it can be had again.
 
-Last use is what ``storage_cache.note_use`` noted: the time of change of an object's entry, of the folder of a checkpoint or outline, of
-the record of a copy. A blob is in use when an entry that names it is, when a folder in use links to it, or when it was downloaded within
-the days. Who uses something notes it first and looks whether it is there then; here it leaves its place first and is looked at again then,
-under the lock of those who make it. What a process has open lives until it is closed. Lock files stay: one may be held.
+Last use is what ``tasks.storage.cache.note_use`` noted. A blob is in use as well when a folder in use links to it. Who uses something notes
+it first and looks whether it is there then; here it leaves its place first and is looked at again then, under the lock of those who make
+it. What a process has open lives until it is closed. Lock files stay: one may be held.
 """
 
-import os
-import shutil
-import uuid
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +16,14 @@ from filelock import Timeout
 
 from ota_core.artifact import RECORD
 from ota_core.errors import StorageError
-from tasks.registry.retention.listing import File, freed, is_temporary_of_live_process, local_files
-from tasks.storage.cache import KnownObject, blob_path, forget_digests, locked, remove_tree
+from tasks.registry.retention.listing import File, freed, is_temporary_of_live_process, last_change, local_files
+from tasks.storage.cache import KnownObject, blob_path, forget_digests, last_use, locked, remove_tree
 from tasks.storage.download import object_lock
 
-_NEVER = datetime.fromtimestamp(0, UTC)
+_PLACES = {
+    "checkpoint": "checkpoints/*", "outline": "outlines/*", "copy": "artifacts/*/*/*", "partial": "partial/*", "download": "blobs/*/*",
+}  # fmt: skip
+_LEFTOVERS = ("checkpoints/.*", "outlines/.*", "blobs/*/.*", "objects/*/.*", "artifacts/*/*/.*")
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,13 @@ class CachePlan:
     """What would go and what stays, largest first."""
 
     cache: Path
-    since: datetime
     going: tuple[Cached, ...]
     kept: tuple[Cached, ...]
 
     @property
     def frees(self) -> int:
         """Bytes that the deletion gives back: a file's when none of its names stays."""
-        return freed(self.going)
+        return freed(one.files for one in self.going)
 
     @property
     def listed(self) -> list[Cached]:
@@ -86,7 +83,7 @@ class CacheOutcome:
 
     @property
     def frees(self) -> int:
-        return freed(self.deleted)
+        return freed(one.files for one in self.deleted)
 
 
 def plan_cache(cache: Path, since: datetime) -> CachePlan:
@@ -95,8 +92,10 @@ def plan_cache(cache: Path, since: datetime) -> CachePlan:
         found = sorted(_everything(cache), key=lambda one: (-one.size, str(one.path)))
     except PermissionError as error:
         raise StorageError(f"cannot read {error.filename} of the cache ({error.strerror}); run this as its owner") from error
-    going = tuple(one for one in found if one.used < since and not is_temporary_of_live_process(one.path.name))
-    return CachePlan(cache, since, going, tuple(one for one in found if one not in going))
+    linked = {inode for one in found if one.kind != "download" and one.used >= since for inode in one.inodes}
+    going = [one for one in found if one.used < since and not (one.kind == "download" and one.inodes & linked)]
+    going = [one for one in going if not is_temporary_of_live_process(one.path.name)]
+    return CachePlan(cache, tuple(going), tuple(one for one in found if one not in going))
 
 
 def collect_cache(plan: CachePlan, progress: Callable[[str, int, int], None] | None = None) -> CacheOutcome:
@@ -105,11 +104,10 @@ def collect_cache(plan: CachePlan, progress: Callable[[str, int, int], None] | N
     # Folders first: a blob whose folder turns out to be in use stays as well.
     order = sorted(plan.going, key=lambda one: one.kind == "download")
     busy: set[Any] = set()
-    known = _Known(plan.cache)
     for done, one in enumerate(order):
         if progress:
             progress("delete", done, len(order))
-        if one.inodes & busy or not _remove(plan.cache, one, known):
+        if (one.kind == "download" and one.inodes & busy) or not _remove(plan.cache, one):
             outcome.spared.append(one)
             busy |= one.inodes
         else:
@@ -118,154 +116,69 @@ def collect_cache(plan: CachePlan, progress: Callable[[str, int, int], None] | N
         progress("delete", len(order), len(order))
     forget_digests([one.path / name for one in outcome.deleted if one.kind != "download" for name in one.files], cache=plan.cache)
     for path, entry in _entries(plan.cache):
-        if _time(path) < plan.since and not blob_path(plan.cache, entry.digest).is_file():
+        if not blob_path(plan.cache, entry.digest).is_file():
             path.unlink(missing_ok=True)
     return outcome
 
 
-class _Known:
-    """The entries of every blob, read again when one was added."""
-
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
-        self._state: dict[Path, datetime] = {}
-        self._of: dict[Path, list[Path]] = {}
-
-    def last_use(self, blob: Path) -> datetime:
-        """The last use that an entry notes."""
-        state = {folder: _time(folder) for folder in (self._cache / "objects", *(self._cache / "objects").glob("*"))}
-        if state != self._state:
-            self._state, self._of = state, defaultdict(list)
-            for path, known in _entries(self._cache):
-                self._of[blob_path(self._cache, known.digest)].append(path)
-        return max(map(_time, self._of.get(blob, [])), default=_NEVER)
-
-
-def _remove(cache: Path, one: Cached, known: _Known) -> bool:
-    """Whether it is gone: not where it was used since it was listed."""
-
-    def used(place: Path) -> bool:
-        return _used(one.kind, place) > one.used
-
-    if one.kind == "leftover":
-        if one.path.is_dir():
-            shutil.rmtree(one.path)
-        else:
-            one.path.unlink(missing_ok=True)
-        return True
-    if one.kind == "download":
-        return _remove_blob(one, known)
-    if one.kind == "partial":
-        return _remove_partial(cache, one)
-    lock = {"checkpoint": f"folder {one.path}", "outline": f"outline {one.path.name}", "copy": f"copy {one.path}"}[one.kind]
-    with locked(cache, lock):
-        return not one.path.is_dir() or remove_tree(one.path, unless=used)
-
-
-def _remove_blob(one: Cached, known: _Known) -> bool:
-    """Its entries stay until the end: without a blob they mean nothing."""
-    if known.last_use(one.path) > one.used:
+def _remove(cache: Path, one: Cached) -> bool:
+    """Whether it is gone: not where it was used since it was listed, or somebody works on it."""
+    locks = {
+        "checkpoint": f"folder {one.path}", "outline": f"outline {one.path.name}", "copy": f"copy {one.path}",
+        "partial": object_lock(one.path.name.partition("-")[0]),
+    }  # fmt: skip
+    lock = locks.get(one.kind)
+    try:
+        with locked(cache, lock, wait=False) if lock else nullcontext(), suppress(FileNotFoundError):
+            return remove_tree(
+                one.path, unless=None if one.kind == "leftover" else lambda place: _used(one.kind, place) > one.used
+            )
+    except Timeout:
         return False
-    trash = one.path.with_name(f".{one.path.name}.{uuid.uuid4().hex[:8]}.trash")
-    with suppress(FileNotFoundError):
-        os.replace(one.path, trash)
-        if known.last_use(one.path) > one.used:
-            os.replace(trash, one.path)
-            return False
-        trash.unlink()
     return True
 
 
-def _remove_partial(cache: Path, one: Cached) -> bool:
-    """Under the download's own lock: a resumed download trusts the parts that it has looked at."""
-    try:
-        with locked(cache, object_lock(one.path.name.partition("-")[0]), wait=False):
-            paths = [one.path.parent / name for name in one.files]
-            if any(path.exists() and _time(path) > one.used for path in paths):
-                return False
-            for path in paths:
-                path.unlink(missing_ok=True)
-            return True
-    except Timeout:
-        return False
-
-
 def _everything(cache: Path) -> Iterator[Cached]:
-    entries: dict[Path, list[tuple[datetime, str]]] = defaultdict(list)
-    for path, known in _entries(cache):
-        entries[blob_path(cache, known.digest)].append((_time(path), known.uri))
-    blobs = {path: local_files(path) for path in _names(cache, "blobs/*/*")}
-    sources = {
-        file.inode: [uri for _, uri in entries[path] if uri.startswith("s3://")] for path, own in blobs.items() for file in own.values()
-    }  # fmt: skip
-    links: dict[Any, datetime] = {}
-    for path in _names(cache, "checkpoints/*"):
-        folder = Cached("checkpoint", path, "", _used("checkpoint", path), local_files(path))
-        for inode in folder.inodes:
-            links[inode] = max(folder.used, links.get(inode, folder.used))
-        yield Cached("checkpoint", path, _source(folder, sources), folder.used, folder.files)
-    for path in _names(cache, "outlines/*"):
-        files = local_files(path)
-        for file in files.values():
-            links[file.inode] = max(_time(path), links.get(file.inode, _time(path)))
-        yield Cached("outline", path, f"headers of {len(files) - 1} files", _time(path), files)
-    for path, files in blobs.items():
-        signs = [file.modified for file in files.values()] + [time for time, _ in entries[path]]
-        signs += [links[file.inode] for file in files.values() if file.inode in links]
-        names = next((uris for file in files.values() if (uris := sources[file.inode])), ["object that is no longer known"])
-        yield Cached("download", path, min(names), max(signs), files)
-    for path in _names(cache, "artifacts/*/*/*"):
-        what = f"{path.parent.name} {path.name[:8]} of s3://{path.parents[1].name.replace('+', '/')}"
-        yield Cached("copy", path, what, _used("copy", path), local_files(path))
-    yield from _partials(cache)
-    for pattern in ("checkpoints/.*", "outlines/.*", "blobs/*/.*", "objects/*/.*", "artifacts/*/*/.*"):
+    uris: dict[Path, str] = {}
+    for _, known in _entries(cache):
+        if known.uri.startswith("s3://"):  # others say what content a hash has
+            blob = blob_path(cache, known.digest)
+            uris[blob] = min(known.uri, uris.get(blob, known.uri))
+    sources = {path.stat().st_ino: uri for path, uri in uris.items() if path.is_file()}
+    for kind, pattern in _PLACES.items():
         for path in cache.glob(pattern):
-            with suppress(FileNotFoundError):  # whoever makes it may finish now
-                yield Cached("leftover", path, "interrupted work", _changed(path), local_files(path))
+            if not path.name.startswith("."):
+                with suppress(FileNotFoundError):  # whoever makes or removes it may finish now
+                    files = local_files(path)
+                    yield Cached(kind, path, _what(kind, path, files, sources), _used(kind, path), files)
+    for pattern in _LEFTOVERS:
+        for path in cache.glob(pattern):
+            with suppress(FileNotFoundError):
+                yield Cached("leftover", path, "interrupted work", last_change(path), local_files(path))
 
 
-def _partials(cache: Path) -> Iterator[Cached]:
-    """Interrupted downloads: each a file and the journal of its finished parts."""
-    groups: dict[str, dict[str, File]] = defaultdict(dict)
-    for path in (cache / "partial").glob("*-*.*"):
-        with suppress(FileNotFoundError):
-            groups[path.stem] |= local_files(path)
-    for stem, files in groups.items():
-        used = max(file.modified for file in files.values())
-        yield Cached("partial", cache / "partial" / stem, "interrupted download", used, files)
+def _what(kind: str, path: Path, files: Mapping[str, File], sources: Mapping[int, str]) -> str:
+    if kind == "outline":
+        return f"headers of {len(files) - 1} files"
+    if kind == "copy":
+        return f"{path.parent.name} {path.name[:8]} of s3://{path.parents[1].name.replace('+', '/')}"
+    if kind == "partial":
+        return "interrupted download"
+    # The largest file is the one that no other model has.
+    name, largest = max(files.items(), key=lambda item: item[1].size, default=("", None))
+    uri = sources.get(largest.inode[1]) if largest and largest.inode else None
+    if uri is None:
+        return "objects that are no longer known" if kind == "checkpoint" else "object that is no longer known"
+    return uri.removesuffix(f"/{name}") if kind == "checkpoint" else uri
 
 
-def _source(folder: Cached, sources: Mapping[Any, Sequence[str]]) -> str:
-    """Where a checkpoint came from: the prefix that most of its files were seen below."""
-    seen = Counter(
-        uri.removesuffix(f"/{name}") for name, file in folder.files.items() for uri in sources.get(file.inode, ()) if uri.endswith(f"/{name}")
-    )  # fmt: skip
-    return seen.most_common(1)[0][0] if seen else "objects that are no longer known"
-
-
-def _entries(cache: Path) -> Iterator[tuple[Path, KnownObject]]:
-    for path in _names(cache, "objects/*/*.json"):
+def _entries(cache: Path) -> Iterable[tuple[Path, KnownObject]]:
+    for path in cache.glob("objects/*/[!.]*.json"):
         with suppress(ValueError, FileNotFoundError):
             yield path, KnownObject.model_validate_json(path.read_text(encoding="utf-8"))
 
 
-def _names(cache: Path, pattern: str) -> Iterable[Path]:
-    return [path for path in cache.glob(pattern) if not path.name.startswith(".")]
-
-
-def _used(kind: str, folder: Path) -> datetime:
-    """The last use of a folder, where it lies now."""
-    return _time(folder / RECORD) if kind == "copy" and (folder / RECORD).is_file() else _time(folder)
-
-
-def _time(path: Path) -> datetime:
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    except FileNotFoundError:  # gone: nobody uses it
-        return _NEVER
-
-
-def _changed(path: Path) -> datetime:
-    """When a temporary was last changed or renamed."""
-    stat = path.stat()
-    return datetime.fromtimestamp(max(stat.st_mtime, stat.st_ctime), UTC)
+def _used(kind: str, place: Path) -> datetime:
+    """The last use of what lies at this place now."""
+    path = place / RECORD if kind == "copy" and (place / RECORD).is_file() else place
+    return datetime.fromtimestamp(last_use(path, blob=kind == "download"), UTC)

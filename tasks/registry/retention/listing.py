@@ -9,16 +9,16 @@ import platform
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import get_args
 
-from ota_core.artifact import RECORD, Kind, Record
+from ota_core.artifact import RECORD, Kind, Record, has_size
 from ota_core.errors import StorageError
 from tasks.artifacts.processes import is_alive
 from tasks.storage import models as storage
+from tasks.storage import s3
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 READS_AT_ONCE = 16
@@ -33,16 +33,11 @@ class File:
 
     size: int
     modified: datetime
+    disk: int
+    """Bytes that it takes: a local file may have holes."""
     inode: tuple[int, int] | None = None
     """Device and inode of a local file: hard links of one file are one on the disk."""
     links: int = 1
-    blocks: int | None = None
-    """Bytes on the disk of a local file, which may have holes."""
-
-    @property
-    def disk(self) -> int:
-        """Bytes that it takes."""
-        return self.size if self.blocks is None else min(self.size, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Stored:
     uri: str
     files: Mapping[str, File]
     touched: datetime
-    """When anything in it was last written or found by somebody who wanted it."""
+    """When anything in it was last written; in a local folder, also when somebody last found it."""
     record: Record | None = None
     """Of an output whose record can be read."""
     unreadable: bool = False
@@ -65,7 +60,7 @@ class Stored:
     def complete(self) -> bool:
         listed = self.record.files if self.record else {}
         return self.record is not None and all(
-            name in self.files and self.files[name].size == size for name, size in listed.items()
+            name in self.files and has_size(name, self.files[name].size, size) for name, size in listed.items()
         )
 
     @property
@@ -80,8 +75,11 @@ class Stored:
     @property
     def used(self) -> datetime:
         """The last sign of use: produced, written, or found."""
-        produced = _time(self.record.provenance.get("produced_at")) if self.record else None
-        return max(self.touched, produced) if produced else self.touched
+        try:
+            produced = datetime.fromisoformat(str(self.record.provenance["produced_at"])) if self.record else self.touched
+        except (KeyError, ValueError):
+            return self.touched
+        return max(self.touched, produced if produced.tzinfo else produced.replace(tzinfo=UTC))
 
 
 def is_temporary_of_live_process(name: str) -> bool:
@@ -93,7 +91,7 @@ def is_temporary_of_live_process(name: str) -> bool:
 def list_root(root: str) -> list[Stored]:
     """Every output and leftover below a root: a folder or ``s3://…``. Raises StorageError when it cannot be read."""
     found = _remote(root) if storage.is_s3(root) else _local(Path(root).expanduser().absolute())
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+    with s3.Threads(READS_AT_ONCE) as pool:
         return list(pool.map(_with_record, found))
 
 
@@ -103,77 +101,56 @@ def is_as_listed(stored: Stored, place: str) -> bool:
         files = dict(_remote_files(place)) if storage.is_s3(place) else local_files(Path(place))
     except FileNotFoundError:
         return False
-
-    def seen(files: Mapping[str, File]) -> dict[str, tuple[int, datetime]]:
-        return {name: (one.size, one.modified) for name, one in files.items()}
-
-    return seen(files) == seen(stored.files)
+    before, now = ({n: (one.size, one.modified) for n, one in some.items()} for some in (stored.files, files))
+    return before == now
 
 
-class HasFiles(Protocol):
-    """A folder or file of which something must be known."""
-
-    @property
-    def files(self) -> Mapping[str, File]: ...
-
-
-def freed(going: Iterable[HasFiles]) -> int:
-    """The bytes that deleting these gives back: a local file's only when its last hard link goes."""
-    links: dict[tuple[int, int], list[File]] = defaultdict(list)
-    total = 0
-    for one in (file for stored in going for file in stored.files.values()):
-        if one.inode is None:
-            total += one.disk
-        else:
-            links[one.inode].append(one)
-    return total + sum(same[0].disk for same in links.values() if len(same) >= same[0].links)
+def freed(going: Iterable[Mapping[str, File]]) -> int:
+    """The bytes that deleting these files gives back: a local file's only when its last hard link goes."""
+    links: dict[object, list[File]] = defaultdict(list)
+    for one in (file for files in going for file in files.values()):
+        links[one.inode or object()].append(one)
+    return sum(same[0].disk for same in links.values() if len(same) >= same[0].links)
 
 
-def _remote(root: str) -> list[Stored]:
+def _remote(root: str) -> Iterator[Stored]:
     folders: dict[tuple[Kind, str], dict[str, File]] = defaultdict(dict)
     for path, file in _remote_files(root):
         kind, _, rest = path.partition("/")
         name, _, inside = rest.partition("/")
         if kind in KINDS and inside and _FINGERPRINT.fullmatch(name):
             folders[kind, name][inside] = file
-    return [
-        Stored(kind, name, storage.join(root, kind, name), files, max(file.modified for file in files.values()))
-        for (kind, name), files in folders.items()
-    ]
+    for (kind, name), files in folders.items():
+        yield Stored(kind, name, storage.join(root, kind, name), files, max(file.modified for file in files.values()))
 
 
 def _remote_files(uri: str) -> Iterator[tuple[str, File]]:
     for one in storage.list_objects(uri):
         assert one.modified is not None
-        yield one.uri.removeprefix(uri.rstrip("/") + "/"), File(one.size, one.modified)
+        yield one.uri.removeprefix(uri.rstrip("/") + "/"), File(one.size, one.modified, one.size)
 
 
-def _local(root: Path) -> list[Stored]:
-    found = []
+def _local(root: Path) -> Iterator[Stored]:
     for kind in KINDS:
-        for entry in _entries(root / kind):
-            if entry.is_dir(follow_symlinks=False) and (_FINGERPRINT.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name)):
-                try:
-                    files, stat = local_files(Path(entry.path)), os.lstat(entry.path)
-                except FileNotFoundError:  # it was renamed or removed during the listing: somebody is at work there
-                    continue
-                times = [file.modified for file in files.values()]
-                if entry.name.startswith(".") or not files:  # a rename is a sign of life, too
-                    times.append(datetime.fromtimestamp(max(stat.st_mtime, stat.st_ctime), UTC))
-                found.append(Stored(kind, entry.name, entry.path, files, max(times)))
-    return found
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise StorageError(
-            f"cannot list {folder} ({error.strerror}); check that the root of the artifacts may be read"
-        ) from error
+        try:
+            entries = [path for path in (root / kind).iterdir() if path.is_dir() and not path.is_symlink()]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StorageError(
+                f"cannot list {root / kind} ({error.strerror}); check that the root of the artifacts may be read"
+            ) from error
+        for path in entries:
+            if not (_FINGERPRINT.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name)):
+                continue
+            try:
+                files, changed = local_files(path), last_change(path)
+            except FileNotFoundError:  # it was renamed or removed during the listing: somebody is at work there
+                continue
+            times = [file.modified for file in files.values()]
+            if path.name.startswith(".") or not files:  # a rename is a sign of life, too
+                times.append(changed)
+            yield Stored(kind, path.name, str(path), files, max(times))
 
 
 def local_files(place: Path) -> dict[str, File]:
@@ -184,41 +161,28 @@ def local_files(place: Path) -> dict[str, File]:
     return {path.relative_to(place).as_posix(): _local_file(path) for path in paths}
 
 
+def last_change(path: Path) -> datetime:
+    """When a file or folder was last changed or renamed. Raises OSError."""
+    stat = path.lstat()
+    return datetime.fromtimestamp(max(stat.st_mtime, stat.st_ctime), UTC)
+
+
 def _fail(error: OSError) -> None:
     raise error
 
 
 def _local_file(path: Path) -> File:
     stat = path.lstat()
-    time = datetime.fromtimestamp(stat.st_mtime, UTC)
-    return File(stat.st_size, time, (stat.st_dev, stat.st_ino), stat.st_nlink, stat.st_blocks * 512)
+    time, disk = datetime.fromtimestamp(stat.st_mtime, UTC), min(stat.st_size, stat.st_blocks * 512)
+    return File(stat.st_size, time, disk, (stat.st_dev, stat.st_ino), stat.st_nlink)
 
 
 def _with_record(stored: Stored) -> Stored:
     if stored.temporary or RECORD not in stored.files:
         return stored
     try:
-        content = (
-            storage.read_bytes(storage.join(stored.uri, RECORD))
-            if storage.is_s3(stored.uri)
-            else (Path(stored.uri) / RECORD).read_bytes()
-        )
-        record = Record.model_validate_json(content)
-    except ValueError:
-        return _changed(stored, unreadable=True)
-    except FileNotFoundError:  # it was deleted meanwhile
-        return _changed(stored, unreadable=True)
+        record = Record.model_validate_json(storage.read_note(storage.join(stored.uri, RECORD)) or b"")
+    except ValueError:  # of another version, or deleted meanwhile
+        return replace(stored, unreadable=True)
     fits = (record.kind, record.fingerprint) == (stored.kind, stored.name)
-    return _changed(stored, record=record) if fits else _changed(stored, unreadable=True)
-
-
-def _changed(stored: Stored, **values: Any) -> Stored:
-    return Stored(**{**vars(stored), **values})
-
-
-def _time(value: object) -> datetime | None:
-    try:
-        time = datetime.fromisoformat(str(value))
-    except ValueError:
-        return None
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
+    return replace(stored, record=record) if fits else replace(stored, unreadable=True)

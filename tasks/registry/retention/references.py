@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.errors import StorageError
 from tasks.tracking.names import EXPERIMENT, REGISTERED_MODEL
 from tasks.tracking.registered import CHAMPION, TAG_DIGEST, TAG_REPLACED, TAG_SOURCE, TAG_WEIGHTS_DELETED
-from tasks.tracking.run import TAG_FINGERPRINT
+from tasks.tracking.run import TAG_FINGERPRINT, TAG_LOGGED
 from tasks.tracking.store import clear_errors, connect, pages, resolve_store
 
 if TYPE_CHECKING:
@@ -33,28 +33,21 @@ class Version(_Frozen):
     fingerprint: str | None
     """Of the recipe, which is the name of the merged artifact."""
     uri: str | None
-    digest: str | None
     wanted: str | None
     """Why it must stay: its aliases, or that the champion replaced it. None where nothing says so."""
-    inputs: frozenset[str] = frozenset()
-    """Digests of base and experts; looked up for wanted versions only."""
     weights_deleted: bool
-
-
-class Run(_Frozen):
-    """One recent run of a merge."""
-
-    fingerprint: str
-    digest: str | None
-    inputs: frozenset[str]
-    """Digests of base and experts."""
 
 
 class References(_Frozen):
     """Everything that MLflow says of artifacts."""
 
     versions: tuple[Version, ...]
-    runs: tuple[Run, ...]
+    merges: frozenset[str]
+    """Recipe fingerprints of the merges that recent runs logged."""
+    digests: frozenset[str]
+    """Of every model that a recent run or a wanted version names: what it made, base and experts."""
+    models: Mapping[str, str]
+    """Recipe fingerprint to the digest of the merged model, of all runs and versions."""
     problems: tuple[str, ...] = ()
     """References that lead nowhere."""
 
@@ -77,13 +70,14 @@ class Tracking:
         return self._store.shown
 
     def references(self, since: datetime) -> References:
-        """Versions with an alias, the one that the champion replaced, and runs that were started or ended ``since``.
+        """Versions with an alias, the one that the champion replaced, and runs that were started, ended or logged again ``since``.
 
         Raises StorageError when MLflow cannot be asked.
         """
         with self._asked("reading what is in use") as client:
-            versions, problems = _versions(client)
-            return References(versions=versions, runs=_runs(client, since), problems=problems)
+            found = _Found()
+            _versions(client, found, _runs(client, since, found))
+            return References(**vars(found))
 
     def mark_deleted(self, version: Version, deleted: bool) -> None:
         """Set, or take back, the tag that says that a version's weights are gone. Raises StorageError."""
@@ -101,92 +95,86 @@ class Tracking:
             yield connect(self._store)
 
 
-def _versions(client: MlflowClient) -> tuple[tuple[Version, ...], tuple[str, ...]]:
+class _Found:
+    """``References`` as they are gathered."""
+
+    def __init__(self) -> None:
+        self.versions: list[Version] = []
+        self.merges: set[str] = set()
+        self.digests: set[str] = set()
+        self.models: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def note(self, tags: Mapping[str, str]) -> None:
+        """Which model is that of a recipe."""
+        if TAG_FINGERPRINT in tags and TAG_DIGEST in tags:
+            self.models[tags[TAG_FINGERPRINT]] = tags[TAG_DIGEST]
+
+
+def _runs(client: MlflowClient, since: datetime, found: _Found) -> dict[str, Any]:
+    """Every run of the experiment by its id; what the recent ones name is noted."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    runs = pages(client.search_runs, experiment_ids=[experiment.experiment_id]) if experiment else ()
+    by_id: dict[str, Any] = {}
+    for run in runs:
+        by_id[run.info.run_id] = run
+        found.note(run.data.tags)
+        last = max(run.info.start_time, run.info.end_time or 0) / 1000
+        # The day that a run was logged again is a tag; all of that day counts.
+        if last >= since.timestamp() or run.data.tags.get(TAG_LOGGED, "") >= since.date().isoformat():
+            found.merges |= {run.data.tags[TAG_FINGERPRINT]} if TAG_FINGERPRINT in run.data.tags else set()
+            found.digests |= _named(run)
+    return by_id
+
+
+def _versions(client: MlflowClient, found: _Found, runs: Mapping[str, Any]) -> None:
     """The versions of every registered model that this tool registers merges in: nights may have names of their own."""
     by_model: dict[str, dict[str, Any]] = {}
     for one in pages(client.search_model_versions):
         by_model.setdefault(one.name, {})[str(one.version)] = one
-    versions: list[Version] = []
-    problems: list[str] = []
-    for model, found in sorted(by_model.items()):
+    for model, versions in sorted(by_model.items()):
         # What others registered says nothing of the artifacts here.
-        if model == REGISTERED_MODEL or any(TAG_FINGERPRINT in one.tags for one in found.values()):
-            of_model, wrong = _versions_of(client, model, found)
-            versions += of_model
-            problems += wrong
-    return tuple(versions), tuple(problems)
+        if model != REGISTERED_MODEL and not any(TAG_FINGERPRINT in one.tags for one in versions.values()):
+            continue
+        wanted = _wanted(client, model, versions, found.problems)
+        for number, one in sorted(versions.items(), key=lambda item: int(item[0])):
+            found.note(one.tags)
+            found.versions.append(
+                Version(
+                    model=model, number=number, fingerprint=one.tags.get(TAG_FINGERPRINT), uri=one.tags.get(TAG_SOURCE) or one.source,
+                    wanted=wanted.get(number), weights_deleted=TAG_WEIGHTS_DELETED in one.tags,
+                )
+            )  # fmt: skip
+            if number in wanted:
+                found.digests |= {one.tags[TAG_DIGEST]} if TAG_DIGEST in one.tags else set()
+                found.digests |= _named(runs[one.run_id]) if one.run_id in runs else set()
 
 
-def _versions_of(client: MlflowClient, model: str, found: dict[str, Any]) -> tuple[list[Version], list[str]]:
-    aliases = dict(client.get_registered_model(model).aliases)
-    wanted: dict[str, list[str]] = {}
-    for alias, number in sorted(aliases.items()):
-        wanted.setdefault(str(number), []).append(alias)
-    problems = [
-        f"the alias {', '.join(names)} names version {n}, which is not there" for n, names in wanted.items() if n not in found
-    ]
-    champion = found.get(str(aliases.get(CHAMPION)))
+def _wanted(client: MlflowClient, model: str, versions: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
+    """Why each version that must stay does, by its number; the champion's reason before others."""
+    aliases = {alias: str(number) for alias, number in client.get_registered_model(model).aliases.items()}
+    wanted: dict[str, str] = {}
+    for alias, number in sorted(aliases.items(), key=lambda item: (item[0] != CHAMPION, item)):
+        if number in versions:
+            wanted.setdefault(number, alias)
+        else:
+            problems.append(f"the alias {alias} names version {number}, which is not there")
+    champion = versions.get(aliases.get(CHAMPION, ""))
     replaced = champion.tags.get(TAG_REPLACED) if champion is not None else None
-    if replaced in found:
-        wanted.setdefault(replaced, []).append("replaced by the champion")
+    if replaced is not None and replaced in versions:
+        wanted.setdefault(replaced, "replaced by the champion")
     elif replaced:
         problems.append(f"the champion replaced version {replaced}, which is not there: no rollback is possible")
-    versions = [
-        Version(
-            model=model, number=number, fingerprint=one.tags.get(TAG_FINGERPRINT), uri=one.tags.get(TAG_SOURCE) or one.source,
-            digest=one.tags.get(TAG_DIGEST), wanted=_first(wanted.get(number)), weights_deleted=TAG_WEIGHTS_DELETED in one.tags,
-            inputs=_inputs_of(client, one.run_id) if number in wanted else frozenset(),
-        )
-        for number, one in sorted(found.items(), key=lambda item: int(item[0]))
-    ]  # fmt: skip
-    return versions, problems
+    return wanted
 
 
-def _first(names: list[str] | None) -> str | None:
-    """One reason of several, the champion's first."""
-    return min(names, key=lambda name: (name != CHAMPION, names.index(name))) if names else None
-
-
-def _runs(client: MlflowClient, since: datetime) -> tuple[Run, ...]:
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return ()
-    start = int(since.timestamp() * 1000)
-    found: dict[str, Any] = {}
-    for time in ("start_time", "end_time"):
-        asked = f"attributes.{time} >= {start} and tags.`{TAG_FINGERPRINT}` LIKE '%'"
-        for run in pages(client.search_runs, experiment_ids=[experiment.experiment_id], filter_string=asked):
-            found[run.info.run_id] = run
-    return tuple(
-        Run(
-            fingerprint=run.data.tags[TAG_FINGERPRINT],
-            digest=run.data.tags.get(TAG_DIGEST),
-            inputs=_inputs(run),
-        )
-        for _, run in sorted(found.items())
-    )
-
-
-def _inputs_of(client: MlflowClient, run_id: str | None) -> frozenset[str]:
-    """Of the run that registered a version; nothing where there is no such run any more."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return _inputs(client.get_run(run_id)) if run_id else frozenset()
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return frozenset()
-
-
-def _inputs(run: Any) -> frozenset[str]:
-    return frozenset(filter(None, (_digest(one.dataset.source) for one in run.inputs.dataset_inputs)))
-
-
-def _digest(source: str) -> str | None:
-    """The whole digest of an input, as ``log_merge`` notes it; MLflow's own field holds its beginning."""
-    try:
-        noted = json.loads(source)
-    except ValueError:
-        return None
-    return noted.get("digest") if isinstance(noted, dict) else None
+def _named(run: Any) -> set[str]:
+    """Digests that a run names: of the model that it made or scored, and of its inputs, as ``log_merge`` notes them."""
+    digests = {run.data.tags.get(TAG_DIGEST)}
+    for one in run.inputs.dataset_inputs:
+        try:
+            noted = json.loads(one.dataset.source)  # MLflow's own field holds the digest's beginning alone
+        except ValueError:
+            continue
+        digests.add(noted.get("digest") if isinstance(noted, dict) else None)
+    return {digest for digest in digests if digest}

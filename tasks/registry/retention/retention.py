@@ -1,28 +1,25 @@
-"""Which artifacts may go, and their deletion. What nobody can say to be unused stays.
+"""Which artifacts may go, and their deletion: what MLflow refers to stays, and what was used within so many days.
 
-An artifact is kept when one of these holds:
+Used is what was made, or what a run that was logged within the days refers to. A local folder also notes when a stage found an artifact
+in it (the record's time of change, to the hour). Reading from S3 leaves no trace there: what a run used is known from what it logged,
+also when it was logged again without computing anything. What goes too early can be computed again; nothing of it is anybody's original.
 
-1. Version of a registered model with an alias, or the one that its champion replaced (its tag ``replaced_champion``): the merged model
-   of that recipe fingerprint, or at that address. A version that names neither keeps every merged model.
-2. Run in MLflow that was started or ended within the days: the merged model of its tag ``recipe_fingerprint``.
-3. Written, produced (the record's ``produced_at``) or found by a run (``ArtifactStore.find`` notes it) within the days; temporaries of
-   running processes. For surveys, facts and shards the last sign of any part of the same merge counts.
-4. What belongs to a merge that 1 to 3 keep, by the digests in the records:
-       moments, masks   all their inputs are inputs of that one merge: base, experts, and second moments that lie elsewhere
-       scores           of that merge, of its base, or of one of its experts
-       data, checkpoint what a kept checkpoint was trained on and from
-   A merge's own digest is in its record (merges in parts) or in MLflow (its version, its run). Where the merged model itself lies
-   elsewhere or is gone, runs still name the digests of base and experts.
-5. Unresolved: scores while a kept merge has no known digest or streamed inputs, whose digests are of listings and not of contents, unless
-   they are known to be of a merge that goes; inputs called ``unknown``; records that this version cannot read.
+MLflow refers to
+
+1. the merged model of a version with an alias, or of the version that the champion replaced, and of every run within the days;
+2. what belongs to these merges, by the digests in the records: moments and masks whose inputs are all inputs of such merges, and scores
+   of such a merge, of its base or of its experts.
+
+A version that names neither its recipe nor its weights keeps every merged model. Artifacts with an input called ``unknown`` and records
+that this version cannot read stay.
 
 Of the rest, complete artifacts go as unreferenced, parts of merges as left over, folders without a whole record and temporaries as
-interrupted work. Kinds checkpoint and data take minutes of training and are collected only where they are asked for.
+interrupted work. Kinds checkpoint and data take minutes of training; they are collected only where they are asked for, and not what a
+checkpoint in use was trained on or from.
 """
 
 import shutil
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,14 +29,13 @@ from ota_core.artifact import ArtifactRef, Kind, Record
 from ota_core.errors import OtaError
 from tasks.artifacts.store import ArtifactStore
 from tasks.registry.retention.listing import KINDS, Stored, freed, is_as_listed, is_temporary_of_live_process, list_root
-from tasks.registry.retention.references import References, Run, Tracking, Version
+from tasks.registry.retention.references import References, Tracking, Version
 from tasks.storage import models as storage
 from tasks.storage.cache import USE_NOTED_SECONDS
 
 NOT_UNASKED: frozenset[Kind] = frozenset({"checkpoint", "data"})
 DEFAULT_KINDS: frozenset[Kind] = frozenset(KINDS) - NOT_UNASKED
 LEAST_DAYS = 1
-REFERENCES_SECONDS = 10.0
 _PARTS = ("surveys", "facts", "shards")
 _TRAINED = ("checkpoint", "data")
 Progress = Callable[[str, int, int], None]
@@ -71,7 +67,6 @@ class Plan:
     days: int
     now: datetime
     items: tuple[Item, ...]
-    references: References
     notes: tuple[str, ...] = ()
 
     @property
@@ -85,7 +80,7 @@ class Plan:
     @property
     def frees(self) -> int:
         """Bytes that the deletion gives back; files that something kept links to do not count."""
-        return freed(item.stored for item in self.going)
+        return freed(item.stored.files for item in self.going)
 
 
 @dataclass
@@ -100,7 +95,7 @@ class Outcome:
 
     @property
     def frees(self) -> int:
-        return freed(item.stored for item in self.deleted)
+        return freed(item.stored.files for item in self.deleted)
 
 
 @dataclass(frozen=True)
@@ -127,50 +122,39 @@ class Retention:
         references = self.tracking.references(self.since)  # before the listing: what is made in between is new, and so kept
         stored = list_root(self.store.root)
         items = sorted(self._judge(stored, references), key=lambda item: (-item.stored.size, item.stored.uri))
-        return Plan(
-            root=self.store.root, tracking=self.tracking.shown, days=self.days, now=self.now, items=tuple(items), references=references,
-            notes=tuple(_notes(self.tracking.shown, stored, references)),
-        )  # fmt: skip
+        notes = tuple(_notes(self.tracking.shown, stored, references))
+        return Plan(self.store.root, self.tracking.shown, self.days, self.now, tuple(items), notes)
 
     def collect(self, plan: Plan, progress: Progress | None = None) -> Outcome:
         """Delete what the plan says, one artifact after the other, each whole or not at all.
 
-        Right before each one it is looked at again, and spared when it was used since the listing. MLflow is asked again before each
-        merged model, and some seconds after the last time for what can be computed again. What a break leaves, the next call takes.
-        Raises StorageError.
+        MLflow is asked again first and before each merged model; what it names by then is spared, and so is what is no longer as it
+        was listed. What a break leaves, the next call takes. Raises StorageError.
         """
-        outcome, known, items, asked = Outcome(), plan.references, plan.going, float("-inf")
-        self._mend_tags(plan)
-        for done in range(len(items)):
+        outcome, going, kept = Outcome(), plan.going, set[str]()
+        for done, item in enumerate(going):
             if progress:
-                progress("delete", done, len(items))
-            # The tag first, then the look at the aliases: whoever promotes the version now sees the one or is seen by the other.
-            versions = [v for v in known.versions if items[done].stored.kind == "merged" and _is_at(v, items[done].stored)]
-            marked = [v for v in versions if not v.weights_deleted and v.wanted is None]
-            for version in marked:
-                self.tracking.mark_deleted(version, True)
-            fresh = known
-            if items[done].stored.kind == "merged" or time.monotonic() - asked > REFERENCES_SECONDS:
-                fresh, asked = self.tracking.references(self.since), time.monotonic()
-            if fresh != known:
-                again = {one.stored.uri: one for one in self._judge([one.stored for one in plan.items], fresh)}
-                items, known = [again[one.stored.uri] for one in items], fresh
-            if self._delete(items[done]):
-                outcome.deleted.append(items[done])
+                progress("delete", done, len(going))
+            versions: list[Version] = []
+            if done == 0 or item.stored.kind == "merged":
+                references = self.tracking.references(self.since)
+                kept = {one.stored.uri for one in self._judge([one.stored for one in plan.items], references) if one.keep}
+            if item.stored.kind == "merged" and item.stored.uri not in kept:
+                versions = [version for version in references.versions if _is_at(version, item.stored)]
+                for version in versions:
+                    self.tracking.mark_deleted(version, True)
+            if item.stored.uri not in kept and self._delete(item.stored):
+                outcome.deleted.append(item)
                 outcome.versions += [version.number for version in versions]
-                continue
-            outcome.spared.append(items[done])
-            for version in marked:
-                self.tracking.mark_deleted(version, False)
+            else:
+                outcome.spared.append(item)
         if progress:
-            progress("delete", len(items), len(items))
+            progress("delete", len(going), len(going))
+        self._mend_tags([item.stored for item in (*plan.kept, *outcome.spared)])
         return outcome
 
-    def _delete(self, item: Item) -> bool:
-        """Whether it is gone: not where something speaks for it now, or it is not as it was listed."""
-        one = item.stored
-        if item.keep:
-            return False
+    def _delete(self, one: Stored) -> bool:
+        """Whether it is gone: not where it is not as it was listed."""
         if not one.temporary:
             ref = ArtifactRef(kind=one.kind, fingerprint=one.name, uri=one.uri)
             return self.store.delete(ref, unless=lambda place: not is_as_listed(one, place))
@@ -179,14 +163,13 @@ class Retention:
         shutil.rmtree(one.uri)
         return True
 
-    def _mend_tags(self, plan: Plan) -> None:
-        """Take back what an interrupted deletion, or one before the weights were made again, said of weights that are there."""
-        there = [item.stored for item in plan.kept if item.stored.kind == "merged" and item.stored.complete]
-        for version in plan.references.versions:
-            if version.weights_deleted and any(_is_at(version, one) for one in there):
+    def _mend_tags(self, there: Sequence[Stored]) -> None:
+        """Take back what this deletion, or an interrupted one, said of weights that are there."""
+        for version in self.tracking.references(self.since).versions:
+            if version.weights_deleted and any(one.kind == "merged" and one.complete and _is_at(version, one) for one in there):
                 self.tracking.mark_deleted(version, False)
 
-    def _judge(self, stored: Sequence[Stored], references: References) -> Iterable[Item]:
+    def _judge(self, stored: Sequence[Stored], references: References) -> Iterator[Item]:
         judged = _Judge(stored, references, self.since, f"last {self.days} days")
         for one in stored:
             keep, why = judged.verdict(one)
@@ -195,41 +178,19 @@ class Retention:
             yield Item(one, keep, why)
 
 
-@dataclass(frozen=True)
-class _Merge:
-    """What belongs to one kept merge."""
-
-    inputs: frozenset[str]
-    digest: str | None
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the scores of its models can be told from others."""
-        return self.digest is not None and all(digest.startswith("xxh3:") for digest in self.inputs)
-
-
 class _Judge:
     """The verdicts over one listing."""
 
     def __init__(self, stored: Sequence[Stored], references: References, since: datetime, span: str) -> None:
-        self._since, self._span = since, span
+        self._references, self._since, self._span = references, since, span
         self._last: dict[str, datetime] = {}
         for one in stored:
-            if merge := _merge_of(one):
+            if merge := _merge_of(one):  # of the parts of one merge, the last sign of any counts
                 self._last[merge] = max(one.used, self._last.get(merge, one.used))
-        merged = [one for one in stored if one.kind == "merged" and not one.temporary]
-        self._complete = {one.name for one in merged if one.complete}
-        self._why = {one.name: why for one in merged if (why := self._wanted(one, references))}
-        self._digests = _digests(references, merged)
-        records = {one.name: one.record for one in merged if one.name in self._why}
-        kept = {
-            name: _Merge(_inputs(record) if record else frozenset(), self._digests.get(name)) for name, record in records.items()
-        }
-        self._unresolved = any(not one.resolved for one in kept.values())
-        self._going = {digest for name, digest in self._digests.items() if name not in kept}
-        named = [_Merge(v.inputs, v.digest) for v in references.versions if v.wanted]
-        self._merges = [*kept.values(), *named, *(_Merge(run.inputs, run.digest) for run in references.runs)]
-        self._models = {digest for one in self._merges for digest in (*one.inputs, one.digest)}
+        merged = {one.name: one for one in stored if one.kind == "merged" and not one.temporary}
+        self._complete = {name for name, one in merged.items() if one.complete}
+        self._why = {name: why for name, one in merged.items() if (why := self._wanted(one))}
+        self._named = references.digests.union(*(self._digests(merged[name]) for name in self._why))
         self._trained = self._made_of([one for one in stored if one.kind in _TRAINED])
 
     def verdict(self, one: Stored) -> tuple[bool, str]:
@@ -246,40 +207,37 @@ class _Judge:
         if not one.complete or one.record is None:
             return False, "interrupted work" if one.record is None else "damaged"
         if one.kind in _PARTS:
-            finished = _merge_of(one) in self._complete
-            return False, "parts of a finished merge" if finished else "interrupted work"
+            return False, "parts of a finished merge" if _merge_of(one) in self._complete else "interrupted work"
         if one.kind in _TRAINED:
             return (True, "trained on or from") if one.name in self._trained else (False, "unreferenced")
-        if one.kind == "merged":
-            return False, "unreferenced"
-        return self._belongs(one.record)
+        return (False, "unreferenced") if one.kind == "merged" else self._belongs(one.record)
 
     def _belongs(self, record: Record) -> tuple[bool, str]:
-        if record.kind == "scores":
-            model = record.inputs.get("model")
-            if model in self._models:
-                return True, "belongs to a kept merge"
-            unknown = self._unresolved and model not in self._going
-        else:
-            inputs = _inputs(record)
-            if any(inputs <= merge.inputs for merge in self._merges):
-                return True, "belongs to a kept merge"
-            unknown = "unknown" in inputs or any("unknown" in merge.inputs for merge in self._merges)
-        return (True, "reference not resolved") if unknown else (False, "unreferenced")
+        inputs = {record.inputs.get("model", "")} if record.kind == "scores" else _inputs(record)
+        if "unknown" in inputs:
+            return True, "reference not resolved"
+        return (True, "belongs to a kept merge") if inputs <= self._named else (False, "unreferenced")
 
     def _recent(self, one: Stored) -> bool:
         return self._last.get(_merge_of(one) or "", one.used) >= self._since
 
-    def _wanted(self, one: Stored, references: References) -> str | None:
+    def _wanted(self, one: Stored) -> str | None:
         """Why a merged model is kept, the strongest reason."""
-        names = [v.wanted for v in references.versions if v.wanted and (v.fingerprint == one.name or _is_at(v, one))]
+        versions = [v for v in self._references.versions if v.wanted]
+        names = [v.wanted for v in versions if v.wanted and (v.fingerprint == one.name or _is_at(v, one))]
         if names:
-            return min(names, key=lambda name: (name != "champion", name))
-        if any(run.fingerprint == one.name for run in references.runs):
+            return min(names, key=lambda name: name != "champion")
+        if one.name in self._references.merges:
             return f"run of the {self._span}"
         if self._recent(one):
             return f"used in the {self._span}"
-        return "reference not resolved" if any(_leads_nowhere(v) for v in references.versions) else None
+        return "reference not resolved" if any(map(_leads_nowhere, versions)) else None
+
+    def _digests(self, one: Stored) -> set[str]:
+        """Of what a merge was made of, and of the merged model where it is known: merges in parts note it, others have it in MLflow."""
+        known = {self._references.models.get(one.name)}
+        known |= {one.record.provenance.get("digest"), *_inputs(one.record)} if one.record else set()
+        return {digest for digest in known if digest}
 
     def _made_of(self, trained: Sequence[Stored]) -> set[str]:
         """Fingerprints that kept checkpoints name as what they were made of, to the end."""
@@ -292,16 +250,6 @@ class _Judge:
             found |= new
             ask += new
         return found
-
-
-def _digests(references: References, merged: Iterable[Stored]) -> dict[str, str]:
-    """Merged artifact's fingerprint to its model's digest, where it is known."""
-    named: Iterable[Version | Run] = (*references.runs, *references.versions)
-    known = {one.fingerprint: one.digest for one in named if one.fingerprint and one.digest}
-    for one in merged:
-        if one.record and (digest := one.record.provenance.get("digest")):
-            known[one.name] = str(digest)
-    return known
 
 
 def _merge_of(one: Stored) -> str | None:
@@ -333,8 +281,7 @@ def _notes(tracking: str, stored: Sequence[Stored], references: References) -> I
     for version in filter(_leads_nowhere, references.versions):
         yield f"version {version.number} ({version.wanted}) names neither its recipe nor its weights: every merged model is kept"
     merged = {one.name for one in stored if one.kind == "merged" and one.complete}
-    known = {version.fingerprint for version in references.versions} | {run.fingerprint for run in references.runs}
-    if merged and not merged & known:
+    if merged and not merged & (references.models.keys() | {version.fingerprint for version in references.versions}):
         yield f"MLflow at {tracking} knows none of the {len(merged)} merged models here; is it the one that their runs are logged to?"
 
 

@@ -9,7 +9,6 @@ The key is made of endpoint, names, ETags and sizes: an object that is replaced 
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -24,7 +23,7 @@ from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS
 from ota_core.files.safetensors_io import MAX_HEADER
 from ota_core.files.torch_file import ZIP
 from tasks.storage import s3
-from tasks.storage.cache import locked, note_use, remove_tree, temporary_sibling
+from tasks.storage.cache import appearing, locked, note_use, remove_tree
 from tasks.storage.s3_body import read_exactly
 from tasks.storage.streaming.torch_outline import zip_ranges
 
@@ -80,8 +79,6 @@ def outline(objects: Mapping[str, s3.S3Object], *, cache: Path) -> tuple[Path, O
         known = _known(folder)
         note_use(folder)
         if known is None:
-            for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a killed process: this one holds the lock
-                shutil.rmtree(stale)
             if folder.exists():
                 remove_tree(folder)
             known = _make(objects, folder)
@@ -100,15 +97,11 @@ def _known(folder: Path) -> Outline | None:
 
 
 def _make(objects: Mapping[str, s3.S3Object], folder: Path) -> Outline:
-    temporary = temporary_sibling(folder)
-    try:
-        with ThreadPoolExecutor(_RANGES_AT_ONCE) as ranges, ThreadPoolExecutor(_FILES_AT_ONCE) as files:
+    with appearing(folder) as temporary:
+        with s3.Threads(_RANGES_AT_ONCE) as ranges, s3.Threads(_FILES_AT_ONCE) as files:
             filled = files.map(lambda name: _fill(objects[name], name, temporary / "files" / name, ranges), objects)
             made = Outline(files=dict(zip(objects, filled, strict=True)))
         write_text_atomic(temporary / MANIFEST, json.dumps(made.model_dump(mode="json"), indent=1))
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return made
 
 

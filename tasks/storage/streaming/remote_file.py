@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tasks.storage import s3
 from tasks.storage.s3_body import read_exactly
@@ -19,11 +20,12 @@ class RemoteFile:
         one: s3.S3Object,
         chunks: ChunkCache,
         *,
+        client: Any,
         outline: Path | None = None,
         extents: Sequence[tuple[int, int]] = (),
         cuts: Sequence[int] = (),
     ) -> None:
-        """``extents``: ranges of bytes that the local file ``outline`` holds at their place; they are read from there.
+        """``client``: of boto3, for S3. ``extents``: ranges of bytes that the local file ``outline`` holds at their place; they are read from there.
 
         ``cuts``: no chunk reaches over these offsets, so that what lies between two of them is fetched only where it is wanted.
         """
@@ -32,7 +34,7 @@ class RemoteFile:
         self._outline, self._extents = outline, sorted(extents)
         self._starts = [start for start, _ in self._extents]
         self._cuts = sorted({0, *cuts, one.size})
-        self._client = s3.client(patient=True)
+        self._client = client
 
     def read(self, start: int, stop: int) -> memoryview:
         if start >= stop:

@@ -3,10 +3,9 @@
 import os
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ota_core.errors import StorageError
 from ota_core.files.byte_source import ByteSource, MappedFile
@@ -33,6 +32,8 @@ class _Streamed:
     info: FileInfo
     """Its size, and what identifies its content: the manifest's SHA-256 or the ETag."""
     sha256: str | None
+    client: Any
+    """Of boto3, as it was when the object was found: files are opened in any thread."""
 
 
 class Streams:
@@ -84,12 +85,14 @@ class Streams:
         known = self._known.get(path.resolve())
         if known is None or known.file.whole:
             return None
-        endpoint = str(s3.client().meta.endpoint_url)
+        endpoint = str(known.client.meta.endpoint_url)
         local = find_object(self._cache, endpoint, known.one.uri, known.one.etag, known.one.size)
         if local is not None:
             _check_sha256(known.one, known.sha256, local.sha256)
             return MappedFile(blob_path(self._cache, local.digest))
-        return RemoteFile(known.one, self._chunks, outline=path, extents=known.file.extents, cuts=known.file.cuts)
+        return RemoteFile(
+            known.one, self._chunks, client=known.client, outline=path, extents=known.file.extents, cuts=known.file.cuts
+        )
 
     def settle(self, paths: Sequence[Path], progress: Progress | None = None) -> None:
         """Make these files readable: download those of which no reader can take ranges, and note it."""
@@ -120,11 +123,12 @@ class Streams:
 
     def _outlined(self, objects: dict[str, s3.S3Object], sha256: dict[str, str]) -> Path:
         folder, made = outline(objects, cache=self._cache)
+        client = s3.client(patient=True)
         covered = all(name in sha256 for name in objects if name not in storage.BESIDE)
         for name, one in objects.items():
             digest = f"sha256:{sha256[name]}" if covered and name in sha256 else f"etag:{one.etag}"
             info = FileInfo(size=one.size, digest=digest)
-            self._known[(folder / name).resolve()] = _Streamed(one, made.files[name], info, sha256.get(name))
+            self._known[(folder / name).resolve()] = _Streamed(one, made.files[name], info, sha256.get(name), client)
         return folder
 
     def _put_whole(self, path: Path, blob: Path) -> None:
@@ -153,7 +157,7 @@ def _check_manifest(found: storage.FoundModel) -> None:
         one = found.objects[name]
         _check_sha256(one, found.sha256[name], s3.expected_checksums(s3.head(one.uri) or {}).get("sha256"))
 
-    with ThreadPoolExecutor(_HEADS_AT_ONCE) as pool:
+    with s3.Threads(_HEADS_AT_ONCE) as pool:
         list(pool.map(check, (name for name in found.sha256 if name in found.objects)))
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from flows.cli.retention import age_text, size_text
 from tasks.registry.retention.listing import list_root
+from tasks.tracking.run import TAG_LOGGED
 from tests.retention_fixture import Shop, empty_database, keys, open_shop, quick_scores, write_models
 
 
@@ -44,6 +45,7 @@ def past(tmp_path_factory: pytest.TempPathFactory) -> Shop:
         when = int(time.time() - 20 * 86400) * 1000
         with closing(sqlite3.connect(shop.where.tracking / "mlflow.db")) as database, database:
             database.execute("UPDATE runs SET start_time = ?, end_time = ?", (when, when))
+            database.execute("UPDATE tags SET value = date(? / 1000, 'unixepoch') WHERE key = ?", (when, TAG_LOGGED))
         shop.merge("green")
     return shop
 

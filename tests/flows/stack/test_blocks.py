@@ -15,7 +15,7 @@ from ota_core.errors import OtaError
 from tasks.local.s3_server import S3Server
 from tasks.orchestration.credentials import VARIABLE, use_blocks
 from tasks.storage import s3
-from tests.s3_fixture import CREDENTIALS
+from tests.servers import CREDENTIALS
 
 ROOT = Path(__file__).parents[3]
 NAMES = (

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,7 +64,7 @@ def train(model: Any, folder: Path, own_optimizer: Callable[[Any], Any] | None =
 
 def read_all(moments: Any, block: int = 16) -> dict[str, torch.Tensor]:
     return {
-        name: torch.cat([moments.read(name, a, b) for a, b in row_blocks(shape, block)]).reshape(shape)
+        name: torch.from_numpy(np.concatenate([moments.read(name, a, b) for a, b in row_blocks(shape, block)]).reshape(shape))
         for name, shape in moments.shapes().items()
     }
 
@@ -96,7 +97,7 @@ def test_every_v_equals_the_live_optimizers_bit_for_bit(trained, kind):
 
 @pytest.mark.parametrize("kind", ["untied", "qwen2", "gpt2"])
 def test_the_models_plain_order_would_give_wrong_values_under_fitting_shapes(trained, kind):
-    """Mistake 8 of methods.md: numbers taken as the places in named_parameters()."""
+    """A mistake seen elsewhere: numbers taken as the places in named_parameters()."""
     folder, live = trained(kind)
     by_number = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
     naive = {name: by_number[i]["exp_avg_sq"] for i, name in enumerate(parameter_layout(folder).shapes)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from tasks.registry.promotion import PromotionError, promote
 from tasks.registry.publish import Published, point_latest, publish, publish_champion, read_latest
 from tasks.storage import models as storage
 from tasks.storage import s3
-from tests.s3_fixture import S3Test
+from tests.s3_requests import requests
+from tests.servers import S3Test
 from tests.tasks.registry.registry_fixture import Registry, register, write_model
 from tests.tasks.registry.registry_fixture import registry as registry
 from tests.tasks.registry.registry_fixture import registry_template as registry_template
@@ -91,48 +91,32 @@ def test_a_folders_copy_is_no_link(model: Path, tmp_path: Path) -> None:
     assert (model / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_within_s3_no_weights_pass_through_this_machine(
-    s3_server: S3Test, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_within_s3_no_weights_pass_through_this_machine(s3_server: S3Test, model: Path, tmp_path: Path) -> None:
     source = f"{s3_server.uri}/artifacts/fp1"
     storage.upload_folder(model, source, last=RECORD)
-    read: list[str] = []
-    whole = s3.read_bytes
-    monkeypatch.setattr(storage, "read_bytes", lambda uri, **more: (read.append(uri), whole(uri, **more))[1])
-    monkeypatch.delattr(s3, "upload_file")
-    publish_one(source, f"{s3_server.uri}/merged", tmp_path)
-    assert {uri.rsplit("/", 1)[1] for uri in read} == {RECORD}
+    with requests("GetObject", "PutObject", "UploadPart") as passed:
+        publish_one(source, f"{s3_server.uri}/merged", tmp_path)
+    assert {one.key.rsplit("/", 1)[1] for one in passed} == {RECORD}
 
 
 @pytest.mark.parametrize("source_kind", ["s3", "folder"])
 def test_a_copy_broken_at_any_write_has_no_record_and_is_completed(
-    s3_server: S3Test, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_kind: str
+    s3_server: S3Test, model: Path, tmp_path: Path, source_kind: str
 ) -> None:
     source, written = str(model), 0
     if source_kind == "s3":
         source = f"{s3_server.uri}/artifacts/fp1"
         storage.upload_folder(model, source, last=RECORD)
     for at in (1, 2, 3):
-        root, calls = f"{s3_server.uri}/merged{at}", []
+        root = f"{s3_server.uri}/merged{at}"
 
-        def breaking(whole: Callable[..., Any], at: int = at, calls: list[int] = calls) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                calls.append(1)
-                if len(calls) == at:
-                    raise ConnectionError("the line went dead")
-                return whole(*args, **kwargs)
+        def breaks(count: int, at: int = at) -> None:
+            if count == at:
+                raise ConnectionError("the line went dead")
 
-            return call
-
-        with monkeypatch.context() as patch:
-            patch.setattr(s3, "copy_object", breaking(s3.copy_object))
-            patch.setattr(s3, "upload_file", breaking(s3.upload_file))
-            patch.setattr(storage, "write_bytes", breaking(storage.write_bytes))
-            # One after the other, so that each call breaks in its turn.
-            patch.setattr(storage, "copy_objects", lambda pairs: [s3.copy_object(*pair) for pair in pairs.items()])
-            patch.setattr(storage, "OBJECTS_AT_ONCE", 1)
-            with pytest.raises(ConnectionError):
-                publish_one(source, root, tmp_path)
+        with requests("PutObject", "CopyObject") as writes, pytest.raises(ConnectionError):
+            writes.before = breaks
+            publish_one(source, root, tmp_path)
         target = f"{root}/ota-merged/1"
         assert RECORD not in contents(target) and record_at(target) is None
         with pytest.raises(StorageError, match=r"holds no complete model for latest\.json"):

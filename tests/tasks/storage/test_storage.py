@@ -20,7 +20,8 @@ from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import Fetched, fetch, upload_folder
-from tests.s3_fixture import S3Test
+from tests.s3_requests import requests
+from tests.servers import S3Test
 
 ROOT = Path(__file__).parents[3]
 MODEL_FILES = {
@@ -131,9 +132,7 @@ def test_prefix_is_not_a_beginning_of_a_name(s3_server: S3Test, expert: Path, tm
 def test_threads_and_processes_at_once(s3_server: S3Test, expert: Path, tmp_path: Path) -> None:
     uri, cache = s3_server.uri + "/a", tmp_path / "cache"
     upload_folder(expert, uri, last="expert.json")
-    script = (
-        f"from pathlib import Path\nfrom tasks import storage\nprint(storage.fetch({uri!r}, cache=Path({str(cache)!r})).digest)"
-    )
+    script = f"from pathlib import Path\nfrom tasks.storage import models as storage\nprint(storage.fetch({uri!r}, cache=Path({str(cache)!r})).digest)"
     others = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: fetch(uri, cache=cache), range(3)))
@@ -142,22 +141,13 @@ def test_threads_and_processes_at_once(s3_server: S3Test, expert: Path, tmp_path
     assert len(list((cache / "checkpoints").iterdir())) == 1
 
 
-def test_upload_puts_the_last_file_last_and_skips_what_is_there(
-    expert: Path, s3_server: S3Test, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[str] = []
-    real = s3.upload_file
-
-    def upload_file(path: Path, uri: str, **options: Any) -> None:
-        order.append(path.name)
-        real(path, uri, **options)
-
-    monkeypatch.setattr(s3, "upload_file", upload_file)
+def test_upload_puts_the_last_file_last_and_skips_what_is_there(expert: Path, s3_server: S3Test) -> None:
     ticks: list[tuple[int, int]] = []
-    sent = upload_folder(
-        expert, s3_server.uri + "/a", last="expert.json", progress=lambda done, total: ticks.append((done, total))
-    )
-    assert order[-1] == "expert.json" and len(order) == len(sent) == 13
+    with requests("PutObject") as order:
+        sent = upload_folder(
+            expert, s3_server.uri + "/a", last="expert.json", progress=lambda done, total: ticks.append((done, total))
+        )
+    assert order[-1].key == "a/expert.json" and len(order) == len(sent) == 13
     assert ticks[-1][0] == ticks[-1][1]
     assert upload_folder(expert, s3_server.uri + "/a", last="expert.json") == []
     (expert / "tokenizer.json").write_text("[3]")  # the same size
@@ -231,7 +221,7 @@ def test_hugging_face_id(tmp_path: Path) -> None:
 
     def run(source: str) -> subprocess.CompletedProcess[str]:
         script = (
-            "import sys\nfrom pathlib import Path\nfrom ota_core.errors import StorageError\nfrom tasks import storage\n"
+            "import sys\nfrom pathlib import Path\nfrom ota_core.errors import StorageError\nfrom tasks.storage import models as storage\n"
             f"try: print(storage.fetch({source!r}, cache=Path({str(tmp_path / 'cache')!r})).model_dump_json())\n"
             "except StorageError as error: print('ERROR', error)"
         )

@@ -4,9 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,34 +16,11 @@ from tasks.storage import download as storage_download
 from tasks.storage import s3
 from tasks.storage.cache import blob_path, hash_file
 from tasks.storage.download import download
-from tests.s3_fixture import S3Test
+from tests.s3_requests import Requests
+from tests.servers import S3Test
 
 MIB = 1024 * 1024
 PART = 5 * MIB
-
-
-class Requests:
-    """The GetObject requests that really leave the client; ``before`` may raise to break a transfer."""
-
-    def __init__(self) -> None:
-        self.ranges: list[tuple[str, str]] = []
-        self.before: Callable[[int], None] = lambda count: None
-        self._lock = threading.Lock()
-
-    def __call__(self, params: dict[str, Any], **_: Any) -> None:
-        with self._lock:
-            self.ranges.append((params["url_path"], params["headers"].get("Range", "")))
-            count = len(self.ranges)
-        self.before(count)
-
-
-@pytest.fixture
-def requests(s3_server: S3Test) -> Iterator[Requests]:
-    counter = Requests()
-    events = s3.client(patient=True).meta.events
-    events.register("before-call.s3.GetObject", counter, unique_id="test")
-    yield counter
-    events.unregister("before-call.s3.GetObject", unique_id="test")
 
 
 def put(uri: str, content: bytes, **extra: Any) -> s3.S3Object:
@@ -58,7 +33,7 @@ def read_blob(cache: Path, digest: str) -> bytes:
     return blob_path(cache, digest).read_bytes()
 
 
-def test_large_object_arrives_in_parallel_parts(s3_server: S3Test, requests: Requests, tmp_path: Path) -> None:
+def test_large_object_arrives_in_parallel_parts(s3_server: S3Test, gets: Requests, tmp_path: Path) -> None:
     content = os.urandom(60 * MIB + 123)
     one = put(s3_server.uri + "/big.bin", content)
     seen: list[tuple[int, int]] = []
@@ -66,14 +41,14 @@ def test_large_object_arrives_in_parallel_parts(s3_server: S3Test, requests: Req
     known = download([one], cache=tmp_path, part_size=PART, progress=lambda done, total: seen.append((done, total)))
 
     assert read_blob(tmp_path, known[one.uri].digest) == content
-    assert len(requests.ranges) == 13
-    assert len(set(requests.ranges)) == 13
+    assert len(gets) == 13
+    assert len(set(gets)) == 13
     assert seen[-1] == (len(content), len(content))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert not list((tmp_path / "partial").iterdir())
 
 
-def test_break_keeps_the_finished_parts(s3_server: S3Test, requests: Requests, tmp_path: Path) -> None:
+def test_break_keeps_the_finished_parts(s3_server: S3Test, gets: Requests, tmp_path: Path) -> None:
     content = os.urandom(8 * PART)
     one = put(s3_server.uri + "/big.bin", content)
 
@@ -81,25 +56,25 @@ def test_break_keeps_the_finished_parts(s3_server: S3Test, requests: Requests, t
         if count > 5:
             raise ConnectionResetError("injected")
 
-    requests.before = break_after_five
+    gets.before = break_after_five
     with pytest.raises(ConnectionResetError):
         download([one], cache=tmp_path, threads=1, part_size=PART)
-    requests.ranges.clear()
-    requests.before = lambda count: None
+    gets.clear()
+    gets.before = lambda count: None
 
     seen: list[int] = []
     known = download([one], cache=tmp_path, threads=1, part_size=PART, progress=lambda done, total: seen.append(done))
 
     assert read_blob(tmp_path, known[one.uri].digest) == content
-    assert len(requests.ranges) == 3
+    assert len(gets) == 3
     assert seen[0] == 5 * PART
 
 
-def test_killed_download_is_resumed(s3_server: S3Test, requests: Requests, tmp_path: Path) -> None:
+def test_killed_download_is_resumed(s3_server: S3Test, gets: Requests, tmp_path: Path) -> None:
     content = os.urandom(8 * PART)
     one = put(s3_server.uri + "/big.bin", content)
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom tasks import s3, storage_download\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tasks.storage import s3\nfrom tasks.storage import download as storage_download\n"
         "calls = []\nreal = s3.read_range\n"
         "def read_range(*arguments):\n"
         "    calls.append(1)\n"
@@ -115,10 +90,10 @@ def test_killed_download_is_resumed(s3_server: S3Test, requests: Requests, tmp_p
     known = download([one], cache=tmp_path, threads=4, part_size=PART)
 
     assert read_blob(tmp_path, known[one.uri].digest) == content
-    assert len(requests.ranges) == 4
+    assert len(gets) == 4
 
 
-def test_part_that_the_journal_praises_wrongly_is_fetched_again(s3_server: S3Test, requests: Requests, tmp_path: Path) -> None:
+def test_part_that_the_journal_praises_wrongly_is_fetched_again(s3_server: S3Test, gets: Requests, tmp_path: Path) -> None:
     """After a power failure the journal may list a part whose bytes never reached the disk; a torn last line is ignored."""
     content = os.urandom(4 * PART)
     one = put(s3_server.uri + "/big.bin", content)
@@ -127,7 +102,7 @@ def test_part_that_the_journal_praises_wrongly_is_fetched_again(s3_server: S3Tes
         if count == 4:
             raise ConnectionResetError("injected")
 
-    requests.before = break_at_the_last
+    gets.before = break_at_the_last
     with pytest.raises(ConnectionResetError):
         download([one], cache=tmp_path, threads=1, part_size=PART)
     (part,) = (tmp_path / "partial").glob("*.part")
@@ -136,13 +111,13 @@ def test_part_that_the_journal_praises_wrongly_is_fetched_again(s3_server: S3Tes
         stream.write(b"\0" * 4096)
     with open(part.with_suffix(".journal"), "a") as stream:
         stream.write("3 abc")
-    requests.ranges.clear()
-    requests.before = lambda count: None
+    gets.clear()
+    gets.before = lambda count: None
 
     known = download([one], cache=tmp_path, threads=1, part_size=PART)
 
     assert read_blob(tmp_path, known[one.uri].digest) == content
-    assert len(requests.ranges) == 2
+    assert len(gets) == 2
 
 
 def test_body_that_breaks_off_is_asked_again(s3_server: S3Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +152,7 @@ def test_body_that_breaks_off_is_asked_again(s3_server: S3Test, tmp_path: Path, 
         download([one], cache=tmp_path / "other")
 
 
-def test_object_replaced_between_parts_is_noticed(s3_server: S3Test, requests: Requests, tmp_path: Path) -> None:
+def test_object_replaced_between_parts_is_noticed(s3_server: S3Test, gets: Requests, tmp_path: Path) -> None:
     uri = s3_server.uri + "/big.bin"
     one = put(uri, os.urandom(4 * PART))
 
@@ -185,7 +160,7 @@ def test_object_replaced_between_parts_is_noticed(s3_server: S3Test, requests: R
         if count == 3:
             put(uri, os.urandom(4 * PART))
 
-    requests.before = replace
+    gets.before = replace
     with pytest.raises(StorageError, match=r"cannot download s3://.*/big\.bin .*replaced meanwhile.*run again"):
         download([one], cache=tmp_path, threads=1, part_size=PART)
     (new,) = s3.list_objects(s3_server.uri)
@@ -252,21 +227,21 @@ def test_what_an_etag_means() -> None:
     assert s3.expected_checksums({"ETag": '"x-1"', "ChecksumSHA256": "47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=-2"}) == {}
 
 
-def test_unchanged_and_equal_objects_are_not_downloaded_again(s3_server: S3Test, requests: Requests, tmp_path: Path) -> None:
+def test_unchanged_and_equal_objects_are_not_downloaded_again(s3_server: S3Test, gets: Requests, tmp_path: Path) -> None:
     content = os.urandom(MIB)
     first = put(s3_server.uri + "/a/w.bin", content)
     download([first], cache=tmp_path)
-    assert len(requests.ranges) == 1
+    assert len(gets) == 1
     second = put(s3_server.uri + "/b/w.bin", content)
     known = download([first, second], cache=tmp_path)
-    assert len(requests.ranges) == 1
+    assert len(gets) == 1
     assert known[first.uri].digest == known[second.uri].digest
     # Both in one call, with an empty cache: still once.
     download([first, second], cache=tmp_path / "other")
-    assert len(requests.ranges) == 2
+    assert len(gets) == 2
 
 
-def test_damaged_blob_is_fetched_again(s3_server: S3Test, requests: Requests, tmp_path: Path) -> None:
+def test_damaged_blob_is_fetched_again(s3_server: S3Test, gets: Requests, tmp_path: Path) -> None:
     one = put(s3_server.uri + "/w.bin", b"weights")
     blob = blob_path(tmp_path, download([one], cache=tmp_path)[one.uri].digest)
     blob.chmod(0o600)
@@ -276,7 +251,7 @@ def test_damaged_blob_is_fetched_again(s3_server: S3Test, requests: Requests, tm
     blob.unlink()
     download([one], cache=tmp_path)
     assert blob.read_bytes() == b"weights"
-    assert len(requests.ranges) == 3
+    assert len(gets) == 3
 
 
 def test_empty_object(s3_server: S3Test, tmp_path: Path) -> None:
@@ -284,12 +259,12 @@ def test_empty_object(s3_server: S3Test, tmp_path: Path) -> None:
     assert read_blob(tmp_path, download([one], cache=tmp_path)[one.uri].digest) == b""
 
 
-def test_threads_that_want_the_same_object_download_it_once(s3_server: S3Test, requests: Requests, tmp_path: Path) -> None:
+def test_threads_that_want_the_same_object_download_it_once(s3_server: S3Test, gets: Requests, tmp_path: Path) -> None:
     one = put(s3_server.uri + "/big.bin", os.urandom(4 * PART))
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: download([one], cache=tmp_path, part_size=PART), range(4)))
     assert len({known[one.uri].digest for known in found}) == 1
-    assert len(requests.ranges) == 4
+    assert len(gets) == 4
 
 
 def test_full_disk_is_said_before_the_download(s3_server: S3Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from ota_core.errors import StorageError
 from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.models import fetch
-from tests.s3_fixture import S3Test
+from tasks.storage.streaming.streams import Streams
+from tests.servers import S3Test
 
 
 @pytest.fixture
@@ -45,6 +46,41 @@ def test_access_denied(s3_server: S3Test, refused: Callable[..., str], monkeypat
     monkeypatch.setenv(variable, "wrong")
     text = refused(f"{s3_server.uri}/a")
     assert "access denied" in text and "AWS_ACCESS_KEY_ID" in text and s3_server.bucket in text
+
+
+def test_credentials_that_are_handed_on(s3_server: S3Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold within the block and in the threads that it starts, and leave the environment as it is."""
+    for name, wrong in {"ACCESS_KEY_ID": "no-key", "SECRET_ACCESS_KEY": "no-secret", "SESSION_TOKEN": "no-token"}.items():
+        monkeypatch.setenv(f"AWS_{name}", wrong)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    before, folder = dict(os.environ), tmp_path / "model"
+    (folder).mkdir()
+    (folder / "config.json").write_text("{}")
+    ours = s3.Credentials(access_key="test-key", secret_key="test-secret", endpoint=s3_server.endpoint)
+    assert "test-secret" not in repr(ours)
+    with s3.use_credentials(ours):
+        storage.upload_folder(folder, s3_server.uri + "/a")
+        fetched = fetch(s3_server.uri + "/a", cache=tmp_path / "cache")
+        with s3.use_credentials(None), pytest.raises(StorageError, match=r"endpoint http://127\.0\.0\.1:9"):
+            storage.list_objects(s3_server.uri)
+        with Streams(cache=tmp_path / "cache", memory=2**26) as streams:
+            assert set(streams.model(s3_server.uri + "/a").files) == set(fetched.files)
+    assert dict(os.environ) == before
+    with pytest.raises(StorageError, match=r"endpoint http://127\.0\.0\.1:9"):
+        storage.list_objects(s3_server.uri)
+
+
+def test_a_profile_is_preferred_to_keys_of_the_environment(
+    s3_server: S3Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["[team]", "aws_access_key_id = test-key", "aws_secret_access_key = test-secret"]
+    (tmp_path / "keys").write_text("\n".join(lines))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "no-key")
+    with s3.use_credentials(s3.Credentials(profile="team")):
+        assert storage.list_objects(s3_server.uri) == []
+    with s3.use_credentials(s3.Credentials(profile="other")), pytest.raises(StorageError, match="other"):
+        storage.list_objects(s3_server.uri)
 
 
 def test_no_credentials(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

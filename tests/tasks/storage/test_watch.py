@@ -3,7 +3,6 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,7 +11,8 @@ from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tasks.storage.watch import identity_of_source, is_intact
-from tests.s3_fixture import S3Test
+from tests.s3_requests import requests
+from tests.servers import S3Test
 
 
 @pytest.fixture
@@ -94,15 +94,9 @@ def test_an_expert_in_s3(expert: Path, s3_server: S3Test) -> None:
 def test_no_weights_are_read(expert: Path, s3_server: S3Test, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"{s3_server.uri}/experts/math/1"
     upload_folder(expert, uri)
-    operations: list[str] = []
-
-    def note(model: Any, **_: object) -> None:
-        operations.append(model.name)
-
-    s3.client().meta.events.register("before-call.s3", note)
-    identity_of_source(uri)
-    s3.client().meta.events.unregister("before-call.s3", note)
-    assert operations and set(operations) == {"ListObjectsV2"}
+    with requests() as asked:
+        identity_of_source(uri)
+    assert {one.operation for one in asked} == {"ListObjectsV2"}
     monkeypatch.setattr(Path, "open", lambda *args, **kwargs: pytest.fail("opened a file"))
     assert identity_of_source(str(expert))
 

@@ -25,7 +25,6 @@ def test_a_run_is_measured(tmp_path: Path) -> None:
     assert 0.3 < run.seconds < 30
     assert run.user_seconds + run.system_seconds < run.seconds
     assert run.stage_seconds == {"merge": 0.25}
-    assert run.call_written_bytes is None or 5_000_000 <= run.call_written_bytes < 5_100_000
 
 
 def test_memory_is_that_of_the_child_alone(tmp_path: Path) -> None:
@@ -87,13 +86,13 @@ def test_the_floor_of_a_case_is_the_median_over_the_rounds() -> None:
 
 def run(seconds: float, stage: float | None = None, peak: int = 100 * MIB) -> Run:
     return Run(
-        seconds=seconds, user_seconds=seconds, system_seconds=1.0, peak_bytes=peak, call_read_bytes=0, call_written_bytes=7,
-        disk_read_bytes=0, disk_written_bytes=0, stage_seconds={} if stage is None else {"prepare": 1.0, "merge": stage - 1.0},
+        seconds=seconds, user_seconds=seconds, system_seconds=1.0, peak_bytes=peak,
+        stage_seconds={} if stage is None else {"prepare": 1.0, "merge": stage - 1.0},
     )  # fmt: skip
 
 
 def case(name: str = "linear", **more: object) -> CaseResult:
-    known = {"name": name, "what": STAGES[name], "parameters": 450_000_000, "experts": 3, "reference": True}
+    known = {"name": name, "what": STAGES[name], "parameters": 450_000_000, "experts": 3}
     return CaseResult.model_validate({**known, **more})
 
 
@@ -101,11 +100,11 @@ def test_ratios() -> None:
     floor = Floor(read=1.0, write=2.0, fsync=1.0)
     result = case(runs=[run(9, 6), run(8, 5), run(30, 25)], floor=floor, target=Target(kind="ratio", limit=2.0))
     assert (result.seconds, result.stage_seconds, result.cpu_seconds, result.peak_bytes) == (9, 6, 10, 100 * MIB)
-    assert (result.command_ratio, result.command_ratio_without_fsync) == (9 / 4, 3.0)
+    assert result.command_ratio == 9 / 4
     assert (result.stage_ratio, result.stage_ratio_without_fsync) == (1.5, 2.0)
     assert result.met is False
     assert result.model_copy(update={"target": Target(kind="ratio", limit=2.25)}).met is True
-    assert result.model_copy(update={"reference": False}).met is None  # at another size nothing is promised
+    assert result.model_copy(update={"target": None}).met is None  # at another size nothing is promised
     stored = result.model_dump()
     assert {"command_ratio", "stage_ratio", "met", "seconds", "peak_bytes"} <= stored.keys()
 
@@ -122,7 +121,7 @@ def test_nothing_is_said_of_what_did_not_run() -> None:
     assert (result.seconds, result.command_ratio, result.met, result.peak_bytes) == (None, None, None, None)
 
 
-def test_findings_compare_memory_and_time_over_the_sizes() -> None:
+def test_findings_compare_memory_with_its_target_over_the_sizes() -> None:
     results = [
         case(parameters=450_000_000, runs=[run(5, 4, 500 * MIB)]),
         case(parameters=1_800_000_000, runs=[run(20, 16, 900 * MIB)]),
@@ -133,8 +132,6 @@ def test_findings_compare_memory_and_time_over_the_sizes() -> None:
     bench = Bench(machine=machine(), floor_definition="", notes=[], combinations=combinations)
     text = "\n".join(findings(bench))
     assert "at most 900 MiB (linear, 1.80 B × 3); target 1024 MiB: met" in text
-    assert "within 80% (target 10 %: missed)" in text
-    assert "linear within a factor 1.00" in text
 
 
 def test_stages_are_chosen_by_name() -> None:

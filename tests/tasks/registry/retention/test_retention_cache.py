@@ -16,7 +16,7 @@ from tasks.storage import models as storage
 from tasks.storage import watch
 from tasks.storage.cache import digest_file, note_use
 from tasks.storage.streaming.streams import Streams
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 WEEK = timedelta(days=7)
 
@@ -245,7 +245,7 @@ def test_use_of_what_nobody_may_touch_is_only_said(
 ) -> None:
     os.utime(tmp_path, (1, 1))
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "utime", refuse)

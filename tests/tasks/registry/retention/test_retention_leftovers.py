@@ -2,23 +2,20 @@
 
 import os
 import threading
-import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ota_core.artifact import RECORD, ArtifactRef
-from ota_core.errors import StorageError
 from tasks.artifacts.store import ArtifactStore, BuildResult
 from tasks.registry.retention.listing import list_root
-from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.tracking.names import REGISTERED_MODEL
 from tasks.tracking.registered import TAG_WEIGHTS_DELETED
 from tests.retention_fixture import Shop, keys, names, why
-from tests.s3_fixture import S3Test
+from tests.s3_requests import requests
+from tests.servers import S3Test
 
 pytestmark = pytest.mark.usefixtures("quick")
 FP = "0123456789abcdef0123456789abcdef"
@@ -160,35 +157,20 @@ def test_a_tag_of_an_interrupted_deletion_is_taken_back_when_the_weights_stay(se
     assert TAG_WEIGHTS_DELETED not in shop.client.get_model_version(REGISTERED_MODEL, shop.versions["red ota"]).tags
 
 
-def test_finding_in_s3_is_using_to_the_hour(
-    s3_server: S3Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_reading_an_artifact_in_s3_writes_nothing(s3_server: S3Test, tmp_path: Path) -> None:
+    """Also what was made long ago: who may only read can use it all the same."""
+
     def build(folder: Path) -> BuildResult:
         (folder / "m.bin").write_bytes(b"m")
         return BuildResult()
 
-    def modified() -> datetime | None:
-        return next(one.modified for one in s3.list_objects(ref.uri) if one.uri.endswith(RECORD))
-
-    store = ArtifactStore(s3_server.uri, tmp_path / "cache")
-    ref = store.produce("moments", FP, config={}, inputs={}, build=build)
-    made = modified()
-    time.sleep(1.1)
-    assert store.find("moments", FP) == ref and modified() == made, "made within the hour: not noted again"
-    monkeypatch.setattr("tasks.artifacts.store.USE_NOTED_SECONDS", 0.0)
-    assert store.find("moments", FP) == ref
-    assert made and (now := modified()) and now > made
-    assert store.read_record(ref).files == {"m.bin": 1}
-
-    def denied(uri: str) -> bool:
-        raise StorageError("access denied")
-
-    monkeypatch.setattr(storage, "touch", denied)
-    assert store.find("moments", FP) == ref, "who may only read can use it"
-    assert "access denied" in caplog.text
-    monkeypatch.setattr(storage, "touch", lambda _: False)
-    assert store.find("moments", FP) is None, "deleted between the listing and the touch"
-    assert not s3.touch(f"{s3_server.uri}/nothing")
+    ref = ArtifactStore(s3_server.uri, tmp_path / "cache").produce("moments", FP, config={}, inputs={}, build=build)
+    store = ArtifactStore(s3_server.uri, tmp_path / "another machine")
+    with requests() as asked:
+        assert store.find("moments", FP) == ref
+        assert store.read_record(ref).files == {"m.bin": 1} and (store.local_path(ref) / "m.bin").read_bytes() == b"m"
+        assert store.find("moments", FP) == ref
+    assert {one.operation for one in asked} == {"ListObjectsV2", "GetObject", "HeadObject"}
 
 
 def test_a_model_published_below_the_same_prefix_is_not_seen(s3_server: S3Test, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tasks.storage import s3
 from tasks.storage.streaming.chunk_cache import ChunkCache
 from tasks.storage.streaming.remote_file import RemoteFile
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 MIB = 2**20
 
@@ -31,7 +31,7 @@ def test_any_range_is_right(big: tuple[s3.S3Object, bytes], tmp_path: Path) -> N
     random = Random(2)
     cuts = sorted(random.randrange(len(content)) for _ in range(5))
     cache = ChunkCache(4 * MIB)
-    file = RemoteFile(one, cache, outline=tmp_path / "outline", extents=[(0, 1000)], cuts=cuts)
+    file = RemoteFile(one, cache, client=s3.client(patient=True), outline=tmp_path / "outline", extents=[(0, 1000)], cuts=cuts)
 
     def work(seed: int) -> None:
         mine = Random(seed)
@@ -60,7 +60,7 @@ def test_one_read_is_several_requests_at_once(big: tuple[s3.S3Object, bytes], mo
     monkeypatch.setattr(s3, "read_range", read_range)
     cache = ChunkCache(32 * MIB)
     assert cache.chunk == MIB
-    file = RemoteFile(one, cache)
+    file = RemoteFile(one, cache, client=s3.client(patient=True))
     assert bytes(file.read(0, 4 * MIB)) == content[: 4 * MIB]
     cache.close()
 
@@ -86,6 +86,6 @@ def test_a_body_that_breaks_off_is_asked_again(big: tuple[s3.S3Object, bytes], m
     monkeypatch.setattr(s3, "read_range", read_range)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     cache = ChunkCache(4 * MIB)
-    assert bytes(RemoteFile(one, cache).read(5, 50_000)) == content[5:50_000]
+    assert bytes(RemoteFile(one, cache, client=s3.client(patient=True)).read(5, 50_000)) == content[5:50_000]
     assert [start for start, _ in asked] == [0, 1000, 2000]
     cache.close()

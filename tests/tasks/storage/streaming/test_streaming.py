@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,46 +28,12 @@ from tasks.storage.streaming import outline as outlines
 from tasks.storage.streaming.outline import outline
 from tasks.storage.streaming.streams import Streams
 from tests.ota_core.merge.test_output import llama_experts
-from tests.s3_fixture import S3Test
+from tests.s3_requests import Requests
+from tests.servers import S3Test
 from tests.tiny_models import perturb, vocabulary, write_tiny_llama
 
 MIB = 2**20
 MEMORY = 64 * MIB  # chunks of 512 KiB
-
-
-class Gets:
-    """What GetObject asked for: (key, range, condition); ``before`` may do something to the server in between."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, str, str]] = []
-        self.before: Callable[[int], None] = lambda count: None
-        self._lock = threading.Lock()
-
-    def __call__(self, params: dict[str, Any], **_: Any) -> None:
-        headers = params["headers"]
-        with self._lock:
-            self.seen.append((params["url_path"], headers.get("Range", ""), headers.get("If-Match", "")))
-            count = len(self.seen)
-        self.before(count)
-
-    def bytes(self, name: str = "") -> int:
-        """Bytes asked for of objects whose key ends so."""
-        return sum(_length(asked) for key, asked, _ in self.seen if key.endswith(name) and asked)
-
-
-def _length(asked: str) -> int:
-    first, last = asked.removeprefix("bytes=").split("-")
-    return int(last) - int(first) + 1
-
-
-@pytest.fixture
-def gets(s3_server: S3Test) -> Iterator[Gets]:
-    counter = Gets()
-    for patient in (False, True):
-        s3.client(patient=patient).meta.events.register("before-call.s3.GetObject", counter, unique_id="stream")
-    yield counter
-    for patient in (False, True):
-        s3.client(patient=patient).meta.events.unregister("before-call.s3.GetObject", unique_id="stream")
 
 
 def disk(folder: Path) -> int:
@@ -145,7 +110,7 @@ CASES: dict[str, dict[str, Any]] = {
     ("case", "optimizer"), [("ota", True), ("ota rank1, bias correction", True), ("ota", False), ("ties", True)]
 )
 def test_streamed_and_local_merges_are_the_same_bytes(
-    tmp_path: Path, s3_server: S3Test, gets: Gets, case: str, optimizer: bool
+    tmp_path: Path, s3_server: S3Test, gets: Requests, case: str, optimizer: bool
 ) -> None:
     """hidden 256: tensors of 128 to 512 KiB. Holes of the outlines are poisoned: no byte of them may ever be used."""
     recipe = llama_experts(tmp_path, hidden=256, layers=3, max_shard_size="3MB") | CASES[case]
@@ -161,7 +126,7 @@ def test_streamed_and_local_merges_are_the_same_bytes(
     assert weights(tmp_path / "streamed") == weights(tmp_path / "local")
     assert notes == []
     assert inputs > 15 * MIB and disk(cache) < 0.1 * inputs
-    assert all(asked and condition for _, asked, condition in gets.seen), "every GET is of a range, of the listed version"
+    assert all(one.range and one.condition for one in gets), "every GET is of a range, of the listed version"
     if optimizer and case == "ties":
         assert gets.bytes("optimizer.pt") < 0.02 * inputs, "nothing but the outline"
     assert poison(cache) > 0.9 * inputs
@@ -169,7 +134,7 @@ def test_streamed_and_local_merges_are_the_same_bytes(
     assert weights(tmp_path / "again") == weights(tmp_path / "local")
 
 
-def test_of_an_optimizer_state_only_v_is_fetched(tmp_path: Path, s3_server: S3Test, gets: Gets) -> None:
+def test_of_an_optimizer_state_only_v_is_fetched(tmp_path: Path, s3_server: S3Test, gets: Requests) -> None:
     recipe = llama_experts(tmp_path, hidden=256, layers=3) | {"merge_method": "fisher", "parameters": {}}
     for i in range(2):
         write_optimizer(tmp_path / f"expert{i}")
@@ -179,7 +144,7 @@ def test_of_an_optimizer_state_only_v_is_fetched(tmp_path: Path, s3_server: S3Te
     assert 2 * v < gets.bytes("optimizer.pt") < 2 * 1.15 * v
 
 
-def test_pickled_weights_compressed_moments_and_other_vocabularies(tmp_path: Path, s3_server: S3Test, gets: Gets) -> None:
+def test_pickled_weights_compressed_moments_and_other_vocabularies(tmp_path: Path, s3_server: S3Test, gets: Requests) -> None:
     base = write_tiny_llama(tmp_path / "base", hidden=256, vocab=vocabulary(160))
     tokens = vocabulary(160)
     other = write_tiny_llama(tmp_path / "other", hidden=256, vocab=[*tokens[:4], *tokens[150:], *tokens[4:150]], seed=3)
@@ -203,11 +168,11 @@ def test_pickled_weights_compressed_moments_and_other_vocabularies(tmp_path: Pat
     }  # fmt: skip
     merge(recipe, tmp_path / "local", tmp_path / "cache-local", stream=False)
     there = remote(recipe, s3_server.uri)
-    gets.seen.clear()
+    gets.clear()
     streamed, notes = merge(there, tmp_path / "streamed", tmp_path / "cache", stream=True)
     assert weights(tmp_path / "streamed") == weights(tmp_path / "local")
     assert notes == [] and any("vocabularies differ" in note for note in streamed.notes)
-    assert all(asked for _, asked, _ in gets.seen)
+    assert all(one.range for one in gets)
     poison(tmp_path / "cache")
     merge(there, tmp_path / "again", tmp_path / "cache", stream=True)
     assert weights(tmp_path / "again") == weights(tmp_path / "local")
@@ -233,10 +198,10 @@ def test_what_cannot_be_streamed_is_downloaded_and_said(tmp_path: Path, s3_serve
     assert disk(tmp_path / "cache") < 1.5 * file.stat().st_size + MIB
 
 
-def test_a_complete_download_is_used_instead_of_the_network(tmp_path: Path, s3_server: S3Test, gets: Gets) -> None:
+def test_a_complete_download_is_used_instead_of_the_network(tmp_path: Path, s3_server: S3Test, gets: Requests) -> None:
     recipe = remote(llama_experts(tmp_path, hidden=128), s3_server.uri)
     merge(recipe, tmp_path / "fetched", tmp_path / "cache", stream=False)
-    gets.seen.clear()
+    gets.clear()
     merge(recipe, tmp_path / "streamed", tmp_path / "cache", stream=True)
     assert weights(tmp_path / "streamed") == weights(tmp_path / "fetched")
     sizes = sum(path.stat().st_size for path in tmp_path.glob("*/*.safetensors"))
@@ -269,15 +234,13 @@ def test_a_manifest_that_contradicts_the_stored_sha256_is_refused(tmp_path: Path
         merge(there, tmp_path / "out", tmp_path / "cache", stream=True)
 
 
-def test_an_object_that_is_replaced_meanwhile_ends_the_merge(tmp_path: Path, s3_server: S3Test, gets: Gets) -> None:
+def test_an_object_that_is_replaced_meanwhile_ends_the_merge(tmp_path: Path, s3_server: S3Test, gets: Requests) -> None:
     recipe = remote(llama_experts(tmp_path, hidden=256, layers=3), s3_server.uri)
     model = tmp_path / "expert1" / "model.safetensors"
     done = threading.Event()
 
     def replace(_: int) -> None:
-        reads = [
-            key for key, asked, _ in gets.seen if key.endswith("expert1/model.safetensors") and not asked.startswith("bytes=0-")
-        ]
+        reads = [one for one in gets if one.key.endswith("expert1/model.safetensors") and not one.range.startswith("bytes=0-")]
         if len(reads) > 2 and not done.is_set():
             done.set()
             content = bytearray(model.read_bytes())
@@ -292,7 +255,7 @@ def test_an_object_that_is_replaced_meanwhile_ends_the_merge(tmp_path: Path, s3_
     merge(recipe, tmp_path / "out", tmp_path / "cache", stream=True)  # another run takes the new one
 
 
-def test_outlines_are_made_once_and_damaged_ones_again(tmp_path: Path, s3_server: S3Test, gets: Gets) -> None:
+def test_outlines_are_made_once_and_damaged_ones_again(tmp_path: Path, s3_server: S3Test, gets: Requests) -> None:
     llama_experts(tmp_path, hidden=128, count=1)
     write_optimizer(tmp_path / "expert0")
     upload_folder(tmp_path / "expert0", f"{s3_server.uri}/e")
@@ -301,8 +264,8 @@ def test_outlines_are_made_once_and_damaged_ones_again(tmp_path: Path, s3_server
     with ThreadPoolExecutor(4) as pool:
         (folder, known), *others = pool.map(lambda _: outline(objects, cache=cache), range(4))
     assert all(other == (folder, known) for other in others)
-    made = len(gets.seen)
-    assert outline(objects, cache=cache) == (folder, known) and len(gets.seen) == made
+    made = len(gets)
+    assert outline(objects, cache=cache) == (folder, known) and len(gets) == made
     for file in known.files.values():
         assert file.readable and file.extents[0][0] == 0
     for name in objects:
@@ -313,11 +276,11 @@ def test_outlines_are_made_once_and_damaged_ones_again(tmp_path: Path, s3_server
                 stream.seek(place)
                 stream.write(b"?" if stream.read(1) != b"?" else b"!")
                 stream.seek(place)
-            before = len(gets.seen)
+            before = len(gets)
             outline(objects, cache=cache)
             assert (folder / name).read_bytes()[place] == (tmp_path / "expert0" / name).read_bytes()[place]
             if known.files[name].extents:
-                assert len(gets.seen) >= before
+                assert len(gets) >= before
 
 
 def test_an_outline_that_breaks_off_is_not_used(tmp_path: Path, s3_server: S3Test, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,44 @@
+"""Names that libraries promise nobody, each used in one file of ours: a version that changes one fails here, by its name."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import mlflow
+import pytest
+from transformers import Trainer
+
+from tasks.evaluation.quiet import MODULES
+from tasks.tracking.view import VIEW_KEY, VIEW_TAG
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_lm_eval_draws_its_bars_with_the_tqdm_that_is_replaced(module: str) -> None:
+    found = importlib.import_module(module)
+    assert hasattr(found, "tqdm"), f"{module} has no tqdm any more: tasks/evaluation/quiet.py neither hides nor reports its bars"
+
+
+def test_no_other_module_of_lm_eval_that_runs_here_draws_bars() -> None:
+    """Of those that take part in scoring: the evaluator, its tasks and models, filters and metrics of ours."""
+    import lm_eval
+
+    folder = Path(lm_eval.__file__).parent
+    drawing = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts)
+        for path in [*(folder / "api").glob("*.py"), folder / "evaluator.py", folder / "models" / "huggingface.py"]
+        if "\nfrom tqdm import" in path.read_text(encoding="utf-8")
+    }
+    assert drawing == set(MODULES)
+
+
+@pytest.mark.parametrize("name", [VIEW_TAG, VIEW_KEY])
+def test_mlflows_pages_know_the_shared_view(name: str) -> None:
+    scripts = (Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js").glob("*.js")
+    assert any(name in script.read_text(encoding="utf-8", errors="ignore") for script in scripts), (
+        f"MLflow {mlflow.__version__} does not name {name}: tasks/tracking/view.py sets columns that no page shows"
+    )
+
+
+def test_the_trainers_rule_of_decay_reads_the_model_alone() -> None:
+    names = inspect.signature(Trainer.get_decay_parameter_names).parameters
+    assert list(names) == ["self", "model"]
