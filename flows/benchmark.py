@@ -3,23 +3,22 @@
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from tasks.benchmark import Benchmark, read_scores
+from tasks.benchmark import Benchmark
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.subject import fetched_subject
 from tasks.job import fetch, score_all
 from tasks.log import log_scores
 from tasks.merging.labels import short_name
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import executor_of, gpu_deployment
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_mlflow, show_table
 from tasks.pages.scores import of_one
 from tasks.settings import Device, places
 
-hide_tracebacks_of_user_errors()
 
-
+@for_users
 @flow(
     name="benchmark", flow_run_name="benchmark {model}", task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -44,7 +43,6 @@ def benchmark_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         gpu: Deployment that benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
     """
-    use_blocks()
     where, gpu = places(), gpu or gpu_deployment()
     benchmark = Benchmark.of(suite, data_dir, limit, where).check()
     executor = executor_of(gpu, device)

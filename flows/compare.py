@@ -11,15 +11,12 @@ from tasks.experiments.leaderboard.leaderboard import BEST
 from tasks.experiments.leaderboard.question import Question
 from tasks.experiments.leaderboard.steps import log, rank
 from tasks.experiments.leaderboard.text import ranking, write_files
-from tasks.orchestration.credentials import use_blocks
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.shown import show_mlflow, show_table
 from tasks.settings import places
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
-
-hide_tracebacks_of_user_errors()
 
 
 class Comparison(BaseModel):
@@ -39,6 +36,7 @@ def _run_name() -> str:
     return f"compare {flow_run.parameters['experiment']}"
 
 
+@for_users
 @flow(name="compare", flow_run_name=_run_name, persist_result=False)
 def compare_flow(
     experiment: str = EXPERIMENT,
@@ -64,7 +62,6 @@ def compare_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         out: Folder on the worker that the files are written to, too.
     """
-    use_blocks()
     question = Question(
         experiment=experiment, suite=suite, filter=filter_string, baseline=baseline, last=last, since=since
     )  # fmt: skip

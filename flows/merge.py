@@ -21,16 +21,16 @@ from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.analyse import analyse_job, analysis_options
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import merged_subject, subjects_of
-from tasks.job import fetch_models, run_jobs, score_all, second_moments
+from tasks.job import fetch_models, run_here, run_jobs, score_all, second_moments
 from tasks.log import Merged, finish
 from tasks.merge import merge_job, output_files
 from tasks.merging.labels import merge_label, merge_name
 from tasks.merging.recipes import read_recipe
 from tasks.merging.sources import Planned, planned
-from tasks.orchestration.credentials import use_blocks
+from tasks.orchestration.credentials import block_credentials
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import Executor, Here, executor_of, gpu_deployment
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import Runner, runner_of, several_at_once
 from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import ReportKind
@@ -38,20 +38,19 @@ from tasks.settings import Device, Places, places
 from tasks.storage.streaming.streams import Streams
 from tasks.tracking.names import REGISTERED_MODEL
 
-hide_tracebacks_of_user_errors()
-
 
 def _run_name() -> str:
     given = flow_run.parameters["recipe"]
     try:
         if isinstance(given, str):
-            use_blocks()
-            return merge_name(read_recipe(given)[0])
+            with block_credentials():
+                return merge_name(read_recipe(given)[0])
         return merge_name(given if isinstance(given, MergeRecipe) else MergeRecipe.model_validate(given))
     except OtaError:
         return f"merge {given}"  # the flow says what is wrong with it
 
 
+@for_users
 @flow(
     name="merge", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -92,7 +91,6 @@ def merge_flow(
         registered_model: The registered model in MLflow that gains a version; none: no version.
         report: The page beside the model; full: with the analysis of the experts, scores: without it, none: no page.
     """
-    use_blocks()
     if isinstance(recipe, str):
         recipe, folder = read_recipe(recipe)
         recipe_dir = recipe_dir or folder
@@ -141,7 +139,7 @@ def analysed(plan: Planned, where: Places) -> tuple[ArtifactRef | None, str]:
     own = plan.recipe.setting("compression") if plan.recipe.merge_method in NEEDS_MOMENTS else None
     try:
         options = analysis_options(compressions="-" if own in {None, "none"} else own)
-        (found,) = run_jobs([analyse_job(plan, options)], where, Here())
+        found = run_here(analyse_job(plan, options), where)
     except OtaError as error:
         get_run_logger().warning("the report goes without an analysis of the experts: %s", error)
         return None, str(error)

@@ -14,16 +14,16 @@ from prefect.states import Completed, Failed
 
 from flows.merge import merge_flow
 from ota_core.errors import OtaError, RecipeError, raise_all
-from tasks.benchmark import Benchmark, read_all
+from tasks.benchmark import Benchmark
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
 from tasks.experts import find as experts
 from tasks.experts.find import ExpertFound, ExpertProblem
 from tasks.job import score_all
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import executor_of, gpu_deployment
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow, show_scores
 from tasks.pages.outcome import MergeOutcome, comparison_table
@@ -32,13 +32,12 @@ from tasks.registry.nightly import NightlyConfig, NightlyError, find_config, las
 from tasks.registry.verdict import Night, Verdict, judge, keep_published, settle
 from tasks.settings import places
 
-hide_tracebacks_of_user_errors()
-
 
 def _run_name() -> str:
     return f"nightly {datetime.now(UTC):%Y-%m-%d %H:%M}"
 
 
+@for_users
 @flow(
     name="nightly", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -50,7 +49,6 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         config: The configuration, or where its YAML lies (s3://… or a file); OTA_NIGHTLY or deployments/nightly.yaml by default.
         force: Merge and judge again, also when nothing has changed since the last night.
     """
-    use_blocks()
     if not isinstance(config, NightlyConfig):
         config = load_nightly(find_config(config))
     where, log = places(), get_run_logger()

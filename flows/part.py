@@ -16,20 +16,19 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import ArtifactRef
 from tasks.artifacts.step import Stage
 from tasks.compress import CompressJob, compress_jobs
-from tasks.job import Job, run_jobs
+from tasks.job import Job, run_here, run_jobs
 from tasks.mask import mask_jobs
 from tasks.merge import MergeJob, assemble_job, counted, discard, facts_job, merge_job, shard_jobs, shards_of, survey_jobs
 from tasks.merging.sources import Planned
 from tasks.orchestration.deployed import pool_of
 from tasks.orchestration.executors import Executor, Here, Pool, do_jobs
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import Runner
 from tasks.settings import Places
 from tasks.storage.cache import locked
 
-hide_tracebacks_of_user_errors()
 
-
+@for_users
 @flow(name="part", persist_result=False)
 def part(jobs: list[Job], where: Places, device: str = "auto") -> State:
     """Do what the parts say; their outputs go to the artifacts' root, errors' messages to the parent."""
@@ -59,6 +58,7 @@ def merge_in_parts(
     return spread.merged, {"compress": spread.compressed} if spread.compressed else {}
 
 
+@for_users
 @flow(name="spread", flow_run_name="spread {merge.recipe.merge_method}", persist_result=False)
 def spread_flow(merge: MergeJob, compress: list[CompressJob], where: Places, runner: Runner, device: str) -> SpreadResult:
     """A merge in parts, its second moments compressed before."""
@@ -76,13 +76,13 @@ def spread_flow(merge: MergeJob, compress: list[CompressJob], where: Places, run
         get_run_logger().info("the merged model has %d weight files, each a part", len(files))
         facts = None
         if surveyed and not (facts := facts_job(merge).find(where)):
-            # Thresholds of whole experts: the shards' histograms add up, in two rounds (methods.md, section 3).
+            # Thresholds of whole experts: the shards' histograms add up, in two rounds (docs/methods.md section 3).
             first = run(survey_jobs(merge, files))
             opened = counted(merge, where, first)
             second = run(survey_jobs(merge, files, opened)) if opened else []
-            (facts,) = run_jobs([facts_job(merge, first, second)], where, Here())
+            facts = run_here(facts_job(merge, first, second), where)
         found = dict(zip(files, run(shard_jobs(merge, files, facts)), strict=True))
-        (merged,) = run_jobs([assemble_job(merge, found)], where, Here())
+        merged = run_here(assemble_job(merge, found), where)
         discard(merge, where, files)
         return SpreadResult(merged=merged, compressed=compressed)
 

@@ -30,10 +30,9 @@ from tasks.job import fetch_models, second_moments
 from tasks.merge import output_files
 from tasks.merging.labels import merge_label, merge_name
 from tasks.merging.sources import Planned, planned
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import executor_of, gpu_deployment
-from tasks.orchestration.run_log import ProgressBar, hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import ProgressBar, for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.pages.outcome import MergeOutcome
@@ -41,8 +40,6 @@ from tasks.settings import Device, places
 from tasks.storage.models import write_note
 from tasks.tracking.merge import LoggedRun
 from tasks.tracking.run import TAG_FLOW_RUN
-
-hide_tracebacks_of_user_errors()
 
 
 class SearchOutcome(BaseModel):
@@ -69,6 +66,7 @@ def _run_name() -> str:
         return "search"  # the flow says what is wrong with it
 
 
+@for_users
 @flow(
     name="search", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -97,7 +95,6 @@ def search_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
     """
-    use_blocks()
     config = load_search(search) if isinstance(search, str) else search
     recipe, folder = recipe_of(config)
     recipe_dir = recipe_dir or folder

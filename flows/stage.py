@@ -5,12 +5,11 @@ from prefect.client.schemas.objects import State
 
 from tasks.job import Job
 from tasks.orchestration.executors import do_jobs
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.settings import Places
 
-hide_tracebacks_of_user_errors()
 
-
+@for_users
 @flow(name="stage", persist_result=False)
 def stage(jobs: list[Job], where: Places, device: str = "auto") -> State:
     """Merge or benchmark on the machine that takes this run. Outputs go to the artifacts' root, errors' messages to who sent the jobs."""

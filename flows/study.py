@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from flows.merge import merge_flow
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.benchmark import read_all
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.study.cells import Cell
 from tasks.experiments.study.found import Models
@@ -30,16 +30,13 @@ from tasks.experiments.study.scores import CellResult, StudyResults
 from tasks.experiments.study.study import StudyConfig, load_study
 from tasks.experiments.study.tune import check_splits, tune_cell
 from tasks.job import score_all
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import executor_of, gpu_deployment
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Device, Places, places
 from tasks.tracking.run import LoggedRun
-
-hide_tracebacks_of_user_errors()
 
 SMALL_BYTES = 64 * 2**20
 """Weights of a model below which torch computes with one thread: more of them wait for each other longer than they compute."""
@@ -67,6 +64,7 @@ def _run_name() -> str:
     return f"study {os.path.basename(name).removesuffix('.yaml')}"
 
 
+@for_users
 @flow(
     name="study", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -95,7 +93,6 @@ def study_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         command: What the results say that makes them again.
     """
-    use_blocks()
     config, folder = load_study(study) if isinstance(study, str) else (study, None)
     recipe_dir, where = recipe_dir or folder, places(home)
     command = command or f"ota study {study if isinstance(study, str) else config.name}"

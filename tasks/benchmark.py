@@ -8,15 +8,13 @@ from typing import ClassVar, Literal, Self
 from ota_core.artifact import ArtifactRef, fingerprint
 from ota_core.compute.stream import Progress
 from tasks.artifacts.step import Stage, Step
-from tasks.artifacts.store import BuildResult, store_of
+from tasks.artifacts.store import BuildResult
 from tasks.evaluation.harness import score_model
-from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.kept import SCORES_FILE
 from tasks.evaluation.subject import Subject, bring_model
 from tasks.evaluation.suites import Suite, SuiteError, digest_data, kept_identity, load_suite, score_identity
 from tasks.settings import Places
 from tasks.storage.models import download_folder, is_s3
-
-SCORES_FILE = "scores.json"
 
 
 class ScoreJob(Stage):
@@ -115,14 +113,3 @@ def bring_data(data: str | None, places: Places) -> Path | None:
     if data is None or not is_s3(data):
         return Path(data).expanduser() if data else None
     return download_folder(data, cache=places.cache)[0]
-
-
-def read_scores(places: Places, ref: ArtifactRef) -> ModelScores:
-    """The scores that an artifact holds."""
-    folder = store_of(places).local_path(ref)
-    return ModelScores.model_validate_json((folder / SCORES_FILE).read_text(encoding="utf-8"))
-
-
-def read_all(where: Places, refs: dict[str, ArtifactRef]) -> dict[str, ModelScores]:
-    """The scores that these artifacts hold."""
-    return {key: read_scores(where, ref) for key, ref in refs.items()}

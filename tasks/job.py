@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from prefect import task
 from prefect.cache_policies import CacheKeyFnPolicy
@@ -23,6 +23,7 @@ from tasks.mask import MaskJob, mask_jobs
 from tasks.merge import AssembleJob, FactsJob, MergeJob, ShardJob, SurveyJob
 from tasks.merging.inputs import fetch_all, model_sources
 from tasks.merging.sources import Planned
+from tasks.orchestration.credentials import block_credentials
 from tasks.orchestration.executors import Executor, Here
 from tasks.settings import Places
 from tasks.storage.models import Fetched
@@ -48,7 +49,8 @@ def _key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
 )  # fmt: skip
 def run_job(job: Work, where: Places, executor: Executor) -> Any:
     """What the job leaves: a reference to its artifact, or a fetched checkpoint."""
-    return executor.run(job, where)
+    with block_credentials():  # a process of Dask or Ray is handed none
+        return executor.run(job, where)
 
 
 def run_jobs(jobs: Sequence[Stage], where: Places, executor: Executor) -> list[ArtifactRef]:
@@ -62,6 +64,13 @@ def run_jobs(jobs: Sequence[Stage], where: Places, executor: Executor) -> list[A
     return results(
         (run_job if done else again).submit(job, where, asked) for job, done in zip(jobs, there, strict=True)
     )  # fmt: skip
+
+
+def run_here(job: Stage, where: Places) -> ArtifactRef:
+    """The same of one job in the flow's own process, also where its task runner has others."""
+    done = job.find(where) is not None
+    made: Any = run_job.with_options(refresh_cache=not done)(job, where, Here())
+    return cast(ArtifactRef, made)
 
 
 def results(futures: Iterable[PrefectFuture[T]]) -> list[T]:

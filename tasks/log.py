@@ -19,8 +19,8 @@ from ota_core.merge.model_card import model_card
 from ota_core.plan.inputs import MergeInputs
 from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of
-from tasks.benchmark import read_all
 from tasks.evaluation.comparison import comparison, experts_of, own_capability
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores, negative_transfer, retention, rows_of
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite

@@ -101,7 +101,7 @@ class Part(Stage):
         return self.model_copy(update={"merge": self.merge.abroad()})
 
     @contextmanager
-    def core(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> Iterator[shards.Job]:
+    def core(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> Iterator[shards.MergeInParts]:
         """The merge as the core takes it, its inputs opened on this machine. Raises OtaError."""
         with core(self.merge, where, device, progress) as job:
             yield job
@@ -110,10 +110,10 @@ class Part(Stage):
 @contextmanager
 def core(
     merge: MergeJob, where: Places, device: str = "cpu", progress: Progress | None = None
-) -> Iterator[shards.Job]:  # fmt: skip
+) -> Iterator[shards.MergeInParts]:  # fmt: skip
     """A merge as the core takes it in parts. ``device`` matters to who reads tensors. Raises OtaError."""
     with merge.opened(where) as inputs:
-        yield shards.Job(
+        yield shards.MergeInParts(
             recipe=merge.recipe, inputs=inputs, shard_size=merge.shard_size, memory=merge.memory, device=device, progress=progress
         )  # fmt: skip
 

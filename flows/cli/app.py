@@ -268,9 +268,12 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 1,
 ) -> None:
     """Train a small base and five experts, merge them in four ways, and compare. Needs the extra 'demo'."""
-    from flows.lab.demo import run_demo
+    from tasks.orchestration.prepare import prepare_prefect
 
     with user_errors():
+        prepare_prefect()
+        from flows.lab.demo import run_demo
+
         for line in run_demo(home=home, seed=seed):
             show(line)
 

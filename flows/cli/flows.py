@@ -1,12 +1,11 @@
 """The commands that run flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``, and what ``ota run`` does."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from flows.cli.common import DataDir, Device, Limit, MergeMemory, TrackingUri, show, user_errors
-from ota_core.errors import OtaError
 
 
 def nightly(
@@ -115,8 +114,7 @@ def run_recipe(
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.orchestration.prepare import prepare_prefect
-    from tasks.settings import Device as Devices
-    from tasks.settings import places
+    from tasks.settings import as_device, places
 
     # What needs no server is checked before one is started.
     if options.get("suite"):
@@ -132,9 +130,7 @@ def run_recipe(
 
     chosen = runner_of(runner, address=address, parts=parts)
     chosen.task_runner()  # says what is not installed
-    device = options.get("device", "auto")
-    if device not in get_args(Devices):
-        raise OtaError(f"device: got '{device}', expected {', '.join(get_args(Devices))}")
+    device = as_device(options.get("device", "auto"))
     if chosen.kind == "threads":
         pick_device(device)
     with server_for(chosen):

@@ -8,27 +8,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks.orchestration.prepare import prepare_prefect
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-prepare_prefect()
-
-from prefect import flow  # noqa: E402 - after its settings
-from prefect.logging import get_run_logger  # noqa: E402
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
-
-from flows.merge import merge_flow  # noqa: E402
-from ota_core.artifact import ArtifactRef  # noqa: E402
-from ota_core.recipe.recipe import load_recipe, parse_recipe  # noqa: E402
-from ota_core.recipe.yaml_text import parse_yaml  # noqa: E402
-from tasks.artifacts.store import store_of  # noqa: E402
-from tasks.local.demo import steps  # noqa: E402
-from tasks.local.demo.progress import training_bars  # noqa: E402
-from tasks.local.demo.questions import CAPABILITIES  # noqa: E402
-from tasks.local.demo.steps import BUCKET, base_uri, expert_uri, link_models  # noqa: E402
-from tasks.local.demo.train import DemoSettings  # noqa: E402
-from tasks.local.s3_server import running_server  # noqa: E402
-from tasks.pages.outcome import MergeOutcome, comparison_table  # noqa: E402
-from tasks.settings import Places, places  # noqa: E402
+from flows.merge import merge_flow
+from ota_core.artifact import ArtifactRef
+from ota_core.recipe.recipe import load_recipe, parse_recipe
+from ota_core.recipe.yaml_text import parse_yaml
+from tasks.artifacts.store import store_of
+from tasks.local.demo import steps
+from tasks.local.demo.progress import training_bars
+from tasks.local.demo.questions import CAPABILITIES
+from tasks.local.demo.steps import BUCKET, base_uri, expert_uri, link_models
+from tasks.local.demo.train import DemoSettings
+from tasks.local.s3_server import running_server
+from tasks.pages.outcome import MergeOutcome, comparison_table
+from tasks.settings import Places, places
 
 RECIPES = Path(__file__).resolve().parents[2] / "deployments" / "recipes"
 MERGES = {

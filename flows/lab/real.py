@@ -7,21 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tasks.orchestration.prepare import prepare_prefect
+from prefect import flow
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-prepare_prefect()
-
-from prefect import flow  # noqa: E402 - after its settings
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
-
-from tasks.artifacts.store import store_of  # noqa: E402
-from tasks.local.demo.progress import training_bars  # noqa: E402
-from tasks.local.real import steps  # noqa: E402
-from tasks.local.real.base import HubSettings  # noqa: E402
-from tasks.local.real.corpus import DOMAINS  # noqa: E402
-from tasks.local.real.steps import CORPORA, DATA, MODEL, RealSettings, Source, real_folder  # noqa: E402
-from tasks.settings import Places  # noqa: E402
-from tasks.storage.cache import link_name  # noqa: E402
+from tasks.artifacts.store import store_of
+from tasks.local.demo.progress import training_bars
+from tasks.local.real import steps
+from tasks.local.real.base import HubSettings
+from tasks.local.real.corpus import DOMAINS
+from tasks.local.real.steps import CORPORA, DATA, MODEL, RealSettings, Source, real_folder
+from tasks.settings import Places
+from tasks.storage.cache import link_name
 
 SEED = 1
 AT_ONCE = 2

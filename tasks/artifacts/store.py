@@ -4,7 +4,6 @@ The root is a folder or ``s3://bucket/prefix``. What the bytes depend on is in t
 computed again, one whose files are damaged or gone counts as not there.
 """
 
-import logging
 import os
 import platform
 import shutil
@@ -35,8 +34,6 @@ from tasks.artifacts.system_metrics import sampled
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.cache import link_or_copy, locked, note_use, remove_tree
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

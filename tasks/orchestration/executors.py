@@ -20,7 +20,6 @@ from prefect.states import Completed, Failed
 from ota_core.errors import ArtifactError, OtaError
 from ota_core.merge.engine import pick_device
 from tasks.artifacts.step import Stage, Work
-from tasks.orchestration.credentials import use_blocks
 from tasks.orchestration.deployed import POLL_SECONDS, complaint, run_deployed
 from tasks.orchestration.run_log import Progress
 from tasks.settings import Places
@@ -120,10 +119,12 @@ class Pool:
         for _, options in runs if several else []:
             run_deployed(self.deployment, **options, as_subflow=True, timeout=0)
         # The same key gives the run that was created above; asked for a second time, it is waited for.
-        return [
-            (group, run_deployed(self.deployment, **options, as_subflow=not several, poll_interval=POLL_SECONDS).state)
-            for group, options in runs
-        ]
+        ended: list[tuple[list[Stage], State]] = []
+        for group, options in runs:
+            run = run_deployed(self.deployment, **options, as_subflow=not several, poll_interval=POLL_SECONDS)
+            assert run.state is not None  # it was waited for
+            ended.append((group, run.state))
+        return ended
 
     def _options(self, jobs: Sequence[Stage], where: Places) -> dict[str, Any]:
         sent = [job.abroad().model_dump(mode="json", by_alias=True) for job in jobs]
@@ -170,7 +171,6 @@ def do_jobs(jobs: Sequence[Work], where: Places, device: str) -> State:
 
     Outputs go to the artifacts' root, the errors' messages to who sent the jobs: of one job as it is, of several as JSON.
     """
-    use_blocks()
     problems: dict[str, str] = {}
     for job in jobs:
         try:

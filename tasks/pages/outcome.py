@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ArtifactRef
-from tasks.benchmark import read_all, read_scores
 from tasks.evaluation.comparison import compare
+from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.pages.report_page import MergePage
 from tasks.settings import Places

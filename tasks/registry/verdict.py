@@ -11,8 +11,8 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.benchmark import read_scores
 from tasks.evaluation.gate import GateDecision, best, decide
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.local.s3_server import S3Server, environment
+from tasks.local.s3_server import S3Server
+from tasks.settings import environment
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder

@@ -19,7 +19,8 @@ from flows.cli.app import app
 from flows.search import SearchOutcome, search_flow
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
-from tasks.benchmark import SCORES_FILE, Benchmark, ScoreJob
+from tasks.benchmark import Benchmark, ScoreJob
+from tasks.evaluation.kept import SCORES_FILE
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.merge import Trials
@@ -227,7 +228,7 @@ def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, wor
     assert sent.trials == alone.trials
     merges = {name for name in worker_here if name.startswith("merge ota rho=")}
     assert len(merges) == 4, "each trial can be told from the others"
-    assert "benchmark trial 3" in worker_here and "benchmark base" in worker_here
+    assert "benchmark trial 3" in worker_here and "benchmark base, math, knowledge" in worker_here
     merged = here.home / "artifacts" / "merged"
     assert not merged.exists() or not list(merged.iterdir())
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.study import study_flow
-from tasks.benchmark import read_scores
+from tasks.evaluation.kept import read_scores
 from tasks.experiments.study.study import StudyConfig
 from tasks.settings import places
 from tasks.storage.models import upload_folder

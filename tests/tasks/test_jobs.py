@@ -15,8 +15,9 @@ from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
-from tasks.benchmark import Benchmark, ScoreJob, read_scores
+from tasks.benchmark import Benchmark, ScoreJob
 from tasks.compress import compress_jobs
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.subject import Subject, merged_subject
 from tasks.evaluation.suites import SuiteError
 from tasks.job import Job

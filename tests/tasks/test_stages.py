@@ -11,8 +11,9 @@ from ota_core.merge import engine
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 from tasks import benchmark
-from tasks.benchmark import Benchmark, read_scores
+from tasks.benchmark import Benchmark
 from tasks.compress import compress_jobs, moments_step
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject, merged_subject
 from tasks.evaluation.suites import SuiteError, load_suite

@@ -9,7 +9,8 @@ from typing import Self
 from ota_core.artifact import ArtifactRef
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.store import store_of
-from tasks.benchmark import Benchmark, read_scores
+from tasks.benchmark import Benchmark
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject, merged_subject
 from tasks.merge import merge_job

@@ -1,7 +1,8 @@
 """What a search's trials are measured against: the scores of base and experts; and what decides a trial's scores."""
 
 from ota_core.artifact import canonical_json
-from tasks.benchmark import Benchmark, read_all
+from tasks.benchmark import Benchmark
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.subject import Subject
 from tasks.experiments.search.config import SearchConfig, floors_of
 from tasks.job import score_all

@@ -8,8 +8,9 @@ from ota_core.errors import ArtifactError
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.artifacts.store import store_of
-from tasks.benchmark import Benchmark, read_scores
+from tasks.benchmark import Benchmark
 from tasks.compress import moments_step
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import merged_subject, subjects_of
 from tasks.experiments.study.scores import CellResult

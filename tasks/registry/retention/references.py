@@ -161,7 +161,7 @@ def _wanted(client: MlflowClient, model: str, versions: Mapping[str, Any], probl
             problems.append(f"the alias {alias} names version {number}, which is not there")
     champion = versions.get(aliases.get(CHAMPION, ""))
     replaced = champion.tags.get(TAG_REPLACED) if champion is not None else None
-    if replaced is not None and replaced in versions:
+    if replaced and replaced in versions:
         wanted.setdefault(replaced, "replaced by the champion")
     elif replaced:
         problems.append(f"the champion replaced version {replaced}, which is not there: no rollback is possible")

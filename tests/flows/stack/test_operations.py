@@ -18,12 +18,12 @@ import psutil
 import pytest
 import yaml
 
-from tasks.local.s3_server import environment
 from tasks.local.stack import control as stack_control
 from tasks.local.stack.credentials import secret_of
 from tasks.local.stack.layout import ROOT, Stack, load_stack
 from tasks.registry.promotion import CHAMPION, Version, current
 from tasks.registry.publish import read_latest
+from tasks.settings import environment
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder

@@ -15,11 +15,11 @@ import pytest
 
 from tasks.local.demo.questions import CAPABILITIES
 from tasks.local.loopback import get
-from tasks.local.s3_server import environment
 from tasks.local.stack import control as stack_control
 from tasks.local.stack.credentials import secret_of
 from tasks.local.stack.layout import ROOT, SERVERS, Stack, load_stack
 from tasks.local.stack.processes import marked
+from tasks.settings import environment
 from tasks.storage import s3
 from tests.servers import wait_until
 
