@@ -136,16 +136,7 @@ def run_recipe(
     with server_for(chosen):
         outcome = merge_flow(recipe, runner=chosen, **options)
     where = places(options.get("home"), options.get("artifacts"))
-    lines: list[Any] = []
-    if outcome.scores:
-        lines.append(terminal.table(narrow(comparison_table({outcome.name: outcome}, where))))
-    lines.append(f"merged model: {outcome.path}")
-    lines.append(
-        open_hint(
-            tracking_uri=options.get("tracking_uri"),
-            root=where.tracking,
-            experiment=outcome.logged.experiment_id,
-            run=outcome.logged.run_id,
-        )
-    )
-    return lines
+    found = [terminal.table(narrow(comparison_table({outcome.name: outcome}, where)))] if outcome.scores else []
+    run = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
+    hint = open_hint(tracking_uri=options.get("tracking_uri"), root=where.tracking, **run)
+    return [*found, f"merged model: {outcome.path}", hint]

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 
 import torch
 
-from ota_core.files.rows import Dtype, Rows
-
 # Blocks of one GPU under way: one is copied to it, one computes, one is copied back.
 BLOCKS_UNDER_WAY = 3
 # Large enough that starting a kernel costs nothing beside running it.
@@ -61,6 +59,6 @@ def wait() -> None:
     torch.cuda.current_stream().synchronize()
 
 
-def output_rows(rows: int, columns: int, dtype: Dtype) -> Rows:
-    """Where merged rows that come from a GPU are put: pinned memory."""
-    return Rows.of(torch.empty(rows, columns, dtype=getattr(torch, dtype.name), pin_memory=True))
+def output_rows(rows: int, columns: int, dtype: str) -> torch.Tensor:
+    """Where merged rows that come from a GPU are put: pinned memory. dtype: as torch names it."""
+    return torch.empty(rows, columns, dtype=getattr(torch, dtype), pin_memory=True)

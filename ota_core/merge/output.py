@@ -150,7 +150,7 @@ def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
         return rows
     from ota_core.compute import gpu
 
-    rows = gpu.output_rows(*shape, job.dtype)
+    rows = Rows.of(gpu.output_rows(*shape, job.dtype.name))
     rule.merge(block, rows)
     gpu.wait()
     return rows

@@ -96,6 +96,13 @@ class MergePlan:
         models = [*([self.base] if base and self.base else []), *experts]
         return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype in KINDS for m in models)
 
+    def needs_torch(self) -> bool:
+        """Whether some block goes through tensors, because no compiled pass covers the method, its options, a type or a vocabulary."""
+        base, setting = self.base is not None and self.recipe.merge_method != "linear", self.recipe.setting
+        means = self.recipe.merge_method == "ota" and setting("normalise") == "global"
+        fused = all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
+        return means or not fused or not compiled(self.recipe)
+
     @property
     def tensor_elements(self) -> int:
         """How many elements a rule on tensors works on at once: on the CPU what stays in the cache, and within the budget."""
@@ -174,6 +181,14 @@ def open_plan(
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
         yield plan
+
+
+def compiled(recipe: MergeRecipe) -> bool:
+    """Whether compiled passes cover the recipe's method and options; a block that they do not cover goes through tensors."""
+    if recipe.merge_method == "ota":
+        setting = recipe.setting
+        return bool(setting("masked_merge") == "precond" and setting("fallback") == "base" and not setting("rescale"))
+    return recipe.merge_method != "slerp"
 
 
 def bytes_per_element(experts: int) -> int:

@@ -10,7 +10,7 @@ from ota_core.files.rows import Rows
 from ota_core.fused.ota import Vote, ota_block
 from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE, rounded
 from ota_core.plan.found import Found
-from ota_core.plan.plan import MergePlan
+from ota_core.plan.plan import MergePlan, compiled
 from ota_core.plan.prepare import Curvature, WholeFacts, block_mask, delta, mask_of, prepare_curvature
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
 
@@ -112,9 +112,8 @@ class OtaRule:
 
     def _can_fuse(self, job: TensorJob) -> bool:
         """Whether the compiled pass covers what the recipe asks of this tensor; it gives the same bits as the tensors' way."""
-        usual = self._masked_merge == "precond" and self._fallback == "base" and not self._scales
         fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
-        return usual and job.name not in self._facts.averaged and fuses
+        return compiled(self._plan.recipe) and job.name not in self._facts.averaged and fuses
 
     def _merge_fused(self, block: Block, out: Rows) -> None:
         plan, job = self._plan, block[0]

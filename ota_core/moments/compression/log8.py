@@ -21,11 +21,10 @@ from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.files.writer import SafetensorsWriter, TensorSpec
 from ota_core.moments.base import Moments
 from ota_core.moments.compression.base import CompressedMoments, CompressionReport, Method, steps_of
-from ota_core.moments.compression.cuts import CHUNK, refuse
+from ota_core.moments.compression.cuts import BLOCK, CHUNK, refuse
 from ota_core.moments.compression.header import Header
 
 CODE, RANGE = "#code", "#range"
-BLOCK = 256
 
 
 def log8_bytes(elements: int) -> int:

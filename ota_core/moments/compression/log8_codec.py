@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.compute.loops import compiled
-from ota_core.moments.compression.log8 import BLOCK
+from ota_core.moments.compression.cuts import BLOCK
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from ota_core.merge import engine
 from ota_core.moments.compression import open_compressed
-from ota_core.moments.compression.log8 import BLOCK
+from ota_core.moments.compression.cuts import BLOCK
 from ota_core.moments.compression.log8_codec import RECIPROCAL, SHIFT, decode, encode
 
 F32 = NDArray[np.float32]

@@ -74,7 +74,8 @@ def test_bars_in_a_terminal(log: pytest.LogCaptureFixture, monkeypatch: pytest.M
     """On the console of Prefect's log, whose theme knows none of rich's styles."""
     handler, screen = PrefectConsoleHandler(), io.StringIO()
     handler.console = Console(file=screen, theme=Theme(inherit=False), force_terminal=True, width=100)
-    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setattr(logging.getLogger("prefect"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler, *logging.getLogger().handlers])
     with progress.training_bars():
         one, other = progress.Training("training of x"), progress.Training("training of y")
         one(1, 3, 3.0)

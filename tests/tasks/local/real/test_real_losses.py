@@ -65,7 +65,7 @@ def test_losses_without_their_documents_are_scored_again_and_what_follows_from_l
     for suite in (plain, with_loss):
         before = fingerprint("scores", *score_identity("m", suite, digest_data(tiny[1])))
         benchmark = Benchmark("tiny", str(tiny[1]), None, suite, tiny[1])
-        assert (benchmark.step_of("m").fingerprint == before) == (suite is plain)
+        assert (benchmark.step("m").fingerprint == before) == (suite is plain)
         of_any = fingerprint("scores", *score_identity("", suite, digest_data(tiny[1])))
         assert benchmark.wanted == of_any
         assert suite_digest(suite) == fingerprint("scores", *score_identity("", suite, ""))
