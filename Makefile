@@ -34,11 +34,12 @@ bench: $(READY)
 
 # The manual as a site in .ota/site, which needs no network: open .ota/site/index.html. Rewrites docs/commands.md from the command itself.
 docs: $(READY)
-	$(BIN)/python docs/site.py
+	$(BIN)/python docs/site/manual.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
+# File by file in their order: the long ones of tests/flows first, many short ones last, so that both processes end together.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -1,38 +1,24 @@
 """One model on one suite: fetch it, score it (on the GPU pool where there is one), log it to MLflow."""
 
-from prefect import flow, task
+from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.merge import score_all
-from flows.pools import gpu_deployment
-from flows.report import short_name
-from flows.steps import fetch, several_at_once
-from tasks import stages
-from tasks.evaluation.scores import ModelScores, to_markdown_of_one
-from tasks.evaluation.suites import load_suite
-from tasks.orchestration.credentials import use_blocks
+from tasks.benchmark import Benchmark
+from tasks.evaluation.kept import read_scores
+from tasks.evaluation.scores import to_markdown_of_one
+from tasks.evaluation.subject import fetched_subject
+from tasks.job import fetch, score_all
+from tasks.log import log_scores
+from tasks.merging.labels import short_name
 from tasks.orchestration.deployed import cancel_children
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.executors import executor_of, gpu_deployment
+from tasks.orchestration.run_log import for_users
+from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
-from tasks.settings import Device, Places, places
-from tasks.stages import Subject
-from tasks.storage.watch import identity_of_source, is_intact
-from tasks.tracking.merge import LoggedRun, log_benchmark
-
-hide_tracebacks_of_user_errors()
+from tasks.settings import Device, places
 
 
-@task(name="log", task_run_name="log {name}", retries=2, retry_delay_seconds=10)
-def log_scores(
-    name: str, subject: Subject, fingerprint: str, scores: ModelScores, where: Places, tracking_uri: str | None
-) -> LoggedRun:
-    """Log the scores to MLflow; finds the run of an earlier try."""
-    return log_benchmark(
-        name, source=subject.location or "", digest=subject.digest, fingerprint=fingerprint, scores=scores,
-        tracking_uri=tracking_uri, root=where.tracking,
-    )  # fmt: skip
-
-
+@for_users
 @flow(
     name="benchmark", flow_run_name="benchmark {model}", task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -57,19 +43,15 @@ def benchmark_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         gpu: Deployment that benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
     """
-    use_blocks()
     where, gpu = places(), gpu or gpu_deployment()
-    stages.check_suite(load_suite(suite), stages.bring_data(data_dir, where), limit)
-    identity = identity_of_source(model)
-    fetched = fetch(model, identity, where)
-    if not is_intact(fetched):  # Prefect remembers a copy that has left the cache
-        fetched = fetch.with_options(refresh_cache=True)(model, identity, where)
-    name = short_name(model)
-    subject = Subject(name=name, role="model", path=fetched.path, digest=fetched.digest, location=fetched.resolved)
-    refs = score_all({"model": subject}, suite, data_dir, limit, where, device=device, gpu=gpu)
-    scores = stages.read_scores(where, refs["model"])
-    logged = log_scores(name, subject, refs["model"].fingerprint, scores, where, tracking_uri)
-    show_markdown("scores", to_markdown_of_one(name, scores), f"Scores of {name}")
-    show_mlflow(name, logged.url)
+    benchmark = Benchmark.of(suite, data_dir, limit, where).check()
+    executor = executor_of(gpu, device)
+    (fetched,) = fetch([model], where)
+    subject = fetched_subject(short_name(model), "model", fetched)
+    (ref,) = score_all({"model": subject}, benchmark, where, executor).values()
+    scores = read_scores(where, ref)
+    logged = log_scores(subject, ref.fingerprint, scores, where, tracking_uri)
+    show_markdown("scores", to_markdown_of_one(subject.name, scores), f"Scores of {subject.name}")
+    show_mlflow(subject.name, logged.url)
     get_run_logger().info("scores of %s: %s", model, scores.by_capability())
     return scores.by_capability()

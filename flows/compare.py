@@ -2,24 +2,21 @@
 
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
-from tasks.experiments.leaderboard.leaderboard import BEST, Leaderboard
-from tasks.experiments.leaderboard.log import log_leaderboard
+from tasks.experiments.leaderboard.leaderboard import BEST
 from tasks.experiments.leaderboard.question import Question
+from tasks.experiments.leaderboard.steps import log, rank, show_leaderboard
 from tasks.experiments.leaderboard.text import write_files
-from tasks.orchestration.credentials import use_blocks
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
-from tasks.orchestration.shown import show_leaderboard, show_mlflow
+from tasks.orchestration.run_log import for_users
+from tasks.orchestration.shown import show_mlflow
 from tasks.settings import places
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.run import LoggedRun
-from tasks.tracking.store import Store, resolve_store
-
-hide_tracebacks_of_user_errors()
+from tasks.tracking.store import resolve_store
 
 
 class Comparison(BaseModel):
@@ -35,22 +32,11 @@ class Comparison(BaseModel):
     logged: LoggedRun
 
 
-@task(name="rank", task_run_name="rank {question.experiment}")
-def rank(question: Question, store: Store) -> Leaderboard:
-    """Read the merges from MLflow and rank them."""
-    return question.answer(store)
-
-
-@task(name="log leaderboard", retries=2, retry_delay_seconds=10)
-def log(board: Leaderboard, question: Question, store: Store) -> LoggedRun:
-    """Log the leaderboard; finds the summary run of an earlier time."""
-    return log_leaderboard(board, question.identity(), store)
-
-
 def _run_name() -> str:
     return f"compare {flow_run.parameters['experiment']}"
 
 
+@for_users
 @flow(name="compare", flow_run_name=_run_name, persist_result=False)
 def compare_flow(
     experiment: str = EXPERIMENT,
@@ -76,7 +62,6 @@ def compare_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         out: Folder on the worker that the files are written to, too.
     """
-    use_blocks()
     question = Question(
         experiment=experiment, suite=suite, filter=filter_string, baseline=baseline, last=last, since=since
     )  # fmt: skip

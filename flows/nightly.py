@@ -3,66 +3,41 @@
 Every step is found done by the next run: a night that was interrupted is simply run again. What was seen is written down last.
 """
 
-import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
-from flows.merge import MergeOutcome, merge_flow, score_all
-from flows.pools import gpu_deployment
-from flows.single import comparison_table
-from flows.steps import ONE_AT_A_TIME, several_at_once
-from flows.verdict import Night, Verdict, judge, keep_published, settle
-from ota_core.artifact import canonical_json
+from flows.merge import merge_flow
 from ota_core.errors import OtaError, RecipeError, raise_all
-from ota_core.recipe.parameters import default
-from ota_core.recipe.recipe import NEEDS_MOMENTS
-from tasks import stages
-from tasks.evaluation.suites import digest_data, load_suite
-from tasks.experts import check as expert_check
+from tasks.benchmark import Benchmark
+from tasks.evaluation.kept import read_all
+from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.subject import Subject
 from tasks.experts import find as experts
 from tasks.experts.find import ExpertFound, ExpertProblem
-from tasks.orchestration.credentials import use_blocks
+from tasks.job import score_all
 from tasks.orchestration.deployed import cancel_children
-from tasks.orchestration.run_log import Progress, hide_tracebacks_of_user_errors
+from tasks.orchestration.executors import executor_of, gpu_deployment
+from tasks.orchestration.run_log import for_users
+from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow, show_scores
+from tasks.pages.outcome import MergeOutcome, comparison_table
+from tasks.registry.arrivals import choose, look, seen_of
 from tasks.registry.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember
-from tasks.settings import Places, places
-from tasks.stages import read_scores
-
-hide_tracebacks_of_user_errors()
-
-
-@task(name="look", task_run_name="look at {config.experts}", cache_policy=NO_CACHE, persist_result=False)
-def look(config: NightlyConfig) -> tuple[list[ExpertFound], list[ExpertProblem]]:
-    """The experts that have arrived, and those that cannot be taken."""
-    return experts.find_experts(config.experts, base_model=config.base_model)
-
-
-@task(name="check", task_run_name="check {expert.capability}/{expert.name}", cache_policy=NO_CACHE, persist_result=False)
-def check(expert: ExpertFound, config: NightlyConfig, where: Places) -> list[str]:
-    """What is wrong with one expert's weights and second moments; remembered by their content."""
-    reading = [
-        one.parameters.missing_curvature or default(one.merge_method, "missing_curvature")
-        for one in config.candidates if one.merge_method in NEEDS_MOMENTS
-    ]  # fmt: skip
-    with ONE_AT_A_TIME, Progress() as progress:
-        return expert_check.check(
-            where, expert.uri, config.base_model, needs_moments=bool(reading),
-            missing_curvature="error" if "error" in reading else "mean", memory=config.memory, progress=progress,
-        )  # fmt: skip
+from tasks.registry.verdict import Night, Verdict, judge, keep_published, settle
+from tasks.settings import places
 
 
 def _run_name() -> str:
     return f"nightly {datetime.now(UTC):%Y-%m-%d %H:%M}"
 
 
+@for_users
 @flow(
     name="nightly", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -74,21 +49,24 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         config: The configuration, or where its YAML lies (s3://… or a file); OTA_NIGHTLY or deployments/nightly.yaml by default.
         force: Merge and judge again, also when nothing has changed since the last night.
     """
-    use_blocks()
     if not isinstance(config, NightlyConfig):
         config = load_nightly(find_config(config))
     where, log = places(), get_run_logger()
-    suite, data = load_suite(config.suite), stages.bring_data(config.data_dir, where)
-    stages.check_suite(suite, data, config.limit)
-    setting = config.digest(suite, digest_data(data) if data else None)
+    benchmark = Benchmark.of(config.suite, config.data_dir, config.limit, where).check()
+    executor = executor_of(gpu_deployment(), config.device)
+    setting = config.digest(benchmark.tests, benchmark.data_digest)
+
+    def score(subject: Subject) -> ModelScores:
+        """One more model, as the candidates are scored."""
+        return read_all(where, score_all({"one": subject}, benchmark, where, executor))["one"]
 
     found, problems = look(config)
     last = None if force else last_night(where, config.name)
-    seen = _seen(config, setting, found, problems)
+    seen = seen_of(config, setting, found, problems)
     if last and last.seen == seen:
         keep_published(config, where)
         return _nothing_new(last.experts, last.left_out, "nothing has arrived since")
-    chosen, unhealthy = _choose(config, found, where)
+    chosen, unhealthy = choose(config, found, where)
     problems = [*problems, *unhealthy]
     left_out = [f"{problem.capability}/{problem.name}: {problem.problem}" for problem in problems]
     left_out += [
@@ -113,8 +91,8 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         outcomes, failures = _merge_all(config, chosen)
         if not outcomes:
             raise_all([f"candidate '{name}' could not be merged: {reason}" for name, reason in failures.items()], NightlyError)
-        night = Night(config=config, suite=suite, where=where, outcomes=outcomes)
-        verdict = judge(night, score_all_here(config, where))
+        night = Night(config=config, suite=benchmark.tests, where=where, outcomes=outcomes)
+        verdict = judge(night, score)
         settle(night, verdict)
     except OtaError as error:
         if not left_out:
@@ -127,28 +105,6 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     uris = {capability: one.uri for capability, one in chosen.items()}
     remember(where, config.name, seen=seen, merged=merged, experts=uris, left_out=left_out, outcome=message)
     return Completed(name="Promoted" if verdict.promoted else "Kept", message=message)
-
-
-def _seen(config: NightlyConfig, setting: str, found: list[ExpertFound], problems: list[ExpertProblem]) -> str:
-    """Over all that arrived, broken experts included: as long as it is the same, nobody has to look at weights again."""
-    everything = {one.uri: one for one in found}
-    broken = hashlib.sha256(canonical_json(problems).encode()).hexdigest()[:32]
-    return "-".join([experts.identity_of_lineup(config.base_model, everything), broken, setting])
-
-
-def _choose(config: NightlyConfig, found: list[ExpertFound], where: Places) -> tuple[dict[str, ExpertFound], list[ExpertProblem]]:
-    """The newest sound expert of every capability: one that is broken leaves its place to the one before it."""
-    chosen, broken = {}, []
-    for capability, newest_first in experts.lineup(found, config.capabilities).items():
-        for expert in newest_first:
-            problems = check(expert, config, where)
-            if not problems:
-                chosen[capability] = expert
-                break
-            broken += [
-                ExpertProblem(uri=expert.uri, capability=capability, name=expert.name, problem=problem) for problem in problems
-            ]
-    return chosen, broken
 
 
 def _merge_all(config: NightlyConfig, chosen: dict[str, ExpertFound]) -> tuple[dict[str, MergeOutcome], dict[str, str]]:
@@ -171,18 +127,6 @@ def _merge_all(config: NightlyConfig, chosen: dict[str, ExpertFound]) -> tuple[d
         else:
             failures[candidate.name] = state.message or state.name
     return outcomes, failures
-
-
-def score_all_here(config: NightlyConfig, where: Places) -> Any:
-    """A function that scores one more model, as the candidates were scored."""
-
-    def score(subject: Any) -> Any:
-        found = score_all(
-            {"one": subject}, config.suite, config.data_dir, config.limit, where, device=config.device, gpu=gpu_deployment()
-        )  # fmt: skip
-        return read_scores(where, found["one"])
-
-    return score
 
 
 def _left_out(lines: Sequence[str]) -> str:

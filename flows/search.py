@@ -5,45 +5,41 @@ What is searched, how, and how far: tasks/experiments/search/config.py. An inter
 
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
-from flows.merge import MergeOutcome, fetch_models, merge_flow
-from flows.pools import gpu_deployment
-from flows.report import merge_label, merge_name
-from flows.search_inputs import References, compressed, identity_of, models_of
-from flows.search_pool import PoolModels
-from flows.steps import ONE_AT_A_TIME, several_at_once
+from flows.merge import merge_flow
 from ota_core.compute.stream import parse_memory
 from ota_core.errors import OtaError
-from ota_core.merge.engine import pick_device
-from ota_core.plan.inputs import MergeInputs
-from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages
-from tasks.evaluation.suites import Suite, load_suite
+from tasks.benchmark import Benchmark
+from tasks.evaluation.subject import subjects_of
 from tasks.experiments.search import log as search_log
 from tasks.experiments.search.config import SearchConfig, load_search, recipe_of
 from tasks.experiments.search.log import SearchRun
-from tasks.experiments.search.merge import TrialModels
+from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.overlap import check_apart
+from tasks.experiments.search.references import References, identity_of
 from tasks.experiments.search.result import files, markdown, recipe_text, verdict
-from tasks.experiments.search.search import Budget, Point, Search, Trial, Tuned
-from tasks.orchestration.credentials import use_blocks
+from tasks.experiments.search.search import Budget, Search, Tuned
+from tasks.experiments.search.steps import log_trial, run_trial
+from tasks.job import fetch_models, second_moments
+from tasks.merge import output_files
+from tasks.merging.labels import merge_label, merge_name
+from tasks.merging.sources import Planned, planned
 from tasks.orchestration.deployed import cancel_children
-from tasks.orchestration.run_log import Progress, ProgressBar, hide_tracebacks_of_user_errors
+from tasks.orchestration.executors import executor_of, gpu_deployment
+from tasks.orchestration.run_log import ProgressBar, for_users
+from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
+from tasks.pages.outcome import MergeOutcome
 from tasks.settings import Device, places
 from tasks.storage.models import write_note
 from tasks.tracking.merge import LoggedRun
 from tasks.tracking.run import TAG_FLOW_RUN
-
-hide_tracebacks_of_user_errors()
 
 
 class SearchOutcome(BaseModel):
@@ -70,6 +66,7 @@ def _run_name() -> str:
         return "search"  # the flow says what is wrong with it
 
 
+@for_users
 @flow(
     name="search", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -98,43 +95,35 @@ def search_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
     """
-    use_blocks()
     config = load_search(search) if isinstance(search, str) else search
     recipe, folder = recipe_of(config)
     recipe_dir = recipe_dir or folder
-    tests, where, gpu = load_suite(config.suite), places(home, artifacts), gpu or gpu_deployment()
-    if not gpu:
-        pick_device(device)
+    where, gpu = places(home, artifacts), gpu or gpu_deployment()
+    executor = executor_of(gpu, device)
     parse_memory(memory)
-    data = stages.bring_data(config.data_dir, where)
-    stages.check_suite(tests, data, config.budget.rungs[-1])
+    benchmark = Benchmark.of(config.suite, config.data_dir, None, where).check()
     test_data_dir = config.test_data_dir or config.data_dir
     if config.test:
-        judge, judge_data = load_suite(config.test), stages.bring_data(test_data_dir, where)
-        stages.check_suite(judge, judge_data, None)
-        compared = check_apart(tests, data, judge, judge_data)
-        get_run_logger().info("%s and %s share none of their %d documents", tests.name, judge.name, compared)
+        judge = Benchmark.of(config.test, test_data_dir, None, where).check()
+        compared = check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data)
+        get_run_logger().info("%s and %s share none of their %d documents", benchmark.tests.name, judge.tests.name, compared)
 
-    fetched = fetch_models(recipe, recipe_dir, where, None)
-    inputs = stages.inputs_of(recipe, fetched, where, recipe_dir)
-    stages.output_files(recipe, inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
-    moments = compressed(recipe, inputs, where, memory)
-    reference = References(config, tests, inputs, fetched, where, device=device, gpu=gpu)
+    fetched = fetch_models(recipe, recipe_dir, where)
+    plan = planned(recipe, fetched, where, recipe_dir, memory=memory)
+    output_files(recipe, plan.inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
+    plan, _ = second_moments(plan, where, device, masks=False)  # every trial reads these
+    reference = References(config, benchmark, subjects_of(plan.inputs, fetched), where, executor)
 
     searches = where.home / "searches"
     tried = Search(
         recipe, config.space, config.budget, floors=reference.floors, seed=config.seed, storage=searches,
-        identity=identity_of(recipe, inputs, tests, data), names=[expert.name for expert in inputs.experts],
+        identity=identity_of(plan, benchmark), names=[expert.name for expert in plan.inputs.experts],
     )  # fmt: skip
     tracking: dict[str, Any] = {"tracking_uri": tracking_uri, "root": where.tracking}
     with ExitStack() as stack:
         stack.enter_context(tried)
-        models = models_of(
-            config, recipe, inputs, fetched, moments, where, folder=searches / f"{tried.name}.model", tests=tests, data=data,
-            device=device, memory=memory, gpu=gpu,
-        )  # fmt: skip
-        stack.enter_context(models)
-        logged = search_log.begin(_search_run(config, recipe, inputs, tried, tests), **tracking)
+        trials = stack.enter_context(Trials(plan, benchmark, where, executor, searches / f"{tried.name}.model"))
+        logged = search_log.begin(_search_run(config, plan, tried, benchmark), **tracking)
         stack.push(_failed(logged, tracking))
         known = search_log.logged_trials(logged, **tracking)
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
@@ -143,12 +132,12 @@ def search_flow(
         bar = ProgressBar("the search")
         while (point := tried.ask()) is not None:
             trial = run_trial.with_options(task_run_name=f"trial {point.number}: {merge_label(point.recipe)}"[:200])(
-                tried, point, models
+                tried, point, trials
             )
             found = tried.result()
             log_trial(trial, found.best, logged, tracking)
             bar.show(*_spent(config.budget, found))
-        tuned = tried.result().model_copy(update={"likelihoods": tuple(tests.losses)})
+        tuned = tried.result().model_copy(update={"likelihoods": tuple(benchmark.tests.losses)})
         text = recipe_text(tuned, config, recipe_dir, out or "")
         if out:
             write_note(out, text)
@@ -166,42 +155,6 @@ def search_flow(
     return SearchOutcome(tuned=tuned, recipe=text, test=test, logged=logged)
 
 
-@task(name="trial", cache_policy=NO_CACHE, persist_result=False)
-def run_trial(tried: Search, point: Point, models: TrialModels | PoolModels) -> Trial:
-    """Merge one point and score it, on more and more documents while it is good."""
-    log = get_run_logger()
-
-    def evaluate(recipe: MergeRecipe, limit: int) -> dict[str, float | None]:
-        with ONE_AT_A_TIME, Progress() as progress:
-            scores = models.score(recipe, limit, f"trial {point.number}", progress)
-        found = scores.objective()
-        values = {name: value for name, value in found.items() if value is not None}
-        shown = ", ".join(f"{name} {100 * value:.1f}" for name, value in values.items())
-        log.info("%d documents a task: average %.1f (%s)", limit, 100 * fmean(values.values() or [0.0]), shown)
-        return found
-
-    trial = tried.run(point, evaluate)
-    log.info(
-        "%s%s",
-        "complete" if trial.complete else "stopped early",
-        f", below the floor: {', '.join(trial.shortfall)}" if trial.shortfall else "",
-    )
-    return trial
-
-
-@task(
-    name="log",
-    task_run_name="log trial {trial.number}",
-    retries=2,
-    retry_delay_seconds=10,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, tracking: dict[str, Any]) -> None:
-    """Log one trial to MLflow; finds the run of an earlier try."""
-    search_log.log_trial(parent, trial, best, **tracking)
-
-
 def _spent(budget: Budget, found: Tuned) -> tuple[float, str]:
     """Percent of the budget that is spent, and what came of it so far."""
     parts = [found.evaluations / budget.evaluations if budget.evaluations else 0.0]
@@ -210,16 +163,16 @@ def _spent(budget: Budget, found: Tuned) -> tuple[float, str]:
     return 100 * min(max(parts), 1.0), text
 
 
-def _search_run(config: SearchConfig, recipe: MergeRecipe, inputs: MergeInputs, tried: Search, tests: Suite) -> SearchRun:
-    name = _run_name()
+def _search_run(config: SearchConfig, plan: Planned, tried: Search, benchmark: Benchmark) -> SearchRun:
+    name, recipe = _run_name(), plan.recipe
     params: dict[str, str | int | float] = {
         "merge_method": recipe.merge_method, "base_model": recipe.base_model or "none", "suite": config.suite, "seed": config.seed,
-        "experts": ",".join(expert.name for expert in inputs.experts), "rungs": ",".join(map(str, tried.rungs)),
+        "experts": ",".join(expert.name for expert in plan.inputs.experts), "rungs": ",".join(map(str, tried.rungs)),
         "space": ", ".join(f"{one.name} {one.within}" for one in tried.dimensions) or "nothing",
         "floor": ", ".join(f"{key} {value}" for key, value in config.floor.items()),
     }  # fmt: skip
-    if tests.losses:  # what score/… of this run and of its trials is then
-        params["likelihood_of_a_byte"] = ",".join(tests.losses)
+    if benchmark.tests.losses:  # what score/… of this run and of its trials is then
+        params["likelihood_of_a_byte"] = ",".join(benchmark.tests.losses)
     tags = {TAG_FLOW_RUN: str(flow_run.id)} if flow_run.id else {}
     return SearchRun(name=name, search=tried.name, params=params, tags=tags)
 

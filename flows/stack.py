@@ -14,8 +14,6 @@ from typing import Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from flows.single import prepare_prefect
-from tasks.local.s3_server import environment
 from tasks.local.stack import control as stack_control
 from tasks.local.stack.control import Process
 from tasks.local.stack.credentials import credentials, generated, secret_of, write_private
@@ -35,7 +33,8 @@ from tasks.local.stack.layout import (
     visible_gpus,
 )
 from tasks.local.stack.programs import FOREIGN, prefect_environment, write_programs
-from tasks.settings import places
+from tasks.orchestration.prepare import prepare_prefect
+from tasks.settings import environment, places
 from tasks.storage import s3
 
 Experts = Literal["demo", "smoke", "none"]

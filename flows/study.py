@@ -10,38 +10,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from pydantic import BaseModel, ConfigDict
 
-from flows.merge import merge_flow, score_all
-from flows.pools import gpu_deployment
-from flows.search_inputs import compressed
-from flows.search_pool import pool_models
-from flows.steps import ONE_AT_A_TIME, several_at_once
+from flows.merge import merge_flow
 from ota_core.errors import OtaError, raise_all
-from ota_core.merge.engine import pick_device
 from ota_core.recipe.recipe import MergeRecipe
+from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.study.cells import Cell
-from tasks.experiments.study.found import Models, read_all
+from tasks.experiments.study.found import Models
 from tasks.experiments.study.log import log_study, logged_merges
 from tasks.experiments.study.losses import ranked
 from tasks.experiments.study.report import RESULTS, write_results, write_study
 from tasks.experiments.study.scores import CellResult, StudyResults
 from tasks.experiments.study.study import StudyConfig, load_study
-from tasks.experiments.study.tune import check_splits, chosen, tuning
-from tasks.orchestration.credentials import use_blocks
+from tasks.experiments.study.tune import check_splits, tune_cell
+from tasks.job import score_all
 from tasks.orchestration.deployed import cancel_children
-from tasks.orchestration.run_log import hide_tracebacks_of_user_errors
+from tasks.orchestration.executors import executor_of, gpu_deployment
+from tasks.orchestration.run_log import for_users
+from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Device, Places, places
 from tasks.tracking.run import LoggedRun
-
-hide_tracebacks_of_user_errors()
 
 SMALL_BYTES = 64 * 2**20
 """Weights of a model below which torch computes with one thread: more of them wait for each other longer than they compute."""
@@ -69,6 +64,7 @@ def _run_name() -> str:
     return f"study {os.path.basename(name).removesuffix('.yaml')}"
 
 
+@for_users
 @flow(
     name="study", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
     on_cancellation=[cancel_children], on_crashed=[cancel_children],
@@ -97,7 +93,6 @@ def study_flow(
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         command: What the results say that makes them again.
     """
-    use_blocks()
     config, folder = load_study(study) if isinstance(study, str) else (study, None)
     recipe_dir, where = recipe_dir or folder, places(home)
     command = command or f"ota study {study if isinstance(study, str) else config.name}"
@@ -132,6 +127,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.config, self.where, self.recipe_dir, self.device, self.memory = config, where, recipe_dir, device, memory
         self.home, self.tracking_uri, self.computed = home, tracking_uri, 0
+        self.executor = executor_of(gpu_deployment(), device)
 
     def all_cells(self) -> StudyResults:
         """Everything merged and scored, replicate by replicate; failed cells are named in the results."""
@@ -147,18 +143,9 @@ class _Run:
         for models in everyone:
             check_splits(models)
         for number, models in enumerate(everyone):
-            replicate, subjects = models.replicate, models.subjects()
+            replicate, subjects = models.replicate, models.subjects
             with few_threads(models):
-                refs = score_all(
-                    subjects,
-                    replicate.suite,
-                    replicate.data_dir,
-                    config.limit,
-                    self.where,
-                    device=self.device,
-                    gpu=gpu_deployment(),
-                )
-                scores = read_all(self.where, refs)
+                scores = read_all(self.where, score_all(subjects, models.benchmark, self.where, self.executor))
                 base[replicate.name] = scores["base"]
                 names = dict(zip((s.name for s in subjects.values() if s.role == "expert"), config.experts(), strict=True))
                 alone[replicate.name] = {names[s.name]: scores[key] for key, s in subjects.items() if s.role == "expert"}
@@ -180,7 +167,7 @@ class _Run:
         """One cell on one replicate, tuned if it is to be: read where it is there, else merged. Raises OtaError."""
         values: dict[str, float] = {}
         if cell.tune:
-            recipe, values = tune_cell(cell, recipe, models, self.device, self.memory)
+            recipe, values = tune_cell(cell, recipe, models, self.executor, self.memory)
         known = models.find(recipe)
         if known is None or known[0] not in logged:
             # The study's own heartbeat tells whether this process lives. Ending that of a flow run takes up to a second.
@@ -194,26 +181,6 @@ class _Run:
                 raise OtaError(str(state.message))
             self.computed += 1
         return models.result(cell.label, recipe, values)
-
-
-@task(name="tune", task_run_name="tune {cell.label}", cache_policy=NO_CACHE, persist_result=False)
-def tune_cell(
-    cell: Cell, recipe: MergeRecipe, models: Models, device: Device, memory: str
-) -> tuple[MergeRecipe, dict[str, float]]:
-    """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values)."""
-    job, folder, gpu = tuning(recipe, cell.tune, models), models.where.home / "searches", gpu_deployment()
-    if gpu:
-        trials = pool_models(
-            job.recipe, job.inputs, models.fetched(job.recipe), compressed(job.recipe, job.inputs, models.where, memory), models.where,
-            suite=job.config.suite, data_dir=job.config.data_dir, device=device, memory=memory, deployment=gpu,
-        )  # fmt: skip
-        found = job.search(trials, folder)
-    else:
-        with ONE_AT_A_TIME:
-            found = job.search(job.here(models.where, folder, device=pick_device(device), memory=memory), folder)
-    values = chosen(found, cell.tune)
-    get_run_logger().info("%d trials; best: %s", len(found.trials), ", ".join(f"{k} {v:g}" for k, v in values.items()))
-    return found.best.recipe, values
 
 
 @contextmanager

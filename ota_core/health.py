@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape, row_blocks
+from ota_core.compute.loops import compiled
 from ota_core.compute.stream import Stream
 from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.rows import F64, Rows
 from ota_core.moments import Moments, none_found
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.plan import checkpoint_problems
@@ -23,19 +23,17 @@ SHOWN = 4
 _AGAIN = "training diverged or the file is damaged: take an earlier checkpoint, or save this one again"
 
 # All bits of these set: infinite or NaN (of float8_e4m3fn, which has no infinity: NaN).
-_NOT_FINITE: dict[torch.dtype, tuple[torch.dtype, Any]] = {
-    torch.float64: (torch.int64, np.uint64(0x7FF0000000000000)),
-    torch.float32: (torch.int32, np.uint32(0x7F800000)),
-    torch.bfloat16: (torch.int16, np.uint16(0x7F80)),
-    torch.float16: (torch.int16, np.uint16(0x7C00)),
-    torch.float8_e5m2: (torch.uint8, np.uint8(0x7C)),
-    torch.float8_e4m3fn: (torch.uint8, np.uint8(0x7F)),
+_NOT_FINITE: dict[str, Any] = {
+    "F64": np.uint64(0x7FF0000000000000),
+    "F32": np.uint32(0x7F800000),
+    "BF16": np.uint16(0x7F80),
+    "F16": np.uint16(0x7C00),
+    "F8_E5M2": np.uint8(0x7C),
+    "F8_E4M3": np.uint8(0x7F),
 }
 
-_compile = numba.njit(cache=True, nogil=True)
 
-
-@_compile
+@compiled
 def _count_set(bits: NDArray[Any], mask: Any) -> int:
     """How many numbers have all bits of the mask set."""
     count = 0
@@ -44,7 +42,7 @@ def _count_set(bits: NDArray[Any], mask: Any) -> int:
     return count
 
 
-@_compile
+@compiled
 def _count_no_moment(bits: NDArray[np.uint32]) -> int:
     """How many float32 are no finite number of at least 0: patterns from infinity on, but that of −0."""
     count = 0
@@ -150,12 +148,11 @@ class _Scan:
             self._stream.count_read(others.nbytes)
             if not _equal(rows, others):
                 self.moved.add(piece.name)
-        integer, mask = _NOT_FINITE[rows.dtype]
-        bits = rows.contiguous().view(integer).reshape(-1).numpy().view(mask.dtype)
-        if not _count_set(bits, mask):
+        mask = _NOT_FINITE[rows.dtype.code]
+        if not _count_set(rows.held.reshape(-1).view(mask.dtype), mask):
             return {}
-        values = rows.double()
-        return {"NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
+        values = rows.to_float32() if rows.dtype != F64 else rows.held
+        return {"NaN": int(np.isnan(values).sum()), "infinite": int(np.isinf(values).sum())}
 
     def _matters(self, name: str) -> bool:
         """Whether the base's values have to be compared: until the first change is seen, and where second moments are missing."""
@@ -165,17 +162,19 @@ class _Scan:
         assert self._moments is not None
         v = self._moments.read(piece.name, piece.start, piece.stop, check=False)
         self._stream.count_read(v.nbytes)
-        if not _count_no_moment(v.contiguous().view(torch.int32).reshape(-1).numpy().view(np.uint32)):
+        if not _count_no_moment(v.reshape(-1).view(np.uint32)):
             return {}
-        positive = v == torch.inf
-        return {"NaN": int(v.isnan().sum()), "infinite": int(positive.sum()), "negative": int((v < 0).sum())}
+        positive = v == np.inf
+        return {"NaN": int(np.isnan(v).sum()), "infinite": int(positive.sum()), "negative": int((v < 0).sum())}
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _equal(one: Rows, other: Rows) -> bool:
     """Whether all values are the same; a NaN equals nothing."""
-    if one.dtype != other.dtype or one.dtype.itemsize == 1:
-        return torch.equal(one.double(), other.double())
-    return torch.equal(one, other)
+    if one.dtype == other.dtype and one.dtype.held_itself:
+        return np.array_equal(one.held, other.held)
+    if F64 in (one.dtype, other.dtype):
+        return bool(one.tensor().double().equal(other.tensor().double()))
+    return np.array_equal(one.to_float32(), other.to_float32())
 
 
 def _summed(

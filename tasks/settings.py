@@ -1,6 +1,8 @@
 """Where this tool keeps things, from the environment: ``OTA_HOME`` for everything, ``OTA_ARTIFACTS`` for the artifacts alone."""
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -54,3 +56,20 @@ def places(home: str | Path | None = None, artifacts: str | None = None) -> Plac
         cache=root / "cache",
         tracking=root / "tracking",
     )
+
+
+@contextmanager
+def environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Set environment variables, or unset those that are None, for the length of a ``with`` block, and put the old ones back."""
+    before = exchanged(values)
+    try:
+        yield
+    finally:
+        exchanged(before)
+
+
+def exchanged(values: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Put these into the environment, None for what it is not to hold; what it held before."""
+    before = {name: os.environ.pop(name, None) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
+    return before

@@ -15,24 +15,27 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.artifact import RECORD, ArtifactRef, read_record
-from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages
-from tasks.artifacts.store import ArtifactStore
+from tasks import benchmark
+from tasks.artifacts.store import ArtifactStore, store_of
+from tasks.benchmark import Benchmark
+from tasks.compress import compress_jobs
 from tasks.evaluation.scores import ModelScores
-from tasks.evaluation.suites import load_suite
+from tasks.evaluation.subject import Subject, merged_subject
+from tasks.mask import mask_jobs
+from tasks.merge import merge_job
 from tasks.merging.inputs import model_sources
+from tasks.merging.sources import planned
 from tasks.registry.retention.plan import Plan
 from tasks.registry.retention.references import TAG_REPLACED, Tracking
 from tasks.registry.retention.retention import DEFAULT_KINDS, Retention
 from tasks.settings import Places, places
-from tasks.stages import Subject
 from tasks.storage import models as storage
 from tasks.tracking.merge import InputRef, log_merge
 from tasks.tracking.names import REGISTERED_MODEL
 from tests.flows.merge_fixture import write_v
-from tests.s3_fixture import S3Test
-from tests.tasks.tracking.mlflow_server import a_merge
+from tests.servers import S3Test
+from tests.tasks.tracking.made_up import a_merge
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 
@@ -73,7 +76,7 @@ class Shop:
 
     @property
     def store(self) -> ArtifactStore:
-        return stages.store_of(self.where)
+        return store_of(self.where)
 
     def merge(self, team: str, *, log: bool = True, **changes: Any) -> ArtifactRef:
         """Fetch, compress, mask, merge and score, as the flow does; then log it."""
@@ -84,18 +87,13 @@ class Shop:
         }  # fmt: skip
         recipe = MergeRecipe.model_validate(raw | changes)
         fetched = [storage.fetch(source, cache=self.where.cache) for source in model_sources(recipe, None)]
-        inputs = ready = stages.inputs_of(recipe, fetched, self.where, None)
-        refs: dict[str, ArtifactRef] = {}
-        if recipe.merge_method == "ota":
-            for expert in inputs.experts:
-                refs[f"moments {expert.name}"] = stages.compress(self.where, stages.moments_step(recipe, expert), expert)
-            experts = (stages.with_compressed(self.where, e, refs[f"moments {e.name}"]) for e in inputs.experts)
-            ready = MergeInputs(base=inputs.base, experts=tuple(experts))
-            masks = {i: stages.mask(self.where, stages.mask_step(recipe, inputs, i), recipe, ready, i) for i in range(2)}
-            refs |= {f"mask {names[i]}": ref for i, ref in masks.items()}
-            ready = stages.with_masks(self.where, ready, masks)
-        merged = stages.merge(self.where, stages.merge_step(recipe, inputs), recipe, ready)
-        subject = stages.merged_subject(self.where, team, merged)
+        plan = planned(recipe, fetched, self.where)
+        moments = {job.expert.name: job.run(self.where) for job in compress_jobs(plan)}
+        plan = plan.with_artifacts(list(moments.values()))
+        masks = {i: job.run(self.where) for i, job in mask_jobs(plan).items()}
+        refs = {f"moments {name}": ref for name, ref in moments.items()} | {f"mask {names[i]}": ref for i, ref in masks.items()}
+        merged = merge_job(plan.with_artifacts(masks=masks)).run(self.where)
+        subject = merged_subject(self.where, team, merged)
         base = Subject(name="base", role="base", path=fetched[0].path, digest=fetched[0].digest)
         own = [
             Subject(name=n, role="expert", path=one.path, digest=one.digest) for n, one in zip(names, fetched[1:], strict=True)
@@ -111,8 +109,7 @@ class Shop:
 
     def score(self, subject: Subject) -> ArtifactRef:
         suite, data = self.models / "suite" / "tiny.yaml", self.models / "suite" / "data"
-        step = stages.score_step(subject, load_suite(str(suite)), data, None)
-        return stages.score(self.where, step, subject, str(suite), data, None)
+        return Benchmark.of(str(suite), str(data), None, self.where).job(subject).run(self.where)
 
     def log(self, label: str, merged: ArtifactRef, digest: str, models: list[Subject]) -> None:
         inputs = [
@@ -204,7 +201,7 @@ def quick_scores(patch: pytest.MonkeyPatch) -> None:
             suite=suite.name, suite_digest="made up", capabilities=capabilities, samples={}, limit=None, lm_eval_version="0", seconds=0.0
         )  # fmt: skip
 
-    patch.setattr(stages, "score_model", score)
+    patch.setattr(benchmark, "score_model", score)
 
 
 @pytest.fixture(scope="module")

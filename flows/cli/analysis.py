@@ -35,10 +35,12 @@ def analyse(
     home: Home = None,
 ) -> None:
     """Analyse the experts of RECIPE as its merge would see them, and write tables and pictures into the folder OUT. No server is needed."""
+    from ota_core.analysis import analyse as analyse_models
     from ota_core.compute.stream import parse_memory
     from ota_core.merge.output import check_apart, check_free, new_folder
     from ota_core.recipe.recipe import load_recipe
-    from tasks.analysis import PICTURES, analyse_models, analysis_options, write_tables
+    from tasks.analyse import analysis_options
+    from tasks.pages.analysis import PICTURES, write_tables
     from tasks.pages.pictures.analysis import pictures_of
     from tasks.pages.pictures.page import Section, to_html
 
@@ -82,7 +84,7 @@ def _summary(table: Any) -> Iterator[Any]:
     """What one wants to know first, as rich tables: where the masks lie, how alike the experts are, what compressions lose."""
     from pandas import isna
 
-    from tasks.analysis import densest_cells, whole_model
+    from tasks.pages.analysis import densest_cells, whole_model
 
     cells = densest_cells(table)
     if len(cells):

@@ -28,6 +28,7 @@ from flows.cli.common import (
     Overwrite,
     Recipe,
     TrackingUri,
+    load_numba,
     progress_bars,
     recipe_inputs,
     show,
@@ -70,6 +71,7 @@ def merge(
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
         file_size = parse_size(shard_size, "shard size", "1KB")
+        load_numba()
         with (
             progress_bars() as progress,
             recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
@@ -124,10 +126,11 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
-    from flows.single import compress_source
+    from flows.cli.engine import compress_source
     from ota_core.moments.compression import compression_label
 
     with user_errors(), progress_bars() as progress:
+        load_numba()
         done = compress_source(
             source,
             out,
@@ -171,13 +174,14 @@ def mask(
     as_json: AsJson = False,
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
-    from flows.single import mask_recipe
+    from flows.cli.engine import mask_recipe
     from ota_core.merge.output import check_free
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
+        load_numba()
         with (
             progress_bars() as progress,
             recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, progress=progress) as (inputs, notes),
@@ -244,7 +248,7 @@ def run(
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
-    from flows.single import run_recipe
+    from flows.cli.flows import run_recipe
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
@@ -264,9 +268,12 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 1,
 ) -> None:
     """Train a small base and five experts, merge them in four ways, and compare. Needs the extra 'demo'."""
-    from flows.lab.demo import run_demo
+    from tasks.orchestration.prepare import prepare_prefect
 
     with user_errors():
+        prepare_prefect()
+        from flows.lab.demo import run_demo
+
         for line in run_demo(home=home, seed=seed):
             show(line)
 

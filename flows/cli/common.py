@@ -1,6 +1,7 @@
 """What the files of the command ``ota`` share: options, how a user's mistake ends, progress bars."""
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -49,6 +50,22 @@ def user_errors() -> Iterator[None]:
             raise
         typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
         raise typer.Exit(2) from None
+
+
+def load_numba() -> None:
+    """Load what runs the compiled loops, without SciPy and cffi, which take as long to import as all the rest.
+
+    numba can do without either and imports them only to know whether they are there; no loop of this project uses them. A command has no
+    other thread yet that might import them at this moment.
+    """
+    optional = [name for name in ("scipy.linalg.cython_blas", "cffi") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(optional))  # type: ignore[arg-type]  # None says that there is no such module
+    try:
+        import numba.core.typing.cffi_utils
+        import numba.np.arraymath  # noqa: F401
+    finally:
+        for name in optional:
+            del sys.modules[name]
 
 
 @contextmanager

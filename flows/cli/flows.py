@@ -1,7 +1,7 @@
-"""The commands that run the other flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``."""
+"""The commands that run flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``, and what ``ota run`` does."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ def nightly(
     ] = False,
 ) -> None:
     """Merge the newest experts in every configured way, and promote the best merge if it passes the gate."""
-    from flows.single import prepare_prefect
+    from tasks.orchestration.prepare import prepare_prefect
     from tasks.registry.nightly import find_config, load_nightly
 
     with user_errors():
@@ -46,11 +46,11 @@ def study(
     memory: MergeMemory = "2GiB",
 ) -> None:
     """Merge and benchmark every cell of a grid, and write the tables and figures of all."""
-    from flows.single import prepare_prefect
     from ota_core.compute.stream import parse_memory
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.study.study import load_study
+    from tasks.orchestration.prepare import prepare_prefect
     from tasks.settings import as_device
 
     with user_errors():
@@ -85,10 +85,10 @@ def benchmark(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
-    from flows.single import prepare_prefect
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.scores import NOT_MEASURED
     from tasks.evaluation.suites import load_suite
+    from tasks.orchestration.prepare import prepare_prefect
     from tasks.settings import as_device
 
     with user_errors():
@@ -101,3 +101,50 @@ def benchmark(
         width = max(map(len, scores))
         for capability, score in scores.items():
             typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")
+
+
+def run_recipe(
+    recipe: Any, *, runner: str | None = None, address: str | None = None, parts: int | None = None, **options: Any
+) -> list[Any]:
+    """Run the flow and say where everything is. ``runner``, ``address``, ``parts``: as for ``tasks.orchestration.runners.runner_of``.
+
+    Raises OtaError as the flow's tasks raise it.
+    """
+    from ota_core.compute.stream import parse_memory
+    from ota_core.merge.engine import pick_device
+    from tasks.evaluation.suites import load_suite
+    from tasks.orchestration.prepare import prepare_prefect
+    from tasks.settings import as_device, places
+
+    # What needs no server is checked before one is started.
+    if options.get("suite"):
+        load_suite(options["suite"])
+    parse_memory(options.get("memory", "2GiB"))
+    prepare_prefect()
+    from flows.merge import merge_flow
+    from tasks.evaluation.scores import render
+    from tasks.orchestration.runners import runner_of, server_for
+    from tasks.pages.outcome import comparison_table
+    from tasks.tracking.merge import open_hint
+
+    chosen = runner_of(runner, address=address, parts=parts)
+    chosen.task_runner()  # says what is not installed
+    device = as_device(options.get("device", "auto"))
+    if chosen.kind == "threads":
+        pick_device(device)
+    with server_for(chosen):
+        outcome = merge_flow(recipe, runner=chosen, **options)
+    where = places(options.get("home"), options.get("artifacts"))
+    lines: list[Any] = []
+    if outcome.scores:
+        lines.append(render(comparison_table({outcome.name: outcome}, where)))
+    lines.append(f"merged model: {outcome.path}")
+    lines.append(
+        open_hint(
+            tracking_uri=options.get("tracking_uri"),
+            root=where.tracking,
+            experiment=outcome.logged.experiment_id,
+            run=outcome.logged.run_id,
+        )
+    )
+    return lines

@@ -70,11 +70,11 @@ def search(
     Run the same again to go on with an interrupted search, or with a larger --budget to add to one; with a smaller one only the trials that
     it pays for count. Exit code 3: no trial holds all floors.
     """
-    from flows.single import prepare_prefect
     from ota_core.compute.stream import parse_memory
     from ota_core.merge.engine import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.search.config import recipe_of
+    from tasks.orchestration.prepare import prepare_prefect
 
     with user_errors():
         ranges = {
@@ -118,8 +118,8 @@ def search(
         )  # fmt: skip
         show(render(outcome.tuned))
         if outcome.test is not None:
-            from flows.single import comparison_table
             from tasks.evaluation.scores import render as render_scores
+            from tasks.pages.outcome import comparison_table
 
             show(render_scores(comparison_table({"winner": outcome.test}, places(home, artifacts)), title=f"Suite {config.test}"))
         typer.echo(verdict(outcome.tuned))

@@ -8,29 +8,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flows.single import comparison_table, prepare_prefect
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-prepare_prefect()
-
-from prefect import flow, task  # noqa: E402 - after its settings
-from prefect.logging import get_run_logger  # noqa: E402
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
-
-from flows.merge import MergeOutcome, merge_flow  # noqa: E402
-from ota_core.artifact import ArtifactRef, fingerprint  # noqa: E402
-from ota_core.recipe.recipe import load_recipe, parse_recipe  # noqa: E402
-from ota_core.recipe.yaml_text import parse_yaml  # noqa: E402
-from tasks import stages  # noqa: E402
-from tasks.artifacts.store import BuildResult  # noqa: E402
-from tasks.evaluation.scores import to_markdown  # noqa: E402
-from tasks.local.demo.data import write_data  # noqa: E402
-from tasks.local.demo.process import in_process  # noqa: E402
-from tasks.local.demo.questions import CAPABILITIES  # noqa: E402
-from tasks.local.demo.train import DemoSettings, train_base, train_expert, write_manifest  # noqa: E402
-from tasks.local.s3_server import running_server  # noqa: E402
-from tasks.settings import Places, places  # noqa: E402
-from tasks.storage.cache import link_name  # noqa: E402
-from tasks.storage.models import EXPERT_JSON, upload_folder  # noqa: E402
+from flows.merge import merge_flow
+from ota_core.artifact import ArtifactRef
+from ota_core.recipe.recipe import load_recipe, parse_recipe
+from ota_core.recipe.yaml_text import parse_yaml
+from tasks.artifacts.store import store_of
+from tasks.evaluation.scores import to_markdown
+from tasks.local.demo import steps
+from tasks.local.demo.progress import training_bars
+from tasks.local.demo.questions import CAPABILITIES
+from tasks.local.demo.steps import BUCKET, base_uri, expert_uri, link_models
+from tasks.local.demo.train import DemoSettings
+from tasks.local.s3_server import running_server
+from tasks.pages.outcome import MergeOutcome, comparison_table
+from tasks.settings import Places, places
 
 RECIPES = Path(__file__).resolve().parents[2] / "deployments" / "recipes"
 MERGES = {
@@ -39,86 +34,20 @@ MERGES = {
     "TIES": "demo-ties.yaml",
     "DARE-TIES": "demo-dare-ties.yaml",
 }
-BUCKET = "ota-demo"
 # Difficulty of the tasks and settings of the training were chosen on seed 0; what is shown comes from another one.
 SEED = 1
-MODEL = "model"
 SIDE_BY_SIDE: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1)
-
-
-def base_uri(seed: int) -> str:
-    """Where the base lies in S3."""
-    return f"s3://{BUCKET}/models/seed{seed}"
-
-
-def expert_uri(capability: str, seed: int) -> str:
-    """Where an expert lies in S3."""
-    return f"s3://{BUCKET}/experts/{capability}/seed{seed}"
-
-
-@task(name="make data", task_run_name="make data")
-def make_data(where: Places, settings: DemoSettings, seed: int) -> ArtifactRef:
-    """Training, validation and test data of the five capabilities."""
-    config = {"seed": seed, "version": settings.version, "data": settings.data.model_dump(mode="json")}
-
-    def build(folder: Path) -> BuildResult:
-        write_data(folder / "data", seed=seed, settings=settings.data)
-        return BuildResult()
-
-    return stages.store_of(where).produce("data", fingerprint("data", config, {}), config=config, inputs={}, build=build)
-
-
-@task(name="train", task_run_name="train {capability}")
-def train(
-    where: Places, settings: DemoSettings, seed: int, data: ArtifactRef, base: ArtifactRef | None, capability: str
-) -> ArtifactRef:
-    """The base (capability ``base``) or one expert, with the optimizer state that the Trainer leaves; kept once it is trained."""
-    store = stages.store_of(where)
-    part = settings.base if base is None else settings.expert
-    config = {"capability": capability, "seed": seed, "version": settings.version, "training": part.model_dump(mode="json")}
-    config["model"] = settings.model.model_dump(mode="json")
-    inputs = {"data": data.fingerprint} | ({"base": base.fingerprint} if base else {})
-
-    def build(folder: Path) -> BuildResult:
-        source = store.local_path(data) / "data"
-        if base is None:
-            trained = in_process(train_base, source, folder / MODEL, seed=seed, model=settings.model, training=part)
-        else:
-            base_folder = store.local_path(base) / MODEL
-            trained = in_process(train_expert, capability, source, base_folder, folder / MODEL, seed=seed, training=part)
-            write_manifest(folder / MODEL, trained, base_uri(seed))
-        return BuildResult(provenance=trained.model_dump(mode="json"))
-
-    return store.produce("checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build)
-
-
-@task(name="upload", task_run_name="upload {capability}")
-def upload(where: Places, model: ArtifactRef, capability: str, seed: int) -> str:
-    """Put a trained model into S3, an expert's ``expert.json`` last."""
-    folder = stages.store_of(where).local_path(model) / MODEL
-    if capability == "base":
-        upload_folder(folder, base_uri(seed))
-        return base_uri(seed)
-    upload_folder(folder, expert_uri(capability, seed), last=EXPERT_JSON)
-    return expert_uri(capability, seed)
-
-
-@task(name="upload", task_run_name="upload data")
-def upload_data(where: Places, data: ArtifactRef, seed: int) -> str:
-    """Put the data into S3, where benchmarks on other machines find them."""
-    uri = f"s3://{BUCKET}/data/seed{seed}"
-    upload_folder(stages.store_of(where).local_path(data) / "data", uri)
-    return uri
 
 
 def train_and_upload(where: Places, settings: DemoSettings, seed: int) -> tuple[ArtifactRef, dict[str, ArtifactRef]]:
     """In a flow: the data, and base and experts by name, trained unless they are there and uploaded."""
-    data = make_data(where, settings, seed)
-    base = train(where, settings, seed, data, None, "base")
-    futures = {name: train.submit(where, settings, seed, data, base, name) for name in CAPABILITIES}
-    models = {"base": base} | {name: future.result() for name, future in futures.items()}
+    data = steps.make_data(where, settings, seed)
+    with training_bars():
+        base = steps.train(where, settings, seed, data, None, "base")
+        futures = {name: steps.train.submit(where, settings, seed, data, base, name) for name in CAPABILITIES}
+        models = {"base": base} | {name: future.result() for name, future in futures.items()}
     for name, model in models.items():
-        upload(where, model, name, seed)
+        steps.upload(where, model, name, seed)
     return data, models
 
 
@@ -127,7 +56,7 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
     """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
     data, models = train_and_upload(where, settings or DemoSettings(), seed)
     link_models(where, models)
-    data_dir = stages.store_of(where).local_path(data) / "data"
+    data_dir = store_of(where).local_path(data) / "data"
     outcomes = {}
     for name, file in MERGES.items():
         recipe = load_recipe(RECIPES / file)
@@ -139,25 +68,13 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
     return outcomes
 
 
-@flow(
-    name="demo experts",
-    flow_run_name="demo experts",
-    task_runner=SIDE_BY_SIDE,
-    persist_result=False,
-)
+@flow(name="demo experts", flow_run_name="demo experts", task_runner=SIDE_BY_SIDE, persist_result=False)
 def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> list[str]:
     """What the local stack begins with: data, base and experts in the S3 server of the environment; returns their addresses."""
     data, models = train_and_upload(where, settings or DemoSettings(), seed)
     if settings is None and seed == SEED:  # a study's further seeds leave the names alone
         link_models(where, models)
-    return [upload_data(where, data, seed), base_uri(seed), *(expert_uri(name, seed) for name in CAPABILITIES)]
-
-
-def link_models(where: Places, models: dict[str, ArtifactRef]) -> None:
-    """Names for the trained models on this machine, ``demo/models/<capability>``, for trying ``ota merge`` without S3."""
-    folder = where.home / "demo" / "models"
-    for name, model in models.items():
-        link_name(folder / name, stages.store_of(where).local_path(model) / MODEL)
+    return [steps.upload_data(where, data, seed), base_uri(seed), *(expert_uri(name, seed) for name in CAPABILITIES)]
 
 
 def run_demo(*, home: Path | None, seed: int) -> list[Any]:

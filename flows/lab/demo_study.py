@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from flows.lab.demo import BUCKET, base_uri, experts_flow
+from flows.lab.demo import experts_flow
 from flows.study import StudyOutcome, study_flow
 from ota_core.errors import RecipeError
 from tasks.experiments.study.study import StudyConfig
+from tasks.local.demo.steps import BUCKET, base_uri
 from tasks.local.s3_server import running_server
 from tasks.settings import places
 

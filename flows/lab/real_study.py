@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from flows.lab.real import Source, real_experts_flow, real_folder
+from flows.lab.real import real_experts_flow
 from flows.study import study_flow
 from tasks.experiments.study.study import StudyConfig, load_study
+from tasks.local.real.steps import Source, real_folder
 from tasks.settings import places
 
 STUDY = Path(__file__).resolve().parents[2] / "deployments" / "studies" / "real.yaml"

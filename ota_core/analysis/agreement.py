@@ -16,7 +16,8 @@ from ota_core.compute.kernels import count_high, count_low
 from ota_core.compute.stream import CACHE_ELEMENTS, Stream
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.methods.saliency import Histogram, curvature_scores, keep, kept_count, locate, score_of
+from ota_core.methods.numbers import kept_count, locate, score_of
+from ota_core.methods.saliency import Histogram, curvature_scores, keep
 from ota_core.moments.base import Moments
 
 Block = tuple[str, int, int]
@@ -75,8 +76,8 @@ def agreements(
         theta, start = expert.read_rows(*block), base.read_rows(*block)
         v = [moments.read(*block) for moments in sources]
         stream.count_read(theta.nbytes + start.nbytes + sum(one.nbytes for one in v))
-        delta = theta.double() - start.double()
-        return [curvature_scores(one, delta) for one in v]
+        delta = theta.tensor().double() - start.tensor().double()
+        return [curvature_scores(torch.from_numpy(one), delta) for one in v]
 
     def pieces(block: Block) -> Iterator[Block]:
         """Pieces that stay in the cache with the scores of every form."""
@@ -94,14 +95,13 @@ def agreements(
 
     high = [Histogram() for _ in sources]
     count(lambda i, values: count_high(values, high[i].local()))
-    places = [locate(one.counts().numpy(), k) if k else (0, 0) for one in high]
+    places = [locate(one.counts(), k) if k else (0, 0) for one in high]
     low = [Histogram() for _ in sources]
     count(lambda i, values: count_low(values, places[i][0], low[i].local()))
     thresholds = [math.inf] * len(sources)
     if k:
         thresholds = [
-            score_of((upper << 16) | locate(one.counts().numpy(), k - above)[0])
-            for (upper, above), one in zip(places, low, strict=True)
+            score_of((upper << 16) | locate(one.counts(), k - above)[0]) for (upper, above), one in zip(places, low, strict=True)
         ]
     ranks = [midranks(one.counts()) for one in high]
     sums, overlaps = PairDots(len(sources)), _Overlaps([0] * len(forms), [0] * len(forms))
@@ -130,11 +130,10 @@ def agreements(
     return found
 
 
-def midranks(counts: torch.Tensor) -> NDArray[np.float64]:
+def midranks(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """The centred mean rank of the scores of each bin: float64 (65536,), exact. counts: int64 (65536,), by rising score."""
-    found = counts.numpy()
-    # Twice the rank is a whole number. numpy, because torch would wake threads of its own between the streams' passes.
-    ranks: NDArray[np.float64] = (2 * np.cumsum(found) - found - found.sum()) / 2.0
+    # Twice the rank is a whole number.
+    ranks: NDArray[np.float64] = (2 * np.cumsum(counts) - counts - counts.sum()) / 2.0
     return ranks
 
 

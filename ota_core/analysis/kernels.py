@@ -1,18 +1,16 @@
 """Compiled loops of the analyses: integer counts, hence the same for every cut."""
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.analysis.table import BINS
-
-_compile = numba.njit(cache=True, nogil=True)
+from ota_core.compute.loops import compiled
 
 Bools = NDArray[np.bool_]
 Counts = NDArray[np.int64]
 
 
-@_compile
+@compiled
 def count_mask(kept: Bools, first: int, height: int, bins: Counts, empty: Counts, columns: NDArray[np.int32]) -> int:
     """Count what a mask keeps of whole rows of a stack of matrices; returns the sum.
 
@@ -33,7 +31,7 @@ def count_mask(kept: Bools, first: int, height: int, bins: Counts, empty: Counts
     return total
 
 
-@_compile
+@compiled
 def count_conflicts(deltas: NDArray[np.float64], both: Counts, opposite: Counts) -> None:
     """For each pair a < b of task vectors: elements that both move, and those among them that they move in opposite directions.
 
@@ -50,7 +48,7 @@ def count_conflicts(deltas: NDArray[np.float64], both: Counts, opposite: Counts)
             opposite[a, b] += apart
 
 
-@_compile
+@compiled
 def count_common(kept: Bools, common: Counts) -> None:
     """For each pair a ≤ b of masks: elements that both keep. kept: bool (M, n); common: int64 (M, M), added to."""
     for a in range(kept.shape[0]):

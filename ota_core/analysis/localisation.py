@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from ota_core.analysis.kernels import count_mask
 from ota_core.analysis.pieces import groups_of
@@ -19,14 +19,15 @@ from ota_core.analysis.roles import WHOLE, Place, totals
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import BINS, Row, row
 from ota_core.fused.counts import keep_block
-from ota_core.methods.saliency import keep, kept_count
+from ota_core.methods.numbers import kept_count
+from ota_core.methods.saliency import keep
 from ota_core.moments.compression.cuts import matrices
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import PlanScoring, block_mask
 from ota_core.plan.tally import Group, kth_largest
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
 
-MaskOf = Callable[[ExpertView, Block], torch.Tensor]
+MaskOf = Callable[[ExpertView, Block], NDArray[np.bool_]]
 """The mask of a block: bool, r·C elements."""
 Key = tuple[int, str]
 """Expert, tensor."""
@@ -60,14 +61,14 @@ class _Counting:
         self._columns = np.zeros((self._stack, self._width), np.int32)
         self._lock = Lock()
 
-    def add(self, first: int, mask: torch.Tensor) -> None:
+    def add(self, first: int, mask: NDArray[np.bool_]) -> None:
         """Rows from ``first`` on. mask: bool, r·C elements."""
         if self._stack == 0 or self._width == 0:
             with self._lock:
                 self.shape.kept += int(mask.sum())
             return
         bins, empty, columns = np.zeros(BINS, np.int64), np.zeros(1, np.int64), np.zeros_like(self._columns)
-        kept = mask.reshape(-1, self._width).numpy()
+        kept = mask.reshape(-1, self._width)
         total = count_mask(kept, first, self._height, bins, empty, columns)
         with self._lock:
             self.shape.kept += int(total)
@@ -120,7 +121,7 @@ def _jobs_of(subject: Subject) -> dict[int, list[TensorJob]]:
 def _merge_mask(subject: Subject) -> MaskOf:
     """The mask that the merge uses: of an earlier stage where there is one."""
 
-    def mask(expert: ExpertView, block: Block) -> torch.Tensor:
+    def mask(expert: ExpertView, block: Block) -> NDArray[np.bool_]:
         if expert.masks is not None:
             return expert.masks.read(block[0].canonical, *block[1:])
         return block_mask(subject.plan, subject.facts, expert, block)[0]
@@ -147,10 +148,10 @@ def _by_rank(plan: MergePlan, scoring: PlanScoring, kept: Mapping[Key, int], wha
 
 
 def _by_scores(scoring: PlanScoring, taus: Mapping[Key, float]) -> MaskOf:
-    def mask(expert: ExpertView, block: Block) -> torch.Tensor:
+    def mask(expert: ExpertView, block: Block) -> NDArray[np.bool_]:
         tau = taus[expert.index, block[0].name]
         if not scoring.compiled([expert.index], block[0]):
-            return torch.cat([keep(scores, tau) for _, scores in scoring.scores([expert.index], block)])
+            return np.concatenate([keep(scores, tau).numpy() for _, scores in scoring.scores([expert.index], block)])
         base, (candidate,) = scoring.candidates([expert.index], block)
         found = keep_block(base, candidate, tau)
         if found is None:

@@ -7,6 +7,7 @@ from threading import Lock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ota_core.analysis.agreement import midranks, rank_rows
 from ota_core.analysis.kernels import count_common
@@ -16,7 +17,8 @@ from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
 from ota_core.compute.exact import PairDots
 from ota_core.compute.kernels import count_high, count_low, sqrt
-from ota_core.methods.saliency import BINS, keep, kept_count, locate, score_of
+from ota_core.methods.numbers import BINS, kept_count, locate, score_of
+from ota_core.methods.saliency import keep
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
 
 
@@ -24,7 +26,7 @@ from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
 class _Whole:
     """What is known of v over all tensors together: of each expert the counts by the upper 16 bits, int64 (M, 65536)."""
 
-    high: torch.Tensor
+    high: NDArray[np.int64]
     roots: PairDots
     """Of √v̂."""
     ranks: PairDots
@@ -51,7 +53,7 @@ def curvature_overlap(subject: Subject) -> Iterator[Row]:
         own = ", ".join(f"{expert.name} {subject.density_of(expert):.4g}" for expert in experts)
         subject.notes.append(f"the overlap of the largest v is that at density {density:.4g}, the mean of the experts' ({own})")
     cells = by_place(subject, jobs)
-    whole = _Whole(torch.zeros(len(experts), BINS, dtype=torch.int64), PairDots(len(experts)), PairDots(len(experts)))
+    whole = _Whole(np.zeros((len(experts), BINS), np.int64), PairDots(len(experts)), PairDots(len(experts)))
     names = [expert.name for expert in experts]
     size = 8 * BINS * len(experts)
     for group in groups_of(list(cells), lambda _: size, subject.plan.stream.memory // 8):
@@ -59,7 +61,7 @@ def curvature_overlap(subject: Subject) -> Iterator[Row]:
     k = kept_count(density, sum(job.elements for job in jobs))
     low, upper, above = _low_counts_and_ranks(subject, experts, jobs, whole, k)
     yield from _measures(names, WHOLE, whole.roots, whole.ranks, sum(job.elements for job in jobs))
-    taus = [score_of((upper[i] << 16) | locate(low[i].numpy(), k - above[i])[0]) if k else math.inf for i in range(len(experts))]
+    taus = [score_of((upper[i] << 16) | locate(low[i], k - above[i])[0]) if k else math.inf for i in range(len(experts))]
     common = _common(subject, experts, jobs, taus)
     for place, counts in {**common, WHOLE: np.sum(list(common.values()), axis=0)}.items():
         elements = sum(job.elements for job in (jobs if place == WHOLE else cells[place]))
@@ -86,11 +88,11 @@ def _by_cell(
     subject: Subject, experts: Sequence[ExpertView], cells: dict[Place, list[TensorJob]], names: Sequence[str], whole: _Whole
 ) -> Iterator[Row]:
     """Cosine and rank correlation in each of these cells, in two passes over them; the counts of all add to the whole's."""
-    high = {place: torch.zeros(len(experts), BINS, dtype=torch.int64) for place in cells}
+    high = {place: np.zeros((len(experts), BINS), np.int64) for place in cells}
     jobs, lock = [job for members in cells.values() for job in members], Lock()
 
     def count(block: Block) -> None:
-        local = torch.zeros(len(experts), BINS, dtype=torch.int64)
+        local = np.zeros((len(experts), BINS), np.int64)
         for piece in pieces(subject, block):
             for i, expert in enumerate(experts):
                 count_high(_v(subject, expert, piece), local[i])
@@ -127,17 +129,17 @@ def _measures(names: Sequence[str], place: Place, roots: PairDots, ranks: PairDo
 
 def _low_counts_and_ranks(
     subject: Subject, experts: Sequence[ExpertView], jobs: Sequence[TensorJob], whole: _Whole, k: int
-) -> tuple[torch.Tensor, list[int], list[int]]:
+) -> tuple[NDArray[np.int64], list[int], list[int]]:
     """One pass over all: the products of ranks over the whole model, and what settles the k-th largest v of each expert.
 
     Returns the counts by the lower 16 bits in the bin of the k-th largest, int64 (M, 65536), that bin, and how many lie above it.
     """
-    found = [locate(counts.numpy(), k) if k else (0, 0) for counts in whole.high]
+    found = [locate(counts, k) if k else (0, 0) for counts in whole.high]
     ranks_of = [midranks(counts) for counts in whole.high]
-    low, lock = torch.zeros_like(whole.high), Lock()
+    low, lock = np.zeros_like(whole.high), Lock()
 
     def work(block: Block) -> None:
-        local, of_ranks = torch.zeros_like(low), PairDots(len(experts))
+        local, of_ranks = np.zeros_like(low), PairDots(len(experts))
         for piece in pieces(subject, block):
             v = [_v(subject, expert, piece) for expert in experts]
             of_ranks.add_rows(np.stack([rank_rows(rank, one) for rank, one in zip(ranks_of, v, strict=True)]))
@@ -145,7 +147,7 @@ def _low_counts_and_ranks(
                 count_low(one, found[i][0], local[i])
         whole.ranks.add(of_ranks)
         with lock:
-            low.add_(local)
+            np.add(low, local, out=low)
 
     _map(subject, experts, work, jobs)
     return low, [upper for upper, _ in found], [above for _, above in found]

@@ -7,13 +7,11 @@ numbers that do not overlap (Shewchuk 1997, "Adaptive precision floating-point a
 import math
 from threading import Lock
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ota_core.compute.loops import compiled
 from ota_core.compute.subspace import dot
-
-_compile = numba.njit(cache=True, nogil=True)
 
 # An exact sum of float64 has at most 2,098 bits, hence 40 numbers that do not overlap.
 _WIDTH = 44
@@ -30,7 +28,7 @@ def pair_index(a: int, b: int, vectors: int) -> int:
     return a * vectors - a * (a - 1) // 2 + b - a
 
 
-@_compile
+@compiled
 def _grow(parts: NDArray[np.float64], used: int, x: float) -> int:
     """Add x to an expansion of ``used`` numbers, by rising size. Returns how many there are now, or −1 for what is not finite."""
     kept = 0
@@ -50,7 +48,7 @@ def _grow(parts: NDArray[np.float64], used: int, x: float) -> int:
     return kept + 1
 
 
-@_compile
+@compiled
 def _add_dots(vectors: NDArray[np.float64], parts: NDArray[np.float64], used: NDArray[np.int64]) -> bool:
     for i in range(vectors.shape[1]):
         pair = 0
@@ -63,7 +61,7 @@ def _add_dots(vectors: NDArray[np.float64], parts: NDArray[np.float64], used: ND
     return True
 
 
-@_compile
+@compiled
 def _add_parts(
     parts: NDArray[np.float64], used: NDArray[np.int64], other: NDArray[np.float64], other_used: NDArray[np.int64]
 ) -> None:

@@ -17,8 +17,9 @@ BLOCKS_UNDER_WAY = 3
 BLOCK_ELEMENTS = 1 << 22
 
 
-def gpus_of(device: torch.device) -> list[int]:
+def gpus_of(name: str) -> list[int]:
     """The GPUs that a device stands for: all of them for ``cuda``, one for ``cuda:1``, none for ``cpu``."""
+    device = torch.device(name)
     if device.type != "cuda":
         return []
     return [device.index] if device.index is not None else list(range(torch.cuda.device_count()))
@@ -45,14 +46,19 @@ class Lanes:
             stream.synchronize()
 
 
-def to_device(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Rows of a file on the device, in their own type; the rows themselves where that is the CPU.
+def to_device(rows: torch.Tensor, device: str) -> torch.Tensor:
+    """Rows of a file on the GPU, in their own type.
 
     Through pinned memory, and without waiting for the copy: torch keeps the pinned block until the stream is done with it.
     """
-    return rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
+    return rows.pin_memory().to(device, non_blocking=True)
 
 
-def output_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Where merged rows are put on the CPU: pinned, when they come from a GPU."""
-    return torch.empty(rows, columns, dtype=dtype, pin_memory=device.type == "cuda")
+def wait() -> None:
+    """Until all that this thread's stream was given is done."""
+    torch.cuda.current_stream().synchronize()
+
+
+def output_rows(rows: int, columns: int, dtype: str) -> torch.Tensor:
+    """Where merged rows that come from a GPU are put: pinned memory. dtype: as torch names it."""
+    return torch.empty(rows, columns, dtype=getattr(torch, dtype), pin_memory=True)

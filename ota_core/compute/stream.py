@@ -1,18 +1,21 @@
 """Runs the same work over many blocks on a few threads, within a memory budget. Results never depend on the cut or the order."""
 
 import os
+import platform
 import re
+import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from ota_core.compute.gpu import Lanes
 from ota_core.errors import OtaError
+
+if TYPE_CHECKING:
+    from ota_core.compute.gpu import Lanes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -48,6 +51,12 @@ def parse_memory(text: str | int) -> int:
     return parse_size(text, "memory", "64MiB")
 
 
+def peak_memory_gib() -> float:
+    """Largest resident size of this process so far, mapped pages included, in GiB."""
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
 @dataclass(kw_only=True)
 class Stream:
     """How blocks are worked on: their size, the number of threads, who is told of the progress, whose pages are dropped."""
@@ -56,7 +65,7 @@ class Stream:
     threads: int = field(default_factory=lambda: min(MAX_THREADS, len(os.sched_getaffinity(0))))
     memory: int = 2 * 2**30
     progress: Progress | None = None
-    lanes: Lanes | None = None
+    lanes: "Lanes | None" = None
     """Where blocks are worked on by GPUs."""
     droppable: list[Callable[[], None]] = field(default_factory=list)
     """Called when ``mapped_bytes`` have been read through memory maps since the last time."""
@@ -105,6 +114,7 @@ class Stream:
             def step(index: int, item: Item) -> Result:
                 if ahead is not None and index + self.threads < len(todo):
                     ahead(todo[index + self.threads])
+                _torch_threads.settle()
                 with self.lanes.mine() if self.lanes else nullcontext():
                     return work(item)
 
@@ -140,7 +150,10 @@ def _take(queue: Iterator[tuple[int, Item]], count: int) -> Iterator[tuple[int, 
 
 
 class _TorchThreads:
-    """torch's own threads would fight with the streams'. The setting is the process's, so the first stream takes and the last restores it."""
+    """torch's own threads would fight with the streams'. The setting is the process's, so the first stream takes and the last restores it.
+
+    torch may come while a stream runs, when a block is one that no compiled loop covers; a stream of compiled loops never loads it.
+    """
 
     def __init__(self) -> None:
         self._lock, self._users, self._before = Lock(), 0, 0
@@ -148,17 +161,26 @@ class _TorchThreads:
     @contextmanager
     def single(self) -> Iterator[None]:
         with self._lock:
-            if self._users == 0:
-                self._before = torch.get_num_threads()
-                torch.set_num_threads(1)
             self._users += 1
         try:
+            self.settle()
             yield
         finally:
             with self._lock:
                 self._users -= 1
-                if self._users == 0:
-                    torch.set_num_threads(self._before)
+                if self._users == 0 and self._before:
+                    sys.modules["torch"].set_num_threads(self._before)
+                    self._before = 0
+
+    def settle(self) -> None:
+        """One thread for torch from here on, where it is loaded."""
+        torch: Any = sys.modules.get("torch")
+        if self._before or not hasattr(torch, "set_num_threads"):  # a module that is being imported lacks what comes last
+            return
+        with self._lock:
+            if self._before == 0:
+                self._before = torch.get_num_threads()
+                torch.set_num_threads(1)
 
 
 _torch_threads = _TorchThreads()

@@ -3,19 +3,19 @@
 Legend: m rows of a sketch, R rows, C columns, l directions. Directions are the rows of a matrix (l, C), orthonormal or zero.
 """
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ota_core.compute.loops import compiled
+
 F64 = NDArray[np.float64]
-_compile = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 # What is left of a vector after its projections were taken off counts as nothing below this share of its length.
 _DEPENDENT = 1e-10
 _SWEEPS = 30
 
 
-@_compile
+@compiled
 def mix(counter: int, seed: int) -> np.uint64:
     """A random number for each (counter, seed): the finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
     z = np.uint64(counter) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
@@ -24,7 +24,7 @@ def mix(counter: int, seed: int) -> np.uint64:
     return z ^ (z >> np.uint64(31))
 
 
-@_compile
+@compiled
 def dot(a: F64, b: F64) -> float:
     """Σ a·b in eight running sums, whose order only the length decides."""
     whole = a.shape[0] - a.shape[0] % 8
@@ -44,14 +44,14 @@ def dot(a: F64, b: F64) -> float:
     return total
 
 
-@_compile
+@compiled
 def add_scaled(target: F64, factor: float, vector: F64) -> None:
     """target += factor · vector."""
     for j in range(target.shape[0]):
         target[j] += factor * vector[j]
 
 
-@_compile
+@compiled
 def products(matrix: F64, directions: F64, out: F64) -> None:
     """out (n, l) = matrix (n, C) · directions (l, C)ᵀ."""
     for i in range(matrix.shape[0]):
@@ -59,7 +59,7 @@ def products(matrix: F64, directions: F64, out: F64) -> None:
             out[i, p] = dot(matrix[i], directions[p])
 
 
-@_compile
+@compiled
 def combinations(factors: F64, matrix: F64, out: F64) -> None:
     """out (l, C) = factors (n, l)ᵀ · matrix (n, C), added row after row."""
     out[:] = 0.0
@@ -68,7 +68,7 @@ def combinations(factors: F64, matrix: F64, out: F64) -> None:
             add_scaled(out[p], factors[i, p], matrix[i])
 
 
-@_compile
+@compiled
 def orthonormalise(vectors: F64) -> None:
     """Gram-Schmidt on the rows, twice for accuracy; a row that depends on those before it becomes zero."""
     for p in range(vectors.shape[0]):
@@ -83,7 +83,7 @@ def orthonormalise(vectors: F64) -> None:
             vectors[p] /= length
 
 
-@_compile
+@compiled
 def leading_directions(sketch: F64, first: F64, count: int, rounds: int) -> F64:
     """Orthonormal directions (1 + count, C): ``first`` (C,), then the leading right singular space of the sketch (m, C).
 
@@ -108,7 +108,7 @@ def leading_directions(sketch: F64, first: F64, count: int, rounds: int) -> F64:
     return directions
 
 
-@_compile
+@compiled
 def eigenvectors(matrix: F64) -> tuple[F64, F64]:
     """Eigenvalues (l,), falling, and eigenvectors as rows (l, l) of a symmetric matrix: Jacobi's rotations, row after row."""
     a, n = matrix.copy(), matrix.shape[0]

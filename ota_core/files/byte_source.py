@@ -5,9 +5,10 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 # The kernel reads ahead at most this much for one request on a disk with its default settings (read_ahead_kb).
 _READ_AHEAD = 128 * 1024
@@ -85,10 +86,11 @@ def open_source(path: Path, source_of: SourceOf | None) -> ByteSource:
     return MappedFile(path) if given is None else given
 
 
-def numbers(source: ByteSource, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """``count`` numbers that begin at a byte offset, shape (count,): a view of what the source returns, read-only by agreement."""
+def numbers(source: ByteSource, offset: int, count: int, dtype: Any) -> NDArray[Any]:
+    """``count`` numbers of a numpy type that begin at a byte offset, shape (count,): a view of what the source returns, read-only by
+    agreement."""
     if count == 0:
-        return torch.empty(0, dtype=dtype)
-    raw = torch.frombuffer(source.read(offset, offset + count * dtype.itemsize), dtype=torch.uint8)
-    # Not every format promises aligned tensors, torch's kernels expect them: only such numbers are copied.
-    return (raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype)
+        return np.empty(0, dtype)
+    found = np.frombuffer(source.read(offset, offset + count * np.dtype(dtype).itemsize), dtype)
+    # Not every format promises aligned tensors, compiled loops and torch's kernels expect them: only such numbers are copied.
+    return found if found.flags.aligned else found.copy()

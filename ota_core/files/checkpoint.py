@@ -1,19 +1,14 @@
 """A Hugging Face checkpoint folder as named tensors, read lazily: safetensors, sharded or not, or PyTorch's ``.bin``."""
 
 import json
-import pickle
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
-from ota_core.files.torch_file import TorchFile
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -31,50 +26,10 @@ class WeightFile(Protocol):
     path: Path
     infos: dict[str, TensorInfo]
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+    def read_rows(self, name: str, start: int, stop: int) -> Rows: ...
     def prefetch(self, name: str, start: int, stop: int) -> None: ...
     def drop_pages(self) -> None: ...
     def close(self) -> None: ...
-
-
-class _BinFile:
-    """A ``.bin`` of torch.save, read by ranges rather than loaded; only tensors are unpickled (``weights_only``)."""
-
-    def __init__(self, path: Path, source_of: SourceOf | None) -> None:
-        self.path = path
-        try:
-            self._file = TorchFile(path, source_of)
-            state = self._file.saved
-            if isinstance(state, dict):
-                self._file.check(value for value in state.values() if isinstance(value, torch.Tensor))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist; the index lists it: fetch the checkpoint again") from None
-        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}); expected a zip file of torch.save with tensors "
-                "only. Save the model as safetensors, or fetch the file again"
-            ) from None
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise CheckpointError(
-                f"{path} holds {type(state).__name__}, expected a dictionary of tensors: is this a model's state dict?"
-            )
-        self._state: dict[str, torch.Tensor] = state
-        self.infos = {
-            name: TensorInfo(name, value.dtype, tuple(value.shape), 0, value.nbytes) for name, value in self._state.items()
-        }
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._file.read_rows(self._state[name], start, stop)
-
-    def prefetch(self, name: str, start: int, stop: int) -> None:
-        self._file.prefetch(self._state[name], start, stop)
-
-    def drop_pages(self) -> None:
-        self._file.drop_pages()
-
-    def close(self) -> None:
-        self._state = {}
-        self._file.close()
 
 
 class Checkpoint:
@@ -108,14 +63,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} holds no tensor '{name}'")
         return self._where[name].infos[name]
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows start:stop of the matrix of ``blocks.matrix_shape``, in the stored dtype; a view of the file, not to be written to."""
         return self._where[name].read_rows(name, start, stop)
-
-    def read(self, name: str) -> torch.Tensor:
-        """A whole tensor in its own shape and stored dtype."""
-        shape = self.info(name).shape
-        return self.read_rows(name, 0, matrix_shape(shape)[0]).reshape(shape)
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """The same rows are read soon: a hint that costs little and may be repeated."""
@@ -133,7 +83,9 @@ class Checkpoint:
 
 def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
     if path.suffix != ".safetensors":
-        return _BinFile(path, source_of)
+        from ota_core.files.bin_file import BinFile  # it needs torch
+
+        return BinFile(path, source_of)
     return SafetensorsFile(path, source_of(path) if source_of else None)
 
 

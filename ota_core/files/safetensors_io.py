@@ -13,28 +13,13 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import ByteSource, MappedFile, numbers
+from ota_core.files.rows import DTYPES, Dtype, Rows
 
 FORMAT_KEY = "ota_format"
 """In the metadata of the files that this project writes: which format of its own one has."""
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 MAX_HEADER = 100_000_000  # the reference implementation's limit, in bytes
 AGAIN = "fetch or save the file again"
 
@@ -44,7 +29,7 @@ class TensorInfo:
     """Where one tensor lies: ``start`` and ``stop`` are byte offsets from the beginning of the file."""
 
     name: str
-    dtype: torch.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -78,7 +63,7 @@ class SafetensorsFile:
         except KeyError:
             raise CheckpointError(f"{self.path} holds no tensor {name!r} ({len(self.infos)} others); check the name") from None
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows start:stop of a tensor seen as the matrix (R, C) of ``blocks.matrix_shape``, in its storage dtype.
 
         The result, shape (stop − start, C), is a view of what the source holds, of the memory map where the file is local: treat
@@ -89,7 +74,8 @@ class SafetensorsFile:
         if not 0 <= start <= stop <= rows:
             raise IndexError(f"rows {start}:{stop} of {name!r} asked, which has rows 0:{rows}")
         offset = info.start + start * cols * info.dtype.itemsize
-        return numbers(self._source, offset, (stop - start) * cols, info.dtype).view(stop - start, cols)
+        held = numbers(self._source, offset, (stop - start) * cols, info.dtype.held)
+        return Rows(info.dtype, held.reshape(stop - start, cols))
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """The same rows are read soon: a hint, see ``ByteSource.prefetch``. Rows beyond the tensor's are ignored."""

@@ -9,12 +9,14 @@ import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.files.byte_source import ByteSource, SourceOf, numbers, open_source
+from ota_core.files.rows import dtype_of
+
+if TYPE_CHECKING:
+    import torch
 
 ZIP = b"PK\x03\x04"
 LOCAL_HEADER = 30  # bytes before a record's name (APPNOTE.TXT 4.3.7); the lengths of name and extra field are its last four
@@ -31,6 +33,8 @@ class TorchFile:
 
         Raises whatever torch.load raises for a damaged or hostile file, OSError, or ValueError for a zip file that torch did not write.
         """
+        import torch
+
         self.path = path
         source = open_source(path, source_of)
         self._source: ByteSource | None = source
@@ -42,32 +46,32 @@ class TorchFile:
         self.saved = torch.load(path, map_location="meta", weights_only=True)
         self._records = _records(path, source)
 
-    def check(self, tensors: Iterable[torch.Tensor]) -> None:
+    def check(self, tensors: "Iterable[torch.Tensor]") -> None:
         """Raises ValueError where the bytes of one of the file's tensors do not lie where torch puts them."""
         for tensor in tensors:
             if self._source is not None and tensor.numel():
                 self._offset(tensor)
 
-    def read_rows(self, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, tensor: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
         """Rows start:stop of one of the file's tensors as the matrix (R, C) of ``blocks.matrix_shape``, in its dtype; read-only."""
         rows, cols = matrix_shape(tensor.shape)
         if not 0 <= start <= stop <= rows:
             raise IndexError(f"rows {start}:{stop} asked, the tensor has rows 0:{rows}")
         if self._source is None or tensor.numel() == 0:
-            whole = tensor if self._source is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+            whole = tensor if self._source is None else tensor.new_empty(tensor.shape, device="cpu")
             return whole.reshape(rows, cols)[start:stop]
         offset = self._offset(tensor)
         if tensor.is_contiguous():
             first = offset + start * cols * tensor.itemsize
-            return numbers(self._source, first, (stop - start) * cols, tensor.dtype).view(stop - start, cols)
-        held = numbers(self._source, offset, _span(tensor), tensor.dtype)
+            return _numbers(self._source, first, (stop - start) * cols, tensor).view(stop - start, cols)
+        held = _numbers(self._source, offset, _span(tensor), tensor)
         return held.as_strided(tensor.shape, tensor.stride(), 0).reshape(rows, cols)[start:stop]
 
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+    def read(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """All numbers of one of the file's tensors, in its shape; read-only."""
         return self.read_rows(tensor, 0, matrix_shape(tensor.shape)[0]).reshape(tensor.shape)
 
-    def prefetch(self, tensor: torch.Tensor, start: int, stop: int) -> None:
+    def prefetch(self, tensor: "torch.Tensor", start: int, stop: int) -> None:
         """The same rows are read soon: a hint, see ``ByteSource.prefetch``."""
         if self._source is None or tensor.numel() == 0:
             return
@@ -89,7 +93,7 @@ class TorchFile:
         if self._source is not None:
             self._source.close()
 
-    def _offset(self, tensor: torch.Tensor) -> int:
+    def _offset(self, tensor: "torch.Tensor") -> int:
         """Where a tensor's first element lies in the file. torch computes it from sizes; the zip's own directory must agree."""
         storage = tensor.untyped_storage()
         offset = getattr(storage, "_checkpoint_offset", None)
@@ -101,7 +105,15 @@ class TorchFile:
         return int(offset) + int(tensor.storage_offset()) * tensor.itemsize
 
 
-def _span(tensor: torch.Tensor) -> int:
+def _numbers(source: ByteSource, offset: int, count: int, like: "torch.Tensor") -> "torch.Tensor":
+    """``count`` numbers from a byte offset on, shape (count,), in the type of ``like``."""
+    import torch
+
+    held = numbers(source, offset, count, dtype_of(like).held)
+    return torch.from_numpy(held).view(like.dtype)
+
+
+def _span(tensor: "torch.Tensor") -> int:
     """Elements of the storage from the tensor's first to its last one."""
     return 1 + sum(int((size - 1) * stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 

@@ -8,19 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ota_core.artifact import write_text_atomic
 from ota_core.compute.blocks import matrix_shape
 from ota_core.files.checkpoint import SAFETENSORS_INDEX
-from ota_core.files.safetensors_io import DTYPES
+from ota_core.files.rows import Dtype
 
 MAX_SHARD_BYTES = 5 * 10**9
 WRITEBACK_BYTES = 1 << 20
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if os.name == "posix" else None
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
 
     @property
     def bytes(self) -> int:
@@ -53,7 +54,7 @@ class SafetensorsWriter:
         # Wider types first, as safetensors itself does, so that every tensor starts at a multiple of its element size.
         for spec in sorted(specs, key=lambda s: (-s.dtype.itemsize, s.name)):
             header[spec.name] = {
-                "dtype": _CODES[spec.dtype],
+                "dtype": spec.dtype.code,
                 "shape": list(spec.shape),
                 "data_offsets": [offset, offset + spec.bytes],
             }
@@ -67,14 +68,14 @@ class SafetensorsWriter:
         _pwrite_all(self._fd, len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(self._fd, self.size)
 
-    def write_rows(self, name: str, start: int, rows: torch.Tensor) -> None:
-        """Write rows from ``start`` on; ``rows`` has the shape (n, C) of ``blocks.matrix_shape`` and the tensor's dtype."""
+    def write_rows(self, name: str, start: int, rows: NDArray[Any]) -> None:
+        """Write rows from ``start`` on: the shape (n, C) of ``blocks.matrix_shape``, the type that holds the tensor's (``Dtype.held``)."""
         spec = self._specs[name]
-        assert rows.dtype == spec.dtype and rows.dim() == 2, (name, rows.dtype, rows.shape)
-        if rows.numel() == 0:
+        assert rows.dtype == spec.dtype.held and rows.ndim == 2, (name, rows.dtype, rows.shape)
+        if rows.size == 0:
             return
-        row_bytes = rows.shape[1] * rows.element_size()
-        data = memoryview(rows.cpu().contiguous().view(torch.uint8).reshape(-1).numpy())  # type: ignore[arg-type]
+        row_bytes = rows.shape[1] * rows.itemsize
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         offset = self._data_start + self._offsets[name] + start * row_bytes
         _pwrite_all(self._fd, data, offset)
         start_writeback(self._fd, offset, data.nbytes)

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ota_core.fused.memory import SOURCE, TILE, VSource, compiled, load, source_of
-from ota_core.fused.ota import BY_MAGNITUDE, load_v_hat, scores
+from ota_core.compute.loops import compiled
+from ota_core.files.rows import Rows
+from ota_core.fused.memory import load
+from ota_core.fused.ota import load_v_hat, scores
+from ota_core.fused.sources import BY_MAGNITUDE, SOURCE, TILE, VSource, source_of
 
 CANDIDATE = np.dtype([("theta", SOURCE), ("v", SOURCE), ("factor", np.float32), ("metric", np.int64), ("row", np.int64)])
 
@@ -18,7 +20,7 @@ CANDIDATE = np.dtype([("theta", SOURCE), ("v", SOURCE), ("factor", np.float32), 
 class Candidate:
     """One expert whose scores are counted: n elements."""
 
-    theta: torch.Tensor
+    theta: Rows
     """The weights as they are stored: float32, bfloat16 or float16."""
     v: VSource | None
     """The second moments; None where they do not matter (``BY_MAGNITUDE``)."""
@@ -102,15 +104,15 @@ def _keep(base_source: Any, one: Any, n: int, threshold: np.float32, kept: Any) 
     return total
 
 
-def keep_block(base: torch.Tensor, candidate: Candidate, threshold: float) -> tuple[torch.Tensor, int] | None:
+def keep_block(base: Rows, candidate: Candidate, threshold: float) -> tuple[NDArray[np.bool_], int] | None:
     """The FFG mask of n elements, ``saliency.keep`` of their scores: bool (n,), and how many are kept. None for a bad v."""
-    kept = np.empty(base.numel(), np.bool_)
-    count = _keep(source_of(base)[()], _table([candidate])[0], base.numel(), np.float32(threshold), kept)
-    return None if count < 0 else (torch.from_numpy(kept), int(count))
+    kept = np.empty(base.size, np.bool_)
+    count = _keep(source_of(base)[()], _table([candidate])[0], base.size, np.float32(threshold), kept)
+    return None if count < 0 else (kept, int(count))
 
 
 def count_high(
-    base: torch.Tensor, candidates: Sequence[Candidate], high: NDArray[np.int64], *, piece: int = TILE, stride: int = TILE
+    base: Rows, candidates: Sequence[Candidate], high: NDArray[np.int64], *, piece: int = TILE, stride: int = TILE
 ) -> int | None:
     """Count the upper 16 bits of the scores of n elements.
 
@@ -118,12 +120,12 @@ def count_high(
     Returns the position of the first expert whose v holds a negative, NaN or infinite entry, else None.
     """
     assert piece <= TILE
-    bad = _count_high(source_of(base)[()], _table(candidates), base.numel(), piece, stride, high)
+    bad = _count_high(source_of(base)[()], _table(candidates), base.size, piece, stride, high)
     return None if bad < 0 else bad
 
 
 def count_brackets(
-    base: torch.Tensor,
+    base: Rows,
     candidates: Sequence[Candidate],
     *,
     lowest: NDArray[np.int64],
@@ -135,7 +137,7 @@ def count_brackets(
     base: n elements as stored. lowest: int64 (M, R), the first pattern of each bracket, −1 for none. above: int64 (M, R), is added to;
     inside: int64 (M, R, W), too, one count for each of the W patterns from ``lowest`` on. Returns what ``count_high`` returns.
     """
-    bad = _count_brackets(source_of(base)[()], _table(candidates), base.numel(), lowest, inside.shape[2], above, inside)
+    bad = _count_brackets(source_of(base)[()], _table(candidates), base.size, lowest, inside.shape[2], above, inside)
     return None if bad < 0 else bad
 
 

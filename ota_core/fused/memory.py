@@ -4,71 +4,18 @@ A tile is what ``load`` and ``store`` move: up to 1,024 elements as float32 or f
 Addresses are valid as long as the tensors behind them live; who calls a compiled loop holds them.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
-
-TILE = 1024
-F32, BF16, F16, RANK1 = 0, 1, 2, 3
-KINDS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
-"""Types that are loaded."""
-WRITTEN = {torch.float32: F32, torch.bfloat16: BF16}
-"""Types that are stored."""
-
-SOURCE = np.dtype(
-    [
-        ("kind", np.int64),
-        ("address", np.uint64),  # of the block's first element; RANK1: of the first row's share r_i / s, float32
-        ("columns", np.uint64),  # RANK1: of the column sums of the first matrix, float32 (stacks, width)
-        ("width", np.int64),  # RANK1: columns of a matrix
-        ("height", np.int64),  # RANK1: rows of a matrix
-        ("row", np.int64),  # RANK1: the block's first row
-    ]
-)
-"""Where a block's elements come from."""
-
-
-def source_of(block: torch.Tensor) -> NDArray[Any]:
-    """A SOURCE, shape (), for a contiguous block of a type in ``KINDS``. The block must outlive it."""
-    assert block.is_contiguous(), "compiled loops walk through a block by address"
-    found = np.zeros((), SOURCE)
-    found["kind"], found["address"] = KINDS[block.dtype], block.data_ptr()
-    return found
-
-
-def rank1_source(share: torch.Tensor, columns: torch.Tensor, row: int) -> NDArray[Any]:
-    """A SOURCE for rows from ``row`` on of ṽ_ij = share_i · columns_j.
-
-    share: float32 (…, R); columns: float32 (…, C), with the same leading axes. Both must outlive it.
-    """
-    assert share.is_contiguous() and columns.is_contiguous() and share.dtype == columns.dtype == torch.float32
-    found = np.zeros((), SOURCE)
-    found["kind"], found["columns"] = RANK1, columns.data_ptr()
-    found["address"] = share.data_ptr() + 4 * row
-    found["width"], found["height"], found["row"] = columns.shape[-1], share.shape[-1], row
-    return found
-
-
-@dataclass(frozen=True)
-class VSource:
-    """Second moments of a block as a compiled pass takes them."""
-
-    source: NDArray[Any]
-    """A SOURCE."""
-    factor: float
-    """What makes v of it v̂."""
-    held: Any
-    """The tensors that the source's addresses point into."""
+from ota_core.compute.loops import compiled
+from ota_core.fused.sources import BF16, F16, F32
 
 
 @intrinsic

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ota_core.fused.memory import SOURCE, TILE, WRITTEN, VSource, compiled, load, load_bytes, source_of, store
+from ota_core.compute.loops import compiled
+from ota_core.files.rows import Rows
+from ota_core.fused.memory import load, load_bytes, store
+from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE, SOURCE, TILE, WRITTEN, VSource, source_of
 
-BY_CURVATURE, BY_MAGNITUDE = 0, 1
 ALL, ABOVE, GIVEN = 0, 1, 2  # what an expert keeps: everything, scores from τ on, or a mask made before
 
 VOTE = np.dtype(
@@ -32,7 +33,7 @@ VOTE = np.dtype(
 class Vote:
     """One expert's part in a block of n elements."""
 
-    theta: torch.Tensor
+    theta: Rows
     """The weights as they are stored: float32, bfloat16 or float16, n elements."""
     v: VSource
     """The second moments, and the factor that makes them v̂."""
@@ -40,7 +41,7 @@ class Vote:
     mean: float = 1.0
     threshold: float | None = None
     """τ on the score; None where FFG is off or ``kept`` is given."""
-    kept: torch.Tensor | None = None
+    kept: NDArray[np.bool_] | None = None
     """A mask made before, bool, n elements."""
     metric: int = BY_CURVATURE
 
@@ -196,9 +197,9 @@ def _merge(
 
 
 def ota_block(
-    base: torch.Tensor | None,
+    base: Rows | None,
     votes: Sequence[Vote],
-    out: torch.Tensor,
+    out: Rows,
     *,
     power: float,
     epsilon: float,
@@ -216,15 +217,13 @@ def ota_block(
         row["theta"], row["v"], row["factor"] = source_of(vote.theta), vote.v.source, vote.v.factor
         row["mean"], row["scale"], row["metric"] = vote.mean, vote.scale, vote.metric
         if vote.kept is not None:
-            assert vote.kept.is_contiguous() and vote.kept.dtype == torch.bool
-            row["keeps"], row["mask"] = GIVEN, vote.kept.data_ptr()
+            assert vote.kept.flags.c_contiguous and vote.kept.dtype == np.bool_
+            row["keeps"], row["mask"] = GIVEN, vote.kept.ctypes.data
         elif vote.threshold is not None:
             row["keeps"], row["threshold"] = ABOVE, vote.threshold
     counts = np.zeros(len(votes), np.int64)
     kind = WRITTEN[out.dtype]
     assert base is not None or not (table["keeps"] != ALL).any()
     start = source_of(base if base is not None else votes[0].theta)[()]
-    bad = _merge(
-        base is not None, start, table, out.numel(), power, epsilon, lam, denominator == "kept", kind, out.data_ptr(), counts
-    )
+    bad = _merge(base is not None, start, table, out.size, power, epsilon, lam, denominator == "kept", kind, out.address, counts)
     return counts.tolist(), None if bad < 0 else bad

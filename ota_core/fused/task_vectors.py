@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from ota_core.fused.memory import SOURCE, TILE, WRITTEN, compiled, load, source_of, store
-from ota_core.methods.dare import key_of
+from ota_core.compute.loops import compiled
+from ota_core.files.rows import Rows
+from ota_core.fused.memory import load, store
+from ota_core.fused.sources import SOURCE, TILE, WRITTEN, source_of
+from ota_core.methods.numbers import key_of
 
 PART = np.dtype(
     [
@@ -30,7 +32,7 @@ PART = np.dtype(
 class Part:
     """One expert's part in a block of n elements, and what of its task vector is left."""
 
-    theta: torch.Tensor
+    theta: Rows
     """The weights as they are stored: float32, bfloat16 or float16, n elements."""
     weight: float
     lowest: float = 0.0
@@ -119,7 +121,7 @@ def _combine(
 
 
 def combine_block(
-    base: torch.Tensor, parts: Sequence[Part], out: torch.Tensor, *, elect: bool, normalize: bool, lam: float, nothing: float
+    base: Rows, parts: Sequence[Part], out: Rows, *, elect: bool, normalize: bool, lam: float, nothing: float
 ) -> None:
     """θ₀ + λ · what ``add_up`` or, with ``elect``, ``elect_and_add`` makes of the parts, rounded into ``out``.
 
@@ -133,9 +135,7 @@ def combine_block(
         if part.random is not None:
             row["random"], row["key"], row["start"] = 1, key_of(*part.random[:3]), part.random[3]
     weights = sum(part.weight for part in parts)
-    _combine(
-        source_of(base)[()], table, base.numel(), elect, normalize, weights, lam, nothing, WRITTEN[out.dtype], out.data_ptr()
-    )
+    _combine(source_of(base)[()], table, base.size, elect, normalize, weights, lam, nothing, WRITTEN[out.dtype], out.address)
 
 
 @compiled
@@ -155,8 +155,8 @@ def _average(thetas: Any, weights: Any, n: int, divisor: float, kind: int, addre
         store(total, count, kind, address, first, theta)
 
 
-def linear_block(thetas: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor, *, normalize: bool) -> None:
+def linear_block(thetas: Sequence[Rows], weights: Sequence[float], out: Rows, *, normalize: bool) -> None:
     """``methods.averages.linear`` of blocks of n elements as stored, rounded into ``out``: float32 or bfloat16, contiguous."""
     table = np.array([source_of(theta)[()] for theta in thetas], SOURCE)
     divisor = float(sum(weights)) if normalize else 1.0
-    _average(table, np.array(weights, np.float64), out.numel(), divisor, WRITTEN[out.dtype], out.data_ptr())
+    _average(table, np.array(weights, np.float64), out.size, divisor, WRITTEN[out.dtype], out.address)

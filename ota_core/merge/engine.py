@@ -4,16 +4,15 @@ merge: recipe and inputs → a complete Hugging Face folder. mask: recipe and in
 """
 
 import platform
-import resource
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
-from ota_core.compute.stream import Progress, Stream, parse_memory
+from ota_core.compute.stream import Progress, Stream, parse_memory, peak_memory_gib
 from ota_core.errors import OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
@@ -53,11 +52,15 @@ class MergeReport(BaseModel):
 
 def pick_device(device: str) -> str:
     """The torch device that ``cpu``, ``cuda`` or ``auto`` means here. Raises OtaError when cuda is asked and there is none."""
+    if device == "cpu":
+        return device
+    import torch
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in {"cpu", "cuda"} and not device.startswith("cuda:"):
+    if device != "cuda" and not device.startswith("cuda:"):
         raise OtaError(f"device: got '{device}', expected cpu, cuda or auto")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise OtaError("device: cuda is asked for, but torch sees no GPU here; use --device cpu or auto")
     return device
 
@@ -266,19 +269,13 @@ def compress_moments(
         moments.close()
 
 
-def peak_memory_gib() -> float:
-    """Largest resident size of this process so far, mapped pages included, in GiB."""
-    scale = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
-
-
 def environment(device: str) -> dict[str, Any]:
     """Where and with what a stage ran; it never decides the bytes."""
     return {
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "device": device,
     }
 

@@ -11,18 +11,21 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from ota_core.compute.gpu import output_rows
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.files.rows import Rows
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, block_elements
 from ota_core.plan.vocabulary import add_tokens
-from ota_core.rules.rule import Rule
+
+if TYPE_CHECKING:
+    from ota_core.rules.rule import Rule
 
 ABANDONED_SECONDS = 60
 
@@ -110,7 +113,7 @@ def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> Shard
     return plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
 
 
-def write_weights(plan: MergePlan, rule: Rule, folder: Path, shards: Shards) -> None:
+def write_weights(plan: MergePlan, rule: "Rule", folder: Path, shards: Shards) -> None:
     """Merge every block of these files and write it to its place; the bytes do not depend on the order of the blocks."""
     writers: dict[str, SafetensorsWriter] = {}
     try:
@@ -120,15 +123,9 @@ def write_weights(plan: MergePlan, rule: Rule, folder: Path, shards: Shards) -> 
             by_tensor |= {spec.name: writers[file] for spec in specs}
 
         def work(block: Block) -> None:
-            job, start, stop = block
-            if job.copy:
-                rows = _copied(plan, block)
-            else:
-                rows = output_rows(stop - start, block_elements(block) // (stop - start), job.dtype, plan.device)
-                rule.merge(block, rows)
-                if plan.device.type == "cuda":
-                    torch.cuda.current_stream().synchronize()
-            by_tensor[job.name].write_rows(job.name, start, rows)
+            job, start, _ = block
+            rows = _copied(plan, block) if job.copy else _merged(plan, rule, block)
+            by_tensor[job.name].write_rows(job.name, start, rows.held)
 
         def ahead(block: Block) -> None:
             if not block[0].copy:
@@ -144,13 +141,28 @@ def write_weights(plan: MergePlan, rule: Rule, folder: Path, shards: Shards) -> 
         writer.close()
 
 
-def _copied(plan: MergePlan, block: Block) -> torch.Tensor:
+def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
+    job, start, stop = block
+    shape = (stop - start, block_elements(block) // (stop - start))
+    if plan.device == "cpu":
+        rows = Rows(job.dtype, np.empty(shape, job.dtype.held))
+        rule.merge(block, rows)
+        return rows
+    from ota_core.compute import gpu
+
+    rows = Rows.of(gpu.output_rows(*shape, job.dtype.name))
+    rule.merge(block, rows)
+    gpu.wait()
+    return rows
+
+
+def _copied(plan: MergePlan, block: Block) -> Rows:
     """Rows of a tensor that is not of floating point: every model must hold the same."""
     job, start, stop = block
     first, *others = plan.models
     rows = first.stored(job.name, start, stop)
     for view in others:
-        if not rows.equal(view.stored(job.name, start, stop)):
+        if not np.array_equal(rows.held, view.stored(job.name, start, stop).held):
             raise CheckpointError(
                 f"tensor '{job.name}' ({job.dtype}) differs between {first.name} and {view.name}; integer tensors cannot be merged"
             )

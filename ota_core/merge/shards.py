@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Progress, parse_memory
 from ota_core.errors import ArtifactError, OtaError, RecipeError
+from ota_core.files.rows import I64
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
 from ota_core.merge.engine import complete_folder, pick_device
@@ -41,7 +41,7 @@ FORMAT = "survey/1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class MergeInParts:
     """A merge and how its parts are run; the parts of one merge share recipe, inputs and shard size."""
 
     recipe: MergeRecipe
@@ -88,7 +88,7 @@ def _check_compressed(plan: MergePlan) -> None:
             )
 
 
-def shard_files(job: Job) -> list[str]:
+def shard_files(job: MergeInParts) -> list[str]:
     """The names of the output's weight files, each a part of the merge."""
     with job.opened() as (_, shards):
         return [file for file, _ in shards]
@@ -137,9 +137,9 @@ class Survey:
             tensors |= {"bins": self.brackets.bins, "above": self.brackets.above, "inside": self.brackets.inside}
         metadata = {FORMAT_KEY: FORMAT, "experts": ",".join(map(str, self.experts))}
         metadata |= {f"sum {m} {name}": value.hex() for m, sums in self.sums.items() for name, value in sums.items()}
-        writer = SafetensorsWriter(path, [TensorSpec(n, t.shape, torch.int64) for n, t in tensors.items()], metadata)
+        writer = SafetensorsWriter(path, [TensorSpec(n, t.shape, I64) for n, t in tensors.items()], metadata)
         for name, counts in tensors.items():
-            writer.write_rows(name, 0, torch.from_numpy(counts).reshape(matrix_shape(counts.shape)))
+            writer.write_rows(name, 0, counts.reshape(matrix_shape(counts.shape)))
         writer.close()
 
     @staticmethod
@@ -151,7 +151,7 @@ class Survey:
                     f"{path}: format {file.metadata.get(FORMAT_KEY)!r}, expected {FORMAT}; survey the shard again"
                 )
             held = {
-                name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone().numpy()
+                name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).held.reshape(info.shape).copy()
                 for name, info in file.infos.items()
             }
             experts = tuple(int(m) for m in file.metadata["experts"].split(",") if m)
@@ -175,7 +175,7 @@ def needs_survey(recipe: MergeRecipe, inputs: MergeInputs) -> bool:
     return recipe.setting("normalise") == "global" or (ranked and recipe.setting("scope") == "global")
 
 
-def survey(job: Job, shard: str, *, opened: Mapping[int, int] | None = None) -> Survey:
+def survey(job: MergeInParts, shard: str, *, opened: Mapping[int, int] | None = None) -> Survey:
     """Count one shard: all upper bits and the sums, or with ``opened`` what lies above and inside each expert's bin. Raises OtaError."""
     with job.opened(shard) as (plan, _):
         experts = _ranked(plan)
@@ -199,7 +199,7 @@ def _ranked(plan: MergePlan) -> list[ExpertView]:
     return [expert for expert in masked_here(plan) if plan.recipe.setting("density", expert.index) is not None]
 
 
-def opened_bins(job: Job, first: Survey) -> dict[int, int]:
+def opened_bins(job: MergeInParts, first: Survey) -> dict[int, int]:
     """Expert → the bin that holds its threshold, from round 1 of all shards together. Empty when no second round is needed."""
     if first.high is None:
         return {}
@@ -209,7 +209,7 @@ def opened_bins(job: Job, first: Survey) -> dict[int, int]:
     return {expert: bin for expert, bin in zip(group.experts, bins, strict=True) if bin >= 0}
 
 
-def whole_facts(job: Job, first: Survey, second: Survey | None) -> WholeFacts:
+def whole_facts(job: MergeInParts, first: Survey, second: Survey | None) -> WholeFacts:
     """Thresholds and means, from both rounds of all shards together (the second one where ``opened_bins`` asked for it)."""
     with job.opened() as (plan, _):
         means = {expert.index: mean_of(plan, expert, first.sums[expert.index]) for expert in plan.experts} if first.sums else {}
@@ -225,7 +225,7 @@ def whole_facts(job: Job, first: Survey, second: Survey | None) -> WholeFacts:
         return WholeFacts(thresholds=taus_of(scores), means=means)
 
 
-def merge_shard(job: Job, shard: str, folder: Path, whole: WholeFacts | None) -> Found:
+def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts | None) -> Found:
     """Write one weight file of the merge into ``folder``. ``whole``: where ``needs_survey`` says so. Raises OtaError."""
     if whole is None and needs_survey(job.recipe, job.inputs):
         raise OtaError(f"{shard}: thresholds and means of the whole experts are missing; survey all shards first")
@@ -236,7 +236,7 @@ def merge_shard(job: Job, shard: str, folder: Path, whole: WholeFacts | None) ->
         return rule.found()
 
 
-def finish(job: Job, folder: Path, found: Sequence[Found]) -> tuple[str, dict[str, Any]]:
+def finish(job: MergeInParts, folder: Path, found: Sequence[Found]) -> tuple[str, dict[str, Any]]:
     """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint and results."""
     with job.opened() as (plan, shards):
         return complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size)

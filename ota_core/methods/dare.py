@@ -3,9 +3,9 @@
 The random numbers are counter-based: element i of a tensor gets the same number on every machine, in every block and shard layout.
 """
 
-import hashlib
-
 import torch
+
+from ota_core.methods.numbers import key_of
 
 # SplitMix64 (Steele, Lea & Flood 2014). torch has no uint64 arithmetic; int64 wraps around to the same bits.
 _GAMMA = 0x9E3779B97F4A7C15
@@ -20,11 +20,6 @@ def _signed(value: int) -> int:
 def _shift_right(bits: torch.Tensor, count: int) -> torch.Tensor:
     """Logical shift of int64 bits."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
-
-
-def key_of(seed: int, expert: int, name: str) -> int:
-    """The 64 bits that tell one tensor's random numbers from another's."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{expert}\0{name}".encode()).digest()[:8], "little")
 
 
 def uniform(seed: int, expert: int, name: str, start: int, count: int, device: str | torch.device = "cpu") -> torch.Tensor:

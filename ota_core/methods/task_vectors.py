@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-# Weights that cancel leave nothing to divide by; the sum is then taken as it is, as mergekit does.
-NOTHING = 1e-8
+from ota_core.methods.numbers import NOTHING
 
 
 def add_up(deltas: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
@@ -39,16 +38,3 @@ def trim(delta: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
     """Δ where lowest ≤ |Δ| ≤ highest, 0 elsewhere; the limits are float32 values of |Δ| (``tally.kth_largest``)."""
     size = delta.float().abs()
     return torch.where((size >= lowest) & (size <= highest), delta, 0.0)
-
-
-def ties_ranks(density: float, total: int) -> tuple[int, int]:
-    """Ranks (dropped, last) by falling |Δ| that TIES keeps in a tensor of ``total`` elements: 1 … k, at least one."""
-    return 0, min(total, max(1, int(density * total)))
-
-
-def breadcrumbs_ranks(density: float, gamma: float, total: int) -> tuple[int, int]:
-    """Ranks (dropped, last) that breadcrumbs keeps: without the largest ``gamma``, then ``density`` of all, the smallest dropped
-    (Davari & Belilovsky 2023, arXiv 2312.06795). Where both do not fit, fewer of the largest are dropped, as mergekit does."""
-    kept = int(density * total)
-    dropped = min(int(gamma * total), total - kept)
-    return dropped, dropped + kept

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Moments(Protocol):
         """The number of optimizer steps t behind v, where the file says it."""
         ...
 
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         """Rows start:stop of v as the matrix of ``blocks.matrix_shape``: float32, shape (stop − start, C); treat them as read-only.
 
         Raises MomentsError, naming file and tensor, for a negative, NaN or infinite entry. With ``check=False`` the caller promises

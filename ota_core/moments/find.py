@@ -9,7 +9,6 @@ from ota_core.files.torch_file import ZIP
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
 from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
-from ota_core.moments.trainer import TrainerMoments
 
 SINGLE = "exp_avg_sq.safetensors"
 SHARDS = "exp_avg_sq*.safetensors"
@@ -89,6 +88,8 @@ def open_moments(path: Path, *, layout: Layout = None, source_of: SourceOf | Non
         return SafetensorsMoments(path, files[1:], source_of)
     # A safetensors file begins with the length of its header, which could by chance begin with the byte of a pickle.
     if first.startswith(ZIP) or (first.startswith(b"\x80") and int.from_bytes(first, "little") > MAX_HEADER):
+        from ota_core.moments.trainer import TrainerMoments  # it needs torch
+
         return TrainerMoments(path, layout, source_of)
     shard = SHARD_NAME.fullmatch(path.name)
     if shard and int(shard["count"]) > 1:

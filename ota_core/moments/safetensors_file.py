@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ota_core.artifact import EXPERT_JSON
 from ota_core.errors import CheckpointError, MomentsError, raise_all
@@ -56,10 +57,11 @@ class SafetensorsMoments:
         place = self._steps.get(name)
         if place is None:
             return self._step
-        value = place[0].read_rows(place[1].name, 0, 1)
-        return as_step(value.item() if value.numel() == 1 else value.tolist(), f"{place[0].path}: {place[1].name!r}")
+        rows = place[0].read_rows(place[1].name, 0, 1)
+        value = rows.held if rows.dtype.held_itself else rows.to_float32()
+        return as_step(value.item() if value.size == 1 else value.tolist(), f"{place[0].path}: {place[1].name!r}")
 
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         """Rows start:stop, float32, shape (stop − start, C); treat them as read-only. Raises MomentsError on bad entries (``check``)."""
         file, info = self._v[name]
         if self._unreleased > DROP_BYTES:
@@ -68,9 +70,8 @@ class SafetensorsMoments:
                 each.drop_pages()
         block = file.read_rows(info.name, start, stop)
         self._unreleased += block.nbytes
-        if not check:
-            return block.to(torch.float32)
-        return checked(block, path=file.path, name=name, shape=info.shape, start=start)
+        values = block.to_float32()
+        return checked(values, path=file.path, name=name, shape=info.shape, start=start) if check else values
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """The same rows are read soon."""
@@ -156,8 +157,7 @@ def _check_names(path: Path, places: Mapping[str, tuple[SafetensorsFile, TensorI
     for name, (file, info) in places.items():
         is_v = name.endswith(SUFFIX) or not suffixed
         if is_v and not info.dtype.is_floating_point:
-            dtype = str(info.dtype).removeprefix("torch.")
-            problems.append(f"{file.path}: {name!r} has the dtype {dtype}, a float type was expected; save v in float32")
+            problems.append(f"{file.path}: {name!r} has the dtype {info.dtype}, a float type was expected; save v in float32")
         if not is_v and not name.endswith(OTHER_STATE):
             problems.append(f"{file.path}: {name!r} lacks the suffix {SUFFIX} of others; give it to all or to none")
     raise_all(problems, MomentsError)

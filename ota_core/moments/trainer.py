@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.byte_source import SourceOf
@@ -53,7 +55,7 @@ class TrainerMoments:
             value = value.item() if value.numel() == 1 else value.tolist()
         return None if value is None else as_step(value, f"{self.path}: the step of {name!r}")
 
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         """Rows start:stop, float32, shape (stop − start, C); treat them as read-only. Raises MomentsError on bad entries (``check``)."""
         tensor = self._v[name]
         if self._unreleased > DROP_BYTES:
@@ -61,9 +63,8 @@ class TrainerMoments:
             self._file.drop_pages()
         block = self._file.read_rows(tensor, start, stop)
         self._unreleased += block.nbytes
-        if not check:
-            return block.to(torch.float32)
-        return checked(block, path=self.path, name=name, shape=tensor.shape, start=start)
+        values: NDArray[np.float32] = block.to(torch.float32).contiguous().numpy()
+        return checked(values, path=self.path, name=name, shape=tensor.shape, start=start) if check else values
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """The same rows are read soon."""

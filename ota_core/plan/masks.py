@@ -11,28 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import ArtifactError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.rows import U8
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.writer import SafetensorsWriter, TensorSpec
 
 FORMAT = "masks/1"
 
 
-def pack(mask: torch.Tensor) -> torch.Tensor:
+def pack(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Bits of a mask. mask: bool, any shape, n elements; result: uint8 (⌈n/8⌉,)."""
-    return torch.from_numpy(np.packbits(mask.reshape(-1).numpy(), bitorder="little"))
+    return np.packbits(mask.reshape(-1), bitorder="little")
 
 
-def unpack(packed: torch.Tensor, start: int, count: int) -> torch.Tensor:
+def unpack(packed: NDArray[np.uint8], start: int, count: int) -> NDArray[np.bool_]:
     """Bits start … start + count − 1 as bool (count,). packed: uint8 (n,)."""
     first = start // 8
-    part = packed[first : (start + count + 7) // 8].numpy()
-    bits = np.unpackbits(part, bitorder="little")[start - 8 * first :][:count]
-    return torch.from_numpy(bits.view(np.bool_))
+    part = packed[first : (start + count + 7) // 8]
+    return np.unpackbits(part, bitorder="little")[start - 8 * first :][:count].view(np.bool_)
 
 
 class MaskWriter:
@@ -41,11 +41,11 @@ class MaskWriter:
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any]) -> None:
         """``header``: JSON-able facts kept with the masks (threshold, density, expert)."""
         facts = {**header, "shapes": {name: list(shape) for name, shape in sorted(shapes.items())}}
-        specs = [TensorSpec(name, ((math.prod(shape) + 7) // 8,), torch.uint8) for name, shape in sorted(shapes.items())]
+        specs = [TensorSpec(name, ((math.prod(shape) + 7) // 8,), U8) for name, shape in sorted(shapes.items())]
         self._cols = {name: matrix_shape(shape)[1] for name, shape in shapes.items()}
         self._writer = SafetensorsWriter(path, specs, {FORMAT_KEY: FORMAT, "header": json.dumps(facts, sort_keys=True)})
 
-    def write(self, name: str, start: int, mask: torch.Tensor) -> None:
+    def write(self, name: str, start: int, mask: NDArray[np.bool_]) -> None:
         """Mask of the rows from ``start`` on. mask: bool (n, C)."""
         first = start * self._cols[name]
         assert first % 8 == 0, f"{name}: block begins at element {first}, within a byte"
@@ -73,12 +73,12 @@ class MaskFile:
         self.header: dict[str, Any] = json.loads(self._file.metadata["header"])
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in self.header.pop("shapes").items()}
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int) -> NDArray[np.bool_]:
         """Rows start:stop of a mask, bool (stop − start, C)."""
         cols = matrix_shape(self.shapes[name])[1]
         first, count = start * cols, (stop - start) * cols
-        packed = self._file.read_rows(name, first // 8, (first + count + 7) // 8)[:, 0]
-        return unpack(packed, first % 8, count).view(stop - start, cols)
+        packed = self._file.read_rows(name, first // 8, (first + count + 7) // 8).held[:, 0]
+        return unpack(packed, first % 8, count).reshape(stop - start, cols)
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """The same rows are read soon: a hint that costs little and may be repeated."""
@@ -87,7 +87,7 @@ class MaskFile:
 
     def density(self, name: str) -> float:
         """Share of a tensor's elements that the mask keeps."""
-        packed = self._file.read_rows(name, 0, self._file.infos[name].shape[0]).reshape(-1).numpy()
+        packed = self._file.read_rows(name, 0, self._file.infos[name].shape[0]).held
         kept = int(np.bitwise_count(packed).sum())
         return kept / max(1, math.prod(self.shapes[name]))
 

@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ota_core.compute.blocks import matrix_shape, row_blocks
-from ota_core.compute.gpu import BLOCK_ELEMENTS as GPU_BLOCK_ELEMENTS
-from ota_core.compute.gpu import BLOCKS_UNDER_WAY, Lanes, gpus_of
 from ota_core.compute.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Progress, Stream
 from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.fused.memory import KINDS
+from ota_core.files.rows import NAMED
+from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, open_moments
 from ota_core.moments.compression import compression_label, compression_of, is_compressed, label_of, rank_of
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
@@ -24,7 +21,6 @@ from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob, bias_fa
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
 SHOWN = 8
 
@@ -40,7 +36,7 @@ class MergePlan:
     jobs: list[TensorJob]
     vocabulary: Vocabulary | None
     stream: Stream
-    device: torch.device
+    device: str
     scratch: Path | None = None
     """A folder for what the merge keeps on disk while it runs; none means the system's."""
     notes: list[str] = field(default_factory=list)
@@ -95,15 +91,22 @@ class MergePlan:
 
         ``base``: whether the rule needs the base.
         """
-        if self.device.type != "cpu" or (base and self.base is None):
+        if self.device != "cpu" or (base and self.base is None):
             return False
         models = [*([self.base] if base and self.base else []), *experts]
         return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype in KINDS for m in models)
 
+    def needs_torch(self) -> bool:
+        """Whether some block goes through tensors, because no compiled pass covers the method, its options, a type or a vocabulary."""
+        base, setting = self.base is not None and self.recipe.merge_method != "linear", self.recipe.setting
+        means = self.recipe.merge_method == "ota" and setting("normalise") == "global"
+        fused = all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
+        return means or not fused or not compiled(self.recipe)
+
     @property
     def tensor_elements(self) -> int:
         """How many elements a rule on tensors works on at once: on the CPU what stays in the cache, and within the budget."""
-        if self.device.type != "cpu":
+        if self.device != "cpu":
             return self.stream.block_elements
         room = self.stream.memory // 4 // self.stream.threads // tensor_bytes_per_element(len(self.experts))
         return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
@@ -132,11 +135,13 @@ def open_plan(
     for which none are given, too: an analysis does without, a merge cannot.
     """
     stream = Stream(memory=memory, progress=progress)
-    where = torch.device(device)
-    if gpus := gpus_of(where):
-        stream.lanes, stream.threads = Lanes(gpus), BLOCKS_UNDER_WAY * len(gpus)
+    most = BLOCK_ELEMENTS
+    if device != "cpu":
+        from ota_core.compute import gpu
+
+        gpus, most = gpu.gpus_of(device), gpu.BLOCK_ELEMENTS
+        stream.lanes, stream.threads = gpu.Lanes(gpus), gpu.BLOCKS_UNDER_WAY * len(gpus)
     stream.threads = threads or stream.threads
-    most = GPU_BLOCK_ELEMENTS if gpus else BLOCK_ELEMENTS
     stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models), most)
     with contextlib.ExitStack() as stack:
         problems: list[str] = []
@@ -153,7 +158,7 @@ def open_plan(
             for name, checkpoint, row_map in zip(names, checkpoints, maps, strict=True)
         ]
         for facts in common:
-            facts |= {"device": where, "count_read": stream.count_read}
+            facts |= {"device": device, "count_read": stream.count_read}
         base = ModelView(**common.pop(0)) if inputs.base else None
         correct = bool(recipe.setting("bias_correction"))
         experts = [ExpertView(**facts, index=i, bias_correction=correct) for i, facts in enumerate(common)]
@@ -171,11 +176,19 @@ def open_plan(
         stream.droppable = [drop for item in opened_files if (drop := getattr(item, "drop_pages", None))]
         plan = MergePlan(
             recipe=recipe, inputs=inputs, base=base, experts=experts, jobs=jobs,
-            vocabulary=vocabulary, stream=stream, device=where,
+            vocabulary=vocabulary, stream=stream, device=device,
         )  # fmt: skip
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
         yield plan
+
+
+def compiled(recipe: MergeRecipe) -> bool:
+    """Whether compiled passes cover the recipe's method and options; a block that they do not cover goes through tensors."""
+    if recipe.merge_method == "ota":
+        setting = recipe.setting
+        return bool(setting("masked_merge") == "precond" and setting("fallback") == "base" and not setting("rescale"))
+    return recipe.merge_method != "slerp"
 
 
 def bytes_per_element(experts: int) -> int:
@@ -288,7 +301,7 @@ def _jobs(
     """The output's tensors, checked against every model."""
     jobs = []
     differing: dict[str, list[str]] = {view.name: [] for view in views}
-    out_dtype = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
+    out_dtype = NAMED[recipe.output_dtype] if recipe.output_dtype else None
     for name in sorted(first.checkpoint.names(), key=natural):
         info = first.checkpoint.info(name)
         floating = info.dtype.is_floating_point

@@ -4,19 +4,24 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.compute.kernels import power, row_sums
 from ota_core.errors import MomentsError, raise_all
+from ota_core.files.rows import Rows
 from ota_core.fused.counts import Candidate, keep_block
-from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE
-from ota_core.methods.saliency import curvature_scores, keep, kept_count, magnitude_scores, threshold_of_product
+from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE
+from ota_core.methods.numbers import kept_count, threshold_of_product
 from ota_core.moments.compression import CompressionReport, compress, compression_of
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.tally import Group, kth_largest
-from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts
+from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts, tensor_on
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(kw_only=True)
@@ -73,15 +78,15 @@ def masked_here(plan: MergePlan) -> list[ExpertView]:
 
 
 def delta(
-    plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int, *, base: torch.Tensor | None = None
-) -> torch.Tensor:
+    plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int, *, base: "torch.Tensor | None" = None
+) -> "torch.Tensor":
     """Task vector of a block, float64 (r, C); 0 in rows that the expert or the base lacks. base: its θ₀ where it was read already."""
     assert plan.base is not None
     difference = expert.theta(job.name, start, stop) - (plan.base.theta(job.name, start, stop) if base is None else base)
     for view in (expert, plan.base):
         present = view.present(job.name, start, stop)
         if present is not None:
-            difference = torch.where(present, difference, 0.0)
+            difference = difference.where(present, 0.0)
     return difference
 
 
@@ -115,6 +120,8 @@ def _moved(plan: MergePlan, expert: ExpertView, job: TensorJob) -> bool:
 
 def weight_sums(plan: MergePlan, expert: ExpertView) -> dict[str, float]:
     """Σ v̂^power of every tensor that is worked on here and carries curvature in this expert."""
+    from ota_core.compute.kernels import power, row_sums
+
     exponent = plan.recipe.setting("power")
     jobs = [job for job in plan.curved(expert) if plan.is_here(job)]
     cut = plan.blocks(jobs)
@@ -146,10 +153,12 @@ def scores(
     job: TensorJob,
     start: int,
     stop: int,
-    difference: torch.Tensor,
-    v_hat: torch.Tensor | None = None,
-) -> torch.Tensor:
+    difference: "torch.Tensor",
+    v_hat: "torch.Tensor | None" = None,
+) -> "torch.Tensor":
     """FFG scores of a block, float32 (r, C). difference: its task vector, float64 (r, C); v_hat: the merge's v̂ where it was read already."""
+    from ota_core.methods.saliency import curvature_scores, magnitude_scores
+
     if plan.recipe.setting("metric") == "magnitude":
         return magnitude_scores(difference)
     if plan.recipe.setting("mask_curvature") == "full":
@@ -176,7 +185,7 @@ class PlanScoring:
     def covers(self, expert: int, job: TensorJob) -> bool:
         return self.everywhere or self.plan.expert(expert).has_curvature(job.canonical)
 
-    def candidates(self, experts: Sequence[int], block: Block) -> tuple[torch.Tensor, list[Candidate]]:
+    def candidates(self, experts: Sequence[int], block: Block) -> tuple[Rows, list[Candidate]]:
         assert self.plan.base is not None
         found = []
         for row, expert in enumerate(self.plan.expert(i) for i in experts):
@@ -185,7 +194,9 @@ class PlanScoring:
             found.append(Candidate(theta=theta, v=v, metric=BY_CURVATURE if self.curvature else BY_MAGNITUDE, row=row))
         return self.plan.base.stored(block[0].name, *block[1:]), found
 
-    def scores(self, experts: Sequence[int], block: Block) -> Iterator[tuple[int, torch.Tensor]]:
+    def scores(self, experts: Sequence[int], block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
+        from ota_core.methods.saliency import curvature_scores, magnitude_scores
+
         assert self.plan.base is not None
         for part in parts(block, self.plan.tensor_elements):
             base = self.plan.base.theta(part[0].name, *part[1:])
@@ -277,10 +288,14 @@ def mask_of(
     facts: Curvature,
     expert: ExpertView,
     block: Block,
-    difference: torch.Tensor | None,
-    v_hat: torch.Tensor | None = None,
-) -> torch.Tensor | None:
+    difference: "torch.Tensor | None",
+    v_hat: "torch.Tensor | None" = None,
+) -> "torch.Tensor | None":
     """The expert's mask of a block, bool (r, C); None where it keeps everything. ``difference``: its task vector, where there is a base."""
+    import torch
+
+    from ota_core.methods.saliency import keep
+
     job, start, stop = block
     present = expert.present(job.name, start, stop)
     cols = max(1, job.elements // max(job.rows, 1))
@@ -289,14 +304,14 @@ def mask_of(
     if not plan.recipe.ffg(expert.index):
         return None if present is None else present.expand(stop - start, cols)
     if expert.masks is not None:
-        kept = expert.masks.read(job.canonical, start, stop).to(plan.device)
+        kept = tensor_on(plan.device, expert.masks.read(job.canonical, start, stop))
     else:
         assert difference is not None
         kept = keep(scores(plan, expert, job, start, stop, difference, v_hat), facts.thresholds[expert.index][job.canonical])
     return kept if present is None else kept & present
 
 
-def block_mask(plan: MergePlan, facts: Curvature, expert: ExpertView, block: Block) -> tuple[torch.Tensor, int]:
+def block_mask(plan: MergePlan, facts: Curvature, expert: ExpertView, block: Block) -> tuple[NDArray[np.bool_], int]:
     """The FFG mask of a block, bool (r, C) on the CPU, and how many elements it keeps: compiled where that can be, the same bits."""
     job, start, stop = block
     scoring = ffg_scoring(plan)
@@ -306,11 +321,11 @@ def block_mask(plan: MergePlan, facts: Curvature, expert: ExpertView, block: Blo
         if found is None:
             expert.refuse(*block)
         else:
-            return found[0].view(stop - start, -1), found[1]
+            return found[0].reshape(stop - start, -1), found[1]
     masks = []
     for part in parts(block, plan.tensor_elements):
         bits = mask_of(plan, facts, expert, part, delta(plan, expert, *part))
         assert bits is not None
-        masks.append(bits.cpu())
-    mask = torch.cat(masks)
+        masks.append(bits.cpu().numpy())
+    mask = np.concatenate(masks)
     return mask, int(mask.sum())

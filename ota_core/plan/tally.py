@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock, get_ident
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ota_core.files.rows import Rows
 from ota_core.fused import counts as fused
 from ota_core.fused.counts import Candidate
-from ota_core.fused.memory import TILE
-from ota_core.methods.saliency import BINS, locate, score_of
+from ota_core.fused.sources import TILE
+from ota_core.methods.numbers import BINS, locate, score_of
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
+
+if TYPE_CHECKING:
+    import torch
 
 Counts = NDArray[np.int64]
 SAMPLE_PIECE, SAMPLE_PIECES, SAMPLE_STRIDE = 256, 20_000, 32_768
@@ -42,11 +45,11 @@ class Scoring(Protocol):
         """Whether ``candidates`` serves this tensor."""
         ...
 
-    def candidates(self, experts: Sequence[int], block: Block) -> tuple[torch.Tensor, list[Candidate]]:
+    def candidates(self, experts: Sequence[int], block: Block) -> tuple[Rows, list[Candidate]]:
         """The base's rows as stored, and one candidate an expert, in the order of ``experts``, which is what their rows count."""
         ...
 
-    def scores(self, experts: Sequence[int], block: Block) -> Iterator[tuple[int, torch.Tensor]]:
+    def scores(self, experts: Sequence[int], block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
         """Expert and scores of a block, float32 ≥ 0, in parts, for what the compiled pass does not serve."""
         ...
 
@@ -268,7 +271,7 @@ def _count_into_high(
     for rows, base, candidates in _compiled_parts(scoring, group, block):
         _refuse_bad(scoring, rows, block, fused.count_high(base, candidates, high, piece=piece, stride=stride))
     for row, scores in _scored_parts(scoring, group, block):
-        high[row] += torch.bincount(_bits(scores) >> 16, minlength=BINS).cpu().numpy()
+        high[row] += (_bits(scores) >> 16).bincount(minlength=BINS).cpu().numpy()
 
 
 def _count_into_brackets(scoring: Scoring, group: Group, block: Block, found: Brackets) -> None:
@@ -282,18 +285,20 @@ def _count_into_brackets(scoring: Scoring, group: Group, block: Block, found: Br
                 places = _bits(scores) - bin * BIN
                 found.above[row, r] += int((places >= width).sum())
                 inside = places[(places >= 0) & (places < width)]
-                found.inside[row, r] += torch.bincount(inside, minlength=width).cpu().numpy()
+                found.inside[row, r] += inside.bincount(minlength=width).cpu().numpy()
 
 
 def _lowest(bins: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where(bins < 0, -1, bins * BIN)
 
 
-def _bits(scores: torch.Tensor) -> torch.Tensor:
+def _bits(scores: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
     return scores.reshape(-1).view(torch.int32)
 
 
-def _compiled_parts(scoring: Scoring, group: Group, block: Block) -> Iterator[tuple[list[int], torch.Tensor, list[Candidate]]]:
+def _compiled_parts(scoring: Scoring, group: Group, block: Block) -> Iterator[tuple[list[int], Rows, list[Candidate]]]:
     """The experts of the group, the base's rows and the candidates, where the compiled pass serves this block."""
     experts = _covering(scoring, group, block[0])
     if experts and scoring.compiled(experts, block[0]):
@@ -302,7 +307,7 @@ def _compiled_parts(scoring: Scoring, group: Group, block: Block) -> Iterator[tu
         yield experts, base, [replace(one, row=rows[e]) for one, e in zip(candidates, experts, strict=True)]
 
 
-def _scored_parts(scoring: Scoring, group: Group, block: Block) -> Iterator[tuple[int, torch.Tensor]]:
+def _scored_parts(scoring: Scoring, group: Group, block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
     """Row and scores of every expert, in parts, where it does not."""
     experts = _covering(scoring, group, block[0])
     if experts and not scoring.compiled(experts, block[0]):

@@ -2,20 +2,25 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape, row_blocks
-from ota_core.compute.gpu import to_device
 from ota_core.errors import MomentsError
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.fused.memory import VSource, rank1_source, source_of
+from ota_core.files.rows import Dtype, Rows
+from ota_core.fused.sources import VSource, rank1_source, source_of
 from ota_core.moments import Moments
 from ota_core.moments.compression import RankOneMoments
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.vocabulary import is_vocabulary_tensor
 
-ReadRows = Callable[[str, int, int], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+ReadRows = Callable[[str, int, int], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class TensorJob:
     canonical: str
     """The tensor it is tied to, or itself: curvature, masks and random numbers go by this name."""
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     copy: bool
     """Not a floating-point tensor: copied, never merged."""
 
@@ -64,44 +69,46 @@ class ModelView:
     name: str
     checkpoint: Checkpoint
     tied: Mapping[str, str]
-    row_map: torch.Tensor | None
-    device: torch.device
+    row_map: NDArray[np.int64] | None
+    device: str
+    """As torch names it: ``cpu``, ``cuda`` or one of several GPUs."""
     count_read: Callable[[int], None]
 
     def stored_name(self, name: str) -> str:
         """The name under which the checkpoint holds a tensor, or the one it is tied to."""
         return name if name in self.checkpoint else self.tied.get(name, name)
 
-    def gather(self, read: ReadRows, name: str, start: int, stop: int) -> torch.Tensor:
+    def gather(self, read: ReadRows, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows of the output from a reader of the model's own rows; rows that the model lacks are zeros."""
         if self.row_map is None or not is_vocabulary_tensor(name):
             return read(name, start, stop)
         wanted = self.row_map[start:stop]
-        return torch.cat(
-            [read(name, row, row + 1) if row >= 0 else torch.zeros_like(read(name, 0, 1)) for row in wanted.tolist()]
+        return np.concatenate(
+            [read(name, row, row + 1) if row >= 0 else np.zeros_like(read(name, 0, 1)) for row in wanted.tolist()]
         )
 
-    def present(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Which rows the model has: bool (stop − start, 1), or None when it has all."""
+    def present(self, name: str, start: int, stop: int) -> "torch.Tensor | None":
+        """Which rows the model has: bool (stop − start, 1), on the device, or None when it has all."""
         if self.row_map is None or not is_vocabulary_tensor(name):
             return None
         has = self.row_map[start:stop] >= 0
-        return None if bool(has.all()) else has[:, None].to(self.device)
+        return None if has.all() else tensor_on(self.device, has[:, None])
 
-    def theta(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def theta(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Rows start:stop of the weights, float64 (stop − start, C), on the device."""
-        return to_device(self.stored(name, start, stop), self.device).double()
+        return tensor_on(self.device, self.stored(name, start, stop)).double()
 
     def prefetch(self, job: TensorJob, start: int, stop: int) -> None:
         """A hint that these rows are asked for soon."""
         if self.row_map is None or not is_vocabulary_tensor(job.name):
             self.checkpoint.prefetch(self.stored_name(job.name), start, stop)
 
-    def stored(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def stored(self, name: str, start: int, stop: int) -> Rows:
         """The same rows as they are stored."""
-        rows = self.gather(self.checkpoint.read_rows, self.stored_name(name), start, stop)
-        self.count_read(rows.nbytes)
-        return rows
+        stored = self.stored_name(name)
+        held = self.gather(lambda *rows: self.checkpoint.read_rows(*rows).held, stored, start, stop)
+        self.count_read(held.nbytes)
+        return Rows(self.checkpoint.info(stored).dtype, held)
 
 
 @dataclass(kw_only=True)
@@ -120,18 +127,18 @@ class ExpertView(ModelView):
         """Whether v is known for this tensor."""
         return self.moments is not None and canonical in self.moments.shapes()
 
-    def v_hat(self, canonical: str, start: int, stop: int, *, full: bool = False) -> torch.Tensor:
+    def v_hat(self, canonical: str, start: int, stop: int, *, full: bool = False) -> "torch.Tensor":
         """Rows start:stop of v̂, float32 (stop − start, C), on the device. ``full``: from the uncompressed moments."""
         moments = self._moments(full)
         factors = moments.factors(canonical) if isinstance(moments, RankOneMoments) else None
-        if self.device.type != "cpu" and factors is not None and factors[1].dim() == 1 and self.row_map is None:
+        if self.device != "cpu" and factors is not None and factors[1].ndim == 1 and self.row_map is None:
             # Two vectors go to the GPU, not their product.
-            share, columns = (to_device(part, self.device) for part in (factors[0][start:stop], factors[1]))
+            share, columns = (tensor_on(self.device, part) for part in (factors[0][start:stop], factors[1]))
             v = share[:, None] * columns
         else:
             rows = self.gather(moments.read, canonical, start, stop)
             self.count_read(rows.nbytes)
-            v = to_device(rows, self.device)
+            v = tensor_on(self.device, rows)
         return v * bias_factor(moments, canonical) if self.bias_correction else v
 
     def v_source(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> VSource:
@@ -142,7 +149,7 @@ class ExpertView(ModelView):
             return VSource(rank1_source(*factors, start), factor, factors)
         v = moments.read(job.canonical, start, stop, check=False)
         self.count_read(v.nbytes)
-        return VSource(source_of(v), factor, v)
+        return VSource(source_of(Rows.float32(v)), factor, v)
 
     def refuse(self, job: TensorJob, start: int, stop: int) -> None:
         """Raise the MomentsError that names the bad entry of v, merged or full, in these rows."""
@@ -170,4 +177,16 @@ def bias_factor(moments: Moments, name: str) -> float:
             f"{moments.path}: bias_correction needs β₂ and the step, known are beta2={moments.beta2}, step={step} for '{name}'. "
             "Add them to expert.json or to the file's metadata, or set bias_correction: false"
         )
-    return torch.tensor(1.0 / (1.0 - moments.beta2**step), dtype=torch.float32).item()
+    return float(np.float32(1.0 / (1.0 - moments.beta2**step)))
+
+
+def tensor_on(device: str, rows: Rows | NDArray[Any]) -> "torch.Tensor":
+    """Rows as a tensor, on the device: the same memory where that is the CPU. torch is loaded here, for what is not compiled."""
+    import torch
+
+    tensor = rows.tensor() if isinstance(rows, Rows) else torch.from_numpy(rows)
+    if device == "cpu":
+        return tensor
+    from ota_core.compute.gpu import to_device
+
+    return to_device(tensor, device)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import Checkpoint, read_json
@@ -58,7 +59,7 @@ class Vocabulary:
     """The output's rows, and where each model holds them."""
 
     rows: int
-    maps: tuple[torch.Tensor | None, ...]
+    maps: tuple[NDArray[np.int64] | None, ...]
     """For each model, base first: int64 (rows,) with the model's row for each output row, −1 where it lacks the token; None for the identity."""
     source: int
     """The model (by position, base first) whose tokenizer files the output takes."""
@@ -99,7 +100,7 @@ def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabul
     )
 
 
-def _row_map(count: int, token_at: dict[int, str], table: dict[str, int], rows: int) -> torch.Tensor | None:
+def _row_map(count: int, token_at: dict[int, str], table: dict[str, int], rows: int) -> NDArray[np.int64] | None:
     taken = set(table.values())
     result = []
     for row in range(count):
@@ -107,8 +108,7 @@ def _row_map(count: int, token_at: dict[int, str], table: dict[str, int], rows: 
         padding = row if row not in taken else -1  # rows behind the last token match each other
         place = padding if token is None else table.get(token, -1)
         result.append(place if place < rows else -1)
-    mapped = torch.tensor(result, dtype=torch.int64)
-    return None if count == rows and torch.equal(mapped, torch.arange(rows)) else mapped
+    return None if result == list(range(rows)) else np.array(result, np.int64)
 
 
 def _extra_tokens(

@@ -4,18 +4,18 @@ import math
 from collections import defaultdict
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ota_core.compute.kernels import row_sums
-from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
-from ota_core.methods.ota import any_kept, curvature_weights, masked_ties, mean, ota
+from ota_core.files.rows import Rows
+from ota_core.fused.ota import Vote, ota_block
+from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE, rounded
 from ota_core.plan.found import Found
-from ota_core.plan.plan import MergePlan
+from ota_core.plan.plan import MergePlan, compiled
 from ota_core.plan.prepare import Curvature, WholeFacts, block_mask, delta, mask_of, prepare_curvature
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
-from ota_core.rules.rows import base_rows, expert_rows, merge_in_parts, rounded
+
+if TYPE_CHECKING:
+    import torch
 
 
 class OtaRule:
@@ -48,6 +48,10 @@ class OtaRule:
 
     def _scale(self, expert: ExpertView, job: TensorJob) -> float:
         """‖Δ‖ / ‖mask·Δ‖ of one tensor; 1 where nothing is left."""
+        import torch
+
+        from ota_core.compute.kernels import row_sums
+
         whole, kept = [], []
         for block in parts((job, 0, job.rows), self._plan.tensor_elements):
             difference = delta(self._plan, expert, *block)
@@ -61,13 +65,20 @@ class OtaRule:
     def prefetch(self, block: Block) -> None:
         self._plan.prefetch(block, curvature=True)
 
-    def merge(self, block: Block, out: torch.Tensor) -> None:
+    def merge(self, block: Block, out: Rows) -> None:
         if self._can_fuse(block[0]):
             self._merge_fused(block, out)
         else:
+            from ota_core.rules.rows import merge_in_parts
+
             merge_in_parts(self._plan, self._merge_tensors, block, out)
 
-    def _merge_tensors(self, block: Block) -> torch.Tensor:
+    def _merge_tensors(self, block: Block) -> "torch.Tensor":
+        import torch
+
+        from ota_core.methods.ota import any_kept, masked_ties, mean, ota
+        from ota_core.rules.rows import base_rows, expert_rows
+
         plan, job = self._plan, block[0]
         base = base_rows(plan, block)
         thetas = expert_rows(plan, block, base)
@@ -101,11 +112,10 @@ class OtaRule:
 
     def _can_fuse(self, job: TensorJob) -> bool:
         """Whether the compiled pass covers what the recipe asks of this tensor; it gives the same bits as the tensors' way."""
-        usual = self._masked_merge == "precond" and self._fallback == "base" and not self._scales
         fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
-        return usual and job.name not in self._facts.averaged and fuses
+        return compiled(self._plan.recipe) and job.name not in self._facts.averaged and fuses
 
-    def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
+    def _merge_fused(self, block: Block, out: Rows) -> None:
         plan, job = self._plan, block[0]
         base = plan.base.stored(job.name, *block[1:]) if plan.base else None
         active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
@@ -145,17 +155,19 @@ class OtaRule:
             metric=BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE,
         )
 
-    def _weight(self, expert: ExpertView, theta: torch.Tensor, v_hat: torch.Tensor | None) -> torch.Tensor:
+    def _weight(self, expert: ExpertView, theta: "torch.Tensor", v_hat: "torch.Tensor | None") -> "torch.Tensor":
         """p_m of a block: from the curvature, or the bare scaling factor with ``masked_merge: linear``; 0 for an expert that takes no part."""
+        from ota_core.methods.ota import curvature_weights
+
         if v_hat is None:
-            return torch.zeros_like(theta)
+            return theta.new_zeros(theta.shape)
         scale = self._plan.recipe.setting("scaling_factor", expert.index)
         if self._masked_merge != "precond":
-            return torch.full_like(theta, scale)
+            return theta.new_full(theta.shape, scale)
         mean_weight = self._facts.means.get(expert.index)
         return curvature_weights(v_hat, power=self._power, scale=scale, mean=mean_weight, epsilon=self._epsilon)
 
-    def _count(self, expert: ExpertView, job: TensorJob, mask: torch.Tensor | None) -> None:
+    def _count(self, expert: ExpertView, job: TensorJob, mask: "torch.Tensor | None") -> None:
         if mask is not None:
             self._add_count(expert, job, int(mask.sum()))
 

@@ -1,33 +1,25 @@
-"""Weights of a block as the rules see them: the base's and every expert's rows, whole where a vocabulary lacks some; and back, rounded."""
+"""Weights of a block as the rules see them: the base's and every expert's rows, whole where a vocabulary lacks some; and back, rounded.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+With the tensors come torch and ``ota_core.methods``: a merge whose blocks all go through compiled passes never imports this file.
+"""
+
+from collections.abc import Callable
 
 import torch
 
-from ota_core.fused.memory import WRITTEN
+from ota_core.files.rows import Rows
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, parts
 
 
-@contextmanager
-def rounded(out: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Where a compiled pass writes: ``out`` itself, or float32 that is rounded into it at the end (float16)."""
-    if out.dtype in WRITTEN:
-        yield out
-        return
-    single = torch.empty(out.shape, dtype=torch.float32)
-    yield single
-    out.copy_(single)
-
-
-def merge_in_parts(plan: MergePlan, rule: Callable[[Block], torch.Tensor], block: Block, out: torch.Tensor) -> None:
+def merge_in_parts(plan: MergePlan, rule: Callable[[Block], torch.Tensor], block: Block, out: Rows) -> None:
     """A rule on tensors, over parts that stay in the cache. rule: float64 (r, C) of a part; out: (R, C) in the output's type."""
+    target = out.tensor()
     for part in parts(block, plan.tensor_elements):
         first = part[1] - block[1]
         merged = rule(part)
         # From a GPU into pinned memory; who gave the block to this thread waits for its stream.
-        out[first : first + merged.shape[0]].copy_(merged.to(out.dtype), non_blocking=merged.is_cuda)
+        target[first : first + merged.shape[0]].copy_(merged.to(target.dtype), non_blocking=merged.is_cuda)
 
 
 def base_rows(plan: MergePlan, block: Block) -> torch.Tensor | None:

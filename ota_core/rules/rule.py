@@ -4,23 +4,22 @@ The arithmetic itself is in ``ota_core.methods``; here the recipe's options beco
 """
 
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
-from ota_core.compute.kernels import row_sums
 from ota_core.errors import RecipeError
+from ota_core.files.rows import Rows
 from ota_core.fused.ota import Vote, ota_block
+from ota_core.fused.sources import rounded
 from ota_core.fused.task_vectors import linear_block
-from ota_core.methods.averages import fisher, linear, slerp, slerp_factors
-from ota_core.methods.ota import mean
 from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import Curvature, WholeFacts, prepare_curvature
 from ota_core.plan.views import Block, ModelView, TensorJob, parts
 from ota_core.rules.ota import OtaRule
-from ota_core.rules.rows import base_rows, expert_rows, merge_in_parts, rounded
 from ota_core.rules.task_vectors import TaskVectorRule
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Rule(Protocol):
@@ -34,7 +33,7 @@ class Rule(Protocol):
         """A hint that this block is merged next."""
         ...
 
-    def merge(self, block: Block, out: torch.Tensor) -> None:
+    def merge(self, block: Block, out: Rows) -> None:
         """Write the merged rows into ``out``: (R, C) in the output's type, on the CPU. Called from several threads."""
         ...
 
@@ -73,14 +72,16 @@ class FisherRule:
     def prefetch(self, block: Block) -> None:
         self._plan.prefetch(block, curvature=True)
 
-    def merge(self, block: Block, out: torch.Tensor) -> None:
+    def merge(self, block: Block, out: Rows) -> None:
         fuses = self._plan.can_fuse(self._plan.experts, block[0], base=self._plan.base is not None)
         if fuses and block[0].name not in self._facts.averaged:
             self._merge_fused(block, out)
         else:
+            from ota_core.rules.rows import merge_in_parts
+
             merge_in_parts(self._plan, self._merge_tensors, block, out)
 
-    def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
+    def _merge_fused(self, block: Block, out: Rows) -> None:
         """Fisher averaging is OTA with power 1 and no mask: the same sums in the same order, hence the same bits."""
         plan, job = self._plan, block[0]
         active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
@@ -98,7 +99,13 @@ class FisherRule:
         if bad is not None:
             active[bad].refuse(*block)
 
-    def _merge_tensors(self, block: Block) -> torch.Tensor:
+    def _merge_tensors(self, block: Block) -> "torch.Tensor":
+        import torch
+
+        from ota_core.methods.averages import fisher
+        from ota_core.methods.ota import mean
+        from ota_core.rules.rows import base_rows, expert_rows
+
         job = block[0]
         base = base_rows(self._plan, block)
         thetas = expert_rows(self._plan, block, base)
@@ -141,15 +148,20 @@ class LinearRule:
         for expert in self._plan.experts:
             expert.prefetch(*block)
 
-    def merge(self, block: Block, out: torch.Tensor) -> None:
+    def merge(self, block: Block, out: Rows) -> None:
         if not self._plan.can_fuse(self._plan.experts, block[0], base=False):
+            from ota_core.rules.rows import merge_in_parts
+
             merge_in_parts(self._plan, self._merge_tensors, block, out)
             return
         thetas = [expert.stored(block[0].name, *block[1:]) for expert in self._plan.experts]
         with rounded(out) as target:
             linear_block(thetas, self._weights, target, normalize=self._normalize)
 
-    def _merge_tensors(self, block: Block) -> torch.Tensor:
+    def _merge_tensors(self, block: Block) -> "torch.Tensor":
+        from ota_core.methods.averages import linear
+        from ota_core.rules.rows import base_rows, expert_rows
+
         return linear(expert_rows(self._plan, block, base_rows(self._plan, block)), self._weights, normalize=self._normalize)
 
     def found(self) -> Found:
@@ -175,6 +187,9 @@ class SlerpRule:
         self._factors = {job.name: factors for job, factors in zip(jobs, found, strict=True)}
 
     def _angle(self, job: TensorJob) -> tuple[float, float]:
+        from ota_core.compute.kernels import row_sums
+        from ota_core.methods.averages import slerp_factors
+
         sums: tuple[list[float], list[float], list[float]] = ([], [], [])
         for block in parts((job, 0, job.rows), self._plan.tensor_elements):
             a, b = (view.theta(job.name, *block[1:]) for view in self._ends)
@@ -186,10 +201,14 @@ class SlerpRule:
         for view in self._ends:
             view.prefetch(*block)
 
-    def merge(self, block: Block, out: torch.Tensor) -> None:
+    def merge(self, block: Block, out: Rows) -> None:
+        from ota_core.rules.rows import merge_in_parts
+
         merge_in_parts(self._plan, self._merge_tensors, block, out)
 
-    def _merge_tensors(self, block: Block) -> torch.Tensor:
+    def _merge_tensors(self, block: Block) -> "torch.Tensor":
+        from ota_core.methods.averages import slerp
+
         a, b = (view.theta(block[0].name, *block[1:]) for view in self._ends)
         return slerp(a, b, self._factors[block[0].name])
 

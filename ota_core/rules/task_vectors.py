@@ -1,19 +1,20 @@
 """Task arithmetic, TIES, DARE and breadcrumbs, bound to a plan."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ota_core.files.rows import Rows
+from ota_core.fused.sources import rounded
 from ota_core.fused.task_vectors import Part, combine_block
-from ota_core.methods.dare import drop, uniform
-from ota_core.methods.task_vectors import NOTHING, add_up, breadcrumbs_ranks, elect_and_add, ties_ranks, trim
+from ota_core.methods.numbers import NOTHING, breadcrumbs_ranks, ties_ranks
 from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import PlanScoring
 from ota_core.plan.tally import Group, kth_largest
 from ota_core.plan.views import Block, ExpertView, TensorJob
-from ota_core.rules.rows import base_rows, expert_rows, merge_in_parts, rounded
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TaskVectorRule:
@@ -64,13 +65,18 @@ class TaskVectorRule:
     def prefetch(self, block: Block) -> None:
         self._plan.prefetch(block)
 
-    def merge(self, block: Block, out: torch.Tensor) -> None:
+    def merge(self, block: Block, out: Rows) -> None:
         if self._plan.can_fuse(self._plan.experts, block[0]):
             self._merge_fused(block, out)
         else:
+            from ota_core.rules.rows import merge_in_parts
+
             merge_in_parts(self._plan, self._merge_tensors, block, out)
 
-    def _merge_tensors(self, block: Block) -> torch.Tensor:
+    def _merge_tensors(self, block: Block) -> "torch.Tensor":
+        from ota_core.methods.task_vectors import add_up, elect_and_add
+        from ota_core.rules.rows import base_rows, expert_rows
+
         base = base_rows(self._plan, block)
         assert base is not None
         thetas = expert_rows(self._plan, block, base)
@@ -80,7 +86,7 @@ class TaskVectorRule:
         scale: float = self._plan.recipe.setting("lambda")
         return base + scale * merged
 
-    def _merge_fused(self, block: Block, out: torch.Tensor) -> None:
+    def _merge_fused(self, block: Block, out: Rows) -> None:
         """The compiled pass; the same bits."""
         assert self._plan.base is not None
         with rounded(out) as target:
@@ -108,7 +114,10 @@ class TaskVectorRule:
         random = (setting("seed"), expert.index, job.canonical, first)
         return Part(theta=theta, weight=weight, random=random, density=density, rescale=setting("rescale"))
 
-    def _left(self, expert: ExpertView, block: Block, difference: torch.Tensor) -> torch.Tensor:
+    def _left(self, expert: ExpertView, block: Block, difference: "torch.Tensor") -> "torch.Tensor":
+        from ota_core.methods.dare import drop, uniform
+        from ota_core.methods.task_vectors import trim
+
         job, start, _ = block
         if (expert.index, job.name) in self._limits:
             return trim(difference, *self._limits[expert.index, job.name])

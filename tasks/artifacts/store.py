@@ -31,6 +31,7 @@ from ota_core.artifact import (
 from ota_core.errors import ArtifactError
 from tasks.artifacts.processes import is_alive, start_time
 from tasks.artifacts.system_metrics import sampled
+from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.cache import link_or_copy, locked, note_use, remove_tree
 
@@ -241,6 +242,11 @@ class ArtifactStore:
         if not taken:  # else what is here is not the whole artifact
             os.rename(temporary, self._copy(record.kind, record.fingerprint))
         return _ref(record, uri)
+
+
+def store_of(places: Places) -> ArtifactStore:
+    """The store of this installation's artifacts."""
+    return ArtifactStore(places.artifacts, places.cache)
 
 
 def record_at(uri: str) -> Record | None:

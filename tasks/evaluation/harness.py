@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import logging
 import math
-import os
 import random
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from tasks.evaluation.loss_errors import loss_error
 from tasks.evaluation.quiet import Progress, quiet
 from tasks.evaluation.scores import CapabilityScore, ModelScores, mlflow_metric_name
 from tasks.evaluation.suites import LossEntry, Suite, SuiteError, TaskEntry, suite_digest
+from tasks.settings import environment
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,9 @@ def score_model(
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{model} holds no config.json; expected the folder of a Hugging Face checkpoint")
     limit = limit or suite.limit
-    with _ONE_AT_A_TIME, _code_execution(suite), quiet(progress) as name_task, _temporary_folder() as cache:
+    # The code_eval metric reads the consent from the environment.
+    consent = environment({"HF_ALLOW_CODE_EVAL": "1"} if suite.allow_code_execution else {})
+    with _ONE_AT_A_TIME, consent, quiet(progress) as name_task, _temporary_folder() as cache:
         started = time.monotonic()  # not the wait for the others' turns
         loaded = load_tasks(suite, data_dir, cache)
         results = {}
@@ -79,20 +81,6 @@ def score_model(
 def _temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ota-scores-") as name:
         yield Path(name)
-
-
-@contextlib.contextmanager
-def _code_execution(suite: Suite) -> Iterator[None]:
-    """The consent that the code_eval metric reads from the environment, while a suite runs that gives it."""
-    before = os.environ.get("HF_ALLOW_CODE_EVAL")
-    if suite.allow_code_execution:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    try:
-        yield
-    finally:
-        if suite.allow_code_execution:
-            os.environ.pop("HF_ALLOW_CODE_EVAL")
-            os.environ |= {} if before is None else {"HF_ALLOW_CODE_EVAL": before}
 
 
 def _load_model(model: Path, suite: Suite, device: str) -> Any:

@@ -16,10 +16,9 @@ from ota_core.files.checkpoint import Checkpoint
 from ota_core.health import check_expert
 from ota_core.moments import Moments, find_moments, open_moments
 from ota_core.plan.inputs import optimizer_facts
-from tasks.artifacts.store import BuildResult
+from tasks.artifacts.store import BuildResult, store_of
 from tasks.merging.architecture import parameter_layout
 from tasks.settings import Places
-from tasks.stages import store_of
 from tasks.storage import models as storage
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.layout import manifest_sha256, sha256_file

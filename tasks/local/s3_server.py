@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from tasks.local.s3_command import (
     weed_command,
     weed_environment,
 )
+from tasks.settings import environment
 from tasks.storage import s3
 
 START_ATTEMPTS = 3  # a free port can be taken by somebody else between our look and the server's bind
@@ -117,25 +118,6 @@ def running_server(data_dir: Path, *, buckets: tuple[str, ...] = (), set_env: bo
             server.create_bucket(bucket)
         with environment(server.env) if set_env else environment({}):
             yield server
-
-
-@contextmanager
-def environment(values: Mapping[str, str | None]) -> Iterator[None]:
-    """Set environment variables, or unset those that are None, for the length of a ``with`` block, and put the old ones back."""
-    before = {name: os.environ.get(name) for name in values}
-    _set(values)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 class _EarlyExit(Exception):

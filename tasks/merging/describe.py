@@ -100,7 +100,7 @@ def _describe_checkpoint(folder: Path, streams: Streams | None = None) -> list[s
     source_of = streams.source_of if streams else None
     checkpoint = Checkpoint(folder, source_of)
     infos = [checkpoint.info(name) for name in checkpoint.names()]
-    dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
+    dtypes = Counter(info.dtype.name for info in infos)
     size = sum(prod(info.shape) * info.dtype.itemsize for info in infos)
     lines = [
         f"checkpoint: {checkpoint.config.get('model_type', 'unknown model type')}, {sum(prod(info.shape) for info in infos):,} parameters "

@@ -3,8 +3,7 @@
 from math import prod
 from pathlib import Path
 
-from ota_core.compute.stream import parse_memory
-from ota_core.merge.engine import peak_memory_gib
+from ota_core.compute.stream import parse_memory, peak_memory_gib
 from ota_core.merge.output import plan_files
 from ota_core.moments.compression import (
     DEFAULT_RANK,
@@ -25,8 +24,8 @@ from tasks.storage.models import is_s3
 from tasks.storage.streaming.streams import Streams
 
 GIB = 2**30
-# What the compiled loops and torch's own buffers take when a merge first uses them, in bytes.
-KERNELS = 100 * 2**20
+# What a merge loads that a plan does not, in bytes: numba with the compiled loops, and torch where a block needs it.
+KERNELS, TORCH = 125 * 2**20, 225 * 2**20
 
 
 def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path | None) -> list[str]:
@@ -78,7 +77,8 @@ def _bytes(plan: MergePlan, budget: int) -> list[str]:
     working = plan.stream.threads * plan.stream.block_elements * bytes_per_element(len(plan.experts))
     # Mapped pages are given back when so much was read; small inputs never reach that.
     mapped = min(plan.stream.mapped_bytes, weights + moments)
-    peak = peak_memory_gib() + (working + factors + mapped + KERNELS) / GIB
+    loaded = KERNELS + (TORCH if plan.needs_torch() else 0)
+    peak = peak_memory_gib() + (working + factors + mapped + loaded) / GIB
     return [
         f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
         f"inputs: {binary_size(weights)} of weights, {binary_size(moments)} of second moments as float32; read in all passes: {binary_size(bytes_read(plan))}",

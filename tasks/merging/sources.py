@@ -1,24 +1,31 @@
 """The inputs of a merge as something that travels between machines: where each file lies and what it is, never an open file.
 
-``MergeSources.of`` describes inputs, ``MergeSources.opened`` makes inputs of the description on the machine that reads them. What lies in
-S3 is read there by ranges; a folder must be one that every machine sees; a Hugging Face id is fetched into the machine's own cache.
+``MergeSources.of`` describes inputs, ``MergeSources.opened`` makes inputs of the description on the machine that reads them. The machine
+that fetched a model reads its own copy. Elsewhere what lies in S3 is read there by ranges; a folder must be one that every machine sees; a
+Hugging Face id is fetched into the machine's own cache.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ArtifactRef
+from ota_core.compute.stream import parse_memory
 from ota_core.errors import ArtifactError, CheckpointError, MomentsError, StorageError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import weight_files
 from ota_core.moments import find_moments, moments_files
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
+from tasks.artifacts.step import Stage
+from tasks.artifacts.store import store_of
 from tasks.merging.architecture import parameter_layout
+from tasks.merging.inputs import assemble
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.models import Fetched
@@ -42,6 +49,12 @@ class ModelSource(BaseModel):
     listing: str | None = None
     """In S3, what the prefix held when the merge began (``identity_of_source``): another listing is another model."""
     digest: str | None = None
+    path: Path | None = None
+    """The model's folder on the machine that fetched it; None elsewhere."""
+
+    def abroad(self) -> Self:
+        """The same for another machine."""
+        return self.model_copy(update={"path": None})
 
 
 class ExpertSource(ModelSource):
@@ -50,11 +63,23 @@ class ExpertSource(ModelSource):
     capability: str | None = None
     moments: str | None = None
     """Second moments as training left them, where they are not what the expert's own folder holds: a path or ``s3://…``."""
+    moments_path: Path | None = None
+    """The same on the machine that fetched the expert."""
     moments_digest: str | None = None
     needs_moments: bool = False
     compressed: ArtifactRef | None = None
     """The second moments as the merge reads them; None before the compression."""
     masks: ArtifactRef | None = None
+
+    def abroad(self) -> Self:
+        """The same for another machine."""
+        return self.model_copy(update={"path": None, "moments_path": None})
+
+    @contextmanager
+    def opened(self, where: Places, memory: int) -> Iterator[ExpertInput]:
+        """The expert alone on this machine, with its second moments as training left them. Raises OtaError."""
+        with MergeSources(base=None, experts=(self,)).opened(where, memory, raw_moments=True) as inputs:
+            yield inputs.experts[0]
 
 
 class MergeSources(BaseModel):
@@ -66,9 +91,12 @@ class MergeSources(BaseModel):
     experts: tuple[ExpertSource, ...]
 
     @staticmethod
-    def of(recipe: MergeRecipe, inputs: MergeInputs, fetched: Sequence[Fetched]) -> "MergeSources":
-        """``fetched``: base first, what the inputs were assembled from."""
-        places = [{"location": one.resolved, "listing": _listing(one.resolved)} for one in fetched]
+    def of(recipe: MergeRecipe, inputs: MergeInputs, fetched: Sequence[Fetched], *, streamed: bool = False) -> "MergeSources":
+        """``fetched``: base first, what the inputs were assembled from; ``streamed``: of what lies in S3 there are only outlines here."""
+        places = [
+            {"location": one.resolved, "listing": _listing(one.resolved), "path": None if streamed else one.path}
+            for one in fetched
+        ]
         base = None
         if inputs.base is not None:
             base = ModelSource(name=inputs.base.name, source=inputs.base.source, digest=inputs.base.digest, **places.pop(0))
@@ -79,10 +107,24 @@ class MergeSources(BaseModel):
             experts.append(
                 ExpertSource(
                     name=expert.name, source=expert.source, digest=expert.digest, capability=expert.capability, moments=moments,
-                    moments_digest=expert.moments_digest, needs_moments=expert.moments is not None, **place,
+                    moments_path=None if streamed else expert.moments, moments_digest=expert.moments_digest, needs_moments=expert.moments is not None, **place,
                 )
             )  # fmt: skip
         return MergeSources(base=base, experts=tuple(experts))
+
+    def abroad(self) -> "MergeSources":
+        """The same for another machine."""
+        return MergeSources(base=self.base and self.base.abroad(), experts=tuple(one.abroad() for one in self.experts))
+
+    def with_artifacts(
+        self, compressed: Sequence[ArtifactRef] = (), masks: Mapping[int, ArtifactRef] | None = None
+    ) -> "MergeSources":
+        """With the compressed second moments of the experts that have any, in their order, or the masks of experts by position."""
+        refs, masks, experts = iter(compressed), masks or {}, []
+        for i, one in enumerate(self.experts):
+            given = {"compressed": next(refs)} if compressed and one.needs_moments else {}
+            experts.append(one.model_copy(update=given | ({"masks": masks[i]} if i in masks else {})))
+        return self.model_copy(update={"experts": tuple(experts)})
 
     @contextmanager
     def opened(self, where: Places, memory: int, *, raw_moments: bool = False) -> Iterator[MergeInputs]:
@@ -91,15 +133,17 @@ class MergeSources(BaseModel):
         ``memory``: the budget of what is done with them, bytes. Raises OtaError for what is not there, or not what it was.
         """
         with ExitStack() as stack:
-            remote = storage.is_s3(where.artifacts) or any(storage.is_s3(address) for address in self._addresses())
+            remote = any(storage.is_s3(address) for address in self._addresses(where))
             streams = stack.enter_context(Streams(cache=where.cache, memory=memory)) if remote else None
             opening = _Opening(where, streams, raw_moments)
             base = opening.model(self.base) if self.base else None
             yield MergeInputs(base=base, experts=tuple(opening.expert(one) for one in self.experts))
 
-    def _addresses(self) -> list[str]:
-        models = [*([self.base] if self.base else []), *self.experts]
-        return [one.location for one in models] + [one.moments for one in self.experts if one.moments]
+    def _addresses(self, where: Places) -> list[str]:
+        """What may have to be read where it lies."""
+        models = [one for one in [*([self.base] if self.base else []), *self.experts] if one.path is None]
+        moments = [one.moments for one in self.experts if one.path is None and one.moments]
+        return [one.location for one in models] + moments + ([where.artifacts] if models else [])
 
 
 def _listing(location: str) -> str | None:
@@ -120,8 +164,8 @@ class _Opening:
         raw = self._raw_moments(one, folder) if one.needs_moments and (self._raw or one.compressed is None) else None
         return ExpertInput(
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._source_of, capability=one.capability,
-            moments=self._artifact(one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
-            masks=self._artifact(one.masks, MASK_FILE), layout=partial(parameter_layout, folder),
+            moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
+            masks=self._artifact(one, one.masks, MASK_FILE), layout=partial(parameter_layout, folder),
         )  # fmt: skip
 
     @property
@@ -129,6 +173,8 @@ class _Opening:
         return self._streams.source_of if self._streams else None
 
     def _folder(self, one: ModelSource) -> Path:
+        if one.path is not None:
+            return one.path
         if storage.is_s3(one.location):
             if _listing(one.location) != one.listing:
                 raise StorageError(f"{one.location} ({one.name}) is not what it was when the merge began; run the merge again")
@@ -147,6 +193,8 @@ class _Opening:
 
     def _raw_moments(self, one: ExpertSource, folder: Path) -> Path:
         path: Path | None
+        if one.moments_path is not None:
+            return one.moments_path
         if one.moments is None:
             path = find_moments(folder)
         elif storage.is_s3(one.moments):
@@ -164,9 +212,11 @@ class _Opening:
             self._streams.settle(moments_files(path))
         return path
 
-    def _artifact(self, ref: ArtifactRef | None, file: str) -> Path | None:
+    def _artifact(self, one: ExpertSource, ref: ArtifactRef | None, file: str) -> Path | None:
         if ref is None:
             return None
+        if one.path is not None:
+            return store_of(self._where).local_path(ref) / file
         if storage.is_s3(ref.uri):
             assert self._streams is not None
             return self._streams.files(ref.uri, [file]) / file
@@ -177,3 +227,52 @@ class _Opening:
                 "--artifacts, must be s3://… or a shared folder"
             )
         return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A merge before its stages run."""
+
+    recipe: MergeRecipe
+    inputs: MergeInputs
+    """With second moments as training left them: these decide the fingerprints."""
+    sources: MergeSources
+    """What the stages read: with what those before have made."""
+    memory: str
+    """Budget of each stage."""
+
+    def abroad(self) -> "Planned":
+        """The same for other machines."""
+        return replace(self, sources=self.sources.abroad())
+
+    def with_artifacts(self, compressed: Sequence[ArtifactRef] = (), masks: Mapping[int, ArtifactRef] | None = None) -> "Planned":
+        """The merge with compressed second moments, or masks."""
+        return replace(self, sources=self.sources.with_artifacts(compressed, masks))
+
+
+def planned(
+    recipe: MergeRecipe, fetched: Sequence[Fetched], where: Places, recipe_dir: Path | None = None, *, memory: str = "2GiB",
+    streams: Streams | None = None,
+) -> Planned:  # fmt: skip
+    """A merge of models that were fetched, base first; ``streams`` as for ``fetch_all``. Raises OtaError."""
+    inputs = assemble(recipe, fetched, cache=where.cache, recipe_dir=recipe_dir, streams=streams)
+    sources = MergeSources.of(recipe, inputs, fetched, streamed=streams is not None)
+    return Planned(recipe=recipe, inputs=inputs, sources=sources, memory=memory)
+
+
+class MergeStage(Stage):
+    """A stage that reads a merge's models."""
+
+    recipe: MergeRecipe
+    sources: MergeSources
+    memory: str
+    """Budget of this stage."""
+
+    def opened(self, where: Places) -> AbstractContextManager[MergeInputs]:
+        """The inputs on this machine. Raises OtaError."""
+        full = self.recipe.setting("mask_curvature") == "full"
+        return self.sources.opened(where, parse_memory(self.memory), raw_moments=full)
+
+    def abroad(self) -> Self:
+        """The same for another machine."""
+        return self.model_copy(update={"sources": self.sources.abroad()})

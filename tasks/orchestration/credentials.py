@@ -1,19 +1,25 @@
 """Credentials from a Prefect block, so that no machine has to hold them: ``OTA_AWS_BLOCK`` names it.
 
-The block (type AWS Credentials, of prefect-aws) is read from the Prefect server when a flow starts, and what it holds is put into
-this process's environment, where boto3 and the processes started from here find it. Nothing is written to disk or logged.
+The block (type AWS Credentials, of prefect-aws) is read from the Prefect server when a flow starts, and handed to this tool's S3
+client for as long as the flow runs (``tasks.storage.s3.use_credentials``). The environment stays as it is, also that of processes
+started meanwhile; only while MLflow stores or reads its own artifacts, its client finds them there (``s3.environment``). Nothing is
+written to disk or logged.
 
-The block wins over the environment, because somebody named it; what it replaces is logged by name. Key id, secret and session token
-are replaced together: a token that belongs to other keys would make them invalid. What the block leaves empty stays as it was.
+The block wins over the environment, because somebody named it; what it is used instead of is logged by name. Key id, secret and
+session token go together: a token that belongs to other keys would make them invalid. What the block leaves empty comes from the
+environment.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prefect.context import FlowRunContext
 from prefect.logging import get_logger, get_run_logger
 
 from ota_core.errors import OtaError
+from tasks.storage import s3
 
 if TYPE_CHECKING:
     from prefect_aws import AwsCredentials
@@ -22,25 +28,25 @@ VARIABLE = "OTA_AWS_BLOCK"
 BLOCK_TYPE = "aws-credentials"
 
 
-def use_blocks() -> None:
-    """Put the credentials of the block named by ``OTA_AWS_BLOCK`` into the environment; do nothing where none is named.
+@contextmanager
+def block_credentials() -> Iterator[None]:
+    """Within this, S3 is spoken to with the credentials of the block named by ``OTA_AWS_BLOCK``, where one is named.
 
-    Call it at the start of every flow, before the first access to S3. Raises OtaError when the name is of another type of block,
-    prefect-aws is missing, or the block is missing, unreadable, incomplete, or says what an environment cannot.
+    Flows are given it by ``tasks.orchestration.run_log.for_users``; a task that may run in another process asks for it itself. Within
+    another one, nothing is loaded again. Raises OtaError when the name is of another type of block, prefect-aws is missing, or the block
+    is missing, unreadable, incomplete, or says what cannot be handed on.
     """
     reference = os.environ.get(VARIABLE, "").strip()
-    if not reference:
+    if not reference or s3.has_credentials():
+        yield
         return
-    wanted = _variables(_load(reference), reference)
-    replaced = [name for name, value in wanted.items() if (os.environ.get(name) or value) != value]
+    credentials = _credentials(_load(reference), reference)
+    replaced = [name for name, value in credentials.variables().items() if (os.environ.get(name) or value) != value]
     if replaced:
         log = get_run_logger() if FlowRunContext.get() else get_logger("ota.blocks")
-        log.warning("%s: the block '%s' replaces %s of the environment", VARIABLE, reference, ", ".join(replaced))
-    for name, value in wanted.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+        log.warning("%s: the block '%s' is used instead of %s of the environment", VARIABLE, reference, ", ".join(replaced))
+    with s3.use_credentials(credentials):
+        yield
 
 
 def _load(reference: str) -> "AwsCredentials":
@@ -64,8 +70,7 @@ def _load(reference: str) -> "AwsCredentials":
         raise OtaError(f"{VARIABLE}: the block '{reference}' does not fit this version of prefect-aws; save it again") from None
 
 
-def _variables(block: "AwsCredentials", reference: str) -> dict[str, str | None]:
-    """Environment variables to their values; None where a variable has to go."""
+def _credentials(block: "AwsCredentials", reference: str) -> s3.Credentials:
     key, secret = block.aws_access_key_id, block.aws_secret_access_key
     if bool(key) != bool(secret and secret.get_secret_value()):
         raise OtaError(f"{VARIABLE}: the block '{reference}' holds one of key id and secret; give both or none")
@@ -78,17 +83,13 @@ def _variables(block: "AwsCredentials", reference: str) -> dict[str, str | None]
     unheard = sorted(parameters.model_dump(exclude_defaults=True, exclude={"endpoint_url"}))
     if unheard:
         raise OtaError(
-            f"{VARIABLE}: the block '{reference}' sets {', '.join(unheard)} of the client, which the environment cannot say; clear them"
+            f"{VARIABLE}: the block '{reference}' sets {', '.join(unheard)} of the client, which cannot be handed on; clear them"
         )
-    keys: dict[str, str | None] = {
-        "AWS_ACCESS_KEY_ID": key or None,
-        "AWS_SECRET_ACCESS_KEY": secret.get_secret_value() if key and secret else None,
-        "AWS_SESSION_TOKEN": (key and block.aws_session_token) or None,
-    }
-    given = {
-        "AWS_PROFILE": block.profile_name,
-        "AWS_DEFAULT_REGION": block.region_name,
-        "AWS_ENDPOINT_URL_S3": parameters.endpoint_url,
-    }
-    # A profile without keys: boto3 would prefer keys of the environment to it.
-    return (keys if key or block.profile_name else {}) | {name: value for name, value in given.items() if value}
+    return s3.Credentials(
+        access_key=key or None,
+        secret_key=secret.get_secret_value() if key and secret else None,
+        session_token=(key and block.aws_session_token) or None,
+        profile=block.profile_name or None,
+        region=block.region_name or None,
+        endpoint=parameters.endpoint_url or None,
+    )

@@ -5,16 +5,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import httpx
+from prefect import Flow
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
 from ota_core.errors import OtaError
+from tasks.orchestration.credentials import block_credentials
 
+P = ParamSpec("P")
+R = TypeVar("R")
 SECONDS_BETWEEN = 10.0
 
 
@@ -80,16 +85,44 @@ class Progress:
         self._bars[what].show(percent, what)
 
 
-class _UserErrorsOnce(logging.Filter):
-    """Drops what Prefect's engine logs, with a traceback, of a user's mistake: the line on the final state that follows says the same."""
+class _Without(logging.Filter):
+    """Drops what Prefect's engine logs, with a traceback, of a user's mistake: the line on the final state that follows says the same.
+
+    ``error``: this one alone, and once.
+    """
+
+    def __init__(self, logger: logging.Logger, error: OtaError | None = None) -> None:
+        super().__init__()
+        self._logger, self._error = logger, error
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], OtaError))
+        found = record.exc_info[1] if record.exc_info else None
+        if self._error is None:
+            return not isinstance(found, OtaError)
+        if found is self._error:
+            self._logger.removeFilter(self)
+        return found is not self._error
 
 
-def hide_tracebacks_of_user_errors() -> None:
-    """Log a failed run's OtaError by its message alone, here and on the Prefect server. Any other error keeps its traceback."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logger = logging.getLogger(name)
-        if not any(isinstance(known, _UserErrorsOnce) for known in logger.filters):
-            logger.addFilter(_UserErrorsOnce())
+def for_users(made: Flow[P, R]) -> Flow[P, R]:
+    """A flow as users meet it: it speaks to S3 with the credentials of their block, and logs their mistakes by the message alone.
+
+    Any other error keeps its traceback, here and on the Prefect server. Stands above ``@flow``.
+    """
+    body, runs, tasks = made.fn, logging.getLogger("prefect.flow_runs"), logging.getLogger("prefect.task_runs")
+
+    @wraps(body)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        quiet = _Without(tasks)
+        tasks.addFilter(quiet)
+        try:
+            with block_credentials():
+                return body(*args, **kwargs)
+        except OtaError as error:
+            runs.addFilter(_Without(runs, error))  # Prefect logs it after the body has ended
+            raise
+        finally:
+            tasks.removeFilter(quiet)
+
+    made.fn = wrapped
+    return made

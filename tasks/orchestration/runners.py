@@ -21,10 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ota_core.errors import OtaError
 
 Kind = Literal["threads", "dask", "ray", "workers"]
-DEPLOYMENTS = {"merge": "part/gpu"}
+DEPLOYMENTS = {"shard": "part/gpu"}
 OTHER_PARTS = "part/cpu"
 # Each part uses all cores by threads of its own; more processes hide the waiting for a remote store.
 LOCAL_PROCESSES = 2
+
+
+def several_at_once() -> TaskRunner[Any]:
+    """The task runner of the flows: tasks that wait, for downloads or for other machines, do so side by side."""
+    return ThreadPoolTaskRunner(max_workers=4)
 
 
 class Runner(BaseModel):
@@ -46,7 +51,7 @@ class Runner(BaseModel):
     )
     deployment: str | None = Field(
         None,
-        description=f"Deployment that workers run every part of; by default {DEPLOYMENTS['merge']} for merges, {OTHER_PARTS} for the rest.",
+        description=f"Deployment that workers run every part of; by default {DEPLOYMENTS['shard']} for merges, {OTHER_PARTS} for the rest.",
     )
 
     def deployment_of(self, kind: str) -> str:
@@ -121,7 +126,7 @@ def server_for(runner: Runner) -> Iterator[None]:
         yield
     elif runner.processes_here:
         # Prefect's temporary server of this process, the same for all of its runs; it stops it when the process ends.
-        with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url)}):
+        with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url).rstrip("/")}):
             yield
     else:
         where = f"the machines at {runner.address}" if runner.address else "Prefect workers"

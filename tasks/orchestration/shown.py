@@ -11,28 +11,12 @@ from tasks.evaluation.scores import caption, text_rows
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
     import pandas as pd
 
-    from tasks.experiments.leaderboard.leaderboard import Leaderboard
-
 
 def show_scores(table: pd.DataFrame, key: str = "scores", title: str = "Scores") -> None:
     """Base, experts and merges as a table of the run."""
     header, rows = text_rows(table)
     create_table_artifact(
         table=[dict(zip(header, cells, strict=True)) for cells in rows], key=key, description=f"{title}. {caption(table)}"
-    )
-
-
-def show_leaderboard(board: Leaderboard) -> None:
-    """An experiment's merges as a table of the run."""
-    from tasks.experiments.leaderboard.text import caption as board_caption
-    from tasks.experiments.leaderboard.text import text_rows as board_rows
-
-    header, rows = board_rows(board)
-    names = [name if header.index(name) == i else f"{name} ({header[i - 1]})" for i, name in enumerate(header)]
-    create_table_artifact(
-        table=[dict(zip(names, cells, strict=True)) for cells in rows],
-        key="leaderboard",
-        description=" ".join(board_caption(board)),
     )
 
 

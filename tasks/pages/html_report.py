@@ -43,7 +43,7 @@ class MergeReport(BaseModel):
     model_uri: str | None = None
     model_digest: str | None = None
     scores: tuple[Row, ...] = ()
-    """Base, experts, merge, as ``flows/report.rows_of`` gives them; scores in 0…1."""
+    """Base, experts, merge, as ``tasks/evaluation/comparison.rows_of`` gives them; scores in 0…1."""
     scores_note: str = ""
     """What the numbers are, for example ``tasks.evaluation.scores.caption``."""
     losses: tuple[tuple[str, ...], ...] = ()

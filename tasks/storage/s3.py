@@ -22,6 +22,7 @@ from botocore import exceptions as boto_errors
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError, StorageReason
+from tasks.settings import exchanged
 
 MIB = 1024 * 1024
 POOL_CONNECTIONS = 64
@@ -53,6 +54,17 @@ class Credentials:
     region: str | None = None
     endpoint: str | None = None
 
+    def variables(self) -> dict[str, str | None]:
+        """The environment variables that say the same; None where one has to go."""
+        keys = {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_SESSION_TOKEN": self.session_token if self.access_key else None,
+        }
+        given = {"AWS_PROFILE": self.profile, "AWS_DEFAULT_REGION": self.region, "AWS_ENDPOINT_URL_S3": self.endpoint}
+        # A profile without keys: boto3 would prefer keys of the environment to one that the environment names.
+        return (keys if self.access_key or self.profile else {}) | {name: value for name, value in given.items() if value}
+
 
 _handed: ContextVar[Credentials | None] = ContextVar("s3_credentials", default=None)
 
@@ -68,6 +80,38 @@ def use_credentials(credentials: Credentials | None) -> Iterator[None]:
         yield
     finally:
         _handed.reset(token)
+
+
+def has_credentials() -> bool:
+    """Whether credentials are handed on here."""
+    return _handed.get() is not None
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """The credentials in use as environment variables, for somebody else's client, which reads them there.
+
+    The environment is the whole process's: it is restored when the last thread leaves.
+    """
+    credentials = _handed.get()
+    if credentials is None:
+        yield
+        return
+    with _lent_lock:
+        _lent.append(exchanged(credentials.variables()))
+    try:
+        yield
+    finally:
+        with _lent_lock:
+            before = _lent[0]
+            _lent.pop()
+            if not _lent:
+                exchanged(before)
+
+
+_lent_lock = threading.Lock()
+_lent: list[dict[str, str | None]] = []
+"""What the environment held before each thread came that is within ``environment``."""
 
 
 class Threads(ThreadPoolExecutor):

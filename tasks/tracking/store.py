@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
+from tasks.storage import s3
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.view import VIEW, VIEW_KEY
 
@@ -122,10 +123,11 @@ def store_errors() -> tuple[type[Exception], ...]:
 def clear_errors(store: Store, doing: str, safe: str) -> Iterator[None]:
     """What MLflow, its database or the connection raises becomes one StorageError; anything else passes unchanged.
 
-    ``safe`` says what is not lost.
+    ``safe`` says what is not lost. Credentials that were handed to this tool's S3 client hold for MLflow's own, too.
     """
     try:
-        yield
+        with s3.environment():
+            yield
     except store_errors() as error:
         where = (
             f"check that the server at {store.shown} is up (MLFLOW_TRACKING_URI names it; unset it for the embedded database)"

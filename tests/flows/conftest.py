@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 
-import flows.pools
-from flows.pools import stage
+from flows.stage import stage
+from tasks.orchestration import executors
 from tests.flows.merge_fixture import counts as counts
 from tests.flows.merge_fixture import empty_mlflow as empty_mlflow
 from tests.flows.merge_fixture import world as world
-from tests.flows.prefect_fixture import prefect_server as prefect_server
 
 
 @pytest.fixture
@@ -25,5 +24,5 @@ def worker_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             known[options["key"]] = stage(**options["parameters"], return_state=True)
         return SimpleNamespace(state=known[options["key"]])
 
-    monkeypatch.setattr(flows.pools, "run_deployed", run_deployed)
+    monkeypatch.setattr(executors, "run_deployed", run_deployed)
     return sent

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.local.s3_server import S3Server, environment
+from tasks.local.s3_server import S3Server
+from tasks.settings import environment
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
-from tests.flows.prefect_fixture import task_states
+from tests.servers import task_states
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 
@@ -176,7 +177,7 @@ def s3_client() -> Any:
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts calls of the functions that do the stages' work: fetch, compress, mask, merge, score."""
     from ota_core.merge import engine
-    from tasks import stages
+    from tasks import benchmark
     from tasks.storage import models as storage
 
     calls: Counter[str] = Counter()
@@ -196,5 +197,5 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(engine, "compress_moments", "compress")
     count(engine, "mask", "mask")
     count(engine, "merge_into", "merge")
-    count(stages, "score_model", "score")
+    count(benchmark, "score_model", "score")
     return calls

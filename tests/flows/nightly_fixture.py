@@ -23,7 +23,7 @@ from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tasks.tracking.registered import CHALLENGER
 from tests.flows.merge_fixture import World, write_v
-from tests.flows.prefect_fixture import flow_run_name
+from tests.servers import flow_run_name
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 from tests.tiny_training import memorise, rows_of

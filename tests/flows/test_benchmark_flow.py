@@ -13,7 +13,7 @@ from flows.benchmark import benchmark_flow
 from flows.cli.app import app
 from tests.flows.merge_fixture import World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.flows.prefect_fixture import flow_run_name, task_states
+from tests.servers import flow_run_name, task_states
 from tests.tiny_suite import write_tiny_suite
 
 

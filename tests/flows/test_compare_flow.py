@@ -11,11 +11,10 @@ from mlflow import MlflowClient
 
 from flows.compare import Comparison, compare_flow
 from tasks.tracking.merge import log_merge
-from tests.flows.prefect_fixture import flow_run_name
+from tests.servers import flow_run_name, mlflow_server
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, scored_merge, some_merges
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import blank_database as blank_database
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import tracking as tracking
-from tests.tasks.tracking.mlflow_server import mlflow_server
 
 FILES = ["leaderboard.csv", "leaderboard.html", "leaderboard.md", "leaderboard.parquet", "leaderboard.png"]
 

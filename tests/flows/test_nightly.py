@@ -15,7 +15,7 @@ from tasks.storage import models as storage
 from tests.flows.nightly_fixture import FIRST, LINEAR, OTA, SECOND, THIRD, WEAK, Night, Nights, broken_copy
 from tests.flows.nightly_fixture import nights as nights
 from tests.flows.nightly_fixture import trained as trained
-from tests.flows.prefect_fixture import task_states
+from tests.servers import task_states
 
 BROKEN = {"name": "broken", "merge_method": "linear", "tokenizer_source": "model:nobody"}
 """A recipe whose mistake shows only when the models are there."""
@@ -224,13 +224,13 @@ def test_a_night_that_fails_tells_what_was_left_out(
 
 
 def test_an_interruption_after_the_promotion_is_finished_by_the_next_night(two: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
-    import flows.verdict
+    from tasks.registry import verdict
 
     def interrupted(*_: Any) -> None:
         raise RuntimeError("the machine went away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(flows.verdict, "point_latest", interrupted)
+        patch.setattr(verdict, "point_latest", interrupted)
         night = two.run()
     assert night.state.is_failed() and "the machine went away" in night.state.message
     champion = two.champion

@@ -1,5 +1,6 @@
 """How far a long stage is, as the run's page shows it; and that telling it can do no harm."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -8,9 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from prefect import flow
+from prefect import flow, task
 
-from tasks.orchestration.run_log import Progress, ProgressBar
+from ota_core.errors import OtaError
+from tasks.orchestration.run_log import Progress, ProgressBar, for_users
 from tests.flows.nightly_fixture import artifacts_of
 
 
@@ -137,3 +139,32 @@ def test_artifacts_by_key_or_type(prefect_server: None) -> None:
     found = artifacts_of(state.state_details.flow_run_id)
     assert set(found) == {"gate", "mlflow-run"} and found["gate"].data == "# yes"
     assert found["mlflow-run"].data == "[MLflow: ota](http://mlflow/run)"
+
+
+@pytest.mark.parametrize("kind", [OtaError, ValueError])
+def test_a_users_mistake_is_logged_without_a_traceback_and_no_filter_stays(
+    kind: type[Exception], prefect_server: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs")]
+
+    @task
+    def part() -> None:
+        raise kind("no such recipe")
+
+    @for_users
+    @flow
+    def inner(count: int = 1) -> None:
+        part()
+
+    @for_users
+    @flow
+    def outer() -> None:
+        inner()
+
+    with pytest.raises(kind, match="no such recipe"):
+        outer()
+    shown = [record for record in caplog.records if record.exc_info]
+    assert len(shown) == (0 if kind is OtaError else 3)
+    assert "no such recipe" in caplog.text, "the line on the final state names it"
+    assert {type(one).__module__ for logger in loggers for one in logger.filters} <= {"prefect.logging.filters"}
+    assert inner.parameters.properties["count"]["default"] == 1 and inner.version == outer.version is not None

@@ -17,18 +17,21 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.search import SearchOutcome, search_flow
-from flows.search_pool import PoolModels, pool_models
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
-from tasks import stages
+from tasks.benchmark import Benchmark, ScoreJob
+from tasks.evaluation.kept import SCORES_FILE
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.search.config import SearchConfig
+from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.search import SearchError
 from tasks.merging.inputs import fetch_all
+from tasks.merging.sources import planned
+from tasks.orchestration.executors import Pool
 from tasks.settings import places
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.flows.prefect_fixture import flow_run_name, task_states
+from tests.servers import flow_run_name, task_states
 from tests.tasks.local.real.test_real_losses import LOSSES, TEXT
 from tests.tiny_suite import edited, read_rows, write_rows, write_tiny_suite
 
@@ -143,7 +146,7 @@ def test_a_search_that_broke_off_goes_on_in_its_runs(
 ) -> None:
     whole = run(here.at(tmp_path / "other"), config(here, seed=5))
     counts.clear()
-    score, left = stages.score, iter(range(14))
+    score, left = ScoreJob.run, iter(range(14))
 
     def breaking(*args: Any, **kwargs: Any) -> Any:
         if next(left, None) is None:
@@ -151,7 +154,7 @@ def test_a_search_that_broke_off_goes_on_in_its_runs(
         return score(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "score", breaking)
+        patch.setattr(ScoreJob, "run", breaking)
         with pytest.raises(OtaError, match="the disk is full"):
             run(here, config(here, seed=5))
     assert not list((here.home / "searches").glob("*.model"))
@@ -209,7 +212,7 @@ def test_where_the_suite_measures_a_loss_trials_and_floors_go_by_it(here: World,
     ran = run(here, search)
     kept = [
         ModelScores.model_validate_json(file.read_text())
-        for file in Path(places(here.home).artifacts, "scores").glob(f"*/{stages.SCORES_FILE}")
+        for file in Path(places(here.home).artifacts, "scores").glob(f"*/{SCORES_FILE}")
     ]
     likelihoods = {2.0 ** -one.losses["math"] for one in kept}
     for trial in ran.outcome.tuned.trials:
@@ -225,7 +228,7 @@ def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, wor
     assert sent.trials == alone.trials
     merges = {name for name in worker_here if name.startswith("merge ota rho=")}
     assert len(merges) == 4, "each trial can be told from the others"
-    assert "benchmark trial 3" in worker_here and "benchmark base" in worker_here
+    assert "benchmark trial 3" in worker_here and "benchmark base, math, knowledge" in worker_here
     merged = here.home / "artifacts" / "merged"
     assert not merged.exists() or not list(merged.iterdir())
 
@@ -234,18 +237,15 @@ def test_a_point_that_comes_again_is_merged_again_on_the_pool(here: World, worke
     """Its model was deleted when another was asked for: a run that is done already must not be taken for it."""
     where, recipes = places(here.home), [here.recipe(**{"lambda": scale}) for scale in (1, 2, 1)]
     fetched = fetch_all(recipes[0], cache=where.cache, recipe_dir=None)
-    inputs = stages.inputs_of(recipes[0], fetched, where, None)
+    benchmark = Benchmark.of(str(here.suite), str(here.data), None, where)
 
     @task
-    def scored(trials: PoolModels, recipe: MergeRecipe, limit: int) -> ModelScores:
+    def scored(trials: Trials, recipe: MergeRecipe, limit: int) -> ModelScores:
         return trials.score(recipe, limit, "trial")
 
     @flow
     def parent() -> list[ModelScores]:
-        with pool_models(
-            recipes[0], inputs, fetched, (), where, suite=str(here.suite), data_dir=str(here.data), device="cpu", memory="256MiB",
-            deployment="stage/gpu",
-        ) as trials:  # fmt: skip
+        with Trials(planned(recipes[0], fetched, where), benchmark, where, Pool("stage/gpu", "cpu"), tmp_path / "none") as trials:
             return [scored(trials, recipe, limit) for recipe, limit in zip(recipes, (4, 4, 8), strict=True)]
 
     first, _, last = parent()

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.study import study_flow
+from tasks.evaluation.kept import read_scores
 from tasks.experiments.study.study import StudyConfig
 from tasks.settings import places
-from tasks.stages import read_scores
 from tasks.storage.models import upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.flows.prefect_fixture import flow_run_name
+from tests.servers import flow_run_name
 from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
 
 
@@ -200,16 +200,16 @@ def test_tuning_on_the_gpu_pool_finds_the_same(
 
 def test_a_cell_that_fails_stops_no_other(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from ota_core.errors import CheckpointError
-    from tasks import stages
+    from tasks.merge import MergeJob
 
-    whole = stages.merge
+    whole = MergeJob.run
 
-    def failing(places: Any, step: Any, recipe: Any, *args: Any, **kwargs: Any) -> Any:
-        if recipe.merge_method == "dare_ties":
+    def failing(job: MergeJob, *args: Any, **kwargs: Any) -> Any:
+        if job.recipe.merge_method == "dare_ties":
             raise CheckpointError("the tensor t is not there")
-        return whole(places, step, recipe, *args, **kwargs)
+        return whole(job, *args, **kwargs)
 
-    monkeypatch.setattr(stages, "merge", failing)
+    monkeypatch.setattr(MergeJob, "run", failing)
     state = run(raw(here, {"merge_method": "dare_ties"}, {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}}))
     assert state.is_failed() and re.search(r"dare_ties: .*the tensor t is not there", state.message)
     page = str(artifacts_of(state.state_details.flow_run_id)["study"].data)

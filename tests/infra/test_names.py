@@ -101,7 +101,7 @@ def test_pools_deployments_and_automations_are_made_by_the_command_for_the_worke
 
 
 def test_the_guides_make_automations_and_upload_the_nightly_configuration() -> None:
-    guides = [(ROOT / "README.md").read_text(), (INFRA / "README.md").read_text()]
+    guides = [(ROOT / "docs" / "nightly.md").read_text(), (INFRA / "README.md").read_text()]
     assert all("ota stack deploy" in guide and "work-pool create" not in guide for guide in guides)
     named = {
         compose("gpu")["worker-cpu"]["environment"]["OTA_NIGHTLY"],

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.checkpoints import ota_recipe, random_base, random_experts
 
 ROOT = Path(__file__).parents[2]
 FORBIDDEN = {"prefect", "mlflow", "boto3", "botocore", "transformers", "lm_eval"}
@@ -39,12 +42,41 @@ def test_help_answers_without_loading_anything_heavy() -> None:
     assert {name.split(".")[0] for name in loaded} & (FORBIDDEN | {"torch", "numpy", "numba", "pandas", "pydantic"}) == set()
 
 
+LIGHT = [
+    (["plan", "ties"], {"numba"}),
+    (["plan", "ota"], {"numba"}),
+    (["merge", "linear", "OUT"], set()),
+    (["merge", "ties", "OUT"], set()),
+    (["merge", "ota", "OUT"], set()),
+    (["compress", "expert0", "OUT"], set()),
+]
+"""What is typed about recipes named after their methods, and what it does without beside torch."""
+
+
+@pytest.mark.parametrize("arguments, without", LIGHT, ids=lambda value: " ".join(value))
+def test_a_command_on_the_cpu_needs_no_torch(tmp_path: Path, arguments: list[str], without: set[str]) -> None:
+    base = random_base()
+    experts = random_experts(base)
+    for method, parameters in {"linear": {}, "ties": {"density": 0.4}, "ota": {"density": 0.4}}.items():
+        recipe = ota_recipe(tmp_path, base, experts, parameters, method=method, dtype=torch.bfloat16)
+        (tmp_path / method).write_text(json.dumps(recipe))
+    out = tmp_path / "out"
+    typed = [str(out if word == "OUT" else tmp_path / word) if i else word for i, word in enumerate(arguments)]
+    loaded = loaded_after(
+        f"import sys\nsys.argv = {['ota', *typed, '--home', str(tmp_path / 'home')]!r}\nfrom flows.cli.app import app\n"
+        "try: app()\nexcept SystemExit as end: assert not end.code"
+    )
+    assert out.exists() == ("OUT" in arguments)
+    assert {name.split(".")[0] for name in loaded} & (HEAVY | {"torch", "cffi", "psutil", *without}) <= {"botocore"}
+    assert "scipy.linalg" not in loaded
+
+
 HEAVY = FORBIDDEN | {"pandas", "matplotlib", "datasets", "sklearn"}
 
 
 @pytest.mark.parametrize(
     "module, allowed",
-    [("tasks.merging.inputs", {"botocore"}), ("flows.single", {"botocore"}), ("flows.merge", {"botocore", "prefect"})],
+    [("tasks.merging.inputs", {"botocore"}), ("flows.cli.engine", {"botocore"}), ("flows.merge", {"botocore", "prefect"})],
 )
 def test_a_command_loads_only_what_it_needs(module: str, allowed: set[str]) -> None:
     """``ota merge`` of local folders, ``ota compress``, and a flow that finds everything in its cache."""

@@ -13,21 +13,28 @@ from ota_core.artifact import RECORD, ArtifactRef, read_record
 from ota_core.errors import OtaError, StorageError
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages
-from tasks.evaluation.suites import SuiteError, load_suite
-from tasks.jobs import Job, MergeJob, ScoreJob, missing_after
+from tasks.artifacts.step import Stage
+from tasks.artifacts.store import store_of
+from tasks.benchmark import Benchmark, ScoreJob
+from tasks.compress import compress_jobs
+from tasks.evaluation.kept import read_scores
+from tasks.evaluation.subject import Subject, merged_subject
+from tasks.evaluation.suites import SuiteError
+from tasks.job import Job
+from tasks.mask import mask_jobs
+from tasks.merge import MergeJob, merge_job
 from tasks.merging.inputs import fetch_all
-from tasks.merging.sources import MergeSources
+from tasks.merging.sources import planned
+from tasks.orchestration.executors import missing_after
 from tasks.settings import Places, places
-from tasks.stages import Subject
 from tasks.storage import models as storage
 from tests.flows.merge_fixture import EXPERTS, RUN, upload, write_experts
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tiny_models import perturb
 from tests.tiny_suite import write_tiny_suite
 
 MEMORY = "256MiB"
-JOB: TypeAdapter[MergeJob | ScoreJob] = TypeAdapter(Job)
+JOB: TypeAdapter[Any] = TypeAdapter(Job)
 
 
 @dataclass(frozen=True)
@@ -57,32 +64,18 @@ def machines(models: Path, s3_server: S3Test, tmp_path: Path) -> Iterator[Machin
     yield Machines(s3_server.uri, models, places(tmp_path / "sender", root), places(tmp_path / "other", root))
 
 
-def sent(job: MergeJob | ScoreJob) -> MergeJob | ScoreJob:
+def sent(job: Stage) -> Stage:
     """What arrives of a job."""
-    return JOB.validate_json(job.model_dump_json(by_alias=True))
+    return JOB.validate_json(job.abroad().model_dump_json(by_alias=True))
 
 
-def merge_job(machines: Machines, recipe: MergeRecipe, shard_size: int) -> tuple[MergeJob, Any]:
-    """The job with second moments and masks made on the sender, and the sender's own inputs."""
+def merge_job_of(machines: Machines, recipe: MergeRecipe, shard_size: int = MAX_SHARD_BYTES) -> MergeJob:
+    """The job with second moments and masks made on the sender."""
     where = machines.sender
-    fetched = fetch_all(recipe, cache=where.cache, recipe_dir=None)
-    inputs = stages.inputs_of(recipe, fetched, where, None)
-    step = stages.merge_step(recipe, inputs, shard_size)
-    sources, ready = MergeSources.of(recipe, inputs, fetched), inputs
-    if recipe.merge_method == "ota":
-        moments = [stages.compress(where, stages.moments_step(recipe, one), one, memory=MEMORY) for one in inputs.experts]
-        experts = tuple(stages.with_compressed(where, one, ref) for one, ref in zip(inputs.experts, moments, strict=True))
-        ready = stages.MergeInputs(base=inputs.base, experts=experts)
-        masks = {
-            i: stages.mask(where, stages.mask_step(recipe, inputs, i), recipe, ready, i, memory=MEMORY)
-            for i in range(len(experts)) if recipe.ffg(i)
-        }  # fmt: skip
-        ready = stages.with_masks(where, ready, masks) if masks else ready
-        made = [one.model_copy(update={"compressed": moments[i], "masks": masks.get(i)}) for i, one in enumerate(sources.experts)]
-        sources = sources.model_copy(update={"experts": tuple(made)})
-    return MergeJob(
-        step=step, label=recipe.merge_method, recipe=recipe, sources=sources, shard_size=shard_size, memory=MEMORY
-    ), ready
+    plan = planned(recipe, fetch_all(recipe, cache=where.cache, recipe_dir=None), where, memory=MEMORY)
+    plan = plan.with_artifacts([job.run(where) for job in compress_jobs(plan)])
+    plan = plan.with_artifacts(masks={i: job.run(where) for i, job in mask_jobs(plan).items()})
+    return merge_job(plan, shard_size)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +90,13 @@ def test_a_merge_elsewhere_gives_the_bytes_of_one_here(
     machines: Machines, tmp_path: Path, method: str, parameters: dict[str, Any], shard_size: int
 ) -> None:
     recipe = machines.recipe(method, **parameters)
-    job, ready = merge_job(machines, recipe, shard_size)
+    job = merge_job_of(machines, recipe, shard_size)
+    assert job.sources.base and job.sources.base.path, "the sender reads its own copy"
     ref = sent(job).run(machines.other, "cpu")
     assert ref.uri.startswith(f"{machines.uri}/artifacts/merged/") and ref.fingerprint == job.step.fingerprint
-    there = stages.store_of(machines.sender).local_path(ref)
+    there = store_of(machines.sender).local_path(ref)
     local = places(tmp_path / "alone")
-    alone = Path(stages.merge(local, job.step, recipe, ready, shard_size=shard_size, memory=MEMORY).uri)
+    alone = Path(job.run(local).uri)
     record, own = read_record(there), read_record(alone)
     weights = sorted(path.name for path in alone.glob("*.safetensors"))
     assert len(weights) > 1 if shard_size < MAX_SHARD_BYTES else weights == ["model.safetensors"]
@@ -115,18 +109,18 @@ def test_a_merge_elsewhere_gives_the_bytes_of_one_here(
 def test_a_merge_that_is_there_is_found(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     from ota_core.merge import engine
 
-    job, _ = merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)
+    job = merge_job_of(machines, machines.recipe("linear"))
     first = sent(job).run(machines.other, "cpu")
     monkeypatch.setattr(engine, "merge_into", None)
     assert sent(job).run(machines.sender, "cpu") == first
 
 
 def test_an_expert_that_was_replaced_meanwhile_is_refused(machines: Machines, tmp_path: Path) -> None:
-    job, _ = merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)
+    job = merge_job_of(machines, machines.recipe("linear"))
     storage.upload_folder(perturb(machines.models / "base", tmp_path / "new", seed=9), f"{machines.uri}/experts/math/{RUN}")
     with pytest.raises(OtaError, match=r"experts/math.* is not what it was when the merge began; run the merge again"):
         sent(job).run(machines.other, "cpu")
-    assert stages.store_of(machines.other).find("merged", job.step.fingerprint) is None
+    assert job.find(machines.other) is None
 
 
 @pytest.fixture
@@ -140,8 +134,7 @@ def score_job(machines: Machines, suite: tuple[Path, Path], **changes: Any) -> S
     known = {"name": "base", "role": "base", "path": fetched.path, "digest": fetched.digest, "location": fetched.resolved}
     subject = Subject.model_validate(known | changes)
     file, data = suite
-    step = stages.score_step(subject, load_suite(str(file)), data, None)
-    return ScoreJob(step=step, subject=subject, suite=str(file), data_dir=str(data), limit=None)
+    return Benchmark.of(str(file), str(data), None, machines.sender).job(subject)
 
 
 @pytest.fixture
@@ -164,19 +157,19 @@ def test_scores_made_elsewhere_and_scores_that_are_there(
     job = score_job(machines, suite)
     ref = sent(job).run(machines.other, "cpu")
     assert fetches["other"] == 1  # the sender's folder is of no use there
-    scores = stages.read_scores(machines.sender, ref)
+    scores = read_scores(machines.sender, ref)
     assert set(scores.by_capability()) == {"math", "knowledge"} and scores.capabilities["math"].n_samples == 4
     third = places(tmp_path / "third", machines.other.artifacts)
     assert sent(job).run(third, "cpu") == ref and fetches["third"] == 0
 
 
 def test_a_merged_model_is_found_by_its_artifact(machines: Machines, suite: tuple[Path, Path]) -> None:
-    merging, _ = merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)
+    merging = merge_job_of(machines, machines.recipe("linear"))
     merged: ArtifactRef = sent(merging).run(machines.sender, "cpu")
-    subject = stages.merged_subject(machines.sender, "linear", merged, benchmark=False)
+    subject = merged_subject(machines.sender, "linear", merged, benchmark=False)
     assert subject.path is None
     job = score_job(machines, suite, **subject.model_dump())
-    assert stages.read_scores(machines.sender, sent(job).run(machines.other, "cpu")).average is not None
+    assert read_scores(machines.sender, sent(job).run(machines.other, "cpu")).average is not None
 
 
 @pytest.mark.parametrize("change", ["task", "data"])
@@ -196,7 +189,7 @@ def test_a_model_that_changed_meanwhile_is_refused(machines: Machines, suite: tu
     storage.upload_folder(perturb(machines.models / "base", tmp_path / "new", seed=9), f"{machines.uri}/models/base")
     with pytest.raises(StorageError, match=r"models/base \(base\) is not what it was when the run began: its digest is"):
         sent(job).run(machines.other, "cpu")
-    assert stages.store_of(machines.other).find("scores", job.step.fingerprint) is None
+    assert job.find(machines.other) is None
 
 
 def test_a_model_that_only_the_sender_has_is_refused(machines: Machines, suite: tuple[Path, Path]) -> None:
@@ -208,4 +201,4 @@ def test_names_and_what_is_said_of_an_output_that_is_nowhere(machines: Machines,
     job = score_job(machines, suite)
     assert job.name == "benchmark base"
     assert "benchmark base is done, but s3://" in str(missing_after(job.name, machines.sender))
-    assert merge_job(machines, machines.recipe("linear"), MAX_SHARD_BYTES)[0].name == "merge linear"
+    assert merge_job_of(machines, machines.recipe("linear")).name == "merge linear"

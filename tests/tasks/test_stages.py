@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 
-from ota_core.artifact import read_record
+from ota_core.artifact import ArtifactRef, read_record
 from ota_core.merge import engine
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import stages
+from tasks import benchmark
+from tasks.benchmark import Benchmark
+from tasks.compress import compress_jobs, moments_step
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.subject import Subject, merged_subject
 from tasks.evaluation.suites import SuiteError, load_suite
+from tasks.mask import mask_jobs, mask_step
+from tasks.merge import merge_job, merge_step
 from tasks.merging.inputs import model_sources
+from tasks.merging.sources import Planned, planned
 from tasks.settings import Places, places
-from tasks.stages import Subject
 from tasks.storage import models as storage
 from tasks.storage.layout import write_expert_json
 from tests.flows.merge_fixture import EXPERTS, write_experts, write_v
@@ -45,18 +51,31 @@ def recipe(
     return MergeRecipe.model_validate(raw | (top or {}))
 
 
-def inputs_of(recipe: MergeRecipe, where: Places) -> MergeInputs:
+def plan_of(recipe: MergeRecipe, where: Places) -> Planned:
     fetched = [storage.fetch(source, cache=where.cache) for source in model_sources(recipe, None)]
-    return stages.inputs_of(recipe, fetched, where, None)
+    return planned(recipe, fetched, where)
+
+
+def inputs_of(recipe: MergeRecipe, where: Places) -> MergeInputs:
+    return plan_of(recipe, where).inputs
+
+
+def all_stages(recipe: MergeRecipe, where: Places) -> list[ArtifactRef]:
+    """Second moments, masks, and the merged model last."""
+    plan = plan_of(recipe, where)
+    moments = [job.run(where) for job in compress_jobs(plan)]
+    plan = plan.with_artifacts(moments)
+    masks = {i: job.run(where) for i, job in mask_jobs(plan).items()}
+    return [*moments, *masks.values(), merge_job(plan.with_artifacts(masks=masks)).run(where)]
 
 
 def fingerprints(recipe: MergeRecipe, where: Places) -> dict[str, str]:
     """Of the first expert's moments and mask, and of the merge."""
     inputs = inputs_of(recipe, where)
     return {
-        "moments": stages.moments_step(recipe, inputs.experts[0]).fingerprint,
-        "mask": stages.mask_step(recipe, inputs, 0).fingerprint,
-        "merge": stages.merge_step(recipe, inputs).fingerprint,
+        "moments": moments_step(recipe, inputs.experts[0]).fingerprint,
+        "mask": mask_step(recipe, inputs, 0).fingerprint,
+        "merge": merge_step(recipe, inputs).fingerprint,
     }
 
 
@@ -99,14 +118,9 @@ def test_a_rank_stales_what_is_compressed_with_it(models: Path, where: Places) -
 @pytest.mark.parametrize("compression", [{"compression": "log8"}, {"compression": "rank_k", "rank": 2}], ids=str)
 def test_every_compression_goes_through_the_stages(models: Path, where: Places, tmp_path: Path, compression: Any) -> None:
     wanted = recipe(models, **compression)
-    inputs = inputs_of(wanted, where)
-    refs = [stages.compress(where, stages.moments_step(wanted, expert), expert) for expert in inputs.experts]
-    assert [read_record(Path(ref.uri)).results["rank"] for ref in refs] == [compression.get("rank")] * 2
-    experts = [stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs, strict=True)]
-    ready = MergeInputs(base=inputs.base, experts=tuple(experts))
-    masks = {i: stages.mask(where, stages.mask_step(wanted, inputs, i), wanted, ready, i) for i in range(2)}
-    merged = stages.merge(where, stages.merge_step(wanted, inputs), wanted, stages.with_masks(where, ready, masks))
-    engine.merge(wanted, tmp_path / "fused", inputs=inputs)
+    *refs, merged = all_stages(wanted, where)
+    assert [read_record(Path(ref.uri)).results["rank"] for ref in refs[:2]] == [compression.get("rank")] * 2 and len(refs) == 4
+    engine.merge(wanted, tmp_path / "fused", inputs=inputs_of(wanted, where))
     names = [path.name for path in (tmp_path / "fused").glob("*.safetensors")]
     assert names and all((Path(merged.uri) / name).read_bytes() == (tmp_path / "fused" / name).read_bytes() for name in names)
 
@@ -152,27 +166,16 @@ def test_another_step_of_the_optimizer_is_another_bias_correction(models: Path, 
 def test_what_is_there_is_not_computed_again(models: Path, where: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = recipe(models)
 
-    def all_stages() -> list[Any]:
-        inputs = inputs_of(wanted, where)
-        refs = [stages.compress(where, stages.moments_step(wanted, expert), expert) for expert in inputs.experts]
-        experts = [stages.with_compressed(where, expert, ref) for expert, ref in zip(inputs.experts, refs, strict=True)]
-        assert [expert.full_moments for expert in experts] == [expert.moments for expert in inputs.experts]
-        ready = MergeInputs(base=inputs.base, experts=tuple(experts))
-        masks = {i: stages.mask(where, stages.mask_step(wanted, inputs, i), wanted, ready, i) for i in range(2)}
-        ready = stages.with_masks(where, ready, masks)
-        assert [expert.masks for expert in ready.experts] == [Path(masks[i].uri) / "mask.safetensors" for i in range(2)]
-        return [*refs, *masks.values(), stages.merge(where, stages.merge_step(wanted, inputs), wanted, ready)]
-
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")
 
-    first = all_stages()
+    first = all_stages(wanted, where)
     record = read_record(Path(first[-1].uri))
     assert record.provenance["sources"] == {"base": str(models / "base")} | {name: str(models / name) for name in EXPERTS}
     assert set(record.results["densities"]) == set(EXPERTS) and record.provenance["seconds"] > 0
     for name in ("compress_moments", "mask", "merge_into"):
         monkeypatch.setattr(engine, name, never)
-    assert all_stages() == first
+    assert all_stages(wanted, where) == first
 
 
 def test_scores_are_known_by_model_and_settings(
@@ -185,7 +188,8 @@ def test_scores_are_known_by_model_and_settings(
         digest: str = "xxh3:1", path: Path = models / "base", data: Path = data, limit: int | None = None, **changes: Any
     ) -> str:
         subject = Subject(name="any", role="base", path=path, digest=digest)
-        return stages.score_step(subject, suite.model_copy(update=changes), data, limit).fingerprint
+        tests = suite.model_copy(update=changes)
+        return Benchmark("tiny", str(data), limit, tests, data).step(subject).fingerprint
 
     same = step()
     assert (
@@ -199,27 +203,33 @@ def test_scores_are_known_by_model_and_settings(
     assert step() != same
 
     subject = Subject(name="base", role="base", path=models / "base", digest="xxh3:1")
-    wanted = stages.score_step(subject, suite, data, None)
-    ref = stages.score(where, wanted, subject, str(file), data, None)
-    scores = stages.read_scores(where, ref)
+    job = Benchmark.of(str(file), str(data), None, where).job(subject)
+    write_rows(data / "facts.jsonl", [{"prompt": "?", "choices": ["a", "b"], "label": 1}])
+    with pytest.raises(SuiteError, match="differ on this machine from those of the flow that asks"):
+        job.run(where)
+    job = Benchmark.of(str(file), str(data), None, where).job(subject)
+    ref = job.run(where)
+    scores = read_scores(where, ref)
     assert isinstance(scores, ModelScores) and set(scores.capabilities) == {"math", "knowledge"}
     assert read_record(Path(ref.uri)).results["capabilities"] == scores.by_capability()
-    monkeypatch.setattr(stages, "score_model", lambda *args, **kwargs: pytest.fail("scored again"))
-    assert stages.score(where, wanted, subject, str(file), data, None) == ref
+    monkeypatch.setattr(benchmark, "score_model", lambda *args, **kwargs: pytest.fail("scored again"))
+    assert job.run(where) == ref
 
 
-def test_a_suite_is_checked_before_it_is_needed(tmp_path: Path) -> None:
+def test_a_suite_is_checked_before_it_is_needed(where: Places, tmp_path: Path) -> None:
     file, data = write_tiny_suite(tmp_path)
-    suite = load_suite(str(file))
-    stages.check_suite(suite, data, 3)
-    stages.check_suite(suite, data, None)
+
+    def check(data_dir: Path | None, limit: int | None) -> Benchmark:
+        return Benchmark.of(str(file), data_dir and str(data_dir), limit, where).check()
+
+    assert check(data, 3).limit == 3 and check(data, None).limit is None
     for limit in (0, -1):
         with pytest.raises(SuiteError, match=f"limit is {limit}; expected at least one"):
-            stages.check_suite(suite, data, limit)
+            check(data, limit)
     with pytest.raises(SuiteError, match="depend on data"):
-        stages.check_suite(suite, None, None)
+        check(None, None)
     with pytest.raises(SuiteError, match="not a folder"):
-        stages.check_suite(suite, tmp_path / "nowhere", None)
+        check(tmp_path / "nowhere", None)
 
 
 def test_a_capability_called_base_gets_another_label(models: Path, where: Places, tmp_path: Path) -> None:
@@ -234,9 +244,8 @@ def test_a_capability_called_base_gets_another_label(models: Path, where: Places
 def test_the_merged_models_digest_is_of_its_content(models: Path, where: Places) -> None:
     """The model card and the record do not decide scores."""
     wanted = recipe(models, top={"merge_method": "linear", "parameters": {}})
-    inputs = inputs_of(wanted, where)
-    merged = stages.merge(where, stages.merge_step(wanted, inputs), wanted, inputs)
-    subject = stages.merged_subject(where, "m", merged)
+    (merged,) = all_stages(wanted, where)
+    subject = merged_subject(where, "m", merged)
     assert (subject.role, subject.path) == ("merge", Path(merged.uri))
     copy = shutil.copytree(merged.uri, where.cache / "copy")
     (copy / "README.md").write_text("another card")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.moments.base import Moments
@@ -68,7 +69,7 @@ class CompressedMoments(ABC):
         return self._steps.get(name)
 
     @abstractmethod
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         """Rows start:stop of ṽ, float32 (stop − start, C)."""
 
     def prefetch(self, name: str, start: int, stop: int) -> None:  # noqa: B027 - what is in memory needs no fetching
@@ -88,7 +89,7 @@ class FactoredMoments(CompressedMoments):
         self,
         path: Path,
         shapes: Mapping[str, tuple[int, ...]],
-        stored: Mapping[str, torch.Tensor],
+        stored: Mapping[str, NDArray[np.float32]],
         beta2: float | None,
         steps: Mapping[str, int],
     ) -> None:
@@ -96,7 +97,7 @@ class FactoredMoments(CompressedMoments):
         super().__init__(path, shapes, beta2, steps)
         self._stored = dict(stored)
 
-    def tensors(self) -> Mapping[str, torch.Tensor]:
+    def tensors(self) -> Mapping[str, NDArray[np.float32]]:
         """What the file format stores."""
         return self._stored
 

@@ -10,6 +10,8 @@ from ota_core.moments.base import Moments
 
 # Elements of a chunk: 16 MiB of float32, long against the cost of starting a job, short against the memory budget.
 CHUNK = 1 << 22
+# Elements that share a range in the code of log8.
+BLOCK = 256
 
 
 def matrices(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -3,12 +3,14 @@
 import math
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.compute.stream import Stream
 from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.rows import F32, U8
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.files.writer import SafetensorsWriter, TensorSpec
 from ota_core.moments.base import Moments
@@ -29,9 +31,9 @@ class StoredMoments(CompressedMoments):
         super().__init__(file.path, header.shapes, header.beta2, header.steps)
         self._file = file
 
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         """Rows start:stop of v, a view of the file: float32 (stop − start, C)."""
-        rows = self._file.read_rows(name, start, stop)
+        rows = self._file.read_rows(name, start, stop).to_float32()
         return checked(rows, path=self.path, name=name, shape=self._shapes[name], start=start) if check else rows
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
@@ -49,11 +51,11 @@ class StoredMoments(CompressedMoments):
 
 def save_compressed(moments: FactoredMoments, path: Path) -> None:
     """Write factors to ``path``."""
-    stored = {name: tensor.contiguous() for name, tensor in moments.tensors().items()}
-    specs = [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in stored.items()]
+    stored = moments.tensors()
+    specs = [TensorSpec(name, values.shape, F32) for name, values in stored.items()]
     writer = SafetensorsWriter(path, specs, Header.of(moments).metadata())
-    for name, tensor in stored.items():
-        writer.write_rows(name, 0, tensor.reshape(matrix_shape(tensor.shape)))
+    for name, values in stored.items():
+        writer.write_rows(name, 0, values.reshape(matrix_shape(values.shape)))
     writer.close()
 
 
@@ -61,7 +63,7 @@ def save_full(moments: Moments, path: Path, *, stream: Stream) -> CompressionRep
     """Write v uncompressed, float32, under the parameters' names: one format whatever the trainer left."""
     shapes = dict(moments.shapes())
     header = Header(method="none", shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
-    writer = SafetensorsWriter(path, [TensorSpec(n, s, torch.float32) for n, s in sorted(shapes.items())], header.metadata())
+    writer = SafetensorsWriter(path, [TensorSpec(n, s, F32) for n, s in sorted(shapes.items())], header.metadata())
 
     def copy(block: tuple[str, int, int]) -> None:
         rows = moments.read(*block)
@@ -95,10 +97,10 @@ def open_compressed(path: Path, source_of: SourceOf | None = None) -> Compressed
     for name, info in file.infos.items():
         file.prefetch(name, 0, matrix_shape(info.shape)[0])
     for name, info in file.infos.items():
-        tensor = stored[name] = file.read_rows(name, 0, matrix_shape(info.shape)[0]).reshape(info.shape).clone()
+        values = stored[name] = file.read_rows(name, 0, matrix_shape(info.shape)[0]).to_float32().reshape(info.shape).copy()
         # Factors of rank_k have signs; whatever stands for itself or is a sum has none.
         lowest = -math.inf if header.method == "rank_k" and name not in header.shapes else 0.0
-        if tensor.numel() and not (tensor.min() >= lowest and tensor.abs().max() < math.inf):
+        if values.size and not (values.min() >= lowest and np.abs(values).max() < math.inf):
             raise MomentsError(
                 f"{path}: tensor '{name}' holds a negative, NaN or infinite entry; second moments are finite and ≥ 0"
             )
@@ -122,6 +124,6 @@ def _check_tensors(file: SafetensorsFile, header: Header) -> None:
             expected[name] = shape
     found = {name: info.shape for name, info in file.infos.items()}
     odd = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-    odd += [name for name, info in file.infos.items() if info.dtype != (torch.uint8 if name.endswith(CODE) else torch.float32)]
+    odd += [name for name, info in file.infos.items() if info.dtype != (U8 if name.endswith(CODE) else F32)]
     if odd or (header.method == "rank_k") != (header.rank is not None):
         raise MomentsError(f"{file.path}: its tensors do not match its header ({odd[:4]}); compress the second moments again")

@@ -11,18 +11,18 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Stream
 from ota_core.errors import MomentsError
+from ota_core.files.rows import F32, U8
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.files.writer import SafetensorsWriter, TensorSpec
 from ota_core.moments.base import Moments
 from ota_core.moments.compression.base import CompressedMoments, CompressionReport, Method, steps_of
-from ota_core.moments.compression.cuts import CHUNK, refuse
+from ota_core.moments.compression.cuts import BLOCK, CHUNK, refuse
 from ota_core.moments.compression.header import Header
-from ota_core.moments.compression.log8_codec import BLOCK, decode, encode
 
 CODE, RANGE = "#code", "#range"
 
@@ -46,17 +46,19 @@ class Log8Moments(CompressedMoments):
         """The tensors that stand for one parameter, with their shapes."""
         return {name + CODE: (math.prod(shape),), name + RANGE: (-(-math.prod(shape) // BLOCK), 2)}
 
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         """Rows start:stop of ṽ, float32 (stop − start, C), decoded anew. Raises MomentsError where the file is damaged.
 
         Every range is looked at, and a code between two finite values can only be finite: ``check`` changes nothing.
         """
+        from ota_core.moments.compression.log8_codec import decode
+
         width = matrix_shape(self._shapes[name])[1]
         first, last = start * width, stop * width
-        codes = self._file.read_rows(name + CODE, first, last).numpy().reshape(-1)
-        ranges = self._file.read_rows(name + RANGE, first // BLOCK, -(-last // BLOCK)).view(torch.int32).numpy()
-        values = torch.empty((stop - start, width), dtype=torch.float32)
-        if not decode(codes, ranges, first % BLOCK, values.view(torch.int32).numpy().reshape(-1)):
+        codes = self._file.read_rows(name + CODE, first, last).held.reshape(-1)
+        ranges = self._file.read_rows(name + RANGE, first // BLOCK, -(-last // BLOCK)).held.view(np.int32)
+        values = np.empty((stop - start, width), np.float32)
+        if not decode(codes, ranges, first % BLOCK, values.view(np.int32).reshape(-1)):
             raise MomentsError(
                 f"{self.path}: '{name}' holds a block whose range is no range of second moments; compress the second moments again"
             )
@@ -79,13 +81,11 @@ class Log8Moments(CompressedMoments):
 
 def write_log8(moments: Moments, path: Path, *, stream: Stream, what: str) -> CompressionReport:
     """Code one expert's second moments into the file ``path``, in one pass. Raises MomentsError on bad values; no file is left then."""
+    from ota_core.moments.compression.log8_codec import encode
+
     shapes = dict(moments.shapes())
     forms = {name: Log8Moments.keys(name, shape) for name, shape in shapes.items()}
-    specs = [
-        TensorSpec(key, form, torch.uint8 if key.endswith(CODE) else torch.float32)
-        for keys in forms.values()
-        for key, form in keys.items()
-    ]
+    specs = [TensorSpec(key, form, U8 if key.endswith(CODE) else F32) for keys in forms.values() for key, form in keys.items()]
     header = Header(method="log8", shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
     writer = SafetensorsWriter(path, specs, header.metadata())
 
@@ -93,14 +93,14 @@ def write_log8(moments: Moments, path: Path, *, stream: Stream, what: str) -> Co
         name, start, stop = part
         v = moments.read(name, start, stop, check=False)
         stream.count_read(v.nbytes)
-        values = v.reshape(-1).numpy()
+        values = v.reshape(-1)
         codes, ranges = np.empty(values.size, np.uint8), np.empty((-(-values.size // BLOCK), 2), np.int32)
         sums = np.zeros(2)
         if not encode(values, codes, ranges, sums):
             refuse(moments, name, start, stop)
         first = start * v.shape[1]
-        writer.write_rows(name + CODE, first, torch.from_numpy(codes)[:, None])
-        writer.write_rows(name + RANGE, first // BLOCK, torch.from_numpy(ranges).view(torch.float32))
+        writer.write_rows(name + CODE, first, codes[:, None])
+        writer.write_rows(name + RANGE, first // BLOCK, ranges.view(np.float32))
         return float(sums[0]), float(sums[1])
 
     parts = [(name, a, b) for name, shape in sorted(shapes.items()) for a, b in _whole_blocks(shape)]

@@ -9,24 +9,23 @@ Error: at most half a step, (hi − lo) / 508 of bits, which is 1/508 of the blo
 (a factor of at most 1 / ln 2 on the relative error). A block whose bits span 254 or less comes back exactly, as do lo and hi of any.
 """
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 256
+from ota_core.compute.loops import compiled
+from ota_core.moments.compression.cuts import BLOCK
+
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 U32 = NDArray[np.uint32]
 U8 = NDArray[np.uint8]
-_compile = numba.njit(cache=True, nogil=True, error_model="numpy")
-
 # 2^24 / 254, rounded up: (x · 66053) >> 24 is ⌊x / 254⌋ for every x up to 254 · 253 + 127 (a test tries them all), within 32 bits.
 RECIPROCAL, SHIFT = 66053, 24
 _INFINITY, _NEGATIVE_ZERO = 0x7F800000, np.uint32(1 << 31)
 
 
-@_compile
+@compiled
 def _decode_block(codes: U8, lo: np.int64, hi: np.int64, out: I32) -> None:
     """Bits of the values. Step (c − 1)·(hi − lo) / 254, rounded, in 32 bits: quotient and remainder of the span apart."""
     span = np.int32(hi - lo)
@@ -40,7 +39,7 @@ def _decode_block(codes: U8, lo: np.int64, hi: np.int64, out: I32) -> None:
         out[i] = bits if step >= 0 else np.int32(0)
 
 
-@_compile
+@compiled
 def decode(codes: U8, ranges: I32, skip: int, out: I32) -> bool:
     """Values from ``codes`` (n,), whose first lies ``skip`` elements behind the start of the block of ``ranges``' first row.
 
@@ -59,7 +58,7 @@ def decode(codes: U8, ranges: I32, skip: int, out: I32) -> bool:
     return good
 
 
-@_compile
+@compiled
 def _range(bits: U32) -> tuple[np.int64, np.int64]:
     """Bits of the smallest positive and of the largest value. A largest of infinity's bits or more: something there is no v."""
     lo, hi = np.uint32(0xFFFFFFFF), np.uint32(0)
@@ -71,7 +70,7 @@ def _range(bits: U32) -> tuple[np.int64, np.int64]:
     return np.int64(lo) + 1, np.int64(hi)
 
 
-@_compile
+@compiled
 def _encode_block(bits: I32, lo: np.int64, hi: np.int64, codes: U8) -> None:
     scale = 254.0 / np.float64(hi - lo) if hi > lo else 0.0
     first = np.int32(lo)
@@ -80,7 +79,7 @@ def _encode_block(bits: I32, lo: np.int64, hi: np.int64, codes: U8) -> None:
         codes[i] = np.uint8(step + 1) if bits[i] > 0 else np.uint8(0)  # zero and the negative zero are not positive
 
 
-@_compile
+@compiled
 def _add_error(values: F32, approximate: F32, sums: F64, squares: F64, lanes: F64) -> None:
     """Σ(√v − √ṽ)² and Σv of a block, eight running sums each, whose order is fixed."""
     size = values.shape[0]
@@ -103,7 +102,7 @@ def _add_error(values: F32, approximate: F32, sums: F64, squares: F64, lanes: F6
         sums[1] += lanes[8 + lane]
 
 
-@_compile
+@compiled
 def encode(values: F32, codes: U8, ranges: I32, sums: F64) -> bool:
     """Codes (n,) and ranges (⌈n / 256⌉, 2) of float32 values (n,). False when a value is negative, NaN or infinite.
 

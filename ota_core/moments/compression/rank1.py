@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape, row_blocks
-from ota_core.compute.kernels import row_sum
 from ota_core.compute.stream import Stream
 from ota_core.errors import MomentsError
 from ota_core.moments.base import Moments
@@ -30,35 +27,6 @@ F64 = NDArray[np.float64]
 ROW, COL = "#row", "#col"
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
-def _sums(v: F32, height: int, rows: F64, cols: F64, weighted: F64) -> None:
-    """r, c and w of whole matrices of ``height`` rows. v: (S·height, C); rows: (S·height,); cols, weighted: (S, C), zeros before.
-
-    Four rows at a time, because the sums over columns then go through memory once for four; they are added row after row all the same.
-    """
-    lanes, roots = np.empty(16, np.float64), np.empty(4, np.float64)
-    for matrix in range(cols.shape[0]):
-        c, w = cols[matrix], weighted[matrix]
-        first, last = matrix * height, (matrix + 1) * height
-        fours = last - height % 4
-        for i in range(first, fours, 4):
-            for k in range(4):
-                rows[i + k] = row_sum(v[i + k], lanes)
-                roots[k] = np.sqrt(rows[i + k])
-            p, q, s, t = roots[0], roots[1], roots[2], roots[3]
-            for j in range(v.shape[1]):
-                a, b, d, e = np.float64(v[i, j]), np.float64(v[i + 1, j]), np.float64(v[i + 2, j]), np.float64(v[i + 3, j])
-                c[j] = c[j] + a + b + d + e
-                w[j] = w[j] + p * np.sqrt(a) + q * np.sqrt(b) + s * np.sqrt(d) + t * np.sqrt(e)
-        for i in range(fours, last):
-            rows[i] = row_sum(v[i], lanes)
-            root = np.sqrt(rows[i])
-            for j in range(v.shape[1]):
-                value = np.float64(v[i, j])
-                c[j] += value
-                w[j] += root * np.sqrt(value)
-
-
 class RankOneMoments(FactoredMoments):
     """Rank-1 second moments, from a file or straight from ``compress``: the same numbers either way."""
 
@@ -68,7 +36,7 @@ class RankOneMoments(FactoredMoments):
         self,
         path: Path,
         shapes: Mapping[str, tuple[int, ...]],
-        stored: Mapping[str, torch.Tensor],
+        stored: Mapping[str, F32],
         beta2: float | None,
         steps: Mapping[str, int],
     ) -> None:
@@ -81,28 +49,28 @@ class RankOneMoments(FactoredMoments):
         """The tensors that stand for one parameter, with their shapes."""
         return {name: shape} if len(shape) < 2 else {name + ROW: shape[:-1], name + COL: (*shape[:-2], shape[-1])}
 
-    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def factors(self, name: str) -> tuple[F32, F32] | None:
         """r / s, float32 (…, R), and c, float32 (…, C), of a tensor that is factored; None for one that is stored whole."""
         return (self._share[name], self._stored[name + COL]) if name in self._share else None
 
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> F32:
         """Rows start:stop of ṽ, float32 (stop − start, C). The factors were checked once, so that ``check`` changes nothing."""
         if name not in self._share:
             return self._stored[name].reshape(matrix_shape(self._shapes[name]))[start:stop]
         share, cols = self._share[name], self._stored[name + COL]
-        if cols.dim() == 1:
+        if cols.ndim == 1:
             return share[start:stop, None] * cols
         # Stacks of matrices: each row belongs to the column sums of its own matrix.
         height = self._shapes[name][-2]
         flat = cols.reshape(-1, cols.shape[-1])
-        return share.reshape(-1)[start:stop, None] * flat[torch.arange(start, stop) // height]
+        return share.reshape(-1)[start:stop, None] * flat[np.arange(start, stop) // height]
 
 
-def _share(rows: torch.Tensor) -> torch.Tensor:
+def _share(rows: F32) -> F32:
     """r / s for each matrix; zeros where the whole matrix is zero. Divided first: r·c underflows. rows: float32 (…, R)."""
-    flat = rows.double().reshape(-1, rows.shape[-1])
-    sums = torch.tensor([math.fsum(matrix.tolist()) for matrix in flat], dtype=torch.float64)[:, None]
-    return torch.where(sums > 0, flat / sums.clamp(min=torch.finfo(torch.float64).tiny), 0.0).float().reshape(rows.shape)
+    flat = rows.astype(np.float64).reshape(-1, rows.shape[-1])
+    sums = np.array([math.fsum(matrix.tolist()) for matrix in flat])[:, None]
+    return np.where(sums > 0, flat / np.maximum(sums, np.finfo(np.float64).tiny), 0.0).astype(np.float32).reshape(rows.shape)
 
 
 class _TensorSums:
@@ -159,16 +127,18 @@ def _parts(name: str, shape: tuple[int, ...]) -> list[_Part]:
 
 def compress_rank1(moments: Moments, *, stream: Stream, what: str) -> tuple[RankOneMoments, CompressionReport]:
     """Rank-1 compression of one expert's second moments. Vectors are kept whole. Raises MomentsError on bad values."""
+    from ota_core.moments.compression.rank1_loops import sums as sums_of
+
     shapes = dict(moments.shapes())
     sums = {name: _TensorSums(shape) for name, shape in shapes.items() if len(shape) > 1}
 
     def work(part: _Part) -> None:
-        v = moments.read(part.name, part.start, part.stop, check=False).numpy()
+        v = moments.read(part.name, part.start, part.stop, check=False)
         stream.count_read(v.nbytes)
         stacks = v.shape[0] // part.height
         cols, weighted = np.zeros((stacks, v.shape[1])), np.zeros((stacks, v.shape[1]))
         found, rows = sums[part.name], np.empty(v.shape[0])
-        _sums(v, part.height, rows, cols, weighted)
+        sums_of(v, part.height, rows, cols, weighted)
         # The root of a negative number is NaN and spreads to w, a NaN or an infinite entry to r: nothing bad stays unseen.
         if not (np.isfinite(weighted).all() and np.isfinite(rows).all()):
             refuse(moments, part.name, part.start, part.stop)
@@ -186,17 +156,17 @@ def compress_rank1(moments: Moments, *, stream: Stream, what: str) -> tuple[Rank
         _check_range(moments, name, sums[name])
         keys = list(RankOneMoments.keys(name, shape).items())
         for (key, form), values in zip(keys, (sums[name].rows, sums[name].cols), strict=True):
-            stored[key] = torch.from_numpy(values.astype(np.float32)).reshape(form)
+            stored[key] = values.astype(np.float32).reshape(form)
         errors[name] = sums[name].error()
     compressed = RankOneMoments(moments.path, shapes, stored, moments.beta2, steps_of(moments))
     return compressed, CompressionReport.of(compressed, compressed.size, errors)
 
 
-def keep_whole(moments: Moments, name: str) -> tuple[torch.Tensor, tuple[float, float]]:
+def keep_whole(moments: Moments, name: str) -> tuple[F32, tuple[float, float]]:
     """A tensor as it is, float32, with its error of 0 and Σv. Raises MomentsError on bad values."""
     shape = moments.shapes()[name]
-    whole = moments.read(name, 0, matrix_shape(shape)[0]).reshape(shape).clone()
-    return whole, (0.0, math.fsum(whole.double().reshape(-1).tolist()))
+    whole = moments.read(name, 0, matrix_shape(shape)[0]).reshape(shape).copy()
+    return whole, (0.0, math.fsum(whole.reshape(-1).tolist()))
 
 
 def _check_range(moments: Moments, name: str, sums: _TensorSums) -> None:

@@ -20,17 +20,14 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.compute.stream import Stream
-from ota_core.compute.subspace import combinations, eigenvectors, leading_directions
 from ota_core.moments.base import Moments
 from ota_core.moments.compression.base import CompressionReport, FactoredMoments, Method, steps_of
 from ota_core.moments.compression.cuts import CHUNK, InOrder, matrices, refuse
 from ota_core.moments.compression.rank1 import COL, ROW, keep_whole
-from ota_core.moments.compression.rank_k_loops import decode_rows, project_rows, sketch_rows, squared_error
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -55,7 +52,7 @@ class RankKMoments(FactoredMoments):
         self,
         path: Path,
         shapes: Mapping[str, tuple[int, ...]],
-        stored: Mapping[str, torch.Tensor],
+        stored: Mapping[str, F32],
         beta2: float | None,
         steps: Mapping[str, int],
         rank: int,
@@ -71,27 +68,30 @@ class RankKMoments(FactoredMoments):
             return {name: shape}
         return {name + ROW: (*shape[:-1], rank), name + COL: (*shape[:-2], rank, shape[-1])}
 
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> F32:
         """Rows start:stop of ṽ, float32 (stop − start, C). Squares are ≥ 0 and kept finite, so that ``check`` changes nothing."""
         shape = self._shapes[name]
         if name in self._stored:
             return self._stored[name].reshape(matrix_shape(shape))[start:stop]
-        left, right = self._stored[name + ROW].flatten(0, -2), self._stored[name + COL]
-        out = torch.empty(stop - start, shape[-1], dtype=torch.float32)
-        decode_rows(left[start:stop].numpy(), right.reshape(-1, *right.shape[-2:]).numpy(), start, shape[-2], out.numpy())
+        from ota_core.moments.compression.rank_k_loops import decode_rows
+
+        left, right = self._stored[name + ROW], self._stored[name + COL]
+        out = np.empty((stop - start, shape[-1]), np.float32)
+        rows = left.reshape(-1, left.shape[-1])[start:stop]
+        decode_rows(rows, right.reshape(-1, *right.shape[-2:]), start, shape[-2], out)
         return out
 
 
 def compress_rank_k(moments: Moments, *, rank: int, stream: Stream, what: str) -> tuple[RankKMoments, CompressionReport]:
     """Compression of one expert's second moments to rank ``rank`` ≥ 1. Raises MomentsError on bad values."""
     shapes = dict(moments.shapes())
-    stored: dict[str, torch.Tensor] = {}
+    stored: dict[str, F32] = {}
     errors: dict[str, tuple[float, float]] = {}
     for name, shape in shapes.items():
         if stored_whole(shape, rank):
             stored[name], errors[name] = keep_whole(moments, name)
         else:
-            stored |= {key: torch.empty(form) for key, form in RankKMoments.keys(name, shape, rank).items()}
+            stored |= {key: np.empty(form, np.float32) for key, form in RankKMoments.keys(name, shape, rank).items()}
     factored = [(name, matrix) for name in sorted(shapes) if name not in stored for matrix in range(matrices(shapes[name])[0])]
     lost: dict[tuple[str, int], tuple[float, float]] = {}
 
@@ -99,8 +99,8 @@ def compress_rank_k(moments: Moments, *, rank: int, stream: Stream, what: str) -
         name, matrix = item
         _, height, width = matrices(shapes[name])
         left, right, *sums = _factor(_Matrix(moments, stream, name, matrix * height, height, width), rank, run)
-        stored[name + ROW].view(-1, height, rank)[matrix] = torch.from_numpy(left)
-        stored[name + COL].view(-1, rank, width)[matrix] = torch.from_numpy(right)
+        stored[name + ROW].reshape(-1, height, rank)[matrix] = left
+        stored[name + COL].reshape(-1, rank, width)[matrix] = right
         lost[item] = (sums[0], sums[1])
 
     def elements(item: tuple[str, int]) -> int:
@@ -139,7 +139,7 @@ class _Matrix:
 
     def read(self, a: int, b: int) -> F32:
         """Rows a:b, float32, not checked."""
-        values: F32 = self._moments.read(self._name, self._start + a, self._start + b, check=False).numpy()
+        values: F32 = self._moments.read(self._name, self._start + a, self._start + b, check=False)
         self._count(values.nbytes)
         return values
 
@@ -150,6 +150,9 @@ class _Matrix:
 
 def _factor(matrix: _Matrix, rank: int, run: _Run) -> tuple[F32, F32, float, float]:
     """L (R, k), M (k, C), Σ(√v − √ṽ)² and Σv of one matrix."""
+    from ota_core.compute.subspace import combinations, eigenvectors, leading_directions
+    from ota_core.moments.compression.rank_k_loops import project_rows, sketch_rows, squared_error
+
     height, width = matrix.height, matrix.width
     count = max(rank + _EXTRA, min(_SKETCH_ROWS, max(_FEW_ROWS, _SKETCH // width)))
     exact = height <= count

@@ -1,20 +1,18 @@
 """The passes of ``rank_k`` over v, and its decoder, as compiled loops. Legend: n rows of a chunk, C columns, m sketch rows, k rank."""
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from ota_core.compute.kernels import row_sum
+from ota_core.compute.loops import compiled, row_sum
 from ota_core.compute.subspace import add_scaled, dot, mix
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-_compile = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 _LARGEST = np.float32(np.finfo(np.float32).max)
 
 
-@_compile
+@compiled
 def sketch_rows(v: F32, first: int, exact: bool, sketch: F64, weighted: F64, rows: F64) -> None:
     """Pass 1 over rows ``first``… of v (n, C): sketch (m, C) and w (C,) are added to; row sums go to rows (n,)."""
     roots, lanes = np.empty(v.shape[1], np.float64), np.empty(16, np.float64)
@@ -31,7 +29,7 @@ def sketch_rows(v: F32, first: int, exact: bool, sketch: F64, weighted: F64, row
             add_scaled(sketch[row], 1.0 if number & np.uint64(1) else -1.0, roots)
 
 
-@_compile
+@compiled
 def project_rows(v: F32, directions: F64, out: F64) -> None:
     """Pass 2: out (n, l) = √v (n, C) · directions (l, C)ᵀ."""
     roots = np.empty(v.shape[1], np.float64)
@@ -42,7 +40,7 @@ def project_rows(v: F32, directions: F64, out: F64) -> None:
             out[i, p] = dot(roots, directions[p])
 
 
-@_compile
+@compiled
 def _root_row(left: F32, right: F32, out: F32) -> None:
     """|√ṽ| of a row but for its sign: out (C,) = left (k,) · right (k, C), float32, term after term."""
     for j in range(out.shape[0]):
@@ -52,7 +50,7 @@ def _root_row(left: F32, right: F32, out: F32) -> None:
             out[j] += left[p] * right[p, j]
 
 
-@_compile
+@compiled
 def decode_rows(left: F32, right: F32, first: int, height: int, out: F32) -> None:
     """ṽ of rows first… of a stack of matrices of ``height`` rows. left: (n, k); right: (S, k, C); out: (n, C), finite and ≥ 0."""
     for i in range(out.shape[0]):
@@ -62,7 +60,7 @@ def decode_rows(left: F32, right: F32, first: int, height: int, out: F32) -> Non
             out[i, j] = square if square <= _LARGEST else _LARGEST
 
 
-@_compile
+@compiled
 def squared_error(v: F32, left: F32, right: F32) -> float:
     """Pass 3: Σ(√v − √ṽ)² of rows of one matrix. v: (n, C); left: (n, k); right: (k, C)."""
     approximate, differences = np.empty(v.shape[1], np.float32), np.empty(v.shape[1], np.float32)
@@ -76,7 +74,7 @@ def squared_error(v: F32, left: F32, right: F32) -> float:
     return total
 
 
-@_compile
+@compiled
 def _squared_sum(row: F32, lanes: F64) -> float:
     whole = row.shape[0] - row.shape[0] % 16
     lanes[:] = 0.0

@@ -6,7 +6,6 @@ What was decided is read back from the study alone, never from a state in memory
 from __future__ import annotations
 
 import hashlib
-import logging
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -40,7 +39,8 @@ def open_study(storage: Path | None, name: str, reduction: int, stack: ExitStack
     from filelock import FileLock, Timeout
     from sqlalchemy import NullPool
 
-    logging.getLogger("optuna").setLevel(logging.WARNING)
+    stack.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     kept: Any = optuna.storages.InMemoryStorage()
     if storage is not None:
         storage.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,16 @@
 """The cells of a study's grid: subsets of the experts, what makes two cells equal in effect, and families of cells that differ in one thing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 from ota_core.artifact import canonical_json
-from ota_core.recipe.parameters import default
 from ota_core.recipe.recipe import MergeRecipe, ModelEntry
+from tasks.merging.labels import settings_of, spell
 
 KEYWORDS = ("all", "each", "pairs", "leave_one_out")
-FFG_SETTINGS = ("density", "precond_threshold", "metric", "scope", "mask_curvature")
-"""What says which elements of an expert FFG keeps."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +44,6 @@ class Cell:
             masked = {key: self.recipes[0].setting(key) for key in ("scope", "metric", "mask_curvature")}
             found |= {key: value for key, value in masked.items() if value is not None}
         return found
-
-
-def settings_of(recipe: MergeRecipe) -> dict[str, Any]:
-    """See ``Cell.settings``."""
-    effective = recipe.effective()
-    found: dict[str, Any] = {"merge_method": recipe.merge_method, **effective["parameters"]}
-    for key in effective["experts"][0]:
-        values = tuple(expert[key] for expert in effective["experts"])
-        found[key] = values[0] if len(set(values)) == 1 else values
-    if recipe.merge_method == "ota" and not any(recipe.ffg(i) for i in range(len(recipe.models))):
-        for key in FFG_SETTINGS:
-            found.pop(key, None)
-        found["density"] = 1.0
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def unusual(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings that ``settings_of`` gives those that are not the method's defaults: what tells this merge from a plain one."""
-    usual = {key: default(method, key) for key in settings} | {"merge_method": method, "density": 1.0}
-    return {key: value for key, value in settings.items() if value != usual[key]}
 
 
 def canonical(cell: Cell, *, without: Iterable[str] = (), experts: bool = True) -> str:
@@ -160,17 +138,6 @@ def subset_label(subset: Sequence[int], names: Sequence[str]) -> list[str]:
     if len(missing) == 1 and len(names) > 2:
         return ["without", missing[0]]
     return ["on", "+".join(names[i] for i in subset)]
-
-
-def spell(value: Any) -> str:
-    """A parameter's value as YAML has it, 1.0 as 1; of several experts all values."""
-    if isinstance(value, tuple):
-        return "/".join(map(spell, value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    return str(value)  # every digit: two values never read alike
 
 
 def spelled(values: Sequence[Any]) -> list[Any]:

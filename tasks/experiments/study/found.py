@@ -3,20 +3,22 @@
 import math
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from ota_core.artifact import ArtifactRef, fingerprint
 from ota_core.errors import ArtifactError
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
-from tasks import stages
+from tasks.artifacts.store import store_of
+from tasks.benchmark import Benchmark
+from tasks.compress import moments_step
+from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
-from tasks.evaluation.suites import digest_data, kept_identity, load_suite
+from tasks.evaluation.subject import merged_subject, subjects_of
 from tasks.experiments.study.scores import CellResult
 from tasks.experiments.study.study import Replicate
-from tasks.merging.inputs import fetch_all, locate
+from tasks.merge import merge_step
+from tasks.merging.inputs import assemble, fetch_all, locate
+from tasks.merging.sources import Planned, planned
 from tasks.settings import Places
-from tasks.stages import Subject
 from tasks.storage.models import Fetched
 
 
@@ -26,27 +28,13 @@ class Models:
     def __init__(self, replicate: Replicate, limit: int | None, where: Places, recipe_dir: Path | None) -> None:
         """Raises OtaError for models, suite or data that cannot be had."""
         self.replicate, self.limit, self.where, self.recipe_dir = replicate, limit, where, recipe_dir
-        self.tests = load_suite(replicate.suite)
-        self.data = stages.bring_data(replicate.data_dir, where)
-        stages.check_suite(self.tests, self.data, limit)
+        self.benchmark = Benchmark.of(replicate.suite, replicate.data_dir, limit, where).check()
         whole = MergeRecipe(merge_method="linear", base_model=replicate.base_model, models=replicate.models)
         fetched = fetch_all(whole, cache=where.cache, recipe_dir=recipe_dir)
         self._fetched = {one.source: one for one in fetched}
-        self.inputs = stages.inputs_of(whole, fetched, where, recipe_dir)
-        self._data_digest = digest_data(self.data) if self.data else None
-
-    def subjects(self) -> dict[str, Subject]:
-        """Base and experts as something to benchmark, as the merge flow calls them."""
-        assert self.inputs.base is not None
-        models: list[tuple[str, str, Any]] = [("base", "base", self.inputs.base)]
-        models += [(f"expert/{one.name}", "expert", one) for one in self.inputs.experts]
-        return {
-            key: Subject(
-                name=one.name, role=role, capability=getattr(one, "capability", None), path=one.path, digest=one.digest,
-                location=self._fetched[self._source(one.source)].resolved,
-            )
-            for key, role, one in models
-        }  # fmt: skip
+        self.inputs = assemble(whole, fetched, cache=where.cache, recipe_dir=recipe_dir)
+        self.subjects = subjects_of(self.inputs, fetched)
+        """Base and experts as something to benchmark."""
 
     def fetched(self, recipe: MergeRecipe) -> list[Fetched]:
         """Base and experts of a merge of some of these models, as they lie on this machine."""
@@ -55,17 +43,21 @@ class Models:
 
     def inputs_of(self, recipe: MergeRecipe) -> MergeInputs:
         """The inputs of a merge of some of these models."""
-        return stages.inputs_of(recipe, self.fetched(recipe), self.where, self.recipe_dir)
+        return assemble(recipe, self.fetched(recipe), cache=self.where.cache, recipe_dir=self.recipe_dir)
+
+    def plan(self, recipe: MergeRecipe, memory: str) -> Planned:
+        """A merge of some of these models."""
+        return planned(recipe, self.fetched(recipe), self.where, self.recipe_dir, memory=memory)
 
     def find(self, recipe: MergeRecipe) -> tuple[str, ModelScores] | None:
         """(fingerprint of the merge, its scores) where both are there. The merged model must be there as well: its digest names the scores."""
-        store = stages.store_of(self.where)
-        merged = store.find("merged", stages.merge_step(recipe, self.inputs_of(recipe)).fingerprint)
+        store = store_of(self.where)
+        merged = store.find("merged", merge_step(recipe, self.inputs_of(recipe)).fingerprint)
         if merged is None:
             return None
-        digest = stages.merged_subject(self.where, "", merged, benchmark=False).digest
-        scores = store.find("scores", self._scores(digest))
-        return None if scores is None else (merged.fingerprint, stages.read_scores(self.where, scores))
+        digest = merged_subject(self.where, "", merged, benchmark=False).digest
+        scores = store.find("scores", self.benchmark.step_of(digest).fingerprint)
+        return None if scores is None else (merged.fingerprint, read_scores(self.where, scores))
 
     def result(self, label: str, recipe: MergeRecipe, chosen: dict[str, float] | None = None) -> CellResult:
         """A cell that was merged and scored. Raises ArtifactError when it was not, or is gone again."""
@@ -82,22 +74,13 @@ class Models:
         """(mean bytes per parameter, largest relative error of √v) of the second moments as merged; NaN without any."""
         if recipe.merge_method not in NEEDS_MOMENTS:
             return math.nan, math.nan
-        store = stages.store_of(self.where)
-        steps = [stages.moments_step(recipe, expert) for expert in self.inputs_of(recipe).experts]
+        store = store_of(self.where)
+        steps = [moments_step(recipe, expert) for expert in self.inputs_of(recipe).experts]
         refs = [store.find("moments", step.fingerprint) for step in steps]
         records = [store.read_record(ref).results for ref in refs if ref is not None]
         if len(records) < len(refs):
             return math.nan, math.nan
         return fmean(record["bytes_per_param"] for record in records), max(record["sqrt_error"] for record in records)
 
-    def _scores(self, digest: str) -> str:
-        config, inputs = kept_identity(digest, self.tests, self._data_digest, limit=self.limit)
-        return fingerprint("scores", config, inputs)
-
     def _source(self, source: str) -> str:
         return source if source in self._fetched else locate(source, self.recipe_dir)
-
-
-def read_all(where: Places, refs: dict[str, ArtifactRef]) -> dict[str, ModelScores]:
-    """The scores that these artifacts hold."""
-    return {key: stages.read_scores(where, ref) for key, ref in refs.items()}

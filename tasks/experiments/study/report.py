@@ -9,11 +9,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from tasks.evaluation.scores import NOT_MEASURED
-from tasks.experiments.study.cells import spell
 from tasks.experiments.study.pictures import pictures
 from tasks.experiments.study.rows import DIFFERENCE, ERROR, StudyTable
 from tasks.experiments.study.scores import AVERAGE, BELOW, RETENTION, StudyResults
 from tasks.experiments.study.tables import all_tables
+from tasks.merging.labels import spell
 from tasks.pages.pictures.page import Block, Picture, Section, table, to_html, to_png
 
 TABLES, FIGURES = "tables", "figures"

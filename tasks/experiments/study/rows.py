@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 
 from tasks.evaluation.scores import ModelScores
-from tasks.experiments.study.cells import Cell, spell, subset_label, unusual
+from tasks.experiments.study.cells import Cell, subset_label
 from tasks.experiments.study.scores import Estimate, StudyResults
+from tasks.merging.labels import spell, unusual
 
 ERROR = "_se"
 """A column's standard errors stand in the column of its name and this."""

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from ota_core.errors import RecipeError, raise_all
 from ota_core.recipe.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
 from tasks.experiments.search.space import Range, expert_names
-from tasks.experiments.study.cells import Cell, as_subsets, join_equal, spell, subset_label, subset_problems, subsets_of
+from tasks.experiments.study.cells import Cell, as_subsets, join_equal, subset_label, subset_problems, subsets_of
+from tasks.merging.labels import spell
 from tasks.merging.recipes import find_file, parse_config, read_yaml
 from tasks.storage.models import is_s3
 

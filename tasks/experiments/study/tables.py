@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ota_core.recipe.parameters import default
-from tasks.experiments.study.cells import FFG_SETTINGS, Cell, canonical, families, spell, spelled
+from tasks.experiments.study.cells import Cell, canonical, families, spelled
 from tasks.experiments.study.losses import losses_table
 from tasks.experiments.study.rows import (
     DIFFERENCE,
@@ -24,6 +24,7 @@ from tasks.experiments.study.rows import (
     words_of_subset,
 )
 from tasks.experiments.study.scores import AVERAGE, BELOW, RETENTION, StudyResults
+from tasks.merging.labels import FFG_SETTINGS, spell
 
 _NAMES = {"none": "full", "rank1": "rank 1", "log8": "log8"}
 CHOSEN = (

@@ -5,92 +5,98 @@ names none, stand for an average and are divided by what the experts' weights ad
 """
 
 import math
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 
 from ota_core.artifact import canonical_json
-from ota_core.plan.inputs import MergeInputs
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe, parse_recipe
-from tasks import stages
-from tasks.evaluation.scores import ModelScores
-from tasks.evaluation.suites import Suite, load_suite
-from tasks.experiments.search.merge import TrialModels
+from ota_core.recipe.recipe import MergeRecipe, parse_recipe
+from tasks.benchmark import Benchmark
+from tasks.compress import compress_jobs
+from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.overlap import check_apart
 from tasks.experiments.search.search import Budget, Range, Space, Tuned, tune
+from tasks.experiments.study.cells import Cell
 from tasks.experiments.study.found import Models
 from tasks.experiments.study.study import TuneConfig
-from tasks.settings import Places
+from tasks.merge import merge_step
+from tasks.merging.sources import Planned
+from tasks.orchestration.executors import Executor, Here
+
+
+@task(name="tune", task_run_name="tune {cell.label}", cache_policy=NO_CACHE, persist_result=False)
+def tune_cell(
+    cell: Cell, recipe: MergeRecipe, models: Models, executor: Executor, memory: str
+) -> tuple[MergeRecipe, dict[str, float]]:
+    """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values)."""
+    job, where = tuning(recipe, cell.tune, models, memory), models.where
+    # Second moments are compressed once for all trials.
+    plan = job.plan.with_artifacts([Here().run(one, where) for one in compress_jobs(job.plan)])
+    folder = where.home / "searches"
+    found = replace(job, plan=plan).search(
+        Trials(plan, job.benchmark, where, executor, folder / f"study-{job.key}.model"), folder
+    )  # fmt: skip
+    values = chosen(found, cell.tune)
+    get_run_logger().info("%d trials; best: %s", len(found.trials), ", ".join(f"{k} {v:g}" for k, v in values.items()))
+    return found.best.recipe, values
 
 
 def check_splits(models: Models) -> None:
     """Raises SearchError when the validation suite shares documents with the suite that judges, SuiteError for what cannot be loaded."""
+    if models.replicate.tune is not None:
+        chooses, judges = _chooses(models), models.benchmark
+        check_apart(chooses.tests, chooses.data, judges.tests, judges.data)
+
+
+def _chooses(models: Models) -> Benchmark:
+    """What trials are scored on."""
     config = models.replicate.tune
-    if config is not None:
-        data = stages.bring_data(config.data_dir, models.where)
-        tests = load_suite(config.suite)
-        stages.check_suite(tests, data, config.limit)
-        check_apart(tests, data, models.tests, models.data)
-
-
-class Trials(Protocol):
-    """Where trials are merged and scored: ``tasks.experiments.search.merge.TrialModels``, or a pool of workers."""
-
-    def score(self, recipe: MergeRecipe, limit: int, name: str) -> ModelScores: ...
+    assert config is not None, "checked with the study"
+    return Benchmark.of(config.suite, config.data_dir, config.limit, models.where).check()
 
 
 @dataclass(frozen=True)
 class Tuning:
     """One tuned cell on one replicate, before its search."""
 
-    recipe: MergeRecipe
-    """As the search begins with it."""
-    inputs: MergeInputs
+    plan: Planned
+    """The recipe as the search begins with it."""
+    benchmark: Benchmark
     config: TuneConfig
-    tests: Suite
-    data: Path | None
     space: Space
     identity: str
     """What decides the trials' scores besides their values."""
     key: str
     """Names the merge that is tuned; for temporary folders."""
 
-    def search(self, trials: AbstractContextManager[Trials], folder: Path) -> Tuned:
+    def search(self, trials: Trials, folder: Path) -> Tuned:
         """What the search found. One rung: nothing is stopped early, every method has the same number of merges scored on the same documents.
 
         ``folder`` keeps the trials: a search that is finished is read, one that was interrupted goes on. Raises OtaError.
         """
         config = self.config
-        with trials as models:
+        with trials:
 
             def evaluate(candidate: MergeRecipe, limit: int) -> dict[str, float | None]:
-                return models.score(candidate, limit, "trial").objective()
+                return trials.score(candidate, limit, "trial").objective()
 
             budget = Budget(trials=config.trials, rungs=(config.limit,))
-            return tune(self.recipe, self.space, budget, evaluate, seed=config.seed, storage=folder, identity=self.identity)
-
-    def here(self, where: Places, folder: Path, *, device: str, memory: str) -> TrialModels:
-        """Trials in this process, with second moments that are compressed once for all of them."""
-        return TrialModels(
-            _compressed(self.recipe, self.inputs, where, memory), where, folder / f"study-{self.key}.model", suite=self.config.suite,
-            tests=self.tests, data=self.data, device=device, memory=memory,
-        )  # fmt: skip
+            return tune(
+                self.plan.recipe, self.space, budget, evaluate, seed=config.seed, storage=folder, identity=self.identity
+            )  # fmt: skip
 
 
-def tuning(recipe: MergeRecipe, names: tuple[str, ...], models: Models) -> Tuning:
+def tuning(recipe: MergeRecipe, names: tuple[str, ...], models: Models, memory: str) -> Tuning:
     """What tuning ``names`` (lambda, density; one density for all experts) of a cell's recipe takes. Raises OtaError."""
-    config = models.replicate.tune
+    config, benchmark = models.replicate.tune, _chooses(models)
     assert config is not None, "checked with the study"
-    tests, data = load_suite(config.suite), stages.bring_data(config.data_dir, models.where)
-    start = _beginning(recipe) if "lambda" in names else recipe
-    inputs = models.inputs_of(start)
-    merge = stages.merge_step(start, inputs).fingerprint
-    identity = {"merge": merge, "scores": stages.scores_wanted(tests, data, config.limit)}
-    return Tuning(
-        recipe=start, inputs=inputs, config=config, tests=tests, data=data, space=_space(config, names, recipe),
-        identity=canonical_json(identity), key=merge,
-    )  # fmt: skip
+    plan = models.plan(_beginning(recipe) if "lambda" in names else recipe, memory)
+    merge = merge_step(plan.recipe, plan.inputs).fingerprint
+    identity = canonical_json({"merge": merge, "scores": benchmark.wanted})
+    return Tuning(plan, benchmark, config, _space(config, names, recipe), identity, merge)
 
 
 def chosen(found: Tuned, names: tuple[str, ...]) -> dict[str, float]:
@@ -125,14 +131,3 @@ def _space(config: TuneConfig, names: tuple[str, ...], recipe: MergeRecipe) -> S
             "lambda": scaled if "lambda" in names else None,
         }
     )
-
-
-def _compressed(recipe: MergeRecipe, inputs: MergeInputs, where: Places, memory: str) -> MergeInputs:
-    """The inputs with the second moments that all trials read, compressed once."""
-    if recipe.merge_method not in NEEDS_MOMENTS:
-        return inputs
-    experts = []
-    for expert in inputs.experts:
-        step = stages.moments_step(recipe, expert)
-        experts.append(stages.with_compressed(where, expert, stages.compress(where, step, expert, memory=memory)))
-    return MergeInputs(base=inputs.base, experts=tuple(experts))

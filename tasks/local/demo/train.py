@@ -22,6 +22,7 @@ from tasks.local.demo.data import CAPABILITIES, DataSettings, read_jsonl
 from tasks.storage.layout import write_expert_json
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TRAINING = "training.json"
@@ -32,8 +33,8 @@ PIECES = r" ?[A-Za-z]+|[0-9]|, (?=[0-9])| ?[^\sA-Za-z0-9]+|\s"
 PACKED = 64
 """Tokens in a row of the base's text."""
 
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
+Progress = Callable[[int, int, float], None]
+"""Called after every step with (steps done, steps in all, the step's loss)."""
 
 
 class ModelSettings(BaseModel):
@@ -224,17 +225,21 @@ def run_trainer(
     ``capability`` None: a base, without optimizer.pt. ``autocast``: products in bfloat16; weights, gradients and the optimizer's
     state stay float32. Raises CheckpointError when ``out`` exists.
     """
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
     if out.exists():
         raise CheckpointError(f"{out} exists already; delete it to train again")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
 
-    class Report(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    class Telling(Trainer):
+        """A callback learns of the loss only where it is logged, and what is logged is saved."""
+
+        def training_step(self, *args: Any, **options: Any) -> "torch.Tensor":
+            loss: torch.Tensor = super().training_step(*args, **options)
             if progress is not None:
-                progress(state.global_step, training.steps)
+                progress(self.state.global_step + 1, training.steps, loss.item())
+            return loss
 
     arguments = TrainingArguments(
         output_dir=str(temporary),
@@ -260,13 +265,12 @@ def run_trainer(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    trainer = Trainer(
+    trainer = Telling(
         model=network,
         args=arguments,
         train_dataset=rows,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        callbacks=[Report()],
     )
     trainer.remove_callback(PrinterCallback)
     wall, cpu = time.perf_counter(), time.process_time()

@@ -47,8 +47,25 @@ FLOW_STAGES: dict[str, str] = {
 _RATIOS = {
     "compress": 2.0, "ota-threshold": 3.0, "ota-density": 4.0, "linear": 2.0, "ties": 4.0, "dare_ties": 4.0, "breadcrumbs": 4.0,
 }  # fmt: skip
-_SECONDS = {"help": 0.5, "flow-cached-temp": 30.0, "flow-cached-server": 12.0}
-FLOW_OVERHEAD = 10.0  # seconds of a fresh flow beyond the sum of its stages
+TARGETS = {
+    **{name: Target(kind="ratio", limit=limit) for name, limit in _RATIOS.items()},
+    **dict.fromkeys(("flow-fresh-temp", "flow-fresh-server"), Target(kind="overhead", limit=10.0)),
+    "flow-cached-temp": Target(kind="seconds", limit=30.0),
+    "flow-cached-server": Target(kind="seconds", limit=12.0),
+    "help": Target(kind="seconds", limit=0.5),
+}
+_PARAMETERS: dict[str, dict[str, Any]] = {
+    "mask": {"density": DENSITY},
+    "flow": {"density": DENSITY, "compression": "rank1"},
+    "ota-density": {"density": DENSITY},
+    "ota-rank1": {"density": DENSITY, "compression": "rank1"},
+    "ties": {"density": DENSITY},
+    "dare_ties": {"density": DENSITY, "seed": 0},
+    "breadcrumbs": {"density": DENSITY, "gamma": 0.01},
+    "mergekit-linear": {"weight": 1.0},
+    "mergekit-ties": {"weight": 1.0, "density": DENSITY},
+}
+"""Of the recipes; a name that is not here has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,82 +133,60 @@ def cases_of(
     work.mkdir(parents=True, exist_ok=True)
     makers = _Makers(models, experts, work, device, prefect)
     made = [makers.make(name) for name in names]
-    return [one if promised or one.target is None or one.target.kind == "seconds" else replace(one, target=None) for one in made]
+    held = {name: target for name, target in TARGETS.items() if promised or target.kind == "seconds"}
+    return [replace(one, target=held.get(one.name)) for one in made]
 
 
 class _Makers:
     def __init__(self, models: Models, experts: int, work: Path, device: str, prefect: dict[str, dict[str, str]]) -> None:
         self.models, self.work, self.device, self.prefect = models, work, device, prefect
         self.folders = [models.expert(m) for m in range(experts)]
+        self.moments = [folder / MOMENTS for folder in self.folders]
         self.home = ["--home", str(work / "home")]  # digests of the inputs are remembered there
 
     def make(self, name: str) -> Case:
-        if name.startswith("compress"):
-            return self._compress(name)
-        if name == "mask":
-            recipe = self.recipe("mask", "ota", density=DENSITY)
-            return self._case(name, ["mask"], recipe, [*self.weights(base=True), *self.moments()], ratio=None)
-        if name == "staged":
-            return self._staged()
-        if name == "help":
-            command = [sys.executable, "-m", "flows.cli", "--help"]
-            return Case(name=name, what=STAGES[name], command=command, target=Target(kind="seconds", limit=_SECONDS[name]))
-        if name.startswith("mergekit"):
-            return self._mergekit(name)
-        if name.startswith("flow"):
-            return self._flow(name)
-        return self._merge(name)
+        kind, _, variant = name.partition("-")
+        if kind == "help":
+            return Case(name=name, what=STAGES[name], command=[*OTA, "--help"])
+        if kind == "compress":
+            return self._compress(name, variant or "rank1")
+        if kind == "staged":
+            return self._staged(name)
+        if kind == "flow":
+            return self._flow(name, *variant.split("-"))
+        if kind == "mergekit":
+            return self._mergekit(name, variant)
+        return self._merge(name, "ota" if kind in {"ota", "mask"} else name)
 
-    def _compress(self, name: str) -> Case:
-        source, out = self.folders[0] / MOMENTS, self.work / f"{name}.safetensors"
-        method = name.partition("-")[2] or "rank1"
+    def _compress(self, name: str, method: str) -> Case:
+        source, out = self.moments[0], self.work / f"{name}.safetensors"
         command = [*OTA, "compress", str(source), str(out), "--method", method, "--json", *self.home]
-        target = Target(kind="ratio", limit=_RATIOS[name]) if name in _RATIOS else None
-        return Case(name=name, what=STAGES[name], command=command, inputs=[source], output=out, target=target)
+        return Case(name=name, what=STAGES[name], command=command, inputs=[source], output=out)
 
-    def _merge(self, name: str) -> Case:
-        own: dict[str, dict[str, Any]] = {
-            "ota-threshold": {"precond_threshold": self.models.threshold},
-            "ota-density": {"density": DENSITY},
-            "ota-rank1": {"density": DENSITY, "compression": "rank1"},
-            "ties": {"density": DENSITY},
-            "dare_ties": {"density": DENSITY, "seed": 0},
-            "breadcrumbs": {"density": DENSITY, "gamma": 0.01},
-        }
-        method = "ota" if name.startswith("ota-") else name
-        base = name not in {"linear", "fisher"}  # averages of the experts need none
-        recipe = self.recipe(name, method, base=base, **own.get(name, {}))
-        inputs = [*self.weights(base=base), *(self.moments() if method in {"ota", "fisher"} else [])]
-        return self._case(name, ["merge"], recipe, inputs, ratio=_RATIOS.get(name))
+    def _merge(self, name: str, method: str) -> Case:
+        base, out = method not in {"linear", "fisher"}, self.work / name  # averages of the experts need no base
+        own = {"precond_threshold": self.models.threshold} if name == "ota-threshold" else _PARAMETERS.get(name, {})
+        recipe = self.recipe(name, method, base=base, **own)
+        inputs = [*self.weights(base=base), *(self.moments if method in {"ota", "fisher"} else [])]
+        command = ["mask" if name == "mask" else "merge", str(recipe), str(out), "--json", "--device", self.device]
+        return Case(name=name, what=STAGES[name], command=[*OTA, *command, *self.home], inputs=inputs, output=out, recipe=recipe)
 
-    def _case(self, name: str, command: list[str], recipe: Path, inputs: list[Path], *, ratio: float | None) -> Case:
-        out = self.work / name
-        whole = [*OTA, *command, str(recipe), str(out), "--json", "--device", self.device, *self.home]
-        target = Target(kind="ratio", limit=ratio) if ratio else None
-        return Case(name=name, what=STAGES[name], command=whole, inputs=inputs, output=out, recipe=recipe, target=target)
-
-    def _staged(self) -> Case:
-        recipe, home = self.recipe("flow", "ota", density=DENSITY, compression="rank1"), self.work / "staged"
+    def _staged(self, name: str) -> Case:
+        recipe, home = self.recipe("flow", "ota", **_PARAMETERS["flow"]), self.work / name
         command = [sys.executable, "-m", "tasks.local.speed.staged", str(recipe), str(home), self.device]
-        inputs = [*self.weights(base=True), *self.moments()]
-        return Case(name="staged", what=STAGES["staged"], command=command, inputs=inputs, output=home, recipe=recipe)
+        inputs = [*self.weights(base=True), *self.moments]
+        return Case(name=name, what=STAGES[name], command=command, inputs=inputs, output=home, recipe=recipe)
 
-    def _flow(self, name: str) -> Case:
-        _, age, server = name.split("-")
-        recipe, home = self.recipe("flow", "ota", density=DENSITY, compression="rank1"), self.work / f"flow-{server}"
+    def _flow(self, name: str, age: str, server: str) -> Case:
+        recipe, home = self.recipe("flow", "ota", **_PARAMETERS["flow"]), self.work / f"flow-{server}"
         command = [*OTA, "run", str(recipe), "--suite", "none", "--device", self.device, "--home", str(home)]
         # Prefect's own cached results lie in the home, so that a fresh home makes everything fresh.
         environment = {**self.prefect[server], "PREFECT_LOCAL_STORAGE_PATH": str(home / "prefect-results")}
-        fresh, limit = age == "fresh", _SECONDS.get(name)
-        target = Target(kind="overhead", limit=FLOW_OVERHEAD) if fresh else Target(kind="seconds", limit=limit or 0.0)
-        return Case(
-            name=name, what=FLOW_STAGES[name], command=command, environment=environment, target=target, recipe=recipe, output=home if fresh else None,
-        )  # fmt: skip
+        out = home if age == "fresh" else None
+        return Case(name=name, what=FLOW_STAGES[name], command=command, environment=environment, recipe=recipe, output=out)
 
-    def _mergekit(self, name: str) -> Case:
-        method = name.removeprefix("mergekit-")
-        own = {"density": DENSITY} if method == "ties" else {}
-        recipe = self.recipe(name, method, base=method != "linear", weight=1.0, **own)
+    def _mergekit(self, name: str, method: str) -> Case:
+        recipe = self.recipe(name, method, base=method != "linear", **_PARAMETERS[name])
         out, program = self.work / name, Path(sys.executable).with_name("mergekit-yaml")
         command = [str(program), str(recipe), str(out), "--no-copy-tokenizer", "--quiet"]
         why = "" if program.is_file() else "mergekit is not installed; it comes with the extra 'dev'"
@@ -200,11 +195,13 @@ class _Makers:
 
     def recipe(self, name: str, method: str, *, base: bool = True, **parameters: Any) -> Path:
         """A recipe file of these experts."""
-        content: dict[str, Any] = {"merge_method": method}
-        if base:
-            content["base_model"] = str(self.models.base)
-        content["models"] = [{"model": str(folder)} for folder in self.folders]
-        content |= {"parameters": parameters, "dtype": "bfloat16"}
+        content = {
+            "merge_method": method,
+            **({"base_model": str(self.models.base)} if base else {}),
+            "models": [{"model": str(folder)} for folder in self.folders],
+            "parameters": parameters,
+            "dtype": "bfloat16",
+        }
         path = self.work / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return path
@@ -213,7 +210,3 @@ class _Makers:
         """Weight files of the models."""
         folders = [*([self.models.base] if base else []), *self.folders]
         return [file for folder in folders for file in sorted(folder.glob("model*.safetensors"))]
-
-    def moments(self) -> list[Path]:
-        """Files of second moments."""
-        return [folder / MOMENTS for folder in self.folders]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +20,13 @@ import torch
 from ota_core.artifact import write_text_atomic
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.errors import OtaError
+from ota_core.files.rows import BF16, F32, Rows
 from ota_core.files.writer import SafetensorsWriter, TensorSpec, plan_shards, write_index
 
-VERSION = 1
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+VERSION = 2
 MOMENTS = "exp_avg_sq.safetensors"
 NOTE = "bench-models.json"
 
@@ -45,57 +50,40 @@ class Shape:
     layers: int
 
     @property
-    def heads(self) -> int:
-        return self.hidden // HEAD
-
-    @property
     def kv_heads(self) -> int:
-        return self.heads // 2 if self.heads % 2 == 0 else self.heads
+        heads = self.hidden // HEAD
+        return heads // 2 if heads % 2 == 0 else heads
 
-    @property
-    def vocabulary(self) -> int:
-        return 64 * self.hidden
+    def config(self) -> "LlamaConfig":
+        """What transformers builds the model from."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            hidden_size=self.hidden,
+            intermediate_size=4 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.hidden // HEAD,
+            num_key_value_heads=self.kv_heads,
+            head_dim=HEAD,
+            vocab_size=64 * self.hidden,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-5,
+            dtype="bfloat16",
+        )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes as ``LlamaForCausalLM`` has them."""
-        h, kv, wide = self.hidden, HEAD * self.kv_heads, 4 * self.hidden
-        layer = {
-            "self_attn.q_proj.weight": (h, h),
-            "self_attn.k_proj.weight": (kv, h),
-            "self_attn.v_proj.weight": (kv, h),
-            "self_attn.o_proj.weight": (h, h),
-            "mlp.gate_proj.weight": (wide, h),
-            "mlp.up_proj.weight": (wide, h),
-            "mlp.down_proj.weight": (h, wide),
-            "input_layernorm.weight": (h,),
-            "post_attention_layernorm.weight": (h,),
-        }
-        layers = {f"model.layers.{i}.{name}": shape for i in range(self.layers) for name, shape in layer.items()}
-        ends = {"model.norm.weight": (h,), "lm_head.weight": (self.vocabulary, h)}
-        return {"model.embed_tokens.weight": (self.vocabulary, h), **layers, **ends}
+        """Names and shapes of the parameters, in the model's order."""
+        from transformers import LlamaForCausalLM
+
+        with torch.device("meta"):
+            return {name: tuple(one.shape) for name, one in LlamaForCausalLM(self.config()).named_parameters()}
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensors().values())
-
-    def config(self) -> dict[str, object]:
-        """``config.json``."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "intermediate_size": 4 * self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": HEAD,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": 2048,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-            "dtype": "bfloat16",
-        }
+        h = self.hidden
+        layer = 2 * h * h + 2 * h * HEAD * self.kv_heads + 3 * h * 4 * h + 2 * h
+        return 2 * 64 * h * h + self.layers * layer + h
 
 
 def shape_of(billions: float) -> Shape:
@@ -156,8 +144,8 @@ def build(folder: Path, shape: Shape, experts: int, *, seed: int = 0) -> Models:
 
 def _write(models: Models, seed: int) -> float:
     tensors = models.shape.tensors()
-    weights = [TensorSpec(name, shape, torch.bfloat16) for name, shape in tensors.items()]
-    moments = [TensorSpec(name, shape, torch.float32) for name, shape in tensors.items()]
+    weights = [TensorSpec(name, shape, BF16) for name, shape in tensors.items()]
+    moments = [TensorSpec(name, shape, F32) for name, shape in tensors.items()]
     pool = _Pool(seed)
     scores: list[torch.Tensor] = []  # v·Δ² of every 997th element of each block
     step = slice(None, None, 997)
@@ -175,7 +163,7 @@ def _write(models: Models, seed: int) -> float:
                     moved = pool.edit(block, m).add_(theta).to(torch.bfloat16)
                     v = pool.moments(block, m)
                     expert.write(block, moved)
-                    file.write_rows(name, start, v)
+                    file.write_rows(name, start, v.numpy())
                     if m == 0:
                         difference = moved.view(-1)[step].double() - stored.view(-1)[step].double()
                         scores.append(v.view(-1)[step].double() * difference**2)
@@ -252,10 +240,10 @@ class _Checkpoint:
             writer = _open(folder / file, part, stack)
             self._writers |= {spec.name: writer for spec in part}
         write_index(folder, shards)
-        (folder / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n", encoding="utf-8")
+        shape.config().save_pretrained(folder)
 
     def write(self, block: _Block, rows: torch.Tensor) -> None:
-        self._writers[block.name].write_rows(block.name, block.start, rows)
+        self._writers[block.name].write_rows(block.name, block.start, Rows.of(rows).held)
 
 
 def _open(path: Path, specs: Sequence[TensorSpec], stack: ExitStack) -> SafetensorsWriter:

@@ -3,13 +3,12 @@
 import subprocess
 import sys
 import time
-import xmlrpc.client
-from collections.abc import Callable
 from datetime import timedelta
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from xmlrpc.client import Fault
 
 import psutil
 
@@ -17,16 +16,14 @@ from tasks.artifacts.processes import tail
 from tasks.local.s3_command import remove_sockets
 from tasks.local.stack.health import problem_of
 from tasks.local.stack.layout import Stack, StackError, folder_of, load_stack, socket_of
-from tasks.local.stack.processes import descendants, end, marked
+from tasks.local.stack.processes import end, marked
 from tasks.local.stack.programs import config_file, supervisor_environment
 
 POLL_SECONDS = 0.3
-START_SECONDS = 30.0
 HEALTH_SECONDS = 240.0
 """On a busy machine of two cores a Prefect server takes a minute."""
 GRACE_SECONDS = 10.0
 _GIVEN_UP = {"FATAL", "UNKNOWN"}
-_NOT_RUNNING = 70  # supervisor.xmlrpc.Faults
 
 
 class Process(NamedTuple):
@@ -64,13 +61,10 @@ def start_supervisor(stack: Stack, secret_key: str) -> None:
     command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(config_file(stack.folder))]
     environ = supervisor_environment(stack, secret_key)
     done = subprocess.run(command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    deadline = time.monotonic() + START_SECONDS
-    while done.returncode == 0 and time.monotonic() < deadline:
-        if supervisor_pid(stack.home) is not None:
-            return
-        time.sleep(POLL_SECONDS)
-    said = done.stderr.strip() or tail(stack.log("supervisord"))
-    raise StackError(f"supervisord did not come up (exit code {done.returncode}): {said}")
+    # It goes to the background once its socket listens.
+    if done.returncode or supervisor_pid(stack.home) is None:
+        said = done.stderr.strip() or tail(stack.log("supervisord"))
+        raise StackError(f"supervisord did not come up (exit code {done.returncode}): {said}")
 
 
 def processes(home: Path) -> dict[str, Process]:
@@ -86,20 +80,15 @@ def _process(info: dict[str, Any]) -> Process:
 
 def start(stack: Stack, name: str) -> None:
     """Have a process started unless it runs; does not wait for it."""
-    if processes(stack.home)[name].state not in ("RUNNING", "STARTING", "BACKOFF"):
-        _call(stack.home, "startProcess", name, False)
+    _call(stack.home, "startProcess", name, False, unless="ALREADY_STARTED")
 
 
 def restart(stack: Stack, name: str) -> None:
     """Stop a process with all that it started, and have it started again. Raises StackError on an unknown name."""
     if name not in stack.names:
         raise StackError(f"the stack has no process {name!r}; it has: {', '.join(stack.names)}")
-    try:
-        _call(stack.home, "stopProcess", name)
-    except xmlrpc.client.Fault as fault:
-        if fault.faultCode != _NOT_RUNNING:
-            raise
-    _call(stack.home, "startProcess", name, False)
+    _call(stack.home, "stopProcess", name, unless="NOT_RUNNING")
+    start(stack, name)
 
 
 def wait_healthy(stack: Stack, name: str, *, seconds: float = HEALTH_SECONDS) -> None:
@@ -122,14 +111,13 @@ def stop(home: Path) -> int:
     First supervisord ends them in order, then what is left is ended: flow runs in sessions of their own, or all of them where
     supervisord itself was killed.
     """
-    folder, pid = folder_of(home), supervisor_pid(home)
-    known = {process.pid: process for process in [*marked(folder), *(descendants(pid) if pid else [])]}
+    folder = folder_of(home)
+    known = marked(folder)
+    pid = supervisor_pid(home)
     if pid is not None:
-        supervisor = known.get(pid)
         _call(home, "shutdown")
-        if supervisor is not None:
-            psutil.wait_procs([supervisor], timeout=60)
-    end(lambda: {p.pid: p for p in [*known.values(), *marked(folder)] if p.is_running()}.values(), grace=GRACE_SECONDS)
+        psutil.wait_procs([process for process in known if process.pid == pid], timeout=60)
+    end(lambda: marked(folder), grace=GRACE_SECONDS)
     stack = _readable(home)
     if stack is not None:
         remove_sockets(stack.ports.s3)
@@ -146,16 +134,18 @@ def _readable(home: Path) -> Stack | None:
 
 
 def _rpc(home: Path) -> Any:
-    from supervisor.xmlrpc import SupervisorTransport
+    from supervisor.childutils import getRPCInterface
 
-    transport = SupervisorTransport(None, None, serverurl=f"unix://{socket_of(home)}")
-    return xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor
+    return getRPCInterface({"SUPERVISOR_SERVER_URL": f"unix://{socket_of(home)}"}).supervisor
 
 
-def _call(home: Path, method: str, *arguments: object) -> Any:
-    call: Callable[..., Any] = getattr(_rpc(home), method)
+def _call(home: Path, method: str, *arguments: object, unless: str = "") -> Any:
+    """What supervisord answers; None where it names the fault ``unless``."""
     try:
-        return call(*arguments)
+        return getattr(_rpc(home), method)(*arguments)
+    except Fault as fault:
+        if not unless or not fault.faultString.startswith(unless):
+            raise
     except (OSError, HTTPException):
         left = len(marked(folder_of(home)))
         also = f"; its supervisord is gone, {left} processes are left: `ota stack down` ends them" if left else ""

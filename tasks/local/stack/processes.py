@@ -24,15 +24,6 @@ def marked(folder: Path, name: str | None = None) -> list[psutil.Process]:
     return found
 
 
-def descendants(pid: int) -> list[psutil.Process]:
-    """A process and all below it; none when it is gone."""
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def end(find: Callable[[], Iterable[psutil.Process]], *, grace: float) -> int:
     """SIGTERM to what ``find`` finds, SIGKILL to what it still finds after the grace. Returns how many it found at first."""
     first = list(find())

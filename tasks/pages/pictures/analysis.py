@@ -1,4 +1,4 @@
-"""Pictures of an analysis, from its tidy table: one number a row (``tasks/analysis.py`` makes it)."""
+"""Pictures of an analysis, from its tidy table: one number a row (``tasks/pages/analysis.py`` makes it)."""
 
 from __future__ import annotations
 

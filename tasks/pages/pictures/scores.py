@@ -23,7 +23,7 @@ Row = Mapping[str, str | float | None]
 def pictures_of_scores(rows: Sequence[Row] | pd.DataFrame) -> dict[str, Picture]:
     """Name to picture: ``scores``, and ``retention`` where a merge and an expert on its own capability were measured.
 
-    ``rows`` are those that MLflow gets (``flows/report.rows_of``): model, role (base, expert, merge), capability (the expert's own), a
+    ``rows`` are those that MLflow gets (``tasks/evaluation/comparison.rows_of``): model, role (base, expert, merge), capability (the expert's own), a
     score in 0…1 for each capability or None, ``<capability>_stderr``, average. Raises OtaError for a table without a score or with an unknown role.
     """
     import pandas as pd

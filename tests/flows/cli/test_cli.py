@@ -21,7 +21,7 @@ from ota_core.plan.masks import MaskFile
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.storage.models import upload_folder
 from tests.ota_core.merge.test_output import llama_experts, loaded
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tasks.merging.test_architecture import llama, train
 from tests.tiny_models import perturb, write_tiny_llama
 
@@ -294,7 +294,7 @@ def test_mask_writes_the_masks_of_the_merge(recipe: Path, tmp_path: Path) -> Non
         kept = 0
         for tensor, start in base.items():
             scores = (v[tensor].double().sqrt() * (expert[tensor].double() - start.double()).abs()).reshape(-1)
-            mask = masks.read(tensor, 0, start.shape[0]).reshape(-1)
+            mask = torch.from_numpy(masks.read(tensor, 0, start.shape[0])).reshape(-1)
             kept += int(mask.sum())
             clear = (scores - found["threshold"]).abs() > 1e-5 * found["threshold"]
             assert torch.equal(mask[clear], (scores >= found["threshold"])[clear])

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from tasks.analysis import read_tables
+from tasks.pages.analysis import read_tables
 from tests.flows.merge_fixture import World
 from tests.ota_core.merge.test_output import llama_experts
 
@@ -101,13 +101,14 @@ def test_experts_in_s3_are_read_where_they_are(world: World, tmp_path: Path) -> 
 def test_the_task_is_cached_by_what_it_makes(world: World) -> None:
     from prefect import flow
 
-    from flows.analysis import analyse
-    from flows.steps import missing
-    from tasks import stages
-    from tasks.analysis import analysis_options, analysis_step, read_analysis
+    from tasks.analyse import analyse_job, analysis_options
+    from tasks.job import run_jobs
     from tasks.merging.inputs import fetch_all
+    from tasks.merging.sources import planned
+    from tasks.orchestration.executors import Here
+    from tasks.pages.analysis import read_analysis
     from tasks.settings import places
-    from tests.flows.prefect_fixture import task_states
+    from tests.servers import task_states
 
     where = places(world.home / "analysis")
 
@@ -115,9 +116,8 @@ def test_the_task_is_cached_by_what_it_makes(world: World) -> None:
     def run(power: float) -> Any:
         recipe = world.recipe(density=0.4, power=power)
         fetched = fetch_all(recipe, cache=where.cache, recipe_dir=None)
-        inputs = stages.inputs_of(recipe, fetched, where, None)
-        step = analysis_step(recipe, inputs, analysis_options(compressions="-"))
-        return missing(analyse, step, where)(step, where, recipe, inputs, "256MiB")
+        job = analyse_job(planned(recipe, fetched, where, memory="256MiB"), analysis_options(compressions="-"))
+        return run_jobs([job], where, Here())[0]
 
     runs = [run(power, return_state=True) for power in (0.5, 0.25)]
     refs = [one.result() for one in runs]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from flows.cli.app import app
+from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.merge import engine
 from ota_core.moments.trainer import TrainerMoments
@@ -31,7 +32,7 @@ from tasks.storage.layout import write_expert_json
 from tasks.storage.models import upload_folder
 from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
 from tests.ota_core.merge.test_output import add_moments, llama_experts
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tasks.merging.test_architecture import llama, train
 from tests.tiny_models import perturb, write_tiny_llama
 
@@ -114,7 +115,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     original = SafetensorsFile.read_rows
 
-    def counting(self: SafetensorsFile, name: str, start: int, stop: int) -> torch.Tensor:
+    def counting(self: SafetensorsFile, name: str, start: int, stop: int) -> Rows:
         rows = original(self, name, start, stop)
         counts[self.path.name] += rows.nbytes
         return rows

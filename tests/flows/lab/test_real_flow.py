@@ -15,6 +15,7 @@ from flows.lab import real, real_study
 from ota_core.artifact import read_record
 from ota_core.errors import OtaError
 from tasks.experiments.study.study import load_study
+from tasks.local.real import steps
 from tasks.local.real.base import BaseSettings, HubSettings, convert
 from tasks.local.real.corpus import DOMAINS, CorpusError, CorpusSettings
 from tasks.local.real.questions import QuestionSettings
@@ -23,7 +24,7 @@ from tasks.settings import Places, places
 from tasks.storage.models import fetch
 from tests.tiny_real import write_gguf, write_real_corpora
 
-RealSettings = real.RealSettings
+RealSettings = steps.RealSettings
 TWO = {name: DOMAINS[name] for name in ("code", "german")}
 # transformers changes the state of the whole process while it loads a model: two threads in one process must not.
 ONE_AT_A_TIME = threading.Lock()
@@ -39,19 +40,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: None) 
     """A home folder that holds the base's package, with two domains of made-up text; trainings run in this process."""
     where = places(tmp_path / "home")
     write_gguf(tmp_path / "tiny.gguf")
-    package = real.real_folder(where) / "package"
+    package = steps.real_folder(where) / "package"
     package.mkdir(parents=True)
     with zipfile.ZipFile(package / "tiny.whl", "w") as archive:
         archive.write(tmp_path / "tiny.gguf", "tiny/tiny.gguf")
     monkeypatch.setattr(real, "DOMAINS", TWO)
-    monkeypatch.setattr(real, "find_packages", lambda folder: {})
-    monkeypatch.setattr(real, "write_corpora", lambda out, packages, settings: write_real_corpora(out, domains=tuple(TWO)) and {})
-    monkeypatch.setattr(real, "in_process", in_this_process)
+    monkeypatch.setattr(steps, "DOMAINS", TWO)
+    monkeypatch.setattr(steps, "find_packages", lambda folder: {})
+    monkeypatch.setattr(
+        steps, "write_corpora", lambda out, packages, settings: write_real_corpora(out, domains=tuple(TWO)) and {}
+    )
+    monkeypatch.setattr(steps, "in_process", in_this_process)
     yield where
 
 
-def settings_of(where: Places) -> real.RealSettings:
-    digest = hashlib.sha256((real.real_folder(where) / "package" / "tiny.whl").read_bytes()).hexdigest()
+def settings_of(where: Places) -> steps.RealSettings:
+    digest = hashlib.sha256((steps.real_folder(where) / "package" / "tiny.whl").read_bytes()).hexdigest()
     return RealSettings(
         base=BaseSettings(wheel="tiny.whl", sha256=digest, gguf="tiny/tiny.gguf"),
         training=RealTrainSettings(steps=2, batch=2, length=16, warmup=0),
@@ -61,8 +65,8 @@ def settings_of(where: Places) -> real.RealSettings:
 
 def test_everything_is_made_once(home: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    train_real = real.train_real
-    monkeypatch.setattr(real, "train_real", lambda *args, **options: made.append(args[0]) or train_real(*args, **options))
+    train_real = steps.train_real
+    monkeypatch.setattr(steps, "train_real", lambda *args, **options: made.append(args[0]) or train_real(*args, **options))
     found = real.real_experts_flow(home, settings=settings_of(home))
     assert sorted(made) == ["code", "german"]
     assert set(found) == {"data", "corpora", "models/base", "models/code", "models/german"}
@@ -85,7 +89,7 @@ def test_everything_is_made_once(home: Places, monkeypatch: pytest.MonkeyPatch) 
     assert len(made) == 2
     assert [name for name in found if changed[name] != found[name]] == ["data"]
     # What is not the study's own gets none of its names.
-    assert not (real.real_folder(home) / "models").exists()
+    assert not (steps.real_folder(home) / "models").exists()
 
 
 def test_the_names_in_the_home_folder(home: Places, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +114,7 @@ def test_the_base_may_come_from_the_hub(home: Places, monkeypatch: pytest.Monkey
     tokenizer.save_pretrained(snapshot)
     (snapshot / "README.md").write_text("---\nlicense: mit\n---\nThe hub's own words.\n")
     asked: list[str] = []
-    monkeypatch.setattr(real, "fetch", lambda source, cache: asked.append(source) or fetch(str(snapshot), cache=cache))
+    monkeypatch.setattr(steps, "fetch", lambda source, cache: asked.append(source) or fetch(str(snapshot), cache=cache))
     ours, hub = settings_of(home), HubSettings()
     monkeypatch.setattr(real, "RealSettings", lambda base: RealSettings(**dict(ours) | {"base": base}))
     names = real_study.make_models(home.home, "hub")
@@ -134,8 +138,8 @@ def test_nothing_is_trained_when_text_lacks(home: Places, monkeypatch: pytest.Mo
     def lacks(folder: Path) -> dict[str, Path]:
         raise CorpusError(f"{folder} lacks a package")
 
-    monkeypatch.setattr(real, "find_packages", lacks)
-    monkeypatch.setattr(real, "train_real", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(steps, "find_packages", lacks)
+    monkeypatch.setattr(steps, "train_real", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(OtaError, match="lacks a package"):
         real.real_experts_flow(home, settings=settings_of(home))
     assert not (Path(home.artifacts) / "data").exists() or not list((Path(home.artifacts) / "data").iterdir())
@@ -153,7 +157,7 @@ def test_the_study_is_of_the_experts_that_are_made(tmp_path: Path) -> None:
     config, _ = load_study(str(real_study.STUDY))
     assert {model.capability for model in config.models} == set(DOMAINS)
     moved = real_study.at_home(config, tmp_path)
-    folder = real.real_folder(places(tmp_path))
+    folder = steps.real_folder(places(tmp_path))
     assert {Path(model.model) for model in moved.models} == {folder / "models" / name for name in DOMAINS}
     assert (moved.base_model, moved.data_dir) == (str(folder / "models" / "base"), str(folder / "data"))
     assert moved.tune is not None and moved.tune.suite == "real-validation"

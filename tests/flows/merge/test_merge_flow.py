@@ -19,12 +19,12 @@ from tasks.merging.inputs import assemble, fetch_all
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World, write_v
-from tests.flows.prefect_fixture import flow_run_name
+from tests.servers import flow_run_name
 from tests.tiny_models import perturb
 
 NAME = "ota math+knowledge rho=0.40 rank1"
 LABEL = "ota rho=0.40 rank1"
-STAGES = {"compress math", "compress knowledge", "mask math", "mask knowledge", "merge ota"}
+STAGES = {"compress math", "compress knowledge", "mask math", "mask knowledge", f"merge {LABEL}"}
 SCORED = {"benchmark base", "benchmark math", "benchmark knowledge"}
 
 
@@ -112,7 +112,7 @@ def done(world: World) -> World:
 
 def test_another_density_keeps_what_does_not_depend_on_it(done: World, counts: Counter[str]) -> None:
     run = done.run(ota(done, density=0.2))
-    assert set(run.computed()) == {"mask math", "mask knowledge", "merge ota", "benchmark ota rho=0.20 rank1"}
+    assert set(run.computed()) == {"mask math", "mask knowledge", "merge ota rho=0.20 rank1", "benchmark ota rho=0.20 rank1"}
     assert counts == {"mask": 2, "merge": 1, "score": 1}
     for expert, density in run.outcome.densities.items():
         assert density == pytest.approx(0.2, abs=1e-3), expert
@@ -122,7 +122,7 @@ def test_another_density_of_one_expert_keeps_the_other_mask(done: World, counts:
     models = ota(done).models
     one = replace_model(ota(done), 0, models[0].parameters.model_copy(update={"density": 0.1}))
     run = done.run(one, suite=None)
-    assert set(run.computed()) == {"mask math", "merge ota"} and counts == {"mask": 1, "merge": 1}
+    assert set(run.computed()) == {"mask math", "merge ota rho=0.10/0.40 rank1"} and counts == {"mask": 1, "merge": 1}
 
 
 def replace_model(recipe: MergeRecipe, index: int, parameters: Any) -> MergeRecipe:
@@ -133,11 +133,13 @@ def replace_model(recipe: MergeRecipe, index: int, parameters: Any) -> MergeReci
 
 def test_an_option_of_the_merge_alone_keeps_moments_and_masks(done: World, counts: Counter[str]) -> None:
     run = done.run(ota(done, **{"lambda": 1.5, "epsilon": 1e-26}), suite=None)
-    assert run.computed() == ["merge ota"] and counts == {"merge": 1}
+    assert run.computed() == [f"merge {LABEL} lambda=1.5 epsilon=1e-26"] and counts == {"merge": 1}
 
 
 def test_another_compression_is_computed_anew(done: World, counts: Counter[str]) -> None:
-    assert set(done.run(ota(done, compression="none"), suite=None).computed()) == STAGES
+    assert set(done.run(ota(done, compression="none"), suite=None).computed()) == STAGES - {f"merge {LABEL}"} | {
+        "merge ota rho=0.40"
+    }
 
 
 def test_another_limit_scores_every_model_again(done: World, counts: Counter[str]) -> None:
@@ -172,7 +174,7 @@ def test_an_expert_replaced_under_its_prefix_is_noticed(world: World, counts: Co
     upload_folder(newer, uri, last=EXPERT_JSON)
     counts.clear()
     run = here.run(recipe, suite=None)
-    assert set(run.computed()) == {f"fetch {uri}", "compress math", "mask math", "merge ota"}
+    assert set(run.computed()) == {f"fetch {uri}", "compress math", "mask math", f"merge {LABEL}"}
     assert counts == {"fetch": 1, "compress": 1, "mask": 1, "merge": 1}
     after = run.outcome
     assert after.merged.fingerprint != before.merged.fingerprint
@@ -247,7 +249,7 @@ def test_artifacts_in_s3(world: World, counts: Counter[str], tmp_path: Path) -> 
     store.delete(run.outcome.scores["base"])
     store.delete(merged)
     again = here.run(recipe, artifacts=root)
-    assert set(again.computed()) == {"merge ota", "benchmark base"} and counts == {"merge": 1, "score": 1}
+    assert set(again.computed()) == {f"merge {LABEL}", "benchmark base"} and counts == {"merge": 1, "score": 1}
     assert again.outcome.merged == replace_bytes(merged, again.outcome.merged.bytes)
 
 

@@ -15,7 +15,7 @@ from ota_core.errors import CheckpointError, OtaError, StorageError
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.storage.models import upload_folder
 from tests.flows.merge_fixture import EXPERTS, RUN, World
-from tests.tasks.tracking.mlflow_server import free_port
+from tests.servers import free_port
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -133,9 +133,9 @@ def test_bad_second_moments_of_two_experts_are_both_named(world: World, tmp_path
 
 
 def test_mlflow_away_loses_nothing(world: World, counts: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import flows.merge
+    import tasks.log
 
-    monkeypatch.setattr(flows.merge, "log", flows.merge.log.with_options(retries=0))
+    monkeypatch.setattr(tasks.log, "log", tasks.log.log.with_options(retries=0))
     recipe, here = world.recipe("linear"), world.at(tmp_path / "home")
     run = here.run(recipe, tracking_uri=f"http://127.0.0.1:{free_port()}")
     with pytest.raises(
@@ -153,10 +153,10 @@ def test_mlflow_away_loses_nothing(world: World, counts: Counter[str], monkeypat
 def test_a_failed_benchmark_keeps_the_rest(
     world: World, counts: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from tasks import stages
+    from tasks import benchmark
 
     recipe, here = world.recipe("linear"), world.at(tmp_path / "home")
-    real = stages.score_model
+    real = benchmark.score_model
 
     def failing(model: Path, *args: Any, **kwargs: Any) -> Any:
         if "merged" in model.parts:
@@ -164,7 +164,7 @@ def test_a_failed_benchmark_keeps_the_rest(
         return real(model, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "score_model", failing)
+        patch.setattr(benchmark, "score_model", failing)
         run = here.run(recipe)
     with pytest.raises(CheckpointError, match=r"merged/.* cannot be loaded"):
         _ = run.outcome

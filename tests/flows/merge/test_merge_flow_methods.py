@@ -73,7 +73,7 @@ def test_experts_in_folders_beside_the_recipe(world: World, counts: Counter[str]
     # Another number of steps is another bias correction, though no weight changed.
     write_expert_json(math, capability="math", base_model="base", trained_at="2026-11-21", step=777, beta2=0.999)
     run = world.run(recipe, **options)
-    assert set(run.computed()) == {f"fetch {math}", "compress math", "mask math", "merge ota"}
+    assert set(run.computed()) == {f"fetch {math}", "compress math", "mask math", "merge ota rho=0.30 bias_correction=true"}
     assert run.outcome.merged != first.outcome.merged
 
 

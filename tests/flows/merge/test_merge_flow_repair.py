@@ -61,7 +61,7 @@ def digests(folder: Path) -> dict[str, str]:
 TASKS = {
     "moments": ("compress math", "compress"),
     "masks": ("mask math", "mask"),
-    "merged": ("merge ota", "merge"),
+    "merged": (f"merge {NAME.replace('math+knowledge ', '')}", "merge"),
     "scores": ("benchmark math", "score"),
 }
 

@@ -10,11 +10,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from flows.report import compare, comparison, git_commit, merge_label, merge_name, rows_of, score_metrics
 from ota_core.artifact import ArtifactRef
 from ota_core.recipe.recipe import MergeRecipe
+from tasks.evaluation.comparison import compare, comparison, rows_of
 from tasks.evaluation.scores import CapabilityScore, ModelScores, to_markdown
-from tasks.stages import Subject
+from tasks.evaluation.subject import Subject
+from tasks.log import git_commit, score_metrics
+from tasks.merging.labels import merge_label, merge_name
 from tasks.tracking.merge import MergeRun
 
 
@@ -79,7 +81,7 @@ def test_an_expert_that_is_named_like_a_capability_has_it_for_its_own() -> None:
 
 
 def test_losses_of_the_page_have_their_errors() -> None:
-    from flows.report_page import page_of
+    from tasks.pages.report_page import page_of
 
     found = {
         "base": FOUND["base"].model_copy(update={"losses": {"math": 2.0, "code": 1.0}}),
@@ -226,7 +228,7 @@ def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_server_without_a_ui_is_not_linked() -> None:
-    from flows.report_page import prefect_links
+    from tasks.pages.report_page import prefect_links
 
     assert prefect_links(None) == prefect_links("None/flow-runs/flow-run/1") == {}
     assert list(prefect_links("http://127.0.0.1:4200/runs/flow-run/1").values()) == ["http://127.0.0.1:4200/runs/flow-run/1"]

@@ -9,17 +9,15 @@ import pytest
 from prefect import flow
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
-import flows.pools
-import flows.steps
-from flows.pools import TRIES_AFTER_A_LOST_WORKER, WorkerLost, gpu_deployment, stage
-from flows.steps import send
+from flows.stage import stage
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import ArtifactError, OtaError
-from tasks import stages
-from tasks.evaluation.suites import load_suite
-from tasks.jobs import ScoreJob
+from tasks.benchmark import Benchmark, ScoreJob
+from tasks.evaluation.subject import Subject
+from tasks.job import run_jobs
+from tasks.orchestration import executors
+from tasks.orchestration.executors import TRIES_AFTER_A_LOST_WORKER, Pool, WorkerLost, gpu_deployment
 from tasks.settings import Places, places
-from tasks.stages import Subject
 from tasks.storage import models as storage
 from tests.flows.merge_fixture import World
 
@@ -34,8 +32,7 @@ def score_job(world: World, **changes: Any) -> ScoreJob:
     fetched = storage.fetch(f"{world.uri}/models/base", cache=world.home / "cache")
     known = {"name": "base", "role": "base", "path": None, "digest": fetched.digest, "location": fetched.resolved}
     subject = Subject.model_validate(known | changes)
-    step = stages.score_step(subject, load_suite(str(world.suite)), world.data, None)
-    return ScoreJob(step=step, subject=subject, suite=str(world.suite), data_dir=str(world.data), limit=None)
+    return Benchmark.of(str(world.suite), str(world.data), None, places(world.home)).job(subject)
 
 
 Sent = list[dict[str, Any]]
@@ -44,7 +41,6 @@ Sent = list[dict[str, Any]]
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sent]:
     """Workers of which each ends its run in the next of these states, a function is called for one; returns what is sent."""
-    monkeypatch.setattr(flows.steps, "send", send.with_options(retry_delay_seconds=0))
 
     def use(*states: Any) -> Sent:
         sent: Sent = []
@@ -55,18 +51,18 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sent]:
             state = next(left)
             return SimpleNamespace(state=state(options) if callable(state) else state)
 
-        monkeypatch.setattr(flows.pools, "run_deployed", run_deployed)
+        monkeypatch.setattr(executors, "run_deployed", run_deployed)
         return sent
 
     return use
 
 
-def ask(job: ScoreJob, where: Places) -> Any:
-    """The end state of a flow that sends the job."""
+def ask(job: ScoreJob, where: Places, *more: ScoreJob) -> Any:
+    """The end state of a flow that sends the job, or several."""
 
     @flow(name="parent")
     def parent() -> ArtifactRef:
-        return flows.steps.send(job.step, where, job, "auto", "stage/gpu")
+        return run_jobs([job, *more], where, Pool("stage/gpu"))[0]
 
     return parent(return_state=True)
 
@@ -79,7 +75,7 @@ def done_there(options: dict[str, Any]) -> Any:
 def test_a_stage_on_the_pool_leaves_its_artifact(world: World, where: Places, pool: Callable[..., Sent]) -> None:
     job, sent = score_job(world), pool(done_there)
     ref = ask(job, where).result()
-    assert ref == stages.store_of(where).find("scores", job.step.fingerprint) and ref is not None
+    assert ref == job.find(where) and ref is not None
     (one,) = sent
     assert one["deployment"] == "stage/gpu" and one["name"] == "benchmark base" and one["as_subflow"]
     assert one["parameters"]["device"] == "auto" and one["parameters"]["where"] == where.model_dump(mode="json")
@@ -93,6 +89,42 @@ def test_a_stage_whose_worker_died_is_sent_again_as_another_run(world: World, wh
     assert ask(job, where).is_completed()
     assert len(sent) == 3 and len({one["key"] for one in sent}) == 3
     assert len({str(one["parameters"]) for one in sent}) == 1
+
+
+def test_several_jobs_travel_in_one_run_and_one_that_fails_fails_alone(
+    world: World, where: Places, pool: Callable[..., Sent]
+) -> None:
+    fine, sent = score_job(world), pool(done_there, done_there)
+    lost = score_job(world, name="lost", digest="xxh3:0", location=None)
+    other = score_job(world, name="other", digest="xxh3:1", location=f"{world.uri}/models/nowhere")
+    with pytest.raises(OtaError) as caught:
+        ask(lost, where, fine, other).result()
+    (one,) = sent
+    assert one["name"] == "benchmark lost, base, other" and len(one["parameters"]["jobs"]) == 3
+    assert fine.find(where), "what succeeded is kept"
+    first, second = caught.value.problems
+    assert first == "benchmark lost: lost: the model lies in a folder of another machine; keep it in s3://…"
+    assert second.startswith("benchmark other: ") and "models/nowhere" in second
+    # Asked again, only those are sent that are not there.
+    with pytest.raises(OtaError):
+        ask(fine, where, lost).result()
+    assert [len(one["parameters"]["jobs"]) for one in sent] == [3, 1] and sent[1]["name"] == "benchmark lost"
+
+
+def test_of_a_run_whose_worker_died_only_what_is_missing_is_sent_again(
+    world: World, where: Places, pool: Callable[..., Sent]
+) -> None:
+    """And the job at which it died goes last: it may be the one that no machine survives."""
+
+    def dies_at_the_second(options: dict[str, Any]) -> Any:
+        done_there(options | {"parameters": options["parameters"] | {"jobs": options["parameters"]["jobs"][:1]}})
+        return Crashed(message="out of memory")
+
+    jobs = [score_job(world), *(score_job(world, name=name, digest=f"xxh3:{name}") for name in ("a", "b"))]
+    sent = pool(dies_at_the_second, Failed(message="the run itself failed"))
+    with pytest.raises(OtaError, match=r"(?s)benchmark a: the run itself failed.*benchmark b: the run itself failed"):
+        ask(jobs[0], where, *jobs[1:]).result()
+    assert [one["name"] for one in sent] == ["benchmark base, a, b", "benchmark b, a"] and jobs[0].find(where)
 
 
 def test_a_machine_that_dies_at_every_try_is_an_error(world: World, where: Places, pool: Callable[..., Sent]) -> None:
@@ -121,9 +153,9 @@ def test_what_is_no_accident_is_not_sent_again(
 
 def test_the_flow_of_the_worker_tells_an_error_by_its_message(world: World, where: Places) -> None:
     job = score_job(world, location=None)
-    state: Any = stage(job.model_dump(mode="json", by_alias=True), where.model_dump(mode="json"), "cpu", return_state=True)
+    state: Any = stage([job.model_dump(mode="json", by_alias=True)], where.model_dump(mode="json"), "cpu", return_state=True)
     assert state.is_failed() and state.message == "base: the model lies in a folder of another machine; keep it in s3://…"
-    state = stage(score_job(world), where, "gpu", return_state=True)
+    state = stage([score_job(world)], where, "gpu", return_state=True)
     assert state.is_failed() and "expected cpu, cuda or auto" in state.message
 
 
@@ -131,8 +163,8 @@ def test_the_flow_of_the_worker_uses_the_cache_of_its_machine(
     world: World, where: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTA_HOME", str(tmp_path / "worker"))
-    state: Any = stage(score_job(world), where, "cpu", return_state=True)
-    assert state.is_completed() and state.message.startswith(where.artifacts)
+    state: Any = stage([score_job(world)], where, "cpu", return_state=True)
+    assert state.is_completed() and state.message == where.artifacts
     assert (tmp_path / "worker" / "cache").is_dir() and not where.cache.exists()
 
 
@@ -158,11 +190,9 @@ def test_a_flow_with_a_pool_gives_what_one_process_gives(world: World, tmp_path:
 
     recipe = world.recipe(density=0.4, compression="rank1")
     alone = world.at(tmp_path / "alone").run(recipe).outcome
-    monkeypatch.setattr(flows.pools, "run_deployed", run_deployed)
+    monkeypatch.setattr(executors, "run_deployed", run_deployed)
     pooled = world.at(tmp_path / "pooled").run(recipe, gpu="stage/gpu").outcome
-    assert sorted(sent) == sorted(
-        ["merge ota rho=0.40 rank1", *(f"benchmark {n}" for n in ("base", "math", "knowledge", alone.name))]
-    )
+    assert sorted(sent) == sorted(["merge ota rho=0.40 rank1", f"benchmark base, math, knowledge, {alone.name}"])
     assert pooled.digest == alone.digest and pooled.merged.fingerprint == alone.merged.fingerprint
     assert {key: ref.fingerprint for key, ref in pooled.scores.items()} == {
         key: ref.fingerprint for key, ref in alone.scores.items()

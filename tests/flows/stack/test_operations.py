@@ -9,8 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ import psutil
 import pytest
 import yaml
 
-from tasks.local.s3_server import environment
 from tasks.local.stack import control as stack_control
 from tasks.local.stack.credentials import secret_of
 from tasks.local.stack.layout import ROOT, Stack, load_stack
 from tasks.registry.promotion import CHAMPION, Version, current
 from tasks.registry.publish import read_latest
+from tasks.settings import environment
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tasks.tracking.registered import CHALLENGER, TAG_REPLACED
+from tests.servers import wait_until
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 from tests.tiny_training import memorise, rows_of
@@ -80,7 +80,7 @@ class Operations:
                 runs = [run for run in client.read_flow_runs(limit=100) if run.id not in self.seen and is_night(run)]
                 return [run for run in runs if run.state.is_final()]
 
-        wait_until(lambda: bool(new()), self.logs, seconds)
+        wait_until(lambda: bool(new()), self.logs, seconds=seconds)
         (run,) = new()
         assert run.created_by is not None and run.created_by.type == "AUTOMATION", run.created_by
         return self.looked_at(run)
@@ -99,13 +99,6 @@ class Operations:
 
 def is_night(run: Any) -> bool:
     return run.deployment_id is not None and run.auto_scheduled is False and run.name.startswith("nightly")
-
-
-def wait_until(holds: Callable[[], bool], log: Callable[[], str], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, log()
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +262,7 @@ def test_a_merge_survives_the_death_of_its_gpu_worker(operations: Operations) ->
         new = [run for run in runs_of_stage() if run.id not in before and run.name.startswith("merge")]
         return [run for run in new if run.state_name == "Running"]
 
-    wait_until(lambda: bool(merging()), operations.logs, 120)
+    wait_until(lambda: bool(merging()), operations.logs)
     (killed,) = merging()
     worker = psutil.Process(stack_control.processes(operations.home)["worker-gpu"].pid)
     for process in [*worker.children(recursive=True), worker]:

@@ -15,18 +15,21 @@ from typing import Any
 
 import pytest
 from prefect.states import Completed
+from pydantic import TypeAdapter
 
-import flows.spread
+import flows.part
 from ota_core.artifact import RECORD, read_record
 from ota_core.errors import OtaError, StorageError
-from ota_core.merge import engine
+from ota_core.merge import engine, shards
 from ota_core.recipe.recipe import MergeRecipe
-from tasks import parts
+from tasks.compress import compress_jobs
+from tasks.job import Job
+from tasks.merge import MergeJob, merge_job, shards_of, survey_jobs
 from tasks.merging.inputs import assemble, fetch_all
-from tasks.merging.sources import MergeSources
+from tasks.merging.sources import planned
+from tasks.orchestration import executors
 from tasks.orchestration.runners import Runner, runner_of
-from tasks.parts import Part, SpreadMerge
-from tasks.settings import places
+from tasks.settings import Places, places
 from tasks.storage.models import digest_folder, upload_folder
 from tasks.storage.s3 import list_objects
 from tests.checkpoints import ota_recipe, random_base, random_experts
@@ -83,7 +86,7 @@ def part_counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(owner, name, counted)
 
     for name in ("survey", "merge_shard", "finish"):
-        count(parts, name)
+        count(shards, name)
     count(engine, "compress_moments")
     return calls
 
@@ -116,13 +119,19 @@ def test_a_flow_never_waits_for_runs_of_its_own_pool(
     """Its run holds one of the pool's workers; runs that wait there for parts could hold them all."""
     sent: Counter[str] = Counter()
 
-    def send(part: Part, runner: Runner, **_: Any) -> Any:
-        sent[part.kind] += 1
-        parts.run_part(part)
+    begun: set[str] = set()
+
+    def send(deployment: str, **options: Any) -> Any:
+        """As a server does it: the same key is the same run."""
+        (job,) = [TypeAdapter(Job).validate_python(one) for one in options["parameters"]["jobs"]]
+        if options["key"] not in begun:
+            begun.add(options["key"])
+            sent[job.name.split()[0]] += 1
+            job.run(places(tmp_path / "other", str(tmp_path / "home" / "artifacts")), "cpu")
         return SimpleNamespace(state=Completed())
 
-    monkeypatch.setattr(flows.spread, "_deployed", send)
-    monkeypatch.setattr(flows.spread, "pool_of", lambda name: name.replace("part/", "ota-"))
+    monkeypatch.setattr(executors, "run_deployed", send)
+    monkeypatch.setattr(flows.part, "pool_of", lambda name: name.replace("part/", "ota-"))
     monkeypatch.setenv("OTA_WORK_POOL", own)
     recipe = world.recipe(density=0.4, compression="rank1", normalise="global")
     outcome = sharded(world.at(tmp_path / "home"), recipe, runner=Runner(kind="workers"))
@@ -163,9 +172,9 @@ def test_a_run_that_is_killed_leaves_its_finished_shards(world: World, part_coun
         from pathlib import Path
         from flows.merge import merge_flow
         from ota_core.recipe.recipe import MergeRecipe
-        from tasks import parts
+        from ota_core.merge import shards
 
-        merged, whole = [], parts.merge_shard
+        merged, whole = [], shards.merge_shard
 
         def killed(job, shard, folder, facts):
             found = whole(job, shard, folder, facts)
@@ -174,7 +183,7 @@ def test_a_run_that_is_killed_leaves_its_finished_shards(world: World, part_coun
                 os.kill(os.getpid(), signal.SIGKILL)
             return found
 
-        parts.merge_shard = killed
+        shards.merge_shard = killed
         recipe = MergeRecipe.model_validate(json.loads(sys.argv[1]))
         merge_flow(recipe, suite=None, home=Path(sys.argv[2]), tracking_uri={world.tracking_uri!r}, device="cpu", shard_size={SIZE!r})
     """
@@ -235,22 +244,15 @@ def test_artifacts_in_s3_are_assembled_there(
     assert sharded(here, recipe, artifacts=root) == outcome and part_counts == {}
 
 
-def spread_merge(
-    world: World, recipe: MergeRecipe, home: Path, artifacts: str | None = None, *, shard_size: int = 5_000
-) -> SpreadMerge:
+def spread_merge(world: World, recipe: MergeRecipe, where: Places, *, shard_size: int = 5_000) -> MergeJob:
     """A merge in parts as the flow describes it, with its second moments compressed."""
-    from tasks import stages
     from tasks.storage.streaming.streams import Streams
 
-    where = places(home, artifacts)
     with Streams(cache=where.cache, memory=2**26) as streams:
         fetched = fetch_all(recipe, cache=where.cache, recipe_dir=None, streams=streams)
-        inputs = assemble(recipe, fetched, cache=where.cache, recipe_dir=None, streams=streams)
-        merge = SpreadMerge(
-            recipe=recipe, sources=MergeSources.of(recipe, inputs, fetched), step=stages.merge_step(recipe, inputs, shard_size),
-            shard_size=shard_size, where=where, memory="64MiB", device="cpu",
-        )  # fmt: skip
-    return parts.with_moments(merge, [parts.run_part(part) for part in parts.compress_parts(merge)])
+        plan = planned(recipe, fetched, where, memory="64MiB", streams=streams)
+        plan = plan.with_artifacts([job.run(where) for job in compress_jobs(plan)])
+        return merge_job(plan, shard_size)
 
 
 def test_a_part_reads_the_ranges_of_its_tensors_alone(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,9 +271,9 @@ def test_a_part_reads_the_ranges_of_its_tensors_alone(world: World, tmp_path: Pa
         entry["parameters"] = {}
     recipe = MergeRecipe.model_validate(written)
     root = f"{world.uri}/ranges-{tmp_path.name}"
-    merge = spread_merge(world, recipe, tmp_path / "home", root, shard_size=size)
-    shards, surveyed = parts.shards_of(merge)
-    assert len(shards) == 5 and surveyed
+    merge = spread_merge(world, recipe, places(tmp_path / "home", root), shard_size=size)
+    files, surveyed = shards_of(merge, places(tmp_path / "home", root))
+    assert len(files) == 5 and surveyed
 
     read: Counter[str] = Counter()
     whole = s3.read_range
@@ -281,9 +283,8 @@ def test_a_part_reads_the_ranges_of_its_tensors_alone(world: World, tmp_path: Pa
         return whole(client, one, start, stop)
 
     monkeypatch.setattr(s3, "read_range", noted)
-    elsewhere = merge.model_copy(update={"where": places(tmp_path / "other", root)})
-    part = parts.shard_parts(elsewhere, "survey", shards)[2]
-    parts.run_part(Part.model_validate_json(part.model_dump_json(by_alias=True)))
+    part = survey_jobs(merge, files)[2]
+    TypeAdapter(Job).validate_json(part.model_dump_json(by_alias=True)).run(places(tmp_path / "other", root), "cpu")
     weights = {uri: count for uri, count in read.items() if uri.endswith("model.safetensors")}
     assert len(weights) == 3
     for source, count in weights.items():
@@ -294,26 +295,27 @@ def test_a_part_reads_the_ranges_of_its_tensors_alone(world: World, tmp_path: Pa
 
 def test_a_model_replaced_meanwhile_is_refused(world: World, tmp_path: Path) -> None:
     recipe = world.recipe(density=0.4, compression="rank1", scope="per_tensor")
-    merge = spread_merge(world, recipe, tmp_path / "home")
+    merge = spread_merge(world, recipe, places(tmp_path / "home"))
     first, *others = merge.sources.experts
     sources = merge.sources.model_copy(update={"experts": (first.model_copy(update={"listing": "another"}), *others)})
     with pytest.raises(StorageError, match="is not what it was when the merge began"):
-        parts.shards_of(merge.model_copy(update={"sources": sources}))
+        shards_of(merge.model_copy(update={"sources": sources}), places(tmp_path / "home"))
 
 
 def test_a_root_that_the_machine_does_not_see_is_named(world: World, tmp_path: Path) -> None:
     recipe = world.recipe(density=0.4, compression="rank1", scope="per_tensor")
-    merge = spread_merge(world, recipe, tmp_path / "home")
+    merge = spread_merge(world, recipe, places(tmp_path / "home"))
     shutil.rmtree(tmp_path / "home" / "artifacts")
     with pytest.raises(OtaError, match=r"moments.safetensors is not on this machine.*--artifacts, must be s3"):
-        parts.shards_of(merge)
+        shards_of(merge, places(tmp_path / "home"))
 
 
 def test_a_part_survives_json(world: World, tmp_path: Path) -> None:
     recipe = world.recipe(density=0.4, compression="rank1", **{"lambda": 1.5, "epsilon": 1e-26})
-    merge = spread_merge(world, recipe, tmp_path / "home")
-    part = parts.shard_parts(merge, "recount", ["model.safetensors"], opened={0: 3, 1: 65_535})[0]
-    assert Part.model_validate(json.loads(json.dumps(part.model_dump(mode="json", by_alias=True)))) == part
+    merge = spread_merge(world, recipe, places(tmp_path / "home"))
+    part = survey_jobs(merge, ["model.safetensors"], {0: 3, 1: 65_535})[0]
+    assert part.name == "recount model.safetensors"
+    assert TypeAdapter(Job).validate_python(json.loads(json.dumps(part.model_dump(mode="json", by_alias=True)))) == part
 
 
 def test_runners_are_read_from_arguments_and_environment() -> None:

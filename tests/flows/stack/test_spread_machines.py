@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tasks.artifacts.processes import wait_for_end
 from tasks.orchestration.runners import Runner
 from tests.flows.merge_fixture import World
 from tests.flows.stack.test_spread import REPOSITORY, assert_same, kinds_left, sharded
+from tests.servers import wait_until
 
 CPU, GPU = "ota-cpu", "ota-gpu"
 
@@ -36,7 +37,7 @@ def workers_of(merged: Path) -> set[int]:
 
 def slowed(seconds: float) -> None:
     """In a worker process: make every shard take so long that others get their share of a tiny model."""
-    from tasks import parts
+    from ota_core.merge import shards as parts
 
     whole = parts.merge_shard
 
@@ -49,7 +50,7 @@ def slowed(seconds: float) -> None:
 
 def killed_once() -> None:
     """In a worker process: die, hard, at the first shard."""
-    from tasks import parts
+    from ota_core.merge import shards as parts
 
     def die(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -275,13 +276,6 @@ def test_cancelling_the_parent_on_the_server_cancels_its_parts(world: World, dep
             lambda: {run.state_name for run in part_runs() if run.id not in before} == {"Cancelled"},
             lambda: (tmp_path / "worker0.log").read_text(),
         )
-
-
-def wait_until(holds: Callable[[], bool], log: Callable[[], str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, log()
-        time.sleep(0.3)
 
 
 def test_a_missing_deployment_is_named(world: World, tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ import pytest
 
 from tasks.local.demo.questions import CAPABILITIES
 from tasks.local.loopback import get
-from tasks.local.s3_server import environment
 from tasks.local.stack import control as stack_control
 from tasks.local.stack.credentials import secret_of
 from tasks.local.stack.layout import ROOT, SERVERS, Stack, load_stack
 from tasks.local.stack.processes import marked
+from tasks.settings import environment
 from tasks.storage import s3
+from tests.servers import wait_until
 
 SETTINGS = ("AWS_", "OTA_", "PREFECT_", "MLFLOW_")
 
@@ -84,14 +84,6 @@ def table(home: Path) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[1:]}
 
 
-def wait_until(holds: Callable[[], Any], log: Path, seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.5)
-    return found
-
-
 def run_probe(stack: Stack, folder: Path, seconds: float = 0) -> dict[str, dict[str, Any]]:
     """What flow runs on either pool say of where they run: deployed and started as by a user whose shell read env.sh."""
     listed = [
@@ -110,7 +102,7 @@ def run_probe(stack: Stack, folder: Path, seconds: float = 0) -> dict[str, dict[
         assert done.returncode == 0, done.stdout + done.stderr
     with environment(client_of(stack)):
         for pool, uri in targets.items():
-            wait_until(lambda uri=uri: s3.exists(uri), stack.log(pool.replace("ota-", "worker-")))
+            wait_until(lambda uri=uri: s3.exists(uri), stack.log(pool.replace("ota-", "worker-")).read_text)
         return {pool: json.loads(s3.read_bytes(uri)) for pool, uri in targets.items()}
 
 
@@ -151,7 +143,7 @@ def test_a_killed_server_comes_back_with_its_data(up: Path, name: str) -> None:
     stack, before = the_stack(up), int(table(up)[name][1])
     children = psutil.Process(before).children(recursive=True)
     psutil.Process(before).kill()
-    wait_until(lambda: stack_control.processes(up)[name].pid not in (None, before), stack.log(name))
+    wait_until(lambda: stack_control.processes(up)[name].pid not in (None, before), stack.log(name).read_text)
     psutil.wait_procs(children, timeout=60)  # until then it is the old one that answers
     stack_control.wait_healthy(stack, name)
     with environment(client_of(stack)):
@@ -181,7 +173,7 @@ def test_after_a_crash_of_everything_it_comes_up_on_the_same_ports(up: Path) -> 
     stack, pid = the_stack(up), stack_control.supervisor_pid(up)
     assert pid is not None
     psutil.Process(pid).kill()
-    wait_until(lambda: stack_control.supervisor_pid(up) is None, stack.log("supervisord"))
+    wait_until(lambda: stack_control.supervisor_pid(up) is None, stack.log("supervisord").read_text)
     assert len(marked(stack.folder)) >= 5
     said = " ".join(ota(up, "status", code=2).split())
     left = re.search(r"does not run; .*; its supervisord is gone, (\d+) processes are left: `ota stack down` ends them", said)

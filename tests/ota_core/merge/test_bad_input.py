@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from ota_core.errors import MomentsError, OtaError, raise_all
 from tests.checkpoints import ota_recipe, random_base, random_experts
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.norm.weight"

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from ota_core.compute.gpu import Lanes, gpus_of, to_device
+from ota_core.files.rows import Rows
 from ota_core.merge.engine import mask, merge
 from ota_core.plan.inputs import resolve_local
+from ota_core.plan.views import tensor_on
 from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import ota_recipe, random_base, random_experts
 
@@ -92,22 +94,22 @@ def test_masks_made_on_a_gpu_are_the_cpus(tmp_path: Path) -> None:
 
 @gpu
 def test_threads_take_the_gpus_in_turn_and_wait_for_their_own_stream() -> None:
-    gpus = gpus_of(torch.device("cuda"))
+    gpus = gpus_of("cuda")
     lanes = Lanes(gpus)
     with lanes.mine():
         assert torch.cuda.current_device() in gpus
         rows = torch.arange(1 << 20, dtype=torch.float32)
-        doubled = to_device(rows, torch.device("cuda")) * 2
+        doubled = to_device(rows, "cuda") * 2
     assert np.array_equal(doubled.cpu().numpy(), rows.numpy() * 2)
 
 
 def test_a_device_stands_for_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert gpus_of(torch.device("cuda")) == [0, 1, 2]
-    assert gpus_of(torch.device("cuda:2")) == [2]
-    assert gpus_of(torch.device("cpu")) == []
+    assert gpus_of("cuda") == [0, 1, 2]
+    assert gpus_of("cuda:2") == [2]
+    assert gpus_of("cpu") == []
 
 
 def test_on_the_cpu_rows_are_not_copied() -> None:
-    rows = torch.ones(3, 2)
-    assert to_device(rows, torch.device("cpu")) is rows
+    rows = Rows.float32(np.ones((3, 2), np.float32))
+    assert tensor_on("cpu", rows).data_ptr() == rows.address

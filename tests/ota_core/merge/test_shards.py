@@ -11,7 +11,17 @@ import pytest
 
 from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.merge.engine import compress_moments, mask, merge
-from ota_core.merge.shards import Job, Survey, finish, merge_shard, needs_survey, opened_bins, shard_files, survey, whole_facts
+from ota_core.merge.shards import (
+    MergeInParts,
+    Survey,
+    finish,
+    merge_shard,
+    needs_survey,
+    opened_bins,
+    shard_files,
+    survey,
+    whole_facts,
+)
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import MergeInputs, resolve_local
 from ota_core.plan.prepare import WholeFacts
@@ -21,7 +31,7 @@ from tests.checkpoints import ota_recipe, random_base, random_experts
 SHARD = 500  # bytes: most files of the little model hold one tensor
 
 
-def parts_of(job: Job, folder: Path) -> dict[str, Any]:
+def parts_of(job: MergeInParts, folder: Path) -> dict[str, Any]:
     """The whole of it, every intermediate result through a file or JSON as between machines."""
     folder.mkdir()
 
@@ -79,7 +89,7 @@ def test_shards_give_the_bytes_of_one_process(tmp_path: Path, method: str, param
     recipe = MergeRecipe.model_validate(ota_recipe(tmp_path, base, random_experts(base), parameters, method=method))
     inputs = inputs_of(tmp_path, recipe)
     whole = merge(recipe, tmp_path / "whole", inputs=inputs, shard_size=SHARD)
-    job = Job(recipe=recipe, inputs=inputs, shard_size=SHARD, threads=1)
+    job = MergeInParts(recipe=recipe, inputs=inputs, shard_size=SHARD, threads=1)
     assert len(shard_files(job)) > 3
     results = parts_of(job, tmp_path / "parts")
     names = sorted(p.name for p in (tmp_path / "whole").iterdir() if p.name != "record.json")
@@ -105,7 +115,7 @@ def test_a_tied_tensor_in_another_shard_has_its_parameters_threshold(tmp_path: P
         recipe = MergeRecipe.model_validate(ota_recipe(root, base, experts, parameters, config=config))
         inputs = resolve_local(recipe)
         merge(recipe, root / "whole", inputs=inputs, shard_size=450)
-        parts_of(Job(recipe=recipe, inputs=inputs, shard_size=450), root / "parts")
+        parts_of(MergeInParts(recipe=recipe, inputs=inputs, shard_size=450), root / "parts")
         files = sorted((root / "whole").glob("*.safetensors"))
         assert len(files) == 2
         assert all((root / "parts" / f.name).read_bytes() == f.read_bytes() for f in files)
@@ -122,7 +132,7 @@ def test_given_masks_need_no_survey(tmp_path: Path) -> None:
     )
     assert needs_survey(recipe, inputs) and not needs_survey(recipe, masked)
     merge(recipe, tmp_path / "whole", inputs=inputs, shard_size=SHARD)
-    parts_of(Job(recipe=recipe, inputs=masked, shard_size=SHARD), tmp_path / "parts")
+    parts_of(MergeInParts(recipe=recipe, inputs=masked, shard_size=SHARD), tmp_path / "parts")
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "parts" / file.name).read_bytes() == file.read_bytes()
 
@@ -143,7 +153,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     base = random_base()
     experts = random_experts(base)
     recipe = MergeRecipe.model_validate(ota_recipe(tmp_path, base, experts, {"density": 0.3}))
-    job = Job(recipe=recipe, inputs=resolve_local(recipe), shard_size=SHARD)
+    job = MergeInParts(recipe=recipe, inputs=resolve_local(recipe), shard_size=SHARD)
     shards = shard_files(job)
     with pytest.raises(OtaError, match="survey all shards first"):
         merge_shard(job, shards[0], tmp_path, None)
@@ -158,7 +168,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         {**recipe.model_dump(by_alias=True), "parameters": {"density": 0.3, "compression": "rank1"}}
     )
     with pytest.raises(RecipeError, match="compressed before"):
-        shard_files(Job(recipe=compressed, inputs=resolve_local(compressed)))
+        shard_files(MergeInParts(recipe=compressed, inputs=resolve_local(compressed)))
     shutil.copyfile(tmp_path / "base" / "model.safetensors", tmp_path / "other.survey")
     with pytest.raises(ArtifactError, match="format None"):
         Survey.load(tmp_path / "other.survey")

@@ -9,16 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ota_core.compute.kernels import count_high, count_low
+from ota_core.files.rows import Rows
 from ota_core.fused import counts
 from ota_core.fused.counts import Candidate
-from ota_core.fused.memory import F32, TILE, VSource, load, load_bytes, rank1_source, source_of, store
-from ota_core.fused.ota import BY_CURVATURE, BY_MAGNITUDE, Vote, ota_block
+from ota_core.fused.memory import load, load_bytes, store
+from ota_core.fused.ota import Vote, ota_block
+from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE, F32, TILE, VSource, rank1_source, source_of
 from ota_core.fused.task_vectors import Part, combine_block, linear_block
 from ota_core.methods.averages import linear
 from ota_core.methods.dare import drop, uniform
+from ota_core.methods.numbers import NOTHING
 from ota_core.methods.ota import curvature_weights, ota
 from ota_core.methods.saliency import curvature_scores, keep, magnitude_scores
-from ota_core.methods.task_vectors import NOTHING, add_up, elect_and_add, trim
+from ota_core.methods.task_vectors import add_up, elect_and_add, trim
 
 
 def experts(seed: int, count: int, size: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
@@ -37,7 +40,7 @@ def experts(seed: int, count: int, size: int) -> tuple[torch.Tensor, list[torch.
 
 
 def v_source(v: torch.Tensor, factor: float = 1.0) -> VSource:
-    return VSource(source_of(v), factor, v)
+    return VSource(source_of(Rows.of(v)), factor, v)
 
 
 STORED = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,15 +87,19 @@ def test_the_fused_pass_is_the_rule(
         scores = magnitude_scores(delta) if mode == "magnitude" else curvature_scores(hat, delta)
         tau = scores.median().item()
         masks.append(None if mode == "off" else keep(scores, tau))
-        how: dict[str, Any] = {"kept": masks[-1]} if mode == "given" else {"threshold": None if mode == "off" else tau}
+        how: dict[str, Any] = (
+            {"kept": keep(scores, tau).numpy()} if mode == "given" else {"threshold": None if mode == "off" else tau}
+        )
         metric = BY_MAGNITUDE if mode == "magnitude" else BY_CURVATURE
         votes.append(
-            Vote(theta=theta, v=v_source(v, factor), scale=scale, mean=1.0 if mean is None else mean, metric=metric, **how)
+            Vote(
+                theta=Rows.of(theta), v=v_source(v, factor), scale=scale, mean=1.0 if mean is None else mean, metric=metric, **how
+            )
         )
     weights = [curvature_weights(hat, power=power, scale=scale, mean=mean, epsilon=epsilon) for hat in hats]
     expected = ota([t.double() for t in thetas], weights, masks, base.double(), lam=lam, denominator=denominator)
     got = torch.empty(size, dtype=written)
-    kept, bad = ota_block(base, votes, got, power=power, epsilon=epsilon, lam=lam, denominator=denominator)
+    kept, bad = ota_block(Rows.of(base), votes, Rows.of(got), power=power, epsilon=epsilon, lam=lam, denominator=denominator)
     assert torch.equal(got, expected.to(written))
     assert bad is None
     assert kept == [size if mask is None else int(mask.sum()) for mask in masks]
@@ -104,19 +111,19 @@ def test_the_fused_histogram_is_that_of_the_scores(metric: int, size: int) -> No
     base, [theta], [v] = experts(3, 1, size)
     delta = theta.double() - base.double()
     scores = magnitude_scores(delta) if metric == BY_MAGNITUDE else curvature_scores(v * torch.tensor(2.5), delta)
-    expected = torch.zeros(65536, dtype=torch.int64)
+    expected = np.zeros(65536, np.int64)
     count_high(scores, expected)
-    one = Candidate(theta=theta, v=None if metric == BY_MAGNITUDE else v_source(v, 2.5), metric=metric, row=1)
+    one = Candidate(theta=Rows.of(theta), v=None if metric == BY_MAGNITUDE else v_source(v, 2.5), metric=metric, row=1)
     high = np.zeros((2, 65536), np.int64)
-    assert counts.count_high(base, [one], high) is None
-    assert np.array_equal(high[1], expected.numpy()) and not high[0].any() and high.sum() == size
+    assert counts.count_high(Rows.of(base), [one], high) is None
+    assert np.array_equal(high[1], expected) and not high[0].any() and high.sum() == size
     fullest = int(expected.argmax())
-    inside = torch.zeros(65536, dtype=torch.int64)
+    inside = np.zeros(65536, np.int64)
     count_low(scores, fullest, inside)
     lowest = np.array([[-1, -1, -1], [fullest << 16, -1, 0]])
     above, found = np.zeros((2, 3), np.int64), np.zeros((2, 3, 65536), np.int64)
-    assert counts.count_brackets(base, [one], lowest=lowest, above=above, inside=found) is None
-    assert np.array_equal(found[1, 0], inside.numpy()) and not found[0].any() and not found[1, 1].any()
+    assert counts.count_brackets(Rows.of(base), [one], lowest=lowest, above=above, inside=found) is None
+    assert np.array_equal(found[1, 0], inside) and not found[0].any() and not found[1, 1].any()
     bits = scores.view(torch.int32) >> 16
     assert above.tolist() == [[0, 0, 0], [int((bits > fullest).sum()), 0, int((bits > 0).sum())]]
     assert found[1, 2].sum() == int((bits == 0).sum())
@@ -125,12 +132,12 @@ def test_the_fused_histogram_is_that_of_the_scores(metric: int, size: int) -> No
 def test_a_sample_counts_pieces_of_every_stride() -> None:
     base, [theta], [v] = experts(4, 1, 5000)
     scores = curvature_scores(v, theta.double() - base.double())
-    expected = torch.zeros(65536, dtype=torch.int64)
+    expected = np.zeros(65536, np.int64)
     count_high(torch.cat([scores[start : start + 100] for start in range(0, 5000, 700)]), expected)
     high = np.zeros((1, 65536), np.int64)
-    one = Candidate(theta=theta, v=v_source(v), metric=BY_CURVATURE, row=0)
-    assert counts.count_high(base, [one], high, piece=100, stride=700) is None
-    assert np.array_equal(high[0], expected.numpy())
+    one = Candidate(theta=Rows.of(theta), v=v_source(v), metric=BY_CURVATURE, row=0)
+    assert counts.count_high(Rows.of(base), [one], high, piece=100, stride=700) is None
+    assert np.array_equal(high[0], expected)
 
 
 @pytest.mark.parametrize("value", [-1e-20, float("nan"), float("inf")])
@@ -139,15 +146,15 @@ def test_a_bad_second_moment_is_told_by_the_expert(value: float, place: int) -> 
     base, thetas, vs = experts(6, 3, 3000)
     vs[1][place] = value
     out = torch.empty(3000)
-    votes = [Vote(theta=theta, v=v_source(v)) for theta, v in zip(thetas, vs, strict=True)]
-    assert ota_block(base, votes, out, power=0.5, epsilon=0.0, lam=1.0, denominator="kept")[1] == 1
+    votes = [Vote(theta=Rows.of(theta), v=v_source(v)) for theta, v in zip(thetas, vs, strict=True)]
+    assert ota_block(Rows.of(base), votes, Rows.of(out), power=0.5, epsilon=0.0, lam=1.0, denominator="kept")[1] == 1
     candidates = [
-        Candidate(theta=theta, v=v_source(v), metric=BY_CURVATURE, row=i)
+        Candidate(theta=Rows.of(theta), v=v_source(v), metric=BY_CURVATURE, row=i)
         for i, (theta, v) in enumerate(zip(thetas, vs, strict=True))
     ]
-    assert counts.count_high(base, candidates, np.zeros((3, 65536), np.int64)) == 1
+    assert counts.count_high(Rows.of(base), candidates, np.zeros((3, 65536), np.int64)) == 1
     lowest, above, inside = np.full((3, 1), -1), np.zeros((3, 1), np.int64), np.zeros((3, 1, 65536), np.int64)
-    assert counts.count_brackets(base, candidates, lowest=lowest, above=above, inside=inside) == 1
+    assert counts.count_brackets(Rows.of(base), candidates, lowest=lowest, above=above, inside=inside) == 1
 
 
 def test_every_16_bit_pattern_is_loaded_as_torch_reads_it() -> None:
@@ -156,7 +163,7 @@ def test_every_16_bit_pattern_is_loaded_as_torch_reads_it() -> None:
         stored = patterns.view(dtype)
         got = np.empty(TILE, np.float32)
         for first in range(0, 1 << 16, TILE):
-            load(source_of(stored)[()], first, TILE, got)
+            load(source_of(Rows.of(stored))[()], first, TILE, got)
             expected = stored[first : first + TILE].float()
             same = torch.from_numpy(got).view(torch.int32) == expected.view(torch.int32)
             assert bool((same | (expected.isnan() & torch.from_numpy(got).isnan())).all())
@@ -181,7 +188,7 @@ def test_rank_one_rows_are_the_products(shape: tuple[int, ...], start: int, stop
     generator = torch.Generator().manual_seed(1)
     share, columns = torch.rand(shape[:-1], generator=generator), torch.rand((*shape[:-2], shape[-1]), generator=generator)
     expected = (share[..., None] * columns[..., None, :]).reshape(-1, shape[-1])[start:stop].reshape(-1)
-    source = rank1_source(share, columns, start)[()]
+    source = rank1_source(share.numpy(), columns.numpy(), start)[()]
     got = np.empty(TILE, np.float32)
     for first in range(0, expected.numel(), 333):
         count = min(333, expected.numel() - first)
@@ -194,7 +201,7 @@ def test_masks_are_loaded_by_address() -> None:
     got = np.empty(TILE, np.bool_)
     load_bytes(mask.data_ptr(), 777, 1000, got)
     assert np.array_equal(got[:1000], mask[777:1777].numpy())
-    assert F32 == 0 and source_of(mask.float())["kind"] == F32
+    assert F32 == 0 and source_of(Rows.of(mask.float()))["kind"] == F32
 
 
 @settings(max_examples=40, deadline=None)
@@ -220,19 +227,19 @@ def test_fused_task_vectors_are_the_rules(
         if mode == "trim":
             lowest, highest = delta.abs().float().quantile(torch.tensor([0.3, 0.95])).tolist()
             lefts.append(trim(delta, lowest, highest))
-            parts.append(Part(theta=theta, weight=weight, lowest=lowest, highest=highest))
+            parts.append(Part(theta=Rows.of(theta), weight=weight, lowest=lowest, highest=highest))
         elif mode == "all":
             lefts.append(delta)
-            parts.append(Part(theta=theta, weight=weight))
+            parts.append(Part(theta=Rows.of(theta), weight=weight))
         else:
             rescale = mode == "dare"
             lefts.append(drop(delta, uniform(seed, m, "t", 77, size), density=0.4, rescale=rescale))
-            parts.append(Part(theta=theta, weight=weight, random=(seed, m, "t", 77), density=0.4, rescale=rescale))
+            parts.append(Part(theta=Rows.of(theta), weight=weight, random=(seed, m, "t", 77), density=0.4, rescale=rescale))
     rule = elect_and_add if elect else add_up
     expected = base.double() + lam * rule(lefts, weights[:count], normalize=normalize)
     for written in (torch.float32, torch.bfloat16):
         got = torch.empty(size, dtype=written)
-        combine_block(base, parts, got, elect=elect, normalize=normalize, lam=lam, nothing=NOTHING)
+        combine_block(Rows.of(base), parts, Rows.of(got), elect=elect, normalize=normalize, lam=lam, nothing=NOTHING)
         assert torch.equal(got, expected.to(written))
 
 
@@ -241,7 +248,7 @@ def test_the_fused_average_is_the_average() -> None:
     for normalize in (True, False):
         expected = linear([t.double() for t in thetas], [0.2, 1.0, 3.0], normalize=normalize)
         got = torch.empty(999)
-        linear_block(thetas, [0.2, 1.0, 3.0], got, normalize=normalize)
+        linear_block([Rows.of(t) for t in thetas], [0.2, 1.0, 3.0], Rows.of(got), normalize=normalize)
         assert torch.equal(got, expected.float())
 
 
@@ -251,14 +258,14 @@ def test_the_fused_mask_is_that_of_the_scores(metric: int, size: int) -> None:
     base, [theta], [v] = experts(8, 1, size)
     delta = theta.double() - base.double()
     scores = magnitude_scores(delta) if metric == BY_MAGNITUDE else curvature_scores(v * torch.tensor(2.5), delta)
-    one = Candidate(theta=theta, v=None if metric == BY_MAGNITUDE else v_source(v, 2.5), metric=metric, row=7)
+    one = Candidate(theta=Rows.of(theta), v=None if metric == BY_MAGNITUDE else v_source(v, 2.5), metric=metric, row=7)
     for threshold in (scores.median().item(), 0.0, float("inf")):
         expected = keep(scores, threshold)
-        found = counts.keep_block(base, one, threshold)
-        assert found is not None and torch.equal(found[0], expected) and found[1] == int(expected.sum())
+        found = counts.keep_block(Rows.of(base), one, threshold)
+        assert found is not None and np.array_equal(found[0], expected.numpy()) and found[1] == int(expected.sum())
     if metric == BY_CURVATURE:
         v[-1] = float("nan")
-        assert counts.keep_block(base, one, 0.0) is None
+        assert counts.keep_block(Rows.of(base), one, 0.0) is None
 
 
 @settings(max_examples=40, deadline=None)
@@ -279,7 +286,7 @@ def test_the_fused_pass_without_a_base_is_the_rule(
     weights = [curvature_weights(v, power=power, scale=0.7, mean=None, epsilon=0.0) for v in vs]
     expected = ota([t.double() for t in thetas], weights, [None] * count, None)
     got = torch.empty(1025, dtype=written)
-    votes = [Vote(theta=theta, v=v_source(v), scale=0.7) for theta, v in zip(thetas, vs, strict=True)]
-    assert ota_block(None, votes, got, power=power, epsilon=0.0, lam=1.0, denominator="kept")[1] is None
+    votes = [Vote(theta=Rows.of(theta), v=v_source(v), scale=0.7) for theta, v in zip(thetas, vs, strict=True)]
+    assert ota_block(None, votes, Rows.of(got), power=power, epsilon=0.0, lam=1.0, denominator="kept")[1] is None
     whole = torch.int32 if written == torch.float32 else torch.int16
     assert torch.equal(got.view(whole), expected.to(written).view(whole))

@@ -34,7 +34,7 @@ def test_each_known_file_is_found_and_opened(tmp_path, name):
     path = write(tmp_path / name)
     assert find_moments(tmp_path) == path
     assert moments_files(tmp_path) == [path]
-    assert torch.equal(open_moments(tmp_path, layout=LAYOUT).read("w", 0, 2), V["w"])
+    assert torch.equal(torch.from_numpy(open_moments(tmp_path, layout=LAYOUT).read("w", 0, 2)), V["w"])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_content_decides_not_the_extension(tmp_path):
     as_pt = write(tmp_path / "v.safetensors").rename(tmp_path / "v.pt")
     without = write(tmp_path / "o.pt").rename(tmp_path / "moments")
     for path in (as_pt, without):
-        assert torch.equal(open_moments(path, layout=LAYOUT).read("w", 0, 2), V["w"])
+        assert torch.equal(torch.from_numpy(open_moments(path, layout=LAYOUT).read("w", 0, 2)), V["w"])
     wrong = without.rename(tmp_path / "o.safetensors")
     with pytest.raises(MomentsError, match=r"o\.safetensors is a file of torch\.save, .* rename it to end in \.pt"):
         open_moments(wrong, layout=LAYOUT)
@@ -87,7 +87,7 @@ def test_a_header_that_starts_like_a_pickle_is_still_safetensors(tmp_path):
             break
     else:
         pytest.fail("no header length with the byte 0x80 was reached")
-    assert torch.equal(open_moments(tmp_path / "v.safetensors").read("w", 0, 2), V["w"])
+    assert torch.equal(torch.from_numpy(open_moments(tmp_path / "v.safetensors").read("w", 0, 2)), V["w"])
 
 
 def test_compressed_files_go_to_the_compression_module(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,9 +35,9 @@ GOOD_INDEX = {"a": "exp_avg_sq-00001-of-00002.safetensors", "b": "exp_avg_sq-000
 
 def assert_reads(moments) -> None:
     assert moments.shapes() == {"a": (4, 3), "b": (5,)}
-    assert torch.equal(moments.read("a", 0, 4), A)
-    assert torch.equal(moments.read("a", 1, 3), A[1:3])
-    assert torch.equal(moments.read("b", 2, 5), B[2:5, None])
+    assert torch.equal(torch.from_numpy(moments.read("a", 0, 4)), A)
+    assert torch.equal(torch.from_numpy(moments.read("a", 1, 3)), A[1:3])
+    assert torch.equal(torch.from_numpy(moments.read("b", 2, 5)), B[2:5, None])
 
 
 def test_names_with_and_without_suffix_and_metadata(tmp_path):
@@ -72,8 +73,8 @@ def test_metadata_out_of_range_is_refused(tmp_path, key, value):
 def test_every_float_type_comes_out_as_float32(tmp_path, dtype):
     stored = (A * 1e15).to(dtype)
     read = open_moments(save(tmp_path / "v.safetensors", {"a": stored})).read("a", 0, 4)
-    assert read.dtype == torch.float32
-    assert torch.equal(read, stored.float())
+    assert read.dtype == np.float32
+    assert np.array_equal(read, stored.float())
 
 
 def test_shards_by_index_and_by_folder(tmp_path):
@@ -134,20 +135,18 @@ def test_a_truncated_file_is_a_moments_error_with_both_sizes(tmp_path):
 @given(st.data())
 def test_the_first_bad_entry_is_found_wherever_it_is(data):
     shape = data.draw(st.lists(st.integers(1, 4), min_size=0, max_size=4).map(tuple))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
-    v = torch.rand(shape).to(dtype)
-    matrix = v.reshape(-1, shape[-1] if len(shape) > 1 else 1)
+    matrix = np.random.default_rng(0).random(shape, np.float32).reshape(-1, shape[-1] if len(shape) > 1 else 1)
     start = data.draw(st.integers(0, len(matrix) - 1))
     block = matrix[start:]
-    assert torch.equal(checked(block, path=Path("f"), name="w", shape=shape, start=start), block.float())
-    places = sorted(data.draw(st.sets(st.integers(0, block.numel() - 1), min_size=1, max_size=3)))
+    assert checked(block, path=Path("f"), name="w", shape=shape, start=start) is block
+    places = sorted(data.draw(st.sets(st.integers(0, block.size - 1), min_size=1, max_size=3)))
     for place in places:
-        block.view(-1)[place] = data.draw(st.sampled_from([-1.0, -(2.0**-20), float("nan"), float("inf"), -float("inf")]))
+        block.reshape(-1)[place] = data.draw(st.sampled_from([-1.0, -(2.0**-20), float("nan"), float("inf"), -float("inf")]))
     with pytest.raises(MomentsError) as caught:
         checked(block, path=Path("f"), name="w", shape=shape, start=start)
     flat = start * matrix.shape[1] + places[0]
     index = [] if not shape else [int(i) for i in torch.unravel_index(torch.tensor(flat), shape)]
-    assert f"f: the second moment of 'w' is {float(block.flatten()[places[0]])} at index {index}," in str(caught.value)
+    assert f"f: the second moment of 'w' is {float(block.reshape(-1)[places[0]])} at index {index}," in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -155,7 +154,7 @@ def test_without_the_check_bad_entries_come_out_as_float32(tmp_path, dtype):
     bad = A.to(dtype)
     bad[3, 1] = -1.0
     moments = open_moments(save(tmp_path / "v.safetensors", {"a": bad}))
-    assert torch.equal(moments.read("a", 2, 4, check=False), bad[2:].float())
+    assert torch.equal(torch.from_numpy(moments.read("a", 2, 4, check=False)), bad[2:].float())
     with pytest.raises(MomentsError, match=r"-1.0 at index \[3, 1\]"):
         moments.read("a", 2, 4)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ota_core.fused import counts as fused
-from ota_core.methods.saliency import locate
+from ota_core.methods.numbers import locate
 from ota_core.plan import tally
 from ota_core.plan.inputs import resolve_local
 from ota_core.plan.plan import MergePlan, open_plan

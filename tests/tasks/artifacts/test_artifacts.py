@@ -20,7 +20,8 @@ from ota_core.errors import ArtifactError
 from tasks.artifacts.store import ArtifactStore, BuildResult
 from tasks.storage import models as storage
 from tasks.storage import s3
-from tests.s3_fixture import S3Test, requests
+from tests.s3_requests import requests
+from tests.servers import S3Test, wait_until
 
 REPOSITORY = Path(__file__).parents[3]
 KEY = "0123456789abcdef"
@@ -194,28 +195,35 @@ def test_threads_compute_it_once(store: ArtifactStore) -> None:
 
 
 BUILDER = """
-import json, os, sys, time
+import json, os, sys
 from pathlib import Path
 from tasks.artifacts.store import ArtifactStore, BuildResult
-root, cache, log, seconds = sys.argv[1:]
+from tests.servers import wait_until
+root, cache, log, go = sys.argv[1:]
 def build(folder):
     with open(log, "a") as stream: stream.write(f"{os.getpid()}\\n")
     (folder / "masks.bin").write_bytes(b"m")
-    time.sleep(float(seconds))
+    wait_until(Path(go).exists)
     return BuildResult()
+print("ready", flush=True)
 ref = ArtifactStore(root, Path(cache)).produce("masks", "0123456789abcdef", config={}, inputs={}, build=build)
 print(ref.model_dump_json())
 """
 
 
-def start_builder(store: ArtifactStore, log: Path, seconds: float) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", BUILDER, store.root, str(store.cache), str(log), str(seconds)]
+def start_builder(store: ArtifactStore, log: Path) -> subprocess.Popen[str]:
+    """A process that builds, notes it in the log, and ends when there is a file ``go`` beside the log."""
+    arguments = [sys.executable, "-c", BUILDER, store.root, str(store.cache), str(log), str(log.with_name("go"))]
     return subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 
 def test_processes_compute_it_once(store: ArtifactStore, tmp_path: Path) -> None:
     log = tmp_path / "calls.txt"
-    builders = [start_builder(store, log, 1.0) for _ in range(3)]
+    builders = [start_builder(store, log) for _ in range(3)]
+    for builder in builders:
+        assert builder.stdout is not None and builder.stdout.readline() == "ready\n"
+    wait_until(log.exists)
+    (tmp_path / "go").touch()
     refs = {json.loads(builder.communicate()[0])["uri"] for builder in builders}
     assert len(refs) == 1
     assert len(log.read_text().splitlines()) == 1
@@ -223,10 +231,8 @@ def test_processes_compute_it_once(store: ArtifactStore, tmp_path: Path) -> None
 
 def test_killed_build_is_taken_over_and_swept_away(store: ArtifactStore, tmp_path: Path) -> None:
     log = tmp_path / "calls.txt"
-    killed = start_builder(store, log, 600)
-    while not log.exists():
-        time.sleep(0.05)
-        assert killed.poll() is None
+    killed = start_builder(store, log)
+    wait_until(log.exists)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     left = list(tmp_path.rglob(f".{KEY}.*.tmp"))
@@ -239,11 +245,9 @@ def test_killed_build_is_taken_over_and_swept_away(store: ArtifactStore, tmp_pat
 def test_temporary_of_a_living_process_stays(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path / "root"), tmp_path / "cache")
     log = tmp_path / "calls.txt"
-    living = start_builder(store, log, 600)
+    living = start_builder(store, log)
     try:
-        while not log.exists():
-            time.sleep(0.05)
-            assert living.poll() is None
+        wait_until(log.exists)
         (temporary,) = (tmp_path / "root" / "masks").glob(".*.tmp")
         store.produce("masks", "another", config={}, inputs={}, build=build)
         assert temporary.is_dir()

@@ -15,7 +15,7 @@ from tasks.artifacts.system_metrics import MOST_POINTS, SWITCH, Sampler, SystemP
 from tasks.tracking.merge import log_merge
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import blank_database as blank_database
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import tracking as tracking
-from tests.tasks.tracking.mlflow_server import a_merge
+from tests.tasks.tracking.made_up import a_merge
 
 
 def test_a_stage_that_was_computed_tells_of_its_machine_and_one_that_was_found_does_not_again(tmp_path: Path) -> None:

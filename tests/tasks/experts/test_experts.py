@@ -23,7 +23,7 @@ from tasks.storage.models import EXPERT_JSON, fetch, upload_folder
 from tasks.storage.streaming.streams import Streams
 from tasks.storage.watch import identity_of_source
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_expert
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 BASE = random_base()
 BASE_URI = "s3://models/base"

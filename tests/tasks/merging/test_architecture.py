@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,7 +64,7 @@ def train(model: Any, folder: Path, own_optimizer: Callable[[Any], Any] | None =
 
 def read_all(moments: Any, block: int = 16) -> dict[str, torch.Tensor]:
     return {
-        name: torch.cat([moments.read(name, a, b) for a, b in row_blocks(shape, block)]).reshape(shape)
+        name: torch.from_numpy(np.concatenate([moments.read(name, a, b) for a, b in row_blocks(shape, block)]).reshape(shape))
         for name, shape in moments.shapes().items()
     }
 

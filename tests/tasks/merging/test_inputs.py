@@ -12,7 +12,7 @@ from tasks.merging.inputs import assemble, fetch_all, locate
 from tasks.storage import models as storage
 from tasks.storage.layout import write_expert_json
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_expert, write_moments
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 BASE = random_base()
 EXPERT = random_expert(BASE, 1)

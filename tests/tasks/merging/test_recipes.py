@@ -6,7 +6,7 @@ import pytest
 
 from ota_core.errors import RecipeError, StorageError
 from tasks.merging.recipes import ROOT, find_file, read_recipe, read_yaml
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 TEXT = "merge_method: linear\nmodels: [{model: ./a}, {model: ./b}]\n"
 

@@ -15,7 +15,7 @@ from tasks.evaluation.suites import digest_data, load_suite
 from tasks.merging.recipes import ROOT
 from tasks.registry.nightly import LastNight, NightlyConfig, NightlyError, last_night, load_nightly, remember
 from tasks.settings import Places, places
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tiny_suite import edited, write_tiny_suite
 
 OTA = {"name": "ota", "merge_method": "ota", "parameters": {"density": 0.4, "lambda": 0.5}}

@@ -17,10 +17,10 @@ from ota_core.errors import StorageError
 from tasks.evaluation.gate import GateDecision, GateError
 from tasks.registry.history import Move, champions, history_tag, next_time
 from tasks.registry.promotion import PromotionError, current, history, log_decision, logged_decision, promote, reject, rollback
+from tests.servers import mlflow_server
 from tests.tasks.registry.registry_fixture import NAME, Registry, a_decision, back, make, register, told, write_model
 from tests.tasks.registry.registry_fixture import registry as registry
 from tests.tasks.registry.registry_fixture import registry_template as registry_template
-from tests.tasks.tracking.mlflow_server import mlflow_server
 
 ROOT = Path(__file__).parents[3]
 

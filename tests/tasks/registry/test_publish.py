@@ -16,7 +16,8 @@ from tasks.registry.promotion import PromotionError, promote
 from tasks.registry.publish import Published, point_latest, publish, publish_champion, read_latest
 from tasks.storage import models as storage
 from tasks.storage import s3
-from tests.s3_fixture import S3Test, requests
+from tests.s3_requests import requests
+from tests.servers import S3Test
 from tests.tasks.registry.registry_fixture import Registry, register, write_model
 from tests.tasks.registry.registry_fixture import registry as registry
 from tests.tasks.registry.registry_fixture import registry_template as registry_template

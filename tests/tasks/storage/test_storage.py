@@ -20,7 +20,8 @@ from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import Fetched, fetch, upload_folder
-from tests.s3_fixture import S3Test, requests
+from tests.s3_requests import requests
+from tests.servers import S3Test
 
 ROOT = Path(__file__).parents[3]
 MODEL_FILES = {

@@ -16,7 +16,8 @@ from tasks.storage import download as storage_download
 from tasks.storage import s3
 from tasks.storage.cache import blob_path, hash_file
 from tasks.storage.download import download
-from tests.s3_fixture import Requests, S3Test
+from tests.s3_requests import Requests
+from tests.servers import S3Test
 
 MIB = 1024 * 1024
 PART = 5 * MIB

@@ -15,7 +15,7 @@ from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.models import fetch
 from tasks.storage.streaming.streams import Streams
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tasks.storage.watch import identity_of_source, is_intact
-from tests.s3_fixture import S3Test, requests
+from tests.s3_requests import requests
+from tests.servers import S3Test
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ import tasks.tracking.registered as registry
 import tasks.tracking.write as tracking_write
 from ota_core.errors import StorageError
 from tasks.tracking.merge import LoggedRun, MergeRun, log_merge
-from tests.tasks.tracking.mlflow_server import a_merge, free_port, mlflow_server
+from tests.servers import free_port, mlflow_server
+from tests.tasks.tracking.made_up import a_merge
 
 
 @pytest.fixture(autouse=True)

@@ -20,10 +20,10 @@ from tasks.tracking.merge import log_benchmark, log_merge
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import connect, resolve_store
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import coins, model_scores
 from tests.tasks.registry.registry_fixture import a_decision
-from tests.tasks.tracking.mlflow_server import a_merge
+from tests.tasks.tracking.made_up import a_merge
 
 RECIPE = MergeRecipe.model_validate({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]})
 TRIAL = Trial(number=0, origin="recipe", values={}, recipe=RECIPE, scores={8: {"math": 0.5}}, floors={}, complete=True)

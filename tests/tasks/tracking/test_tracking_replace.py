@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.tracking.artifacts import replace_artifacts
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:

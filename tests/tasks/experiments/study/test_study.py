@@ -8,7 +8,7 @@ import yaml
 
 from ota_core.errors import RecipeError
 from tasks.experiments.study.study import StudyConfig, load_study
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 RAW: dict[str, Any] = {
     "name": "small", "base_model": "base", "models": [{"model": "math", "capability": "math"}, {"model": "code"}], "suite": "demo",

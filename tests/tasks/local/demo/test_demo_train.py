@@ -69,15 +69,16 @@ def test_every_tensor_of_the_expert_moved_and_its_tokenizer_is_the_base_s(root: 
 
 
 def test_the_record_of_a_run_is_kept_and_survives_a_move(root: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    trained = expert(root, "math", tmp_path / "first", progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[int, int, float]] = []
+    trained = expert(root, "math", tmp_path / "first", progress=lambda *said: seen.append(said))
     (tmp_path / "first").rename(tmp_path / "moved")
     kept = json.loads((tmp_path / "moved" / TRAINING).read_text(encoding="utf-8"))
     again = TrainedModel(path=tmp_path / "moved", **kept)
     assert again == trained.model_copy(update={"path": tmp_path / "moved"})
     assert (again.capability, again.step, again.beta2, again.optimizer) == ("math", SMOKE.expert.steps, 0.999, "adamw_torch")
     assert again.parameters == sum(tensor.numel() for tensor in load_file(tmp_path / "moved" / "model.safetensors").values())
-    assert seen == [(step, SMOKE.expert.steps) for step in range(1, SMOKE.expert.steps + 1)]
+    assert [said[:2] for said in seen] == [(step, SMOKE.expert.steps) for step in range(1, SMOKE.expert.steps + 1)]
+    assert sum(said[2] for said in seen) / len(seen) == pytest.approx(trained.loss)
     assert [path.name for path in tmp_path.iterdir()] == ["moved"], "no temporary folder is left"
 
 

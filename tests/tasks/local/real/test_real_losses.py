@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ota_core.artifact import fingerprint
-from tasks import stages
+from tasks.benchmark import Benchmark
 from tasks.evaluation.harness import score_model
 from tasks.evaluation.scores import ModelScores, render, scores_table, text_rows, to_csv, to_markdown, to_markdown_of_one
 from tasks.evaluation.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
@@ -61,13 +61,13 @@ def test_losses_and_dtype_decide_the_identity(tiny: tuple[Path, Path]) -> None:
 
 def test_losses_without_their_documents_are_scored_again_and_what_follows_from_losses_stays(tiny: tuple[Path, Path]) -> None:
     """Artifacts of before do not hold each document's loss. Searches that were kept, nights and comparisons need none."""
-    subject = stages.Subject(name="m", role="merge", path=None, digest="m")
     plain, with_loss = load_suite(str(tiny[0])), edited(tiny[0], LOSSES)
     for suite in (plain, with_loss):
         before = fingerprint("scores", *score_identity("m", suite, digest_data(tiny[1])))
-        assert (stages.score_step(subject, suite, tiny[1], None).fingerprint == before) == (suite is plain)
+        benchmark = Benchmark("tiny", str(tiny[1]), None, suite, tiny[1])
+        assert (benchmark.step_of("m").fingerprint == before) == (suite is plain)
         of_any = fingerprint("scores", *score_identity("", suite, digest_data(tiny[1])))
-        assert stages.scores_wanted(suite, tiny[1], None) == of_any
+        assert benchmark.wanted == of_any
         assert suite_digest(suite) == fingerprint("scores", *score_identity("", suite, ""))
 
 

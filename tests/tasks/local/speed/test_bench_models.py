@@ -31,7 +31,7 @@ def test_sizes_are_what_they_are_called(billions: float) -> None:
 
 def test_the_reference_size() -> None:
     shape = shape_of(0.45)
-    assert (shape.hidden, shape.layers, shape.vocabulary) == (1024, 20, 65_536)
+    assert (shape.hidden, shape.layers, shape.config().vocab_size) == (1024, 20, 65_536)
 
 
 @pytest.mark.parametrize("billions", [0.0001, 0.0, -1.0, math.nan, math.inf])

@@ -17,7 +17,7 @@ from tasks.storage import models as storage
 from tasks.storage import watch
 from tasks.storage.cache import digest_file, note_use
 from tasks.storage.streaming.streams import Streams
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 WEEK = timedelta(days=7)
 

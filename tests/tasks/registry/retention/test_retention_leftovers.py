@@ -14,7 +14,8 @@ from tasks.storage import s3
 from tasks.tracking.names import REGISTERED_MODEL
 from tasks.tracking.registered import TAG_WEIGHTS_DELETED
 from tests.retention_fixture import Shop, keys, names, why
-from tests.s3_fixture import S3Test, requests
+from tests.s3_requests import requests
+from tests.servers import S3Test
 
 pytestmark = pytest.mark.usefixtures("quick")
 FP = "0123456789abcdef0123456789abcdef"

@@ -12,7 +12,7 @@ import pytest
 from tasks.storage import s3
 from tasks.storage.streaming.chunk_cache import ChunkCache
 from tasks.storage.streaming.remote_file import RemoteFile
-from tests.s3_fixture import S3Test
+from tests.servers import S3Test
 
 MIB = 2**20
 

@@ -28,7 +28,8 @@ from tasks.storage.streaming import outline as outlines
 from tasks.storage.streaming.outline import outline
 from tasks.storage.streaming.streams import Streams
 from tests.ota_core.merge.test_output import llama_experts
-from tests.s3_fixture import Requests, S3Test
+from tests.s3_requests import Requests
+from tests.servers import S3Test
 from tests.tiny_models import perturb, vocabulary, write_tiny_llama
 
 MIB = 2**20

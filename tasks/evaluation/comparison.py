@@ -1,0 +1,77 @@
+"""Base, experts and merges of one set side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from tasks.evaluation.scores import ModelScores, scores_table
+from tasks.evaluation.subject import Subject
+
+if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
+    import pandas as pd
+
+
+def own_capability(subject: Subject, scores: ModelScores) -> str | None:
+    """The capability that is an expert's own: the one that the recipe or its manifest states, else the one that it is named after."""
+    if subject.role != "expert":
+        return None
+    return subject.capability or (subject.name if subject.name in scores.capabilities else None)
+
+
+def experts_of(found: Mapping[str, ModelScores], subjects: Mapping[str, Subject]) -> dict[str, tuple[str, ModelScores]]:
+    """Expert's name to its own capability and its scores, as tables and ``retention`` take them; one without has its name there,
+    which nobody measures."""
+    return {
+        s.name: (own_capability(s, found[key]) or s.name, found[key])
+        for key, s in subjects.items()
+        if s.role == "expert" and key in found
+    }
+
+
+def comparison(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> pd.DataFrame:
+    """The table of one merge: base, experts, merge."""
+    return compare(found.get("base"), experts_of(found, subjects), {subjects["merged"].name: found["merged"]})
+
+
+def compare(
+    base: ModelScores | None, experts: Mapping[str, tuple[str, ModelScores]], merges: Mapping[str, ModelScores]
+) -> pd.DataFrame:
+    """``scores_table``, also for merges without a base: then there is no such row, and nothing is above or below it."""
+    if base is not None:
+        return scores_table(base, experts, merges)
+    import pandas as pd
+
+    stand_in = next(iter(merges.values()))  # a row that measured nothing would take every capability out of the average
+    table = scores_table(stand_in, experts, merges)
+    attrs, table = table.attrs, table.drop(index="base")
+    table["negative_transfer"], table["below_base"] = pd.NA, ""
+    table.attrs |= attrs
+    return table
+
+
+def rows_of(
+    table: pd.DataFrame, found: dict[str, ModelScores], subjects: dict[str, Subject]
+) -> list[dict[str, str | float | None]]:
+    """The table's rows as MLflow's table and chart take them, with standard errors."""
+    import pandas as pd
+
+    by_name = {subject.name: (subject, found[key]) for key, subject in subjects.items() if key in found}
+    rows: list[dict[str, str | float | None]] = []
+    for name, values in table.iterrows():
+        if str(name) not in by_name:
+            continue
+        subject, scores = by_name[str(name)]
+        row: dict[str, str | float | None] = {
+            "model": str(name),
+            "role": subject.role,
+            "capability": own_capability(subject, scores),
+        }
+        for capability, score in scores.capabilities.items():
+            row[capability] = score.score
+            if score.stderr is not None:
+                row[f"{capability}_stderr"] = score.stderr
+        row["average"] = None if pd.isna(values["average"]) else float(values["average"])
+        row["retention"] = None if pd.isna(values["retention"]) else float(values["retention"])
+        rows.append(row)
+    return rows

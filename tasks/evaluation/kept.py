@@ -1,0 +1,21 @@
+"""Scores as their artifacts keep them."""
+
+from collections.abc import Mapping
+
+from ota_core.artifact import ArtifactRef
+from tasks.artifacts.store import store_of
+from tasks.evaluation.scores import ModelScores
+from tasks.settings import Places
+
+SCORES_FILE = "scores.json"
+
+
+def read_scores(places: Places, ref: ArtifactRef) -> ModelScores:
+    """The scores that an artifact holds."""
+    folder = store_of(places).local_path(ref)
+    return ModelScores.model_validate_json((folder / SCORES_FILE).read_text(encoding="utf-8"))
+
+
+def read_all(where: Places, refs: Mapping[str, ArtifactRef]) -> dict[str, ModelScores]:
+    """The scores that these artifacts hold."""
+    return {key: read_scores(where, ref) for key, ref in refs.items()}

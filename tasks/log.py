@@ -1,0 +1,263 @@
+"""Logging: what MLflow is told of a finished merge, its page and model card, and the tasks that tell it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.context import FlowRunContext
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from ota_core.artifact import ArtifactRef
+from ota_core.merge.model_card import model_card
+from ota_core.plan.inputs import MergeInputs
+from ota_core.recipe.recipe import MergeRecipe
+from tasks.artifacts.store import store_of
+from tasks.artifacts.system_metrics import SystemPoint, points_of
+from tasks.evaluation.comparison import comparison, experts_of, own_capability, rows_of
+from tasks.evaluation.kept import read_all
+from tasks.evaluation.scores import ModelScores, negative_transfer, retention
+from tasks.evaluation.subject import Subject
+from tasks.evaluation.suites import Suite
+from tasks.merging.labels import merge_label, merge_name
+from tasks.merging.sources import Planned
+from tasks.orchestration.shown import show_mlflow, show_scores
+from tasks.pages.outcome import MergeOutcome
+from tasks.pages.report_page import ReportKind, keeping_scores, page_of, put_beside_the_model, with_report
+from tasks.registry import promotion
+from tasks.settings import Places
+from tasks.storage.models import Fetched
+from tasks.tracking.merge import ChildRun, InputRef, LoggedRun, MergeRun, log_benchmark, log_merge
+from tasks.tracking.params import comparable_params
+from tasks.tracking.run import TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """A merge whose stages have run."""
+
+    plan: Planned
+    fetched: list[Fetched]
+    """Base first."""
+    subjects: dict[str, Subject]
+    """``base``, ``expert/<name>`` and ``merged``."""
+    merged: ArtifactRef
+    stages: dict[str, list[ArtifactRef]]
+    """Stage to what it left."""
+    scores: dict[str, ArtifactRef]
+    """As ``subjects``; empty without a benchmark."""
+    data_dir: str | None
+    """Where the suite's documents lie."""
+    where: Places
+
+    @cached_property
+    def found(self) -> dict[str, ModelScores]:
+        """The scores that the artifacts hold."""
+        return read_all(self.where, self.scores)
+
+
+@task(name="log", task_run_name="log {run.name}", retries=2, retry_delay_seconds=10)
+def log(run: MergeRun, where: Places, tracking_uri: str | None) -> LoggedRun:
+    """Log the merge to MLflow. Finds the run that an earlier try or an equal merge logged, so that it can be repeated."""
+    return log_merge(run, tracking_uri=tracking_uri, root=where.tracking)
+
+
+@task(name="log", task_run_name="log {subject.name}", retries=2, retry_delay_seconds=10)
+def log_scores(subject: Subject, fingerprint: str, scores: ModelScores, where: Places, tracking_uri: str | None) -> LoggedRun:
+    """Log the scores of one model to MLflow; finds the run of an earlier try."""
+    return log_benchmark(
+        subject.name, source=subject.location or "", digest=subject.digest, fingerprint=fingerprint, scores=scores,
+        tracking_uri=tracking_uri, root=where.tracking,
+    )  # fmt: skip
+
+
+def finish(
+    done: Merged, report: ReportKind, analysis: ArtifactRef | None, unanalysed: str, registered_model: str | None, tracking_uri: str | None
+) -> MergeOutcome:  # fmt: skip
+    """In a flow: the merge's page and card beside the model, its run in MLflow, its scores and links in the Prefect UI. Raises OtaError."""
+    where, result = done.where, done.subjects["merged"]
+    run, page = merge_run(done, registered_model), None
+    if report != "none":
+        page = page_of(run, done.merged, done.found, done.subjects, analysis, unanalysed)
+        # What a gate decided of this merge before stays in the page: a champion is merged again by every night that finds it standing.
+        decision = promotion.logged_decision(run.fingerprint, run.model_digest, tracking_uri=tracking_uri, root=where.tracking)
+        run = with_report(run, page, where, decision)
+    run = keeping_scores(run, done.merged)
+    put_beside_the_model(run, done.merged, where)
+    logged = log(run, where, tracking_uri)
+    path = str(result.path or done.merged.uri)
+    get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
+    if done.found:
+        show_scores(comparison(done.found, done.subjects), title=run.name)
+    show_mlflow(run.name, logged.url)
+    return MergeOutcome(
+        name=merge_label(done.plan.recipe), merged=done.merged, path=path, digest=result.digest, scores=done.scores,
+        capabilities={expert.name: expert.capability for expert in done.plan.inputs.experts if expert.capability},
+        densities={key.removeprefix("density/"): value for key, value in run.metrics.items() if key.startswith("density/")},
+        logged=logged, page=page,
+    )  # fmt: skip
+
+
+def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
+    """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md)."""
+    recipe, inputs, where = done.plan.recipe, done.plan.inputs, done.where
+    subjects, merged, scores, found = done.subjects, done.merged, done.scores, done.found
+    refs = done.stages | {"merge": [merged]}
+    store = store_of(where)
+    record = store.read_record(merged)
+    metrics = _stage_metrics(store, refs, record)
+    metrics |= score_metrics(found, subjects)
+    tags = {"recipe_fingerprint": merged.fingerprint, **_context()}
+    params: dict[str, str | int | float | bool] = {
+        "merge_method": recipe.merge_method,
+        "base_model": recipe.base_model or "none",
+        "experts": ",".join(expert.name for expert in inputs.experts),
+    }
+    for key, value in recipe.effective()["parameters"].items():
+        if value is not None:
+            params[key] = value
+    for key in recipe.effective()["experts"][0]:
+        values = [recipe.setting(key, i) for i in range(len(recipe.models))]
+        if any(value is not None for value in values):
+            params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
+    params |= comparable_params(recipe, {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")})
+    rows = rows_of(comparison(found, subjects), found, subjects) if found else []
+    measured = _benchmarked(store, scores, found)
+    return MergeRun(
+        name=merge_name(recipe),
+        method=recipe.merge_method,
+        params=params,
+        tags=tags,
+        metrics=metrics,
+        recipe_yaml=recipe.to_yaml(),
+        record=record.model_dump(mode="json"),
+        model_uri=merged.uri,
+        model_digest=subjects["merged"].digest,
+        registered_model=registered_model,
+        model_card=_card(recipe, inputs, record.results, merged.fingerprint, rows, found.get("merged")),
+        inputs=_lineage(inputs, done.fetched) + _benchmark_data(measured, done.data_dir),
+        benchmarked=measured,
+        system=_machine(store, [*(ref for some in refs.values() for ref in some), *scores.values()]),
+        children=[
+            ChildRun(
+                name=subject.name,
+                role=subject.role,
+                capability=own_capability(subject, found[key]),
+                digest=subject.digest,
+                metrics=_scores(found[key]),
+            )
+            for key, subject in subjects.items()
+            if key in found
+        ],
+        table=rows,
+    )
+
+
+def _stage_metrics(store: Any, refs: dict[str, list[ArtifactRef]], merged: Any) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for stage, artifacts in refs.items():
+        records = [store.read_record(ref) for ref in artifacts]
+        metrics[f"seconds/{stage}"] = sum(record.provenance.get("seconds", 0.0) for record in records)
+        if stage == "compress":
+            parameters = sum(record.results["parameters"] for record in records)
+            stored = sum(record.results["bytes_per_param"] * record.results["parameters"] for record in records)
+            metrics["moments/bytes_per_param"] = stored / max(parameters, 1)
+            metrics["moments/sqrt_error"] = max(record.results["sqrt_error"] for record in records)
+    for name, report in merged.results.get("densities", {}).items():
+        metrics[f"density/{name}"] = report["density"]
+    if "peak_memory_gib" in merged.provenance:
+        metrics["peak_memory_gib"] = merged.provenance["peak_memory_gib"]
+    return metrics
+
+
+def _scores(scores: ModelScores) -> dict[str, float]:
+    """Scores and held-out losses of one model, measured ones only, and how sure the scores are."""
+    return scores.metrics() | uncertainty(scores)
+
+
+def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> dict[str, float]:
+    """The merge's own scores, and what they mean beside its base and experts."""
+    if not found:
+        return {}
+    metrics = _scores(found["merged"]) | {
+        f"retention/{name}": value for name, value in retention(found["merged"], experts_of(found, subjects)).items()
+    }
+    if "base" in found:
+        metrics["negative_transfer"] = float(len(negative_transfer(found["merged"], found["base"])))
+    metrics["seconds/benchmark"] = sum(scores.seconds for scores in found.values())
+    return metrics
+
+
+def _card(
+    recipe: MergeRecipe, inputs: MergeInputs, results: Mapping[str, Any], fingerprint: str, rows: list[dict[str, Any]], scores: ModelScores | None
+) -> str:  # fmt: skip
+    if scores is None:
+        return model_card(recipe, inputs, results, fingerprint, rows)
+    return model_card(recipe, inputs, results, fingerprint, rows, scores.suite, limit=scores.limit, documents=scores.documents)
+
+
+def _lineage(inputs: MergeInputs, fetched: list[Fetched]) -> list[InputRef]:
+    names = [*(["base"] if inputs.base else []), *(expert.name for expert in inputs.experts)]
+    return [
+        InputRef(name=name, source=one.resolved, digest=one.digest, role="base" if inputs.base and i == 0 else "expert")
+        for i, (name, one) in enumerate(zip(names, fetched, strict=True))
+    ]
+
+
+def _benchmarked(store: Any, scores: dict[str, ArtifactRef], found: dict[str, ModelScores]) -> Benchmarked | None:
+    """The scores document by document, with the suite as their artifacts' records describe it."""
+    if not found:
+        return None
+    record = store.read_record(scores["merged"])
+    suite = {key: value for key, value in record.config.items() if key in Suite.model_fields}
+    # Where the task files lay does not matter; that there were some, the suite has to say.
+    suite |= {"include_path": "tasks"} if "tasks" in record.inputs else {}
+    models = {key: found[key] for key in scores}
+    return Benchmarked(suite=Suite.model_validate(suite), data_digest=record.inputs.get("data"), models=models)
+
+
+def _benchmark_data(measured: Benchmarked | None, data: str | None) -> list[InputRef]:
+    """What the models were scored on: the documents, or where lm-eval reads public ones, the suite that names them."""
+    if measured is None:
+        return []
+    digest = measured.data_digest or measured.merged.suite_digest
+    return [InputRef(name=f"suite {measured.merged.suite}", source=data or "lm-eval", digest=digest, role="data")]
+
+
+def _machine(store: Any, refs: list[ArtifactRef]) -> list[SystemPoint]:
+    """What the machines were doing while this run computed these artifacts; what it found in the store tells nothing of this run."""
+    context = FlowRunContext.get()
+    if context is None:
+        return []
+    since = context.start_time.timestamp()
+    return [point for ref in refs for point in points_of(store.read_record(ref).provenance, since)]
+
+
+def _context() -> dict[str, str]:
+    """The Prefect run and the commit of this code, where they are known."""
+    tags = {}
+    if flow_run.id:
+        tags[TAG_FLOW_RUN] = str(flow_run.id)
+    commit = git_commit(Path(__file__).resolve())
+    return tags | ({TAG_COMMIT: commit} if commit else {})
+
+
+def git_commit(file: Path) -> str | None:
+    """The commit checked out where a file of this code lies. None without git, and for an installed copy inside another repository."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(file.parent), *arguments], capture_output=True, text=True, check=False)
+
+    if git("ls-files", "--error-unmatch", file.name).returncode != 0:
+        return None
+    commit = git("rev-parse", "HEAD")
+    return commit.stdout.strip() if commit.returncode == 0 else None
