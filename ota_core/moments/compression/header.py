@@ -5,20 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ota_core.errors import MomentsError
 from ota_core.files.safetensors_io import FORMAT_KEY
+from ota_core.frozen import Frozen
 from ota_core.moments.compression.base import METHODS, CompressedMoments, Method, steps_of
 
 FORMAT = "moments/1"
 _AGAIN = "Compress the second moments again with this version"
 
 
-class Header(BaseModel):
+class Header(Frozen):
     """What a file says of itself: which method, and the facts that the tensors do not tell."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
     rank: int | None = None
