@@ -102,7 +102,7 @@ def compress_source(
             seconds = {"compress": time.perf_counter() - started}
             agreed = None
             if base is not None:
-                from ota_core.analysis.agreement import agreement  # with it comes torch
+                from ota_core.analysis.agreement import agreements  # with it comes torch
 
                 reference = bring(base, "fetch base")
                 if streams is not None:
@@ -114,10 +114,8 @@ def compress_source(
                     closing(Checkpoint(folder, source_of)) as expert,
                     closing(Checkpoint(reference, source_of)) as start,
                 ):
-                    stream.droppable = [
-                        drop for item in (full, compressed, expert, start) if (drop := getattr(item, "drop_pages", None))
-                    ]
-                    agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
+                    stream.droppable = [full.drop_pages, compressed.drop_pages, expert.drop_pages, start.drop_pages]
+                    [agreed] = agreements(full, [compressed], expert, start, density=density, stream=stream)
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
             os.replace(temporary, out)
         finally:

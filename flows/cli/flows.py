@@ -46,8 +46,7 @@ def study(
     memory: MergeMemory = "2GiB",
 ) -> None:
     """Merge and benchmark every cell of a grid, and write the tables and figures of all."""
-    from ota_core.compute.stream import parse_memory
-    from ota_core.merge.engine import pick_device
+    from ota_core.compute.stream import parse_memory, pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.study.study import load_study
     from tasks.orchestration.prepare import prepare_prefect
@@ -85,7 +84,7 @@ def benchmark(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
-    from ota_core.merge.engine import pick_device
+    from ota_core.compute.stream import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.orchestration.prepare import prepare_prefect
     from tasks.pages.tables import NOT_MEASURED
@@ -110,8 +109,7 @@ def run_recipe(
 
     Raises OtaError as the flow's tasks raise it.
     """
-    from ota_core.compute.stream import parse_memory
-    from ota_core.merge.engine import pick_device
+    from ota_core.compute.stream import parse_memory, pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.orchestration.prepare import prepare_prefect
     from tasks.settings import as_device, places

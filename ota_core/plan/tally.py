@@ -6,11 +6,12 @@ bins beforehand, so that one pass over all is enough; where the sample was wrong
 depend on no order, no cut into blocks and no layout of threads or machines.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock, get_ident
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from ota_core.fused.counts import Candidate
 from ota_core.fused.sources import TILE
 from ota_core.methods.numbers import BINS, locate, score_of
 from ota_core.plan.plan import MergePlan
+from ota_core.plan.scoring import Scoring
 from ota_core.plan.views import Block, TensorJob, block_elements
 
 if TYPE_CHECKING:
@@ -36,34 +38,6 @@ MAX_BINS = 32
 WORTH_SAMPLING = 1 << 26
 BIN = 1 << 16
 """Bit patterns of a bin."""
-
-
-class Scoring(Protocol):
-    """What gives the scores of a block."""
-
-    def compiled(self, experts: Sequence[int], job: TensorJob) -> bool:
-        """Whether ``candidates`` serves this tensor."""
-        ...
-
-    def candidates(self, experts: Sequence[int], block: Block) -> tuple[Rows, list[Candidate]]:
-        """The base's rows as stored, and one candidate an expert, in the order of ``experts``, which is what their rows count."""
-        ...
-
-    def scores(self, experts: Sequence[int], block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
-        """Expert and scores of a block, float32 ≥ 0, in parts, for what the compiled pass does not serve."""
-        ...
-
-    def covers(self, expert: int, job: TensorJob) -> bool:
-        """Whether this expert's scores of the tensor count."""
-        ...
-
-    def prefetch(self, experts: Sequence[int], block: Block) -> None:
-        """A hint that this block is next."""
-        ...
-
-    def refuse(self, expert: int, block: Block) -> None:
-        """Raise the error that names the entry of the expert's v in this block that is negative, NaN or infinite."""
-        ...
 
 
 @dataclass
@@ -123,6 +97,29 @@ def kth_largest(plan: MergePlan, scoring: Scoring, groups: Sequence[Group], *, w
     settled = _pass(plan, scoring, [_bracket(groups[i], Brackets.empty(one)) for i, one in zip(left, bins, strict=True)], what)
     found |= dict(zip(left, settled, strict=True))
     return [found[i] for i in range(len(groups))]
+
+
+def thresholds_of(
+    plan: MergePlan, scoring: Scoring, members: Sequence[tuple[Sequence[TensorJob], Mapping[int, int]]], *, what: str
+) -> dict[tuple[int, str], float]:
+    """(Expert, tensor) → the threshold that keeps so many of the scores of all tensors of a member; infinite where it keeps none.
+
+    members: tensors that are ranked together, and expert → how many are kept of them.
+    """
+    groups = [
+        Group(jobs=jobs, experts=[*counts], ranks={expert: (k,) if k else () for expert, k in counts.items()})
+        for jobs, counts in members
+    ]
+    found: dict[tuple[int, str], float] = {}
+    for group, scores in zip(groups, kth_largest(plan, scoring, groups, what=what), strict=True):
+        taus = taus_of(scores)
+        found |= {(expert, job.name): taus[expert] for expert in scores for job in group.jobs}
+    return found
+
+
+def taus_of(scores: "Mapping[int, Sequence[float]]") -> dict[int, float]:
+    """Expert → τ, from the scores of at most one rank; without a rank nothing is kept."""
+    return {expert: values[0] if values else math.inf for expert, values in scores.items()}
 
 
 def count_high(plan: MergePlan, scoring: Scoring, group: Group, *, what: str) -> Counts:
