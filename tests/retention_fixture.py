@@ -26,8 +26,9 @@ from tasks.mask import mask_jobs
 from tasks.merge import merge_job
 from tasks.merging.inputs import model_sources
 from tasks.merging.sources import planned
+from tasks.registry.retention.plan import Plan
 from tasks.registry.retention.references import TAG_REPLACED, Tracking
-from tasks.registry.retention.retention import DEFAULT_KINDS, Plan, Retention
+from tasks.registry.retention.retention import DEFAULT_KINDS, Retention
 from tasks.settings import Places, places
 from tasks.storage import models as storage
 from tasks.tracking.merge import InputRef, log_merge

@@ -137,6 +137,7 @@ def test_tasks_stand_in_stage_files_and_in_rooms_with_steps() -> None:
     with_tasks = {name_of(path) for path in files() if has_tasks(path)}
     stages = {file for file in with_tasks if file.startswith("tasks/") and file.count("/") == 1}
     assert with_tasks - stages - {file for file in with_tasks if file.startswith(TASK_ROOMS)} == set()
+    assert "tasks/job.py" in stages
 
 
 def folders() -> Iterator[Path]:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ota_core.artifact import Kind
-    from tasks.registry.retention.cache import CacheOutcome, CachePlan
-    from tasks.registry.retention.retention import Outcome, Plan
+    from tasks.registry.retention.plan import Item, Outcome, Plan
+    from tasks.registry.retention.retention import Retention
 
 ROWS = 40
-_USUAL = "unreferenced"
+_USUAL = ("unreferenced", "unused")
 
 
 def gc(
@@ -62,17 +62,19 @@ def gc(
         plan = rule.plan()
         local = plan_cache(where.cache, rule.since) if cache else None
         if not as_json:
-            _show(_lines(plan, local, everything))
-        done: Outcome | None = None
-        emptied: CacheOutcome | None = None
+            _show(_lines(plan, local, rule, everything))
+        done = emptied = None
         if delete:
             with progress_bars() as progress:
                 done = rule.collect(plan, progress)
                 emptied = collect_cache(local, lambda _, count, total: progress("cache", count, total)) if local else None
         if as_json:
-            typer.echo(json.dumps(_as_json(plan, local, done, emptied)))
-            return
-        _show(_result(plan, local, done, emptied))
+            facts = {"tracking": tracking.shown, "days": days, "notes": list(plan.notes), **_facts(plan, done)}
+            facts |= {"versions_without_weights": done.versions} if done else {}
+            facts |= {"cache": _facts(local, emptied)} if local else {}
+            typer.echo(json.dumps(facts))
+        else:
+            _show(_result([plan, *([local] if local else [])], [done, emptied]))
 
 
 def _kinds(text: str | None) -> frozenset["Kind"]:
@@ -96,50 +98,54 @@ def _show(items: Iterable["RenderableType"]) -> None:
         console.print(item)
 
 
-def _lines(plan: "Plan", cache: "CachePlan | None", everything: bool) -> Iterable["RenderableType"]:
+def _lines(plan: "Plan", cache: "Plan | None", rule: "Retention", everything: bool) -> Iterable["RenderableType"]:
     from rich.text import Text
 
-    yield Text(f"Artifacts in {plan.root}, kept by MLflow at {plan.tracking}", style="dim")
-    rows = [(item.facts(), item.stored.used) for item in plan.going]
-    if rows:
-        yield _table("May go", rows, plan.frees, plan.now, everything)
-    kept: dict[str, list[int]] = defaultdict(list)
-    for item in plan.kept:
-        kept[item.why].append(item.stored.size)
-    if kept:
-        yield _kept(kept)
+    yield Text(f"Artifacts in {plan.root}, kept by MLflow at {rule.tracking.shown}", style="dim")
+    if plan.going:
+        yield _table(plan, rule.now, everything)
+    if plan.kept:
+        yield _kept(plan)
     for note in plan.notes:
         yield Text.assemble(("Note: ", "yellow"), note)
     if cache is not None:
-        yield Text(f"Cache in {cache.cache}", style="dim")
+        yield Text(f"Cache in {cache.root}", style="dim")
         if cache.going:
-            yield _table("May go", [(one.facts(), one.used) for one in cache.listed], cache.frees, plan.now, everything)
+            yield _table(cache, rule.now, everything)
 
 
-def _table(
-    title: str, rows: Sequence[tuple[dict[str, Any], datetime]], frees: int, now: datetime, everything: bool
-) -> "RenderableType":
+def _table(plan: "Plan", now: datetime, everything: bool) -> "RenderableType":
     """One row per thing. Only what it is takes a second line where the terminal is narrow."""
+    rows = plan.listed
     shown = rows if everything else rows[:ROWS]
     cells = [
-        [facts["kind"], facts["name"].lstrip(".")[:8], _what(facts), age_text(now - used), size_text(facts["bytes"])]
-        for facts, used in shown
+        [
+            one.stored.kind,
+            one.stored.name.lstrip(".")[:8],
+            _what(one),
+            age_text(now - one.stored.used),
+            size_text(one.stored.size),
+        ]
+        for one in shown
     ]
     if len(rows) > len(shown):
-        rest = sum(facts["bytes"] for facts, _ in rows[len(shown) :])
+        rest = sum(item.stored.size for item in rows[len(shown) :])
         cells.append(["…", "", f"{len(rows) - len(shown):,} smaller ones (--all lists them)", "", size_text(rest)])
-    total = ["", "", f"{len(rows):,} in all, which frees", "", size_text(frees)]
-    return _drawn(title, ["kind", "id", "what", "unused", "size"], [*cells, total], numbers={3, 4})
+    total = ["", "", f"{len(rows):,} in all, which frees", "", size_text(plan.frees)]
+    return _drawn("May go", ["kind", "id", "what", "unused", "size"], [*cells, total], numbers={3, 4})
 
 
-def _what(facts: dict[str, Any]) -> str:
+def _what(item: "Item") -> str:
     """What it is, and why it may go where that is not the usual reason."""
-    if facts.get("why", _USUAL) == _USUAL:
-        return str(facts["what"])
-    return f"{facts['what']} ({facts['why']})" if facts["what"] else str(facts["why"])
+    if item.why in _USUAL:
+        return item.what
+    return f"{item.what} ({item.why})" if item.what else item.why
 
 
-def _kept(kept: dict[str, list[int]]) -> "RenderableType":
+def _kept(plan: "Plan") -> "RenderableType":
+    kept: dict[str, list[int]] = defaultdict(list)
+    for item in plan.kept:
+        kept[item.why].append(item.stored.size)
     every = sorted(kept.items(), key=lambda item: -sum(item[1]))
     rows = [[why, f"{len(sizes):,}", size_text(sum(sizes))] for why, sizes in every]
     total = ["in all", f"{sum(map(len, kept.values())):,}", size_text(sum(map(sum, kept.values())))]
@@ -154,49 +160,31 @@ def _drawn(title: str, header: list[str], rows: list[list[str]], *, numbers: set
     return draw(Cells(header, rows, frozenset(numbers), breaks=frozenset({len(rows) - 2})), title=title)
 
 
-def _result(
-    plan: "Plan", cache: "CachePlan | None", done: "Outcome | None", emptied: "CacheOutcome | None"
-) -> Iterable["RenderableType"]:
+def _result(plans: Sequence["Plan"], outcomes: Sequence["Outcome | None"]) -> Iterable["RenderableType"]:
     from rich.text import Text
 
-    going = len(plan.going) + (len(cache.going) if cache else 0)
+    going, done = sum(len(plan.going) for plan in plans), [outcome for outcome in outcomes if outcome]
     if not going:
         yield "Nothing to delete."
-        return
-    if done is None:
-        yield f"Nothing was deleted. The same with --delete frees {size_text(plan.frees + (cache.frees if cache else 0))}."
-        return
-    frees, count = done.frees, len(done.deleted)
-    spared: list[str] = [f"{item.stored.kind} {item.stored.name[:8]}" for item in done.spared]
-    if emptied is not None:
-        frees, count = frees + emptied.frees, count + len(emptied.deleted)
-        spared += [f"{one.kind} {one.path.name[:8]}" for one in emptied.spared]
-    yield f"Deleted {count:,} of {going:,}, {size_text(frees)}."
-    if done.versions:
-        yield Text(f"Without weights now, and tagged so in MLflow: versions {', '.join(done.versions)} of the registered model.")
-    if spared:
-        yield Text(f"In use since they were listed, and left: {', '.join(spared)}.")
+    elif not done:
+        yield f"Nothing was deleted. The same with --delete frees {size_text(sum(plan.frees for plan in plans))}."
+    else:
+        yield f"Deleted {sum(len(one.deleted) for one in done):,} of {going:,}, {size_text(sum(one.frees for one in done))}."
+        versions = ", ".join(number for one in done for number in one.versions)
+        if versions:
+            yield Text(f"Without weights now, and tagged so in MLflow: versions {versions} of the registered model.")
+        spared = ", ".join(f"{item.stored.kind} {item.stored.name[:8]}" for one in done for item in one.spared)
+        if spared:
+            yield Text(f"In use since they were listed, and left: {spared}.")
 
 
-def _as_json(plan: "Plan", cache: "CachePlan | None", done: "Outcome | None", emptied: "CacheOutcome | None") -> dict[str, Any]:
+def _facts(plan: "Plan", done: "Outcome | None") -> dict[str, Any]:
+    """For JSON."""
     facts: dict[str, Any] = {
-        "root": plan.root, "tracking": plan.tracking, "days": plan.days, "frees": plan.frees, "notes": list(plan.notes),
-        "going": [item.facts() for item in plan.going], "kept": [item.facts() for item in plan.kept],
+        "root": plan.root, "frees": plan.frees, "going": [item.facts() for item in plan.going], "kept": [item.facts() for item in plan.kept],
     }  # fmt: skip
-    if cache is not None:
-        facts["cache"] = {
-            "root": str(cache.cache), "frees": cache.frees, "going": [one.facts() for one in cache.going],
-            "kept": [one.facts() for one in cache.kept],
-        }  # fmt: skip
     if done is not None:
-        facts["deleted"] = [item.stored.uri for item in done.deleted]
-        facts["spared"] = [item.stored.uri for item in done.spared]
-        facts["versions_without_weights"] = done.versions
-    if emptied is not None:
-        facts["cache"] |= {
-            "deleted": [str(one.path) for one in emptied.deleted],
-            "spared": [str(one.path) for one in emptied.spared],
-        }
+        facts |= {"deleted": [item.stored.uri for item in done.deleted], "spared": [item.stored.uri for item in done.spared]}
     return facts
 
 

@@ -54,6 +54,7 @@ def test_a_summary_run_that_follows_its_experiment(prefect_server: None, trackin
     assert compare(tracking, filter_string="params.density = '1.0'").logged.run_id != found.logged.run_id
 
 
+@pytest.mark.slow
 def test_on_a_server(prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with mlflow_server(tmp_path) as url:

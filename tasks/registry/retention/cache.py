@@ -7,16 +7,15 @@ it. What a process has open lives until it is closed. Lock files stay: one may b
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import Timeout
 
 from ota_core.artifact import RECORD
 from ota_core.errors import StorageError
-from tasks.registry.retention.listing import File, freed, is_temporary_of_live_process, last_change, local_files
+from tasks.registry.retention.listing import File, Stored, is_temporary_of_live_process, last_change, local_files
+from tasks.registry.retention.plan import Item, Outcome, Plan, largest_first
 from tasks.storage.cache import KnownObject, blob_path, forget_digests, last_use, locked, remove_tree
 from tasks.storage.download import object_lock
 
@@ -26,119 +25,66 @@ _PLACES = {
 _LEFTOVERS = ("checkpoints/.*", "outlines/.*", "blobs/*/.*", "objects/*/.*", "artifacts/*/*/.*")
 
 
-@dataclass(frozen=True)
-class Cached:
-    """One thing in the cache. Sizes are those on the disk: outlines are mostly holes."""
-
-    kind: str
-    """checkpoint, download, outline, copy, partial, leftover."""
-    path: Path
-    what: str
-    used: datetime
-    files: Mapping[str, File]
-
-    @property
-    def size(self) -> int:
-        return sum(one.disk for one in self.files.values())
-
-    @property
-    def inodes(self) -> set[Any]:
-        return {one.inode for one in self.files.values()}
-
-    def facts(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "kind": self.kind, "name": self.path.name, "what": self.what, "bytes": self.size,
-            "used": self.used.isoformat(timespec="seconds"), "uri": str(self.path),
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """What would go and what stays, largest first."""
-
-    cache: Path
-    going: tuple[Cached, ...]
-    kept: tuple[Cached, ...]
-
-    @property
-    def frees(self) -> int:
-        """Bytes that the deletion gives back: a file's when none of its names stays."""
-        return freed(one.files for one in self.going)
-
-    @property
-    def listed(self) -> list[Cached]:
-        """What goes, without the downloads that a checkpoint in this list is made of."""
-        linked = {inode for one in self.going if one.kind == "checkpoint" for inode in one.inodes}
-        return [one for one in self.going if one.kind != "download" or not one.inodes & linked]
-
-
-@dataclass
-class CacheOutcome:
-    """What a deletion did."""
-
-    deleted: list[Cached] = field(default_factory=list)
-    spared: list[Cached] = field(default_factory=list)
-    """In use since they were listed."""
-
-    @property
-    def frees(self) -> int:
-        return freed(one.files for one in self.deleted)
-
-
-def plan_cache(cache: Path, since: datetime) -> CachePlan:
+def plan_cache(cache: Path, since: datetime) -> Plan:
     """Judge everything in the cache by its last use. Deletes nothing. Raises StorageError when it cannot be read."""
     try:
-        found = sorted(_everything(cache), key=lambda one: (-one.size, str(one.path)))
+        found = list(_everything(cache))
     except PermissionError as error:
         raise StorageError(f"cannot read {error.filename} of the cache ({error.strerror}); run this as its owner") from error
-    linked = {inode for one in found if one.kind != "download" and one.used >= since for inode in one.inodes}
-    going = [one for one in found if one.used < since and not (one.kind == "download" and one.inodes & linked)]
-    going = [one for one in going if not is_temporary_of_live_process(one.path.name)]
-    return CachePlan(cache, tuple(going), tuple(one for one in found if one not in going))
+    linked = {inode for one, _ in found if one.kind != "download" and one.touched >= since for inode in one.inodes}
+
+    def keep(one: Stored) -> bool:
+        in_use = one.touched >= since or (one.kind == "download" and bool(one.inodes & linked))
+        return in_use or is_temporary_of_live_process(one.name)
+
+    return Plan(
+        str(cache), largest_first(Item(one, *((True, "used") if keep(one) else (False, "unused")), what) for one, what in found)
+    )
 
 
-def collect_cache(plan: CachePlan, progress: Callable[[str, int, int], None] | None = None) -> CacheOutcome:
+def collect_cache(plan: Plan, progress: Callable[[str, int, int], None] | None = None) -> Outcome:
     """Delete what the plan says; what was used since it was made is spared. What a break leaves, the next call takes."""
-    outcome = CacheOutcome()
+    outcome, cache = Outcome(), Path(plan.root)
     # Folders first: a blob whose folder turns out to be in use stays as well.
-    order = sorted(plan.going, key=lambda one: one.kind == "download")
-    busy: set[Any] = set()
-    for done, one in enumerate(order):
+    order = sorted(plan.going, key=lambda item: item.stored.kind == "download")
+    busy: set[object] = set()
+    for done, item in enumerate(order):
         if progress:
             progress("delete", done, len(order))
-        if (one.kind == "download" and one.inodes & busy) or not _remove(plan.cache, one):
-            outcome.spared.append(one)
+        one = item.stored
+        if (one.kind == "download" and one.inodes & busy) or not _remove(cache, one):
+            outcome.spared.append(item)
             busy |= one.inodes
         else:
-            outcome.deleted.append(one)
+            outcome.deleted.append(item)
     if progress:
         progress("delete", len(order), len(order))
-    forget_digests([one.path / name for one in outcome.deleted if one.kind != "download" for name in one.files], cache=plan.cache)
-    for path, entry in _entries(plan.cache):
-        if not blob_path(plan.cache, entry.digest).is_file():
+    gone = (item.stored for item in outcome.deleted if item.stored.kind != "download")
+    forget_digests([Path(one.uri) / name for one in gone for name in one.files], cache=cache)
+    for path, entry in _entries(cache):
+        if not blob_path(cache, entry.digest).is_file():
             path.unlink(missing_ok=True)
     return outcome
 
 
-def _remove(cache: Path, one: Cached) -> bool:
+def _remove(cache: Path, one: Stored) -> bool:
     """Whether it is gone: not where it was used since it was listed, or somebody works on it."""
     locks = {
-        "checkpoint": f"folder {one.path}", "outline": f"outline {one.path.name}", "copy": f"copy {one.path}",
-        "partial": object_lock(one.path.name.partition("-")[0]),
+        "checkpoint": f"folder {one.uri}", "outline": f"outline {one.name}", "copy": f"copy {one.uri}",
+        "partial": object_lock(one.name.partition("-")[0]),
     }  # fmt: skip
     lock = locks.get(one.kind)
+    unless = None if one.kind == "leftover" else lambda place: _used(one.kind, place) > one.touched
     try:
         with locked(cache, lock, wait=False) if lock else nullcontext(), suppress(FileNotFoundError):
-            return remove_tree(
-                one.path, unless=None if one.kind == "leftover" else lambda place: _used(one.kind, place) > one.used
-            )
+            return remove_tree(Path(one.uri), unless=unless)
     except Timeout:
         return False
     return True
 
 
-def _everything(cache: Path) -> Iterator[Cached]:
+def _everything(cache: Path) -> Iterator[tuple[Stored, str]]:
+    """Everything in the cache, and what it is in a few words."""
     uris: dict[Path, str] = {}
     for _, known in _entries(cache):
         if known.uri.startswith("s3://"):  # others say what content a hash has
@@ -150,11 +96,11 @@ def _everything(cache: Path) -> Iterator[Cached]:
             if not path.name.startswith("."):
                 with suppress(FileNotFoundError):  # whoever makes or removes it may finish now
                     files = local_files(path)
-                    yield Cached(kind, path, _what(kind, path, files, sources), _used(kind, path), files)
+                    yield Stored(kind, path.name, str(path), files, _used(kind, path)), _what(kind, path, files, sources)
     for pattern in _LEFTOVERS:
         for path in cache.glob(pattern):
             with suppress(FileNotFoundError):
-                yield Cached("leftover", path, "interrupted work", last_change(path), local_files(path))
+                yield Stored("leftover", path.name, str(path), local_files(path), last_change(path)), "interrupted work"
 
 
 def _what(kind: str, path: Path, files: Mapping[str, File], sources: Mapping[int, str]) -> str:

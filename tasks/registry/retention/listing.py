@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,9 +42,10 @@ class File:
 
 @dataclass(frozen=True)
 class Stored:
-    """One folder below the root."""
+    """One folder below the root, or one thing in the local cache."""
 
-    kind: Kind
+    kind: str
+    """Of an artifact, or of what lies in the cache: checkpoint, download, outline, copy, partial, leftover."""
     name: str
     """The fingerprint, or the whole name of a temporary."""
     uri: str
@@ -69,8 +70,12 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
-        return sum(one.size for one in self.files.values())
+        """Bytes that all files take."""
+        return sum(one.disk for one in self.files.values())
+
+    @property
+    def inodes(self) -> set[object]:
+        return {one.inode for one in self.files.values()}
 
     @property
     def used(self) -> datetime:
@@ -103,14 +108,6 @@ def is_as_listed(stored: Stored, place: str) -> bool:
         return False
     before, now = ({n: (one.size, one.modified) for n, one in some.items()} for some in (stored.files, files))
     return before == now
-
-
-def freed(going: Iterable[Mapping[str, File]]) -> int:
-    """The bytes that deleting these files gives back: a local file's only when its last hard link goes."""
-    links: dict[object, list[File]] = defaultdict(list)
-    for one in (file for files in going for file in files.values()):
-        links[one.inode or object()].append(one)
-    return sum(same[0].disk for same in links.values() if len(same) >= same[0].links)
 
 
 def _remote(root: str) -> Iterator[Stored]:

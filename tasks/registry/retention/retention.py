@@ -28,7 +28,8 @@ from typing import Any
 from ota_core.artifact import ArtifactRef, Kind, Record
 from ota_core.errors import OtaError
 from tasks.artifacts.store import ArtifactStore
-from tasks.registry.retention.listing import KINDS, Stored, freed, is_as_listed, is_temporary_of_live_process, list_root
+from tasks.registry.retention.listing import KINDS, Stored, is_as_listed, is_temporary_of_live_process, list_root
+from tasks.registry.retention.plan import Item, Outcome, Plan, largest_first
 from tasks.registry.retention.references import References, Tracking, Version
 from tasks.storage import models as storage
 from tasks.storage.cache import USE_NOTED_SECONDS
@@ -39,63 +40,6 @@ LEAST_DAYS = 1
 _PARTS = ("surveys", "facts", "shards")
 _TRAINED = ("checkpoint", "data")
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Item:
-    """An artifact or leftover, and why it stays or goes."""
-
-    stored: Stored
-    keep: bool
-    why: str
-
-    def facts(self) -> dict[str, Any]:
-        """For JSON."""
-        one = self.stored
-        return {
-            "kind": one.kind, "name": one.name, "what": describe(one), "why": self.why, "bytes": one.size,
-            "used": one.used.isoformat(timespec="seconds"), "uri": one.uri,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What would go and what stays, largest first."""
-
-    root: str
-    tracking: str
-    days: int
-    now: datetime
-    items: tuple[Item, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def going(self) -> list[Item]:
-        return [item for item in self.items if not item.keep]
-
-    @property
-    def kept(self) -> list[Item]:
-        return [item for item in self.items if item.keep]
-
-    @property
-    def frees(self) -> int:
-        """Bytes that the deletion gives back; files that something kept links to do not count."""
-        return freed(item.stored.files for item in self.going)
-
-
-@dataclass
-class Outcome:
-    """What a deletion did."""
-
-    deleted: list[Item] = field(default_factory=list)
-    spared: list[Item] = field(default_factory=list)
-    """In use since they were listed."""
-    versions: list[str] = field(default_factory=list)
-    """Versions of the registered model that lost their weights."""
-
-    @property
-    def frees(self) -> int:
-        return freed(item.stored.files for item in self.deleted)
 
 
 @dataclass(frozen=True)
@@ -121,9 +65,8 @@ class Retention:
         """Judge everything below the root. Deletes nothing. Raises StorageError when MLflow or the root cannot be read."""
         references = self.tracking.references(self.since)  # before the listing: what is made in between is new, and so kept
         stored = list_root(self.store.root)
-        items = sorted(self._judge(stored, references), key=lambda item: (-item.stored.size, item.stored.uri))
         notes = tuple(_notes(self.tracking.shown, stored, references))
-        return Plan(self.store.root, self.tracking.shown, self.days, self.now, tuple(items), notes)
+        return Plan(self.store.root, largest_first(self._judge(stored, references)), notes)
 
     def collect(self, plan: Plan, progress: Progress | None = None) -> Outcome:
         """Delete what the plan says, one artifact after the other, each whole or not at all.
@@ -156,7 +99,7 @@ class Retention:
     def _delete(self, one: Stored) -> bool:
         """Whether it is gone: not where it is not as it was listed."""
         if not one.temporary:
-            ref = ArtifactRef(kind=one.kind, fingerprint=one.name, uri=one.uri)
+            ref = ArtifactRef.model_validate({"kind": one.kind, "fingerprint": one.name, "uri": one.uri})
             return self.store.delete(ref, unless=lambda place: not is_as_listed(one, place))
         if is_temporary_of_live_process(one.name) or not is_as_listed(one, one.uri):
             return False
@@ -175,7 +118,7 @@ class Retention:
             keep, why = judged.verdict(one)
             if not keep and one.kind not in self.kinds:
                 keep, why = True, "kind not collected"
-            yield Item(one, keep, why)
+            yield Item(one, keep, why, describe(one))
 
 
 class _Judge:

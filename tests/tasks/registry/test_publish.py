@@ -195,7 +195,7 @@ def test_a_killed_copy_into_a_folder_is_swept_away(model: Path, tmp_path: Path, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(publishing.os, "rename", killed)
+        patch.setattr(publishing.os, "replace", killed)
         patch.setattr(publishing.shutil, "rmtree", lambda *_, **__: None)  # a dead process cleans nothing up
         with pytest.raises(Killed):
             publish_one(str(model), str(tmp_path / "published"), tmp_path)

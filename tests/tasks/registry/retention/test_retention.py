@@ -13,8 +13,8 @@ from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import StorageError
 from tasks.artifacts.store import BuildResult
 from tasks.registry.retention.listing import list_root
+from tasks.registry.retention.plan import Plan
 from tasks.registry.retention.references import Tracking
-from tasks.registry.retention.retention import Plan
 from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.tracking.names import REGISTERED_MODEL

@@ -10,7 +10,8 @@ import pytest
 
 from ota_core.artifact import ArtifactRef
 from tasks.artifacts.store import ArtifactStore, BuildResult
-from tasks.registry.retention.cache import CachePlan, collect_cache, plan_cache
+from tasks.registry.retention.cache import collect_cache, plan_cache
+from tasks.registry.retention.plan import Plan
 from tasks.storage import download as storage_download
 from tasks.storage import models as storage
 from tasks.storage import watch
@@ -42,12 +43,12 @@ def age(cache: Path, days: float = 30) -> None:
         os.utime(path, (when, when))
 
 
-def plan(cache: Path) -> CachePlan:
+def plan(cache: Path) -> Plan:
     return plan_cache(cache, datetime.now(UTC) - WEEK)
 
 
 def kinds(items: object) -> list[str]:
-    return sorted(one.kind for one in items)  # type: ignore[attr-defined]
+    return sorted(one.stored.kind for one in items)  # type: ignore[attr-defined]
 
 
 def test_what_was_not_used_goes_and_shared_files_stay(s3_server: S3Test, cache: Path, tmp_path: Path) -> None:
@@ -58,12 +59,12 @@ def test_what_was_not_used_goes_and_shared_files_stay(s3_server: S3Test, cache: 
     storage.fetch(new, cache=cache)
     found = plan(cache)
     assert kinds(found.going) == ["checkpoint", "download", "download"]
-    assert [(one.kind, one.what, one.path) for one in found.listed] == [("checkpoint", old, fetched[old].path)]
+    assert [(one.stored.kind, one.what, one.stored.uri) for one in found.listed] == [("checkpoint", old, str(fetched[old].path))]
     outcome = collect_cache(found)
     assert len(outcome.deleted) == 3 and not outcome.spared
     # The tokenizer's blob is the new one's as well, and so not given back.
     own = 15000 + len(b"{}old")
-    assert outcome.frees == found.frees == own < found.listed[0].size
+    assert outcome.frees == found.frees == own < found.listed[0].stored.size
     assert not fetched[old].path.exists()
     assert (fetched[new].path / "model.bin").read_bytes() == b"new" * 5000
     assert sorted(path.stat().st_nlink for path in (cache / "blobs").rglob("*") if path.is_file()) == [2, 2, 2]
@@ -179,14 +180,15 @@ def test_outlines_take_what_they_hold_not_what_they_stand_for(s3_server: S3Test,
         streams.model(f"{s3_server.uri}/llama")
     age(cache)
     (one,) = plan(cache).going
-    whole = sum(path.stat().st_size for path in one.path.rglob("*"))
-    assert one.kind == "outline" and one.size < whole
+    folder = Path(one.stored.uri)
+    whole = sum(path.stat().st_size for path in folder.rglob("*"))
+    assert one.stored.kind == "outline" and one.stored.size < whole
     with Streams(cache=cache, memory=2**26) as streams:
         streams.model(f"{s3_server.uri}/llama")
     assert not plan(cache).going
     age(cache)
     collect_cache(plan(cache))
-    assert not one.path.exists()
+    assert not folder.exists()
 
 
 def test_copies_of_what_was_made_here_and_leftovers(s3_server: S3Test, cache: Path) -> None:
@@ -203,10 +205,10 @@ def test_copies_of_what_was_made_here_and_leftovers(s3_server: S3Test, cache: Pa
     dead.mkdir()
     age(cache)
     store.local_path(ref)
-    assert not [one for one in plan(cache).going if one.kind == "copy"]
+    assert not [one for one in plan(cache).going if one.stored.kind == "copy"]
     age(cache)
     found = plan_cache(cache, datetime.now(UTC) + WEEK)
-    assert {one.path for one in found.going} == {copy, dead}
+    assert {one.stored.uri for one in found.going} == {str(copy), str(dead)}
     assert kinds(plan(cache).going) == ["copy"], "a temporary's last rename cannot be turned back"
     collect_cache(found)
     assert not copy.exists() and not dead.exists()
@@ -229,7 +231,7 @@ def test_equal_content_that_comes_anew_keeps_its_blob(s3_server: S3Test, cache: 
             brought.append(storage.fetch(new, cache=cache))
 
     outcome = collect_cache(found, progress)
-    (tokenizer,) = [one for one in found.going if one.kind == "download" and one.size == len(b'{"shared": true}')]
+    (tokenizer,) = [one for one in found.going if one.stored.kind == "download" and one.stored.size == len(b'{"shared": true}')]
     assert outcome.spared == [tokenizer]
     assert watch.is_intact(brought[0]) and storage.fetch(new, cache=cache) == brought[0]
 
