@@ -5,7 +5,6 @@ from prefect.logging import get_run_logger
 
 from tasks.benchmark import Benchmark
 from tasks.evaluation.kept import read_scores
-from tasks.evaluation.scores import to_markdown_of_one
 from tasks.evaluation.subject import fetched_subject
 from tasks.job import fetch, score_all
 from tasks.log import log_scores
@@ -14,7 +13,8 @@ from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import executor_of, gpu_deployment
 from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
-from tasks.orchestration.shown import show_markdown, show_mlflow
+from tasks.orchestration.shown import show_mlflow, show_table
+from tasks.pages.scores import of_one
 from tasks.settings import Device, places
 
 
@@ -51,7 +51,7 @@ def benchmark_flow(
     (ref,) = score_all({"model": subject}, benchmark, where, executor).values()
     scores = read_scores(where, ref)
     logged = log_scores(subject, ref.fingerprint, scores, where, tracking_uri)
-    show_markdown("scores", to_markdown_of_one(subject.name, scores), f"Scores of {subject.name}")
+    show_table(of_one(subject.name, scores), "scores")
     show_mlflow(subject.name, logged.url)
     get_run_logger().info("scores of %s: %s", model, scores.by_capability())
     return scores.by_capability()

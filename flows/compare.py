@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict
 
 from tasks.experiments.leaderboard.leaderboard import BEST
 from tasks.experiments.leaderboard.question import Question
-from tasks.experiments.leaderboard.steps import log, rank, show_leaderboard
-from tasks.experiments.leaderboard.text import write_files
+from tasks.experiments.leaderboard.steps import log, rank
+from tasks.experiments.leaderboard.text import ranking, write_files
 from tasks.orchestration.run_log import for_users
-from tasks.orchestration.shown import show_mlflow
+from tasks.orchestration.shown import show_mlflow, show_table
 from tasks.settings import places
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.run import LoggedRun
@@ -70,7 +70,7 @@ def compare_flow(
     if out is not None:
         write_files(board, out)
     logged = log(board, question, store)
-    show_leaderboard(board)
+    show_table(ranking(board), "leaderboard")
     show_mlflow(f"leaderboard of {experiment}", logged.url)
     best = board.best
     for note in board.notes:

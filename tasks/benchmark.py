@@ -38,7 +38,7 @@ class ScoreJob(Stage):
 
     def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
         benchmark = Benchmark.of(self.suite, self.data_dir, self.limit, where)
-        if benchmark.step(self.subject).fingerprint != self.step.fingerprint:
+        if benchmark.step(self.subject.digest).fingerprint != self.step.fingerprint:
             raise SuiteError(
                 f"suite '{self.suite}' or its data ({self.data_dir or 'none'}) differ on this machine from those of the flow that asks for scores; "
                 "install the same version of this package on all machines, and keep the data in s3://… or a shared folder"
@@ -86,13 +86,9 @@ class Benchmark:
         folder = self.data_dir
         if folder is not None and not is_s3(folder):  # as other machines, or this one in another working directory, understand it
             folder = str(Path(folder).expanduser().resolve())
-        return ScoreJob(step=self.step(subject, limit), subject=subject, suite=self.suite, data_dir=folder, limit=limit)
+        return ScoreJob(step=self.step(subject.digest, limit), subject=subject, suite=self.suite, data_dir=folder, limit=limit)
 
-    def step(self, subject: Subject, limit: int | None = None) -> Step:
-        """Scores of one model."""
-        return self.step_of(subject.digest, limit)
-
-    def step_of(self, digest: str, limit: int | None = None) -> Step:
+    def step(self, digest: str, limit: int | None = None) -> Step:
         """Scores of the model with this digest."""
         config, inputs = kept_identity(digest, self.tests, self.data_digest, limit=limit or self.limit)
         return Step.of("scores", config, inputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +17,11 @@ from prefect.runtime import flow_run
 from ota_core.artifact import ArtifactRef
 from ota_core.merge.model_card import model_card
 from ota_core.plan.inputs import MergeInputs
-from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of
-from tasks.evaluation.comparison import comparison, experts_of, own_capability, rows_of
+from tasks.evaluation.comparison import comparison, experts_of, own_capability
 from tasks.evaluation.kept import read_all
-from tasks.evaluation.scores import ModelScores, negative_transfer, retention
+from tasks.evaluation.scores import ModelScores, negative_transfer, retention, rows_of
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
 from tasks.merging.labels import merge_label, merge_name
@@ -31,12 +29,13 @@ from tasks.merging.sources import Planned
 from tasks.orchestration.shown import show_mlflow, show_scores
 from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import ReportKind, keeping_scores, page_of, put_beside_the_model, with_report
+from tasks.pages.scores import of_card
 from tasks.registry import promotion
 from tasks.settings import Places
 from tasks.storage.models import Fetched
 from tasks.tracking.merge import ChildRun, InputRef, LoggedRun, MergeRun, log_benchmark, log_merge
 from tasks.tracking.params import comparable_params
-from tasks.tracking.run import TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
+from tasks.tracking.run import SCORES_PNG, TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +106,9 @@ def finish(
 
 def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md)."""
+    from tasks.pages.pictures.picture import png
+    from tasks.pages.pictures.scores import pictures_of_scores
+
     recipe, inputs, where = done.plan.recipe, done.plan.inputs, done.where
     subjects, merged, scores, found = done.subjects, done.merged, done.scores, done.found
     refs = done.stages | {"merge": [merged]}
@@ -128,7 +130,7 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
         if any(value is not None for value in values):
             params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
     params |= comparable_params(recipe, {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")})
-    rows = rows_of(comparison(found, subjects), found, subjects) if found else []
+    rows = rows_of(comparison(found, subjects)) if found else []
     measured = _benchmarked(store, scores, found)
     return MergeRun(
         name=merge_name(recipe),
@@ -141,7 +143,9 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
         model_uri=merged.uri,
         model_digest=subjects["merged"].digest,
         registered_model=registered_model,
-        model_card=_card(recipe, inputs, record.results, merged.fingerprint, rows, found.get("merged")),
+        model_card=model_card(
+            recipe, inputs, record.results, merged.fingerprint, **(of_card(rows, found["merged"]) if found else {})
+        ),
         inputs=_lineage(inputs, done.fetched) + _benchmark_data(measured, done.data_dir),
         benchmarked=measured,
         system=_machine(store, [*(ref for some in refs.values() for ref in some), *scores.values()]),
@@ -157,6 +161,7 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
             if key in found
         ],
         table=rows,
+        pictures={SCORES_PNG: png(pictures_of_scores(rows)["scores"].chart)} if found and found["merged"].measured else {},
     )
 
 
@@ -193,14 +198,6 @@ def score_metrics(found: dict[str, ModelScores], subjects: dict[str, Subject]) -
         metrics["negative_transfer"] = float(len(negative_transfer(found["merged"], found["base"])))
     metrics["seconds/benchmark"] = sum(scores.seconds for scores in found.values())
     return metrics
-
-
-def _card(
-    recipe: MergeRecipe, inputs: MergeInputs, results: Mapping[str, Any], fingerprint: str, rows: list[dict[str, Any]], scores: ModelScores | None
-) -> str:  # fmt: skip
-    if scores is None:
-        return model_card(recipe, inputs, results, fingerprint, rows)
-    return model_card(recipe, inputs, results, fingerprint, rows, scores.suite, limit=scores.limit, documents=scores.documents)
 
 
 def _lineage(inputs: MergeInputs, fetched: list[Fetched]) -> list[InputRef]:

@@ -41,8 +41,9 @@ def analyse(
     from ota_core.recipe.recipe import load_recipe
     from tasks.analyse import analysis_options
     from tasks.pages.analysis import PICTURES, write_tables
+    from tasks.pages.html import Section, to_html
     from tasks.pages.pictures.analysis import pictures_of
-    from tasks.pages.pictures.page import Section, to_html
+    from tasks.pages.terminal import table as drawn
 
     with user_errors():
         options = analysis_options(density=density, compressions=compressions, curvature=curvature)
@@ -70,7 +71,7 @@ def analyse(
                 sections = [Section("Analysis", [*found.notes, *(f"Left out: {what}" for what in found.left_out), *pictures])]
                 (folder / PICTURES).write_text(to_html(f"Analysis of {recipe.name}", sections), encoding="utf-8")
         for item in _summary(table):
-            show(item)
+            show(drawn(item))
         for note in [*notes, *found.notes]:
             typer.echo(f"note: {note}")
         for missing in found.left_out:
@@ -81,20 +82,20 @@ def analyse(
 
 
 def _summary(table: Any) -> Iterator[Any]:
-    """What one wants to know first, as rich tables: where the masks lie, how alike the experts are, what compressions lose."""
-    from pandas import isna
+    """What one wants to know first: where the masks lie, how alike the experts are, what compressions lose."""
+    from pandas import DataFrame
 
     from tasks.pages.analysis import densest_cells, whole_model
+    from tasks.pages.tables import PERCENT, TEXT, Column, Table, Unit
 
+    ratio = Unit("", ".3f")
     cells = densest_cells(table)
     if len(cells):
-        yield _table(
+        densities = [Column(name, f"{name} %", PERCENT) for name in cells.columns[2:]]
+        yield Table(
             "Where FFG keeps most (mean of the experts)",
-            ["layer", "role", *(f"{name} %" for name in cells.columns[2:])],
-            [
-                ["–" if isna(layer) else str(layer), role, *(f"{100 * share:.1f}" for share in shares)]
-                for layer, role, *shares in cells.itertuples(index=False)
-            ],
+            cells,
+            [Column("layer", unit=Unit("", ".0f")), Column("role"), *densities],
         )
     pairs = []
     for analysis, measure, label in (
@@ -109,24 +110,15 @@ def _summary(table: Any) -> Iterator[Any]:
         if len(values):
             if measure == "jaccard":
                 label += f" (density {whole['at'].iloc[0]:.3g})"
-            pairs.append([label, *(f"{x:.3f}" for x in (values.min(), values.mean(), values.max()))])
+            pairs.append({"measure": label, "least": values.min(), "mean": values.mean(), "most": values.max()})
     if pairs:
-        yield _table("Pairs of experts, over the whole model", ["", "least", "mean", "most"], pairs)
-    lost = whole_model(table[table.analysis == "compression"], "compression", "sqrt_error")
-    if len(lost):
+        numbers = [Column(name, unit=ratio) for name in ("least", "mean", "most")]
+        yield Table("Pairs of experts, over the whole model", DataFrame(pairs), [Column("measure"), *numbers])
+    lost = table[table.analysis == "compression"]
+    if len(whole_model(lost, "compression", "sqrt_error")):
+        means = lost.pivot_table(index="variant", columns="measure", values="value", sort=False).reset_index()
         measures = ["bytes_per_param", "sqrt_error", "mask_jaccard", "saliency_spearman"]
-        means = table[table.analysis == "compression"].pivot_table(index="variant", columns="measure", values="value", sort=False)
-        means = means.reindex(columns=[m for m in measures if m in means.columns])
-        rows = [[str(name), *(f"{x:.4f}" for x in values)] for name, values in zip(means.index, means.to_numpy(), strict=True)]
-        yield _table("Compressions of the second moments, mean of the experts", ["", *means.columns], rows)
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+        columns = [
+            Column(name, name, Unit("", ".4f") if name != "variant" else TEXT) for name in ["variant", *measures] if name in means
+        ]
+        yield Table("Compressions of the second moments, mean of the experts", means, columns)

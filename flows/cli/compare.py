@@ -43,7 +43,8 @@ def compare(
     """Rank the merges of an MLflow experiment: methods × capabilities, intervals, retention, negative transfer."""
     from tasks.experiments.leaderboard.log import log_leaderboard
     from tasks.experiments.leaderboard.question import Question
-    from tasks.experiments.leaderboard.text import render, write_files
+    from tasks.experiments.leaderboard.text import ranking, write_files
+    from tasks.pages.terminal import table
     from tasks.settings import places
     from tasks.tracking.store import open_hint, resolve_store
 
@@ -52,7 +53,7 @@ def compare(
         store = resolve_store(tracking_uri=tracking_uri, root=root)
         question = Question(experiment=experiment, suite=suite, filter=filter_string, baseline=baseline, last=last, since=since)
         board = question.answer(store)
-        show(render(board))
+        show(table(ranking(board, narrow=True)))
         if out is not None:
             for path in write_files(board, out):
                 typer.echo(path)

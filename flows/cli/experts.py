@@ -1,7 +1,7 @@
 """The commands about experts: ``ota push`` publishes one, ``ota experts`` lists what lies below a prefix."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -64,23 +64,20 @@ def _announce(uri: str, capability: str, name: str) -> str:
 def experts(prefix: Prefix, base_model: BaseModel) -> None:
     """List the experts below PREFIX that were trained from a base, the newest of each capability marked, and what is wrong with others."""
     from tasks.experts.find import find_experts, lineup
+    from tasks.pages.tables import Cells
+    from tasks.pages.terminal import draw
     from tasks.storage.models import EXPERT_JSON
 
     with user_errors():
         found, problems = find_experts(prefix, base_model=base_model)
         if found:
-            show(_table(lineup(found)))
+            rows = [
+                [capability, one.name, one.trained_at.strftime("%Y-%m-%d %H:%M:%S"), "newest" if i == 0 else ""]
+                for capability, several in lineup(found).items()
+                for i, one in enumerate(several)
+            ]
+            show(draw(Cells(["capability", "name", "trained at (UTC)", ""], rows)))
         else:
             typer.echo(f"no complete expert of {base_model}; expected {prefix.rstrip('/')}/<capability>/<name>/{EXPERT_JSON}")
         for one in problems:
             typer.echo(f"problem: {one.capability}/{one.name}: {one.problem}")
-
-
-def _table(by_capability: dict[str, list[Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table("capability", "name", "trained at (UTC)", "")
-    for capability, experts in by_capability.items():
-        for i, one in enumerate(experts):
-            table.add_row(capability, one.name, one.trained_at.strftime("%Y-%m-%d %H:%M:%S"), "newest" if i == 0 else "")
-    return table

@@ -86,9 +86,9 @@ def benchmark(
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
     from ota_core.merge.engine import pick_device
-    from tasks.evaluation.scores import NOT_MEASURED
     from tasks.evaluation.suites import load_suite
     from tasks.orchestration.prepare import prepare_prefect
+    from tasks.pages.tables import NOT_MEASURED
     from tasks.settings import as_device
 
     with user_errors():
@@ -122,9 +122,10 @@ def run_recipe(
     parse_memory(options.get("memory", "2GiB"))
     prepare_prefect()
     from flows.merge import merge_flow
-    from tasks.evaluation.scores import render
     from tasks.orchestration.runners import runner_of, server_for
+    from tasks.pages import terminal
     from tasks.pages.outcome import comparison_table
+    from tasks.pages.scores import narrow
     from tasks.tracking.merge import open_hint
 
     chosen = runner_of(runner, address=address, parts=parts)
@@ -135,16 +136,7 @@ def run_recipe(
     with server_for(chosen):
         outcome = merge_flow(recipe, runner=chosen, **options)
     where = places(options.get("home"), options.get("artifacts"))
-    lines: list[Any] = []
-    if outcome.scores:
-        lines.append(render(comparison_table({outcome.name: outcome}, where)))
-    lines.append(f"merged model: {outcome.path}")
-    lines.append(
-        open_hint(
-            tracking_uri=options.get("tracking_uri"),
-            root=where.tracking,
-            experiment=outcome.logged.experiment_id,
-            run=outcome.logged.run_id,
-        )
-    )
-    return lines
+    found = [terminal.table(narrow(comparison_table({outcome.name: outcome}, where)))] if outcome.scores else []
+    run = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
+    hint = open_hint(tracking_uri=options.get("tracking_uri"), root=where.tracking, **run)
+    return [*found, f"merged model: {outcome.path}", hint]

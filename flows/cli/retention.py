@@ -13,10 +13,9 @@ from ota_core.errors import OtaError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
     from ota_core.artifact import Kind
-    from tasks.registry.retention.plan import Outcome, Plan
+    from tasks.registry.retention.plan import Item, Outcome, Plan
     from tasks.registry.retention.retention import Retention
 
 ROWS = 40
@@ -117,46 +116,48 @@ def _lines(plan: "Plan", cache: "Plan | None", rule: "Retention", everything: bo
 
 def _table(plan: "Plan", now: datetime, everything: bool) -> "RenderableType":
     """One row per thing. Only what it is takes a second line where the terminal is narrow."""
-    from rich.text import Text
-
-    table, rows = _empty_table("May go"), plan.listed
+    rows = plan.listed
     shown = rows if everything else rows[:ROWS]
-    table.add_column("kind", no_wrap=True)
-    table.add_column("id", no_wrap=True)
-    table.add_column("what", overflow="fold", footer=f"{len(rows):,} in all, which frees")
-    table.add_column("unused", justify="right", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True, footer=size_text(plan.frees))
-    for item in shown:
-        one, what = item.stored, Text(item.what)
-        if item.why not in _USUAL:
-            what.append(f" ({item.why})" if item.what else item.why, style="dim")
-        table.add_row(one.kind, one.name.lstrip(".")[:8], what, age_text(now - one.used), size_text(one.size))
+    cells = [
+        [
+            one.stored.kind,
+            one.stored.name.lstrip(".")[:8],
+            _what(one),
+            age_text(now - one.stored.used),
+            size_text(one.stored.size),
+        ]
+        for one in shown
+    ]
     if len(rows) > len(shown):
         rest = sum(item.stored.size for item in rows[len(shown) :])
-        table.add_row("…", "", Text(f"{len(rows) - len(shown):,} smaller ones (--all lists them)"), "", size_text(rest))
-    return table
+        cells.append(["…", "", f"{len(rows) - len(shown):,} smaller ones (--all lists them)", "", size_text(rest)])
+    total = ["", "", f"{len(rows):,} in all, which frees", "", size_text(plan.frees)]
+    return _drawn("May go", ["kind", "id", "what", "unused", "size"], [*cells, total], numbers={3, 4})
 
 
-def _empty_table(title: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    return Table(
-        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_footer=True, padding=(0, 0, 0, 1)
-    )
+def _what(item: "Item") -> str:
+    """What it is, and why it may go where that is not the usual reason."""
+    if item.why in _USUAL:
+        return item.what
+    return f"{item.what} ({item.why})" if item.what else item.why
 
 
 def _kept(plan: "Plan") -> "RenderableType":
     kept: dict[str, list[int]] = defaultdict(list)
     for item in plan.kept:
         kept[item.why].append(item.stored.size)
-    table = _empty_table("Kept")
-    table.add_column("why", footer="")
-    table.add_column("artifacts", justify="right", footer=f"{sum(map(len, kept.values())):,}")
-    table.add_column("size", justify="right", footer=size_text(sum(map(sum, kept.values()))))
-    for why, sizes in sorted(kept.items(), key=lambda item: -sum(item[1])):
-        table.add_row(why, f"{len(sizes):,}", size_text(sum(sizes)))
-    return table
+    every = sorted(kept.items(), key=lambda item: -sum(item[1]))
+    rows = [[why, f"{len(sizes):,}", size_text(sum(sizes))] for why, sizes in every]
+    total = ["in all", f"{sum(map(len, kept.values())):,}", size_text(sum(map(sum, kept.values())))]
+    return _drawn("Kept", ["why", "artifacts", "size"], [*rows, total], numbers={1, 2})
+
+
+def _drawn(title: str, header: list[str], rows: list[list[str]], *, numbers: set[int]) -> "RenderableType":
+    """A table that ends with its sum."""
+    from tasks.pages.tables import Cells
+    from tasks.pages.terminal import draw
+
+    return draw(Cells(header, rows, frozenset(numbers), breaks=frozenset({len(rows) - 2})), title=title)
 
 
 def _result(plans: Sequence["Plan"], outcomes: Sequence["Outcome | None"]) -> Iterable["RenderableType"]:

@@ -118,10 +118,12 @@ def search(
         )  # fmt: skip
         show(render(outcome.tuned))
         if outcome.test is not None:
-            from tasks.evaluation.scores import render as render_scores
             from tasks.pages.outcome import comparison_table
+            from tasks.pages.scores import narrow
+            from tasks.pages.terminal import table
 
-            show(render_scores(comparison_table({"winner": outcome.test}, places(home, artifacts)), title=f"Suite {config.test}"))
+            scores = comparison_table({"winner": outcome.test}, places(home, artifacts))
+            show(table(narrow(scores, f"Suite {config.test}")))
         typer.echo(verdict(outcome.tuned))
         typer.echo(f"recipe: {out}")
         where = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}

@@ -88,18 +88,16 @@ def down(
 @app.command()
 def status(home: Home = None) -> None:
     """Every process with its health. Exit code 1 when one of them does not do its work, 2 when the stack does not run."""
-    from rich.table import Table
-
     from flows import stack
     from tasks.local.stack.layout import home_of
 
     with user_errors():
         rows = stack.status(home_of(home))
-        table = Table("name", "state", "pid", "uptime", "health", "url", box=None, pad_edge=False)
-        for process, problem, url in rows:
-            uptime = "" if process.uptime is None else str(process.uptime)
-            table.add_row(process.name, process.state.lower(), str(process.pid or ""), uptime, problem or "ok", url)
-        _show_table(table)
+        shown = [
+            [one.name, one.state.lower(), str(one.pid or ""), "" if one.uptime is None else str(one.uptime), problem or "ok", url]
+            for one, problem, url in rows
+        ]
+        _show_table(["name", "state", "pid", "uptime", "health", "url"], shown)
         if any(row.problem for row in rows):
             raise typer.Exit(1)
 
@@ -130,17 +128,12 @@ def _step(what: str, url: str = "") -> Iterator[None]:
 
 
 def _say_up(done: Any, asked_ports: bool) -> None:
-    from rich.table import Column, Table
-
     stack, env = done.stack, _short(done.stack.folder / "env.sh")
     if done.was_running:
         kept = "; its ports stay: `ota stack down` first to move them" if asked_ports else ""
         typer.echo(f"\nThe stack was running; everything is deployed again{kept}.")
-    table = Table("name", "url", Column("log", overflow="fold"), box=None, pad_edge=False)
-    for name in stack.names:
-        table.add_row(name, stack.urls.get(name, ""), _short(stack.log(name)))
     typer.echo("")
-    _show_table(table)
+    _show_table(["name", "url", "log"], [[name, stack.urls.get(name, ""), _short(stack.log(name))] for name in stack.names])
     ota = _short(_program("ota"))
     lines = ["", f". {env}    # this shell uses the stack", f"{ota} stack status", f"{ota} stack down"]
     shown = [name for name in done.deployments if not name.startswith(("part/", "stage/"))]
@@ -158,9 +151,12 @@ def _short(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _show_table(table: Any) -> None:
+def _show_table(header: list[str], rows: list[list[str]]) -> None:
     """As wide as the terminal; as wide as needed where nobody looks."""
     from rich.console import Console
 
+    from tasks.pages.tables import Cells
+    from tasks.pages.terminal import draw
+
     console = Console(highlight=False)
-    Console(highlight=False, width=None if console.is_terminal else 200).print(table)
+    Console(highlight=False, width=None if console.is_terminal else 200).print(draw(Cells(header, rows)))

@@ -17,7 +17,6 @@ from ota_core.artifact import ArtifactRef
 from ota_core.recipe.recipe import load_recipe, parse_recipe
 from ota_core.recipe.yaml_text import parse_yaml
 from tasks.artifacts.store import store_of
-from tasks.evaluation.scores import to_markdown
 from tasks.local.demo import steps
 from tasks.local.demo.progress import training_bars
 from tasks.local.demo.questions import CAPABILITIES
@@ -79,7 +78,9 @@ def experts_flow(where: Places, seed: int = SEED, settings: DemoSettings | None 
 
 def run_demo(*, home: Path | None, seed: int) -> list[Any]:
     """The whole demo, with an S3 server of its own; what to print at the end."""
-    from tasks.evaluation.scores import render
+    from tasks.pages.markdown import captioned
+    from tasks.pages.scores import losses, narrow, scores
+    from tasks.pages.terminal import table as drawn
     from tasks.tracking.merge import open_hint
 
     where = places(home)
@@ -87,13 +88,13 @@ def run_demo(*, home: Path | None, seed: int) -> list[Any]:
         outcomes = demo_flow(where, seed)
     table = comparison_table(outcomes, where)
     results = where.home / "demo" / f"results-seed{seed}"
-    results.with_suffix(".md").write_text(to_markdown(table), encoding="utf-8")
+    results.with_suffix(".md").write_text(captioned(scores(table), *losses(table)), encoding="utf-8")
     results.with_suffix(".json").write_text(
         json.dumps(table.reset_index().to_dict("records"), indent=1, default=str), encoding="utf-8"
     )
     first = next(iter(outcomes.values()))
     return [
-        render(table, "Accuracy on held-out tests"),
+        drawn(narrow(table, "Accuracy on held-out tests")),
         f"table: {results.with_suffix('.md')}",
         f"merged models: {', '.join(outcome.path for outcome in outcomes.values())}",
         open_hint(root=where.tracking, experiment=first.logged.experiment_id),

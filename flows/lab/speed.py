@@ -24,11 +24,12 @@ from tasks.local.speed.cases import FLOW_STAGES, MERGES, Case, cases_of, chosen
 from tasks.local.speed.machine import machine
 from tasks.local.speed.measure import FLOOR, FloorRound, Run, floor_of, measure_floor, run_command
 from tasks.local.speed.models import Models, Shape, build, bytes_on_disk, shape_of
-from tasks.local.speed.plots import bench_chart
+from tasks.local.speed.pictures import bench_chart
 from tasks.local.speed.report import report
 from tasks.local.speed.results import Bench, CaseResult, Combination
 from tasks.local.speed.server import QUIET, prefect_server
 from tasks.merging.describe_plan import bytes_read, mask_bytes_read
+from tasks.pages.pictures.picture import png
 
 REFERENCE = (0.45, 3)
 """Billions of parameters and experts: ratios are promised for this size, seconds for any."""
@@ -97,8 +98,7 @@ def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
             if not options.keep:
                 shutil.rmtree(folder)
     yield from report(bench)
-    figure = bench_chart(bench)
-    figure.savefig(options.out / "bench.png")
+    (options.out / "bench.png").write_bytes(png(bench_chart(bench)))
     yield f"raw runs: {options.out / 'bench.json'}; picture: {options.out / 'bench.png'}"
 
 

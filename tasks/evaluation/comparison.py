@@ -44,34 +44,4 @@ def compare(
 
     stand_in = next(iter(merges.values()))  # a row that measured nothing would take every capability out of the average
     table = scores_table(stand_in, experts, merges)
-    attrs, table = table.attrs, table.drop(index="base")
-    table["negative_transfer"], table["below_base"] = pd.NA, ""
-    table.attrs |= attrs
-    return table
-
-
-def rows_of(
-    table: pd.DataFrame, found: dict[str, ModelScores], subjects: dict[str, Subject]
-) -> list[dict[str, str | float | None]]:
-    """The table's rows as MLflow's table and chart take them, with standard errors."""
-    import pandas as pd
-
-    by_name = {subject.name: (subject, found[key]) for key, subject in subjects.items() if key in found}
-    rows: list[dict[str, str | float | None]] = []
-    for name, values in table.iterrows():
-        if str(name) not in by_name:
-            continue
-        subject, scores = by_name[str(name)]
-        row: dict[str, str | float | None] = {
-            "model": str(name),
-            "role": subject.role,
-            "capability": own_capability(subject, scores),
-        }
-        for capability, score in scores.capabilities.items():
-            row[capability] = score.score
-            if score.stderr is not None:
-                row[f"{capability}_stderr"] = score.stderr
-        row["average"] = None if pd.isna(values["average"]) else float(values["average"])
-        row["retention"] = None if pd.isna(values["retention"]) else float(values["retention"])
-        rows.append(row)
-    return rows
+    return table.drop(index="base").assign(negative_transfer=pd.NA, below_base="")

@@ -13,7 +13,6 @@ from ota_core.errors import raise_all
 from tasks.evaluation.pairs import GateError, compare
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
-from tasks.tracking.store import mlflow_names
 
 __all__ = ["Check", "GateDecision", "GateError", "GateSettings", "best", "decide"]
 
@@ -93,29 +92,18 @@ class GateDecision(_Frozen):
         """The candidate's average minus the one to be beaten."""
         return self.average - (self.base_average if self.champion_average is None else self.champion_average)
 
+    @property
+    def test(self) -> str:
+        """How each comparison was tested."""
+        return f"Paired sign-flip test, one-sided, {100 * self.confidence:g} % confidence in each comparison"
+
     def metrics(self) -> dict[str, float]:
-        """The numbers under names that MLflow takes: ``gate/promoted``, ``gate/difference/<reference>/<capability>`` and so on."""
+        """The numbers to log: ``gate/promoted``, ``gate/difference/<reference>/<capability>`` and so on."""
         named = {"gate/promoted": float(self.promoted), "gate/average_difference": self.average_difference}
         for check in self.checks:
             named[f"gate/difference/{check.reference}/{check.capability}"] = check.difference
             named[f"gate/p_value/{check.reference}/{check.capability}"] = check.p_value
-        return {name: named[key] for key, name in mlflow_names(named).items()}
-
-    def to_markdown(self, *, run_url: str | None = None) -> str:
-        """Headline, reasons and a table of the checks, as GitHub-flavoured Markdown."""
-        headline = "promoted to champion" if self.promoted else "kept as challenger"
-        lines = [f"# {_cell(self.candidate)}: {headline}", "", *(f"- {_cell(reason)}" for reason in self.reasons), ""]
-        lines += ["| capability | against | documents | candidate | reference | difference | p | falls below |"]
-        lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]
-        for check in self.checks:
-            scores = f"{_percent(check.candidate_score)} | {_percent(check.reference_score)}"
-            change = f"{_points(check.difference)} ± {100 * check.standard_error:.2f}"
-            lines.append(
-                f"| {_cell(check.capability)} | {check.reference} | {check.n:,} | {scores} | {change} | {_p(check.p_value)} | "
-                f"{'**yes**' if check.falls_below else 'no'} |"
-            )
-        lines += ["", f"Suite {_cell(self.suite)}. Differences in points, ± standard error over paired documents. {_test(self)}."]
-        return "\n".join([*lines, *([f"[MLflow run]({run_url})"] if run_url else []), ""])
+        return named
 
 
 def decide(
@@ -247,15 +235,10 @@ def _reasons(decision: GateDecision, better: bool, left_out: Sequence[str]) -> I
         against = "the base" if champion is None else "champion or base"
         yield (
             f"No capability falls below {against} by more than the noise; nearest to it is {lowest.capability} against the "
-            f"{lowest.reference} ({_points(lowest.difference)} points, p = {_p(lowest.p_value)}). {_test(decision)}."
+            f"{lowest.reference} ({_points(lowest.difference)} points, p = {_p(lowest.p_value)}). {decision.test}."
         )
     if left_out:
         yield f"Not measured, hence not compared: {', '.join(left_out)}."
-
-
-def _test(decision: GateDecision) -> str:
-    share = f"{100 * decision.confidence:g} %"
-    return f"Paired sign-flip test, one-sided, {share} confidence in each comparison"
 
 
 def _percent(score: float) -> str:
@@ -268,8 +251,3 @@ def _points(difference: float) -> str:
 
 def _p(value: float) -> str:
     return f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
-
-
-def _cell(text: str) -> str:
-    """Text that opens no column and no line of its own in Markdown."""
-    return " ".join(text.split()).replace("|", "\\|")

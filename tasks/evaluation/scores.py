@@ -1,19 +1,25 @@
-"""Scores of models on a suite, and the table that compares merges with their base and experts. No lm-eval in here."""
+"""Scores of models on a suite, and the frame that compares merges with their base and experts. No lm-eval in here."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for them
     import pandas as pd
-    from rich.table import Table
 
-NOT_MEASURED = "–"
+ROLES = ("base", "expert", "merge")
+AVERAGE = "average"
+STDERR = "_stderr"
+"""Ends the names of columns that hold the standard errors of another."""
+LOSS = "loss/"
+"""Begins the names of columns that hold losses."""
+_NO_CAPABILITY = frozenset({"model", "role", "capability", "digest", "n", "retention", "negative_transfer", "seconds"})
 
 
 class CapabilityScore(BaseModel):
@@ -135,161 +141,104 @@ def negative_transfer(merged: Scores, base: Scores) -> list[str]:
     return [name for name, value in _values(base).items() if name in values and values[name] < value]
 
 
-def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges: Mapping[str, Scores]) -> pd.DataFrame:
-    """One row a model: base, experts, merges (index ``model``). Scores and ratios as fractions, NaN where not measured.
+def mean_error(errors: Sequence[float | None]) -> float | None:
+    """The standard error of a mean over capabilities, whose documents are independent; None where that of one is not known."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
-    Columns: ``kind``, the capabilities, ``average``, ``retention`` (mean of ``retention()``, merges only), ``negative_transfer``
-    (count, merges only) and ``below_base`` (the capabilities counted, comma-separated). The average is taken over
-    the capabilities that every row has, so that rows compare; ``attrs["averaged"]`` names them. Where models have losses, columns
-    ``loss/<capability>`` and ``loss/avg``, over the capabilities that every row has a loss of; ``attrs["losses"]`` names them.
-    Raises ValueError when two models share a name.
+
+def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges: Mapping[str, Scores]) -> pd.DataFrame:
+    """One row a model: base, experts, merges (index ``model``). Scores and ratios as fractions, losses in bits per byte, NaN where not measured.
+
+    Columns: ``role``, ``capability`` (an expert's own), the capabilities, ``average``, ``retention`` (mean of ``retention()``, merges only),
+    ``negative_transfer`` (count, merges only) and ``below_base`` (the capabilities counted, comma-separated); where models have losses,
+    ``loss/<capability>`` and ``loss/average``. Standard errors stand in the columns of these names with ``_stderr``, where there are any.
+    Averages are over the capabilities that every row has, so that rows compare. Raises ValueError when two models share a name.
     """
     import pandas as pd
 
-    models: list[tuple[str, str, Scores]] = [("base", "base", base)]
-    models += [(name, "expert", scores) for name, (_, scores) in experts.items()]
-    models += [(name, "merge", scores) for name, scores in merges.items()]
-    names = [name for name, _, _ in models]
+    models: list[tuple[str, str, str | None, Scores]] = [("base", "base", None, base)]
+    models += [(name, "expert", own, scores) for name, (own, scores) in experts.items()]
+    models += [(name, "merge", None, scores) for name, scores in merges.items()]
+    names = [name for name, *_ in models]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"models of one table need different names ('base' is the base's), got twice: {', '.join(twice)}")
 
-    plain = [scores.by_capability() if isinstance(scores, ModelScores) else scores for _, _, scores in models]
-    capabilities = list(dict.fromkeys(name for scores in plain for name in scores))
-    averaged = [name for name in capabilities if all(scores.get(name) is not None for scores in plain)]
-    of_all = [_losses(scores) for _, _, scores in models]
-    losses = list(dict.fromkeys(name for found in of_all for name in found))
-    averaged_losses = [name for name in losses if all(name in found for found in of_all)]
+    every = [scores for *_, scores in models]
+    measured, lost = _columns([_score(one) for one in every]), _columns([_loss(one) for one in every], LOSS)
     rows = []
-    for (_, kind, scores), listed in zip(models, plain, strict=True):
-        row: dict[str, object] = {"kind": kind, **{name: listed.get(name) for name in capabilities}}
-        row["average"] = fmean(_values(scores)[name] for name in averaged) if averaged else None
-        kept = list(retention(scores, experts).values()) if kind == "merge" else []
-        below = negative_transfer(scores, base) if kind == "merge" else None
-        row["retention"] = fmean(kept) if kept else None
-        row["negative_transfer"] = None if below is None else len(below)
-        row["below_base"] = "" if below is None else ", ".join(below)
-        own = _losses(scores)
-        row |= {f"loss/{name}": own.get(name) for name in losses}
-        row |= {"loss/avg": fmean(own[name] for name in averaged_losses) if averaged_losses else None} if losses else {}
-        rows.append(row)
+    for i, (_, role, own, scores) in enumerate(models):
+        kept = list(retention(scores, experts).values()) if role == "merge" else []
+        below = negative_transfer(scores, base) if role == "merge" else None
+        beside: dict[str, str | float | None] = {
+            "retention": fmean(kept) if kept else None,
+            "negative_transfer": None if below is None else len(below),
+        }
+        rows.append({"role": role, "capability": own} | measured[i] | beside | {"below_base": ", ".join(below or [])} | lost[i])
     table = pd.DataFrame(rows, index=pd.Index(names, name="model"))
-    numbers = [*capabilities, "average", "retention", *_loss_columns(losses)]
-    table[numbers] = table[numbers].astype(float)
-    table["negative_transfer"] = table["negative_transfer"].astype("Int64")
-    table.attrs |= {"capabilities": capabilities, "averaged": averaged, "losses": losses}
-    return table
+    table = table.astype({name: float for name in [*measured[0], "retention", *lost[0]]} | {"negative_transfer": "Int64"})
+    return table.drop(columns=[name for name in table if name.endswith(STDERR) and table[name].isna().all()])
 
 
-def _losses(scores: Scores) -> Mapping[str, float]:
-    return scores.losses if isinstance(scores, ModelScores) else {}
+_Measured = Mapping[str, tuple[float | None, float | None]]
+"""Capability to value and standard error."""
 
 
-def _loss_columns(losses: Sequence[str]) -> list[str]:
-    return [*(f"loss/{name}" for name in losses), "loss/avg"] if losses else []
-
-
-def text_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and cells as people read them: percent with one decimal, a dash where nothing was measured.
-
-    Of losses the average alone; ``loss_rows`` has them all.
-    """
-    import pandas as pd
-
-    numbers = [*table.attrs["capabilities"], "average", "retention"]
+def _columns(models: Sequence[_Measured], prefix: str = "") -> list[dict[str, Any]]:
+    """A model each: values and errors by column, and their average over the capabilities that every model has. Nothing where nobody has any."""
+    listed = list(dict.fromkeys(name for one in models for name in one))
+    shared = [name for name in listed if all(one.get(name, (None, None))[0] is not None for one in models)]
     rows = []
-    for name, row in table.iterrows():
-        cells = [NOT_MEASURED if pd.isna(row[column]) else f"{100 * row[column]:.1f}" for column in numbers]
-        count = row["negative_transfer"]
-        below = "" if pd.isna(count) else f"{count} ({row['below_base']})" if count else "0"
-        # Retention and negative transfer say nothing about base and experts: blank, not a dash.
-        cells[-1] = cells[-1] if row["kind"] == "merge" else ""
-        mean_loss = [_bits(row["loss/avg"])] if table.attrs.get("losses") else []
-        rows.append([str(name), *cells, *mean_loss, below])
-    return ["model", *numbers, *(["loss"] if table.attrs.get("losses") else []), "below base"], rows
+    for one in models:
+        values, errors = (
+            {name: one.get(name, (None, None))[0] for name in listed},
+            {name: one.get(name, (None, None))[1] for name in listed},
+        )
+        if listed:
+            values[AVERAGE] = fmean(value for name in shared if (value := values[name]) is not None) if shared else None
+            errors[AVERAGE] = mean_error([errors[name] for name in shared])
+        rows.append({f"{prefix}{name}{end}": found[name] for name in values for end, found in (("", values), (STDERR, errors))})
+    return rows
 
 
-def loss_rows(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the losses in bits per byte, a row a model; no rows where no model has a loss."""
-    losses = table.attrs.get("losses", [])
-    rows = [[str(name), *(_bits(row[column]) for column in _loss_columns(losses))] for name, row in table.iterrows()]
-    return ["model", *losses, "average"], rows if losses else []
+def _score(scores: Scores) -> _Measured:
+    if isinstance(scores, ModelScores):
+        return {name: (one.score, one.stderr) for name, one in scores.capabilities.items()}
+    return {name: (value, None) for name, value in scores.items()}
 
 
-def _bits(value: float) -> str:
-    return NOT_MEASURED if value != value else f"{value:.3f}"
+def _loss(scores: Scores) -> _Measured:
+    if not isinstance(scores, ModelScores):
+        return {}
+    return {name: (value, scores.loss_stderr.get(name)) for name, value in scores.losses.items()}
 
 
-def caption(table: pd.DataFrame, *, losses: bool = True) -> str:
-    """What the numbers are, and what the average leaves out; ``losses``: of the column of losses, too."""
-    capabilities: Sequence[str] = table.attrs["capabilities"]
-    averaged: Sequence[str] = table.attrs["averaged"]
-    text = "Scores and retention (merge / expert on the expert's own capability) in percent."
-    if losses and table.attrs.get("losses"):
-        text += " Loss in bits per byte of held-out text, mean over capabilities; less is better."
-    if len(averaged) < len(capabilities):
-        left_out = ", ".join(name for name in capabilities if name not in averaged)
-        text += f" Average over {len(averaged)} of {len(capabilities)} capabilities; not measured for every model: {left_out}."
-    return text
+def rows_of(table: pd.DataFrame) -> list[dict[str, str | float | None]]:
+    """The table without losses as rows that survive JSON, for MLflow, the report and its pictures: None where there is no number."""
+    kept = [name for name in table if not name.startswith(LOSS) and name not in {"negative_transfer", "below_base"}]
+    return _records(table[kept])
 
 
-def render(table: pd.DataFrame, title: str = "Scores") -> Table:
-    """The table for the terminal, narrow enough for 80 columns, with a line between base, experts and merges."""
-    from rich import box
-    from rich.table import Table
-
-    header, rows = text_rows(table)
-    lists = [f"{name}: below the base on {below}" for name, below in table["below_base"].items() if below]
-    drawn = Table(title=title, caption="\n".join([*lists, caption(table)]), caption_justify="left", box=box.SIMPLE_HEAD)
-    drawn.show_edge, drawn.padding = False, (0, 1, 0, 0)
-    short = {"average": "avg", "below base": "below"}
-    for i, column in enumerate(short.get(name, name) for name in header):
-        # Names such as precise_if may break at the underscore; numbers never break.
-        words = column.replace("_", " ")
-        drawn.add_column(words, justify="right" if i else "left", no_wrap=i == 0, min_width=max(map(len, words.split())))
-    kinds = list(table["kind"])
-    for i, cells in enumerate(rows):
-        cells = [*cells[:-1], cells[-1].split(" ")[0]]  # the count; the names stand in the caption
-        drawn.add_row(*cells, end_section=i + 1 < len(rows) and kinds[i] != kinds[i + 1])
-    return drawn
+def loss_rows(table: pd.DataFrame) -> list[dict[str, str | float | None]]:
+    """The losses alone, likewise; no rows where no model has one."""
+    losses = [name for name in table if name.startswith(LOSS)]
+    return _records(table[["role", *losses]]) if losses else []
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """The table as GitHub-flavoured Markdown, with its caption below."""
-    header, rows = text_rows(table)
-    lines = [*_markdown_lines(header, rows, last_is_text=True), "", caption(table), ""]
-    header, rows = loss_rows(table)
-    if rows:
-        lines += [*_markdown_lines(header, rows), "", "Bits per byte of held-out text; less is better.", ""]
-    return "\n".join(lines)
+def _records(table: pd.DataFrame) -> list[dict[str, str | float | None]]:
+    """Without the errors that a row does not have."""
+    rows: list[dict[str, str | float | None]] = table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
+    return [{name: value for name, value in row.items() if value is not None or not name.endswith(STDERR)} for row in rows]
 
 
-def _markdown_lines(header: list[str], rows: list[list[str]], *, last_is_text: bool = False) -> list[str]:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    if last_is_text:
-        rule[-1] = "---"
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in [header, rule, *rows]]
+def capability_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of a table of scores that hold them, ``average`` last: numbers that are neither errors, losses nor known for something else.
 
-
-def to_markdown_of_one(name: str, scores: ModelScores) -> str:
-    """One model's scores, a row a capability, with standard errors and numbers of documents."""
-    lines = [f"# {name}", "", "| capability | score | standard error | documents |", "| --- | ---: | ---: | ---: |"]
-    losses = [
-        f"- {capability}: {value:.3f} bits per byte of held-out text"
-        + (f" (standard error {scores.loss_stderr[capability]:.3f})" if capability in scores.loss_stderr else "")
-        for capability, value in scores.losses.items()
+    A column without any value counts: it is a capability that was measured on no model.
+    """
+    numeric = set(table.select_dtypes(include="number").columns) | set(table.columns[table.isna().all()])
+    names = [
+        n for n in map(str, table.columns) if n in numeric - _NO_CAPABILITY and not n.endswith(STDERR) and not n.startswith(LOSS)
     ]
-    for capability, found in scores.capabilities.items():
-        score, error = ((NOT_MEASURED if value is None else f"{100 * value:.1f}") for value in (found.score, found.stderr))
-        lines.append(f"| {capability} | {score} | {error} | {found.n_samples:,} |")
-    skipped = [f"- {capability}: {reason}" for capability, found in scores.capabilities.items() for reason in found.skipped]
-    average = NOT_MEASURED if scores.average is None else f"{100 * scores.average:.1f}"
-    return "\n".join(
-        [*lines, f"| **average** | {average} | | |", "", *skipped, *losses, "", f"Suite {scores.suite}, percent.", ""]
-    )
-
-
-def to_csv(table: pd.DataFrame) -> str:
-    """All columns, fractions in full precision, empty where not measured."""
-    text: str = table.to_csv()
-    return text
+    return [n for n in names if n != AVERAGE] + [n for n in names if n == AVERAGE]

@@ -1,4 +1,4 @@
-"""What a flow run shows in the Prefect UI besides its log: tables of scores, links to MLflow, the gate's decision."""
+"""What a flow run shows in the Prefect UI besides its log: tables, pages, links to MLflow."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from tasks.evaluation.scores import caption, text_rows
-
-if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
+if TYPE_CHECKING:  # a flow without a benchmark does not wait for what makes them
     import pandas as pd
+
+    from tasks.pages.tables import Table
+
+
+def show_table(table: Table, key: str) -> None:
+    """A table of the run, with its title and caption."""
+    cells = table.cells()
+    create_table_artifact(
+        table=[dict(zip(cells.header, row, strict=True)) for row in cells.rows],
+        key=key,
+        description=" ".join([f"{table.title}.", *table.caption]),
+    )
 
 
 def show_scores(table: pd.DataFrame, key: str = "scores", title: str = "Scores") -> None:
     """Base, experts and merges as a table of the run."""
-    header, rows = text_rows(table)
-    create_table_artifact(
-        table=[dict(zip(header, cells, strict=True)) for cells in rows], key=key, description=f"{title}. {caption(table)}"
-    )
+    from tasks.pages.scores import scores
+
+    show_table(scores(table, title), key)
 
 
 def show_mlflow(name: str, url: str | None) -> None:

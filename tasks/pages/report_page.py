@@ -14,12 +14,12 @@ from ota_core.merge.model_card import SCORES
 from tasks.artifacts.store import store_of
 from tasks.evaluation.comparison import comparison
 from tasks.evaluation.gate import GateDecision
-from tasks.evaluation.scores import NOT_MEASURED, ModelScores, caption, loss_rows
+from tasks.evaluation.scores import ModelScores, loss_rows
 from tasks.evaluation.subject import Subject
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.tracking.merge import InputRef, MergeRun
-from tasks.tracking.run import ANALYSIS_CSV, REPORT, TAG_ANALYSIS, mean_error
+from tasks.tracking.run import ANALYSIS_CSV, REPORT, TAG_ANALYSIS
 
 ReportKind = Literal["full", "scores", "none"]
 """``full``: with the analysis of the experts. ``scores``: without. ``none``: no report."""
@@ -38,9 +38,8 @@ class MergePage(BaseModel):
     digest: str
     scores: tuple[dict[str, str | float | None], ...]
     """As ``MergeRun.table``."""
-    scores_note: str
-    losses: tuple[tuple[str, ...], ...] = ()
-    """Header and a row a model, where the suite measures losses."""
+    losses: tuple[dict[str, str | float | None], ...] = ()
+    """As ``tasks.evaluation.scores.loss_rows`` gives them, where the suite measures any."""
     suite: str = ""
     limit: int | None = None
     documents: dict[str, int] = {}
@@ -52,7 +51,7 @@ class MergePage(BaseModel):
     def html(self, where: Places, decision: GateDecision | None = None) -> str:
         """The page. It does not name the MLflow run: it is one of that run's own artifacts. Raises OtaError."""
         from tasks.pages.analysis import read_analysis, read_settings
-        from tasks.pages.html_report import MergeReport, report_html
+        from tasks.pages.report import MergeReport, report_html
 
         store = store_of(where)
         record = store.read_record(self.merged)
@@ -61,7 +60,7 @@ class MergePage(BaseModel):
             MergeReport(
                 name=self.name, method=self.method, recipe_yaml=self.recipe_yaml, record=record.model_dump(mode="json"),
                 inputs=self.inputs, created=datetime.fromisoformat(record.provenance["produced_at"]), model_uri=self.merged.uri,
-                model_digest=self.digest, scores=self.scores, scores_note=self.scores_note, losses=self.losses,
+                model_digest=self.digest, scores=self.scores, losses=self.losses,
                 suite=self.suite, limit=self.limit, documents=self.documents, unanalysed=self.unanalysed,
                 analysis=read_analysis(where, self.analysis) if self.analysis else None,
                 analysis_notes=(*said["notes"], *(f"Left out: {what}" for what in said["left_out"])), gate=decision,
@@ -85,32 +84,14 @@ def page_of(
     unanalysed: str = "",
 ) -> MergePage:
     """The page of a merge, before any gate."""
-    scores = comparison(dict(found), subjects) if found else None
     of_merge = found.get("merged")
     return MergePage(
         name=run.name, method=run.method, recipe_yaml=run.recipe_yaml, inputs=tuple(run.inputs), merged=merged, digest=run.model_digest,
-        scores=tuple(run.table), scores_note=caption(scores, losses=False) if scores is not None else "",
-        losses=_losses(scores, {subjects[key].name: one for key, one in found.items()}) if scores is not None else (),
+        scores=tuple(run.table), losses=tuple(loss_rows(comparison(dict(found), subjects))) if found else (),
         suite=of_merge.suite if of_merge else "", limit=of_merge.limit if of_merge else None,
         documents=of_merge.documents if of_merge else {},
         analysis=analysis, unanalysed=unanalysed,
     )  # fmt: skip
-
-
-def _losses(table: Any, scores: Mapping[str, ModelScores]) -> tuple[tuple[str, ...], ...]:
-    """The table of losses with their standard errors where the ``scores`` of a row's model have them; empty where nothing has a loss."""
-    header, rows = loss_rows(table)
-    capabilities = header[1:-1]
-    made = [tuple(header)]
-    for name, *cells in rows:
-        errors = scores[name].loss_stderr
-        found = [errors.get(capability) for capability in capabilities] + [mean_error([errors.get(c) for c in capabilities])]
-        shown = [
-            cell if error is None or cell == NOT_MEASURED else f"{cell} ± {error:.3f}"
-            for cell, error in zip(cells, found, strict=True)
-        ]
-        made.append((name, *shown))
-    return tuple(made) if rows else ()
 
 
 def with_report(run: MergeRun, page: MergePage, where: Places, decision: GateDecision | None = None) -> MergeRun:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ota_core.errors import OtaError, StorageError
 from tasks.artifacts.store import record_at
 from tasks.evaluation.gate import GateDecision, GateError
+from tasks.pages.gate import to_markdown
 from tasks.registry.history import Move, champions, history_tag, moves_of, next_time
 from tasks.tracking.names import EXPERIMENT, REGISTERED_MODEL
 from tasks.tracking.registered import (
@@ -33,7 +34,17 @@ from tasks.tracking.registered import (
     set_announced,
 )
 from tasks.tracking.run import REPORT, TAG_FINGERPRINT
-from tasks.tracking.store import Store, artifact_errors, batches, clear_errors, connect, locked, resolve_store, store_errors
+from tasks.tracking.store import (
+    Store,
+    artifact_errors,
+    batches,
+    clear_errors,
+    connect,
+    locked,
+    mlflow_metrics,
+    resolve_store,
+    store_errors,
+)
 from tasks.tracking.write import find
 
 if TYPE_CHECKING:
@@ -223,10 +234,14 @@ def log_decision(
         run = client.get_run(run_id)
         now = int(time.time() * 1000)
         # What is there already would become a second point of a curve.
-        new = [Metric(key, value, now, 0) for key, value in decision.metrics().items() if run.data.metrics.get(key) != value]
+        new = [
+            Metric(key, value, now, 0)
+            for key, value in mlflow_metrics(decision.metrics()).items()
+            if run.data.metrics.get(key) != value
+        ]
         for some in batches(new, 500):
             client.log_batch(run_id, metrics=some)
-        files = {GATE_JSON: decision.model_dump_json(indent=2) + "\n", "gate.md": decision.to_markdown()}
+        files = {GATE_JSON: decision.model_dump_json(indent=2) + "\n", "gate.md": to_markdown(decision)}
         files |= {} if report is None else {REPORT: report}
         with artifact_errors(", ".join(files), run.info.artifact_uri, _SAFE):
             for path, text in files.items():
@@ -327,7 +342,7 @@ def _gate_tags(decision: GateDecision) -> dict[str, str]:
         TAG_DECISION: CHAMPION if decision.promoted else CHALLENGER,
         "gate/reason": " ".join(decision.reasons),
         "gate/confidence": f"{decision.confidence:g}",
-        "gate/numbers": json.dumps(decision.metrics()),
+        "gate/numbers": json.dumps(mlflow_metrics(decision.metrics())),
     }
 
 

@@ -16,6 +16,7 @@ from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
+from tasks.pages.gate import to_markdown
 from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import with_decision
 from tasks.registry import promotion
@@ -69,7 +70,7 @@ class Verdict:
         """The decisions in Markdown, the one that counts first, each with the way to its MLflow run."""
         first = self.winner or self.challenger
         names = sorted(self.decisions, key=lambda name: name != first)
-        return [self.decisions[name].to_markdown(run_url=night.outcomes[name].logged.url) for name in names]
+        return [to_markdown(self.decisions[name], run_url=night.outcomes[name].logged.url) for name in names]
 
 
 def judge(night: Night, score: Score) -> Verdict:

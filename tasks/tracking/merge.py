@@ -63,8 +63,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
     The store is ``tracking_uri``, else ``MLFLOW_TRACKING_URI``, else SQLite under ``root``. The run is known by the recipe's
     fingerprint and the model's digest. It reads FINISHED only when everything is there, children and model version included;
     after an error it reads FAILED, after a kill RUNNING, and the next call continues it. Threads and processes may log at the
-    same time. Raises StorageError, within about a minute, when the store is away or refuses; OtaError for a table that cannot be
-    drawn.
+    same time. Raises StorageError, within about a minute, when the store is away or refuses.
     """
     store = resolve_store(tracking_uri=tracking_uri, root=root)
     safe = f"Nothing is lost: the merged model lies at {run.model_uri}, and a repeat continues in the same run."

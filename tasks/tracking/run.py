@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from ota_core.artifact import RECORD, fingerprint
 from ota_core.errors import OtaError
 from tasks.artifacts.system_metrics import SystemPoint
-from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.scores import ModelScores, mean_error
 from tasks.evaluation.suites import Suite
 from tasks.tracking.names import REGISTERED_MODEL
 from tasks.tracking.store import Store, page_url
@@ -48,7 +46,7 @@ _NO_QUOTES = r"^[^'`\s]+$"  # tags that runs are searched by
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
 
 
 class InputRef(_Frozen):
@@ -118,12 +116,6 @@ def uncertainty(scores: ModelScores) -> dict[str, float]:
     return metrics | {f"documents/{name}": float(one.n_samples) for name, one in measured.items()}
 
 
-def mean_error(errors: Sequence[float | None]) -> float | None:
-    """The standard error of a mean over capabilities, whose documents are independent; None where that of one is not known."""
-    known = [error for error in errors if error is not None]
-    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
-
-
 class ChildRun(_Frozen):
     """One benchmarked model."""
 
@@ -161,6 +153,8 @@ class MergeRun(_Frozen):
     """The page that shows the merge, self-contained."""
     tables: dict[str, str] = {}
     """Further tables: name among the artifacts to its text."""
+    pictures: dict[str, bytes] = {}
+    """Name among the artifacts to its PNG."""
     table: list[dict[str, str | float | None]] = []
     """Rows of the table of scores: ``model``, ``role``, optionally ``capability``; per capability its score in 0…1 (null: not
     measured) and optionally ``<capability>_stderr``; further columns such as ``average`` and ``retention``."""
@@ -197,13 +191,8 @@ def logged_run(store: Store, experiment: str, run_id: str, model_version: str | 
 
 
 def write_artifacts(folder: Path, run: MergeRun) -> None:
-    """The files that are logged with a merge: recipe, record, model card, table and chart of scores, reference to the weights.
-
-    Raises OtaError for a table that cannot be drawn.
-    """
+    """The files that are logged with a merge: recipe, record, model card, table and pictures of scores, reference to the weights."""
     import pandas as pd
-
-    from tasks.pages.plots import score_chart
 
     reference = {"uri": run.model_uri, "digest": run.model_digest, TAG_FINGERPRINT: run.fingerprint}
     files = {
@@ -224,8 +213,6 @@ def write_artifacts(folder: Path, run: MergeRun) -> None:
         files[SCORES_CSV] = table.to_csv(index=False)
         # Not MLflow's log_table: it appends to what an earlier call has logged.
         files[SCORES_JSON] = table.to_json(orient="split", index=False)
-        (folder / SCORES_PNG).parent.mkdir(parents=True)
-        score_chart(table, title=f"{run.name}: scores by capability").savefig(folder / SCORES_PNG)
-    for name, text in files.items():
+    for name, content in ({name: text.encode() for name, text in files.items()} | run.pictures).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_bytes(content)

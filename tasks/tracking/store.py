@@ -222,6 +222,11 @@ def mlflow_names(names: Iterable[str]) -> dict[str, str]:
     return {n: c if taken.count(c) == 1 else f"{c[: NAME_LENGTH - 9]}.{_short_hash(n)}" for n, c in clean.items()}
 
 
+def mlflow_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics under names that MLflow accepts."""
+    return {name: metrics[key] for key, name in mlflow_names(metrics).items()}
+
+
 def cut(value: str, length: int) -> str:
     """The value, or its beginning and a note when it is longer than MLflow keeps. The same value is always cut the same way."""
     if len(value) <= length:

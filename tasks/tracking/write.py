@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from tasks.tracking.store import NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, batches, cut, mlflow_names, quoted
+from tasks.tracking.store import NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, batches, cut, mlflow_metrics, mlflow_names, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,7 +95,7 @@ def log_values(
             log.warning("the run %s keeps %s=%r; %r becomes its tag latest/%s", run.info.run_id, name, old, value, name)
             new_tags[f"latest/{name}"[:NAME_LENGTH]] = value
     now = int(time.time() * 1000)
-    named = {name: metrics[key] for key, name in mlflow_names(metrics).items()}
+    named = mlflow_metrics(metrics)
     # A value that is there already would become a second point of a curve.
     new_metrics = [
         Metric(n, float(v), now, 0, model_id=model_id) for n, v in named.items() if run.data.metrics.get(n) != float(v)

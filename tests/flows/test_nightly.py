@@ -147,6 +147,7 @@ def test_a_better_candidate_takes_over_from_the_champion(two: Nights) -> None:
     assert night.state.message.startswith(f"linear is the new champion, in place of version {before.version}: average 100.0 %")
 
 
+@pytest.mark.slow
 def test_the_champions_page_keeps_the_gates_decision(two: Nights, tmp_path: Path) -> None:
     promoted(two, LINEAR)
     champion = two.champion
@@ -243,6 +244,7 @@ def test_an_interruption_after_the_promotion_is_finished_by_the_next_night(two: 
     assert two.run().state.name == "NothingNew"
 
 
+@pytest.mark.slow
 def test_what_was_rolled_back_is_not_promoted_again_by_itself(two: Nights) -> None:
     promoted(two, WEAK)
     promoted(two, LINEAR)
@@ -272,6 +274,7 @@ def test_without_any_expert_the_night_says_what_it_looked_for(nights: Nights) ->
     assert nights.run(capabilities=["math", "code"]).state.name == "NothingNew"
 
 
+@pytest.mark.slow
 def test_other_capabilities_are_another_set(two: Nights) -> None:
     promoted(two, LINEAR)
     assert two.run(LINEAR, capabilities=["knowledge"]).state.name in {"Kept", "Promoted"}

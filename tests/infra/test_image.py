@@ -92,7 +92,7 @@ def test_nothing_secret_is_baked_in() -> None:
 def test_all_that_is_written_lies_in_one_folder_or_in_tmp() -> None:
     environment = dockerfile_environment()
     home = environment["OTA_HOME"]
-    written = {name: environment[name] for name in ("HOME", "PREFECT_HOME", "HF_HOME", "NUMBA_CACHE_DIR", "MPLCONFIGDIR")}
+    written = {name: environment[name] for name in ("HOME", "PREFECT_HOME", "HF_HOME", "NUMBA_CACHE_DIR")}
     assert all(path == home or path.startswith((f"{home}/", "/tmp/")) for path in written.values()), written
 
 

@@ -189,7 +189,7 @@ def test_scores_are_known_by_model_and_settings(
     ) -> str:
         subject = Subject(name="any", role="base", path=path, digest=digest)
         tests = suite.model_copy(update=changes)
-        return Benchmark("tiny", str(data), limit, tests, data).step(subject).fingerprint
+        return Benchmark("tiny", str(data), limit, tests, data).job(subject).step.fingerprint
 
     same = step()
     assert (

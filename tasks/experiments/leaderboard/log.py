@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.experiments.leaderboard.entries import AVERAGE
 from tasks.experiments.leaderboard.leaderboard import Leaderboard
-from tasks.experiments.leaderboard.text import HTML, summary, to_markdown, write_files
+from tasks.experiments.leaderboard.text import HTML, ranking, summary, write_files
+from tasks.pages.markdown import captioned
 from tasks.tracking.run import TAG_LIMIT, TAG_SUITE, TAG_SUITE_KEY, LoggedRun, logged_run
 from tasks.tracking.store import Store, artifact_errors, clear_errors, connect, locked
 from tasks.tracking.write import NOTE, TAG_ROLE, find_or_create, in_progress, log_values
@@ -43,7 +44,7 @@ def log_leaderboard(board: Leaderboard, question: str, store: Store) -> LoggedRu
         best = board.best
         tags = {
             TAG_SUITE: board.suite, TAG_LIMIT: board.limit, TAG_BEST: str(best["label"]), TAG_BEST_RUN: str(best["run_id"]),
-            TAG_RUNS: json.dumps(list(board.merges["run_id"])), NOTE: f"{summary(board)} The page: artifact `{FOLDER}/{HTML}`.\n\n{to_markdown(board)}",
+            TAG_RUNS: json.dumps(list(board.merges["run_id"])), NOTE: f"{summary(board)} The page: artifact `{FOLDER}/{HTML}`.\n\n{captioned(ranking(board))}",
         }  # fmt: skip
         with in_progress(client, run), tempfile.TemporaryDirectory() as folder:
             log_values(client, run, {}, best_metrics(board), tags)

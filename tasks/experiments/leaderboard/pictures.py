@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 
 from tasks.pages.pictures import style
+from tasks.pages.tables import PERCENT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,18 +18,18 @@ _ROW = 26
 _CELL = 62
 _WIDE, _NARROW = 330, 240
 """Width of the averages, with few and with many capabilities beside them."""
-_LABEL_LIMIT = 380
+_LABELS = alt.Axis(labelLimit=380, ticks=False, domain=False)
 
 
 def leaderboard_chart(board: Leaderboard) -> alt.TopLevelMixin:
     """Rows in the leaderboard's order. Average: a point and its 95 % interval, the base as a line. Capabilities: cells in percent."""
     order = list(board.table["label"])
-    row = alt.Y("label:N", sort=order, title=None, axis=alt.Axis(labelLimit=_LABEL_LIMIT, ticks=False, domain=False))
+    row = alt.Y("label:N", sort=order, title=None, axis=_LABELS)
     height = alt.Step(_ROW)
     width = _WIDE if len(board.capabilities) <= 6 else _NARROW
     left = _averages(_average_rows(board), row).properties(width=width, height=height)
     right = _cells(_cell_rows(board), order, board).properties(width=_CELL * len(board.capabilities), height=height)
-    return alt.hconcat(left, right, spacing=18).resolve_scale(color="independent")
+    return alt.concat(left, right, columns=2, spacing=18).resolve_scale(color="independent")
 
 
 def _average_rows(board: Leaderboard) -> pd.DataFrame:
@@ -37,7 +38,7 @@ def _average_rows(board: Leaderboard) -> pd.DataFrame:
     table = board.table
     rows = pd.DataFrame({
         "label": table["label"], "kind": table["kind"], "average": 100 * table["score/avg"], "low": 100 * table["score_low/avg"],
-        "high": 100 * table["score_high/avg"], "retention": 100 * table["retention"], "experts": table["experts"],
+        "high": 100 * table["score_high/avg"], "text": table["score/avg"].map(PERCENT.text), "retention": 100 * table["retention"], "experts": table["experts"],
     })  # fmt: skip
     return rows[rows["average"].notna()]
 
@@ -68,7 +69,7 @@ def _averages(rows: pd.DataFrame, row: alt.Y) -> alt.LayerChart | alt.FacetChart
         .encode(x=alt.X("low:Q"), x2="high:Q", y=row, color=colour)
     )
     points = chart.mark_point(filled=True, size=80, opacity=1).encode(x=x, y=row, color=colour, tooltip=tooltip)
-    numbers = chart.mark_text(dy=-9, fontSize=11, color=style.INK).encode(x=x, y=row, text=alt.Text("average:Q", format=".1f"))
+    numbers = chart.mark_text(dy=-9, fontSize=11, color=style.INK).encode(x=x, y=row, text="text:N")
     return alt.layer(base, bars, points, numbers)
 
 
@@ -85,7 +86,7 @@ def _cell_rows(board: Leaderboard) -> pd.DataFrame:
             rows.append({
                 "label": one["label"], "capability": name, "score": 100 * value, "low": 100 * one[f"score_low/{name}"],
                 "high": 100 * one[f"score_high/{name}"], "retention": 100 * one[f"retention/{name}"],
-                "text": f"{100 * value:.1f}{' ↓' if name in below else ''}",
+                "text": f"{PERCENT.text(value)}{' ↓' if name in below else ''}",
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -95,7 +96,7 @@ def _cells(cells: pd.DataFrame, order: list[str], board: Leaderboard) -> alt.Lay
     limit = max(float(cells["score"].max()), 1.0)
     x = alt.X("capability:N", sort=board.capabilities, title="score on each capability (percent); ↓ below the base", axis=alt.Axis(orient="top", labelAngle=0, labelLimit=_CELL + 14,
               ticks=False, domain=False, labelExpr="replace(datum.label, '_', ' ')"))  # fmt: skip
-    y = alt.Y("label:N", sort=order, title=None, axis=None)
+    y = alt.Y("label:N", sort=order, title=None, axis=_LABELS)
     tooltip = [
         alt.Tooltip("label:N", title="merge"),
         "capability:N",

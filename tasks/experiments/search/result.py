@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.yaml_text import dump_yaml
@@ -12,12 +12,13 @@ from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.search import Trial, Tuned
 from tasks.experiments.search.space import Dimension
 from tasks.merging.inputs import locate
+from tasks.pages import terminal
+from tasks.pages.markdown import captioned
+from tasks.pages.tables import NUMBER, PERCENT, Column, Table, Unit
 from tasks.storage.models import is_s3
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 SHOWN = 6
+_AVERAGE = Unit("percent", ".1f")
 
 
 def legend(tuned: Tuned) -> str:
@@ -61,48 +62,33 @@ def ranked(tuned: Tuned) -> list[Trial]:
     return sorted(tuned.trials, key=lambda one: (not one.complete, bool(one.shortfall), one.violation, -one.average, one.number))
 
 
-def render(tuned: Tuned) -> Table:
+def trials(tuned: Tuned, shown: int) -> Table:
+    """The best trials, and always the recipe as given."""
+    from tasks.experiments.search.pictures import table_of
+
+    best = ranked(tuned)[:shown]
+    best += [tuned.start] if tuned.start not in best else []
+    frame = table_of(tuned).set_index("trial", drop=False).loc[[one.number for one in best]]
+    frame["label"] = ["recipe" if one.origin == "recipe" else str(one.number) for one in best]
+    for name in tuned.best.last:
+        frame[f"missed/{name}"] = [name in one.shortfall for one in best]
+    searched = dict.fromkeys(name for trial in tuned.trials for name in trial.values)
+    columns = [
+        Column("label", "trial"), Column("average", unit=_AVERAGE),
+        *(Column(f"score/{name}", name, PERCENT, mark=f"missed/{name}") for name in tuned.best.last),
+        *(Column(name, unit=NUMBER, absent="") for name in searched),
+    ]  # fmt: skip
+    return Table("Best trials", frame, columns, [legend(tuned)], strong=[one is tuned.best for one in best])
+
+
+def render(tuned: Tuned) -> object:
     """The best trials and the recipe as given, a column each: narrow enough for 80 columns of a terminal."""
-    from rich import box
-    from rich.table import Table
-
-    header, rows = text_rows(tuned, SHOWN)
-    drawn = Table(
-        title="Best trials",
-        caption=legend(tuned),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for i, cell in enumerate([header[0], *(row[0] for row in rows)]):
-        drawn.add_column(cell, justify="right" if i else "left")
-    ends = {0, len(tuned.best.last)}  # lines below the average, and between scores and values
-    for i, name in enumerate(header[1:]):
-        drawn.add_row(name, *(row[i + 1] for row in rows), end_section=i in ends)
-    return drawn
-
-
-def text_rows(tuned: Tuned, shown: int) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the best trials; the recipe as given is always among them."""
-    names, searched = list(tuned.best.last), list(dict.fromkeys(name for trial in tuned.trials for name in trial.values))
-    trials = ranked(tuned)[:shown]
-    if tuned.start not in trials:
-        trials.append(tuned.start)
-    rows = []
-    for trial in trials:
-        scores = [_percent(trial.last[name]) + ("*" if name in trial.shortfall else "") for name in names]
-        values = [f"{trial.values[name]:g}" if name in trial.values else "" for name in searched]
-        label = "recipe" if trial.origin == "recipe" else str(trial.number)
-        rows.append([label, _percent(trial.average), *scores, *values])
-    return ["trial", "average", *names, *searched], rows
+    return terminal.table(trials(tuned, SHOWN), turned=True)
 
 
 def markdown(tuned: Tuned) -> str:
     """The best trials as a page of the flow run."""
-    header, rows = text_rows(tuned, 2 * SHOWN)
-    lines = [f"| {' | '.join(cells)} |" for cells in [header, ["---", *["---:"] * (len(header) - 1)], *rows]]
-    return "\n".join([verdict(tuned), "", *lines, "", legend(tuned), ""])
+    return f"{verdict(tuned)}\n\n{captioned(trials(tuned, 2 * SHOWN))}"
 
 
 def verdict(tuned: Tuned) -> str:
@@ -121,34 +107,19 @@ def verdict(tuned: Tuned) -> str:
 def files(tuned: Tuned, dimensions: tuple[Dimension, ...], recipe_yaml: str, title: str) -> dict[str, str | bytes]:
     """What is kept beside the runs in MLflow: recipe, table, pictures, a page."""
     from tasks.experiments.search.pictures import best_so_far, table_of, values_against_average
-    from tasks.pages.pictures import page
+    from tasks.pages.html import Section, to_html
+    from tasks.pages.pictures.picture import Picture, png
 
     found: dict[str, str | bytes] = {"recipe.yaml": recipe_yaml, "tables/trials.csv": table_of(tuned).to_csv(index=False)}
-    pictures = [
-        page.Picture(
-            "Best average",
-            " ".join(
-                [
-                    "Every trial by its average score on the validation suite. Trials that were stopped early were measured on fewer documents.",
-                    *_likelihoods(tuned),
-                ]
-            ),
-            best_so_far(tuned),
-        )
-    ]
+    said = "Every trial by its average score on the validation suite. Trials that were stopped early were measured on fewer documents."
+    pictures = [Picture("Best average", " ".join([said, *_likelihoods(tuned)]), best_so_far(tuned))]
     if dimensions:
-        ranges = {one.name: one.within for one in dimensions}
-        pictures.append(
-            page.Picture(
-                "Values", "Each value that was searched against the average of its trial.", values_against_average(tuned, ranges)
-            )
-        )
+        drawn = values_against_average(tuned, {one.name: one.within for one in dimensions})
+        pictures.append(Picture("Values", "Each value that was searched against the average of its trial.", drawn))
     for name, picture in zip(("best", "values"), pictures, strict=False):
-        found[f"plots/{name}.png"] = page.png(picture.chart)
-    header, rows = text_rows(tuned, len(tuned.trials))
-    table = page.table(header, rows, numbers=range(1, len(header)), strong=[0])
-    sections = [page.Section("Result", [verdict(tuned), *pictures]), page.Section("All trials", [table])]
-    return found | {"search.html": page.to_html(title, sections)}
+        found[f"plots/{name}.png"] = png(picture.chart)
+    sections = [Section("Result", [verdict(tuned), *pictures]), Section("All trials", [trials(tuned, len(tuned.trials))])]
+    return found | {"search.html": to_html(title, sections)}
 
 
 def _located(recipe: MergeRecipe, recipe_dir: Path | None, out: str) -> MergeRecipe:

@@ -56,7 +56,7 @@ class Models:
         if merged is None:
             return None
         digest = merged_subject(self.where, "", merged, benchmark=False).digest
-        scores = store.find("scores", self.benchmark.step_of(digest).fingerprint)
+        scores = store.find("scores", self.benchmark.step(digest).fingerprint)
         return None if scores is None else (merged.fingerprint, read_scores(self.where, scores))
 
     def result(self, label: str, recipe: MergeRecipe, chosen: dict[str, float] | None = None) -> CellResult:

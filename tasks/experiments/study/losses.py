@@ -7,10 +7,19 @@ import pandas as pd
 
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.study.cells import Cell
-from tasks.experiments.study.rows import DIFFERENCE, Row, StudyTable, errors_over, methods_of, model_rows, numbers, words
+from tasks.experiments.study.rows import (
+    DIFFERENCE,
+    RECOVERED,
+    Row,
+    StudyTable,
+    errors_over,
+    methods_of,
+    model_rows,
+    numbers,
+    study_table,
+    words,
+)
 from tasks.experiments.study.scores import AVERAGE, StudyResults
-
-RECOVERED = "recovered"
 
 
 def ranked(results: StudyResults) -> list[Cell]:
@@ -51,7 +60,7 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
             f"It leaves out {', '.join(left_out)}: no expert is better than the base there, so there is no gain to keep."
         )
     bits = (*results.lossy, AVERAGE, *([DIFFERENCE] if best is not None else []))
-    return [StudyTable("losses", "Loss on held-out text", " ".join(parts), pd.DataFrame(rows), percent=(RECOVERED,), bits=bits)]
+    return [study_table("losses", "Loss on held-out text", " ".join(parts), pd.DataFrame(rows), percent=(RECOVERED,), bits=bits)]
 
 
 def _losses(results: StudyResults, models: Sequence[ModelScores]) -> Row:

@@ -14,7 +14,7 @@ from tasks.experiments.study.losses import ranked
 from tasks.experiments.study.rows import ERROR, StudyTable, words
 from tasks.experiments.study.scores import AVERAGE, Estimate, StudyResults
 from tasks.experiments.study.tables import grafted
-from tasks.pages.pictures.page import Picture
+from tasks.pages.pictures.picture import Picture
 from tasks.pages.pictures.style import CATEGORIES, FACE, INK, PANEL, SHAPES, VARIANT_COLOURS
 
 VARIANTS = tuple(VARIANT_COLOURS)

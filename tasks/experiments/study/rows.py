@@ -2,35 +2,48 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.study.cells import Cell, subset_label
-from tasks.experiments.study.scores import Estimate, StudyResults
+from tasks.experiments.study.scores import RETENTION, Estimate, StudyResults
 from tasks.merging.labels import spell, unusual
+from tasks.pages.tables import BITS, BITS_MORE, NOT_MEASURED, NUMBER, PERCENT, POINTS, TEXT, Column, Table
 
 ERROR = "_se"
 """A column's standard errors stand in the column of its name and this."""
-DIFFERENCE = "difference"
+DIFFERENCE, RECOVERED = "difference", "recovered"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class StudyTable:
-    """A table of a study: numbers in full, scores and retention as fractions, losses in bits per byte."""
+class StudyTable(Table):
+    """A table of a study."""
 
-    key: str
+    key: str = ""
     """Name of its files."""
-    title: str
-    caption: str
-    frame: pd.DataFrame
-    percent: tuple[str, ...] = field(default=())
-    """Columns that are fractions and read as percent."""
-    bits: tuple[str, ...] = field(default=())
-    """Columns that are bits per byte and read with three decimals."""
+
+
+def study_table(
+    key: str, title: str, caption: str, frame: pd.DataFrame, percent: Sequence[str] = (), bits: Sequence[str] = ()
+) -> StudyTable:
+    """Every column of the frame but the kind of model and the errors. ``percent``: the ones that are fractions; ``bits``: bits per byte."""
+    names = [name for name in frame if not name.endswith(ERROR) and name != "kind"]
+    return StudyTable(
+        title, frame, [_column(frame, name, percent, bits) for name in names], [caption] if caption else [], key=key
+    )
+
+
+def _column(frame: pd.DataFrame, name: str, percent: Sequence[str], bits: Sequence[str]) -> Column:
+    if name in percent or name in bits:
+        plain, signed = (PERCENT, POINTS) if name in percent else (BITS, BITS_MORE)
+        # Nothing is compared with itself, and base and experts retain nothing.
+        absent = "" if name in {DIFFERENCE, RETENTION, RECOVERED} else NOT_MEASURED
+        return Column(name, unit=signed if name == DIFFERENCE else plain, error=f"{name}{ERROR}", absent=absent)
+    return Column(name, unit=NUMBER if pd.api.types.is_numeric_dtype(frame[name]) else TEXT, absent="")
 
 
 def is_ffg(cell: Cell) -> bool:

@@ -20,6 +20,7 @@ from tasks.experiments.study.rows import (
     model_rows,
     numbers,
     on_all,
+    study_table,
     words,
     words_of_subset,
 )
@@ -271,7 +272,7 @@ def tuning_table(results: StudyResults) -> list[StudyTable]:
                 | {key: one.chosen.get(key) for key in cell.tune}
             )
     caption = "λ and density that each tuned method found on the validation suite, all with the same number of trials."
-    return [StudyTable("tuning", "What tuning found", caption, pd.DataFrame(rows))] if rows else []
+    return [study_table("tuning", "What tuning found", caption, pd.DataFrame(rows))] if rows else []
 
 
 def _scores(results: StudyResults, models: Sequence[Any]) -> Row:
@@ -303,7 +304,7 @@ def _table(
     if "recipe" in frame and frame["recipe"].nunique() == 1:  # it stands in the caption once
         caption = f"Recipe: {frame['recipe'].iloc[0]}. {caption}"
         frame = frame.drop(columns="recipe")
-    return StudyTable(key, title, caption, frame, percent)
+    return study_table(key, title, caption, frame, percent)
 
 
 def _paired(results: StudyResults) -> str:

@@ -2,99 +2,69 @@
 
 from typing import Any
 
-from rich import box
-from rich.table import Table
+import pandas as pd
 
 from tasks.local.speed.cases import MEMORY_TARGET, MERGES
 from tasks.local.speed.results import Bench, CaseResult, Combination
-
-WIDTH = 120
+from tasks.pages import terminal
+from tasks.pages.tables import GB, MIB, RATIO, SECONDS, Column, Table
 
 
 def report(bench: Bench) -> list[Any]:
     """Everything to print, for rich."""
     lines: list[Any] = [f"machine: {bench.machine.line()}", bench.floor_definition, *(f"note: {note}" for note in bench.notes)]
     for combination in bench.combinations:
-        lines += ["", stages_table(combination)]
-        if any(one.runs and not one.floor for one in combination.cases):
-            lines += ["", commands_table(combination)]
+        lines += [part for one in tables(combination) for part in ("", terminal.table(one))]
         lines += [f"{one.name}: skipped, {one.skipped}" for one in combination.cases if one.skipped]
     return [*lines, "", *findings(bench)]
 
 
-def stages_table(combination: Combination) -> Table:
-    """One size with one number of experts: what is compared with the floor."""
+def tables(combination: Combination) -> list[Table]:
+    """One size with one number of experts: what is compared with the floor, then the flow and what else is measured in seconds."""
     cached = all(one.in_page_cache for one in combination.cases)
     title = (
         f"{combination.billions:g} B parameters ({combination.parameters:,}) × {combination.experts} experts"
         + ("" if cached else ": inputs not in the page cache")
         + f"; models built in {combination.build_seconds:.0f} s"
     )
-    result = _table(title)
-    for header in (
-        "wall s\n(min–max)", "CPU\ns", "stage\ns", "peak\nMiB", "read GB\nplanned", "wrote\nGB", "floor s, read\n+write+fsync",
-        "wall ÷\nfloor", "stage ÷ floor\n(no fsync)",
-    ):  # fmt: skip
-        result.add_column(header, justify="right", no_wrap=True)
-    result.add_column("target\non wall", no_wrap=True)
-    for one in combination.cases:
-        if one.runs and one.floor:
-            floor = "+".join(f"{part:.2f}" for part in (one.floor.read, one.floor.write, one.floor.fsync))
-            result.add_row(
-                one.name, _wall(one), _short(one.cpu_seconds), _short(one.stage_seconds), _mib(one), _gb(one.planned_read_bytes),
-                _gb(one.output_bytes), floor, _short(one.command_ratio), _stage_ratio(one), _verdict(one),
-            )  # fmt: skip
-    return result
+    frame = pd.DataFrame([_row(one) for one in combination.cases if one.runs])
+    wall = Column("seconds", "wall s (min to max)", SECONDS, ends=("fastest", "slowest"), absent="")
+    cpu, peak = Column("cpu_seconds", "CPU s", SECONDS, absent=""), Column("peak_bytes", "peak MiB", MIB, absent="")
+    kinds = {
+        title: [
+            wall, cpu, Column("stage_seconds", "stage s", SECONDS, absent=""), peak, Column("planned_read_bytes", "read GB planned", GB, absent=""),
+            Column("output_bytes", "wrote GB", GB), Column("floor", "floor s, read +write +fsync"), Column("command_ratio", "wall ÷ floor", RATIO),
+            Column("stage_ratio", "stage ÷ floor", RATIO, absent=""), Column("stage_ratio_without_fsync", "without fsync", RATIO, absent=""),
+        ],
+        "the flow and the shell": [
+            wall, cpu, peak, Column("stages_sum", "stages alone s", SECONDS, absent=""),
+            Column("overhead_seconds", "more than these s", SECONDS, absent=""),
+        ],
+    }  # fmt: skip
+    return [
+        Table(name, part, [Column("case"), *columns, Column("target")])
+        for (name, columns), against in zip(kinds.items(), (True, False), strict=True)
+        if len(part := frame[(frame["floor"] != "") == against] if len(frame) else frame)
+    ]
 
 
-def commands_table(combination: Combination) -> Table:
-    """The flow, and what else is measured in seconds."""
-    result = _table("the flow and the shell")
-    for header in ("wall s\n(min–max)", "CPU\ns", "peak\nMiB", "stages alone\ns", "more than these\ns"):
-        result.add_column(header, justify="right", no_wrap=True)
-    result.add_column("target", no_wrap=True)
-    for one in combination.cases:
-        if one.runs and not one.floor:
-            over = _short(one.overhead_seconds)
-            result.add_row(one.name, _wall(one), _short(one.cpu_seconds), _mib(one), _short(one.stages_sum), over, _verdict(one))
-    return result
-
-
-def _table(title: str) -> Table:
-    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), width=WIDTH, show_edge=False)
-    result.add_column("case", no_wrap=True)
-    return result
-
-
-def _wall(one: CaseResult) -> str:
+def _row(one: CaseResult) -> dict[str, Any]:
+    """A case's numbers, in seconds and bytes, and its floor and target in words."""
     walls = [run.seconds for run in one.runs]
-    return _short(one.seconds) + (f" ({_short(min(walls))}–{_short(max(walls))})" if len(walls) > 1 else "")
-
-
-def _short(value: float | None) -> str:
-    """Three digits or so."""
-    return "" if value is None else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
-
-
-def _mib(one: CaseResult) -> str:
-    return "" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:.0f}"
-
-
-def _gb(size: int | None) -> str:
-    return "" if size is None else _short(size / 1e9)
-
-
-def _stage_ratio(one: CaseResult) -> str:
-    if one.stage_ratio is None:
-        return ""
-    return f"{_short(one.stage_ratio)} ({_short(one.stage_ratio_without_fsync)})"
+    names = (
+        "seconds", "cpu_seconds", "stage_seconds", "peak_bytes", "planned_read_bytes", "output_bytes", "command_ratio", "stage_ratio",
+        "stage_ratio_without_fsync", "stages_sum", "overhead_seconds",
+    )  # fmt: skip
+    several = {"fastest": min(walls), "slowest": max(walls)} if len(walls) > 1 else {"fastest": None, "slowest": None}
+    floor = "+".join(f"{part:.2f}" for part in (one.floor.read, one.floor.write, one.floor.fsync)) if one.floor else ""
+    return {"case": one.name, **{name: getattr(one, name) for name in names}, **several, "floor": floor, "target": _verdict(one)}
 
 
 def _verdict(one: CaseResult) -> str:
     if one.target is None or one.met is None:
         return ""
     unit = {"ratio": "", "seconds": " s", "overhead": " s more"}[one.target.kind]
-    return f"≤{one.target.limit:g}{unit} " + ("[green]met[/]" if one.met else "[red]miss[/]")
+    return f"≤{one.target.limit:g}{unit} {'met' if one.met else 'miss'}"
 
 
 def findings(bench: Bench) -> list[str]:

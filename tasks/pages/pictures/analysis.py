@@ -11,8 +11,8 @@ import altair as alt
 from ota_core.analysis import Row
 from ota_core.errors import OtaError
 from tasks.pages.pictures.grids import Shade, grids, layer_axis, layer_count, place
-from tasks.pages.pictures.page import Picture
 from tasks.pages.pictures.pairs import agreement_pictures, overlap_pictures
+from tasks.pages.pictures.picture import Picture
 from tasks.pages.pictures.sparsity import sparsity_pictures
 from tasks.pages.pictures.style import CATEGORIES, PANEL, SHAPES
 

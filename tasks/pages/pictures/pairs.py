@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import altair as alt
 
 from tasks.pages.pictures.grids import Shade, grid, place, square
-from tasks.pages.pictures.page import Picture
+from tasks.pages.pictures.picture import Picture
 
 if TYPE_CHECKING:
     import pandas as pd

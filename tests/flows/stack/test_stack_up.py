@@ -81,7 +81,7 @@ def client_of(stack: Stack) -> dict[str, str | None]:
 
 def table(home: Path) -> dict[str, list[str]]:
     rows = [line.split() for line in ota(home, "status").splitlines()]
-    return {row[0]: row[1:] for row in rows[1:]}
+    return {row[0]: row[1:] for row in rows[2:]}
 
 
 def run_probe(stack: Stack, folder: Path, seconds: float = 0) -> dict[str, dict[str, Any]]:

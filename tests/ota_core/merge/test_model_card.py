@@ -13,19 +13,7 @@ from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 
 APACHE = "---\nlicense: apache-2.0\nlanguage: en\nbase_model: org/root\n---\n# A model\n"
-ROWS: list[dict[str, Any]] = [
-    {"model": "base", "role": "base", "math": 0.1, "code": 0.2, "average": 0.1},
-    {"model": "math", "role": "expert", "capability": "math", "math": 0.8, "math_stderr": 0.02, "code": 0.1, "average": 0.8},
-    {
-        "model": "ota rho=0.40",
-        "role": "merge",
-        "math": 0.75,
-        "math_stderr": 0.0301,
-        "code": None,
-        "average": 0.75,
-        "retention": 0.9375,
-    },
-]
+SCORES = {"scores": "| model | math |\n| --- | ---: |\n| **ota** | 75.0 |", "measured": {"math": 0.75}, "suite": "demo"}
 
 
 def inputs(
@@ -53,10 +41,10 @@ def recipe(found: MergeInputs) -> MergeRecipe:
     )
 
 
-def card(found: MergeInputs, scores: list[dict[str, Any]] = ROWS, **more: Any) -> tuple[dict[str, Any], str]:
+def card(found: MergeInputs, **scores: Any) -> tuple[dict[str, Any], str]:
     """Head and body, as the hub's own library reads them and would write them again."""
     densities = {"math": {"kept": 400, "total": 1000, "density": 0.4}}
-    text = model_card(recipe(found), found, {"densities": densities}, "f1", scores, "demo", **more)
+    text = model_card(recipe(found), found, {"densities": densities}, "f1", **scores)
     _, head, body = text.split("---\n", 2)
     read: dict[str, Any] = yaml.safe_load(head)
     assert ModelCard(text).data.to_dict() == read
@@ -149,44 +137,24 @@ def test_a_folder_that_looks_like_a_hubs_name_is_none(tmp_path: Path) -> None:
     found = inputs(tmp_path, {"base": None, "experts/math": None}, {"base": "base", "experts/math": "experts/math"})
     expert = found.experts[0]
     named = MergeInputs(base=found.base, experts=(ExpertInput(name="math", path=expert.path, source="experts/math"),))
-    assert "base_model" not in card(named, [])[0]
+    assert "base_model" not in card(named)[0]
     # A link of that name leads to a folder of another.
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "math").symlink_to(expert.path)
     led = ExpertInput(name="math", path=(tmp_path / "linked" / "math").resolve(), source="linked/math")
-    assert "base_model" not in card(MergeInputs(base=found.base, experts=(led,)), [])[0]
+    assert "base_model" not in card(MergeInputs(base=found.base, experts=(led,)))[0]
 
 
-def test_scores_stand_in_the_head_and_in_a_table(tmp_path: Path) -> None:
-    head, body = card(inputs(tmp_path, {"base": APACHE, "math": APACHE, "code": APACHE}))
+def test_scores_stand_in_the_head_and_below_a_heading(tmp_path: Path) -> None:
+    found = inputs(tmp_path, {"base": APACHE, "math": APACHE, "code": APACHE})
+    head, body = card(found, **SCORES)
     result = head["model-index"][0]["results"][0]
-    assert result["metrics"] == [{"type": "math", "value": 0.75, "name": "math (0 to 1)"}], "what was not measured is left out"
+    assert result["metrics"] == [{"type": "math", "value": 0.75, "name": "math (0 to 1)"}]
     # A suite is no data set of the hub's: an id of one would name somebody else's.
     assert result["dataset"] == {"type": "custom", "name": "lm-eval, suite demo"} and result["task"]["type"] == "text-generation"
-    assert "| model | math | code | average | retention |" in body
-    assert "| **ota rho=0.40** | 75.0 ± 3.0 | – | 75.0 ± 3.0 | 93.8 |" in body
-    assert "| math | 80.0 ± 2.0 | 10.0 | 80.0 ± 2.0 | – |" in body
-    assert "| base | 10.0 | 20.0 | 10.0 | – |" in body, "without its parts' errors an average has none"
-    assert "quick look" not in body and "Documents" not in body
-
-
-def test_an_averages_error_is_that_of_independent_parts(tmp_path: Path) -> None:
-    rows = [{"model": "m", "role": "merge", "math": 0.5, "math_stderr": 0.03, "code": 0.7, "code_stderr": 0.04, "average": 0.6}]
-    found = inputs(tmp_path, {"base": APACHE, "math": APACHE})
-    _, body = card(found, rows)
-    assert "| **m** | 50.0 ± 3.0 | 70.0 ± 4.0 | 60.0 ± 2.5 |" in body
-    assert "60.0 ± 1.0" in card(found, [rows[0] | {"average_stderr": 0.01}])[1]
-    assert "| 60.0 |" in card(found, [rows[0] | {"code_stderr": None}])[1]
-
-
-def test_a_quick_look_is_named_one_and_told_no_hub(tmp_path: Path) -> None:
-    found = inputs(tmp_path, {"base": APACHE, "math": APACHE})
-    head, body = card(found, limit=5, documents={"math": 5, "code": 10})
-    assert "model-index" not in head and "| **ota rho=0.40** | 75.0 ± 3.0 |" in body
-    assert "**A quick look:** the benchmark stopped at 5 documents of each task" in body
-    assert "Documents: math 5, code 10." in body
-    whole, body = card(found, documents={"math": 1000, "code": 10})
-    assert "model-index" in whole and "quick look" not in body and "Documents: math 1,000, code 10." in body
+    assert f"\n## Scores\n\n{SCORES['scores']}\n\n## Recipe" in body
+    quick, body = card(found, **SCORES | {"measured": {}})
+    assert "model-index" not in quick and "## Scores" in body
 
 
 def test_every_input_is_named_with_its_digest(tmp_path: Path) -> None:
@@ -195,11 +163,11 @@ def test_every_input_is_named_with_its_digest(tmp_path: Path) -> None:
     moments = ExpertInput(
         name="math", path=expert.path, source="s3://models/math", digest="xxh3:math", moments=tmp_path / "optimizer.pt", moments_digest="xxh3:v"
     )  # fmt: skip
-    head, body = card(MergeInputs(base=found.base, experts=(moments,)), [])
+    head, body = card(MergeInputs(base=found.base, experts=(moments,)))
     for line in (
         "| base | s3://models/base | apache-2.0 | xxh3:base |",
         "| expert math | s3://models/math | apache-2.0 | xxh3:math |",
-        "| second moments of math | optimizer.pt | | xxh3:v |",
+        "| second moments of math | optimizer.pt |  | xxh3:v |",
         "| math | 400 | 1,000 | 0.400000 |",
     ):
         assert line in body

@@ -280,17 +280,6 @@ def test_the_mask_is_exactly_the_references(tmp_path: Path, parameters: dict[str
         np.testing.assert_array_equal(got[name], np.where(mask & weighs, expert.weights[name], BASE[name]), err_msg=name)
 
 
-@pytest.mark.parametrize("suffix", ["", ".exp_avg_sq"])
-def test_names_of_second_moments(tmp_path: Path, suffix: str) -> None:
-    from tests.checkpoints import write_moments
-
-    recipe = ota_recipe(tmp_path, BASE, EXPERTS)
-    for m, expert in enumerate(EXPERTS):
-        write_moments(tmp_path / f"expert{m}", expert.v, suffix=suffix)
-    got, _ = run_merge(recipe, tmp_path / "out")
-    assert_merged(got, reference.ota(BASE, EXPERTS), BASE)
-
-
 def test_a_single_weight_and_an_empty_tensor(tmp_path: Path) -> None:
     base: Tensors = {**BASE, "model.scale": np.array(1.5, np.float32), "model.nothing": np.zeros((0, 4), np.float32)}
     experts = exact_v(random_experts(base, 2, density=0.5))

@@ -1,27 +1,25 @@
 """The tables: worked examples by hand, and what must hold for any scores."""
 
-import csv
-import io
 import math
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from tasks.evaluation.scores import (
     CapabilityScore,
     ModelScores,
     best_experts,
-    caption,
+    capability_columns,
+    loss_rows,
     mlflow_metric_name,
     negative_transfer,
-    render,
     retention,
+    rows_of,
     scores_table,
-    to_csv,
-    to_markdown,
 )
+from tasks.pages.scores import caption
 
 BASE = {"math": 0.2, "code": 0.1, "knowledge": 0.3}
 EXPERTS = {
@@ -68,7 +66,7 @@ def test_average_is_over_measured_capabilities() -> None:
 def test_table() -> None:
     table = scores_table(full(BASE), EXPERTS, {"ota": MERGE, "linear": full({"math": 0.9, "code": 0.5, "knowledge": 0.3})})
     assert list(table.index) == ["base", "math-a", "math-b", "coder", "ota", "linear"]
-    assert list(table["kind"]) == ["base", "expert", "expert", "expert", "merge", "merge"]
+    assert list(table["role"]) == ["base", "expert", "expert", "expert", "merge", "merge"]
     assert table.loc["ota", "retention"] == pytest.approx((0.75 + 0.8) / 2)
     assert table.loc["linear", "retention"] == pytest.approx((0.9 / 0.8 + 1) / 2)
     assert table.loc["base", "average"] == pytest.approx(0.2)
@@ -81,7 +79,7 @@ def test_table() -> None:
 def test_averages_of_a_table_are_over_the_same_capabilities() -> None:
     table = scores_table({"math": 0.2, "code": None}, {}, {"ota": {"math": 0.4, "code": 0.9}})
     assert table["average"].tolist() == [0.2, 0.4]
-    assert "Average over 1 of 2 capabilities; not measured for every model: code." in caption(table)
+    assert "1 of 2" in caption(table)[1] and caption(table)[1].endswith(": code.")
     assert math.isnan(scores_table({"code": None}, {}, {}).loc["base", "average"])
 
 
@@ -92,39 +90,33 @@ def test_one_name_for_two_models_is_refused() -> None:
         scores_table(BASE, {}, {"base": MERGE})
 
 
-def test_on_screen_and_on_paper() -> None:
-    table = scores_table({**BASE, "code": None}, EXPERTS, {"ota": MERGE})
-    console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(render(table))
-    screen = console.export_text()
-    cells = {line.split()[0]: line.split()[1:] for line in screen.splitlines() if line.split()}
-    assert cells["ota"] == ["60.0", "40.0", "29.0", "44.5", "77.5", "1"]
-    assert cells["base"] == ["20.0", "–", "30.0", "25.0"]
-    assert "ota: below the base on knowledge" in screen
+def test_errors_stand_beside_their_numbers_where_there_are_any() -> None:
+    def of(math_error: float | None, **losses: float) -> ModelScores:
+        found = full({"math": 0.5, "code": 0.25})
+        measured = {
+            name: one.model_copy(update={"stderr": math_error if name == "math" else 0.04})
+            for name, one in found.capabilities.items()
+        }
+        return found.model_copy(update={"capabilities": measured, "losses": losses, "loss_stderr": dict.fromkeys(losses, 0.03)})
 
-
-def test_five_capabilities_fit_eighty_columns() -> None:
-    names = ["math", "code", "precise_if", "general_if", "knowledge"]
     table = scores_table(
-        dict.fromkeys(names, 0.1), {n: (n, dict.fromkeys(names, 1.0)) for n in names}, {"OTA + FFG": dict.fromkeys(names, 0.3)}
+        of(0.03, math=2.0, code=1.0), {"m": ("math", of(None, math=1.5))}, {"ota": of(0.03, math=1.25, code=1.5)}
     )
-    console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(render(table))
-    screen = console.export_text()
-    assert "…" not in screen
-    assert {"knowledge", "retention", "avg", "below"} <= set(screen.split())
-
-
-def test_on_paper() -> None:
-    table = scores_table({**BASE, "code": None}, EXPERTS, {"ota": MERGE})
-    paper = to_markdown(table).splitlines()
-    assert paper[0] == "| model | math | code | knowledge | average | retention | below base |"
-    assert paper[1] == "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
-    assert paper[2] == "| base | 20.0 | – | 30.0 | 25.0 |  |  |"
-    assert paper[6] == "| ota | 60.0 | 40.0 | 29.0 | 44.5 | 77.5 | 1 (knowledge) |"
-    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
-    assert rows[0]["model"] == "base" and rows[0]["code"] == "" and rows[0]["negative_transfer"] == ""
-    assert (float(rows[4]["math"]), rows[4]["negative_transfer"]) == (0.6, "1")
+    assert table["math_stderr"].tolist()[::2] == [0.03, 0.03] and math.isnan(table.loc["m", "math_stderr"])
+    assert table.loc["ota", "average_stderr"] == pytest.approx(0.025) and math.isnan(table.loc["m", "average_stderr"])
+    # The expert has no loss on code: the average is over what all have.
+    assert table["loss/average"].tolist() == [2.0, 1.5, 1.25] and table.loc["ota", "loss/code_stderr"] == 0.03
+    rows, losses = rows_of(table), loss_rows(table)
+    assert rows[1] == {
+        "model": "m", "role": "expert", "capability": "math", "math": 0.5, "code": 0.25, "code_stderr": 0.04, "average": 0.375, "retention": None,
+    }  # fmt: skip
+    assert losses[1] == {
+        "model": "m", "role": "expert", "loss/math": 1.5, "loss/math_stderr": 0.03, "loss/code": None, "loss/average": 1.5, "loss/average_stderr": 0.03,
+    }  # fmt: skip
+    plain = scores_table(BASE, EXPERTS, {"ota": MERGE})
+    columns = ["role", "capability", "math", "code", "knowledge", "average", "retention", "negative_transfer", "below_base"]
+    assert list(plain.columns) == columns and loss_rows(plain) == []
+    assert capability_columns(pd.DataFrame(rows).assign(code=None)) == ["math", "code", "average"]
 
 
 fractions = st.dictionaries(st.sampled_from(["math", "code", "facts"]), st.none() | st.floats(0, 1), min_size=1)
@@ -140,7 +132,6 @@ def test_what_holds_for_any_scores(
     table = scores_table(base, experts, {"merge": merged})
     for name, value in merged.items():
         assert (value is None and math.isnan(table.loc["merge", name])) or table.loc["merge", name] == value
-    assert len(to_markdown(table).splitlines()) >= len(table) + 3
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ def test_code_that_a_folder_brings_along_does_not_run(trained, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_several_threads_may_ask_first(trained, tmp_path):
     """transformers loads its parts on first use; experts are compressed in parallel, and each may be the first to ask."""
     folder, _ = trained("untied")

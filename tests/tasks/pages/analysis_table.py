@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tasks.evaluation.scores import mean_error
+
 EXPERTS = ("math", "code", "precise_if", "general_if", "knowledge")
 BLOCK = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm")
 """Every projection by itself and in one tensor, as no single model has them."""
@@ -90,5 +92,6 @@ def score_rows(experts: Sequence[str] = EXPERTS, merges: Sequence[str] = ("ota r
         scores = {name: float(level + 0.2 * rng.random() + 0.5 * (name == own)) for name in experts}
         errors = {f"{name}_stderr": float(0.01 + 0.02 * rng.random()) for name in experts}
         row: Row = {"model": model, "role": role, "capability": own, **scores, **errors}
-        rows.append({**row, "average": float(np.mean(list(scores.values()))), "retention": 0.8 if role == "merge" else None})
+        average = {"average": float(np.mean(list(scores.values()))), "average_stderr": mean_error(list(errors.values()))}
+        rows.append({**row, **average, "retention": 0.8 if role == "merge" else None})
     return rows

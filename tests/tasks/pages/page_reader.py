@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from tasks.pages.pictures import page
+from tasks.pages.pictures import picture
 
 
 @dataclass
@@ -65,7 +65,7 @@ def specs(html: str) -> list[dict[str, Any]]:
 
 def svg(chart: alt.TopLevelMixin) -> str:
     """The chart as the page draws it: its letters can be read."""
-    return str(vl_convert.vegalite_to_svg(page.spec(chart), vl_version=page._VEGA_LITE))
+    return str(vl_convert.vegalite_to_svg(picture.spec(chart), vl_version=picture.VEGA_LITE))
 
 
 def loads(html: str) -> list[str]:

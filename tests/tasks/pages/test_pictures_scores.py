@@ -10,15 +10,14 @@ import pytest
 
 from ota_core.errors import OtaError
 from tasks.evaluation.scores import retention
-from tasks.pages.pictures import page
-from tasks.pages.pictures.page import Picture
+from tasks.pages.pictures.picture import Picture, spec
 from tasks.pages.pictures.scores import pictures_of_scores
 from tests.tasks.pages.analysis_table import EXPERTS, score_rows
 from tests.tasks.pages.page_reader import svg
 
 
 def data(picture: Picture) -> list[dict[str, Any]]:
-    (rows,) = page.spec(picture.chart)["datasets"].values()
+    (rows,) = spec(picture.chart)["datasets"].values()
     return rows
 
 
@@ -32,7 +31,7 @@ def test_every_score_with_its_error_and_role() -> None:
             own = row["role"] == "expert" and row["capability"] == name
             face = "expert on its own capability" if own else row["role"]
             assert found[row["model"], name] == (row[name], row[f"{name}_stderr"], face)
-        assert found[row["model"], "average"][:2] == (row["average"], None)
+        assert found[row["model"], "average"][:2] == (row["average"], row["average_stderr"])
     for r in drawn:
         assert r["base"] == rows[0][r["capability"]]
         if r["stderr"] is not None:

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from ota_core.errors import StorageError
 from tasks.evaluation.gate import GateDecision, GateError
+from tasks.pages.gate import to_markdown
 from tasks.registry.history import Move, champions, history_tag, next_time
 from tasks.registry.promotion import PromotionError, current, history, log_decision, logged_decision, promote, reject, rollback
 from tests.servers import mlflow_server
@@ -177,7 +178,7 @@ def test_the_decision_is_logged_with_its_run_once(registry: Registry, tmp_path: 
     for name in ("gate.json", "gate.md"):
         registry.client.download_artifacts(run_id, name, str(tmp_path))
     assert GateDecision.model_validate_json((tmp_path / "gate.json").read_text()) == decision
-    assert (tmp_path / "gate.md").read_text() == decision.to_markdown()
+    assert (tmp_path / "gate.md").read_text() == to_markdown(decision)
 
 
 def test_the_decision_is_found_again_by_the_merge(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -57,11 +56,24 @@ class Broken:
     """Whether the caller saw it; an error in the trace of a move that stands is only a warning."""
 
 
+Way = tuple[bool, type[BaseException]]
+"""Whether a call breaks after it reached the store, and by what."""
+
+
+# One pair sees what the other does, by the other cause.
+@pytest.fixture(params=[
+    ((False, ConnectionError), (True, Killed)), pytest.param(((False, Killed), (True, ConnectionError)), marks=pytest.mark.slow),
+])  # fmt: skip
+def ways(request: pytest.FixtureRequest) -> tuple[Way, Way]:
+    found: tuple[Way, Way] = request.param
+    return found
+
+
 def interrupted_everywhere(
-    fresh: Callable[[], Registry], act: Callable[[Registry], object], monkeypatch: pytest.MonkeyPatch
+    fresh: Callable[[], Registry], act: Callable[[Registry], object], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Broken]:
-    """What is left when each of the calls that ``act`` makes breaks, on either side of the store, by an error or a kill."""
-    for after, kind in itertools.product((False, True), (ConnectionError, Killed)):
+    """What is left when each of the calls that ``act`` makes breaks, on either side of the store."""
+    for after, kind in ways:
         for at in range(1, 100):
             one, calls, raised = fresh(), [], False
             with monkeypatch.context() as patch:
@@ -94,13 +106,13 @@ def fresh(registry: Registry, tmp_path: Path) -> Callable[[], Registry]:
 
 
 def test_a_promotion_broken_anywhere_leaves_one_champion_and_is_finished(
-    fresh: Callable[[], Registry], monkeypatch: pytest.MonkeyPatch
+    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def act(registry: Registry) -> Moved:
         return promote("3", by="nightly", reason="better", decision=a_decision(), root=registry.root)
 
     seen = set()
-    for broken in interrupted_everywhere(fresh, act, monkeypatch):
+    for broken in interrupted_everywhere(fresh, act, ways, monkeypatch):
         one, champion = broken.registry, broken.registry.aliases["champion"]
         seen.add((broken.call, champion, broken.raised))
         # What is told of the champion is true before anything is repaired.
@@ -118,8 +130,10 @@ def test_a_promotion_broken_anywhere_leaves_one_champion_and_is_finished(
     assert {("set_registered_model_tag", "3", True), ("set_registered_model_tag", "3", False)} <= seen
 
 
-def test_a_rollback_broken_anywhere_goes_back_once(fresh: Callable[[], Registry], monkeypatch: pytest.MonkeyPatch) -> None:
-    for broken in interrupted_everywhere(fresh, back, monkeypatch):
+def test_a_rollback_broken_anywhere_goes_back_once(
+    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for broken in interrupted_everywhere(fresh, back, ways, monkeypatch):
         one, complete = broken.registry, len(told(broken.registry)) == 3
         assert one.aliases["champion"] in {"1", "2"}
         # Only a kill after the last call of all is seen by the caller without anything left to do.
@@ -135,10 +149,10 @@ def test_a_rollback_broken_anywhere_goes_back_once(fresh: Callable[[], Registry]
 
 
 def test_a_rollback_that_was_never_noted_is_known_all_the_same(
-    fresh: Callable[[], Registry], monkeypatch: pytest.MonkeyPatch
+    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the next night would promote what was taken away."""
-    for broken in interrupted_everywhere(fresh, lambda one: back(one), monkeypatch):
+    for broken in interrupted_everywhere(fresh, lambda one: back(one), ways, monkeypatch):
         one = broken.registry
         moved = one.aliases["champion"] != "2"
         found = rolled_back("2", root=one.root)
@@ -148,11 +162,11 @@ def test_a_rollback_that_was_never_noted_is_known_all_the_same(
 
 
 def test_another_move_after_a_broken_one_completes_its_trace(
-    fresh: Callable[[], Registry], monkeypatch: pytest.MonkeyPatch
+    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes next, not only the one who was interrupted."""
     moved = 0
-    for broken in interrupted_everywhere(fresh, lambda one: make(one, "3"), monkeypatch):
+    for broken in interrupted_everywhere(fresh, lambda one: make(one, "3"), ways, monkeypatch):
         one = broken.registry
         if one.aliases["champion"] == "3":
             moved += 1
@@ -162,9 +176,11 @@ def test_another_move_after_a_broken_one_completes_its_trace(
     assert moved > 6
 
 
-def test_a_rejection_broken_anywhere_is_finished(fresh: Callable[[], Registry], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejection_broken_anywhere_is_finished(
+    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
+) -> None:
     decision = a_decision(promoted=False)
-    for broken in interrupted_everywhere(fresh, lambda one: reject("1", decision, root=one.root), monkeypatch):
+    for broken in interrupted_everywhere(fresh, lambda one: reject("1", decision, root=one.root), ways, monkeypatch):
         one = broken.registry
         assert one.aliases["champion"] == "2"
         reject("1", decision, root=one.root)

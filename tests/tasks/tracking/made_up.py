@@ -50,5 +50,6 @@ def a_merge(name: str = "ota", **changes: Any) -> MergeRun:
         ],
         "children": children,
         "table": table,
+        "pictures": {"plots/scores.png": b"\x89PNG of the scores"},
     }
     return MergeRun(**(values | changes))

@@ -18,7 +18,8 @@ from tasks.experiments.leaderboard.entries import LeaderboardError
 from tasks.experiments.leaderboard.leaderboard import Leaderboard
 from tasks.experiments.leaderboard.question import Question, parse_since
 from tasks.experiments.leaderboard.stats import Interval, holm, mean_interval, paired_difference, ratio_interval, score_interval
-from tasks.experiments.leaderboard.text import CSV, HTML, MARKDOWN, PARQUET, PNG, render, to_markdown, write_files
+from tasks.experiments.leaderboard.text import CSV, HTML, MARKDOWN, PARQUET, PNG, ranking, write_files
+from tasks.pages.markdown import captioned
 from tasks.tracking.merge import log_merge
 from tasks.tracking.run import Benchmarked
 from tasks.tracking.store import resolve_store
@@ -209,7 +210,7 @@ def test_runs_of_older_versions_are_ranked_without_intervals(tracking: Path) -> 
     assert board.suite == "unknown" and list(board.merges["label"]) == ["ota", "ties", "linear"]
     assert board.table["score_low/avg"].isna().all() and board.table["difference"].isna().all()
     assert any("No interval" in note for note in board.notes) and any("No paired comparison" in note for note in board.notes)
-    assert "95 %" not in to_markdown(board).splitlines()[2]
+    assert all(" to " not in cell for row in ranking(board).cells().rows for cell in row)
     # Another base, and so other documents for all that can be known, is another group; the newer version's merges are one, too.
     other = coins(9, math=0.2, code=0.4)
     log_merge(scored_merge("ota", other, base=other, experts=EXPERTS, inputs="2", detailed=False), root=tracking)
@@ -315,14 +316,20 @@ def test_files_and_text(tracking: Path, tmp_path: Path) -> None:
     assert (out / PNG).read_bytes().startswith(b"\x89PNG")
     page = (out / HTML).read_text()
     assert "default-src 'none'" in page and "ota rho=0.40" in page
-    markdown = (out / MARKDOWN).read_text()
-    best = board.best
-    assert (
-        f"| 1 | ota rho=0.40 | {100 * best['score/math']:.1f} |" in markdown and "baseline" in markdown and "(code)" in markdown
+    table, best = ranking(board), board.best
+    assert (out / MARKDOWN).read_text() == captioned(table)
+    rows = {row[1]: dict(zip(table.cells().header, row, strict=True)) for row in table.cells().rows}
+    first, last = rows["ota rho=0.40"], rows["linear"]
+    assert (first["#"], first["math"], first["below base"]) == ("1", f"{100 * best['score/math']:.1f}", "none")
+    assert first["average"] == "{:.1f} ({:.1f} to {:.1f})".format(
+        *(100 * best[f"{name}/avg"] for name in ("score", "score_low", "score_high"))
     )
-    from rich.console import Console
-
-    console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(render(board))
-    assert "ties rho=0.50" in console.export_text()
+    assert (
+        first["difference"] == ""
+        and last["difference"].startswith("−")
+        and last["p (Holm)"] == "< 0.001"
+        and last["below base"] == "code"
+    )
+    narrow = ranking(board, narrow=True).cells().header
+    assert narrow == ["#", "merge", "math", "code", "avg", "kept", "below", "diff", "p (Holm)"]
     write_files(board, out)  # again, over the first

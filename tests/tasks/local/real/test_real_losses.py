@@ -11,7 +11,7 @@ import torch
 from ota_core.artifact import fingerprint
 from tasks.benchmark import Benchmark
 from tasks.evaluation.harness import score_model
-from tasks.evaluation.scores import ModelScores, render, scores_table, text_rows, to_csv, to_markdown, to_markdown_of_one
+from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_suite import edited, write_rows, write_tiny_suite
@@ -65,7 +65,7 @@ def test_losses_without_their_documents_are_scored_again_and_what_follows_from_l
     for suite in (plain, with_loss):
         before = fingerprint("scores", *score_identity("m", suite, digest_data(tiny[1])))
         benchmark = Benchmark("tiny", str(tiny[1]), None, suite, tiny[1])
-        assert (benchmark.step_of("m").fingerprint == before) == (suite is plain)
+        assert (benchmark.step("m").fingerprint == before) == (suite is plain)
         of_any = fingerprint("scores", *score_identity("", suite, digest_data(tiny[1])))
         assert benchmark.wanted == of_any
         assert suite_digest(suite) == fingerprint("scores", *score_identity("", suite, ""))
@@ -167,27 +167,3 @@ def test_losses_stand_beside_the_scores() -> None:
     }
     assert one.objective() == {"math": 0.25, "code": 0.5}
     assert scores({"math": 3.0}).objective() == {"math": 0.125, "code": 0.5}
-    assert "math: 2.000 bits per byte of held-out text (standard error 0.010)" in to_markdown_of_one("m", one)
-
-
-def test_tables_of_losses() -> None:
-    table = scores_table(
-        scores({"math": 2.0, "code": 1.0}), {"m": ("math", scores({"math": 1.5}))}, {"ota": scores({"math": 1.25, "code": 1.5})}
-    )
-    # The expert has no loss on code: the average is over what all have.
-    assert list(table["loss/avg"]) == [2.0, 1.5, 1.25]
-    header, rows = text_rows(table)
-    assert header[-2:] == ["loss", "below base"]
-    assert [row[-2] for row in rows] == ["2.000", "1.500", "1.250"]
-    written = to_markdown(table)
-    assert "| ota | 1.250 | 1.500 | 1.250 |" in written
-    assert "| m | 1.500 | – | 1.500 |" in written
-    assert "loss/code" in to_csv(table)
-    assert render(table).columns[-2].header == "loss"
-
-
-def test_tables_without_losses_are_as_they_were() -> None:
-    table = scores_table(scores({}), {}, {"ota": scores({})})
-    assert list(table.columns) == ["kind", "math", "code", "average", "retention", "negative_transfer", "below_base"]
-    assert text_rows(table)[0] == ["model", "math", "code", "average", "retention", "below base"]
-    assert "bits" not in to_markdown(table)

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import xml.etree.ElementTree as ET
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import altair as alt
 import pandas as pd
@@ -14,8 +14,10 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from tasks.pages.pictures import page, style
-from tasks.pages.pictures.page import Picture, Section
+from tasks.pages import html as page
+from tasks.pages.html import Picture, Section
+from tasks.pages.pictures import picture, style
+from tasks.pages.tables import Column, Table
 from tests.tasks.pages.page_reader import find, loads, specs, svg
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -30,7 +32,7 @@ def whole(name: str = "a", rows: int = 3) -> str:
     blocks = [
         f"about {name}",
         Picture(f"title {name}", f"caption {name}", chart(rows, name)),
-        page.table(["m", "n"], [[name, 1]]),
+        Table("t", pd.DataFrame({"m": [name]}), [Column("m")], [f"about the table of {name}"]),
     ]
     return page.to_html(f"page {name}", [Section(f"first {name}", blocks), Section("second", ["text"])])
 
@@ -79,20 +81,25 @@ def test_names_cannot_leave_their_place() -> None:
 
 def test_the_same_input_gives_the_same_bytes() -> None:
     assert whole() == whole()
-    assert page.png(chart()) == page.png(chart())
+    assert picture.png(chart()) == picture.png(chart())
+
+
+def test_threads_draw_at_once() -> None:
+    alone = picture.png(chart())
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(lambda _: picture.png(chart()), range(3))) == {alone}
 
 
 def test_a_theme_of_the_process_changes_nothing() -> None:
-    before = page.spec(chart())
+    before = picture.spec(chart())
     with alt.theme.enable("dark"):
-        assert page.spec(chart()) == before
+        assert picture.spec(chart()) == before
 
 
-def test_png_has_the_size_of_the_chart(tmp_path: Path) -> None:
+def test_png_has_the_size_of_the_chart() -> None:
     size = ET.fromstring(svg(chart())).attrib
     for scale in (1.0, 2.0):
-        page.to_png(chart(), tmp_path / "c.png", scale=scale)
-        with Image.open(io.BytesIO((tmp_path / "c.png").read_bytes())) as image:
+        with Image.open(io.BytesIO(picture.png(chart(), scale=scale))) as image:
             image.load()
             assert image.format == "PNG"
             assert image.size == tuple(pytest.approx(scale * float(size[side]), abs=1) for side in ("width", "height"))
@@ -105,21 +112,7 @@ def test_a_chart_that_is_no_vega_lite_is_refused() -> None:
     broken = chart()
     broken.mark = "pie in the sky"
     with pytest.raises(alt.utils.schemapi.SchemaValidationError):
-        page.spec(broken)
-
-
-def test_tables_align_numbers_and_mark_rows() -> None:
-    html = page.to_html("t", [Section("s", [page.table(["name", "n"], [["a", "1.0"], ["b", "2.0"]], numbers=[1], strong=[1])])])
-    assert [one.text for one in find(html, "td", **{"class": "number"})] == ["1.0", "2.0"]
-    assert [one.text for one in find(html, "tr", **{"class": "strong"})] == ["b2.0"]
-
-
-def test_a_data_frame_is_a_table() -> None:
-    frame = pd.DataFrame({"model": ["a<b", "c"], "score": [0.123456, float("nan")], "n": [3, 4]})
-    html = page.to_html("t", [Section("s", [page.table_of(frame)])])
-    assert [one.text for one in find(html, "td")] == ["0.1235", "3", "–", "4"]
-    assert [one.text for one in find(html, "th", scope="row")] == ["a<b", "c"]
-    assert {one.text for one in find(html, "th", **{"class": "number"})} == {"score", "n"}
+        picture.spec(broken)
 
 
 def test_safe_html_stays_and_contents_list_the_sections() -> None:

@@ -14,13 +14,14 @@ import pandas as pd
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from tasks.evaluation.gate import Check, GateDecision
-from tasks.evaluation.scores import NOT_MEASURED
+from tasks.evaluation.gate import GateDecision
+from tasks.evaluation.scores import AVERAGE, ROLES, STDERR, capability_columns
+from tasks.pages import gate, scores
+from tasks.pages.html import Block, Section, template, to_html
 from tasks.pages.pictures.analysis import pictures_of
-from tasks.pages.pictures.page import Block, Section, table, template, to_html
 from tasks.pages.pictures.scores import pictures_of_scores
-from tasks.pages.plots import AVERAGE, ROLES, STDERR_SUFFIX, capability_columns
-from tasks.tracking.run import InputRef, mean_error
+from tasks.pages.tables import COUNT, NOT_MEASURED, PERCENT, Column, Table, Unit
+from tasks.tracking.run import InputRef
 
 Row = dict[str, str | float | None]
 _CONFIDENCE = 0.95
@@ -43,11 +44,9 @@ class MergeReport(BaseModel):
     model_uri: str | None = None
     model_digest: str | None = None
     scores: tuple[Row, ...] = ()
-    """Base, experts, merge, as ``tasks/evaluation/comparison.rows_of`` gives them; scores in 0…1."""
-    scores_note: str = ""
-    """What the numbers are, for example ``tasks.evaluation.scores.caption``."""
-    losses: tuple[tuple[str, ...], ...] = ()
-    """Header and a row a model, as ``tasks.evaluation.scores.loss_rows`` gives them, with standard errors; empty where the suite measures none."""
+    """Base, experts, merge, as ``tasks.evaluation.scores.rows_of`` gives them; scores in 0…1."""
+    losses: tuple[Row, ...] = ()
+    """As ``tasks.evaluation.scores.loss_rows`` gives them; empty where the suite measures none."""
     suite: str = ""
     """The name of what was measured."""
     limit: int | None = None
@@ -107,6 +106,7 @@ _RECORD = template("""<details><summary>record.json: what decided the bytes, whe
 _MARK = template("""<p class="bad-text">{{ text }}</p>""")
 _REASONS = template("""<p><strong>{{ headline }}</strong></p>
 <ul>{% for reason in reasons %}<li>{{ reason }}</li>{% endfor %}</ul>""")
+_DENSITY = Unit("percent", ".4g", 100)
 
 
 def report_html(report: MergeReport) -> str:
@@ -139,59 +139,30 @@ def _parts(report: MergeReport) -> Iterator[tuple[str, Iterator[Block]]]:
 
 
 def _scores(report: MergeReport) -> Iterator[Block]:
-    frame = pd.DataFrame(report.scores)
     pictures = pictures_of_scores(report.scores)  # looks at the form, too
-    capabilities = capability_columns(frame)
-    header = ["model", "role", *capabilities, "retention", "below the base"]
-    rows: list[list[str]] = []
     if report.limit is not None:
         yield _mark(_quick_look(report.limit))
-    for row in sorted(report.scores, key=lambda row: ROLES.index(str(row["role"]))):
-        merge = row["role"] == "merge"
-        retention = _percent(row.get("retention")) if merge else ""
-        falls = [name if real else f"{name} (within the noise)" for name, real in _falls(report, row).items()]
-        fallen = (", ".join(falls) or "none") if merge and _base(report) else ""
-        cells = [_with_error(report, row, capability) for capability in capabilities]
-        rows.append([str(row["model"]), str(row["role"]), *cells, retention, fallen])
-    strong = [i for i, row in enumerate(rows) if row[1] == "merge"]
-    yield table(header, rows, numbers=range(2, 3 + len(capabilities)), strong=strong)
-    errors = any(str(key).endswith(STDERR_SUFFIX) for row in report.scores for key in row)
-    yield f"{report.scores_note or 'Scores in percent.'}{' ± one standard error.' if errors else ''}"
-    if report.suite:
-        counted = ", ".join(f"{name} {count:,}" for name, count in report.documents.items())
-        yield f"Suite {report.suite}{f'; documents: {counted}' if counted else ''}."
-    if any("(within the noise)" in row[-1] for row in rows):
+    frame = pd.DataFrame(sorted(report.scores, key=lambda row: ROLES.index(str(row["role"]))))
+    falls = [_falls(report, row) if row["role"] == "merge" else {} for row in frame.to_dict("records")]
+    frame["below_base"] = [
+        ", ".join(name if real else f"{name} (within the noise)" for name, real in one.items()) for one in falls
+    ]
+    yield scores.scores(frame)
+    if any(not real for one in falls for real in one.values()):
         yield (
             f"Within the noise: a fall that the two standard errors explain, at {100 * _CONFIDENCE:g} % one-sided confidence in each "
             "capability by itself."
         )
-    if report.losses:
-        lost, *models = report.losses
-        yield table(list(lost), [list(row) for row in models], numbers=range(1, len(lost)), strong=strong)
-        errors = any(" ± " in cell for row in models for cell in row[1:])
-        yield f"Loss in bits per byte of held-out text; less is better.{' ± one standard error.' if errors else ''}"
+    if report.suite:
+        counted = ", ".join(f"{name} {count:,}" for name, count in report.documents.items())
+        yield f"Suite {report.suite}{f'; documents: {counted}' if counted else ''}."
+    yield from scores.losses(pd.DataFrame(report.losses))
     yield from pictures.values()
 
 
 def _gate(decision: GateDecision) -> Iterator[Block]:
-    yield Markup(_REASONS.render(headline=_gate_headline(decision), reasons=decision.reasons))
-    header = ["capability", "against", "documents", "candidate", "reference", "difference", "p", "falls below"]
-    yield table(header, [_check_cells(check) for check in decision.checks], numbers=range(2, 7))
-    yield (
-        f"Suite {decision.suite}. Scores in percent; differences in points, ± standard error over paired documents. Paired sign-flip test, "
-        f"one-sided, {100 * decision.confidence:g} % confidence in each comparison."
-    )
-
-
-def _check_cells(check: Check) -> list[str]:
-    difference = f"{100 * check.difference:+.2f} ± {100 * check.standard_error:.2f}".replace("-", "−")
-    p = f"{check.p_value:.2g}" if check.p_value < 0.1 else f"{check.p_value:.2f}"
-    scores = [f"{100 * score:.1f}" for score in (check.candidate_score, check.reference_score)]
-    return [check.capability, check.reference, f"{check.n:,}", *scores, difference, p, "yes" if check.falls_below else "no"]
-
-
-def _gate_headline(decision: GateDecision) -> str:
-    return "Promoted to champion" if decision.promoted else "Kept as challenger"
+    yield Markup(_REASONS.render(headline=gate.headline(decision), reasons=decision.reasons))
+    yield gate.checks(decision)
 
 
 def _analysis(report: MergeReport, analysis: pd.DataFrame) -> Iterator[Block]:
@@ -206,21 +177,26 @@ def _recipe(report: MergeReport) -> Iterator[Block]:
     yield Markup(_RECIPE.render(text=report.recipe_yaml.rstrip()))
     densities: dict[str, Any] = report.record.get("results", {}).get("densities", {})
     if densities:
-        rows = [[name, f"{d['kept']:,}", f"{d['total']:,}", f"{100 * d['density']:.4g} %"] for name, d in densities.items()]
-        yield "Elements that each expert's mask keeps:"
-        yield table(["expert", "kept", "of", "density"], rows, numbers=range(1, 4))
+        frame = pd.DataFrame([{"expert": name, **found} for name, found in densities.items()])
+        columns = [
+            Column("expert"),
+            Column("kept", unit=COUNT),
+            Column("total", "of", COUNT),
+            Column("density", "density, %", _DENSITY),
+        ]
+        yield Table("Densities", frame, columns, ["Elements that each expert's mask keeps."])
 
 
 def _inputs(report: MergeReport) -> Iterator[Block]:
     code = Markup("<code>{}</code>")
-    rows = [[one.name, one.role, code.format(one.source), code.format(one.digest)] for one in report.inputs]
-    yield table(["name", "role", "source", "digest"], rows)
+    rows = [one.model_dump() | {"source": code.format(one.source), "digest": code.format(one.digest)} for one in report.inputs]
+    yield Table("Inputs", pd.DataFrame(rows, dtype=object), [Column(name) for name in ("name", "role", "source", "digest")])
 
 
 def _verdict(report: MergeReport) -> tuple[Literal["good", "bad", ""], str]:
     """What a reader takes away, in a few sentences, and whether it is good news: the gate's word, else the scores beside the base's."""
     merge = next((row for row in report.scores if row["role"] == "merge"), None)
-    said = [f"{_gate_headline(report.gate)}.", *report.gate.reasons[:1]] if report.gate else []
+    said = [f"{gate.headline(report.gate)}.", *report.gate.reasons[:1]] if report.gate else []
     if merge is None:
         return _mood(report, None, 0.0, {}), " ".join(said) or "Not benchmarked: how good the merge is, nobody has measured."
     average, base = _number(merge.get(AVERAGE)), _base(report)
@@ -281,17 +257,8 @@ def _noise(report: MergeReport, row: Row, capability: str) -> float:
 
     As if the two had answered different documents: on the same ones the noise is mostly smaller, which is the gate's to say.
     """
-    errors = [_error(report, one, capability) for one in (row, _base(report) or {})]
+    errors = [_number(one.get(f"{capability}{STDERR}")) for one in (row, _base(report) or {})]
     return NormalDist().inv_cdf(_CONFIDENCE) * math.hypot(*(error for error in errors if error is not None))
-
-
-def _error(report: MergeReport, row: Row, capability: str) -> float | None:
-    """The standard error of a score; of the average over the capabilities that it is taken over: those that every model has."""
-    if capability != AVERAGE:
-        return _number(row.get(f"{capability}{STDERR_SUFFIX}"))
-    names = [name for name in capability_columns(pd.DataFrame(report.scores)) if name != AVERAGE]
-    averaged = [name for name in names if all(_number(one.get(name)) is not None for one in report.scores)]
-    return mean_error([_error(report, row, name) for name in averaged])
 
 
 def _mark(text: str) -> Markup:
@@ -309,11 +276,4 @@ def _number(value: object) -> float | None:
 
 def _percent(value: object) -> str:
     number = _number(value)
-    return NOT_MEASURED if number is None else f"{100 * number:.1f} %"
-
-
-def _with_error(report: MergeReport, row: Row, capability: str) -> str:
-    score, error = _number(row.get(capability)), _error(report, row, capability)
-    if score is None:
-        return NOT_MEASURED
-    return f"{100 * score:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return NOT_MEASURED if number is None else f"{PERCENT.text(number)} %"

@@ -48,6 +48,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
   th, td { padding: 5px 8px; }
   thead th { white-space: nowrap; }
   .table th:first-child { position: sticky; left: 0; background: #fff; }
+  .table tr.strong th:first-child { background: var(--shade); }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: 6px; }
 }
