@@ -174,6 +174,10 @@ def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dic
         (recipe(base_modle="b"), "unknown key 'base_modle'; did you mean 'base_model'?"),
         (recipe({"rank1_aprox": True}), "did you mean 'rank1_approx'?"),
         (recipe({"rank1_approx": True, "compression": "none"}), "'parameters.rank1_approx'"),
+        *((recipe({key: typed}), f"parameters.{key}: got '{typed}'; input should be {known}") for key, typed, known in (
+            ("masked_merge", "linaer", "'precond', 'linear'"), ("compression", "rank_1", "'none', 'rank1'"),
+            ("fallback", "bass", "'base' or 'mean'"), ("scope", "global_", "'global' or 'per_tensor'"))),
+        (recipe({"masked_merg": "linear"}), "unknown key 'parameters.masked_merg'; did you mean 'masked_merge'?"),
         (recipe(merge_method="tis"), "unknown merge_method 'tis'; did you mean 'ties'?"),
         (recipe(slices=[]), "layer-wise assembly is not supported"),
         (recipe({"density": [0.1, 0.9]}), "per-layer lists and filters are not supported"),
