@@ -18,9 +18,7 @@ from ota_core.analysis.pieces import groups_of
 from ota_core.analysis.roles import WHOLE, Place, totals
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import BINS, Row, row
-from ota_core.fused.counts import keep_block
 from ota_core.methods.numbers import kept_count
-from ota_core.methods.saliency import keep
 from ota_core.moments.compression.cuts import matrices
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import block_mask
@@ -146,18 +144,7 @@ def _by_rank(plan: MergePlan, scoring: Scoring, kept: Mapping[Key, int], what: s
 
 
 def _by_scores(scoring: Scoring, taus: Mapping[Key, float]) -> MaskOf:
-    def mask(expert: ExpertView, block: Block) -> NDArray[np.bool_]:
-        tau = taus[expert.index, block[0].name]
-        if not scoring.compiled([expert.index], block[0]):
-            return np.concatenate([keep(scores, tau).numpy() for _, scores in scoring.scores([expert.index], block)])
-        base, (candidate,) = scoring.candidates([expert.index], block)
-        found = keep_block(base, candidate, tau)
-        if found is None:
-            scoring.refuse(expert.index, block)
-            raise AssertionError("a bad second moment that has no name")
-        return found[0]
-
-    return mask
+    return lambda expert, block: scoring.keep(expert, block, taus[expert.index, block[0].name])[0]
 
 
 def _without_curvature(subject: Subject) -> dict[Key, Shape]:

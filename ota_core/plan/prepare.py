@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import MomentsError, raise_all
-from ota_core.fused.counts import keep_block
 from ota_core.methods.numbers import kept_count, threshold_of_product
 from ota_core.moments.compression import CompressionReport, compress, compression_of
 from ota_core.plan.plan import MergePlan
@@ -213,20 +212,6 @@ def mask_of(
 
 
 def block_mask(plan: MergePlan, facts: Curvature, expert: ExpertView, block: Block) -> tuple[NDArray[np.bool_], int]:
-    """The FFG mask of a block, bool (r, C) on the CPU, and how many elements it keeps: compiled where that can be, the same bits."""
-    job, start, stop = block
-    scoring = ffg_scoring(plan)
-    if scoring.compiled([expert.index], job):
-        base, (candidate,) = scoring.candidates([expert.index], block)
-        found = keep_block(base, candidate, facts.thresholds[expert.index][job.canonical])
-        if found is None:
-            expert.refuse(*block)
-        else:
-            return found[0].reshape(stop - start, -1), found[1]
-    masks = []
-    for part in parts(block, plan.tensor_elements):
-        bits = mask_of(plan, facts, expert, part, delta(plan, expert, *part))
-        assert bits is not None
-        masks.append(bits.cpu().numpy())
-    mask = np.concatenate(masks)
-    return mask, int(mask.sum())
+    """The FFG mask of a block of a tensor that carries curvature, bool (r, C) on the CPU, and how many elements it keeps."""
+    kept, count = ffg_scoring(plan).keep(expert, block, facts.thresholds[expert.index][block[0].canonical])
+    return kept.reshape(block[2] - block[1], -1), count

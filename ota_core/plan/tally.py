@@ -7,8 +7,8 @@ depend on no order, no cut into blocks and no layout of threads or machines.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ota_core.files.rows import Rows
 from ota_core.fused import counts as fused
-from ota_core.fused.counts import Candidate
 from ota_core.fused.sources import TILE
 from ota_core.methods.numbers import BINS, locate, score_of
 from ota_core.plan.plan import MergePlan
@@ -162,7 +160,7 @@ def bins_of(group: Group, high: Counts) -> NDArray[np.int64]:
 def _worth_sampling(scoring: Scoring, group: Group) -> bool:
     """Not what is scored through tensors, and nothing small: a second pass over that comes out of the cache."""
     large = group.depth == 1 and sum(job.elements for job in group.jobs) >= WORTH_SAMPLING
-    return large and all(scoring.compiled(_covering(scoring, group, job), job) for job in group.jobs)
+    return large and all(scoring.compiled(_rows(scoring, group, job), job) for job in group.jobs)
 
 
 def _around(scoring: Scoring, group: Group, high: Counts) -> Brackets:
@@ -181,8 +179,9 @@ def _around(scoring: Scoring, group: Group, high: Counts) -> Brackets:
     return Brackets.empty(bins, width)
 
 
-def _covering(scoring: Scoring, group: Group, job: TensorJob) -> list[int]:
-    return [expert for expert in group.experts if scoring.covers(expert, job)]
+def _rows(scoring: Scoring, group: Group, job: TensorJob) -> dict[int, int]:
+    """The experts of the group whose scores of this tensor count → their rows of the counts."""
+    return {expert: row for row, expert in enumerate(group.experts) if scoring.covers(expert, job)}
 
 
 @dataclass
@@ -249,7 +248,8 @@ def _pass(plan: MergePlan, scoring: Scoring, todo: Sequence[_Work], what: str, *
 
     def step(item: tuple[_Work, Block]) -> None:
         work, block = item
-        work.count(scoring, work.group, block, work.local())
+        if _rows(scoring, work.group, block[0]):
+            work.count(scoring, work.group, block, work.local())
         work.finish_block()
 
     plan.stream.map(
@@ -265,18 +265,26 @@ def _pass(plan: MergePlan, scoring: Scoring, todo: Sequence[_Work], what: str, *
 def _count_into_high(
     scoring: Scoring, group: Group, block: Block, high: Counts, *, piece: int = TILE, stride: int = TILE
 ) -> None:
-    for rows, base, candidates in _compiled_parts(scoring, group, block):
-        _refuse_bad(scoring, rows, block, fused.count_high(base, candidates, high, piece=piece, stride=stride))
-    for row, scores in _scored_parts(scoring, group, block):
-        high[row] += (_bits(scores) >> 16).bincount(minlength=BINS).cpu().numpy()
+    rows = _rows(scoring, group, block[0])
+    if scoring.compiled(rows, block[0]):
+        base, candidates = scoring.candidates(rows, block)
+        scoring.refuse_bad(rows, block, fused.count_high(base, candidates, high, piece=piece, stride=stride))
+        return
+    for expert, scores in scoring.scores(rows, block):
+        high[rows[expert]] += (_bits(scores) >> 16).bincount(minlength=BINS).cpu().numpy()
 
 
 def _count_into_brackets(scoring: Scoring, group: Group, block: Block, found: Brackets) -> None:
-    for rows, base, candidates in _compiled_parts(scoring, group, block):
-        bad = fused.count_brackets(base, candidates, lowest=_lowest(found.bins), above=found.above, inside=found.inside)
-        _refuse_bad(scoring, rows, block, bad)
-    for row, scores in _scored_parts(scoring, group, block):
-        width = found.inside.shape[2]
+    rows = _rows(scoring, group, block[0])
+    if scoring.compiled(rows, block[0]):
+        base, candidates = scoring.candidates(rows, block)
+        lowest = np.where(found.bins < 0, -1, found.bins * BIN)
+        bad = fused.count_brackets(base, candidates, lowest=lowest, above=found.above, inside=found.inside)
+        scoring.refuse_bad(rows, block, bad)
+        return
+    width = found.inside.shape[2]
+    for expert, scores in scoring.scores(rows, block):
+        row = rows[expert]
         for r, bin in enumerate(found.bins[row].tolist()):
             if bin >= 0:
                 places = _bits(scores) - bin * BIN
@@ -285,34 +293,7 @@ def _count_into_brackets(scoring: Scoring, group: Group, block: Block, found: Br
                 found.inside[row, r] += inside.bincount(minlength=width).cpu().numpy()
 
 
-def _lowest(bins: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.where(bins < 0, -1, bins * BIN)
-
-
 def _bits(scores: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     return scores.reshape(-1).view(torch.int32)
-
-
-def _compiled_parts(scoring: Scoring, group: Group, block: Block) -> Iterator[tuple[list[int], Rows, list[Candidate]]]:
-    """The experts of the group, the base's rows and the candidates, where the compiled pass serves this block."""
-    experts = _covering(scoring, group, block[0])
-    if experts and scoring.compiled(experts, block[0]):
-        rows = {expert: row for row, expert in enumerate(group.experts)}
-        base, candidates = scoring.candidates(experts, block)
-        yield experts, base, [replace(one, row=rows[e]) for one, e in zip(candidates, experts, strict=True)]
-
-
-def _scored_parts(scoring: Scoring, group: Group, block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
-    """Row and scores of every expert, in parts, where it does not."""
-    experts = _covering(scoring, group, block[0])
-    if experts and not scoring.compiled(experts, block[0]):
-        rows = {expert: row for row, expert in enumerate(group.experts)}
-        for expert, scores in scoring.scores(experts, block):
-            yield rows[expert], scores
-
-
-def _refuse_bad(scoring: Scoring, experts: Sequence[int], block: Block, bad: int | None) -> None:
-    if bad is not None:
-        scoring.refuse(experts[bad], block)

@@ -184,7 +184,6 @@ def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dic
         (recipe({"power": float("nan")}), "parameters.power"),
         (recipe({"lambda": float("inf")}), "parameters.lambda"),
         (recipe({"power": "half"}), "parameters.power: got 'half'"),
-        (recipe({"masked_merge": "linaer"}), "parameters.masked_merge: got 'linaer'; input should be 'precond', 'linear' or 'ties'"),
         ({"base_model": "b", "models": [{"model": "x"}]}, "the key 'merge_method' is missing"),
         ([1, 2], "expected a mapping with merge_method, base_model and models, got list"),
         (None, "expected a mapping"),
