@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ota_core.errors import raise_all
-from tasks.evaluation.pairs import GateError, compare
+from tasks.evaluation.pairs import GateError, differences, sign_flips
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
 
@@ -199,17 +199,18 @@ def _check(
     """Compare one capability over its documents. Raises GateError."""
     mine, theirs = (scores.capabilities[capability].score for scores in (candidate, reference))
     assert mine is not None and theirs is not None  # _mismatches has looked
-    paired = compare(suite, capability, label, candidate, reference, resamples=settings.resamples, seed=settings.seed)
+    parts, error = differences(suite, [capability], label, candidate, reference)
+    p_value = sign_flips(parts, resamples=settings.resamples, seed=settings.seed)
     return Check(
         capability=capability,
         reference=label,
-        n=paired.n,
+        n=len(parts),
         candidate_score=mine,
         reference_score=theirs,
         difference=mine - theirs,
-        standard_error=paired.standard_error,
-        p_value=paired.p_value,
-        falls_below=mine < theirs and paired.p_value <= 1 - settings.confidence,
+        standard_error=error,
+        p_value=p_value,
+        falls_below=mine < theirs and p_value <= 1 - settings.confidence,
     )
 
 

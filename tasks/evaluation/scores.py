@@ -147,17 +147,18 @@ def mean_error(errors: Sequence[float | None]) -> float | None:
     return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
-def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges: Mapping[str, Scores]) -> pd.DataFrame:
+def scores_table(base: Scores | None, experts: Mapping[str, tuple[str, Scores]], merges: Mapping[str, Scores]) -> pd.DataFrame:
     """One row a model: base, experts, merges (index ``model``). Scores and ratios as fractions, losses in bits per byte, NaN where not measured.
 
     Columns: ``role``, ``capability`` (an expert's own), the capabilities, ``average``, ``retention`` (mean of ``retention()``, merges only),
     ``negative_transfer`` (count, merges only) and ``below_base`` (the capabilities counted, comma-separated); where models have losses,
     ``loss/<capability>`` and ``loss/average``. Standard errors stand in the columns of these names with ``_stderr``, where there are any.
-    Averages are over the capabilities that every row has, so that rows compare. Raises ValueError when two models share a name.
+    Averages are over the capabilities that every row has, so that rows compare. Without a base there is no such row, and nothing is above or
+    below it. Raises ValueError when two models share a name.
     """
     import pandas as pd
 
-    models: list[tuple[str, str, str | None, Scores]] = [("base", "base", None, base)]
+    models: list[tuple[str, str, str | None, Scores]] = [("base", "base", None, base)] if base is not None else []
     models += [(name, "expert", own, scores) for name, (own, scores) in experts.items()]
     models += [(name, "merge", None, scores) for name, scores in merges.items()]
     names = [name for name, *_ in models]
@@ -170,7 +171,7 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
     rows = []
     for i, (_, role, own, scores) in enumerate(models):
         kept = list(retention(scores, experts).values()) if role == "merge" else []
-        below = negative_transfer(scores, base) if role == "merge" else None
+        below = negative_transfer(scores, base) if role == "merge" and base is not None else None
         beside: dict[str, str | float | None] = {
             "retention": fmean(kept) if kept else None,
             "negative_transfer": None if below is None else len(below),

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ota_core.artifact import fingerprint
-from ota_core.errors import OtaError, raise_all
+from ota_core.errors import OtaError
 from ota_core.recipe.yaml_text import load_yaml, nearest
+from tasks.merging.recipes import parse_config
 
 SUITES = Path(__file__).resolve().parents[2] / "deployments" / "suites"
 
@@ -117,36 +118,13 @@ def load_suite(path_or_name: str) -> Suite:
                 f"there is no suite '{path_or_name}' in {SUITES}, and it is no .yaml file; {nearest(path_or_name, known)}"
             )
         path = SUITES / f"{path_or_name}.yaml"
-    raw = load_yaml(path)
-    if not isinstance(raw, dict):
-        raise SuiteError(f"{path}: expected a mapping with name and capabilities, got {type(raw).__name__}")
-    try:
-        suite = Suite.model_validate(raw)
-    except ValidationError as error:
-        raise_all([f"{path}: {line}" for item in error.errors() for line in _explain(dict(item))], SuiteError)
-        raise
+    suite = parse_config(Suite, load_yaml(path), str(path), SuiteError)
     if suite.include_path is None:
         return suite
     folder = (path.parent / suite.include_path).resolve()
     if not folder.is_dir():
         raise SuiteError(f"{path}: include_path {suite.include_path} is not a folder beside the suite file ({folder})")
     return suite.model_copy(update={"include_path": folder})
-
-
-def _explain(item: dict[str, Any]) -> list[str]:
-    """One pydantic problem in the suite file's own words."""
-    location = item["loc"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    if item["type"] == "extra_forbidden":
-        known = {1: Suite.model_fields, 3: Capability.model_fields}.get(len(location), TaskEntry.model_fields)
-        if location[0] == "losses":
-            known = LossEntry.model_fields
-        return [f"unknown key '{where}'; {nearest(str(location[-1]), known)}"]
-    if item["type"] == "missing":
-        return [f"the key '{where}' is missing"]
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"]).split("\n")
-    return [f"{where}: {item['msg']}, got {item['input']!r}"]
 
 
 def digest_data(folder: Path) -> str:
