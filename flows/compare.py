@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict
 
 from tasks.experiments.leaderboard.leaderboard import BEST
-from tasks.experiments.leaderboard.log import log_leaderboard
 from tasks.experiments.leaderboard.question import Question
+from tasks.experiments.leaderboard.steps import log, rank
 from tasks.experiments.leaderboard.text import ranking, write_files
 from tasks.orchestration.run_log import for_users
 from tasks.orchestration.shown import show_mlflow, show_table
@@ -30,10 +30,6 @@ class Comparison(BaseModel):
     """The best merge's average, a fraction."""
     merges: int
     logged: LoggedRun
-
-
-_rank = task(name="rank", task_run_name="rank {self.experiment}")(Question.answer)
-_log = task(name="log leaderboard", retries=2, retry_delay_seconds=10)(log_leaderboard)
 
 
 def _run_name() -> str:
@@ -70,10 +66,10 @@ def compare_flow(
         experiment=experiment, suite=suite, filter=filter_string, baseline=baseline, last=last, since=since
     )  # fmt: skip
     store = resolve_store(tracking_uri=tracking_uri, root=places(home).tracking)
-    board = _rank(question, store)
+    board = rank(question, store)
     if out is not None:
         write_files(board, out)
-    logged = _log(board, question.identity(), store)
+    logged = log(board, question, store)
     show_table(ranking(board), "leaderboard")
     show_mlflow(f"leaderboard of {experiment}", logged.url)
     best = board.best

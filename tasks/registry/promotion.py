@@ -97,8 +97,8 @@ def current(
     """The version that has the alias, None when none has or nothing was registered yet. Raises StorageError when MLflow is away."""
     with _registry(f"reading the alias {alias!r} of {name!r}", tracking_uri, root) as client:
         model = _find_model(client, name)
-        number = None if model is None else model.aliases.get(alias)
-        return None if number is None else _version(client, name, str(number))
+        number = _alias(model, alias) if model else None
+        return _version(client, name, number) if number else None
 
 
 def history(*, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> list[Move]:
@@ -107,7 +107,8 @@ def history(*, tracking_uri: str | None = None, root: Path | None = None, name: 
         model = _find_model(client, name)
         if model is None:
             return []
-        return _moves(client, model)
+        unnoted = _unnoted(client, model)
+        return [*moves_of(model.tags), *([unnoted] if unnoted else [])]
 
 
 def rolled_back(
@@ -386,12 +387,6 @@ def _unnoted(client: MlflowClient, model: RegisteredModel) -> Move | None:
     noted = _version(client, model.name, champion).tags.get(_MOVE)
     move = Move.model_validate_json(noted) if noted else None
     return None if move is None or history_tag(move)[0] in model.tags else move
-
-
-def _moves(client: MlflowClient, model: RegisteredModel) -> list[Move]:
-    """All moves, oldest first, noted or not yet."""
-    unnoted = _unnoted(client, model)
-    return [*moves_of(model.tags), *([unnoted] if unnoted else [])]
 
 
 def _finish(client: MlflowClient, model: RegisteredModel) -> Move | None:
