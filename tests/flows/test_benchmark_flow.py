@@ -1,5 +1,6 @@
 """One model on a suite, as a flow and as ``ota benchmark``: scored once, logged once."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ def test_a_model_is_scored_and_logged_once(here: World, counts: Counter[str]) ->
     assert set(scores) == {"math", "knowledge"} and all(0 <= value <= 1 for value in scores.values())
     id = state.state_details.flow_run_id
     assert flow_run_name(id) == f"benchmark {model}" and set(task_states(id)) == {f"fetch {model}", "benchmark math", "log math"}
-    page = artifacts_of(id)["scores"].data
-    assert page.startswith("# math\n") and f"| math | {100 * scores['math']:.1f} |" in page and "| 12 |" in page
+    rows = {row["capability"]: row for row in json.loads(artifacts_of(id)["scores"].data)}
+    assert rows["math"]["score"].startswith(f"{100 * scores['math']:.1f}") and rows["math"]["documents"] == "12"
     (run,) = logged_runs(here, "math")  # by its capability: a date would tell nobody which model it is
     assert run.info.status == "FINISHED" and run.data.params["model"] == model and run.data.params["limit"] == "none"
     assert {name: value for name, value in run.data.metrics.items() if name.startswith("score/")} == {

@@ -150,7 +150,7 @@ def test_the_same_report_gives_the_same_bytes() -> None:
 
 def test_a_bare_merge_says_that_nobody_measured_it() -> None:
     html = report_html(report(scores=(), record={}))
-    assert verdict(html) == ("", "Not benchmarked: how good the merge is, nobody has measured.")
+    assert verdict(html)[0] == "" and "Not benchmarked" in verdict(html)[1]
     assert [one.text for one in find(html, "h2")] == ["Recipe", "Inputs", "Record"]
     assert len(html) < 30_000  # no chart, no scripts for charts
 
@@ -202,7 +202,7 @@ def test_an_average_below_the_bases_is_bad_only_beyond_the_noise() -> None:
 
 def test_the_gate_has_the_first_word() -> None:
     mood, said = verdict(report_html(report(scores=scores(0.5), gate=gate(False))))
-    assert mood == "bad" and said.startswith("Kept as challenger. The average, 60.0 %, is higher.")
+    assert mood == "bad" and said.startswith(f"Kept as challenger. {gate(False).reasons[0]}")
     assert verdict(report_html(report(scores=(), gate=gate(True))))[0] == "good"
 
 

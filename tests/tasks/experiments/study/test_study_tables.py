@@ -60,7 +60,7 @@ def test_what_is_not_measured_for_every_model_is_left_out_of_averages_and_said()
     found = tables({"merge_method": "linear"}, of=lambda label, i: {"math": 0.4, "code": None})["methods"]
     row = found.frame.set_index("model").loc["linear"]
     assert row[AVERAGE] == pytest.approx(0.4) and math.isnan(row["code"])
-    assert "The average leaves out what was not measured for every model: code." in found.caption[0]
+    assert "not measured for every model: code." in found.caption[0]
 
 
 def test_methods_are_the_first_of_each_kind_on_all_experts() -> None:
@@ -123,7 +123,7 @@ def test_losses_are_compared_with_the_best_merge_replicate_by_replicate() -> Non
         0.05
     )
     assert frame.loc[["base", "math", "code", "linear"], DIFFERENCE].isna().all()
-    assert "to linear, which has the lowest of the merges" in found.caption[0] and "replicate by replicate" in found.caption[0]
+    assert "to linear," in found.caption[0] and "replicate by replicate" in found.caption[0]
 
 
 def test_losses_of_one_replicate_whose_documents_were_not_kept() -> None:
@@ -144,7 +144,7 @@ def test_what_no_expert_learned_is_left_out_of_recovery_and_said() -> None:
     found = tables({"merge_method": "linear"}, of=flat, loss=of)["losses"]
     row = found.frame.set_index("model").loc["linear"]
     assert row[RECOVERED] == pytest.approx(0.25) and row["math"] == pytest.approx(1.375)
-    assert found.caption[0].endswith("It leaves out math: no expert is better than the base there, so there is no gain to keep.")
+    assert "leaves out math:" in found.caption[0]
     nothing = tables({"merge_method": "linear"}, of=flat, loss=lambda label, i: LOSSES_OF_THE_BASE)["losses"]
     assert (
         math.isnan(nothing.frame.set_index("model").loc["linear", RECOVERED]) and "leaves out math, code:" in nothing.caption[0]
@@ -320,7 +320,7 @@ def test_rows_are_compared_seed_by_seed_with_the_one_that_they_vary(
     first, second = (row for _, row in found.frame.iterrows())
     assert math.isnan(first[DIFFERENCE]) and second[f"{AVERAGE}{ERROR}"] > 0.2
     assert second[DIFFERENCE] == pytest.approx(0.2) and second[f"{DIFFERENCE}{ERROR}"] == pytest.approx(0.1)
-    assert f"difference: of the average to the same recipe with {reference}, replicate by replicate." in found.caption[0]
+    assert DIFFERENCE in found.caption[0] and f"the same recipe with {reference}," in found.caption[0]
     assert {DIFFERENCE: POINTS, AVERAGE: PERCENT}.items() <= {column.name: column.unit for column in found.columns}.items()
     alone = tables(grid, of=by_seed(changed), replicates=1)[key]
     assert DIFFERENCE not in alone.frame and "difference" not in alone.caption[0]
