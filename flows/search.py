@@ -10,11 +10,11 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from pydantic import BaseModel, ConfigDict
 
 from flows.merge import merge_flow
 from ota_core.compute.stream import parse_memory
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import subjects_of
 from tasks.experiments.search import log as search_log
@@ -41,10 +41,8 @@ from tasks.tracking.merge import LoggedRun
 from tasks.tracking.store import Store, resolve_store
 
 
-class SearchOutcome(BaseModel):
+class SearchOutcome(Frozen):
     """What a search led to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tuned: Tuned
     recipe: str

@@ -15,10 +15,10 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from pydantic import BaseModel, ConfigDict
 
 from flows.merge import merge_flow
 from ota_core.errors import OtaError, raise_all
+from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
@@ -44,10 +44,8 @@ SMALL_BYTES = 64 * 2**20
 """Weights of a model below which torch computes with one thread: more of them wait for each other longer than they compute."""
 
 
-class StudyOutcome(BaseModel):
+class StudyOutcome(Frozen):
     """What a study led to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     """results.md, study.html, tables, figures."""

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ota_core.errors import raise_all
+from ota_core.frozen import Frozen
 from tasks.evaluation.pairs import GateError, differences, sign_flips
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
@@ -22,11 +23,7 @@ Reference = Literal["champion", "base"]
 _ROUNDING = 1e-9
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GateSettings(_Frozen):
+class GateSettings(Frozen):
     """How sure the gate must be before it calls a fall real."""
 
     confidence: float = Field(
@@ -51,7 +48,7 @@ class GateSettings(_Frozen):
         return self
 
 
-class Check(_Frozen):
+class Check(Frozen):
     """One capability of the candidate against one reference."""
 
     capability: str
@@ -70,7 +67,7 @@ class Check(_Frozen):
     """Whether the candidate is lower by more than the noise."""
 
 
-class GateDecision(_Frozen):
+class GateDecision(Frozen):
     """What the gate decided, and every number that it decided by."""
 
     candidate: str

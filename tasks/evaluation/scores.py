@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from ota_core.frozen import Frozen
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for them
     import pandas as pd
@@ -22,10 +24,8 @@ LOSS = "loss/"
 _NO_CAPABILITY = frozenset({"model", "role", "capability", "digest", "n", "retention", "negative_transfer", "seconds"})
 
 
-class CapabilityScore(BaseModel):
+class CapabilityScore(Frozen):
     """One capability: the weighted mean of its tasks' metrics."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     score: float | None
     """0..1; None when no task could run (see ``skipped``)."""
@@ -39,10 +39,8 @@ class CapabilityScore(BaseModel):
     """Why tasks of this capability did not run."""
 
 
-class ModelScores(BaseModel):
+class ModelScores(Frozen):
     """All that is kept of one model's run over a suite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     suite: str
     suite_digest: str
@@ -52,11 +50,11 @@ class ModelScores(BaseModel):
     limit: int | None
     lm_eval_version: str
     seconds: float
-    losses: dict[str, float] = {}
+    losses: dict[str, float] = Field({})
     """Capability to bits per byte of held-out text, where the suite measures it; less is better."""
-    loss_stderr: dict[str, float] = {}
+    loss_stderr: dict[str, float] = Field({})
     """Capability to the standard error of its loss, over documents."""
-    loss_samples: dict[str, dict[str, tuple[float, int]]] = {}
+    loss_samples: dict[str, dict[str, tuple[float, int]]] = Field({})
     """Capability to document hash to (log-likelihood, natural logarithm; bytes) of what its loss is of. The hash as in ``samples``."""
 
     @property

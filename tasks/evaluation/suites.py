@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ota_core.artifact import fingerprint
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from ota_core.recipe.yaml_text import load_yaml, nearest
 from tasks.merging.recipes import parse_config
 
@@ -23,11 +24,7 @@ class SuiteError(OtaError):
     """A suite, one of its task files or its data is missing, malformed, or does not fit lm-eval."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TaskEntry(_Strict):
+class TaskEntry(Frozen):
     """One lm-eval task (or group such as ``mmlu``) and the number of it that counts."""
 
     task: str
@@ -38,7 +35,7 @@ class TaskEntry(_Strict):
     executes_code: bool = Field(False, description="The task runs code that the model wrote; off unless the suite allows it.")
 
 
-class LossEntry(_Strict):
+class LossEntry(Frozen):
     """One lm-eval task over held-out text, and the number of it that counts: less is better, and it has no upper bound."""
 
     task: str
@@ -46,13 +43,13 @@ class LossEntry(_Strict):
     filter: str = Field("none", description="lm-eval's filter that the metric is taken after.")
 
 
-class Capability(_Strict):
+class Capability(Frozen):
     """The tasks whose weighted mean is the capability's score."""
 
     tasks: Annotated[tuple[TaskEntry, ...], Field(min_length=1)]
 
 
-class Suite(_Strict):
+class Suite(Frozen):
     """A suite file. ``load_suite`` makes ``include_path`` absolute, so that a suite can be passed on as JSON."""
 
     name: str

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ota_core.errors import OtaError, StorageError
+from ota_core.frozen import Frozen
 from tasks.artifacts.store import record_at
 from tasks.evaluation.gate import GateDecision, GateError
 from tasks.pages.gate import to_markdown
@@ -64,10 +65,8 @@ class PromotionError(OtaError):
     """The registry does not hold what is asked for, or the version cannot become champion."""
 
 
-class Version(BaseModel):
+class Version(Frozen):
     """A version of the registered model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     """The registered model's."""
@@ -79,10 +78,8 @@ class Version(BaseModel):
     tags: dict[str, str]
 
 
-class Moved(BaseModel):
+class Moved(Frozen):
     """What a promotion or a rollback came to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     champion: Version
     replaced: str | None

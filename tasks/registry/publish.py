@@ -9,10 +9,9 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.artifact import RECORD, Record
 from ota_core.errors import StorageError
+from ota_core.frozen import Frozen
 from tasks.artifacts.store import record_at
 from tasks.registry.promotion import PromotionError, current
 from tasks.storage import models as storage
@@ -25,10 +24,8 @@ from tasks.tracking.run import REPORT
 LATEST = "latest.json"
 
 
-class Latest(BaseModel):
+class Latest(Frozen):
     """``latest.json``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: str

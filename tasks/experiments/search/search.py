@@ -12,9 +12,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ota_core.artifact import canonical_json
+from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.experiments.search.space import Range, Space, apply, round_value, starts, values_of
 from tasks.experiments.search.trials import SearchError, ask, finished, give_up_running, open_study, study_name
@@ -32,11 +33,7 @@ Origin = Literal["recipe", "start", "search"]
 """Where a point comes from: the recipe as given, a sensible default, or the optimiser."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Budget(_Frozen):
+class Budget(Frozen):
     """How much a search may measure. At least one of the two limits."""
 
     evaluations: float | None = Field(
@@ -72,7 +69,7 @@ class Budget(_Frozen):
         return math.fsum(self.cost(limit) for limit in self.rungs)
 
 
-class Point(_Frozen):
+class Point(Frozen):
     """A recipe that is to be tried."""
 
     number: int
@@ -113,7 +110,7 @@ class Trial(Point):
         return math.fsum(self.shortfall.values())
 
 
-class Tuned(_Frozen):
+class Tuned(Frozen):
     """What a search found."""
 
     trials: tuple[Trial, ...]
