@@ -13,8 +13,6 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from tasks.tracking.merge import log_merge
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, scored_merge, some_merges
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import blank_database as blank_database
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import tracking as tracking
 
 
 @pytest.fixture(autouse=True)
