@@ -5,8 +5,8 @@ from pathlib import Path
 from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from pydantic import BaseModel, ConfigDict
 
+from ota_core.frozen import Frozen
 from tasks.experiments.leaderboard.leaderboard import BEST
 from tasks.experiments.leaderboard.question import Question
 from tasks.experiments.leaderboard.steps import log, rank
@@ -19,10 +19,8 @@ from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
 
 
-class Comparison(BaseModel):
+class Comparison(Frozen):
     """What a comparison found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     best: str
     best_run: str

@@ -10,19 +10,18 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from pydantic import BaseModel, ConfigDict
 
 from flows.merge import merge_flow
 from ota_core.compute.stream import parse_memory
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import subjects_of
 from tasks.experiments.search import log as search_log
 from tasks.experiments.search.config import SearchConfig, load_search, recipe_of
-from tasks.experiments.search.log import SearchRun
 from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.overlap import check_apart
-from tasks.experiments.search.references import References, identity_of
+from tasks.experiments.search.references import floors_at, identity_of
 from tasks.experiments.search.result import files, markdown, recipe_text, verdict
 from tasks.experiments.search.search import Budget, Search, Tuned
 from tasks.experiments.search.steps import log_trial, run_trial
@@ -39,13 +38,11 @@ from tasks.pages.outcome import MergeOutcome
 from tasks.settings import Device, places
 from tasks.storage.models import write_note
 from tasks.tracking.merge import LoggedRun
-from tasks.tracking.run import TAG_FLOW_RUN
+from tasks.tracking.store import Store, resolve_store
 
 
-class SearchOutcome(BaseModel):
+class SearchOutcome(Frozen):
     """What a search led to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tuned: Tuned
     recipe: str
@@ -112,36 +109,36 @@ def search_flow(
     plan = planned(recipe, fetched, where, recipe_dir, memory=memory)
     output_files(recipe, plan.inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
     plan, _ = second_moments(plan, where, device, masks=False)  # every trial reads these
-    reference = References(config, benchmark, subjects_of(plan.inputs, fetched), where, executor)
+    subjects = subjects_of(plan.inputs, fetched)
 
     searches = where.home / "searches"
     tried = Search(
-        recipe, config.space, config.budget, floors=reference.floors, seed=config.seed, storage=searches,
+        recipe, config.space, config.budget, floors=lambda limit: floors_at(limit, config, benchmark, subjects, where, executor), seed=config.seed, storage=searches,
         identity=identity_of(plan, benchmark), names=[expert.name for expert in plan.inputs.experts],
     )  # fmt: skip
-    tracking: dict[str, Any] = {"tracking_uri": tracking_uri, "root": where.tracking}
+    store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
     with ExitStack() as stack:
         stack.enter_context(tried)
         trials = stack.enter_context(Trials(plan, benchmark, where, executor, searches / f"{tried.name}.model"))
-        logged = search_log.begin(_search_run(config, plan, tried, benchmark), **tracking)
-        stack.push(_failed(logged, tracking))
-        known = search_log.logged_trials(logged, **tracking)
+        logged = search_log.begin(_run_name(), tried.name, _params(config, plan, tried, benchmark), store)
+        stack.push(_failed(logged, store))
+        known = search_log.logged_trials(logged, store)
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
             if trial.number not in known:
-                log_trial(trial, None, logged, tracking)
+                log_trial(trial, None, logged, store)
         bar = ProgressBar("the search")
         while (point := tried.ask()) is not None:
             trial = run_trial.with_options(task_run_name=f"trial {point.number}: {merge_label(point.recipe)}"[:200])(
                 tried, point, trials
             )
             found = tried.result()
-            log_trial(trial, found.best, logged, tracking)
+            log_trial(trial, found.best, logged, store)
             bar.show(*_spent(config.budget, found))
         tuned = tried.result().model_copy(update={"likelihoods": tuple(benchmark.tests.losses)})
         text = recipe_text(tuned, config, recipe_dir, out or "")
         if out:
             write_note(out, text)
-        search_log.finish(logged, tuned, files(tuned, tried.dimensions, text, _run_name()), **tracking)
+        search_log.finish(logged, tuned, files(tuned, tried.dimensions, text, _run_name()), store)
 
     show_markdown("search", markdown(tuned), "Best trials")
     show_mlflow(_run_name(), logged.url)
@@ -163,8 +160,8 @@ def _spent(budget: Budget, found: Tuned) -> tuple[float, str]:
     return 100 * min(max(parts), 1.0), text
 
 
-def _search_run(config: SearchConfig, plan: Planned, tried: Search, benchmark: Benchmark) -> SearchRun:
-    name, recipe = _run_name(), plan.recipe
+def _params(config: SearchConfig, plan: Planned, tried: Search, benchmark: Benchmark) -> dict[str, str | int | float]:
+    recipe = plan.recipe
     params: dict[str, str | int | float] = {
         "merge_method": recipe.merge_method, "base_model": recipe.base_model or "none", "suite": config.suite, "seed": config.seed,
         "experts": ",".join(expert.name for expert in plan.inputs.experts), "rungs": ",".join(map(str, tried.rungs)),
@@ -173,18 +170,17 @@ def _search_run(config: SearchConfig, plan: Planned, tried: Search, benchmark: B
     }  # fmt: skip
     if benchmark.tests.losses:  # what score/… of this run and of its trials is then
         params["likelihood_of_a_byte"] = ",".join(benchmark.tests.losses)
-    tags = {TAG_FLOW_RUN: str(flow_run.id)} if flow_run.id else {}
-    return SearchRun(name=name, search=tried.name, params=params, tags=tags)
+    return params
 
 
-def _failed(logged: LoggedRun, tracking: dict[str, Any]) -> Any:
+def _failed(logged: LoggedRun, store: Store) -> Any:
     """For an ExitStack: an error marks the search's run in MLflow as failed, and passes."""
 
     def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is None:
             return
         try:
-            search_log.fail(logged, **tracking)
+            search_log.fail(logged, store)
         except OtaError as second:
             error.add_note(str(second))
 

@@ -7,6 +7,7 @@ repeated takes seconds, one that grows computes what is new.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from pydantic import BaseModel, ConfigDict
 
 from flows.merge import merge_flow
 from ota_core.errors import OtaError, raise_all
+from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
@@ -31,21 +32,20 @@ from tasks.experiments.study.study import StudyConfig, load_study
 from tasks.experiments.study.tune import check_splits, tune_cell
 from tasks.job import score_all
 from tasks.orchestration.deployed import cancel_children
-from tasks.orchestration.executors import executor_of, gpu_deployment
+from tasks.orchestration.executors import Executor, executor_of, gpu_deployment
 from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Device, Places, places
 from tasks.tracking.run import LoggedRun
+from tasks.tracking.store import resolve_store
 
 SMALL_BYTES = 64 * 2**20
 """Weights of a model below which torch computes with one thread: more of them wait for each other longer than they compute."""
 
 
-class StudyOutcome(BaseModel):
+class StudyOutcome(Frozen):
     """What a study led to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     """results.md, study.html, tables, figures."""
@@ -96,8 +96,9 @@ def study_flow(
     config, folder = load_study(study) if isinstance(study, str) else (study, None)
     recipe_dir, where = recipe_dir or folder, places(home)
     command = command or f"ota study {study if isinstance(study, str) else config.name}"
-    run = _Run(config, where, recipe_dir, device, memory, home, tracking_uri)
-    results = run.all_cells()
+    store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
+    run = _Run(config, where, recipe_dir, device, memory, home, tracking_uri, executor_of(gpu_deployment(), device))
+    results = run.all_cells(logged_merges(store))
     problems = list(results.failed)
     if not results.results:
         raise_all(problems, OtaError)
@@ -107,7 +108,7 @@ def study_flow(
         write_results(out, results, tables, write, command=command)
     logged = log_study(
         config.name, out, config=config.model_dump_json(by_alias=True, exclude_defaults=True, indent=2) + "\n", tags=_tags(config),
-        metrics=_metrics(results), merges={one.merge: one.label for one in results.results}, tracking_uri=tracking_uri, root=where.tracking,
+        metrics=_metrics(results), merges={one.merge: one.label for one in results.results}, store=store,
     )  # fmt: skip
     text = (out / RESULTS).read_text(encoding="utf-8")
     show_markdown("study", text, f"Study {config.name}")
@@ -118,26 +119,28 @@ def study_flow(
     return StudyOutcome(folder=out, cells=counts, computed=run.computed, results=text, logged=logged)
 
 
+@dataclass
 class _Run:
     """One run of a study: what all of its cells share."""
 
-    def __init__(
-        self, config: StudyConfig, where: Places, recipe_dir: Path | None, device: Device, memory: str, home: Path | None,
-        tracking_uri: str | None,
-    ) -> None:  # fmt: skip
-        self.config, self.where, self.recipe_dir, self.device, self.memory = config, where, recipe_dir, device, memory
-        self.home, self.tracking_uri, self.computed = home, tracking_uri, 0
-        self.executor = executor_of(gpu_deployment(), device)
+    config: StudyConfig
+    where: Places
+    recipe_dir: Path | None
+    device: Device
+    memory: str
+    home: Path | None
+    tracking_uri: str | None
+    executor: Executor
+    computed: int = 0
 
-    def all_cells(self) -> StudyResults:
-        """Everything merged and scored, replicate by replicate; failed cells are named in the results."""
+    def all_cells(self, logged: set[str]) -> StudyResults:
+        """Everything merged and scored, replicate by replicate; failed cells are named in the results. ``logged``: merges with complete runs."""
         config, cells = self.config, self.config.cells()
         base: dict[str, ModelScores] = {}
         alone: dict[str, dict[str, ModelScores]] = {}
         own: dict[str, str | None] = {}
         found: list[CellResult] = []
         failed: dict[str, str] = {}
-        logged = logged_merges(tracking_uri=self.tracking_uri, root=self.where.tracking)
         # All before the first cell: what cannot be had for the last replicate must not be found out after hours.
         everyone = [Models(one, config.limit, self.where, self.recipe_dir) for one in config.all_replicates()]
         for models in everyone:
@@ -214,7 +217,7 @@ def _metrics(results: StudyResults) -> dict[str, float]:
     every = [cell for cell in results.cells if len(cell.experts) == len(results.experts)]
     values = {f"score/avg/{cell.label}": results.average(results.models(cell)).mean for cell in every}
     if results.lossy:
-        values |= {f"loss/avg/{cell.label}": results.average_loss(results.models(cell)).mean for cell in every}
+        values |= {f"loss/avg/{cell.label}": results.loss(results.models(cell), *results.lossy).mean for cell in every}
     by_loss = ranked(results)
     for cell in by_loss[1:]:
         found = results.loss_difference(cell, by_loss[0], results.lossy)

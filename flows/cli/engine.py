@@ -145,7 +145,7 @@ def compress(
             )
             seconds = {"compress": time.perf_counter() - started}
             if base is not None:
-                from ota_core.analysis.agreement import agreement  # with it comes torch
+                from ota_core.analysis.agreement import agreements  # with it comes torch
 
                 reference = bring(base, "fetch base")
                 if streams is not None:
@@ -156,11 +156,9 @@ def compress(
                     closing(Checkpoint(folder, source_of)) as expert,
                     closing(Checkpoint(reference, source_of)) as start,
                 ):
-                    droppable = [
-                        drop for item in (full, compressed, expert, start) if (drop := getattr(item, "drop_pages", None))
-                    ]
+                    droppable = [full.drop_pages, compressed.drop_pages, expert.drop_pages, start.drop_pages]
                     stream = Stream(memory=budget, progress=progress, droppable=droppable)
-                    agreed = agreement(full, compressed, expert, start, density=density, stream=stream)
+                    [agreed] = agreements(full, [compressed], expert, start, density=density, stream=stream)
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
     if as_json:
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}

@@ -48,8 +48,7 @@ def run(
     shard_size: ShardSize = "5GB",
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
-    from ota_core.compute.stream import parse_memory
-    from ota_core.merge.engine import pick_device
+    from ota_core.compute.stream import parse_memory, pick_device
     from ota_core.recipe.recipe import load_recipe
     from tasks.evaluation.suites import load_suite
     from tasks.orchestration.prepare import prepare_prefect
@@ -124,8 +123,7 @@ def study(
     memory: MergeMemory = "2GiB",
 ) -> None:
     """Merge and benchmark every cell of a grid, and write the tables and figures of all."""
-    from ota_core.compute.stream import parse_memory
-    from ota_core.merge.engine import pick_device
+    from ota_core.compute.stream import parse_memory, pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.study.study import load_study
     from tasks.orchestration.prepare import prepare_prefect
@@ -163,7 +161,7 @@ def benchmark(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
-    from ota_core.merge.engine import pick_device
+    from ota_core.compute.stream import pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.orchestration.prepare import prepare_prefect
     from tasks.pages.tables import NOT_MEASURED

@@ -31,17 +31,4 @@ def experts_of(found: Mapping[str, ModelScores], subjects: Mapping[str, Subject]
 
 def comparison(found: dict[str, ModelScores], subjects: dict[str, Subject]) -> pd.DataFrame:
     """The table of one merge: base, experts, merge."""
-    return compare(found.get("base"), experts_of(found, subjects), {subjects["merged"].name: found["merged"]})
-
-
-def compare(
-    base: ModelScores | None, experts: Mapping[str, tuple[str, ModelScores]], merges: Mapping[str, ModelScores]
-) -> pd.DataFrame:
-    """``scores_table``, also for merges without a base: then there is no such row, and nothing is above or below it."""
-    if base is not None:
-        return scores_table(base, experts, merges)
-    import pandas as pd
-
-    stand_in = next(iter(merges.values()))  # a row that measured nothing would take every capability out of the average
-    table = scores_table(stand_in, experts, merges)
-    return table.drop(index="base").assign(negative_transfer=pd.NA, below_base="")
+    return scores_table(found.get("base"), experts_of(found, subjects), {subjects["merged"].name: found["merged"]})

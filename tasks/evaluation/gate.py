@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ota_core.errors import raise_all
-from tasks.evaluation.pairs import GateError, compare
+from ota_core.frozen import Frozen
+from tasks.evaluation.pairs import GateError, differences, sign_flips
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
 
@@ -22,11 +23,7 @@ Reference = Literal["champion", "base"]
 _ROUNDING = 1e-9
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GateSettings(_Frozen):
+class GateSettings(Frozen):
     """How sure the gate must be before it calls a fall real."""
 
     confidence: float = Field(
@@ -51,7 +48,7 @@ class GateSettings(_Frozen):
         return self
 
 
-class Check(_Frozen):
+class Check(Frozen):
     """One capability of the candidate against one reference."""
 
     capability: str
@@ -70,7 +67,7 @@ class Check(_Frozen):
     """Whether the candidate is lower by more than the noise."""
 
 
-class GateDecision(_Frozen):
+class GateDecision(Frozen):
     """What the gate decided, and every number that it decided by."""
 
     candidate: str
@@ -199,17 +196,18 @@ def _check(
     """Compare one capability over its documents. Raises GateError."""
     mine, theirs = (scores.capabilities[capability].score for scores in (candidate, reference))
     assert mine is not None and theirs is not None  # _mismatches has looked
-    paired = compare(suite, capability, label, candidate, reference, resamples=settings.resamples, seed=settings.seed)
+    parts, error = differences(suite, [capability], label, candidate, reference)
+    p_value = sign_flips(parts, resamples=settings.resamples, seed=settings.seed)
     return Check(
         capability=capability,
         reference=label,
-        n=paired.n,
+        n=len(parts),
         candidate_score=mine,
         reference_score=theirs,
         difference=mine - theirs,
-        standard_error=paired.standard_error,
-        p_value=paired.p_value,
-        falls_below=mine < theirs and paired.p_value <= 1 - settings.confidence,
+        standard_error=error,
+        p_value=p_value,
+        falls_below=mine < theirs and p_value <= 1 - settings.confidence,
     )
 
 

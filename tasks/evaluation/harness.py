@@ -1,6 +1,5 @@
 """Scores a model on a suite with lm-eval's Python API. The only place that knows lm-eval."""
 
-import contextlib
 import importlib.metadata
 import logging
 import math
@@ -51,9 +50,9 @@ def score_model(
     limit = limit or suite.limit
     # The code_eval metric reads the consent from the environment.
     consent = environment({"HF_ALLOW_CODE_EVAL": "1"} if suite.allow_code_execution else {})
-    with _ONE_AT_A_TIME, consent, quiet(progress) as name_task, _temporary_folder() as cache:
+    with _ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
         started = time.monotonic()  # not the wait for the others' turns
-        loaded = load_tasks(suite, data_dir, cache)
+        loaded = load_tasks(suite, data_dir, Path(cache))
         results = {}
         if loaded:
             lm = _load_model(model, suite, device)
@@ -75,12 +74,6 @@ def score_model(
         lm_eval_version=importlib.metadata.version("lm_eval"),
         seconds=round(seconds, 3),
     )
-
-
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="ota-scores-") as name:
-        yield Path(name)
 
 
 def _load_model(model: Path, suite: Suite, device: str) -> Any:

@@ -43,10 +43,12 @@ def load_tasks(suite: Suite, data_dir: Path | None, cache: Path) -> dict[str, di
     loaded = {}
     for name, spec in specs.items():
         try:
-            loaded[name] = _without_wrapper(manager.load([spec]), name)
+            found = manager.load([spec])
         except Exception as error:
             # Task code and data sets raise whatever they like; the message of lm-eval's own says what is missing.
             raise SuiteError(f"suite {suite.name}: lm-eval cannot load task '{name}': {type(error).__name__}: {error}") from error
+        groups = {key: group for key, group in found["groups"].items() if key != f"run of {name}"}  # the inline one of _spec
+        loaded[name] = {"tasks": found["tasks"], "groups": groups}
         for task in loaded[name]["tasks"].values():
             _set_fewshot(suite, entries[name], task)
     for entry in suite.all_tasks():
@@ -127,12 +129,6 @@ def _fill(value: Any, folder: str) -> Any:
     if isinstance(value, dict):
         return {key: _fill(item, folder) for key, item in value.items()}
     return [_fill(item, folder) for item in value] if isinstance(value, list) else value
-
-
-def _without_wrapper(loaded: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """lm-eval's tasks and groups without the inline group of ``_spec``."""
-    groups = {key: group for key, group in loaded["groups"].items() if key != f"run of {name}"}
-    return {"tasks": loaded["tasks"], "groups": groups}
 
 
 def _set_fewshot(suite: Suite, entry: TaskEntry, task: Any) -> None:

@@ -7,7 +7,6 @@ each document's sign is a fair coin, whatever the distribution of the scores.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,33 +25,13 @@ class GateError(OtaError):
     """Scores that the gate cannot compare, or a decision that does not allow what is asked for."""
 
 
-@dataclass(frozen=True)
-class Paired:
-    """A capability of two models over the same documents."""
-
-    n: int
-    standard_error: float
-    """Of the difference of the two scores, over documents as pairs, within each part that is averaged by itself."""
-    p_value: float
-    """One-sided: how likely a fall at least this large is by chance, if the two are equally good."""
-
-
-def compare(
-    suite: Suite, capability: str, label: str, candidate: ModelScores, reference: ModelScores, *, resamples: int, seed: int
-) -> Paired:
-    """The candidate against the reference (``label``, for messages) on a capability that both measured.
-
-    Raises GateError for other documents, fewer than two, and scores that are not the suite's weighted means over documents.
-    """
-    parts, error = differences(suite, [capability], label, candidate, reference)
-    return Paired(n=len(parts), standard_error=error, p_value=sign_flips(parts, resamples=resamples, seed=seed))
-
-
 def differences(
     suite: Suite, capabilities: Sequence[str], label: str, candidate: ModelScores, reference: ModelScores
 ) -> tuple[NDArray[np.float64], float]:
     """Each document's part in the difference candidate − reference of the mean of these capabilities' scores (n,), which is their sum;
-    and the standard error of that sum. Raises GateError as ``compare`` does.
+    and the standard error of that sum, over documents as pairs. ``label``: the reference's, for messages.
+
+    Raises GateError for other documents, fewer than two, and scores that are not the suite's weighted means over documents.
     """
     pairs = [
         (weight / len(capabilities), pair)

@@ -37,16 +37,6 @@ class _Bar:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextlib.contextmanager
 def quiet(progress: Progress | None) -> Iterator[Callable[[str], None]]:
     """lm-eval, transformers and datasets without chatter or bars of their own; their errors stay visible.
 
@@ -64,22 +54,17 @@ def quiet(progress: Progress | None) -> Iterator[Callable[[str], None]]:
     def bar(*args: Any, **kwargs: Any) -> _Bar:
         return _Bar(report, *args, **kwargs)
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels = [logger.level for logger in loggers]
-    weight_bars, data_bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    with contextlib.ExitStack() as stack:
-        for module in MODULES:
-            stack.enter_context(_replaced(importlib.import_module(module), "tqdm", bar))
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
+    with contextlib.ExitStack() as before:
+        for module in map(importlib.import_module, MODULES):
+            before.callback(setattr, module, "tqdm", module.tqdm)
+            module.tqdm = bar  # type: ignore[attr-defined]
+        for logger in map(logging.getLogger, ("lm_eval", "transformers", "datasets")):
+            before.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        if transformers_logging.is_progress_bar_enabled():
+            before.callback(transformers_logging.enable_progress_bar)
             transformers_logging.disable_progress_bar()
+        if not datasets.are_progress_bars_disabled():
+            before.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
-            yield lambda name: current.__setitem__(0, name)
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-            if weight_bars:
-                transformers_logging.enable_progress_bar()
-            if not data_bars:
-                datasets.enable_progress_bars()
+        yield lambda name: current.__setitem__(0, name)

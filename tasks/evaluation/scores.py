@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from ota_core.frozen import Frozen
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for them
     import pandas as pd
@@ -22,10 +24,8 @@ LOSS = "loss/"
 _NO_CAPABILITY = frozenset({"model", "role", "capability", "digest", "n", "retention", "negative_transfer", "seconds"})
 
 
-class CapabilityScore(BaseModel):
+class CapabilityScore(Frozen):
     """One capability: the weighted mean of its tasks' metrics."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     score: float | None
     """0..1; None when no task could run (see ``skipped``)."""
@@ -39,10 +39,8 @@ class CapabilityScore(BaseModel):
     """Why tasks of this capability did not run."""
 
 
-class ModelScores(BaseModel):
+class ModelScores(Frozen):
     """All that is kept of one model's run over a suite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     suite: str
     suite_digest: str
@@ -52,11 +50,11 @@ class ModelScores(BaseModel):
     limit: int | None
     lm_eval_version: str
     seconds: float
-    losses: dict[str, float] = {}
+    losses: dict[str, float] = Field({})
     """Capability to bits per byte of held-out text, where the suite measures it; less is better."""
-    loss_stderr: dict[str, float] = {}
+    loss_stderr: dict[str, float] = Field({})
     """Capability to the standard error of its loss, over documents."""
-    loss_samples: dict[str, dict[str, tuple[float, int]]] = {}
+    loss_samples: dict[str, dict[str, tuple[float, int]]] = Field({})
     """Capability to document hash to (log-likelihood, natural logarithm; bytes) of what its loss is of. The hash as in ``samples``."""
 
     @property
@@ -147,17 +145,18 @@ def mean_error(errors: Sequence[float | None]) -> float | None:
     return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
-def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges: Mapping[str, Scores]) -> pd.DataFrame:
+def scores_table(base: Scores | None, experts: Mapping[str, tuple[str, Scores]], merges: Mapping[str, Scores]) -> pd.DataFrame:
     """One row a model: base, experts, merges (index ``model``). Scores and ratios as fractions, losses in bits per byte, NaN where not measured.
 
     Columns: ``role``, ``capability`` (an expert's own), the capabilities, ``average``, ``retention`` (mean of ``retention()``, merges only),
     ``negative_transfer`` (count, merges only) and ``below_base`` (the capabilities counted, comma-separated); where models have losses,
     ``loss/<capability>`` and ``loss/average``. Standard errors stand in the columns of these names with ``_stderr``, where there are any.
-    Averages are over the capabilities that every row has, so that rows compare. Raises ValueError when two models share a name.
+    Averages are over the capabilities that every row has, so that rows compare. Without a base there is no such row, and nothing is above or
+    below it. Raises ValueError when two models share a name.
     """
     import pandas as pd
 
-    models: list[tuple[str, str, str | None, Scores]] = [("base", "base", None, base)]
+    models: list[tuple[str, str, str | None, Scores]] = [("base", "base", None, base)] if base is not None else []
     models += [(name, "expert", own, scores) for name, (own, scores) in experts.items()]
     models += [(name, "merge", None, scores) for name, scores in merges.items()]
     names = [name for name, *_ in models]
@@ -170,7 +169,7 @@ def scores_table(base: Scores, experts: Mapping[str, tuple[str, Scores]], merges
     rows = []
     for i, (_, role, own, scores) in enumerate(models):
         kept = list(retention(scores, experts).values()) if role == "merge" else []
-        below = negative_transfer(scores, base) if role == "merge" else None
+        below = negative_transfer(scores, base) if role == "merge" and base is not None else None
         beside: dict[str, str | float | None] = {
             "retention": fmean(kept) if kept else None,
             "negative_transfer": None if below is None else len(below),

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import StorageError
+from ota_core.frozen import Frozen
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from tasks.artifacts.store import store_of
 from tasks.settings import Places
@@ -14,10 +13,8 @@ from tasks.storage import models as storage
 from tasks.storage.models import Fetched, digest_folder, is_s3
 
 
-class Subject(BaseModel):
+class Subject(Frozen):
     """A model to be benchmarked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     role: str

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ota_core.artifact import fingerprint
-from ota_core.errors import OtaError, raise_all
+from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from ota_core.recipe.yaml_text import load_yaml, nearest
+from tasks.merging.recipes import parse_config
 
 SUITES = Path(__file__).resolve().parents[2] / "deployments" / "suites"
 
@@ -22,11 +24,7 @@ class SuiteError(OtaError):
     """A suite, one of its task files or its data is missing, malformed, or does not fit lm-eval."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TaskEntry(_Strict):
+class TaskEntry(Frozen):
     """One lm-eval task (or group such as ``mmlu``) and the number of it that counts."""
 
     task: str
@@ -37,7 +35,7 @@ class TaskEntry(_Strict):
     executes_code: bool = Field(False, description="The task runs code that the model wrote; off unless the suite allows it.")
 
 
-class LossEntry(_Strict):
+class LossEntry(Frozen):
     """One lm-eval task over held-out text, and the number of it that counts: less is better, and it has no upper bound."""
 
     task: str
@@ -45,13 +43,13 @@ class LossEntry(_Strict):
     filter: str = Field("none", description="lm-eval's filter that the metric is taken after.")
 
 
-class Capability(_Strict):
+class Capability(Frozen):
     """The tasks whose weighted mean is the capability's score."""
 
     tasks: Annotated[tuple[TaskEntry, ...], Field(min_length=1)]
 
 
-class Suite(_Strict):
+class Suite(Frozen):
     """A suite file. ``load_suite`` makes ``include_path`` absolute, so that a suite can be passed on as JSON."""
 
     name: str
@@ -117,36 +115,13 @@ def load_suite(path_or_name: str) -> Suite:
                 f"there is no suite '{path_or_name}' in {SUITES}, and it is no .yaml file; {nearest(path_or_name, known)}"
             )
         path = SUITES / f"{path_or_name}.yaml"
-    raw = load_yaml(path)
-    if not isinstance(raw, dict):
-        raise SuiteError(f"{path}: expected a mapping with name and capabilities, got {type(raw).__name__}")
-    try:
-        suite = Suite.model_validate(raw)
-    except ValidationError as error:
-        raise_all([f"{path}: {line}" for item in error.errors() for line in _explain(dict(item))], SuiteError)
-        raise
+    suite = parse_config(Suite, load_yaml(path), str(path), SuiteError)
     if suite.include_path is None:
         return suite
     folder = (path.parent / suite.include_path).resolve()
     if not folder.is_dir():
         raise SuiteError(f"{path}: include_path {suite.include_path} is not a folder beside the suite file ({folder})")
     return suite.model_copy(update={"include_path": folder})
-
-
-def _explain(item: dict[str, Any]) -> list[str]:
-    """One pydantic problem in the suite file's own words."""
-    location = item["loc"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    if item["type"] == "extra_forbidden":
-        known = {1: Suite.model_fields, 3: Capability.model_fields}.get(len(location), TaskEntry.model_fields)
-        if location[0] == "losses":
-            known = LossEntry.model_fields
-        return [f"unknown key '{where}'; {nearest(str(location[-1]), known)}"]
-    if item["type"] == "missing":
-        return [f"the key '{where}' is missing"]
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"]).split("\n")
-    return [f"{where}: {item['msg']}, got {item['input']!r}"]
 
 
 def digest_data(folder: Path) -> str:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from ota_core.errors import RecipeError, raise_all
+from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe.recipe import MergeRecipe, parse_recipe
 from ota_core.recipe.yaml_text import load_yaml, nearest, parse_yaml
 from tasks.storage.models import is_s3, read_bytes
@@ -33,18 +33,18 @@ def read_yaml(uri: str) -> Any:
     return parse_yaml(text, uri)
 
 
-def parse_config(kind: type[M], raw: Any, where: str) -> M:
-    """A configuration of this kind from what its YAML holds. Raises RecipeError with every problem: unknown keys with the nearest known,
+def parse_config(kind: type[M], raw: Any, where: str, error: type[OtaError] = RecipeError) -> M:
+    """A configuration of this kind from what its YAML holds. Raises ``error`` with every problem: unknown keys with the nearest known,
     missing ones, values out of range, and what the kind's own checks say."""
     if not isinstance(raw, dict):
         needed = [name for name, field in kind.model_fields.items() if field.is_required()]
-        raise RecipeError(f"{where}: expected a mapping with {', '.join(needed)}, got {type(raw).__name__}")
+        raise error(f"{where}: expected a mapping with {', '.join(needed)}, got {type(raw).__name__}")
     try:
         return kind.model_validate(raw)
-    except ValidationError as error:
+    except ValidationError as found:
         # A list with a wrong entry counts as one entry short, too.
-        items = [item for item in error.errors() if not (item["type"] == "too_short" and item["input"])]
-        raise_all([f"{where}: {line}" for item in items for line in _explain(kind, dict(item))], RecipeError)
+        items = [item for item in found.errors() if not (item["type"] == "too_short" and item["input"])]
+        raise_all([f"{where}: {line}" for item in items for line in _explain(kind, dict(item))], error)
         raise
 
 
@@ -65,9 +65,12 @@ def _explain(kind: type[BaseModel], item: dict[str, Any]) -> list[str]:
 
 def _known_keys(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The keys of the mapping at a location: of the model that the annotations lead to."""
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         if not isinstance(part, int):
             field = next(field for name, field in kind.model_fields.items() if part in {name, field.alias})
+            if get_origin(field.annotation) is dict:
+                next(parts, None)  # a key that the file's author chose
             kind = next(_models(field.annotation), kind)
     return [field.alias or name for name, field in kind.model_fields.items()]
 

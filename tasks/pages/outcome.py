@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from ota_core.artifact import ArtifactRef
 from ota_core.frozen import Frozen
-from tasks.evaluation.comparison import compare
 from tasks.evaluation.kept import read_all, read_scores
-from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.scores import ModelScores, scores_table
 from tasks.pages.report_page import MergePage
 from tasks.settings import Places
 from tasks.tracking.run import LoggedRun
@@ -46,4 +45,4 @@ def comparison_table(
     names = {key: key.removeprefix("expert/") for key in found if key.startswith("expert/")}
     experts = {name: (first.capabilities.get(name, f"expert/{name}"), found[key]) for key, name in names.items()}
     merges = {name: read_scores(where, outcome.scores["merged"]) for name, outcome in outcomes.items()}
-    return compare(found.get("base"), experts, {**merges, **(more or {})})
+    return scores_table(found.get("base"), experts, {**merges, **(more or {})})

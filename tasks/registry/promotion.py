@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ota_core.errors import OtaError, StorageError
+from ota_core.frozen import Frozen
 from tasks.artifacts.store import record_at
 from tasks.evaluation.gate import GateDecision, GateError
 from tasks.pages.gate import to_markdown
@@ -64,10 +65,8 @@ class PromotionError(OtaError):
     """The registry does not hold what is asked for, or the version cannot become champion."""
 
 
-class Version(BaseModel):
+class Version(Frozen):
     """A version of the registered model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     """The registered model's."""
@@ -79,10 +78,8 @@ class Version(BaseModel):
     tags: dict[str, str]
 
 
-class Moved(BaseModel):
+class Moved(Frozen):
     """What a promotion or a rollback came to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     champion: Version
     replaced: str | None
@@ -97,8 +94,8 @@ def current(
     """The version that has the alias, None when none has or nothing was registered yet. Raises StorageError when MLflow is away."""
     with _registry(f"reading the alias {alias!r} of {name!r}", tracking_uri, root) as client:
         model = _find_model(client, name)
-        number = None if model is None else model.aliases.get(alias)
-        return None if number is None else _version(client, name, str(number))
+        number = _alias(model, alias) if model else None
+        return _version(client, name, number) if number else None
 
 
 def history(*, tracking_uri: str | None = None, root: Path | None = None, name: str = REGISTERED_MODEL) -> list[Move]:
@@ -107,7 +104,8 @@ def history(*, tracking_uri: str | None = None, root: Path | None = None, name: 
         model = _find_model(client, name)
         if model is None:
             return []
-        return _moves(client, model)
+        unnoted = _unnoted(client, model)
+        return [*moves_of(model.tags), *([unnoted] if unnoted else [])]
 
 
 def rolled_back(
@@ -386,12 +384,6 @@ def _unnoted(client: MlflowClient, model: RegisteredModel) -> Move | None:
     noted = _version(client, model.name, champion).tags.get(_MOVE)
     move = Move.model_validate_json(noted) if noted else None
     return None if move is None or history_tag(move)[0] in model.tags else move
-
-
-def _moves(client: MlflowClient, model: RegisteredModel) -> list[Move]:
-    """All moves, oldest first, noted or not yet."""
-    unnoted = _unnoted(client, model)
-    return [*moves_of(model.tags), *([unnoted] if unnoted else [])]
 
 
 def _finish(client: MlflowClient, model: RegisteredModel) -> Move | None:

@@ -9,10 +9,9 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.artifact import RECORD, Record
 from ota_core.errors import StorageError
+from ota_core.frozen import Frozen
 from tasks.artifacts.store import record_at
 from tasks.registry.promotion import PromotionError, current
 from tasks.storage import models as storage
@@ -25,23 +24,7 @@ from tasks.tracking.run import REPORT
 LATEST = "latest.json"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Published(_Frozen):
-    """A version that lies complete where it is published."""
-
-    uri: str
-    name: str
-    version: str
-    fingerprint: str
-    bytes: int
-    copied: int
-    """Files that this call copied, the record among them; 0 when everything was there."""
-
-
-class Latest(_Frozen):
+class Latest(Frozen):
     """``latest.json``."""
 
     name: str
@@ -54,13 +37,15 @@ class Latest(_Frozen):
     mlflow_run: str | None = None
 
 
-def publish(source_uri: str, *, root: str, name: str, version: str, cache: Path) -> Published:
+def publish(source_uri: str, *, root: str, name: str, version: str, cache: Path) -> int:
     """Copy a merged model, an artifact in S3 or in a folder, to ``<root>/<name>/<version>/``; within S3 on the server.
 
     What is there already is not copied again, and a half-made copy is completed. In S3 the record is written last, after every
     copied object was compared with its source; in a folder everything appears in one step. ``cache`` holds the lock and, from
-    S3 to a folder, the download. Raises StorageError for a source that is not complete, another model under the same version,
-    files that the model does not have, and a copy that does not equal its source.
+    S3 to a folder, the download. Returns how many files were copied, the record among them.
+
+    Raises StorageError for a source that is not complete, another model under the same version, files that the model does not have, and a
+    copy that does not equal its source.
     """
     target = version_uri(root, name, version)
     record = record_at(source_uri)
@@ -69,17 +54,12 @@ def publish(source_uri: str, *, root: str, name: str, version: str, cache: Path)
             f"{source_uri} holds no complete model ({RECORD} or a file that it lists is missing); merge its recipe again, then publish"
         )
     with locked(cache.absolute(), f"publish {target}"):
-        copied = 0
+        if _is_published(record, target):
+            return 0
+        copied = _to_s3(source_uri, target, record) if storage.is_s3(target) else _to_folder(source_uri, target, record, cache)
         if not _is_published(record, target):
-            copied = (
-                _to_s3(source_uri, target, record) if storage.is_s3(target) else _to_folder(source_uri, target, record, cache)
-            )
-            if not _is_published(record, target):
-                raise StorageError(
-                    f"{target} is not complete after it was written; see what else writes there, then publish again"
-                )
-    size = sum(record.files.values())
-    return Published(uri=target, name=name, version=version, fingerprint=record.fingerprint, bytes=size, copied=copied)
+            raise StorageError(f"{target} is not complete after it was written; see what else writes there, then publish again")
+        return copied
 
 
 def point_latest(root: str, name: str, version: str, digest: str, *, mlflow_run: str | None = None) -> Latest:

@@ -25,7 +25,6 @@ from tasks.storage.layout import (
 )
 from tasks.storage.s3 import (
     S3Object,
-    copy_objects,
     delete_prefix,
     exists,
     head,
@@ -35,6 +34,7 @@ from tasks.storage.s3 import (
     read_bytes,
     write_bytes,
 )
+from tasks.storage.transfers import copy_objects, upload_files
 
 __all__ = [
     "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
@@ -342,7 +342,7 @@ def upload_folder(
             sent.append(name)
             yield folder / name, target, digest
 
-    s3.upload_files(missing(name for name in names if name != last), part_size=part_size, threads=threads, callback=tick)
+    upload_files(missing(name for name in names if name != last), part_size=part_size, threads=threads, callback=tick)
     if last is not None:
-        s3.upload_files(missing([last]), part_size=part_size, threads=threads, callback=tick)
+        upload_files(missing([last]), part_size=part_size, threads=threads, callback=tick)
     return sent

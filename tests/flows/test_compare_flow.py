@@ -13,8 +13,6 @@ from flows.compare import Comparison, compare_flow
 from tasks.tracking.merge import log_merge
 from tests.servers import flow_run_name, mlflow_server
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, scored_merge, some_merges
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import blank_database as blank_database
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import tracking as tracking
 
 FILES = ["leaderboard.csv", "leaderboard.html", "leaderboard.md", "leaderboard.parquet", "leaderboard.png"]
 

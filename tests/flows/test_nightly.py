@@ -172,7 +172,7 @@ def test_a_champion_that_was_scored_on_another_suite_is_scored_again(two: Nights
     night = two.run(LINEAR, limit=9)
     assert night.state.name == "Kept" and before and f"version {before.version} stays champion" in night.state.message
     assert counts["score"] == 5  # base, two experts, the candidate, the champion
-    assert "| math | champion | 9 |" in night.artifacts["gate"].data
+    assert "| math | champion | 9 |" in night.artifacts["gate"].data.replace("**", "")  # bold, where it falls below
 
 
 def test_a_candidate_that_fails_stops_no_other_and_nothing_is_remembered(two: Nights, counts: Counter[str]) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from ota_core.artifact import ArtifactRef
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.evaluation.comparison import compare, comparison
-from tasks.evaluation.scores import CapabilityScore, ModelScores, rows_of
+from tasks.evaluation.comparison import comparison
+from tasks.evaluation.scores import CapabilityScore, ModelScores, rows_of, scores_table
 from tasks.evaluation.subject import Subject
 from tasks.log import git_commit, score_metrics
 from tasks.merging.labels import merge_label, merge_name
@@ -101,8 +101,8 @@ def test_losses_of_the_page_have_their_errors() -> None:
 
 
 def test_table_with_and_without_a_base() -> None:
-    full = compare(FOUND["base"], experts(FOUND), {"m": FOUND["merged"]})
-    table = compare(None, experts(FOUND), {"m": FOUND["merged"]})
+    full = scores_table(FOUND["base"], experts(FOUND), {"m": FOUND["merged"]})
+    table = scores_table(None, experts(FOUND), {"m": FOUND["merged"]})
     assert list(full.index) == ["base", "a", "b", "c", "d", "m"] and list(table.index) == ["a", "b", "c", "d", "m"]
     pd.testing.assert_series_equal(table["average"], full["average"].drop("base"))
     pd.testing.assert_series_equal(table["retention"], full["retention"].drop("base"))
@@ -111,7 +111,7 @@ def test_table_with_and_without_a_base() -> None:
 
 
 def test_rows_carry_errors_and_gaps() -> None:
-    rows = rows_of(compare(FOUND["base"], experts(FOUND), {"m": FOUND["merged"]}))
+    rows = rows_of(scores_table(FOUND["base"], experts(FOUND), {"m": FOUND["merged"]}))
     assert [row["model"] for row in rows] == ["base", "a", "b", "c", "d", "m"]
     assert rows[-1] == {
         "model": "m", "role": "merge", "capability": None, "math": 0.6, "math_stderr": 0.01, "code": 0.4, "code_stderr": 0.01, "chat": None,

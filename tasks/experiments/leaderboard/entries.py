@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import OtaError
+from tasks.experiments.leaderboard.stats import Interval, score_interval
 from tasks.tracking.experiment import Experiment
 from tasks.tracking.registered import TAG_DIGEST
 from tasks.tracking.run import TAG_CAPABILITIES, TAG_LIMIT, TAG_SUITE, TAG_SUITE_KEY
@@ -37,6 +38,10 @@ class Model:
     scores: dict[str, float]
     stderrs: dict[str, float]
     documents: dict[str, int]
+
+    def interval(self, capability: str) -> Interval | None:
+        """Of a score that the model has; None where nothing tells how wide it is."""
+        return score_interval(self.scores[capability], self.stderrs.get(capability), self.documents.get(capability))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.evaluation.pairs import GateError
 from tasks.evaluation.scores import negative_transfer
 from tasks.experiments.leaderboard.entries import AVERAGE, PARAMS, Entry, LeaderboardError, Model, entries, select
-from tasks.experiments.leaderboard.stats import Interval, holm, mean_interval, paired_difference, ratio_interval, score_interval
+from tasks.experiments.leaderboard.stats import Interval, holm, mean_interval, paired_difference, ratio_interval
 from tasks.tracking.experiment import Experiment
 from tasks.tracking.run import Benchmarked
 
@@ -151,9 +151,7 @@ def _short(experts: str) -> str:
 
 def _score_cells(model: Model, capabilities: Sequence[str], averaged: Sequence[str]) -> dict[str, float]:
     cells: dict[str, float] = {}
-    intervals = {
-        name: score_interval(value, model.stderrs.get(name), model.documents.get(name)) for name, value in model.scores.items()
-    }
+    intervals = {name: model.interval(name) for name in model.scores}
     for name in capabilities:
         if name not in model.scores:
             continue
@@ -189,11 +187,8 @@ def _retention_interval(one: Entry, capability: str) -> Interval | None:
     expert, merged = one.own.get(capability), one.merged
     if expert is None or capability not in merged.scores:
         return None
-    merge_score, expert_score = merged.scores[capability], expert.scores[capability]
-    return ratio_interval(
-        merge_score, score_interval(merge_score, merged.stderrs.get(capability), merged.documents.get(capability)),
-        expert_score, score_interval(expert_score, expert.stderrs.get(capability), expert.documents.get(capability)),
-    )  # fmt: skip
+    above, below = merged.scores[capability], expert.scores[capability]
+    return ratio_interval(above, merged.interval(capability), below, expert.interval(capability))
 
 
 def _base_rows(group: Sequence[Entry], capabilities: Sequence[str], averaged: Sequence[str]) -> list[dict[str, Any]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime, timedelta
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ota_core.artifact import canonical_json
+from ota_core.frozen import Frozen
 from tasks.experiments.leaderboard.entries import LeaderboardError
 from tasks.experiments.leaderboard.leaderboard import BEST, Leaderboard, leaderboard
 from tasks.tracking.experiment import read_benchmarked, read_experiment
@@ -15,10 +16,8 @@ from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.store import Store
 
 
-class Question(BaseModel):
+class Question(Frozen):
     """Which merges of which experiment, compared with what."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     experiment: str = Field(EXPERIMENT, min_length=1)
     suite: str | None = None

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from ota_core.errors import RecipeError, raise_all
+from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.yaml_text import nearest
 from tasks.evaluation.scores import Scores, best_experts
@@ -46,10 +47,8 @@ def parse_floor(text: FloorText) -> Floor:
     return Floor("score" if words.startswith("score:") else "expert", value)
 
 
-class SearchConfig(BaseModel):
+class SearchConfig(Frozen):
     """One search."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: MergeRecipe | str = Field(description="What to begin with: a recipe, or where its YAML lies (s3://… or a file).")
     suite: str = Field(

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from prefect.runtime import flow_run
 
 from tasks.experiments.search.search import Trial, Tuned
-from tasks.tracking.run import LoggedRun, logged_run
+from tasks.tracking.run import TAG_FLOW_RUN, LoggedRun, logged_run
 from tasks.tracking.store import (
     PARAM_LENGTH,
+    Store,
     artifact_errors,
     clear_errors,
     connect,
@@ -27,7 +28,6 @@ from tasks.tracking.store import (
     mlflow_names,
     pages,
     quoted,
-    resolve_store,
 )
 from tasks.tracking.write import PARENT, TAG_ROLE, find_or_create
 
@@ -40,47 +40,30 @@ TAG_TRIAL = "trial"
 _SAFE = "The search itself keeps every trial, and a repeat goes on with the next."
 
 
-class SearchRun(BaseModel):
-    """What stands in MLflow of a search from its beginning."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    search: str
-    """The search's name in its storage: what decides its trials."""
-    params: dict[str, str | int | float]
-    tags: dict[str, str] = {}
-
-
-def begin(run: SearchRun, *, tracking_uri: str | None = None, root: Path | None = None) -> LoggedRun:
-    """The search's run, RUNNING; made when it is missing. Raises StorageError."""
-    store = resolve_store(tracking_uri=tracking_uri, root=root)
-    with clear_errors(store, f"logging {run.name!r}", _SAFE), locked(store):
+def begin(name: str, search: str, params: Mapping[str, object], store: Store) -> LoggedRun:
+    """The run of the search with this name in its storage, RUNNING; made when it is missing. Raises StorageError."""
+    with clear_errors(store, f"logging {name!r}", _SAFE), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
-        found = find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: run.search}, run.name)
+        found = find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: search}, name)
         client.update_run(found.info.run_id, status="RUNNING")
-        _log(client, found, run.params, {}, run.tags)
+        _log(client, found, params, {}, {TAG_FLOW_RUN: str(flow_run.id)} if flow_run.id else {})
     return logged_run(store, experiment, found.info.run_id)
 
 
-def logged_trials(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | None = None) -> set[int]:
+def logged_trials(parent: LoggedRun, store: Store) -> set[int]:
     """The numbers of the trials that have their whole run below the search's already. Raises StorageError."""
-    store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "reading the trials of the search", _SAFE):
         wanted = quoted({PARENT: parent.run_id, TAG_ROLE: "trial"})
         runs = pages(connect(store).search_runs, experiment_ids=[parent.experiment_id], filter_string=wanted)
         return {int(run.data.tags[TAG_TRIAL]) for run in runs if run.info.status == "FINISHED"}
 
 
-def log_trial(
-    parent: LoggedRun, trial: Trial, best: Trial | None, *, tracking_uri: str | None = None, root: Path | None = None
-) -> None:
+def log_trial(parent: LoggedRun, trial: Trial, best: Trial | None, store: Store) -> None:
     """One trial as a run below the search's, with the scores of every rung: the metric's step is the number of documents.
 
     ``best`` of the trials so far becomes a point of the search's own curve, at the trial's number. Raises StorageError.
     """
-    store = resolve_store(tracking_uri=tracking_uri, root=root)
     name = f"trial {trial.number}"
     with clear_errors(store, f"logging {name} of the search", _SAFE), locked(store):
         client = connect(store)
@@ -102,11 +85,8 @@ def log_trial(
             _log(client, owner, {}, {trial.number: {"best/avg": best.average, "best/violation": best.violation}}, {})
 
 
-def finish(
-    parent: LoggedRun, tuned: Tuned, files: Mapping[str, str | bytes], *, tracking_uri: str | None = None, root: Path | None = None
-) -> None:  # fmt: skip
+def finish(parent: LoggedRun, tuned: Tuned, files: Mapping[str, str | bytes], store: Store) -> None:
     """The winner's scores on the search's run, and files by their paths among its artifacts; the run is FINISHED. Raises StorageError."""
-    store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "logging the end of the search", _SAFE), locked(store):
         client = connect(store)
         best = tuned.best
@@ -124,9 +104,8 @@ def finish(
         client.set_terminated(parent.run_id, status="FINISHED")
 
 
-def fail(parent: LoggedRun, *, tracking_uri: str | None = None, root: Path | None = None) -> None:
+def fail(parent: LoggedRun, store: Store) -> None:
     """Mark the search's run as failed: an error ended it. A repeat goes on in the same run. Raises StorageError."""
-    store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "logging that the search failed", _SAFE), locked(store):
         connect(store).set_terminated(parent.run_id, status="FAILED")
 

@@ -15,6 +15,7 @@ HOLDS, MISSES, STOPPED = "holds all floors", "misses a floor", "stopped early"
 _STATES = alt.Scale(domain=[HOLDS, MISSES, STOPPED], range=[style.CATEGORIES[0], style.CATEGORIES[1], "#999999"])
 _SHAPES = alt.Scale(domain=[HOLDS, MISSES, STOPPED], range=["circle", "triangle-up", "cross"])
 COLUMNS = 3
+_PERCENT = alt.Tooltip("average:Q", format=".2f", title="average, %")
 
 
 def table_of(tuned: Tuned) -> pd.DataFrame:
@@ -42,17 +43,10 @@ def best_so_far(tuned: Tuned) -> alt.LayerChart:
     """Average over the evaluations spent: every trial a point, the best of those that hold the floors a line."""
     table = table_of(tuned)
     x = alt.X("spent:Q", title="evaluations spent (on all documents)")
-    points = (
-        alt.Chart(table[["spent", "average", "state", "trial", "documents", "origin"]])
-        .mark_point(opacity=0.85)
-        .encode(
-            x=x,
-            y=alt.Y("average:Q", title="average score, validation (%)", scale=alt.Scale(zero=False)),
-            color=alt.Color("state:N", title=None, scale=_STATES),
-            shape=alt.Shape("state:N", title=None, scale=_SHAPES),
-            tooltip=["trial:Q", "origin:N", alt.Tooltip("average:Q", format=".2f", title="average, %"), "documents:Q", "state:N"],
-        )
-    )
+    points = _trials(
+        table[["spent", "average", "state", "trial", "documents", "origin"]], x, "average score, validation (%)",
+        ["trial:Q", "origin:N", _PERCENT, "documents:Q", "state:N"],
+    )  # fmt: skip
     line = (
         alt.Chart(table[["spent", "best"]].dropna()).mark_line(interpolate="step-after", color=style.INK).encode(x=x, y="best:Q")
     )
@@ -66,6 +60,14 @@ def best_so_far(tuned: Tuned) -> alt.LayerChart:
     return (line + points + rule + text).properties(width=560, height=260, title="Best average under the floors")
 
 
+def _trials(rows: pd.DataFrame, x: alt.X, title: str, tooltip: list[Any]) -> alt.Chart:
+    """A point a trial, at its average."""
+    return alt.Chart(rows).mark_point(opacity=0.85).encode(
+        x=x, y=alt.Y("average:Q", title=title, scale=alt.Scale(zero=False)), tooltip=tooltip,
+        color=alt.Color("state:N", title=None, scale=_STATES), shape=alt.Shape("state:N", title=None, scale=_SHAPES),
+    )  # fmt: skip
+
+
 def values_against_average(tuned: Tuned, ranges: Mapping[str, Range]) -> alt.ConcatChart:
     """A panel for each density, λ or weight: its value against the average, of every trial. ``ranges``: of all of them, by name."""
     table = table_of(tuned)
@@ -73,13 +75,8 @@ def values_against_average(tuned: Tuned, ranges: Mapping[str, Range]) -> alt.Con
     for name, within in ranges.items():
         rows = table[["average", "state", "trial"]].assign(value=table[name]).dropna()
         scale = alt.Scale(type="log" if within.log else "linear", domain=[within.low, within.high], nice=False, zero=False)
-        marks = alt.Chart(rows).mark_point(opacity=0.85).encode(
-            x=alt.X("value:Q", title=_title(name), scale=scale),
-            y=alt.Y("average:Q", title="average (%)", scale=alt.Scale(zero=False)),
-            color=alt.Color("state:N", title=None, scale=_STATES),
-            shape=alt.Shape("state:N", title=None, scale=_SHAPES),
-            tooltip=["trial:Q", alt.Tooltip("value:Q", title=_title(name)), alt.Tooltip("average:Q", format=".2f", title="average, %"), "state:N"],
-        )  # fmt: skip
+        x = alt.X("value:Q", title=_title(name), scale=scale)
+        marks = _trials(rows, x, "average (%)", ["trial:Q", alt.Tooltip("value:Q", title=_title(name)), _PERCENT, "state:N"])
         best = alt.Chart(rows[rows["trial"] == tuned.best.number]).mark_point(
             size=220, filled=False, stroke=style.INK, strokeWidth=2
         )

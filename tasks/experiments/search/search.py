@@ -1,7 +1,6 @@
 """Search for a recipe's densities and λ: best average over the capabilities, under a floor for each, within a budget of evaluations.
 
-``tune`` is the whole search as one function. ``Search`` is the same trial by trial, for who runs each one somewhere else. Points come
-from Optuna's TPE (Bergstra et al. 2011; Watanabe 2023) with the floors as its constraints; trials that fall behind are stopped by
+``Search`` runs trial by trial, for who runs each one somewhere else; ``tune`` is the whole of it. Points come from Optuna's TPE (Bergstra et al. 2011; Watanabe 2023) with the floors as its constraints; trials that fall behind are stopped by
 asynchronous successive halving (Li et al. 2020): few documents first, more for the best of them.
 """
 
@@ -13,9 +12,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ota_core.artifact import canonical_json
+from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.experiments.search.space import Range, Space, apply, round_value, starts, values_of
 from tasks.experiments.search.trials import SearchError, ask, finished, give_up_running, open_study, study_name
@@ -33,11 +33,7 @@ Origin = Literal["recipe", "start", "search"]
 """Where a point comes from: the recipe as given, a sensible default, or the optimiser."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Budget(_Frozen):
+class Budget(Frozen):
     """How much a search may measure. At least one of the two limits."""
 
     evaluations: float | None = Field(
@@ -73,7 +69,7 @@ class Budget(_Frozen):
         return math.fsum(self.cost(limit) for limit in self.rungs)
 
 
-class Point(_Frozen):
+class Point(Frozen):
     """A recipe that is to be tried."""
 
     number: int
@@ -114,7 +110,7 @@ class Trial(Point):
         return math.fsum(self.shortfall.values())
 
 
-class Tuned(_Frozen):
+class Tuned(Frozen):
     """What a search found."""
 
     trials: tuple[Trial, ...]
@@ -142,36 +138,22 @@ class Tuned(_Frozen):
         return self.trials[0]
 
 
-def tune(
-    recipe: MergeRecipe,
-    space: Space,
-    budget: Budget,
-    evaluate: Evaluate,
-    *,
-    floors: FloorsAt | None = None,
-    seed: int = 0,
-    storage: Path | None = None,
-    identity: str = "",
-    names: Sequence[str] | None = None,
-    on_trial: Callable[[Trial], None] | None = None,
-) -> Tuned:
-    """The best point of the space for this recipe. The recipe itself is always tried first, on all documents.
-
-    A method that uses nothing of the space has one point, and is evaluated once. The same arguments give the same trials. With
-    ``storage``, a folder, an interrupted search goes on where it stopped, a larger budget adds to it, and with a smaller one only those
-    trials count that it pays for; ``identity`` then names what ``evaluate`` measures (suite, data, models). ``names``: the experts', where the recipe does not tell them. ``on_trial`` is told of every trial as it ends. Raises SearchError, and what
-    ``evaluate`` raises.
-    """
-    with Search(recipe, space, budget, floors=floors, seed=seed, storage=storage, identity=identity, names=names) as search:
+def tune(search: "Search", evaluate: Evaluate) -> Tuned:
+    """All of a search that is not open yet. Raises SearchError, and what ``evaluate`` raises."""
+    with search:
         while (point := search.ask()) is not None:
-            trial = search.run(point, evaluate)
-            if on_trial:
-                on_trial(trial)
+            search.run(point, evaluate)
         return search.result()
 
 
 class Search:
-    """A search trial by trial; arguments as for ``tune``. A context manager: it holds a file open, and a lock."""
+    """The best point of the space for this recipe, trial by trial. The recipe itself is always tried first, on all documents.
+
+    A method that uses nothing of the space has one point, and is evaluated once. The same arguments give the same trials. With
+    ``storage``, a folder, an interrupted search goes on where it stopped, a larger budget adds to it, and with a smaller one only those
+    trials count that it pays for; ``identity`` then names what is measured (suite, data, models). ``names``: the experts', where the
+    recipe does not tell them. A context manager: it holds a file open, and a lock.
+    """
 
     def __init__(
         self, recipe: MergeRecipe, space: Space, budget: Budget, *, floors: FloorsAt | None = None, seed: int = 0,

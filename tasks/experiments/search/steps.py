@@ -1,7 +1,6 @@
 """The steps of a search as Prefect tasks: a trial, and its run in MLflow."""
 
 from statistics import fmean
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -12,6 +11,7 @@ from tasks.experiments.search import log as search_log
 from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.search import Point, Search, Trial
 from tasks.tracking.run import LoggedRun
+from tasks.tracking.store import Store
 
 
 @task(name="trial", cache_policy=NO_CACHE, persist_result=False)
@@ -36,6 +36,6 @@ def run_trial(tried: Search, point: Point, trials: Trials) -> Trial:
     name="log", task_run_name="log trial {trial.number}", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE,
     persist_result=False,
 )  # fmt: skip
-def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, tracking: dict[str, Any]) -> None:
+def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, store: Store) -> None:
     """Log one trial to MLflow; finds the run of an earlier try."""
-    search_log.log_trial(parent, trial, best, **tracking)
+    search_log.log_trial(parent, trial, best, store)

@@ -9,7 +9,7 @@ from tasks.evaluation.scores import mlflow_metric_name
 from tasks.tracking.artifacts import replace_artifacts
 from tasks.tracking.experiment import complete_merges
 from tasks.tracking.run import TAG_FINGERPRINT, LoggedRun, logged_run
-from tasks.tracking.store import artifact_errors, clear_errors, connect, experiment_id, locked, resolve_store
+from tasks.tracking.store import Store, artifact_errors, clear_errors, connect, experiment_id, locked
 from tasks.tracking.write import TAG_ROLE, find_or_create, in_progress, log_values
 
 TAG_STUDY = "study"
@@ -25,7 +25,7 @@ def study_tag(name: str) -> str:
 
 def log_study(
     name: str, folder: Path, *, config: str, tags: Mapping[str, str], metrics: Mapping[str, float], merges: Mapping[str, str],
-    tracking_uri: str | None = None, root: Path | None = None,
+    store: Store,
 ) -> LoggedRun:  # fmt: skip
     """Log a study's folder as the artifacts of one run, known by the study's name; a repeated study replaces them.
 
@@ -33,7 +33,7 @@ def log_study(
     a study that grew would for ever be described as it first was. ``merges``: fingerprint to the cell's label; their runs get the study's tag, and those of merges that the study has no longer lose
     it. Raises StorageError.
     """
-    store, safe = resolve_store(tracking_uri=tracking_uri, root=root), f"Its tables and figures lie in {folder}."
+    safe = f"Its tables and figures lie in {folder}."
     with clear_errors(store, f"logging the study {name!r}", safe), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
@@ -53,9 +53,8 @@ def log_study(
     return logged_run(store, experiment, run.info.run_id)
 
 
-def logged_merges(*, tracking_uri: str | None = None, root: Path | None = None) -> set[str]:
+def logged_merges(store: Store) -> set[str]:
     """Fingerprints of the merges whose runs are complete. Raises StorageError."""
-    store = resolve_store(tracking_uri=tracking_uri, root=root)
     with clear_errors(store, "looking up merges that are logged", "Nothing was changed."), locked(store):
         client = connect(store)
         return {run.data.tags[TAG_FINGERPRINT] for run in complete_merges(client, experiment_id(client, store))}

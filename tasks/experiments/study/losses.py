@@ -25,7 +25,7 @@ from tasks.experiments.study.scores import AVERAGE, StudyResults
 def ranked(results: StudyResults) -> list[Cell]:
     """The merges of the table, lowest average loss first: the others are compared with that one. None where there are no two to compare."""
     chosen = methods_of(results) if results.lossy else []
-    by_loss = sorted(chosen, key=lambda cell: results.average_loss(results.models(cell)).mean)
+    by_loss = sorted(chosen, key=lambda cell: results.loss(results.models(cell), *results.lossy).mean)
     return by_loss if len(by_loss) > 1 else []
 
 
@@ -67,7 +67,7 @@ def _losses(results: StudyResults, models: Sequence[ModelScores]) -> Row:
     row: Row = {}
     for name in results.lossy:
         row |= numbers(name, results.loss(models, name))
-    return row | numbers(AVERAGE, results.average_loss(models))
+    return row | numbers(AVERAGE, results.loss(models, *results.lossy))
 
 
 def _beside_losses(results: StudyResults, best: Cell | None, cell: Cell) -> Row:

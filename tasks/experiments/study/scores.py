@@ -105,21 +105,17 @@ class StudyResults:
             return [one.scores for one in self.of(cell)]
         return [self.alone[r][expert] if expert else self.base[r] for r in self.replicates]
 
-    def score(self, models: Sequence[ModelScores], capability: str) -> Estimate:
-        """A capability's score, 0..1."""
-        return estimate([_score(one, capability) for one in models])
+    def score(self, models: Sequence[ModelScores], *capabilities: str) -> Estimate:
+        """The mean of these capabilities' scores, 0..1."""
+        return estimate([_mean([_score(one, name) for name in capabilities]) for one in models])
 
     def average(self, models: Sequence[ModelScores]) -> Estimate:
         """The mean over ``averaged``."""
-        return estimate([_mean([_score(one, name) for name in self.averaged]) for one in models])
+        return self.score(models, *self.averaged)
 
-    def loss(self, models: Sequence[ModelScores], capability: str) -> Estimate:
-        """A capability's loss, bits per byte."""
-        return estimate([_loss(one, capability) for one in models])
-
-    def average_loss(self, models: Sequence[ModelScores]) -> Estimate:
-        """The mean over ``lossy``, bits per byte."""
-        return estimate([_mean([_loss(one, name) for name in self.lossy]) for one in models])
+    def loss(self, models: Sequence[ModelScores], *capabilities: str) -> Estimate:
+        """The mean of these capabilities' losses, bits per byte."""
+        return estimate([_mean([_loss(one, name) for name in capabilities]) for one in models])
 
     def recovered(self, cell: Cell) -> Estimate:
         """Mean over the merged experts' own capabilities of (base − merge) / (base − expert) in losses: which part of the experts' gain is kept,
@@ -130,7 +126,7 @@ class StudyResults:
         left_out, values = self.unrecoverable(cell), []
         for one in self.of(cell):
             base, alone = self.base[one.replicate], self.alone[one.replicate]
-            own = [(name, alone[e]) for name, e in self._best_of(one.replicate, cell.experts).items() if name not in left_out]
+            own = [(name, alone[e]) for name, e in self._least_loss(one.replicate, cell.experts).items() if name not in left_out]
             parts = [(base.losses[k] - one.scores.losses[k]) / (base.losses[k] - expert.losses[k]) for k, expert in own]
             values.append(
                 Estimate(fmean(parts), recovered_error(base, one.scores, own)) if parts else Estimate(math.nan, math.nan)
@@ -156,7 +152,7 @@ class StudyResults:
         return tuple(name for name in self.lossy if any(self._nothing_gained(name, r, cell.experts) for r in self.replicates))
 
     def _nothing_gained(self, name: str, replicate: str, experts: Sequence[str]) -> bool:
-        best = self._best_of(replicate, experts).get(name)
+        best = self._least_loss(replicate, experts).get(name)
         return best is not None and self.alone[replicate][best].losses[name] >= self.base[replicate].losses[name]
 
     def retention(self, cell: Cell) -> Estimate:
@@ -174,11 +170,6 @@ class StudyResults:
             values.append(_mean(own))
         return estimate(values)
 
-    def retention_of(self, cell: Cell, capability: str) -> Estimate:
-        """merged / expert on one capability."""
-        own = [self._own(one.replicate, cell.experts)[capability] for one in self.of(cell)]
-        return estimate([_ratio(_score(one.scores, capability), score) for one, score in zip(self.of(cell), own, strict=True)])
-
     def below_base(self, cell: Cell) -> Estimate:
         """On how many capabilities the merge falls below the base. Without a standard error over documents: a count has none."""
         counts = [
@@ -187,39 +178,28 @@ class StudyResults:
         ]
         return estimate([Estimate(float(count), math.nan) for count in counts])
 
-    def difference(
-        self, cell: Cell, other: Cell, measure: Callable[["StudyResults", ModelScores], Estimate] | None = None
-    ) -> Estimate:
+    def difference(self, cell: Cell, other: Cell) -> Estimate:
         """The average of ``cell`` less that of ``other``: replicate by replicate, so that what replicates share cancels."""
-        of = measure or (lambda results, scores: results.average([scores]))
-        pairs = zip(self.of(cell), self.of(other), strict=True)
-        values = []
-        for a, b in pairs:
-            first, second = of(self, a.scores), of(self, b.scores)
-            values.append(Estimate(first.mean - second.mean, math.hypot(first.error, second.error)))
-        return estimate(values)
+        pairs = [(self.average([a.scores]), self.average([b.scores])) for a, b in zip(self.of(cell), self.of(other), strict=True)]
+        return estimate([Estimate(a.mean - b.mean, math.hypot(a.error, b.error)) for a, b in pairs])
 
     def _own(self, replicate: str, experts: Sequence[str]) -> dict[str, Estimate]:
         """Own capability to the score of the best of these experts that has it."""
-        found: dict[str, Estimate] = {}
-        for name in experts:
-            capability = self.experts[name]
-            if capability in self.capabilities:
-                score = _score(self.alone[replicate][name], capability)
-                if capability not in found or score.mean > found[capability].mean:
-                    found[capability] = score
-        return found
-
-    def _best_of(self, replicate: str, experts: Sequence[str]) -> dict[str, str]:
-        """Own capability to that one of these experts with the lowest loss on it, where losses are measured."""
-        found: dict[str, str] = {}
         alone = self.alone[replicate]
+        best = self._best_of(experts, self.capabilities, lambda name, own: _score(alone[name], own).mean)
+        return {own: _score(alone[name], own) for own, name in best.items()}
+
+    def _least_loss(self, replicate: str, experts: Sequence[str]) -> dict[str, str]:
+        """Own capability to that one of these experts with the lowest loss on it, where losses are measured."""
+        return self._best_of(experts, self.lossy, lambda name, own: -self.alone[replicate][name].losses[own])
+
+    def _best_of(self, experts: Sequence[str], capabilities: Sequence[str], merit: Callable[[str, str], float]) -> dict[str, str]:
+        """Own capability, of these, to the expert that has it with the highest ``merit`` (of name and capability), of equals the first."""
+        found: dict[str, str] = {}
         for name in experts:
-            capability = self.experts[name]
-            if capability in self.lossy:
-                best = found.setdefault(capability, name)
-                if alone[name].losses[capability] < alone[best].losses[capability]:
-                    found[capability] = name
+            own = self.experts[name]
+            if own is not None and own in capabilities and merit(name, own) > merit(found.setdefault(own, name), own):
+                found[own] = name
         return found
 
     def tidy(self) -> pd.DataFrame:
@@ -248,7 +228,9 @@ class StudyResults:
                     | cost
                 )
         frame = pd.DataFrame(rows)
-        return frame.assign(**{name: spelled(list(frame[name])) for name in frame if frame[name].map(_is_tuple).any()})
+        return frame.assign(
+            **{name: spelled(list(frame[name])) for name in frame if any(isinstance(value, tuple) for value in frame[name])}
+        )
 
 
 def estimate(values: Sequence[Estimate]) -> Estimate:
@@ -259,10 +241,6 @@ def estimate(values: Sequence[Estimate]) -> Estimate:
     if any(math.isnan(mean) for mean in means):
         return Estimate(math.nan, math.nan)
     return Estimate(fmean(means), stdev(means) / math.sqrt(len(means)))
-
-
-def _is_tuple(value: object) -> bool:
-    return isinstance(value, tuple)
 
 
 def _score(scores: ModelScores, capability: str) -> Estimate:

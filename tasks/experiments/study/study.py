@@ -5,9 +5,10 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ota_core.errors import RecipeError, raise_all
+from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
 from tasks.experiments.search.space import Range, expert_names
 from tasks.experiments.study.cells import Cell, as_subsets, join_equal, subset_label, subset_problems, subsets_of
@@ -19,11 +20,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _TUNABLE = ("lambda", "density")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GridEntry(_Strict):
+class GridEntry(Frozen):
     """A method, the values that each of its parameters takes, and the experts that it merges."""
 
     merge_method: Method = Field(description="How task vectors are combined.")
@@ -53,7 +50,7 @@ class GridEntry(_Strict):
         return self
 
 
-class TuneConfig(_Strict):
+class TuneConfig(Frozen):
     """How grid entries with ``tune: true`` find their λ and density: the same number of trials for each of them, on each replicate."""
 
     suite: str = Field(description="Suite whose documents decide; they must be others than those of the study's suite.")
@@ -86,7 +83,7 @@ class TuneConfig(_Strict):
         return self
 
 
-class Replicate(_Strict):
+class Replicate(Frozen):
     """One set of models that every cell runs on, such as the experts of one training seed."""
 
     name: str
@@ -98,7 +95,7 @@ class Replicate(_Strict):
     tune: TuneConfig | None
 
 
-class StudyConfig(_Strict):
+class StudyConfig(Frozen):
     """One study."""
 
     name: str = Field(min_length=1, pattern=r"^[^./'`][^/'`]*$", description="Its name in tables and folders.")

@@ -49,7 +49,7 @@ def methods_table(results: StudyResults) -> list[StudyTable]:
     if not chosen:
         return []
     rows = model_rows(results, chosen, partial(_scores, results), partial(_beside_scores, results))
-    return [_table(results, "methods", "Methods and capabilities", f"{CHOSEN} {_explained(results)}", rows)]
+    return _tables(results, "methods", "Methods and capabilities", f"{CHOSEN} {_explained(results)}", rows)
 
 
 def density_families(cells: Sequence[Cell]) -> list[tuple[Cell | None, list[Cell]]]:
@@ -79,7 +79,7 @@ def ffg_table(results: StudyResults) -> list[StudyTable]:
             row = {"recipe": recipe, "FFG": f"density {spell(cell.settings['density'])}"} | _merge(results, cell)
             rows.append(row | numbers(DIFFERENCE, results.difference(cell, off)))
     caption = f"{DIFFERENCE}: of the average to the same recipe without FFG{_paired(results)}. {_explained(results)}"
-    return [_table(results, "ffg", "FFG on and off", caption, rows)] if rows else []
+    return _tables(results, "ffg", "FFG on and off", caption, rows)
 
 
 def density_table(results: StudyResults) -> list[StudyTable]:
@@ -107,7 +107,7 @@ def density_table(results: StudyResults) -> list[StudyTable]:
         f"Average over capabilities of merges of all experts. Density: the fraction of each expert's elements that is kept, ranked by √v·|Δ| (FFG) "
         f"or by |Δ| (magnitude); at 1 nothing is masked. {DIFFERENCE}: FFG less magnitude{_paired(results)}. {_explained(results)}"
     )
-    return [_table(results, "density", "Density: FFG against magnitude", caption, rows, only=names)] if rows else []
+    return _tables(results, "density", "Density: FFG against magnitude", caption, rows, only=names)
 
 
 def grafted(results: StudyResults) -> dict[str, list[Cell]]:
@@ -142,7 +142,7 @@ def grafting_table(results: StudyResults) -> list[StudyTable]:
         "Each expert alone, only its best elements grafted onto the base: score on its own capability. The base is density 0, the whole expert "
         f"density 1. {_explained(results, retention=False)}"
     )
-    return [_table(results, "grafting", "Single experts grafted onto the base", caption, [*rows, last], only=tuple(cells))]
+    return _tables(results, "grafting", "Single experts grafted onto the base", caption, [*rows, last], only=tuple(cells))
 
 
 def compression_table(results: StudyResults) -> list[StudyTable]:
@@ -158,13 +158,10 @@ def compression_table(results: StudyResults) -> list[StudyTable]:
             # max() would pass over a NaN that is not its first value.
             row["√v error"] = float(np.max([one.sqrt_error for one in found]))
             rows.append(row)
-    lost = any(pd.isna(row["bytes/parameter"]) for row in rows)
-    caption = (
-        "bytes/parameter: what the stored second moments take, mean over the experts. √v error: ‖√ṽ − √v‖ / ‖√v‖, the largest of all experts. "
-        f"{'Both are blank where the stored second moments are no longer among the artifacts. ' if lost else ''}"
-        f"{_compared(results, rows, 'full second moments')}{_explained(results)}"
-    )
-    return [_table(results, "compression", "Full and compressed second moments", caption, rows)] if rows else []
+    said = "bytes/parameter: what the stored second moments take, mean over the experts. √v error: ‖√ṽ − √v‖ / ‖√v‖, the largest of all experts. "
+    if any(pd.isna(row["bytes/parameter"]) for row in rows):
+        said += "Both are blank where the stored second moments are no longer among the artifacts. "
+    return _varied(results, "compression", "Full and compressed second moments", said, "full second moments", rows)
 
 
 def moments_name(cell: Cell) -> str:
@@ -175,32 +172,26 @@ def moments_name(cell: Cell) -> str:
 
 def combination_table(results: StudyResults) -> list[StudyTable]:
     """How masked task vectors are combined: weighed by curvature (precond), linear, ties."""
+    said = "The same masks, then the masked task vectors weighed by curvature (precond), averaged (linear) or merged as TIES does (ties). "
     rows = _family_rows(results, "masked_merge", "combined by")
-    caption = (
-        "The same masks, then the masked task vectors weighed by curvature (precond), averaged (linear) or merged as TIES does (ties). "
-        f"{_compared(results, rows, 'precond')}{_explained(results)}"
-    )
-    return [_table(results, "combination", "Precond, linear and ties after FFG", caption, rows)] if rows else []
+    return _varied(results, "combination", "Precond, linear and ties after FFG", said, "precond", rows)
 
 
 def sweep_tables(results: StudyResults) -> list[StudyTable]:
     """Each other parameter that the grid varies alone: λ, power, the density of methods without FFG, …"""
     covered = {"merge_method", "compression", "rank", "masked_merge", *FFG_SETTINGS}
     keys = dict.fromkeys(key for cell in on_all(results) for key in cell.settings)
-    found = []
+    found: list[StudyTable] = []
     for key in [*(key for key in keys if key not in covered), "density"]:
         rows = _family_rows(results, key, key, lambda cell: key != "density" or cell.method != "ota")  # noqa: B023 - used at once
-        if rows:
-            rows.sort(key=lambda row: (row["recipe"], _place(row[key])))
-            rows = [row | {key: value} for row, value in zip(rows, spelled([row[key] for row in rows]), strict=True)]
-            caption = f"{_compared(results, rows, f'the default {key}')}{_explained(results)}"
-            title = {
-                "lambda": "Scale λ of the merged task vector",
-                "power": "Power of the curvature",
-                "density": "Density of other methods",
-            }
-            where = "sweep-density" if key == "density" else key
-            found.append(_table(results, where, title.get(key, f"Parameter {key}"), caption, rows))
+        rows.sort(key=lambda row: (row["recipe"], _place(row[key])))
+        rows = [row | {key: value} for row, value in zip(rows, spelled([row[key] for row in rows]), strict=True)]
+        title = {
+            "lambda": "Scale λ of the merged task vector",
+            "power": "Power of the curvature",
+            "density": "Density of other methods",
+        }.get(key, f"Parameter {key}")
+        found += _varied(results, "sweep-density" if key == "density" else key, title, "", f"the default {key}", rows)
     return found
 
 
@@ -228,11 +219,11 @@ def _against(results: StudyResults, cell: Cell, family: Sequence[Cell], key: str
     return numbers(DIFFERENCE, None if usual is cell else results.difference(cell, usual))
 
 
-def _compared(results: StudyResults, rows: Sequence[Row], reference: str) -> str:
-    """What the column of ``_against`` says; nothing where no row has a difference."""
-    if not any(DIFFERENCE in row for row in rows):
-        return ""
-    return f"{DIFFERENCE}: of the average to the same recipe with {reference}{_paired(results)}. "
+def _varied(results: StudyResults, key: str, title: str, said: str, reference: str, rows: list[Row]) -> list[StudyTable]:
+    """The table of rows that are compared by ``_against``; ``said`` begins its caption, which names what they are compared with, if they are."""
+    if any(DIFFERENCE in row for row in rows):
+        said += f"{DIFFERENCE}: of the average to the same recipe with {reference}{_paired(results)}. "
+    return _tables(results, key, title, f"{said}{_explained(results)}", rows)
 
 
 def _place(value: Any) -> tuple[float, ...]:
@@ -254,7 +245,7 @@ def subsets_table(results: StudyResults) -> list[StudyTable]:
     for group in (found for found in groups.values() if len(found) > 1):
         rows += [{"recipe": words(cell), "experts": _subset(results, cell)} | _merge(results, cell) for cell in group]
     caption = f"Retention is over the own capabilities of the experts that are merged. {_explained(results)}"
-    return [_table(results, "experts", "Subsets of the experts", caption, rows)] if rows else []
+    return _tables(results, "experts", "Subsets of the experts", caption, rows)
 
 
 def _subset(results: StudyResults, cell: Cell) -> str:
@@ -290,7 +281,7 @@ def _beside_scores(results: StudyResults, cell: Cell) -> Row:
     return numbers(RETENTION, results.retention(cell)) | {BELOW: results.below_base(cell).mean}
 
 
-def _table(
+def _tables(
     results: StudyResults,
     key: str,
     title: str,
@@ -298,13 +289,16 @@ def _table(
     rows: list[Row],
     *,
     only: Sequence[str] = (),
-) -> StudyTable:
+) -> list[StudyTable]:
+    """The table of these rows; none without any."""
+    if not rows:
+        return []
     frame = pd.DataFrame(rows)
     percent = tuple(only) or tuple(name for name in (*results.capabilities, AVERAGE, RETENTION, DIFFERENCE) if name in frame)
     if "recipe" in frame and frame["recipe"].nunique() == 1:  # it stands in the caption once
         caption = f"Recipe: {frame['recipe'].iloc[0]}. {caption}"
         frame = frame.drop(columns="recipe")
-    return study_table(key, title, caption, frame, percent)
+    return [study_table(key, title, caption, frame, percent)]
 
 
 def _paired(results: StudyResults) -> str:

@@ -5,8 +5,6 @@ names none, stand for an average and are divided by what the experts' weights ad
 """
 
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -18,12 +16,11 @@ from tasks.benchmark import Benchmark
 from tasks.compress import compress_jobs
 from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.overlap import check_apart
-from tasks.experiments.search.search import Budget, Range, Space, Tuned, tune
+from tasks.experiments.search.search import Budget, Range, Search, Space, tune
 from tasks.experiments.study.cells import Cell
 from tasks.experiments.study.found import Models
 from tasks.experiments.study.study import TuneConfig
 from tasks.merge import merge_step
-from tasks.merging.sources import Planned
 from tasks.orchestration.executors import Executor, Here
 
 
@@ -31,15 +28,27 @@ from tasks.orchestration.executors import Executor, Here
 def tune_cell(
     cell: Cell, recipe: MergeRecipe, models: Models, executor: Executor, memory: str
 ) -> tuple[MergeRecipe, dict[str, float]]:
-    """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values)."""
-    job, where = tuning(recipe, cell.tune, models, memory), models.where
+    """λ and density of one cell on one replicate, by the validation suite: (recipe with the best, their values).
+
+    One rung: nothing is stopped early, every method has the same number of merges scored on the same documents. The trials are kept: a
+    search that is finished is read, one that was interrupted goes on. Raises OtaError.
+    """
+    config, benchmark, where = models.replicate.tune, _chooses(models), models.where
+    assert config is not None, "checked with the study"
+    plan = models.plan(_beginning(recipe) if "lambda" in cell.tune else recipe, memory)
+    merge = merge_step(plan.recipe, plan.inputs).fingerprint
     # Second moments are compressed once for all trials.
-    plan = job.plan.with_artifacts([Here().run(one, where) for one in compress_jobs(job.plan)])
+    plan = plan.with_artifacts([Here().run(one, where) for one in compress_jobs(plan)])
     folder = where.home / "searches"
-    found = replace(job, plan=plan).search(
-        Trials(plan, job.benchmark, where, executor, folder / f"study-{job.key}.model"), folder
+    search = Search(
+        plan.recipe, _space(config, cell.tune, recipe), Budget(trials=config.trials, rungs=(config.limit,)), seed=config.seed,
+        storage=folder, identity=canonical_json({"merge": merge, "scores": benchmark.wanted}),
     )  # fmt: skip
-    values = chosen(found, cell.tune)
+    with Trials(plan, benchmark, where, executor, folder / f"study-{merge}.model") as trials:
+        found = tune(search, lambda candidate, limit: trials.score(candidate, limit, "trial").objective())
+    # The recipe as given has no density where nothing is masked: that is 1.
+    best = {name: found.best.recipe.setting(name, 0) for name in cell.tune}
+    values = {name: 1.0 if value is None else float(value) for name, value in best.items()}
     get_run_logger().info("%d trials; best: %s", len(found.trials), ", ".join(f"{k} {v:g}" for k, v in values.items()))
     return found.best.recipe, values
 
@@ -56,53 +65,6 @@ def _chooses(models: Models) -> Benchmark:
     config = models.replicate.tune
     assert config is not None, "checked with the study"
     return Benchmark.of(config.suite, config.data_dir, config.limit, models.where).check()
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """One tuned cell on one replicate, before its search."""
-
-    plan: Planned
-    """The recipe as the search begins with it."""
-    benchmark: Benchmark
-    config: TuneConfig
-    space: Space
-    identity: str
-    """What decides the trials' scores besides their values."""
-    key: str
-    """Names the merge that is tuned; for temporary folders."""
-
-    def search(self, trials: Trials, folder: Path) -> Tuned:
-        """What the search found. One rung: nothing is stopped early, every method has the same number of merges scored on the same documents.
-
-        ``folder`` keeps the trials: a search that is finished is read, one that was interrupted goes on. Raises OtaError.
-        """
-        config = self.config
-        with trials:
-
-            def evaluate(candidate: MergeRecipe, limit: int) -> dict[str, float | None]:
-                return trials.score(candidate, limit, "trial").objective()
-
-            budget = Budget(trials=config.trials, rungs=(config.limit,))
-            return tune(
-                self.plan.recipe, self.space, budget, evaluate, seed=config.seed, storage=folder, identity=self.identity
-            )  # fmt: skip
-
-
-def tuning(recipe: MergeRecipe, names: tuple[str, ...], models: Models, memory: str) -> Tuning:
-    """What tuning ``names`` (lambda, density; one density for all experts) of a cell's recipe takes. Raises OtaError."""
-    config, benchmark = models.replicate.tune, _chooses(models)
-    assert config is not None, "checked with the study"
-    plan = models.plan(_beginning(recipe) if "lambda" in names else recipe, memory)
-    merge = merge_step(plan.recipe, plan.inputs).fingerprint
-    identity = canonical_json({"merge": merge, "scores": benchmark.wanted})
-    return Tuning(plan, benchmark, config, _space(config, names, recipe), identity, merge)
-
-
-def chosen(found: Tuned, names: tuple[str, ...]) -> dict[str, float]:
-    """The values of the winner; the recipe as given has no density where nothing is masked: that is 1."""
-    values = {name: found.best.recipe.setting(name, 0) for name in names}
-    return {name: 1.0 if value is None else float(value) for name, value in values.items()}
 
 
 def _summed(recipe: MergeRecipe) -> float:

@@ -19,7 +19,7 @@ from ota_core.artifact import RECORD, ArtifactRef
 from ota_core.errors import ArtifactError
 from tasks.artifacts.store import ArtifactStore, BuildResult
 from tasks.storage import models as storage
-from tasks.storage import s3
+from tasks.storage import s3, transfers
 from tests.s3_requests import requests
 from tests.servers import S3Test, wait_until
 
@@ -287,8 +287,8 @@ def test_objects_too_large_for_one_copy_are_copied_by_ranges(
     content = os.urandom(11 * s3.MIB)
     (tmp_path / "large.bin").write_bytes(content)
     storage.upload_folder(tmp_path, s3_server.uri + "/from")
-    monkeypatch.setattr(s3, "_COPY_AT_ONCE", 6 * s3.MIB)
-    monkeypatch.setattr(s3, "_COPY_RANGE", 5 * s3.MIB)
+    monkeypatch.setattr(transfers, "_COPY_AT_ONCE", 6 * s3.MIB)
+    monkeypatch.setattr(transfers, "_COPY_RANGE", 5 * s3.MIB)
     storage.copy_objects({s3_server.uri + "/from/large.bin": s3_server.uri + "/to/large.bin"})
     assert s3.read_bytes(s3_server.uri + "/to/large.bin") == content
     old, new = (s3.head(f"{s3_server.uri}/{place}/large.bin") for place in ("from", "to"))

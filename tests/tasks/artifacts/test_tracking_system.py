@@ -13,8 +13,6 @@ from ota_core.artifact import read_record
 from tasks.artifacts.store import ArtifactStore, BuildResult
 from tasks.artifacts.system_metrics import MOST_POINTS, SWITCH, Sampler, SystemPoint, points_of, sampled, thinned
 from tasks.tracking.merge import log_merge
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import blank_database as blank_database
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import tracking as tracking
 from tests.tasks.tracking.made_up import a_merge
 
 

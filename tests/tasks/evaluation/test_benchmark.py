@@ -15,20 +15,10 @@ import torch
 from tasks.evaluation.harness import score_model
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite, SuiteError, load_suite
-from tests.tiny_models import perturb, write_tiny_llama
-from tests.tiny_suite import edited, read_rows, write_rows, write_tiny_suite
+from tests.tiny_models import perturb
+from tests.tiny_suite import edited, read_rows, write_rows
 
 SUMS = "{task: tiny_sums, metric: exact_match}"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> tuple[Path, Path]:
-    return write_tiny_suite(tmp_path)
 
 
 @functools.cache

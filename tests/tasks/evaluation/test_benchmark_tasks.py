@@ -10,19 +10,8 @@ from ota_core.errors import CheckpointError
 from tasks.evaluation.harness import score_model
 from tasks.evaluation.harness_tasks import load_tasks
 from tasks.evaluation.suites import SuiteError, load_suite
-from tests.tiny_models import perturb, write_tiny_llama
-from tests.tiny_suite import edited, write_tiny_suite
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> tuple[Path, Path]:
-    return write_tiny_suite(tmp_path)
-
+from tests.tiny_models import perturb
+from tests.tiny_suite import edited
 
 CODE = """
 include: sums.yaml

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.evaluation.scores import (
-    CapabilityScore,
     ModelScores,
     best_experts,
     capability_columns,
@@ -20,6 +19,7 @@ from tasks.evaluation.scores import (
     scores_table,
 )
 from tasks.pages.scores import caption
+from tests.tasks.experiments.study.study_results import scores as full
 
 BASE = {"math": 0.2, "code": 0.1, "knowledge": 0.3}
 EXPERTS = {
@@ -28,16 +28,6 @@ EXPERTS = {
     "coder": ("code", {"math": 0.2, "code": 0.5, "knowledge": 0.2}),
 }
 MERGE = {"math": 0.6, "code": 0.4, "knowledge": 0.29}
-
-
-def full(values: dict[str, float | None]) -> ModelScores:
-    capabilities = {
-        name: CapabilityScore(score=value, stderr=None, n_samples=4, tasks={}, skipped=() if value is not None else ("off",))
-        for name, value in values.items()
-    }
-    return ModelScores(
-        suite="s", suite_digest="d", capabilities=capabilities, samples={}, limit=None, lm_eval_version="0", seconds=1.0
-    )
 
 
 def test_retention_is_against_the_best_expert_of_each_capability() -> None:

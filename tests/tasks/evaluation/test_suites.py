@@ -11,12 +11,7 @@ import pytest
 from ota_core.artifact import fingerprint
 from ota_core.errors import OtaError
 from tasks.evaluation.suites import Suite, SuiteError, digest_data, load_suite, score_identity, suite_digest
-from tests.tiny_suite import edited, write_tiny_suite
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> tuple[Path, Path]:
-    return write_tiny_suite(tmp_path / "one")
+from tests.tiny_suite import edited
 
 
 def identity(suite: Suite, data: Path, model: str = "m", **options: Any) -> str:
@@ -42,8 +37,12 @@ def test_reads_the_documented_form(tiny: tuple[Path, Path]) -> None:
         ("{tasks:", "{task:", "unknown key 'capabilities.math.task'; did you mean 'tasks'?"),
         ("metric: acc", "metrics: acc", "unknown key 'capabilities.knowledge.tasks[0].metrics'; did you mean 'metric'?"),
         ("metric: acc", "metrics: acc", "the key 'capabilities.knowledge.tasks[0].metric' is missing"),
-        ("name: tiny", "name: tiny\nlimit: 0", "limit: Input should be greater than or equal to 1, got 0"),
-        ("metric: acc", "metric: acc, weight: -1", "capabilities.knowledge.tasks[0].weight: Input should be greater than 0"),
+        ("name: tiny", "name: tiny\nlimit: 0", "limit: got 0; input should be greater than or equal to 1"),
+        (
+            "metric: acc",
+            "metric: acc, weight: -1",
+            "capabilities.knowledge.tasks[0].weight: got -1; input should be greater than 0",
+        ),
         ("include_path: tiny\n", "", "set include_path (local task files) or include_defaults: true"),
         ("include_path: tiny\n", "include_path: elsewhere\n", "include_path elsewhere is not a folder beside the suite file"),
         ("task: tiny_facts", "task: tiny_sums, num_fewshot: 2", "task 'tiny_sums' is listed twice, with different num_fewshot"),
@@ -61,7 +60,7 @@ def test_names_and_paths(tmp_path: Path) -> None:
     with pytest.raises(OtaError, match=r"none\.yaml does not exist"):
         load_suite(str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("- a\n")
-    with pytest.raises(SuiteError, match="expected a mapping with name and capabilities, got list"):
+    with pytest.raises(SuiteError, match="expected a mapping with name, capabilities, got list"):
         load_suite(str(tmp_path / "list.yaml"))
 
 

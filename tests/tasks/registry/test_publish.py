@@ -13,7 +13,7 @@ from ota_core.artifact import RECORD
 from ota_core.errors import StorageError
 from tasks.artifacts.store import record_at
 from tasks.registry.promotion import PromotionError, promote
-from tasks.registry.publish import Published, point_latest, publish, publish_champion, read_latest
+from tasks.registry.publish import point_latest, publish, publish_champion, read_latest
 from tasks.storage import models as storage
 from tasks.storage import s3
 from tests.s3_requests import requests
@@ -44,7 +44,7 @@ def places(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> tuple
     return source, root
 
 
-def publish_one(source: str, root: str, tmp_path: Path, version: str = "1") -> Published:
+def publish_one(source: str, root: str, tmp_path: Path, version: str = "1") -> int:
     return publish(source, root=root, name="ota-merged", version=version, cache=tmp_path / "cache")
 
 
@@ -57,7 +57,7 @@ def test_the_card_with_the_scores_and_the_report_are_published_too(places: tuple
     for name, text in (("README.md", card), ("report.html", report), (RECORD, listed.model_dump_json().encode())):
         storage.write_note(storage.join(source, name), text.decode())
     for copied in (True, False):
-        assert bool(publish_one(source, root, tmp_path).copied) is copied
+        assert bool(publish_one(source, root, tmp_path)) is copied
     published = contents(f"{root}/ota-merged/1")
     assert published["report.html"] == report and published["README.md"] == card
     assert record_at(f"{root}/ota-merged/1") is not None
@@ -74,20 +74,19 @@ def test_a_published_model_is_the_artifact_byte_for_byte(
     places: tuple[str, str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, root = places
-    done = publish_one(source, root, tmp_path)
-    assert done.uri == f"{root}/ota-merged/1" and done.copied == 3 and done.fingerprint == "fp1"
-    assert contents(done.uri) == contents(str(model)) and contents(done.uri).keys() == NAMES
-    assert done.bytes == sum(len(v) for name, v in contents(done.uri).items() if name != RECORD)
+    assert publish_one(source, root, tmp_path) == 3
+    published = contents(f"{root}/ota-merged/1")
+    assert published == contents(str(model)) and published.keys() == NAMES
 
     for name in ("upload_folder", "copy_objects", "download_folder", "write_bytes"):
         monkeypatch.delattr(storage, name)
-    assert publish_one(source, root, tmp_path).copied == 0
+    assert publish_one(source, root, tmp_path) == 0
     assert {path.name for path in tmp_path.rglob(".*.tmp")} == set()
 
 
 def test_a_folders_copy_is_no_link(model: Path, tmp_path: Path) -> None:
-    done = publish_one(str(model), str(tmp_path / "published"), tmp_path)
-    (Path(done.uri) / "model.safetensors").write_bytes(b"edited!")
+    publish_one(str(model), str(tmp_path / "published"), tmp_path)
+    (tmp_path / "published" / "ota-merged" / "1" / "model.safetensors").write_bytes(b"edited!")
     assert (model / "model.safetensors").read_bytes() == b"weights"
 
 
@@ -124,7 +123,7 @@ def test_a_copy_broken_at_any_write_has_no_record_and_is_completed(
         assert read_latest(root, "ota-merged") is None
         left = len(contents(target))
         written += left
-        assert publish_one(source, root, tmp_path).copied == 3 - left, "only what was missing"
+        assert publish_one(source, root, tmp_path) == 3 - left, "only what was missing"
         assert contents(target) == contents(str(model))
     assert written, "some breaks left files behind"
 
@@ -133,7 +132,7 @@ def test_damaged_files_of_a_half_made_copy_are_copied_again(s3_server: S3Test, m
     source, target = f"{s3_server.uri}/artifacts/fp1", f"{s3_server.uri}/merged/ota-merged/1"
     storage.upload_folder(model, source, last=RECORD)
     storage.write_bytes(f"{target}/model.safetensors", b"WEIGHTS")  # of the same size
-    assert publish_one(source, f"{s3_server.uri}/merged", tmp_path).copied == 3
+    assert publish_one(source, f"{s3_server.uri}/merged", tmp_path) == 3
     assert contents(target) == contents(str(model))
 
 
@@ -150,12 +149,12 @@ def test_a_copy_that_differs_gets_no_record(
 
 def test_another_model_under_the_same_version_is_refused(places: tuple[str, str], tmp_path: Path) -> None:
     source, root = places
-    done = publish_one(source, root, tmp_path)
-    before = contents(done.uri)
+    publish_one(source, root, tmp_path)
+    before = contents(f"{root}/ota-merged/1")
     other = write_model(tmp_path / "artifacts" / "fp2", "fp2", b"other weights")
     with pytest.raises(StorageError, match=r"holds another model \(merged fp1, not merged fp2\).*another name or root"):
         publish_one(str(other), root, tmp_path)
-    assert contents(done.uri) == before
+    assert contents(f"{root}/ota-merged/1") == before
 
 
 def test_what_lies_there_is_never_deleted(s3_server: S3Test, model: Path, tmp_path: Path) -> None:
@@ -254,7 +253,7 @@ def test_the_champion_is_published_and_a_later_one_meanwhile_too(
     promote("2", by="anna", reason="", root=registry.root)
     whole = publishing.publish
 
-    def overtaken(source: str, **more: Any) -> Published:
+    def overtaken(source: str, **more: Any) -> int:
         done = whole(source, **more)
         if more["version"] == "2":
             promote("3", by="ben", reason="", root=registry.root)

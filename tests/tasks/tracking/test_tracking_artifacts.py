@@ -12,7 +12,6 @@ from mlflow import MlflowClient
 from ota_core.errors import StorageError
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.experiments.search import log as search_log
-from tasks.experiments.search.log import SearchRun
 from tasks.experiments.search.search import Trial, Tuned
 from tasks.experiments.study.log import log_study
 from tasks.registry.promotion import log_decision
@@ -50,19 +49,21 @@ def study(root: Path) -> None:
     folder = root / "study"
     folder.mkdir(exist_ok=True)
     (folder / "table.csv").write_text("a\n")
-    log_study("s", folder, config="{}", tags={}, metrics={}, merges={}, root=root)
+    log_study("s", folder, config="{}", tags={}, metrics={}, merges={}, store=resolve_store(root=root))
 
 
 def search(root: Path) -> LoggedRun:
-    return search_log.begin(SearchRun(name="a search", search="key", params={}), root=root)
+    return search_log.begin("a search", "key", {}, resolve_store(root=root))
 
 
 def trial(root: Path) -> None:
-    search_log.log_trial(search(root), TRIAL, TRIAL, root=root)
+    search_log.log_trial(search(root), TRIAL, TRIAL, resolve_store(root=root))
 
 
 def winner(root: Path) -> None:
-    search_log.finish(search(root), Tuned(trials=(TRIAL,), evaluations=1.0), {"best.yaml": RECIPE.to_yaml()}, root=root)
+    search_log.finish(
+        search(root), Tuned(trials=(TRIAL,), evaluations=1.0), {"best.yaml": RECIPE.to_yaml()}, resolve_store(root=root)
+    )
 
 
 def decision(root: Path) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from tasks.evaluation.scores import CapabilityScore, ModelScores, negative_transfer, retention
@@ -105,23 +102,3 @@ def some_merges() -> dict[str, MergeRun]:
         "linear": {"density": 1.0},
     }
     return {name: scored_merge(name, found, base=BASE, experts=EXPERTS, params=params[name]) for name, found in made.items()}
-
-
-@pytest.fixture(scope="session")
-def blank_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables without a row; making them takes seconds, copying them does not."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow-blank") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def tracking(blank_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home's folder of MLflow, empty."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "home" / "tracking"
-    folder.mkdir(parents=True)
-    shutil.copy(blank_database, folder / "mlflow.db")
-    return folder

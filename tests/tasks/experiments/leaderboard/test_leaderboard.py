@@ -32,8 +32,6 @@ from tests.tasks.experiments.leaderboard.leaderboard_fixture import (
     scored_merge,
     some_merges,
 )
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import blank_database as blank_database
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import tracking as tracking
 
 
 def ask(tracking: Path, **question: Any) -> Leaderboard:

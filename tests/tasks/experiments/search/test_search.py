@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.experiments.search.search import Budget, Range, Search, SearchError, Space, Trial, Tuned, tune
+from tasks.experiments.search import search as searching
+from tasks.experiments.search.search import Budget, Range, Search, SearchError, Space, Tuned
 
 BEST = {"a": 0.1, "b": 0.3, "c": 0.8}
 ALL = Budget(evaluations=40)
@@ -38,6 +40,10 @@ def peak(found: MergeRecipe, limit: int) -> dict[str, float]:
         name: max(0.0, 1 - 0.3 * abs(math.log((found.setting("density", i) or 1.0) / best)) - scale)
         for i, (name, best) in enumerate(BEST.items())
     }
+
+
+def tune(given: MergeRecipe, space: Space, budget: Budget, evaluate: searching.Evaluate, **options: Any) -> Tuned:
+    return searching.tune(Search(given, space, budget, **options), evaluate)
 
 
 class Counted:
@@ -230,8 +236,8 @@ def test_of_a_smaller_budget_only_the_trials_count_that_it_pays_for(tmp_path: Pa
 SLOW = """
 import sys, time
 from pathlib import Path
-from tasks.experiments.search.search import Budget, Space, tune
-from tests.tasks.experiments.search.test_search import peak, recipe
+from tasks.experiments.search.search import Budget, Space
+from tests.tasks.experiments.search.test_search import peak, recipe, tune
 
 def slow(found, limit):
     print(limit, flush=True)
@@ -280,12 +286,6 @@ def test_a_kill_before_a_starting_point_is_taken_leaves_no_trial_behind(tmp_path
     assert shortened(tune(recipe(density=0.4), Space(), Budget(trials=8), peak, storage=tmp_path)) == shortened(whole)
 
 
-def test_on_trial_is_told_of_every_trial_as_it_ends() -> None:
-    seen: list[Trial] = []
-    found = tune(recipe(), Space(), Budget(trials=5), peak, on_trial=seen.append)
-    assert tuple(seen) == found.trials
-
-
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
@@ -327,9 +327,13 @@ def test_a_trial_takes_little_time_by_itself(tmp_path: Path) -> None:
 
     Of this process's own seconds, so that a busy machine does not count; the middle one, after what is imported and made once.
     """
-    seconds = [time.process_time()]
-    found = tune(
-        recipe(), Space(), Budget(trials=30), peak, storage=tmp_path, on_trial=lambda _: seconds.append(time.process_time())
-    )
+    seconds = []
+
+    def timed(found: MergeRecipe, limit: int) -> dict[str, float]:
+        if limit == 25:  # the first that is measured of a trial
+            seconds.append(time.process_time())
+        return peak(found, limit)
+
+    found = tune(recipe(), Space(), Budget(trials=30), timed, storage=tmp_path)
     assert median(end - start for start, end in pairwise(seconds)) < 0.5 and len(found.trials) == 30
     assert all(earlier.number + 1 == later.number for earlier, later in pairwise(found.trials))
