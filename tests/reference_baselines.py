@@ -4,7 +4,7 @@ Where the papers leave a choice (how k is rounded, what a zero sum elects), the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,6 @@ from numpy.typing import NDArray
 from tests.reference import Tensors
 
 Array = NDArray[Any]
-
-
-def _task(base: Tensors, expert: Tensors, name: str) -> Array:
-    return expert[name].astype(np.float64) - base[name].astype(np.float64)
 
 
 def linear(models: Sequence[Tensors], weights: Sequence[float], normalize: bool = True) -> Tensors:
@@ -69,68 +65,23 @@ def elect_and_merge(tasks: Sequence[Array], weights: Sequence[float], normalize:
     return total / np.where(np.abs(divisor) >= 1e-8, divisor, 1.0) if normalize else total
 
 
-def task_arithmetic(
-    base: Tensors, experts: Sequence[Tensors], weights: Sequence[float], lambda_: float = 1.0, normalize: bool = False
-) -> Tensors:
-    """θ₀ + λ · Σ w·Δ."""
-    return {
-        n: base[n].astype(np.float64) + lambda_ * weighted_sum([_task(base, e, n) for e in experts], weights, normalize)
-        for n in base
-    }
-
-
-def ties(
+def add_up(
     base: Tensors,
     experts: Sequence[Tensors],
     weights: Sequence[float],
-    densities: Sequence[float],
-    lambda_: float = 1.0,
-    normalize: bool = True,
-) -> Tensors:
-    """Trim, elect, disjoint mean (Yadav et al. 2023)."""
-    merged = {}
-    for name, start in base.items():
-        tasks = [trim(_task(base, e, name), d) for e, d in zip(experts, densities, strict=True)]
-        merged[name] = start.astype(np.float64) + lambda_ * elect_and_merge(tasks, weights, normalize)
-    return merged
-
-
-def breadcrumbs(
-    base: Tensors,
-    experts: Sequence[Tensors],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    gammas: Sequence[float],
+    left: Callable[[int, str, Array], Array] = lambda m, name, task: task,
+    *,
     lambda_: float = 1.0,
     normalize: bool = False,
     elect: bool = False,
 ) -> Tensors:
-    """Model Breadcrumbs (Davari & Belilovsky 2023); with ``elect`` the sign election of TIES on top."""
+    """θ₀ + λ · Σ w · what is left of Δ, with ``elect`` by the signs that TIES elects. left: expert's number, tensor, Δ → what is left."""
+    combine = elect_and_merge if elect else weighted_sum
     merged = {}
     for name, start in base.items():
-        tasks = [breadcrumb(_task(base, e, name), d, g) for e, d, g in zip(experts, densities, gammas, strict=True)]
-        combine = elect_and_merge if elect else weighted_sum
-        merged[name] = start.astype(np.float64) + lambda_ * combine(tasks, weights, normalize)
-    return merged
-
-
-def dare_merge(
-    base: Tensors,
-    experts: Sequence[Tensors],
-    weights: Sequence[float],
-    densities: Sequence[float],
-    keep: Sequence[Tensors],
-    lambda_: float = 1.0,
-    normalize: bool = False,
-    rescale: bool = True,
-    elect: bool = False,
-) -> Tensors:
-    """dare_linear, or dare_ties with ``elect``, for given keep masks by expert and tensor."""
-    merged = {}
-    for name, start in base.items():
-        tasks = [dare(_task(base, e, name), k[name], d, rescale) for e, k, d in zip(experts, keep, densities, strict=True)]
-        combine = elect_and_merge if elect else weighted_sum
-        merged[name] = start.astype(np.float64) + lambda_ * combine(tasks, weights, normalize)
+        theta0 = start.astype(np.float64)
+        tasks = [left(m, name, expert[name].astype(np.float64) - theta0) for m, expert in enumerate(experts)]
+        merged[name] = theta0 + lambda_ * combine(tasks, weights, normalize)
     return merged
 
 

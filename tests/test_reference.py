@@ -77,12 +77,20 @@ def test_baselines_by_hand() -> None:
     base = {"w": np.zeros(4)}
     a, b = {"w": np.array([1.0, -2, 3, -4])}, {"w": np.array([4.0, 3, -2, -1])}
     assert baselines.linear([a, b], [1, 3])["w"].tolist() == [3.25, 1.75, -0.75, -1.75]
-    assert baselines.task_arithmetic(base, [a, b], [1, 0.5], lambda_=2.0)["w"].tolist() == [6, -1, 4, -9]
-    assert baselines.ties(base, [a, b], [1, 1], [0.5, 0.5])["w"].tolist() == [4, 3, 3, -4]
-    assert baselines.ties(base, [a, b], [1, 1], [1, 1])["w"].tolist() == [2.5, 3, 3, -2.5]
-    assert baselines.breadcrumbs(base, [a, b], [1, 1], [0.5, 0.5], [0.25, 0.25])["w"].tolist() == [0, 1, 1, 0]
-    keep = [{"w": np.array([True, False, True, False])}, {"w": np.array([True, True, False, False])}]
-    assert baselines.dare_merge(base, [a, b], [1, 1], [0.5, 0.5], keep)["w"].tolist() == [10, 6, 6, 0]
+    assert baselines.add_up(base, [a, b], [1, 0.5], lambda_=2.0)["w"].tolist() == [6, -1, 4, -9]
+    elected = {"elect": True, "normalize": True}
+    half = baselines.add_up(base, [a, b], [1, 1], lambda m, name, x: baselines.trim(x, 0.5), **elected)["w"]
+    assert half.tolist() == [4, 3, 3, -4]
+    assert baselines.add_up(base, [a, b], [1, 1], **elected)["w"].tolist() == [2.5, 3, 3, -2.5]
+    crumbs = baselines.add_up(base, [a, b], [1, 1], lambda m, name, x: baselines.breadcrumb(x, 0.5, 0.25))
+    assert crumbs["w"].tolist() == [0, 1, 1, 0]
+    keep = np.array([[True, False, True, False], [True, True, False, False]])
+    assert baselines.add_up(base, [a, b], [1, 1], lambda m, name, x: baselines.dare(x, keep[m], 0.5))["w"].tolist() == [
+        10,
+        6,
+        6,
+        0,
+    ]
     assert baselines.fisher(base, [a, b], [{"w": np.array([1.0, 1, 0, 0])}, {"w": np.array([3.0, 1, 0, 1])}], [1, 1])[
         "w"
     ].tolist() == [3.25, 0.5, 0, -1]

@@ -29,8 +29,7 @@ def study_real(
 
     Fetches the base model and the texts (Debian packages) once. On two cores the experts take half an hour, the study an hour and a half.
     """
-    from ota_core.compute.stream import parse_memory
-    from ota_core.merge.engine import pick_device
+    from ota_core.compute.stream import parse_memory, pick_device
     from tasks.orchestration.prepare import prepare_prefect
 
     with user_errors():

@@ -70,8 +70,7 @@ def search(
     Run the same again to go on with an interrupted search, or with a larger --budget to add to one; with a smaller one only the trials that
     it pays for count. Exit code 3: no trial holds all floors.
     """
-    from ota_core.compute.stream import parse_memory
-    from ota_core.merge.engine import pick_device
+    from ota_core.compute.stream import parse_memory, pick_device
     from tasks.evaluation.suites import load_suite
     from tasks.experiments.search.config import recipe_of
     from tasks.orchestration.prepare import prepare_prefect

@@ -13,9 +13,8 @@ from typing import Any
 import psutil
 
 from ota_core.artifact import write_text_atomic
-from ota_core.compute.stream import Progress
+from ota_core.compute.stream import Progress, pick_device
 from ota_core.errors import OtaError
-from ota_core.merge.engine import pick_device
 from ota_core.moments.compression import passes
 from ota_core.plan.inputs import resolve_local
 from ota_core.plan.plan import open_plan

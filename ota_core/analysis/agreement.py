@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
@@ -16,8 +15,8 @@ from ota_core.compute.kernels import count_high, count_low
 from ota_core.compute.stream import CACHE_ELEMENTS, Stream
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.methods.numbers import kept_count, locate, score_of
-from ota_core.methods.saliency import Histogram, curvature_scores, keep
+from ota_core.methods.numbers import BINS, kept_count, locate, score_of
+from ota_core.methods.saliency import curvature_scores, keep
 from ota_core.moments.base import Moments
 
 Block = tuple[str, int, int]
@@ -32,22 +31,6 @@ class Agreement(BaseModel):
     density: float
     spearman: float
     jaccard: float
-
-
-@dataclass
-class _Overlaps:
-    """Elements that the masks by the full v and by each form keep both, or at least one of them."""
-
-    both: list[int]
-    either: list[int]
-    lock: Lock = field(default_factory=Lock)
-
-
-def agreement(
-    full: Moments, compressed: Moments, expert: Checkpoint, base: Checkpoint, *, density: float, stream: Stream
-) -> Agreement:
-    """``agreements`` with one compressed form."""
-    return agreements(full, [compressed], expert, base, density=density, stream=stream)[0]
 
 
 def agreements(
@@ -85,49 +68,59 @@ def agreements(
         for a, b in row_blocks((stop - start, matrix_shape(shapes[name])[1]), CACHE_ELEMENTS):
             yield name, start + a, start + b
 
-    def count(into: Callable[[int, torch.Tensor], None]) -> None:
+    def counted(count: Callable[[int, torch.Tensor, NDArray[np.int64]], None]) -> NDArray[np.int64]:
+        """What ``count`` adds up over the scores of each source: int64 (1 + forms, 65536)."""
+        total, lock = np.zeros((len(sources), BINS), np.int64), Lock()
+
         def work(block: Block) -> None:
+            local = np.zeros_like(total)
             for piece in pieces(block):
                 for i, values in enumerate(scores(piece)):
-                    into(i, values)
+                    count(i, values, local[i])
+            with lock:
+                np.add(total, local, out=total)
 
         stream.map(work, blocks, what="compare")
+        return total
 
-    high = [Histogram() for _ in sources]
-    count(lambda i, values: count_high(values, high[i].local()))
-    places = [locate(one.counts(), k) if k else (0, 0) for one in high]
-    low = [Histogram() for _ in sources]
-    count(lambda i, values: count_low(values, places[i][0], low[i].local()))
-    thresholds = [math.inf] * len(sources)
-    if k:
-        thresholds = [
-            score_of((upper << 16) | locate(one.counts(), k - above)[0]) for (upper, above), one in zip(places, low, strict=True)
-        ]
-    ranks = [midranks(one.counts()) for one in high]
-    sums, overlaps = PairDots(len(sources)), _Overlaps([0] * len(forms), [0] * len(forms))
+    high = counted(lambda _, values, counts: count_high(values, counts))
+    places = [locate(counts, k) if k else (0, 0) for counts in high]
+    low = counted(lambda i, values, counts: count_low(values, places[i][0], counts))
+    thresholds = kth_scores(places, low, k)
+    ranks = [midranks(counts) for counts in high]
+    # Elements that the masks by the full v and by each form keep both, and at least one of them.
+    sums, kept, lock = PairDots(len(sources)), np.zeros((2, len(forms)), np.int64), Lock()
 
     def compare(block: Block) -> None:
-        local, both, either = PairDots(len(sources)), [0] * len(forms), [0] * len(forms)
+        local, mine = PairDots(len(sources)), np.zeros_like(kept)
         for piece in pieces(block):
             found = scores(piece)
             local.add_rows(np.stack([rank_rows(rank, values) for rank, values in zip(ranks, found, strict=True)]))
             masks = [keep(values, tau) for values, tau in zip(found, thresholds, strict=True)]
             for i, mask in enumerate(masks[1:]):
-                both[i] += int((masks[0] & mask).sum())
-                either[i] += int((masks[0] | mask).sum())
+                mine[:, i] += int((masks[0] & mask).sum()), int((masks[0] | mask).sum())
         sums.add(local)
-        with overlaps.lock:
-            overlaps.both = [x + y for x, y in zip(overlaps.both, both, strict=True)]
-            overlaps.either = [x + y for x, y in zip(overlaps.either, either, strict=True)]
+        with lock:
+            np.add(kept, mine, out=kept)
 
     stream.map(compare, blocks, what="compare")
     found = []
-    for i, (both, either) in enumerate(zip(overlaps.both, overlaps.either, strict=True), 1):
+    for i, (both, either) in enumerate(kept.T.tolist(), 1):
         rho = sums.cosine(0, i)
         found.append(
             Agreement(density=density, spearman=1.0 if math.isnan(rho) else rho, jaccard=both / either if either else 1.0)
         )
     return found
+
+
+def kth_scores(places: Sequence[tuple[int, int]], low: NDArray[np.int64], k: int) -> list[float]:
+    """The k-th largest score of each source; infinite for k = 0.
+
+    places: its bin by the upper 16 bits, and how many scores lie above that; low: int64 (M, 65536), counts by the lower 16 bits in the bin.
+    """
+    if not k:
+        return [math.inf] * len(places)
+    return [score_of((bin << 16) | locate(counts, k - above)[0]) for (bin, above), counts in zip(places, low, strict=True)]
 
 
 def midranks(counts: NDArray[np.int64]) -> NDArray[np.float64]:

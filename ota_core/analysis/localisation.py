@@ -18,13 +18,12 @@ from ota_core.analysis.pieces import groups_of
 from ota_core.analysis.roles import WHOLE, Place, totals
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import BINS, Row, row
-from ota_core.fused.counts import keep_block
 from ota_core.methods.numbers import kept_count
-from ota_core.methods.saliency import keep
 from ota_core.moments.compression.cuts import matrices
 from ota_core.plan.plan import MergePlan
-from ota_core.plan.prepare import PlanScoring, block_mask
-from ota_core.plan.tally import Group, kth_largest
+from ota_core.plan.prepare import block_mask
+from ota_core.plan.scoring import Scoring
+from ota_core.plan.tally import thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
 
 MaskOf = Callable[[ExpertView, Block], NDArray[np.bool_]]
@@ -97,7 +96,7 @@ def localisation(subject: Subject) -> Iterator[Row]:
     subject.realised |= _realised(found[own])
     other = "magnitude" if own == "curvature" else "curvature"
     kept = {key: shape.kept for key, shape in found[own].items()}
-    scoring = PlanScoring(plan, other == "curvature", full=plan.recipe.setting("mask_curvature") == "full")
+    scoring = Scoring(plan, other == "curvature", full=plan.recipe.setting("mask_curvature") == "full")
     found[other] = _shapes(subject, _jobs_of(subject), _by_rank(plan, scoring, kept, other), f"masks {other}")
     found["magnitude"] |= _without_curvature(subject)
     for variant in ("curvature", "magnitude"):
@@ -129,7 +128,7 @@ def _merge_mask(subject: Subject) -> MaskOf:
     return mask
 
 
-def _by_rank(plan: MergePlan, scoring: PlanScoring, kept: Mapping[Key, int], what: str) -> MaskOf:
+def _by_rank(plan: MergePlan, scoring: Scoring, kept: Mapping[Key, int], what: str) -> MaskOf:
     """Masks by other scores that keep as many elements of each expert, or with the recipe's scope of each tensor.
 
     As in every FFG mask, all elements that equal the last one kept are kept, too.
@@ -137,29 +136,15 @@ def _by_rank(plan: MergePlan, scoring: PlanScoring, kept: Mapping[Key, int], wha
     experts = sorted({expert for expert, _ in kept})
     jobs = [job for job in plan.canonical_jobs() if any((expert, job.name) in kept for expert in experts)]
     single = plan.recipe.setting("scope") == "global"
-    groups = []
-    for members in [jobs] if single else [[job] for job in jobs]:
-        ranks = {e: sum(kept.get((e, job.name), 0) for job in members) for e in experts}
-        groups.append(Group(jobs=members, experts=experts, ranks={e: (k,) if k else () for e, k in ranks.items()}))
-    taus: dict[Key, float] = {}
-    for group, scores in zip(groups, kth_largest(plan, scoring, groups, what=f"thresholds {what}"), strict=True):
-        taus |= {(e, job.name): values[0] if values else math.inf for e, values in scores.items() for job in group.jobs}
-    return _by_scores(scoring, taus)
+    members = [
+        (together, {e: sum(kept.get((e, job.name), 0) for job in together) for e in experts})
+        for together in ([jobs] if single else [[job] for job in jobs])
+    ]
+    return _by_scores(scoring, thresholds_of(plan, scoring, members, what=f"thresholds {what}"))
 
 
-def _by_scores(scoring: PlanScoring, taus: Mapping[Key, float]) -> MaskOf:
-    def mask(expert: ExpertView, block: Block) -> NDArray[np.bool_]:
-        tau = taus[expert.index, block[0].name]
-        if not scoring.compiled([expert.index], block[0]):
-            return np.concatenate([keep(scores, tau).numpy() for _, scores in scoring.scores([expert.index], block)])
-        base, (candidate,) = scoring.candidates([expert.index], block)
-        found = keep_block(base, candidate, tau)
-        if found is None:
-            scoring.refuse(expert.index, block)
-            raise AssertionError("a bad second moment that has no name")
-        return found[0]
-
-    return mask
+def _by_scores(scoring: Scoring, taus: Mapping[Key, float]) -> MaskOf:
+    return lambda expert, block: scoring.keep(expert, block, taus[expert.index, block[0].name])[0]
 
 
 def _without_curvature(subject: Subject) -> dict[Key, Shape]:
@@ -169,10 +154,8 @@ def _without_curvature(subject: Subject) -> dict[Key, Shape]:
         return {}
     total = sum(job.elements for job in subject.jobs)
     counts = {e.index: kept_count(subject.density_of(e), total) for e in bare}
-    scoring = PlanScoring(plan, curvature=False, everywhere=True)
-    group = Group(jobs=subject.jobs, experts=[*counts], ranks={e: (k,) if k else () for e, k in counts.items()})
-    scores = kth_largest(plan, scoring, [group], what="thresholds magnitude")[0]
-    taus = {(e, job.name): values[0] if values else math.inf for e, values in scores.items() for job in subject.jobs}
+    scoring = Scoring(plan, curvature=False, everywhere=True)
+    taus = thresholds_of(plan, scoring, [(subject.jobs, counts)], what="thresholds magnitude")
     return _shapes(subject, {e.index: subject.jobs for e in bare}, _by_scores(scoring, taus), "masks magnitude")
 
 

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ota_core.analysis.agreement import midranks, rank_rows
+from ota_core.analysis.agreement import kth_scores, midranks, rank_rows
 from ota_core.analysis.kernels import count_common
-from ota_core.analysis.pieces import by_place, groups_of, named_pairs, pieces, stacked, sums_by_place
+from ota_core.analysis.pieces import by_place, groups_of, named_pairs, pieces, stacked
 from ota_core.analysis.roles import WHOLE, Place
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
 from ota_core.compute.exact import PairDots
 from ota_core.compute.kernels import count_high, count_low, sqrt
-from ota_core.methods.numbers import BINS, kept_count, locate, score_of
+from ota_core.methods.numbers import BINS, kept_count, locate
 from ota_core.methods.saliency import keep
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
 
@@ -59,9 +59,8 @@ def curvature_overlap(subject: Subject) -> Iterator[Row]:
     for group in groups_of(list(cells), lambda _: size, subject.plan.stream.memory // 8):
         yield from _by_cell(subject, experts, {place: cells[place] for place in group}, names, whole)
     k = kept_count(density, sum(job.elements for job in jobs))
-    low, upper, above = _low_counts_and_ranks(subject, experts, jobs, whole, k)
+    taus = _largest_and_ranks(subject, experts, jobs, whole, k)
     yield from _measures(names, WHOLE, whole.roots, whole.ranks, sum(job.elements for job in jobs))
-    taus = [score_of((upper[i] << 16) | locate(low[i], k - above[i])[0]) if k else math.inf for i in range(len(experts))]
     common = _common(subject, experts, jobs, taus)
     for place, counts in {**common, WHOLE: np.sum(list(common.values()), axis=0)}.items():
         elements = sum(job.elements for job in (jobs if place == WHOLE else cells[place]))
@@ -101,7 +100,7 @@ def _by_cell(
 
     _map(subject, experts, count, jobs)
     ranks_of = {place: [midranks(one) for one in counts] for place, counts in high.items()}
-    roots, ranks = sums_by_place(cells, len(experts)), sums_by_place(cells, len(experts))
+    roots, ranks = ({place: PairDots(len(experts)) for place in cells} for _ in range(2))
 
     def add(block: Block) -> None:
         place = subject.places[block[0].name]
@@ -127,13 +126,10 @@ def _measures(names: Sequence[str], place: Place, roots: PairDots, ranks: PairDo
         yield row("curvature_overlap", one, place, "spearman", ranks.cosine(a, b), elements, other=other)
 
 
-def _low_counts_and_ranks(
+def _largest_and_ranks(
     subject: Subject, experts: Sequence[ExpertView], jobs: Sequence[TensorJob], whole: _Whole, k: int
-) -> tuple[NDArray[np.int64], list[int], list[int]]:
-    """One pass over all: the products of ranks over the whole model, and what settles the k-th largest v of each expert.
-
-    Returns the counts by the lower 16 bits in the bin of the k-th largest, int64 (M, 65536), that bin, and how many lie above it.
-    """
+) -> list[float]:
+    """One pass over all: the products of ranks over the whole model, and the k-th largest v of each expert."""
     found = [locate(counts, k) if k else (0, 0) for counts in whole.high]
     ranks_of = [midranks(counts) for counts in whole.high]
     low, lock = np.zeros_like(whole.high), Lock()
@@ -150,7 +146,7 @@ def _low_counts_and_ranks(
             np.add(low, local, out=low)
 
     _map(subject, experts, work, jobs)
-    return low, [upper for upper, _ in found], [above for _, above in found]
+    return kth_scores(found, low, k)
 
 
 def _common(

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from ota_core.analysis.roles import Place
 from ota_core.analysis.subject import Subject
-from ota_core.compute.exact import PairDots
 from ota_core.plan.views import Block, TensorJob, parts
 
 Item = TypeVar("Item")
@@ -52,8 +51,3 @@ def named_pairs(names: Sequence[str]) -> Iterator[tuple[int, int, str, str]]:
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
             yield a, b, names[a], names[b]
-
-
-def sums_by_place(places: Iterable[Place], vectors: int) -> dict[Place, PairDots]:
-    """Empty sums for each place."""
-    return {place: PairDots(vectors) for place in places}

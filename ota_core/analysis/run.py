@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ota_core.analysis.compressions import compressions
 from ota_core.analysis.localisation import localisation
@@ -10,7 +10,7 @@ from ota_core.analysis.overlap import curvature_overlap
 from ota_core.analysis.subject import AnalysisOptions, open_subject
 from ota_core.analysis.table import Row
 from ota_core.analysis.task_vectors import task_vectors
-from ota_core.compute.stream import Progress, parse_memory
+from ota_core.compute.stream import Limits
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 
@@ -33,11 +33,8 @@ def analyse(
     inputs: MergeInputs,
     options: AnalysisOptions | None = None,
     *,
-    memory: str | int = "2GiB",
-    block_elements: int | None = None,
-    threads: int | None = None,
     scratch: Path | None = None,
-    progress: Progress | None = None,
+    **limits: Unpack[Limits],
 ) -> Analysis:
     """Analyse the experts of a recipe as its merge would see them.
 
@@ -48,10 +45,7 @@ def analyse(
     OtaError.
     """
     options = options or AnalysisOptions()
-    with open_subject(
-        recipe, inputs, options, memory=parse_memory(memory), block_elements=block_elements, threads=threads, scratch=scratch,
-        progress=progress,
-    ) as subject:  # fmt: skip
+    with open_subject(recipe, inputs, options, scratch=scratch, **limits) as subject:
         # Localisation first: it finds what share a threshold keeps, at which the others compare.
         rows = [*localisation(subject), *curvature_overlap(subject), *task_vectors(subject), *compressions(subject)]
         masks = subject.plan.recipe

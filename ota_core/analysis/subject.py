@@ -6,16 +6,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ota_core.analysis.roles import Place, place_of
-from ota_core.compute.stream import Progress
+from ota_core.compute.stream import Limits
 from ota_core.errors import CheckpointError, MomentsError, OtaError, raise_all
 from ota_core.moments import find_moments, none_found, open_moments
-from ota_core.moments.compression import METHODS, is_compressed, label_of
-from ota_core.moments.compression.base import Method
+from ota_core.moments.compression import METHODS, Method, is_compressed, label_of
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import Curvature, prepare_curvature
@@ -190,11 +189,8 @@ def open_subject(
     inputs: MergeInputs,
     options: AnalysisOptions,
     *,
-    memory: int,
-    block_elements: int | None = None,
-    threads: int | None = None,
     scratch: Path | None = None,
-    progress: Progress | None = None,
+    **limits: Unpack[Limits],
 ) -> Iterator[Subject]:
     """Open everything and find the thresholds of the masks. Raises OtaError with all that is wrong."""
     inputs, unusable = with_second_moments(inputs, options)
@@ -202,12 +198,7 @@ def open_subject(
         inputs, unreadable = _readable(inputs)
         unusable |= unreadable
     masks = mask_recipe(recipe, options)
-    with (
-        ExitStack() as stack,
-        open_plan(
-            masks, inputs, memory=memory, block_elements=block_elements, threads=threads, progress=progress, need_moments=False
-        ) as plan,
-    ):
+    with ExitStack() as stack, open_plan(masks, inputs, need_moments=False, **limits) as plan:
         plan.scratch = scratch
         for expert, item in zip(plan.experts, inputs.experts, strict=True):
             if item.moments is not None:
@@ -246,8 +237,7 @@ def _open_full(plan: MergePlan, expert: ExpertView, item: ExpertInput, stack: Ex
     elif item.full_moments is not None:
         expert.full_moments = open_moments(item.full_moments, layout=item.layout, source_of=item.source_of)
         stack.callback(expert.full_moments.close)
-        if drop := getattr(expert.full_moments, "drop_pages", None):
-            plan.stream.droppable.append(drop)
+        plan.stream.droppable.append(expert.full_moments.drop_pages)
 
 
 def _say_what_is_left_out(subject: Subject, recipe: MergeRecipe, unusable: Mapping[str, str]) -> None:

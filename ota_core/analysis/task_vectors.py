@@ -7,13 +7,13 @@ from threading import Lock
 import numpy as np
 
 from ota_core.analysis.kernels import count_conflicts
-from ota_core.analysis.pieces import named_pairs, pieces, stacked, sums_by_place
+from ota_core.analysis.pieces import named_pairs, pieces, stacked
 from ota_core.analysis.roles import Place, totals
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
 from ota_core.compute.exact import PairDots
 from ota_core.errors import CheckpointError
-from ota_core.plan.prepare import delta
+from ota_core.plan.scoring import delta
 from ota_core.plan.views import Block, block_elements
 
 
@@ -24,7 +24,7 @@ def task_vectors(subject: Subject) -> Iterator[Row]:
         return
     experts = len(plan.experts)
     places = list(dict.fromkeys(place for job in subject.jobs for place in totals(subject.places[job.name])))
-    sums = sums_by_place(places, 1 + experts)
+    sums = {place: PairDots(1 + experts) for place in places}
     both = {place: np.zeros((experts, experts), np.int64) for place in places}
     opposite = {place: np.zeros((experts, experts), np.int64) for place in places}
     elements = dict.fromkeys(places, 0)

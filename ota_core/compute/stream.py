@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ota_core.errors import OtaError
 
@@ -55,6 +56,34 @@ def peak_memory_gib() -> float:
     """Largest resident size of this process so far, mapped pages included, in GiB."""
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+def pick_device(device: str) -> str:
+    """The torch device that ``cpu``, ``cuda`` or ``auto`` means here. Raises OtaError when cuda is asked and there is none."""
+    if device == "cpu":
+        return device
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cuda" and not device.startswith("cuda:"):
+        raise OtaError(f"device: got '{device}', expected cpu, cuda or auto")
+    if not torch.cuda.is_available():
+        raise OtaError("device: cuda is asked for, but torch sees no GPU here; use --device cpu or auto")
+    return device
+
+
+class Limits(TypedDict, total=False):
+    """What a stage may take of the machine, and who is told of its progress: nothing that decides a result."""
+
+    memory: str | int
+    """A size such as ``2GiB``, the default, or bytes."""
+    device: str
+    """``cpu``, the default, ``cuda`` or ``auto``: see ``pick_device``."""
+    block_elements: int | None
+    """Elements of a block; None for what fits the memory."""
+    threads: int | None
+    progress: Progress | None
 
 
 @dataclass(kw_only=True)
@@ -119,7 +148,7 @@ class Stream:
                     return work(item)
 
             def submit(count: int) -> None:
-                for index, item in _take(queue, count):
+                for index, item in islice(queue, count):
                     futures[pool.submit(step, index, item)] = index
 
             try:
@@ -139,14 +168,6 @@ class Stream:
                 wait(futures, return_when=FIRST_EXCEPTION)
                 raise
         return [results[i] for i in range(len(todo))]
-
-
-def _take(queue: Iterator[tuple[int, Item]], count: int) -> Iterator[tuple[int, Item]]:
-    for _ in range(count):
-        entry = next(queue, None)
-        if entry is None:
-            return
-        yield entry
 
 
 class _TorchThreads:

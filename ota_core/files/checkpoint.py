@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import SourceOf
@@ -20,16 +20,11 @@ TOKENIZER_PATTERNS = (
 )  # fmt: skip
 
 
-class WeightFile(Protocol):
-    """One file of tensors; ``SafetensorsFile`` is the usual one."""
+if TYPE_CHECKING:
+    from ota_core.files.bin_file import BinFile  # it needs torch
 
-    path: Path
-    infos: dict[str, TensorInfo]
-
-    def read_rows(self, name: str, start: int, stop: int) -> Rows: ...
-    def prefetch(self, name: str, start: int, stop: int) -> None: ...
-    def drop_pages(self) -> None: ...
-    def close(self) -> None: ...
+WeightFile: TypeAlias = "SafetensorsFile | BinFile"
+"""One file of tensors."""
 
 
 class Checkpoint:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class TensorSpec:
 class SafetensorsWriter:
     """One safetensors file whose tensors are known beforehand. The bytes depend on names and values alone, not on the order of writing.
 
-    The file has its full size from the start and takes rows through ``write_rows``; ``close`` checks that every row came once.
+    The file has its full size from the start and takes rows through ``write_rows``; ``close``, which the end of a ``with`` calls, checks that every row came once.
     """
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
@@ -89,9 +89,16 @@ class SafetensorsWriter:
         missing = [name for name, rows in self._missing.items() if rows]
         assert not missing, f"{self.path}: rows never written: {missing[:5]}"
 
-    def abort(self) -> None:
-        """Let go of an unfinished file."""
-        os.close(self._fd)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close; after an error let go of the unfinished file and remove it."""
+        if kind is None:
+            self.close()
+        else:
+            os.close(self._fd)
+            self.path.unlink(missing_ok=True)
 
 
 def start_writeback(fd: int, offset: int, size: int) -> None:

@@ -7,12 +7,12 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
-from ota_core.compute.stream import Progress, Stream, parse_memory, peak_memory_gib
+from ota_core.compute.stream import Limits, Progress, Stream, parse_memory, peak_memory_gib
 from ota_core.errors import OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
@@ -25,11 +25,13 @@ from ota_core.plan.found import Found
 from ota_core.plan.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
 from ota_core.plan.masks import MaskWriter
 from ota_core.plan.plan import MergePlan, open_plan
-from ota_core.plan.prepare import block_mask, ffg_scoring, prepare_curvature
+from ota_core.plan.prepare import block_mask, prepare_curvature
+from ota_core.plan.scoring import ffg_scoring
 from ota_core.plan.views import Block, ExpertView, block_elements
 from ota_core.recipe.recipe import MergeRecipe
+from ota_core.rules.base import Rule
 from ota_core.rules.ota import density_report
-from ota_core.rules.rule import Rule, rule_of
+from ota_core.rules.rule import rule_of
 
 
 class MergeReport(BaseModel):
@@ -50,21 +52,6 @@ class MergeReport(BaseModel):
         return found
 
 
-def pick_device(device: str) -> str:
-    """The torch device that ``cpu``, ``cuda`` or ``auto`` means here. Raises OtaError when cuda is asked and there is none."""
-    if device == "cpu":
-        return device
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cuda" and not device.startswith("cuda:"):
-        raise OtaError(f"device: got '{device}', expected cpu, cuda or auto")
-    if not torch.cuda.is_available():
-        raise OtaError("device: cuda is asked for, but torch sees no GPU here; use --device cpu or auto")
-    return device
-
-
 def merge(
     recipe: MergeRecipe,
     out: Path,
@@ -72,37 +59,28 @@ def merge(
     recipe_dir: Path | None = None,
     inputs: MergeInputs | None = None,
     layout_of: LayoutOf | None = None,
-    memory: str | int = "2GiB",
-    device: str = "cpu",
     overwrite: bool = False,
     shard_size: int = MAX_SHARD_BYTES,
-    block_elements: int | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    **limits: Unpack[Limits],
 ) -> MergeReport:
     """Merge and write the folder ``out``: shards, configuration, tokenizer, model card, and ``record.json`` last.
 
     inputs: local files; without them the recipe's models must be folders, looked up beside ``recipe_dir`` and here. Nothing of the result
-    depends on memory, device (to one unit in the last place of the output type), blocks or threads. Raises OtaError, with all problems
+    depends on ``limits`` (but for one unit in the last place of the output type on a GPU). Raises OtaError, with all problems
     at once, before anything is written; ``out`` appears complete or not at all.
     """
     check_free(out, overwrite=overwrite)
     inputs = inputs or resolve_local(recipe, recipe_dir, layout_of)
     check_apart(out, inputs)
     with new_folder(out, overwrite=overwrite) as folder:
-        report = merge_into(
-            folder,
-            recipe,
-            inputs,
-            memory=memory,
-            device=device,
-            shard_size=shard_size,
-            block_elements=block_elements,
-            threads=threads,
-            progress=progress,
-        )
+        report = merge_into(folder, recipe, inputs, shard_size=shard_size, **limits)
         identity, config, digests = merge_identity(recipe, inputs, shard_size)
-        provenance = {**environment(device), "sources": sources(inputs), "recipe": described(recipe), "seconds": report.seconds}
+        provenance = {
+            **environment(limits.get("device", "cpu")),
+            "sources": sources(inputs),
+            "recipe": described(recipe),
+            "seconds": report.seconds,
+        }
         record = Record(
             kind="merged",
             fingerprint=identity,
@@ -122,19 +100,12 @@ def merge_into(
     recipe: MergeRecipe,
     inputs: MergeInputs,
     *,
-    memory: str | int = "2GiB",
-    device: str = "cpu",
     shard_size: int = MAX_SHARD_BYTES,
-    block_elements: int | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    **limits: Unpack[Limits],
 ) -> MergeReport:
     """Write everything of a merged model but its record into an empty folder. Who calls owns the folder: its name, record and removal."""
-    budget, where = parse_memory(memory), pick_device(device)
     started = time.perf_counter()
-    with open_plan(
-        recipe, inputs, device=where, memory=budget, block_elements=block_elements, threads=threads, progress=progress
-    ) as plan:
+    with open_plan(recipe, inputs, **limits) as plan:
         plan.scratch = folder
         rule = rule_of(plan)
         rule.prepare()
@@ -171,11 +142,7 @@ def mask(
     *,
     inputs: MergeInputs,
     only: str | None = None,
-    memory: str | int = "2GiB",
-    device: str = "cpu",
-    block_elements: int | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    **limits: Unpack[Limits],
 ) -> dict[str, Any]:
     """Write ``<expert>.safetensors`` with the FFG mask of every expert that FFG masks (or of ``only`` one) into the folder ``out``.
 
@@ -184,15 +151,7 @@ def mask(
     if not any(recipe.ffg(i) for i in range(len(recipe.models))):
         raise OtaError("the recipe has no FFG masks: merge_method must be ota, with a density below 1 or a precond_threshold")
     found: dict[str, Any] = {}
-    with open_plan(
-        recipe,
-        inputs,
-        device=pick_device(device),
-        memory=parse_memory(memory),
-        block_elements=block_elements,
-        threads=threads,
-        progress=progress,
-    ) as plan:
+    with open_plan(recipe, inputs, **limits) as plan:
         plan.scratch = out
         if only is not None:
             plan.experts = [expert for expert in plan.experts if expert.name == only]
@@ -207,9 +166,7 @@ def _write_mask(plan: MergePlan, expert: ExpertView, facts: Any, path: Path) -> 
     jobs = plan.curved(expert)
     taus = facts.thresholds[expert.index]
     kept: dict[str, int] = {}
-    writer = MaskWriter(
-        path, {job.name: job.shape for job in jobs}, {"expert": expert.name, "thresholds": {n: _json(t) for n, t in taus.items()}}
-    )
+    header = {"expert": expert.name, "thresholds": {n: _json(t) for n, t in taus.items()}}
 
     def work(block: Block) -> tuple[str, int]:
         mask, kept = block_mask(plan, facts, expert, block)
@@ -217,7 +174,7 @@ def _write_mask(plan: MergePlan, expert: ExpertView, facts: Any, path: Path) -> 
         return block[0].name, kept
 
     scoring = ffg_scoring(plan)
-    try:
+    with MaskWriter(path, {job.name: job.shape for job in jobs}, header) as writer:
         counts = plan.stream.map(
             work,
             plan.blocks(jobs, multiple=8),
@@ -225,10 +182,6 @@ def _write_mask(plan: MergePlan, expert: ExpertView, facts: Any, path: Path) -> 
             size=block_elements,
             ahead=lambda block: scoring.prefetch([expert.index], block),
         )
-    except BaseException:
-        writer.abort()
-        raise
-    writer.close()
     for name, count in counts:
         kept[name] = kept.get(name, 0) + count
     return density_report(plan, expert, taus, kept)
@@ -257,11 +210,7 @@ def compress_moments(
     """
     moments = open_moments(source, layout=layout, source_of=source_of)
     try:
-        stream = Stream(
-            memory=parse_memory(memory),
-            progress=progress,
-            droppable=[drop] if (drop := getattr(moments, "drop_pages", None)) else [],
-        )
+        stream = Stream(memory=parse_memory(memory), progress=progress, droppable=[moments.drop_pages])
         if is_compressed(moments):
             raise OtaError(f"{source} is compressed with {label_of(moments)} already; compress the full second moments instead")
         return write_compressed(moments, out, method=method, rank=rank, stream=stream)

@@ -25,7 +25,7 @@ from ota_core.plan.views import Block, block_elements
 from ota_core.plan.vocabulary import add_tokens
 
 if TYPE_CHECKING:
-    from ota_core.rules.rule import Rule
+    from ota_core.rules.base import Rule
 
 ABANDONED_SECONDS = 60
 
@@ -115,30 +115,23 @@ def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> Shard
 
 def write_weights(plan: MergePlan, rule: "Rule", folder: Path, shards: Shards) -> None:
     """Merge every block of these files and write it to its place; the bytes do not depend on the order of the blocks."""
-    writers: dict[str, SafetensorsWriter] = {}
-    try:
-        by_tensor: dict[str, SafetensorsWriter] = {}
+    by_tensor: dict[str, SafetensorsWriter] = {}
+
+    def work(block: Block) -> None:
+        job, start, _ = block
+        rows = _copied(plan, block) if job.copy else _merged(plan, rule, block)
+        by_tensor[job.name].write_rows(job.name, start, rows.held)
+
+    def ahead(block: Block) -> None:
+        if not block[0].copy:
+            rule.prefetch(block)
+
+    with contextlib.ExitStack() as stack:
         for file, specs in shards:
-            writers[file] = SafetensorsWriter(folder / file, specs, {"format": "pt"})
-            by_tensor |= {spec.name: writers[file] for spec in specs}
-
-        def work(block: Block) -> None:
-            job, start, _ = block
-            rows = _copied(plan, block) if job.copy else _merged(plan, rule, block)
-            by_tensor[job.name].write_rows(job.name, start, rows.held)
-
-        def ahead(block: Block) -> None:
-            if not block[0].copy:
-                rule.prefetch(block)
-
+            writer = stack.enter_context(SafetensorsWriter(folder / file, specs, {"format": "pt"}))
+            by_tensor |= dict.fromkeys((spec.name for spec in specs), writer)
         jobs = [job for job in plan.jobs if job.name in by_tensor]
         plan.stream.map(work, plan.blocks(jobs), what="merge", size=block_elements, ahead=ahead)
-    except BaseException:
-        for writer in writers.values():
-            writer.abort()
-        raise
-    for writer in writers.values():
-        writer.close()
 
 
 def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
@@ -147,12 +140,12 @@ def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
     if plan.device == "cpu":
         rows = Rows(job.dtype, np.empty(shape, job.dtype.held))
         rule.merge(block, rows)
-        return rows
-    from ota_core.compute import gpu
+    else:
+        from ota_core.compute import gpu
 
-    rows = Rows.of(gpu.output_rows(*shape, job.dtype.name))
-    rule.merge(block, rows)
-    gpu.wait()
+        rows = Rows.of(gpu.output_rows(*shape, job.dtype.name))
+        rule.merge(block, rows)
+        gpu.wait()
     return rows
 
 

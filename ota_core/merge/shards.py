@@ -20,19 +20,20 @@ from typing import Any
 import numpy as np
 
 from ota_core.compute.blocks import matrix_shape
-from ota_core.compute.stream import Progress, parse_memory
+from ota_core.compute.stream import Progress
 from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.files.rows import I64
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
-from ota_core.merge.engine import complete_folder, pick_device
+from ota_core.merge.engine import complete_folder
 from ota_core.merge.output import Shards, plan_files, write_weights
 from ota_core.moments.compression import compression_of
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import MergeInputs
 from ota_core.plan.plan import MergePlan, open_plan
-from ota_core.plan.prepare import WholeFacts, ffg_group, ffg_scoring, masked_here, mean_of, taus_of, weight_sums
-from ota_core.plan.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off
+from ota_core.plan.prepare import WholeFacts, ffg_group, masked_here, mean_of, weight_sums
+from ota_core.plan.scoring import ffg_scoring
+from ota_core.plan.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off, taus_of
 from ota_core.plan.views import ExpertView
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.rules.rule import rule_of
@@ -58,8 +59,8 @@ class MergeInParts:
         with open_plan(
             self.recipe,
             self.inputs,
-            device=pick_device(self.device),
-            memory=parse_memory(self.memory),
+            device=self.device,
+            memory=self.memory,
             threads=self.threads,
             progress=self.progress,
         ) as plan:
@@ -137,10 +138,9 @@ class Survey:
             tensors |= {"bins": self.brackets.bins, "above": self.brackets.above, "inside": self.brackets.inside}
         metadata = {FORMAT_KEY: FORMAT, "experts": ",".join(map(str, self.experts))}
         metadata |= {f"sum {m} {name}": value.hex() for m, sums in self.sums.items() for name, value in sums.items()}
-        writer = SafetensorsWriter(path, [TensorSpec(n, t.shape, I64) for n, t in tensors.items()], metadata)
-        for name, counts in tensors.items():
-            writer.write_rows(name, 0, counts.reshape(matrix_shape(counts.shape)))
-        writer.close()
+        with SafetensorsWriter(path, [TensorSpec(n, t.shape, I64) for n, t in tensors.items()], metadata) as writer:
+            for name, counts in tensors.items():
+                writer.write_rows(name, 0, counts.reshape(matrix_shape(counts.shape)))
 
     @staticmethod
     def load(path: Path) -> "Survey":

@@ -1,4 +1,4 @@
-"""Rules that average whole weights: linear, Fisher, and spherical interpolation of two models."""
+"""Rules that average whole weights: linear, and spherical interpolation of two models."""
 
 import math
 from collections.abc import Sequence
@@ -12,19 +12,6 @@ def linear(thetas: Sequence[torch.Tensor], weights: Sequence[float], *, normaliz
     for theta, weight in zip(thetas, weights, strict=True):
         total += weight * theta
     return total / sum(weights) if normalize else total
-
-
-def fisher(thetas: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], otherwise: torch.Tensor) -> torch.Tensor:
-    """Σ w·v̂·θ / Σ w·v̂ (Matena & Raffel 2021, arXiv 2111.09832, equation 4), and ``otherwise`` where Σ w·v̂ = 0.
-
-    weights: M tensors w·v̂ ≥ 0, float64 (r, C).
-    """
-    numerator = torch.zeros_like(thetas[0])
-    total = torch.zeros_like(thetas[0])
-    for theta, weight in zip(thetas, weights, strict=True):
-        numerator += weight * theta
-        total += weight
-    return torch.where(total > 0, numerator / torch.where(total > 0, total, 1.0), otherwise)
 
 
 def slerp_factors(norm0: float, norm1: float, dot: float, t: float) -> tuple[float, float]:

@@ -4,14 +4,9 @@ Fast Fisher Grafting (arXiv 2509.11167, section 5) ranks edits by v̂·Δ². √
 float32. Non-negative floats order as their bit patterns, so the k-th largest score is found with histograms of the patterns: ``numbers.locate``.
 """
 
-import threading
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ota_core.compute.kernels import sqrt
-from ota_core.methods.numbers import BINS
 
 
 def curvature_scores(v_hat: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -28,22 +23,3 @@ def magnitude_scores(delta: torch.Tensor) -> torch.Tensor:
 def keep(scores: torch.Tensor, threshold: float) -> torch.Tensor:
     """The mask of docs/methods.md section 3: score ≥ τ and score > 0. bool, the scores' shape."""
     return (scores >= threshold) & (scores > 0)
-
-
-class Histogram:
-    """Counts of scores by the bits of one half. Each thread counts on its own; the counts add up."""
-
-    def __init__(self) -> None:
-        self._parts: dict[int, NDArray[np.int64]] = {}
-
-    def local(self) -> NDArray[np.int64]:
-        """This thread's counts, int64 (65536,), to be added to."""
-        mine = self._parts.get(threading.get_ident())
-        if mine is None:
-            mine = self._parts[threading.get_ident()] = np.zeros(BINS, np.int64)
-        return mine
-
-    def counts(self) -> NDArray[np.int64]:
-        """All threads' counts together, int64 (65536,)."""
-        total: NDArray[np.int64] = np.sum([*self._parts.values()], axis=0)
-        return total

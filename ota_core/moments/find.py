@@ -56,18 +56,24 @@ def _loose_shards(folder: Path) -> list[Path]:
 
 def moments_files(path: Path) -> list[Path]:
     """Every file that ``open_moments(path)`` reads v from: what a digest of these second moments has to cover."""
+    path = _located(path)
+    if path.is_dir():
+        shards = _loose_shards(path)
+        check_shard_set(shards)
+        return shards
+    return [path, *index_files(path)] if _starts(path).startswith(b"{") else [path]
+
+
+def _located(path: Path) -> Path:
+    """What ``find_moments`` finds in a folder; a file or an index is itself."""
     if path.is_dir():
         found = find_moments(path)
         if found is None:
             raise MomentsError(f"{none_found(path)}: save them there or set preconditioner_path")
-        if found != path:
-            return moments_files(found)
-        shards = _loose_shards(path)
-        check_shard_set(shards)
-        return shards
+        return found
     if not path.is_file():
         raise MomentsError(f"{path} does not exist; a file of second moments was expected there: check preconditioner_path")
-    return [path, *index_files(path)] if _starts(path).startswith(b"{") else [path]
+    return path
 
 
 def open_moments(path: Path, *, layout: Layout = None, source_of: SourceOf | None = None) -> Moments:
@@ -77,11 +83,9 @@ def open_moments(path: Path, *, layout: Layout = None, source_of: SourceOf | Non
     source_of: where the bytes of v come from, if not from the files themselves.
     Raises MomentsError for what is missing, damaged or cannot be matched to names.
     """
+    path = _located(path)
     files = moments_files(path)
     if path.is_dir():
-        found = find_moments(path)
-        if found is not None and found != path:
-            return open_moments(found, layout=layout, source_of=source_of)
         return SafetensorsMoments(path, files, source_of)
     first = _starts(path)
     if first.startswith(b"{"):

@@ -13,6 +13,7 @@ from ota_core.artifact import EXPERT_JSON
 from ota_core.errors import CheckpointError, MomentsError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
+from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
 
 SUFFIX = ".exp_avg_sq"
@@ -23,11 +24,8 @@ SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safete
 DROP_BYTES = 64 << 20
 
 
-class SafetensorsMoments:
-    """v by parameter name from safetensors files; names as in the model, or with the suffix ``.exp_avg_sq``. See ``Moments``."""
-
-    path: Path
-    beta2: float | None
+class SafetensorsMoments(Moments):
+    """v by parameter name from safetensors files; names as in the model, or with the suffix ``.exp_avg_sq``."""
 
     def __init__(self, path: Path, files: Sequence[Path], source_of: SourceOf | None = None) -> None:
         """``path`` is what the user named, ``files`` the one file or the shards behind it. Raises MomentsError."""
@@ -62,7 +60,6 @@ class SafetensorsMoments:
         return as_step(value.item() if value.size == 1 else value.tolist(), f"{place[0].path}: {place[1].name!r}")
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
-        """Rows start:stop, float32, shape (stop − start, C); treat them as read-only. Raises MomentsError on bad entries (``check``)."""
         file, info = self._v[name]
         if self._unreleased > DROP_BYTES:
             self._unreleased = 0
@@ -74,7 +71,6 @@ class SafetensorsMoments:
         return checked(values, path=file.path, name=name, shape=info.shape, start=start) if check else values
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        """The same rows are read soon."""
         file, info = self._v[name]
         file.prefetch(info.name, start, stop)
 
@@ -185,10 +181,7 @@ def _facts(path: Path, files: Sequence[SafetensorsFile]) -> dict[str, Any]:
 
 def as_beta2(value: Any, where: str) -> float:
     """Adam's β₂ from a number or its text. Raises MomentsError outside [0, 1)."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = float("nan")
+    number = _number(value)
     if not 0 <= number < 1:
         raise MomentsError(f"{where} is {value!r}, a number in [0, 1) was expected: correct it")
     return number
@@ -196,10 +189,15 @@ def as_beta2(value: Any, where: str) -> float:
 
 def as_step(value: Any, where: str) -> int:
     """A count of optimizer steps from a number or its text. Raises MomentsError below 1 or when it is not whole."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = float("nan")
+    number = _number(value)
     if not (number >= 1 and number.is_integer()):
         raise MomentsError(f"{where} is {value!r}, a whole number of at least 1 was expected: correct it")
     return int(number)
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return float("nan")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.torch_file import TorchFile
+from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
 from ota_core.moments.match import Layout, match_names
 from ota_core.moments.safetensors_file import DROP_BYTES, as_beta2, as_step
@@ -22,11 +23,8 @@ from ota_core.moments.safetensors_file import DROP_BYTES, as_beta2, as_step
 V = "exp_avg_sq"
 
 
-class TrainerMoments:
-    """v by parameter name from ``optimizer.pt``. Tensors are read by ranges (torch's old format is loaded whole). See ``Moments``."""
-
-    path: Path
-    beta2: float | None
+class TrainerMoments(Moments):
+    """v by parameter name from ``optimizer.pt``. Tensors are read by ranges (torch's old format is loaded whole)."""
 
     def __init__(self, path: Path, layout: Layout = None, source_of: SourceOf | None = None) -> None:
         """``layout``, or a function that builds it, is needed for numbered parameters only. Raises MomentsError."""
@@ -56,7 +54,6 @@ class TrainerMoments:
         return None if value is None else as_step(value, f"{self.path}: the step of {name!r}")
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
-        """Rows start:stop, float32, shape (stop − start, C); treat them as read-only. Raises MomentsError on bad entries (``check``)."""
         tensor = self._v[name]
         if self._unreleased > DROP_BYTES:
             self._unreleased = 0
@@ -67,7 +64,6 @@ class TrainerMoments:
         return checked(values, path=self.path, name=name, shape=tensor.shape, start=start) if check else values
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        """The same rows are read soon."""
         self._file.prefetch(self._v[name], start, stop)
 
     def close(self) -> None:

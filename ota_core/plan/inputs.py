@@ -121,15 +121,13 @@ def optimizer_facts(folder: Path) -> dict[str, Any]:
 def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of: LayoutOf | None = None) -> MergeInputs:
     """The inputs of a recipe whose models are all folders on this machine. Raises OtaError with every input that is not there."""
     problems: list[str] = []
-    folders: list[Path | None] = []
+    found: list[Path] = []
     for source in [*([recipe.base_model] if recipe.base_model else []), *(entry.model for entry in recipe.models)]:
         try:
-            folders.append(find_model(source, recipe_dir))
+            found.append(find_model(source, recipe_dir))
         except CheckpointError as error:
             problems.append(str(error))
-            folders.append(None)
     raise_all(problems, CheckpointError)
-    found = [folder for folder in folders if folder is not None]
     base = ModelInput(name="base", path=found.pop(0), source=recipe.base_model or "") if recipe.base_model else None
     facts = [expert_facts(folder) for folder in found]
     capabilities = [entry.capability or fact.get("capability") for entry, fact in zip(recipe.models, facts, strict=True)]

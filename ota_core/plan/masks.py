@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +55,11 @@ class MaskWriter:
         """Flush; every bit must have been written."""
         self._writer.close()
 
-    def abort(self) -> None:
-        """Let go of an unfinished file."""
-        self._writer.abort()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
 
 
 class MaskFile:

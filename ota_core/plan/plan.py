@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ota_core.compute.blocks import matrix_shape, row_blocks
-from ota_core.compute.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Progress, Stream
+from ota_core.compute.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Limits, Stream, parse_memory, pick_device
 from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import NAMED
@@ -121,28 +121,25 @@ def open_plan(
     recipe: MergeRecipe,
     inputs: MergeInputs,
     *,
-    device: str = "cpu",
-    memory: int = 2 * 2**30,
-    block_elements: int | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
     with_moments: bool = True,
     need_moments: bool = True,
+    **limits: Unpack[Limits],
 ) -> Iterator[MergePlan]:
     """Open all inputs and check them. Raises OtaError that lists every problem found; closes the files at the end.
 
     ``with_moments=False`` leaves second moments unopened, for planning before they are at hand; ``need_moments=False`` takes experts
     for which none are given, too: an analysis does without, a merge cannot.
     """
-    stream = Stream(memory=memory, progress=progress)
+    memory, device = parse_memory(limits.get("memory", "2GiB")), pick_device(limits.get("device", "cpu"))
+    stream = Stream(memory=memory, progress=limits.get("progress"))
     most = BLOCK_ELEMENTS
     if device != "cpu":
         from ota_core.compute import gpu
 
         gpus, most = gpu.gpus_of(device), gpu.BLOCK_ELEMENTS
         stream.lanes, stream.threads = gpu.Lanes(gpus), gpu.BLOCKS_UNDER_WAY * len(gpus)
-    stream.threads = threads or stream.threads
-    stream.block_elements = block_elements or _block_elements(memory, stream.threads, len(recipe.models), most)
+    stream.threads = limits.get("threads") or stream.threads
+    stream.block_elements = limits.get("block_elements") or _block_elements(memory, stream.threads, len(recipe.models), most)
     with contextlib.ExitStack() as stack:
         problems: list[str] = []
         opened = [_open(item, problems, stack) for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
@@ -172,8 +169,10 @@ def open_plan(
         for expert in experts:
             _check_moments(recipe, expert, jobs, problems)
         raise_all(problems, OtaError)
-        opened_files = (*checkpoints, *(part for e in experts for part in (e.moments, e.full_moments, e.masks)))
-        stream.droppable = [drop for item in opened_files if (drop := getattr(item, "drop_pages", None))]
+        opened_files: list[Checkpoint | Moments | MaskFile | None] = [*checkpoints]
+        for expert in experts:
+            opened_files += [expert.moments, expert.full_moments, expert.masks]
+        stream.droppable = [item.drop_pages for item in opened_files if item is not None]
         plan = MergePlan(
             recipe=recipe, inputs=inputs, base=base, experts=experts, jobs=jobs,
             vocabulary=vocabulary, stream=stream, device=device,

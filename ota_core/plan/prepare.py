@@ -1,7 +1,7 @@
 """What must be known of whole tensors or whole experts before the first block is merged: compression, means, thresholds, norms."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import MomentsError, raise_all
-from ota_core.files.rows import Rows
-from ota_core.fused.counts import Candidate, keep_block
-from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE
 from ota_core.methods.numbers import kept_count, threshold_of_product
 from ota_core.moments.compression import CompressionReport, compress, compression_of
 from ota_core.plan.plan import MergePlan
-from ota_core.plan.tally import Group, kth_largest
+from ota_core.plan.scoring import delta, ffg_scoring
+from ota_core.plan.tally import Group, kth_largest, taus_of, thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts, tensor_on
 
 if TYPE_CHECKING:
@@ -77,19 +75,6 @@ def masked_here(plan: MergePlan) -> list[ExpertView]:
     return [expert for expert in plan.experts if plan.recipe.ffg(expert.index) and expert.masks is None]
 
 
-def delta(
-    plan: MergePlan, expert: ExpertView, job: TensorJob, start: int, stop: int, *, base: "torch.Tensor | None" = None
-) -> "torch.Tensor":
-    """Task vector of a block, float64 (r, C); 0 in rows that the expert or the base lacks. base: its θ₀ where it was read already."""
-    assert plan.base is not None
-    difference = expert.theta(job.name, start, stop) - (plan.base.theta(job.name, start, stop) if base is None else base)
-    for view in (expert, plan.base):
-        present = view.present(job.name, start, stop)
-        if present is not None:
-            difference = difference.where(present, 0.0)
-    return difference
-
-
 def _without_curvature(plan: MergePlan) -> set[str]:
     """Mark tensors that an expert holds no curvature of and never moved; return those to be averaged, or raise for the others."""
     problems: list[str] = []
@@ -147,85 +132,6 @@ def mean_of(plan: MergePlan, expert: ExpertView, sums: Mapping[str, float]) -> f
     return mean
 
 
-def scores(
-    plan: MergePlan,
-    expert: ExpertView,
-    job: TensorJob,
-    start: int,
-    stop: int,
-    difference: "torch.Tensor",
-    v_hat: "torch.Tensor | None" = None,
-) -> "torch.Tensor":
-    """FFG scores of a block, float32 (r, C). difference: its task vector, float64 (r, C); v_hat: the merge's v̂ where it was read already."""
-    from ota_core.methods.saliency import curvature_scores, magnitude_scores
-
-    if plan.recipe.setting("metric") == "magnitude":
-        return magnitude_scores(difference)
-    if plan.recipe.setting("mask_curvature") == "full":
-        v_hat = expert.v_hat(job.canonical, start, stop, full=True)
-    elif v_hat is None:
-        v_hat = expert.v_hat(job.canonical, start, stop)
-    return curvature_scores(v_hat, difference)
-
-
-@dataclass(frozen=True)
-class PlanScoring:
-    """The scores that FFG, TIES and breadcrumbs rank by, for ``tally``."""
-
-    plan: MergePlan
-    curvature: bool
-    """√v̂·|Δ| over the tensors that carry curvature; else |Δ|, over those or, with ``everywhere``, over all."""
-    full: bool = False
-    """From the uncompressed second moments."""
-    everywhere: bool = False
-
-    def compiled(self, experts: Sequence[int], job: TensorJob) -> bool:
-        return self.plan.can_fuse([self.plan.expert(i) for i in experts], job)
-
-    def covers(self, expert: int, job: TensorJob) -> bool:
-        return self.everywhere or self.plan.expert(expert).has_curvature(job.canonical)
-
-    def candidates(self, experts: Sequence[int], block: Block) -> tuple[Rows, list[Candidate]]:
-        assert self.plan.base is not None
-        found = []
-        for row, expert in enumerate(self.plan.expert(i) for i in experts):
-            theta = expert.stored(block[0].name, *block[1:])
-            v = expert.v_source(*block, full=self.full) if self.curvature else None
-            found.append(Candidate(theta=theta, v=v, metric=BY_CURVATURE if self.curvature else BY_MAGNITUDE, row=row))
-        return self.plan.base.stored(block[0].name, *block[1:]), found
-
-    def scores(self, experts: Sequence[int], block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
-        from ota_core.methods.saliency import curvature_scores, magnitude_scores
-
-        assert self.plan.base is not None
-        for part in parts(block, self.plan.tensor_elements):
-            base = self.plan.base.theta(part[0].name, *part[1:])
-            for index in experts:
-                view = self.plan.expert(index)
-                difference = delta(self.plan, view, *part, base=base)
-                if self.curvature:
-                    yield index, curvature_scores(view.v_hat(part[0].canonical, *part[1:], full=self.full), difference)
-                else:
-                    yield index, magnitude_scores(difference)
-
-    def prefetch(self, experts: Sequence[int], block: Block) -> None:
-        assert self.plan.base is not None
-        self.plan.base.prefetch(*block)
-        for expert in (self.plan.expert(i) for i in experts):
-            expert.prefetch(*block)
-            if self.curvature:
-                expert.prefetch_curvature(*block, full=self.full)
-
-    def refuse(self, expert: int, block: Block) -> None:
-        self.plan.expert(expert).refuse(*block)
-
-
-def ffg_scoring(plan: MergePlan) -> PlanScoring:
-    """How the recipe's FFG ranks."""
-    setting = plan.recipe.setting
-    return PlanScoring(plan, setting("metric") == "curvature", full=setting("mask_curvature") == "full")
-
-
 def ffg_group(plan: MergePlan, experts: Sequence[ExpertView]) -> Group:
     """All tensors together that are here: what scope ``global`` ranks, for the experts with a density."""
     curved = {expert.index: plan.curved(expert) for expert in experts}
@@ -265,21 +171,15 @@ def thresholds(plan: MergePlan, experts: Sequence[ExpertView], whole: WholeFacts
     return found | _thresholds_per_tensor(plan, ranked)
 
 
-def taus_of(scores: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """Expert → τ, from the scores of the ranks of ``ffg_group``; without a rank nothing is kept."""
-    return {expert: values[0] if values else math.inf for expert, values in scores.items()}
-
-
 def _thresholds_per_tensor(plan: MergePlan, experts: Sequence[ExpertView]) -> dict[int, dict[str, float]]:
-    groups = []
-    for job in plan.canonical_jobs():
-        curved = [expert.index for expert in experts if expert.has_curvature(job.canonical)]
-        ranks = {i: kept_count(plan.recipe.setting("density", i), job.elements) for i in curved}
-        groups.append(Group(jobs=[job], experts=curved, ranks={i: (k,) if k else () for i, k in ranks.items()}))
+    density = {expert.index: plan.recipe.setting("density", expert.index) for expert in experts}
+    members = [
+        ([job], {e.index: kept_count(density[e.index], job.elements) for e in experts if e.has_curvature(job.canonical)})
+        for job in plan.canonical_jobs()
+    ]
     found: dict[int, dict[str, float]] = {expert.index: {} for expert in experts}
-    for group, scores in zip(groups, kth_largest(plan, ffg_scoring(plan), groups, what="thresholds"), strict=True):
-        for expert, values in scores.items():
-            found[expert][group.jobs[0].name] = values[0] if values else math.inf
+    for (expert, name), tau in thresholds_of(plan, ffg_scoring(plan), members, what="thresholds").items():
+        found[expert][name] = tau
     return found
 
 
@@ -307,25 +207,11 @@ def mask_of(
         kept = tensor_on(plan.device, expert.masks.read(job.canonical, start, stop))
     else:
         assert difference is not None
-        kept = keep(scores(plan, expert, job, start, stop, difference, v_hat), facts.thresholds[expert.index][job.canonical])
+        kept = keep(ffg_scoring(plan).of(expert, block, difference, v_hat), facts.thresholds[expert.index][job.canonical])
     return kept if present is None else kept & present
 
 
 def block_mask(plan: MergePlan, facts: Curvature, expert: ExpertView, block: Block) -> tuple[NDArray[np.bool_], int]:
-    """The FFG mask of a block, bool (r, C) on the CPU, and how many elements it keeps: compiled where that can be, the same bits."""
-    job, start, stop = block
-    scoring = ffg_scoring(plan)
-    if scoring.compiled([expert.index], job):
-        base, (candidate,) = scoring.candidates([expert.index], block)
-        found = keep_block(base, candidate, facts.thresholds[expert.index][job.canonical])
-        if found is None:
-            expert.refuse(*block)
-        else:
-            return found[0].reshape(stop - start, -1), found[1]
-    masks = []
-    for part in parts(block, plan.tensor_elements):
-        bits = mask_of(plan, facts, expert, part, delta(plan, expert, *part))
-        assert bits is not None
-        masks.append(bits.cpu().numpy())
-    mask = np.concatenate(masks)
-    return mask, int(mask.sum())
+    """The FFG mask of a block of a tensor that carries curvature, bool (r, C) on the CPU, and how many elements it keeps."""
+    kept, count = ffg_scoring(plan).keep(expert, block, facts.thresholds[expert.index][block[0].canonical])
+    return kept.reshape(block[2] - block[1], -1), count

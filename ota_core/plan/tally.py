@@ -6,21 +6,21 @@ bins beforehand, so that one pass over all is enough; where the sample was wrong
 depend on no order, no cut into blocks and no layout of threads or machines.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock, get_ident
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ota_core.files.rows import Rows
 from ota_core.fused import counts as fused
-from ota_core.fused.counts import Candidate
 from ota_core.fused.sources import TILE
 from ota_core.methods.numbers import BINS, locate, score_of
 from ota_core.plan.plan import MergePlan
+from ota_core.plan.scoring import Scoring
 from ota_core.plan.views import Block, TensorJob, block_elements
 
 if TYPE_CHECKING:
@@ -36,34 +36,6 @@ MAX_BINS = 32
 WORTH_SAMPLING = 1 << 26
 BIN = 1 << 16
 """Bit patterns of a bin."""
-
-
-class Scoring(Protocol):
-    """What gives the scores of a block."""
-
-    def compiled(self, experts: Sequence[int], job: TensorJob) -> bool:
-        """Whether ``candidates`` serves this tensor."""
-        ...
-
-    def candidates(self, experts: Sequence[int], block: Block) -> tuple[Rows, list[Candidate]]:
-        """The base's rows as stored, and one candidate an expert, in the order of ``experts``, which is what their rows count."""
-        ...
-
-    def scores(self, experts: Sequence[int], block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
-        """Expert and scores of a block, float32 ≥ 0, in parts, for what the compiled pass does not serve."""
-        ...
-
-    def covers(self, expert: int, job: TensorJob) -> bool:
-        """Whether this expert's scores of the tensor count."""
-        ...
-
-    def prefetch(self, experts: Sequence[int], block: Block) -> None:
-        """A hint that this block is next."""
-        ...
-
-    def refuse(self, expert: int, block: Block) -> None:
-        """Raise the error that names the entry of the expert's v in this block that is negative, NaN or infinite."""
-        ...
 
 
 @dataclass
@@ -125,6 +97,29 @@ def kth_largest(plan: MergePlan, scoring: Scoring, groups: Sequence[Group], *, w
     return [found[i] for i in range(len(groups))]
 
 
+def thresholds_of(
+    plan: MergePlan, scoring: Scoring, members: Sequence[tuple[Sequence[TensorJob], Mapping[int, int]]], *, what: str
+) -> dict[tuple[int, str], float]:
+    """(Expert, tensor) → the threshold that keeps so many of the scores of all tensors of a member; infinite where it keeps none.
+
+    members: tensors that are ranked together, and expert → how many are kept of them.
+    """
+    groups = [
+        Group(jobs=jobs, experts=[*counts], ranks={expert: (k,) if k else () for expert, k in counts.items()})
+        for jobs, counts in members
+    ]
+    found: dict[tuple[int, str], float] = {}
+    for group, scores in zip(groups, kth_largest(plan, scoring, groups, what=what), strict=True):
+        taus = taus_of(scores)
+        found |= {(expert, job.name): taus[expert] for expert in scores for job in group.jobs}
+    return found
+
+
+def taus_of(scores: "Mapping[int, Sequence[float]]") -> dict[int, float]:
+    """Expert → τ, from the scores of at most one rank; without a rank nothing is kept."""
+    return {expert: values[0] if values else math.inf for expert, values in scores.items()}
+
+
 def count_high(plan: MergePlan, scoring: Scoring, group: Group, *, what: str) -> Counts:
     """The histogram of a group's upper bits, int64 (M, 65536): machines that each hold a part of the tensors add theirs up."""
     found: Counts = _pass(plan, scoring, [_high(group, lambda high: high)], what)[0]
@@ -165,7 +160,7 @@ def bins_of(group: Group, high: Counts) -> NDArray[np.int64]:
 def _worth_sampling(scoring: Scoring, group: Group) -> bool:
     """Not what is scored through tensors, and nothing small: a second pass over that comes out of the cache."""
     large = group.depth == 1 and sum(job.elements for job in group.jobs) >= WORTH_SAMPLING
-    return large and all(scoring.compiled(_covering(scoring, group, job), job) for job in group.jobs)
+    return large and all(scoring.compiled(_rows(scoring, group, job), job) for job in group.jobs)
 
 
 def _around(scoring: Scoring, group: Group, high: Counts) -> Brackets:
@@ -184,8 +179,9 @@ def _around(scoring: Scoring, group: Group, high: Counts) -> Brackets:
     return Brackets.empty(bins, width)
 
 
-def _covering(scoring: Scoring, group: Group, job: TensorJob) -> list[int]:
-    return [expert for expert in group.experts if scoring.covers(expert, job)]
+def _rows(scoring: Scoring, group: Group, job: TensorJob) -> dict[int, int]:
+    """The experts of the group whose scores of this tensor count → their rows of the counts."""
+    return {expert: row for row, expert in enumerate(group.experts) if scoring.covers(expert, job)}
 
 
 @dataclass
@@ -252,7 +248,8 @@ def _pass(plan: MergePlan, scoring: Scoring, todo: Sequence[_Work], what: str, *
 
     def step(item: tuple[_Work, Block]) -> None:
         work, block = item
-        work.count(scoring, work.group, block, work.local())
+        if _rows(scoring, work.group, block[0]):
+            work.count(scoring, work.group, block, work.local())
         work.finish_block()
 
     plan.stream.map(
@@ -268,18 +265,26 @@ def _pass(plan: MergePlan, scoring: Scoring, todo: Sequence[_Work], what: str, *
 def _count_into_high(
     scoring: Scoring, group: Group, block: Block, high: Counts, *, piece: int = TILE, stride: int = TILE
 ) -> None:
-    for rows, base, candidates in _compiled_parts(scoring, group, block):
-        _refuse_bad(scoring, rows, block, fused.count_high(base, candidates, high, piece=piece, stride=stride))
-    for row, scores in _scored_parts(scoring, group, block):
-        high[row] += (_bits(scores) >> 16).bincount(minlength=BINS).cpu().numpy()
+    rows = _rows(scoring, group, block[0])
+    if scoring.compiled(rows, block[0]):
+        base, candidates = scoring.candidates(rows, block)
+        scoring.refuse_bad(rows, block, fused.count_high(base, candidates, high, piece=piece, stride=stride))
+        return
+    for expert, scores in scoring.scores(rows, block):
+        high[rows[expert]] += (_bits(scores) >> 16).bincount(minlength=BINS).cpu().numpy()
 
 
 def _count_into_brackets(scoring: Scoring, group: Group, block: Block, found: Brackets) -> None:
-    for rows, base, candidates in _compiled_parts(scoring, group, block):
-        bad = fused.count_brackets(base, candidates, lowest=_lowest(found.bins), above=found.above, inside=found.inside)
-        _refuse_bad(scoring, rows, block, bad)
-    for row, scores in _scored_parts(scoring, group, block):
-        width = found.inside.shape[2]
+    rows = _rows(scoring, group, block[0])
+    if scoring.compiled(rows, block[0]):
+        base, candidates = scoring.candidates(rows, block)
+        lowest = np.where(found.bins < 0, -1, found.bins * BIN)
+        bad = fused.count_brackets(base, candidates, lowest=lowest, above=found.above, inside=found.inside)
+        scoring.refuse_bad(rows, block, bad)
+        return
+    width = found.inside.shape[2]
+    for expert, scores in scoring.scores(rows, block):
+        row = rows[expert]
         for r, bin in enumerate(found.bins[row].tolist()):
             if bin >= 0:
                 places = _bits(scores) - bin * BIN
@@ -288,34 +293,7 @@ def _count_into_brackets(scoring: Scoring, group: Group, block: Block, found: Br
                 found.inside[row, r] += inside.bincount(minlength=width).cpu().numpy()
 
 
-def _lowest(bins: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.where(bins < 0, -1, bins * BIN)
-
-
 def _bits(scores: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     return scores.reshape(-1).view(torch.int32)
-
-
-def _compiled_parts(scoring: Scoring, group: Group, block: Block) -> Iterator[tuple[list[int], Rows, list[Candidate]]]:
-    """The experts of the group, the base's rows and the candidates, where the compiled pass serves this block."""
-    experts = _covering(scoring, group, block[0])
-    if experts and scoring.compiled(experts, block[0]):
-        rows = {expert: row for row, expert in enumerate(group.experts)}
-        base, candidates = scoring.candidates(experts, block)
-        yield experts, base, [replace(one, row=rows[e]) for one, e in zip(candidates, experts, strict=True)]
-
-
-def _scored_parts(scoring: Scoring, group: Group, block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
-    """Row and scores of every expert, in parts, where it does not."""
-    experts = _covering(scoring, group, block[0])
-    if experts and not scoring.compiled(experts, block[0]):
-        rows = {expert: row for row, expert in enumerate(group.experts)}
-        for expert, scores in scoring.scores(experts, block):
-            yield rows[expert], scores
-
-
-def _refuse_bad(scoring: Scoring, experts: Sequence[int], block: Block, bad: int | None) -> None:
-    if bad is not None:
-        scoring.refuse(experts[bad], block)

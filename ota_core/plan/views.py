@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,7 +151,7 @@ class ExpertView(ModelView):
         self.count_read(v.nbytes)
         return VSource(source_of(Rows.float32(v)), factor, v)
 
-    def refuse(self, job: TensorJob, start: int, stop: int) -> None:
+    def refuse(self, job: TensorJob, start: int, stop: int) -> NoReturn:
         """Raise the MomentsError that names the bad entry of v, merged or full, in these rows."""
         for moments in (self.moments, self.full_moments):
             if moments is not None:

@@ -38,14 +38,14 @@ def default(method: str, key: str) -> Any:
     return _METHOD_DEFAULTS.get((method, key), _DEFAULTS.get(key))
 
 
-def _told(key: str, text: str) -> str:
-    """A form's text on a parameter, with its default, which the form itself does not know: null there is the method's own."""
+def _own(key: str, text: str, alias: str | None = None) -> Any:
+    """A field that may stay empty, for the method's own default. A form does not know that, so that the text ends with it."""
     others: dict[str, list[str]] = {}
     for (method, name), value in _METHOD_DEFAULTS.items():
         if name == key:
             others.setdefault(_word(value), []).append(method)
     exceptions = "".join(f", {value} for {' and '.join(methods)}" for value, methods in others.items())
-    return f"{text}; {_word(_DEFAULTS.get(key))} by default{exceptions}."
+    return Field(None, alias=alias, description=f"{text}; {_word(_DEFAULTS.get(key))} by default{exceptions}.")
 
 
 def _word(value: Any) -> str:
@@ -64,19 +64,11 @@ class Strict(BaseModel):
 class ExpertParameters(Strict):
     """Parameters that may differ between experts. Each may also be given once for all in the recipe's ``parameters``."""
 
-    density: Density | None = Field(
-        None, description=_told("density", "Fraction of the expert's elements that is kept, in (0, 1]")
-    )
-    precond_threshold: NonNegative | None = Field(
-        None, description=_told("precond_threshold", "FFG threshold in units of v·Δ², instead of a density")
-    )
-    scaling_factor: NonNegative | None = Field(
-        None, description=_told("scaling_factor", "Factor on this expert's curvature weight (ota)")
-    )
-    weight: Finite | None = Field(None, description=_told("weight", "Weight of this expert (all methods but ota and slerp)"))
-    gamma: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
-        None, description=_told("gamma", "Fraction of largest edits dropped (breadcrumbs)")
-    )
+    density: Density | None = _own("density", "Fraction of the expert's elements that is kept, in (0, 1]")
+    precond_threshold: NonNegative | None = _own("precond_threshold", "FFG threshold in units of v·Δ², instead of a density")
+    scaling_factor: NonNegative | None = _own("scaling_factor", "Factor on this expert's curvature weight (ota)")
+    weight: Finite | None = _own("weight", "Weight of this expert (all methods but ota and slerp)")
+    gamma: Annotated[Number, Field(ge=0, lt=1)] | None = _own("gamma", "Fraction of largest edits dropped (breadcrumbs)")
 
 
 class ModelParameters(ExpertParameters):
@@ -90,48 +82,27 @@ class ModelParameters(ExpertParameters):
 class MergeParameters(ExpertParameters):
     """``parameters`` of the recipe. None means: the method's default."""
 
-    lambda_: Finite | None = Field(None, alias="lambda", description=_told("lambda", "Scale λ of the merged task vector"))
-    power: NonNegative | None = Field(None, description=_told("power", "Exponent of the curvature in an expert's weight"))
-    scope: Literal["global", "per_tensor"] | None = Field(
-        None, description=_told("scope", "Whether a density holds over the whole expert")
+    lambda_: Finite | None = _own("lambda", "Scale λ of the merged task vector", alias="lambda")
+    power: NonNegative | None = _own("power", "Exponent of the curvature in an expert's weight")
+    scope: Literal["global", "per_tensor"] | None = _own("scope", "Whether a density holds over the whole expert")
+    metric: Literal["curvature", "magnitude"] | None = _own("metric", "What FFG ranks by: √v̂·|Δ| or |Δ|")
+    mask_curvature: Literal["merge", "full"] | None = _own(
+        "mask_curvature", "Second moments that FFG scores with: those of the merge, or in full"
     )
-    metric: Literal["curvature", "magnitude"] | None = Field(
-        None, description=_told("metric", "What FFG ranks by: √v̂·|Δ| or |Δ|")
+    compression: Literal["none", "rank1", "log8", "rank_k"] | None = _own("compression", "Compression of the second moments")
+    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = _own("rank", "Rank of compression rank_k")
+    bias_correction: bool | None = _own("bias_correction", "Divide v by 1 − β₂^t")
+    normalise: Literal["none", "global"] | None = _own("normalise", "Divide curvature weights by the expert's mean")
+    epsilon: NonNegative | None = _own("epsilon", "Added to every curvature weight before masking")
+    denominator: Literal["kept", "all"] | None = _own("denominator", "Experts whose weights the denominator sums")
+    fallback: Literal["base", "mean"] | None = _own("fallback", "Value of elements that no expert keeps")
+    masked_merge: Literal["precond", "linear", "ties"] | None = _own("masked_merge", "How masked task vectors combine")
+    rescale: bool | None = _own("rescale", "Scale masked task vectors back: to their norm (ota), by 1/density (dare)")
+    missing_curvature: Literal["error", "mean"] | None = _own(
+        "missing_curvature", "What becomes of tensors that moved but have no curvature: an error, or the mean"
     )
-    mask_curvature: Literal["merge", "full"] | None = Field(
-        None, description=_told("mask_curvature", "Second moments that FFG scores with: those of the merge, or in full")
-    )
-    compression: Literal["none", "rank1", "log8", "rank_k"] | None = Field(
-        None, description=_told("compression", "Compression of the second moments")
-    )
-    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = Field(
-        None, description=_told("rank", "Rank of compression rank_k")
-    )
-    bias_correction: bool | None = Field(None, description=_told("bias_correction", "Divide v by 1 − β₂^t"))
-    normalise: Literal["none", "global"] | None = Field(
-        None, description=_told("normalise", "Divide curvature weights by the expert's mean")
-    )
-    epsilon: NonNegative | None = Field(None, description=_told("epsilon", "Added to every curvature weight before masking"))
-    denominator: Literal["kept", "all"] | None = Field(
-        None, description=_told("denominator", "Experts whose weights the denominator sums")
-    )
-    fallback: Literal["base", "mean"] | None = Field(
-        None, description=_told("fallback", "Value of elements that no expert keeps")
-    )
-    masked_merge: Literal["precond", "linear", "ties"] | None = Field(
-        None, description=_told("masked_merge", "How masked task vectors combine")
-    )
-    rescale: bool | None = Field(
-        None, description=_told("rescale", "Scale masked task vectors back: to their norm (ota), by 1/density (dare)")
-    )
-    missing_curvature: Literal["error", "mean"] | None = Field(
-        None,
-        description=_told("missing_curvature", "What becomes of tensors that moved but have no curvature: an error, or the mean"),
-    )
-    normalize: bool | None = Field(
-        None, description=_told("normalize", "Divide by the sum of the weights (all methods but ota, fisher and slerp)")
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description=_told("seed", "Seed of DARE's random masks"))
+    normalize: bool | None = _own("normalize", "Divide by the sum of the weights (all methods but ota, fisher and slerp)")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = _own("seed", "Seed of DARE's random masks")
     t: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None, description="Position between the two models (slerp, which needs it)."
     )

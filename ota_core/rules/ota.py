@@ -1,4 +1,4 @@
-"""OTA with Fast Fisher Grafting, bound to a plan: the recipe's options become arguments of ``methods.ota``."""
+"""OTA with Fast Fisher Grafting, and Fisher averaging, which is a case of it, bound to a plan."""
 
 import math
 from collections import defaultdict
@@ -8,22 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 from ota_core.files.rows import Rows
 from ota_core.fused.ota import Vote, ota_block
-from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE, rounded
+from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE
 from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan, compiled
-from ota_core.plan.prepare import Curvature, WholeFacts, block_mask, delta, mask_of, prepare_curvature
+from ota_core.plan.prepare import Curvature, WholeFacts, block_mask, mask_of, prepare_curvature
+from ota_core.plan.scoring import delta
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
+from ota_core.rules.base import Rule
 
 if TYPE_CHECKING:
     import torch
 
 
-class OtaRule:
+class OtaRule(Rule):
     """OTA with FFG: all options of docs/methods.md sections 3 and 4."""
+
+    _curvature = True
+    _factor = "scaling_factor"
+    """The parameter that scales an expert's curvature weight."""
 
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
         """``whole``: what is known of whole experts already, for a part of a merge."""
-        self._plan, self._facts, self._whole = plan, Curvature(), whole
+        super().__init__(plan)
+        self._facts, self._whole = Curvature(), whole
         self._scales: dict[tuple[int, str], float] = {}
         self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._lock = Lock()
@@ -62,17 +69,6 @@ class OtaRule:
         left = math.fsum(kept)
         return math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
 
-    def prefetch(self, block: Block) -> None:
-        self._plan.prefetch(block, curvature=True)
-
-    def merge(self, block: Block, out: Rows) -> None:
-        if self._can_fuse(block[0]):
-            self._merge_fused(block, out)
-        else:
-            from ota_core.rules.rows import merge_in_parts
-
-            merge_in_parts(self._plan, self._merge_tensors, block, out)
-
     def _merge_tensors(self, block: Block) -> "torch.Tensor":
         import torch
 
@@ -83,13 +79,13 @@ class OtaRule:
         base = base_rows(plan, block)
         thetas = expert_rows(plan, block, base)
         if job.name in self._facts.averaged:
-            assert base is not None
-            return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=self._lambda)
+            return self._average(thetas, base)
         weights, masks = [], []
         for expert, theta in zip(plan.experts, thetas, strict=True):
             v_hat = expert.v_hat(job.canonical, *block[1:]) if expert.has_curvature(job.canonical) else None
             mask = mask_of(plan, self._facts, expert, block, None if base is None else theta - base, v_hat)
-            self._count(expert, job, mask)
+            if mask is not None:
+                self._add_count(expert, job, int(mask.sum()))
             masks.append(mask)
             weights.append(self._weight(expert, theta, v_hat))
             present = expert.present(job.name, *block[1:])
@@ -110,8 +106,15 @@ class OtaRule:
             merged = torch.where(any_kept(masks, base), merged, mean(thetas))
         return merged
 
+    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None") -> "torch.Tensor":
+        """A tensor that is averaged for want of curvature."""
+        import torch
+
+        from ota_core.methods.ota import ota
+
+        return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=self._lambda)
+
     def _can_fuse(self, job: TensorJob) -> bool:
-        """Whether the compiled pass covers what the recipe asks of this tensor; it gives the same bits as the tensors' way."""
         fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
         return compiled(self._plan.recipe) and job.name not in self._facts.averaged and fuses
 
@@ -119,16 +122,15 @@ class OtaRule:
         plan, job = self._plan, block[0]
         base = plan.base.stored(job.name, *block[1:]) if plan.base else None
         active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
-        with rounded(out) as target:
-            counts, bad = ota_block(
-                base,
-                [self._vote(expert, block) for expert in active],
-                target,
-                power=self._power,
-                epsilon=self._epsilon,
-                lam=self._lambda,
-                denominator=self._denominator,
-            )
+        counts, bad = ota_block(
+            base,
+            [self._vote(expert, block) for expert in active],
+            out,
+            power=self._power,
+            epsilon=self._epsilon,
+            lam=self._lambda,
+            denominator=self._denominator,
+        )
         if bad is not None:
             active[bad].refuse(*block)
         for expert, count in zip(active, counts, strict=True):
@@ -148,7 +150,7 @@ class OtaRule:
         return Vote(
             theta=theta,
             v=expert.v_source(*block),
-            scale=plan.recipe.setting("scaling_factor", expert.index),
+            scale=plan.recipe.setting(self._factor, expert.index),
             mean=self._facts.means.get(expert.index, 1.0),
             threshold=threshold,
             kept=kept,
@@ -161,15 +163,11 @@ class OtaRule:
 
         if v_hat is None:
             return theta.new_zeros(theta.shape)
-        scale = self._plan.recipe.setting("scaling_factor", expert.index)
+        scale = self._plan.recipe.setting(self._factor, expert.index)
         if self._masked_merge != "precond":
             return theta.new_full(theta.shape, scale)
         mean_weight = self._facts.means.get(expert.index)
         return curvature_weights(v_hat, power=self._power, scale=scale, mean=mean_weight, epsilon=self._epsilon)
-
-    def _count(self, expert: ExpertView, job: TensorJob, mask: "torch.Tensor | None") -> None:
-        if mask is not None:
-            self._add_count(expert, job, int(mask.sum()))
 
     def _add_count(self, expert: ExpertView, job: TensorJob, kept: int) -> None:
         if self._plan.recipe.ffg(expert.index) and job.name == job.canonical:
@@ -200,6 +198,27 @@ class OtaRule:
                 densities[expert.name] = density_report(self._plan, expert, taus, found.kept.get(expert.index, {}))
         everything = {"densities": densities, "compression": found.compression, "averaged_without_curvature": found.averaged}
         return {key: value for key, value in everything.items() if value}
+
+
+class FisherRule(OtaRule):
+    """Fisher-weighted averaging (Matena & Raffel 2021, arXiv 2111.09832, equation 4), v̂ as the diagonal of the Fisher matrix.
+
+    Σ w·v̂·θ / Σ w·v̂ is OTA with power 1, the weight as its scale and no mask; θ₀, or the plain mean, where the sum is 0.
+    """
+
+    _factor = "weight"
+
+    def __init__(self, plan: MergePlan) -> None:
+        super().__init__(plan)
+        self._power = 1.0
+
+    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None") -> "torch.Tensor":
+        from ota_core.methods.ota import mean
+
+        return mean(thetas)
+
+    def results(self, found: Found) -> dict[str, Any]:
+        return {"compression": found.compression} if found.compression else {}
 
 
 def density_report(plan: MergePlan, expert: ExpertView, taus: dict[str, float], kept: dict[str, int]) -> dict[str, Any]:

@@ -4,24 +4,24 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ota_core.files.rows import Rows
-from ota_core.fused.sources import rounded
 from ota_core.fused.task_vectors import Part, combine_block
 from ota_core.methods.numbers import NOTHING, breadcrumbs_ranks, ties_ranks
 from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan
-from ota_core.plan.prepare import PlanScoring
+from ota_core.plan.scoring import Scoring
 from ota_core.plan.tally import Group, kth_largest
 from ota_core.plan.views import Block, ExpertView, TensorJob
+from ota_core.rules.base import Rule
 
 if TYPE_CHECKING:
     import torch
 
 
-class TaskVectorRule:
+class TaskVectorRule(Rule):
     """task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties: what is left of each task vector, added up."""
 
     def __init__(self, plan: MergePlan) -> None:
-        self._plan = plan
+        super().__init__(plan)
         self._method = plan.recipe.merge_method
         self._weights = [plan.recipe.setting("weight", i) for i in range(len(plan.experts))]
         self._limits: dict[tuple[int, str], tuple[float, float]] = {}
@@ -35,7 +35,7 @@ class TaskVectorRule:
             wanted = {expert.index: [r for r in self._ranks(expert, job) if r] for expert in plan.experts}
             groups.append(Group(jobs=[job], experts=[i for i, ranks in wanted.items() if ranks], ranks=wanted))
         asked = [group for group in groups if group.experts]
-        scoring = PlanScoring(plan, curvature=False, everywhere=True)
+        scoring = Scoring(plan, curvature=False, everywhere=True)
         found = dict(zip((g.jobs[0].name for g in asked), kth_largest(plan, scoring, asked, what="trim"), strict=True))
         for job in plan.merged_jobs():
             for expert in plan.experts:
@@ -62,17 +62,6 @@ class TaskVectorRule:
         by_rank = dict(zip([rank for rank in self._ranks(expert, job) if rank], values, strict=True))
         return by_rank.get(last if last < job.elements else 0, 0.0), by_rank.get(dropped + 1 if dropped else 0, math.inf)
 
-    def prefetch(self, block: Block) -> None:
-        self._plan.prefetch(block)
-
-    def merge(self, block: Block, out: Rows) -> None:
-        if self._plan.can_fuse(self._plan.experts, block[0]):
-            self._merge_fused(block, out)
-        else:
-            from ota_core.rules.rows import merge_in_parts
-
-            merge_in_parts(self._plan, self._merge_tensors, block, out)
-
     def _merge_tensors(self, block: Block) -> "torch.Tensor":
         from ota_core.methods.task_vectors import add_up, elect_and_add
         from ota_core.rules.rows import base_rows, expert_rows
@@ -87,18 +76,16 @@ class TaskVectorRule:
         return base + scale * merged
 
     def _merge_fused(self, block: Block, out: Rows) -> None:
-        """The compiled pass; the same bits."""
         assert self._plan.base is not None
-        with rounded(out) as target:
-            combine_block(
-                self._plan.base.stored(block[0].name, *block[1:]),
-                [self._part(expert, block) for expert in self._plan.experts],
-                target,
-                elect=self._method.endswith("ties"),
-                normalize=self._plan.recipe.setting("normalize"),
-                lam=self._plan.recipe.setting("lambda"),
-                nothing=NOTHING,
-            )
+        combine_block(
+            self._plan.base.stored(block[0].name, *block[1:]),
+            [self._part(expert, block) for expert in self._plan.experts],
+            out,
+            elect=self._method.endswith("ties"),
+            normalize=self._plan.recipe.setting("normalize"),
+            lam=self._plan.recipe.setting("lambda"),
+            nothing=NOTHING,
+        )
 
     def _part(self, expert: ExpertView, block: Block) -> Part:
         job, start, _ = block
@@ -128,9 +115,6 @@ class TaskVectorRule:
         seed = self._plan.recipe.setting("seed")
         random = uniform(seed, expert.index, job.canonical, start * cols, rows * cols, self._plan.device).view(rows, cols)
         return drop(difference, random, density=density, rescale=self._plan.recipe.setting("rescale"))
-
-    def found(self) -> Found:
-        return Found()
 
     def results(self, found: Found) -> dict[str, Any]:
         return {"seed": self._plan.recipe.setting("seed")} if self._method.startswith("dare") else {}

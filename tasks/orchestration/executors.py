@@ -17,8 +17,8 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
+from ota_core.compute.stream import pick_device
 from ota_core.errors import ArtifactError, OtaError
-from ota_core.merge.engine import pick_device
 from tasks.artifacts.step import Stage, Work
 from tasks.orchestration.deployed import POLL_SECONDS, complaint, run_deployed
 from tasks.orchestration.run_log import Progress

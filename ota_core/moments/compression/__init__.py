@@ -11,7 +11,6 @@
 from ota_core.moments.compression.base import (
     DEFAULT_RANK,
     IN_MEMORY,
-    METHODS,
     CompressedMoments,
     CompressionReport,
     compression_label,
@@ -21,10 +20,9 @@ from ota_core.moments.compression.base import (
     rank_of,
 )
 from ota_core.moments.compression.dispatch import compress, compressed_bytes, passes, write_compressed
-from ota_core.moments.compression.file import StoredMoments, open_compressed, save_compressed, save_full
-from ota_core.moments.compression.log8 import Log8Moments
+from ota_core.moments.compression.file import open_compressed, save_compressed, save_full
+from ota_core.moments.compression.header import METHODS, Method
 from ota_core.moments.compression.rank1 import RankOneMoments
-from ota_core.moments.compression.rank_k import RankKMoments
 
 __all__ = [
     "DEFAULT_RANK",
@@ -32,10 +30,8 @@ __all__ = [
     "METHODS",
     "CompressedMoments",
     "CompressionReport",
-    "Log8Moments",
-    "RankKMoments",
+    "Method",
     "RankOneMoments",
-    "StoredMoments",
     "compress",
     "compressed_bytes",
     "compression_label",

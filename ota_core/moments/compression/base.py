@@ -1,19 +1,18 @@
 """What the compressed forms of second moments have in common: how they are described, and what a compression reports."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.moments.base import Moments
+from ota_core.moments.compression.header import Header, Method
 
-Method = Literal["none", "rank1", "log8", "rank_k"]
-METHODS: tuple[Method, ...] = ("none", "rank1", "log8", "rank_k")
 IN_MEMORY: tuple[Method, ...] = ("rank1", "rank_k")
 """Methods whose form is small enough to be held in memory; the others are read from files as a merge needs them."""
 DEFAULT_RANK = 4
@@ -50,51 +49,45 @@ def _ratio(lost: float, total: float) -> float:
     return math.sqrt(max(lost, 0.0) / total) if total > 0 else 0.0
 
 
-class CompressedMoments(ABC):
-    """Second moments in one of the forms of this package; offers what ``Moments`` offers."""
+class CompressedMoments(Moments):
+    """Second moments in one of the forms of this package."""
 
-    method: Method
-    rank: int | None = None
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+        self.method, self.rank, self.beta2 = header.method, header.rank, header.beta2
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], beta2: float | None, steps: Mapping[str, int]) -> None:
-        self.path, self.beta2 = path, beta2
-        self._shapes, self._steps = dict(shapes), dict(steps)
+    @staticmethod
+    @abstractmethod
+    def keys(name: str, shape: tuple[int, ...], rank: int | None) -> dict[str, tuple[int, ...]]:
+        """The tensors of the file format that stand for one parameter, with their shapes. rank: of ``rank_k``."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Parameter name to the shape of the parameter."""
-        return self._shapes
+        return self.header.shapes
 
     def step(self, name: str) -> int | None:
-        """Optimizer steps behind v, where known."""
-        return self._steps.get(name)
+        return self.header.steps.get(name)
 
-    @abstractmethod
-    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
-        """Rows start:stop of ṽ, float32 (stop − start, C)."""
 
-    def prefetch(self, name: str, start: int, stop: int) -> None:  # noqa: B027 - what is in memory needs no fetching
-        """The same rows are read soon."""
+class MappedMoments(CompressedMoments):
+    """Forms that stay in their file and are read as they are asked for."""
 
-    def drop_pages(self) -> None:  # noqa: B027 - nothing to do is the usual case
-        """Return the pages read so far, where a file is mapped."""
+    def __init__(self, file: SafetensorsFile, header: Header) -> None:
+        super().__init__(file.path, header)
+        self._file = file
 
-    def close(self) -> None:  # noqa: B027
-        """Release the file, where one is open."""
+    def drop_pages(self) -> None:
+        self._file.drop_pages()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class FactoredMoments(CompressedMoments):
     """Forms that are small enough to be held in memory: ``tensors`` is all there is."""
 
-    def __init__(
-        self,
-        path: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        stored: Mapping[str, NDArray[np.float32]],
-        beta2: float | None,
-        steps: Mapping[str, int],
-    ) -> None:
-        """``stored``: the tensors of the file format, float32."""
-        super().__init__(path, shapes, beta2, steps)
+    def __init__(self, path: Path, header: Header, stored: Mapping[str, NDArray[np.float32]]) -> None:
+        """``stored``: the tensors of ``keys``, float32."""
+        super().__init__(path, header)
         self._stored = dict(stored)
 
     def tensors(self) -> Mapping[str, NDArray[np.float32]]:
@@ -130,8 +123,3 @@ def compression_label(method: str, rank: int | None) -> str:
 def label_of(moments: Moments) -> str:
     """The compression of opened moments as messages name it."""
     return compression_label(compression_of(moments) or "none", rank_of(moments))
-
-
-def steps_of(moments: Moments) -> dict[str, int]:
-    """Optimizer steps by parameter, where known."""
-    return {name: step for name in moments.shapes() if (step := moments.step(name)) is not None}

@@ -8,11 +8,12 @@ from pathlib import Path
 from ota_core.compute.stream import Stream
 from ota_core.errors import OtaError
 from ota_core.moments.base import Moments
-from ota_core.moments.compression.base import DEFAULT_RANK, METHODS, CompressedMoments, CompressionReport
-from ota_core.moments.compression.file import open_compressed, save_compressed, save_full
-from ota_core.moments.compression.log8 import log8_bytes, write_log8
-from ota_core.moments.compression.rank1 import RankOneMoments, compress_rank1
-from ota_core.moments.compression.rank_k import RankKMoments, compress_rank_k, stored_whole
+from ota_core.moments.compression.base import DEFAULT_RANK, CompressedMoments, CompressionReport, FactoredMoments
+from ota_core.moments.compression.file import FORMS, open_compressed, save_compressed, save_full
+from ota_core.moments.compression.header import METHODS
+from ota_core.moments.compression.log8 import CODE, write_log8
+from ota_core.moments.compression.rank1 import compress_rank1
+from ota_core.moments.compression.rank_k import compress_rank_k, stored_whole
 
 
 def compress(
@@ -60,24 +61,16 @@ def write_compressed(moments: Moments, path: Path, *, method: str, rank: int | N
         return save_full(moments, path, stream=stream)
     if method == "log8":
         return write_log8(moments, path, stream=stream, what="compress")
-    if method == "rank_k":
-        factors, report = compress_rank_k(moments, rank=rank or DEFAULT_RANK, stream=stream, what="compress")
-        save_compressed(factors, path)
-        return report
-    sums, report = compress_rank1(moments, stream=stream, what="compress")
-    save_compressed(sums, path)
+    factors, report = compress(moments, method=method, rank=rank, stream=stream)
+    assert isinstance(factors, FactoredMoments)
+    save_compressed(factors, path)
     return report
 
 
 def compressed_bytes(shape: tuple[int, ...], method: str, rank: int | None = None) -> int:
     """Bytes that the second moments of a tensor of this shape take by any of ``METHODS``."""
-    if method == "log8":
-        return log8_bytes(math.prod(shape))
-    if method == "rank1":
-        return 4 * sum(math.prod(form) for form in RankOneMoments.keys("", shape).values())
-    if method == "rank_k":
-        return 4 * sum(math.prod(form) for form in RankKMoments.keys("", shape, rank or DEFAULT_RANK).values())
-    return 4 * math.prod(shape)
+    forms = FORMS[method].keys("", shape, rank)
+    return sum(math.prod(form) * (1 if key == CODE else 4) for key, form in forms.items())
 
 
 def passes(shape: tuple[int, ...], method: str, rank: int | None = None) -> int:

@@ -15,68 +15,59 @@ from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.files.writer import SafetensorsWriter, TensorSpec
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
-from ota_core.moments.compression.base import CompressedMoments, CompressionReport, FactoredMoments, Method, steps_of
+from ota_core.moments.compression.base import CompressedMoments, CompressionReport, FactoredMoments, MappedMoments
 from ota_core.moments.compression.header import Header, read_header
 from ota_core.moments.compression.log8 import CODE, Log8Moments
 from ota_core.moments.compression.rank1 import RankOneMoments
 from ota_core.moments.compression.rank_k import RankKMoments
 
 
-class StoredMoments(CompressedMoments):
+class StoredMoments(MappedMoments):
     """Moments that ``save_full`` wrote: v under the parameters' names."""
 
-    method: Method = "none"
-
-    def __init__(self, file: SafetensorsFile, header: Header) -> None:
-        super().__init__(file.path, header.shapes, header.beta2, header.steps)
-        self._file = file
+    @staticmethod
+    def keys(name: str, shape: tuple[int, ...], rank: int | None = None) -> dict[str, tuple[int, ...]]:
+        return {name: shape}
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         """Rows start:stop of v, a view of the file: float32 (stop − start, C)."""
         rows = self._file.read_rows(name, start, stop).to_float32()
-        return checked(rows, path=self.path, name=name, shape=self._shapes[name], start=start) if check else rows
+        return checked(rows, path=self.path, name=name, shape=self.header.shapes[name], start=start) if check else rows
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        """The same rows are read soon."""
         self._file.prefetch(name, start, stop)
 
-    def drop_pages(self) -> None:
-        """Return the pages read so far."""
-        self._file.drop_pages()
 
-    def close(self) -> None:
-        """Release the file."""
-        self._file.close()
+FORMS: dict[str, type[CompressedMoments]] = {
+    "none": StoredMoments,
+    "rank1": RankOneMoments,
+    "log8": Log8Moments,
+    "rank_k": RankKMoments,
+}
 
 
 def save_compressed(moments: FactoredMoments, path: Path) -> None:
     """Write factors to ``path``."""
     stored = moments.tensors()
     specs = [TensorSpec(name, values.shape, F32) for name, values in stored.items()]
-    writer = SafetensorsWriter(path, specs, Header.of(moments).metadata())
-    for name, values in stored.items():
-        writer.write_rows(name, 0, values.reshape(matrix_shape(values.shape)))
-    writer.close()
+    with SafetensorsWriter(path, specs, moments.header.metadata()) as writer:
+        for name, values in stored.items():
+            writer.write_rows(name, 0, values.reshape(matrix_shape(values.shape)))
 
 
 def save_full(moments: Moments, path: Path, *, stream: Stream) -> CompressionReport:
     """Write v uncompressed, float32, under the parameters' names: one format whatever the trainer left."""
-    shapes = dict(moments.shapes())
-    header = Header(method="none", shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
-    writer = SafetensorsWriter(path, [TensorSpec(n, s, F32) for n, s in sorted(shapes.items())], header.metadata())
+    header = Header.of(moments, "none")
+    shapes = header.shapes
 
     def copy(block: tuple[str, int, int]) -> None:
         rows = moments.read(*block)
         stream.count_read(rows.nbytes)
         writer.write_rows(block[0], block[1], rows)
 
-    try:
+    with SafetensorsWriter(path, [TensorSpec(n, s, F32) for n, s in sorted(shapes.items())], header.metadata()) as writer:
         blocks = [(name, a, b) for name in sorted(shapes) for a, b in row_blocks(shapes[name], stream.block_elements)]
         stream.map(copy, blocks, what="copy moments")
-    except BaseException:
-        writer.abort()
-        raise
-    writer.close()
     parameters = sum(math.prod(shape) for shape in shapes.values())
     return CompressionReport(method="none", parameters=parameters, bytes_per_param=4.0, sqrt_error=0.0, sqrt_error_per_tensor={})
 
@@ -89,10 +80,9 @@ def open_compressed(path: Path, source_of: SourceOf | None = None) -> Compressed
     file = SafetensorsFile(path, source_of(path) if source_of else None)
     header = read_header(path, file.metadata)
     _check_tensors(file, header)
-    if header.method == "none":
-        return StoredMoments(file, header)
-    if header.method == "log8":
-        return Log8Moments(file, header)
+    form = FORMS[header.method]
+    if issubclass(form, MappedMoments):
+        return form(file, header)
     stored = {}
     for name, info in file.infos.items():
         file.prefetch(name, 0, matrix_shape(info.shape)[0])
@@ -105,23 +95,14 @@ def open_compressed(path: Path, source_of: SourceOf | None = None) -> Compressed
                 f"{path}: tensor '{name}' holds a negative, NaN or infinite entry; second moments are finite and ≥ 0"
             )
     file.close()
-    if header.method == "rank_k":
-        assert header.rank is not None
-        return RankKMoments(path, header.shapes, stored, header.beta2, header.steps, header.rank)
-    return RankOneMoments(path, header.shapes, stored, header.beta2, header.steps)
+    assert issubclass(form, FactoredMoments)
+    return form(path, header, stored)
 
 
 def _check_tensors(file: SafetensorsFile, header: Header) -> None:
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in header.shapes.items():
-        if header.method == "rank1":
-            expected |= RankOneMoments.keys(name, shape)
-        elif header.method == "log8":
-            expected |= Log8Moments.keys(name, shape)
-        elif header.method == "rank_k":
-            expected |= RankKMoments.keys(name, shape, header.rank or 1)
-        else:
-            expected[name] = shape
+        expected |= FORMS[header.method].keys(name, shape, header.rank or 1)
     found = {name: info.shape for name, info in file.infos.items()}
     odd = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     odd += [name for name, info in file.infos.items() if info.dtype != (U8 if name.endswith(CODE) else F32)]

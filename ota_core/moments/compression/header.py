@@ -3,14 +3,16 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ota_core.errors import MomentsError
 from ota_core.files.safetensors_io import FORMAT_KEY
-from ota_core.moments.compression.base import METHODS, CompressedMoments, Method, steps_of
+from ota_core.moments.base import Moments
 
+Method = Literal["none", "rank1", "log8", "rank_k"]
+METHODS: tuple[Method, ...] = ("none", "rank1", "log8", "rank_k")
 FORMAT = "moments/1"
 _AGAIN = "Compress the second moments again with this version"
 
@@ -28,10 +30,11 @@ class Header(BaseModel):
     beta2: float | None
 
     @classmethod
-    def of(cls, moments: CompressedMoments) -> "Header":
-        """The header of moments that are compressed already."""
+    def of(cls, moments: Moments, method: Method, rank: int | None = None) -> "Header":
+        """The header of what a method makes of these moments."""
         shapes = {name: tuple(shape) for name, shape in moments.shapes().items()}
-        return cls(method=moments.method, rank=moments.rank, shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
+        steps = {name: step for name in shapes if (step := moments.step(name)) is not None}
+        return cls(method=method, rank=rank, shapes=shapes, steps=steps, beta2=moments.beta2)
 
     def metadata(self) -> dict[str, str]:
         """The header as safetensors metadata, one spelling for one content."""

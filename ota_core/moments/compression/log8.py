@@ -20,30 +20,18 @@ from ota_core.files.rows import F32, U8
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.files.writer import SafetensorsWriter, TensorSpec
 from ota_core.moments.base import Moments
-from ota_core.moments.compression.base import CompressedMoments, CompressionReport, Method, steps_of
+from ota_core.moments.compression.base import CompressionReport, MappedMoments
 from ota_core.moments.compression.cuts import BLOCK, CHUNK, refuse
 from ota_core.moments.compression.header import Header
 
 CODE, RANGE = "#code", "#range"
 
 
-def log8_bytes(elements: int) -> int:
-    """Bytes that a tensor takes."""
-    return elements + 8 * -(-elements // BLOCK)
-
-
-class Log8Moments(CompressedMoments):
+class Log8Moments(MappedMoments):
     """Second moments of a file that ``write_log8`` made: N#code uint8 (elements,), N#range float32 (blocks, 2)."""
 
-    method: Method = "log8"
-
-    def __init__(self, file: SafetensorsFile, header: Header) -> None:
-        super().__init__(file.path, header.shapes, header.beta2, header.steps)
-        self._file = file
-
     @staticmethod
-    def keys(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The tensors that stand for one parameter, with their shapes."""
+    def keys(name: str, shape: tuple[int, ...], rank: int | None = None) -> dict[str, tuple[int, ...]]:
         return {name + CODE: (math.prod(shape),), name + RANGE: (-(-math.prod(shape) // BLOCK), 2)}
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
@@ -53,7 +41,7 @@ class Log8Moments(CompressedMoments):
         """
         from ota_core.moments.compression.log8_codec import decode
 
-        width = matrix_shape(self._shapes[name])[1]
+        width = matrix_shape(self.header.shapes[name])[1]
         first, last = start * width, stop * width
         codes = self._file.read_rows(name + CODE, first, last).held.reshape(-1)
         ranges = self._file.read_rows(name + RANGE, first // BLOCK, -(-last // BLOCK)).held.view(np.int32)
@@ -65,29 +53,19 @@ class Log8Moments(CompressedMoments):
         return values
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        """The same rows are read soon."""
-        width = matrix_shape(self._shapes[name])[1]
+        width = matrix_shape(self.header.shapes[name])[1]
         self._file.prefetch(name + CODE, start * width, stop * width)
         self._file.prefetch(name + RANGE, start * width // BLOCK, -(-stop * width // BLOCK))
-
-    def drop_pages(self) -> None:
-        """Return the pages read so far."""
-        self._file.drop_pages()
-
-    def close(self) -> None:
-        """Release the file."""
-        self._file.close()
 
 
 def write_log8(moments: Moments, path: Path, *, stream: Stream, what: str) -> CompressionReport:
     """Code one expert's second moments into the file ``path``, in one pass. Raises MomentsError on bad values; no file is left then."""
     from ota_core.moments.compression.log8_codec import encode
 
-    shapes = dict(moments.shapes())
+    header = Header.of(moments, "log8")
+    shapes = header.shapes
     forms = {name: Log8Moments.keys(name, shape) for name, shape in shapes.items()}
     specs = [TensorSpec(key, form, U8 if key.endswith(CODE) else F32) for keys in forms.values() for key, form in keys.items()]
-    header = Header(method="log8", shapes=shapes, steps=steps_of(moments), beta2=moments.beta2)
-    writer = SafetensorsWriter(path, specs, header.metadata())
 
     def work(part: tuple[str, int, int]) -> tuple[float, float]:
         name, start, stop = part
@@ -104,13 +82,8 @@ def write_log8(moments: Moments, path: Path, *, stream: Stream, what: str) -> Co
         return float(sums[0]), float(sums[1])
 
     parts = [(name, a, b) for name, shape in sorted(shapes.items()) for a, b in _whole_blocks(shape)]
-    try:
+    with SafetensorsWriter(path, specs, header.metadata()) as writer:
         found = stream.map(work, parts, what=what, size=lambda part: part[2] - part[1])
-    except BaseException:
-        writer.abort()
-        path.unlink(missing_ok=True)
-        raise
-    writer.close()
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in shapes}
     for part, both in zip(parts, found, strict=True):
         sums[part[0]].append(both)

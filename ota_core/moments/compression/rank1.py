@@ -19,8 +19,9 @@ from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.compute.stream import Stream
 from ota_core.errors import MomentsError
 from ota_core.moments.base import Moments
-from ota_core.moments.compression.base import CompressionReport, FactoredMoments, Method, steps_of
+from ota_core.moments.compression.base import CompressionReport, FactoredMoments
 from ota_core.moments.compression.cuts import CHUNK, InOrder, matrices, refuse
+from ota_core.moments.compression.header import Header
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -30,23 +31,13 @@ ROW, COL = "#row", "#col"
 class RankOneMoments(FactoredMoments):
     """Rank-1 second moments, from a file or straight from ``compress``: the same numbers either way."""
 
-    method: Method = "rank1"
-
-    def __init__(
-        self,
-        path: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        stored: Mapping[str, F32],
-        beta2: float | None,
-        steps: Mapping[str, int],
-    ) -> None:
+    def __init__(self, path: Path, header: Header, stored: Mapping[str, F32]) -> None:
         """``stored``: N for a vector; N#row (…, R) and N#col (…, C) for matrices; float32."""
-        super().__init__(path, shapes, stored, beta2, steps)
-        self._share = {name: _share(stored[name + ROW]) for name in shapes if name + ROW in stored}
+        super().__init__(path, header, stored)
+        self._share = {name: _share(stored[name + ROW]) for name in header.shapes if name + ROW in stored}
 
     @staticmethod
-    def keys(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The tensors that stand for one parameter, with their shapes."""
+    def keys(name: str, shape: tuple[int, ...], rank: int | None = None) -> dict[str, tuple[int, ...]]:
         return {name: shape} if len(shape) < 2 else {name + ROW: shape[:-1], name + COL: (*shape[:-2], shape[-1])}
 
     def factors(self, name: str) -> tuple[F32, F32] | None:
@@ -56,12 +47,12 @@ class RankOneMoments(FactoredMoments):
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> F32:
         """Rows start:stop of ṽ, float32 (stop − start, C). The factors were checked once, so that ``check`` changes nothing."""
         if name not in self._share:
-            return self._stored[name].reshape(matrix_shape(self._shapes[name]))[start:stop]
+            return self._stored[name].reshape(matrix_shape(self.header.shapes[name]))[start:stop]
         share, cols = self._share[name], self._stored[name + COL]
         if cols.ndim == 1:
             return share[start:stop, None] * cols
         # Stacks of matrices: each row belongs to the column sums of its own matrix.
-        height = self._shapes[name][-2]
+        height = self.header.shapes[name][-2]
         flat = cols.reshape(-1, cols.shape[-1])
         return share.reshape(-1)[start:stop, None] * flat[np.arange(start, stop) // height]
 
@@ -129,7 +120,8 @@ def compress_rank1(moments: Moments, *, stream: Stream, what: str) -> tuple[Rank
     """Rank-1 compression of one expert's second moments. Vectors are kept whole. Raises MomentsError on bad values."""
     from ota_core.moments.compression.rank1_loops import sums as sums_of
 
-    shapes = dict(moments.shapes())
+    header = Header.of(moments, "rank1")
+    shapes = header.shapes
     sums = {name: _TensorSums(shape) for name, shape in shapes.items() if len(shape) > 1}
 
     def work(part: _Part) -> None:
@@ -158,7 +150,7 @@ def compress_rank1(moments: Moments, *, stream: Stream, what: str) -> tuple[Rank
         for (key, form), values in zip(keys, (sums[name].rows, sums[name].cols), strict=True):
             stored[key] = values.astype(np.float32).reshape(form)
         errors[name] = sums[name].error()
-    compressed = RankOneMoments(moments.path, shapes, stored, moments.beta2, steps_of(moments))
+    compressed = RankOneMoments(moments.path, header, stored)
     return compressed, CompressionReport.of(compressed, compressed.size, errors)
 
 

@@ -14,9 +14,8 @@ Where factors would take no less than the tensor itself (vectors, small matrices
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -25,8 +24,9 @@ from numpy.typing import NDArray
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.compute.stream import Stream
 from ota_core.moments.base import Moments
-from ota_core.moments.compression.base import CompressionReport, FactoredMoments, Method, steps_of
+from ota_core.moments.compression.base import DEFAULT_RANK, CompressionReport, FactoredMoments
 from ota_core.moments.compression.cuts import CHUNK, InOrder, matrices, refuse
+from ota_core.moments.compression.header import Header
 from ota_core.moments.compression.rank1 import COL, ROW, keep_whole
 
 F32 = NDArray[np.float32]
@@ -44,33 +44,21 @@ def stored_whole(shape: tuple[int, ...], rank: int) -> bool:
 
 
 class RankKMoments(FactoredMoments):
-    """Second moments of rank k, from a file or straight from ``compress``: the same numbers either way."""
+    """Second moments of rank k, from a file or straight from ``compress``: the same numbers either way.
 
-    method: Method = "rank_k"
-
-    def __init__(
-        self,
-        path: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        stored: Mapping[str, F32],
-        beta2: float | None,
-        steps: Mapping[str, int],
-        rank: int,
-    ) -> None:
-        """``stored``: N where a tensor is whole, else N#row (…, R, k) and N#col (…, k, C); float32."""
-        super().__init__(path, shapes, stored, beta2, steps)
-        self.rank = rank
+    Stored are N where a tensor is whole, else N#row (…, R, k) and N#col (…, k, C).
+    """
 
     @staticmethod
-    def keys(name: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
-        """The tensors that stand for one parameter, with their shapes."""
+    def keys(name: str, shape: tuple[int, ...], rank: int | None) -> dict[str, tuple[int, ...]]:
+        rank = rank or DEFAULT_RANK
         if stored_whole(shape, rank):
             return {name: shape}
         return {name + ROW: (*shape[:-1], rank), name + COL: (*shape[:-2], rank, shape[-1])}
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> F32:
         """Rows start:stop of ṽ, float32 (stop − start, C). Squares are ≥ 0 and kept finite, so that ``check`` changes nothing."""
-        shape = self._shapes[name]
+        shape = self.header.shapes[name]
         if name in self._stored:
             return self._stored[name].reshape(matrix_shape(shape))[start:stop]
         from ota_core.moments.compression.rank_k_loops import decode_rows
@@ -84,7 +72,8 @@ class RankKMoments(FactoredMoments):
 
 def compress_rank_k(moments: Moments, *, rank: int, stream: Stream, what: str) -> tuple[RankKMoments, CompressionReport]:
     """Compression of one expert's second moments to rank ``rank`` ≥ 1. Raises MomentsError on bad values."""
-    shapes = dict(moments.shapes())
+    header = Header.of(moments, "rank_k", rank)
+    shapes = header.shapes
     stored: dict[str, F32] = {}
     errors: dict[str, tuple[float, float]] = {}
     for name, shape in shapes.items():
@@ -115,7 +104,7 @@ def compress_rank_k(moments: Moments, *, rank: int, stream: Stream, what: str) -
     for name in shapes.keys() - errors.keys():
         mine = [lost[name, matrix] for matrix in range(matrices(shapes[name])[0])]
         errors[name] = (math.fsum(sums[0] for sums in mine), math.fsum(sums[1] for sums in mine))
-    compressed = RankKMoments(moments.path, shapes, stored, moments.beta2, steps_of(moments), rank)
+    compressed = RankKMoments(moments.path, header, stored)
     return compressed, CompressionReport.of(compressed, compressed.size, errors)
 
 

@@ -152,7 +152,10 @@ def _write(models: Models, seed: int) -> float:
     with ExitStack() as stack:
         base = _Checkpoint(models.base, models.shape, weights, stack)
         experts = [_Checkpoint(models.expert(m), models.shape, weights, stack) for m in range(models.experts)]
-        files = [_open(models.expert(m) / MOMENTS, moments, stack) for m in range(models.experts)]
+        options = {"format": "pt"}
+        files = [
+            stack.enter_context(SafetensorsWriter(models.expert(m) / MOMENTS, moments, options)) for m in range(models.experts)
+        ]
         for name, shape in tensors.items():
             for start, stop in row_blocks(shape, BLOCK):
                 block = _Block(name, shape, start, stop)
@@ -237,17 +240,10 @@ class _Checkpoint:
         shards = plan_shards(specs)
         self._writers: dict[str, SafetensorsWriter] = {}
         for file, part in shards:
-            writer = _open(folder / file, part, stack)
+            writer = stack.enter_context(SafetensorsWriter(folder / file, part, {"format": "pt"}))
             self._writers |= {spec.name: writer for spec in part}
         write_index(folder, shards)
         shape.config().save_pretrained(folder)
 
     def write(self, block: _Block, rows: torch.Tensor) -> None:
         self._writers[block.name].write_rows(block.name, block.start, Rows.of(rows).held)
-
-
-def _open(path: Path, specs: Sequence[TensorSpec], stack: ExitStack) -> SafetensorsWriter:
-    """A writer that is completed when the body ended well, and let go when it did not."""
-    writer = SafetensorsWriter(path, specs, {"format": "pt"})
-    stack.push(lambda kind, *_: writer.close() if kind is None else writer.abort())
-    return writer

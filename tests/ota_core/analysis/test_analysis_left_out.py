@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from ota_core.analysis import Analysis, analyse
+from ota_core.analysis.agreement import agreements
 from ota_core.compute.stream import Stream
 from ota_core.errors import CheckpointError, MomentsError, OtaError
+from ota_core.files.checkpoint import Checkpoint
 from ota_core.merge import engine
 from ota_core.moments import open_moments
 from ota_core.moments.compression import write_compressed
@@ -231,6 +233,15 @@ def test_an_expert_that_never_moved_has_no_direction(tmp_path: Path) -> None:
     assert found["task_vector", "expert1", None, None, "all", "", "norm", None] == 0
     for measure in ("cosine", "sign_conflict"):
         assert np.isnan(found["task_vector", "expert0", "expert1", None, "all", "", measure, None])
+
+
+def test_a_base_of_another_shape_is_no_ground_for_agreement(tmp_path: Path) -> None:
+    base = random_base(3, {"a.weight": (70, 60)})
+    write_checkpoint(tmp_path / "expert", base)
+    write_checkpoint(tmp_path / "base", {**base, "a.weight": base["a.weight"][:10]})
+    full = open_moments(write_moments(tmp_path / "expert", {name: np.ones_like(x) for name, x in base.items()}))
+    with pytest.raises(CheckpointError, match=r"tensor 'a.weight' has shape \[10, 60\], its second moments \[70, 60\]"):
+        agreements(full, [full], Checkpoint(tmp_path / "expert"), Checkpoint(tmp_path / "base"), density=0.5, stream=Stream())
 
 
 MEASURE = """

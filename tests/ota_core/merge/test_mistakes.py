@@ -1,9 +1,10 @@
-"""Mistakes in the numbers seen in other implementations.
+"""Mistakes seen in other implementations: each test holds the mistaken version in a few lines, shows that it gives something else, and
+then that the engine is right.
 
-Each test holds the mistaken version in a few lines, shows that it gives something else, and then that the engine is right. Of the ten,
-tests elsewhere hold that masks count in every branch (methods/test_methods_ota.py), that mistyped options and numbers are not taken for
-others (recipe/test_recipe.py), that rows of v follow their tokens (plan/test_vocabulary.py), that integer keys follow the optimizer's
-groups (moments/test_moments_trainer.py), and that nothing of an older output survives (test_output.py).
+Others have their tests where they belong: a mistyped option that means the default and numbers that YAML 1.1 reads as text
+(``recipe/test_recipe.py``), rows of v that stay where θ moved (``plan/test_vocabulary.py``), numbers of an optimizer in the model's order
+(``tasks/merging/test_architecture.py``), bad entries that are repaired (``test_bad_input.py``), files of an older output that survive
+(``test_output.py``).
 """
 
 from dataclasses import replace
@@ -46,7 +47,7 @@ def differ(a: Tensors, b: Tensors) -> bool:
     return any((np.abs(a[n] - b[n]) > 1e-5).any() for n in a)
 
 
-def test_1_fully_masked_is_read_from_the_masks(tmp_path: Path) -> None:
+def test_fully_masked_is_read_from_the_masks(tmp_path: Path) -> None:
     base = {NAME: np.array([1.0, 1.0], np.float32)}
     expert = one([2.0, 3.0], v=[1e-34, 1e-38])
     p = np.sqrt(expert.v[NAME].astype(np.float64))
@@ -60,7 +61,7 @@ def test_1_fully_masked_is_read_from_the_masks(tmp_path: Path) -> None:
     assert_merged(got, reference.ota(base, pair, fallback="mean"), base)
 
 
-def test_2_no_epsilon_of_our_own(tmp_path: Path) -> None:
+def test_no_epsilon_of_our_own(tmp_path: Path) -> None:
     experts = [replace(e, v={n: x * np.float32(1e-6) for n, x in e.v.items()}, density=None) for e in EXPERTS]
     mistaken, right = reference.ota(BASE, experts, epsilon=1e-8), reference.ota(BASE, experts)
     mean = {n: np.mean([e.weights[n].astype(np.float64) for e in experts], axis=0) for n in BASE}
@@ -71,7 +72,7 @@ def test_2_no_epsilon_of_our_own(tmp_path: Path) -> None:
     assert_merged(merged(tmp_path, BASE, experts), right, BASE)
 
 
-def test_3_nobody_kept_and_no_curvature_give_no_nan(tmp_path: Path) -> None:
+def test_nobody_kept_and_no_curvature_give_no_nan(tmp_path: Path) -> None:
     base = {NAME: np.array([1.0, 2.0, 3.0], np.float32)}
     a, b = one([2.0, 2.0, 4.0], v=[0.0, 0.0, 0.0]), one([3.0, 5.0, 3.0], v=[0.0, 0.0, 1e-10])
     with np.errstate(invalid="ignore"):
@@ -86,7 +87,7 @@ def test_3_nobody_kept_and_no_curvature_give_no_nan(tmp_path: Path) -> None:
             assert_merged(got, reference.ota(base, experts, fallback=fallback), base)
 
 
-def test_5_the_difference_is_taken_before_any_cast(tmp_path: Path) -> None:
+def test_the_difference_is_taken_before_any_cast(tmp_path: Path) -> None:
     base, end = {NAME: np.array([1.0, -2.0], np.float32)}, one([1.0 + 2**-9, -2.0 + 2**-9], v=[1e-10, 1e-10])
     cast = rounded({"b": base[NAME], "e": end.weights[NAME]}, torch.bfloat16)
     mistaken = cast["b"] + 8 * (cast["e"] - cast["b"])
@@ -102,7 +103,7 @@ def test_5_the_difference_is_taken_before_any_cast(tmp_path: Path) -> None:
     assert run_merge(recipe, tmp_path / "mixed" / "out")[0][NAME].tolist() == want.tolist()
 
 
-def test_6a_rank1_divides_first(tmp_path: Path) -> None:
+def test_rank1_divides_first(tmp_path: Path) -> None:
     """r and c near 1e-22: their product is below float32's smallest number."""
     name = "model.layers.0.self_attn.q_proj.weight"
     rng = np.random.default_rng(0)
@@ -122,7 +123,7 @@ def test_6a_rank1_divides_first(tmp_path: Path) -> None:
     assert_merged(merged(tmp_path, base, experts, {"compression": "rank1"}), right, base)
 
 
-def test_6c_compressed_moments_alone_are_enough(tmp_path: Path) -> None:
+def test_compressed_moments_alone_are_enough(tmp_path: Path) -> None:
     """The full v is gone; the merge is the same to the last bit. Scoring with the full v then is an error, not something else."""
     from ota_core.compute.stream import Stream
     from ota_core.moments import open_moments

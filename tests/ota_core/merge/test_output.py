@@ -76,7 +76,7 @@ def test_it_loads_and_generates(tmp_path: Path, tie: bool, dtype: str | None) ->
     recipe = llama_experts(tmp_path, tie=tie) | ({"dtype": dtype} if dtype else {})
     old = os.umask(0o022)
     try:
-        merge(recipe, tmp_path / "out")
+        report = merge(recipe, tmp_path / "out")
     finally:
         os.umask(old)
     out = tmp_path / "out"
@@ -86,6 +86,8 @@ def test_it_loads_and_generates(tmp_path: Path, tie: bool, dtype: str | None) ->
     assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tie
     written = load_file(out / "model.safetensors")
     assert all(torch.equal(parameter, written[name]) for name, parameter in model.named_parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())  # a tied head is counted once
+    assert {(d["total"], d["kept"]) for d in report.densities.values()} == {(total, round(0.4 * total))}
     answer = model.generate(**tokenizer("2+2=", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert answer.shape[1] > 4 and isinstance(tokenizer.decode(answer[0]), str)
     assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644} and stat.S_IMODE(out.stat().st_mode) == 0o755

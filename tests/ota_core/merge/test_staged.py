@@ -14,7 +14,6 @@ from ota_core.files.checkpoint import SAFETENSORS_INDEX
 from ota_core.merge import engine
 from ota_core.plan.inputs import MergeInputs, resolve_local
 from ota_core.recipe.recipe import MergeRecipe
-from tests.checkpoints import ota_recipe, random_base, random_experts
 from tests.ota_core.merge.test_output import add_moments, llama_experts, loaded
 from tests.tiny_models import perturb, write_tiny_llama
 
@@ -138,21 +137,6 @@ def test_compressed_moments_of_another_kind_are_refused(tmp_path: Path) -> None:
             tmp_path / "out",
             inputs=replace(inputs, experts=(replace(inputs.experts[0], moments=path), inputs.experts[1])),
         )
-
-
-@pytest.mark.parametrize(
-    "method, parameters",
-    [("ota", {"density": 0.4, "compression": "rank1"}), ("ties", {"density": 0.4}), ("dare_ties", {"density": 0.5, "seed": 7})],
-)
-@pytest.mark.parametrize("shards", [2, 5])
-def test_sharded_inputs_and_threads_change_no_byte(tmp_path: Path, method: str, parameters: dict[str, Any], shards: int) -> None:
-    base = random_base()
-    experts = random_experts(base, 2)
-    whole = ota_recipe(tmp_path / "whole", base, experts, parameters, method=method)
-    cut = ota_recipe(tmp_path / "cut", base, experts, parameters, method=method, shards=shards)
-    engine.merge(MergeRecipe.model_validate(whole), tmp_path / "a", threads=1)
-    engine.merge(MergeRecipe.model_validate(cut), tmp_path / "b", threads=2, block_elements=16, memory="64MiB")
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -170,13 +170,6 @@ def test_without_a_dtype_each_tensor_keeps_its_own(tmp_path: Path) -> None:
     assert {written.info(n).dtype for n in written.names()} == {BF16}
 
 
-def test_twice_the_same_bytes(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "dare_ties")
-    for out in ("a", "b"):
-        run_merge(recipe, tmp_path / out)
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-
-
 def test_a_bool_or_integer_tensor_is_copied(tmp_path: Path) -> None:
     base: dict[str, Any] = {**BASE, "model.position_ids": np.arange(6)}
     expert = random_expert(BASE, 1)

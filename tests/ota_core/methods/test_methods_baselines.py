@@ -33,6 +33,11 @@ def weights(*values: float) -> list[dict[str, float]]:
     return [{"weight": w} for w in values]
 
 
+def named(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's parameters as the reference calls them."""
+    return {"lambda_" if key == "lambda" else key: value for key, value in parameters.items()}
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_linear(tmp_path: Path, normalize: bool) -> None:
     got = merged(tmp_path, "linear", {"normalize": normalize}, weights(1, 0.5, 2))
@@ -54,23 +59,25 @@ def test_linear_weights_that_add_up_to_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize("w", [(1.0, 1.0, 1.0), (0.5, 2.0, -0.3)])
 def test_task_arithmetic(tmp_path: Path, parameters: dict[str, Any], w: tuple[float, ...]) -> None:
     got = merged(tmp_path, "task_arithmetic", parameters, weights(*w))
-    want = baselines.task_arithmetic(BASE, WEIGHTS, w, parameters.get("lambda", 1.0), parameters.get("normalize", False))
-    assert_merged(got, want, BASE)
+    assert_merged(got, baselines.add_up(BASE, WEIGHTS, w, **named(parameters)), BASE)
 
 
 @pytest.mark.parametrize("density", [0.001, 0.2, 0.35, 0.57, 0.9, 1.0])
 @pytest.mark.parametrize("parameters", [{}, {"lambda": 1.5}, {"normalize": False}])
 def test_ties(tmp_path: Path, parameters: dict[str, Any], density: float) -> None:
     got = merged(tmp_path, "ties", {"density": density, **parameters}, weights(1, 0.5, 2))
-    want = baselines.ties(
-        BASE, WEIGHTS, [1, 0.5, 2], [density] * 3, parameters.get("lambda", 1.0), parameters.get("normalize", True)
+    options = {"elect": True, "normalize": True} | named(parameters)
+    assert_merged(
+        got, baselines.add_up(BASE, WEIGHTS, [1, 0.5, 2], lambda m, name, x: baselines.trim(x, density), **options), BASE
     )
-    assert_merged(got, want, BASE)
 
 
 def test_ties_with_a_density_for_each_expert(tmp_path: Path) -> None:
     own = [{"density": d, "weight": w} for d, w in [(0.1, 1.0), (0.6, -0.5), (1.0, 0.7)]]
-    assert_merged(merged(tmp_path, "ties", {}, own), baselines.ties(BASE, WEIGHTS, [1.0, -0.5, 0.7], [0.1, 0.6, 1.0]), BASE)
+    want = baselines.add_up(
+        BASE, WEIGHTS, [1.0, -0.5, 0.7], lambda m, name, x: baselines.trim(x, own[m]["density"]), elect=True, normalize=True
+    )
+    assert_merged(merged(tmp_path, "ties", {}, own), want, BASE)
 
 
 def test_ties_elects_plus_when_the_sum_is_zero(tmp_path: Path) -> None:
@@ -89,16 +96,8 @@ def test_ties_elects_plus_when_the_sum_is_zero(tmp_path: Path) -> None:
 def test_breadcrumbs(tmp_path: Path, parameters: dict[str, Any], density: float, gamma: float, elect: bool) -> None:
     method = "breadcrumbs_ties" if elect else "breadcrumbs"
     got = merged(tmp_path, method, {"density": density, "gamma": gamma, **parameters}, weights(1, 0.5, 2))
-    want = baselines.breadcrumbs(
-        BASE,
-        WEIGHTS,
-        [1, 0.5, 2],
-        [density] * 3,
-        [gamma] * 3,
-        parameters.get("lambda", 1.0),
-        parameters.get("normalize", False),
-        elect,
-    )
+    options = {"elect": elect} | named(parameters)
+    want = baselines.add_up(BASE, WEIGHTS, [1, 0.5, 2], lambda m, name, x: baselines.breadcrumb(x, density, gamma), **options)
     assert_merged(got, want, BASE)
 
 
@@ -115,13 +114,14 @@ def test_dare(tmp_path: Path, parameters: dict[str, Any], method: str) -> None:
     densities, w = [0.2, 0.5, 1.0], [1.0, 0.5, -2.0]
     own = [{"density": d, "weight": x} for d, x in zip(densities, w, strict=True)]
     got = merged(tmp_path, method, {"seed": 7, **parameters}, own)
-    seed = parameters.get("seed", 7)
-    keep = [{n: (uniform(seed, m, n, x.size) < d).reshape(x.shape) for n, x in BASE.items()} for m, d in enumerate(densities)]
-    want = baselines.dare_merge(
-        BASE, WEIGHTS, w, densities, keep, parameters.get("lambda", 1.0), parameters.get("normalize", False),
-        parameters.get("rescale", True), elect=method == "dare_ties",
-    )  # fmt: skip
-    assert_merged(got, want, BASE)
+    options = {"elect": method == "dare_ties"} | named(parameters)
+    seed, rescale = options.pop("seed", 7), options.pop("rescale", True)
+
+    def left(m: int, name: str, task: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        keep = (uniform(seed, m, name, task.size) < densities[m]).reshape(task.shape)
+        return baselines.dare(task, keep, densities[m], rescale)
+
+    assert_merged(got, baselines.add_up(BASE, WEIGHTS, w, left, **options), BASE)
 
 
 def test_dares_random_numbers() -> None:

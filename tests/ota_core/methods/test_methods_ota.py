@@ -182,28 +182,10 @@ def test_each_expert_has_its_own_threshold_and_factor(tmp_path: Path) -> None:
     assert kept is not None and 0.2 < np.mean(np.concatenate([m.ravel() for m in kept.values()])) < 0.8
 
 
-def test_a_models_own_parameters_win(tmp_path: Path) -> None:
-    recipe = ota_recipe(
-        tmp_path,
-        BASE,
-        [EXPERTS[0], replace(EXPERTS[1], density=0.9), replace(EXPERTS[2], precond_threshold=MIDDLE)],
-        {"density": 0.2},
-    )
-    got, _ = run_merge(recipe, tmp_path / "out")
-    experts = [replace(EXPERTS[0], density=0.2), replace(EXPERTS[1], density=0.9), replace(EXPERTS[2], precond_threshold=MIDDLE)]
-    assert_merged(got, reference.ota(BASE, experts), BASE)
-
-
 @pytest.mark.parametrize("parameters", [{}, {"power": 1.0}, {"compression": "rank1"}, {"normalise": "global"}, {"epsilon": 1e-7}])
 def test_without_a_base(tmp_path: Path, parameters: dict[str, Any]) -> None:
     got, _ = run_merge(ota_recipe(tmp_path, None, EXPERTS, parameters), tmp_path / "out")
     assert_merged(got, reference.ota_without_base(EXPERTS, **parameters))
-
-
-def test_ffg_without_a_base_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises((OtaError, ValueError), match="base_model"):
-        run_merge(ota_recipe(tmp_path, None, masked(0.4)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def _forget(expert: Expert, *names: str) -> Expert:

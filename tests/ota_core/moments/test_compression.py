@@ -204,7 +204,7 @@ def test_a_damaged_range_of_log8_is_refused_when_it_is_read(tmp_path: Path, sour
 def test_methods_and_ranks_that_are_none(source: Path, tmp_path: Path) -> None:
     for options, message in [
         ({"method": "log9"}, "'log9' is not known; expected one of none, rank1, log8, rank_k"),
-        ({"method": "log8", "rank": 3}, "rank: 3 has no effect with the method log8"),
+        ({"method": "log8", "rank": 3}, "rank: 3 has no effect with the method log8; remove it, or choose rank_k"),
         ({"method": "rank_k", "rank": 0}, "rank: got 0, expected a whole number of at least 1"),
     ]:
         with pytest.raises(OtaError, match=message):

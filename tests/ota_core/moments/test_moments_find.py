@@ -1,8 +1,6 @@
 """Where second moments are looked for, and how the reader is chosen: by content."""
 
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -88,16 +86,6 @@ def test_a_header_that_starts_like_a_pickle_is_still_safetensors(tmp_path):
     else:
         pytest.fail("no header length with the byte 0x80 was reached")
     assert torch.equal(torch.from_numpy(open_moments(tmp_path / "v.safetensors").read("w", 0, 2)), V["w"])
-
-
-def test_compressed_files_go_to_the_compression_module(tmp_path, monkeypatch):
-    path = tmp_path / "exp_avg_sq.safetensors"
-    save_file({"w#row": torch.ones(2)}, path, metadata={"ota_format": "moments/1"})
-    calls: list[Path] = []
-    stand_in = types.SimpleNamespace(open_compressed=lambda path, source_of: calls.append(path))
-    monkeypatch.setitem(sys.modules, "ota_core.moments.compression", stand_in)
-    open_moments(tmp_path)
-    assert calls == [path]
 
 
 def test_the_layout_is_built_only_where_numbers_need_it(tmp_path):

@@ -1,6 +1,5 @@
 """Realised densities and exact thresholds of FFG, on models with tied embeddings and with vectors."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,15 +131,6 @@ def test_tau_is_the_kth_largest_of_a_full_sort(tmp_path: Path, kind: str, densit
         assert 0 < np.median(values) < np.finfo(np.float32).tiny
 
 
-@pytest.mark.parametrize("memory", [1, 37, 10**9])
-def test_the_threshold_does_not_depend_on_the_blocks(tmp_path: Path, memory: int) -> None:
-    expert = replace(special("ties"), density=0.3)
-    base = {n: np.round(x * 64) / 64 for n, x in BASE.items()}
-    values = flat(scored(expert, base))
-    _, report = run_merge(ota_recipe(tmp_path, base, [expert]), tmp_path / "out", block_elements=memory)
-    assert np.float32(report.densities["expert0"]["threshold"]) == reference.threshold(values, 0.3)
-
-
 def test_a_threshold_in_units_of_v_delta_squared(tmp_path: Path) -> None:
     expert = distinct(4)
     asked = float(np.median(np.concatenate([x.ravel() for x in scored(expert).values()]).astype(np.float64) ** 2))
@@ -161,44 +151,6 @@ def test_elements_without_curvature_are_not_counted(tmp_path: Path) -> None:
     facts = report.densities["expert0"]
     assert facts["total"] == TOTAL - BASE[name].size
     assert facts["kept"] == reference.kept_count(0.5, facts["total"])
-
-
-def test_thresholds_and_densities_are_in_the_record(tmp_path: Path) -> None:
-    experts = [replace(distinct(1), density=0.2), replace(distinct(2), density=0.6)]
-    _, report = merged(tmp_path, BASE, experts)
-    record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["results"]["densities"] == json.loads(json.dumps(report.densities))
-    assert set(report.densities) == {"expert0", "expert1"}
-
-
-def test_a_real_tied_llama(tmp_path: Path) -> None:
-    """A folder that transformers wrote: the tied head is not in the files, and is not counted."""
-    from tests.checkpoints import read_tensors, write_moments
-    from tests.tiny_models import perturb, write_tiny_llama
-
-    base_folder = write_tiny_llama(tmp_path / "base", tie=True)
-    folder = perturb(base_folder, tmp_path / "expert", seed=1)
-    base, weights = read_tensors(base_folder), read_tensors(folder)
-    rng = np.random.default_rng(0)
-    expert = Expert(
-        weights=weights, v={n: (10.0 ** rng.uniform(-20, -8, x.shape)).astype(np.float32) for n, x in weights.items()}
-    )
-    write_moments(folder, expert.v)
-    assert "lm_head.weight" not in base
-    recipe = {
-        "merge_method": "ota",
-        "base_model": str(base_folder),
-        "models": [{"model": str(folder), "name": "e"}],
-        "parameters": {"density": 0.05},
-    }
-    got, report = run_merge(recipe, tmp_path / "out")
-    values = flat(scored(expert, base))
-    assert report.densities["e"]["total"] == values.size
-    assert (
-        report.densities["e"]["kept"]
-        == reference.kept_count(0.05, values.size)
-        == sum(int((got[n] != base[n]).sum()) for n in base)
-    )
 
 
 def test_a_density_that_rounds_to_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from ota_core.methods.numbers import locate
 from ota_core.plan import tally
 from ota_core.plan.inputs import resolve_local
 from ota_core.plan.plan import MergePlan, open_plan
-from ota_core.plan.prepare import PlanScoring, ffg_group, ffg_scoring
+from ota_core.plan.prepare import ffg_group
+from ota_core.plan.scoring import Scoring, ffg_scoring
 from ota_core.plan.tally import Brackets, Group, bins_of, count_brackets, count_high, kth_largest, read_off
 from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import ota_recipe, random_base, random_experts
@@ -127,7 +128,7 @@ def test_magnitudes_need_no_second_moments(tmp_path: Path) -> None:
     experts = random_experts(base, 2)
     recipe = MergeRecipe.model_validate(ota_recipe(tmp_path, base, experts, {}, method="task_arithmetic"))
     with open_plan(recipe, resolve_local(recipe)) as plan:
-        scoring = PlanScoring(plan, curvature=False, everywhere=True)
+        scoring = Scoring(plan, curvature=False, everywhere=True)
         group = Group(jobs=plan.merged_jobs(), experts=(0, 1), ranks={0: (5000,), 1: (1,)})
         (found,) = kth_largest(plan, scoring, [group], what="rank")
     sizes = [{n: np.abs((e.weights[n].astype(np.float64) - base[n]).astype(np.float32)) for n in base} for e in experts]

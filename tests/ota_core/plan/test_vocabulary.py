@@ -100,10 +100,11 @@ def test_permuted_tokens_merge_as_if_they_were_not(tmp_path: Path, parameters: d
     loaded(tmp_path / "mixed" / "out")
 
 
-@pytest.mark.parametrize("pads", [(0, 8, 0), (8, 0, 3), (24, 8, 0)])
-def test_padded_rows_are_no_tokens(tmp_path: Path, pads: tuple[int, ...]) -> None:
-    """Padding takes no part where a model lacks it; the real rows are those of a merge without padding."""
-    parameters: dict[str, Any] = {}
+@pytest.mark.parametrize(
+    ("pads", "parameters"), [((0, 8, 0), {}), ((8, 0, 3), {}), ((24, 8, 0), {}), ((0, 8, 0), {"density": 0.3})], ids=str
+)
+def test_padded_rows_are_no_tokens(tmp_path: Path, pads: tuple[int, ...], parameters: dict[str, Any]) -> None:
+    """Padding takes no part where a model lacks it; the real rows are those of a merge without padding. So with a mask: it counts nowhere."""
     merged(tmp_path / "plain", SAME, [SAME, SAME], parameters=parameters)
     got = merged(tmp_path / "padded", SAME, [SAME, SAME], pads=pads, parameters=parameters)
     assert_same_tokens(tmp_path / "plain", tmp_path / "padded")
