@@ -14,6 +14,7 @@ from ota_core.files.checkpoint import SAFETENSORS_INDEX
 from ota_core.merge import engine
 from ota_core.plan.inputs import MergeInputs, resolve_local
 from ota_core.recipe.recipe import MergeRecipe
+from tests.checkpoints import with_compressed
 from tests.ota_core.merge.test_output import add_moments, llama_experts, loaded
 from tests.tiny_models import perturb, write_tiny_llama
 
@@ -26,16 +27,9 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def staged(recipe: MergeRecipe, root: Path, *, expert_at_a_time: bool = False, **options: Any) -> tuple[Path, engine.MergeReport]:
     """Compress, mask and merge as separate stages, each from the files of the one before."""
-    inputs = resolve_local(recipe)
-    compression = recipe.setting("compression")
     root.mkdir()
-    experts = []
-    for expert in inputs.experts:
-        assert expert.moments is not None
-        path = root / f"{expert.name}.moments"
-        engine.compress_moments(expert.moments, path, method=compression, rank=recipe.setting("rank"))
-        experts.append(replace(expert, moments=root / f"{expert.name}.moments", full_moments=expert.moments))
-    inputs = replace(inputs, experts=tuple(experts))
+    inputs = with_compressed(resolve_local(recipe), root, recipe.setting("compression"), recipe.setting("rank"))
+    experts = [*inputs.experts]
     if any(recipe.ffg(i) for i in range(len(experts))):
         (root / "masks").mkdir()
         for i, expert in enumerate(inputs.experts):
