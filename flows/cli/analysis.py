@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Fetch, Home, Memory, Out, Overwrite, Recipe, progress_bars, recipe_inputs, show, user_errors
+from flows.cli.common import Fetch, Home, Memory, Out, Overwrite, Recipe, recipe_inputs, show, user_errors
 
 
 def analyse(
@@ -51,17 +51,11 @@ def analyse(
         parse_memory(memory)
         check_free(out, overwrite=overwrite)
         started = time.perf_counter()
-        with (
-            progress_bars() as progress,
-            recipe_inputs(
-                loaded,
-                recipe,
-                home=home,
-                memory=memory,
-                fetch=fetch,
-                progress=progress,
-                optional_moments=options.curvature != "off",
-            ) as (inputs, notes),
+        wanted = options.curvature != "off"
+        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, optional_moments=wanted) as (
+            inputs,
+            notes,
+            progress,
         ):
             check_apart(out, inputs)
             with new_folder(out, overwrite=overwrite) as folder:

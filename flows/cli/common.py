@@ -30,6 +30,8 @@ Artifacts = Annotated[
 TrackingUri = Annotated[
     str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
+ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
 DataDir = Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")]
 Limit = Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")]
 
@@ -98,9 +100,10 @@ def show(item: Any) -> None:
 
 @contextmanager
 def recipe_inputs(
-    recipe: Any, recipe_file: Path, *, home: Path | None, memory: str, fetch: bool, progress: Any, optional_moments: bool = False
+    recipe: Any, recipe_file: Path, *, home: Path | None, memory: str, fetch: bool, optional_moments: bool = False
 ) -> Iterator[Any]:
-    """(every model of a recipe with second moments and digests, notes). What lies in S3 is read by ranges, or ``fetch``ed first.
+    """(every model of a recipe with second moments and digests, notes, what draws progress bars). What lies in S3 is read by ranges, or
+    ``fetch``ed first.
 
     ``optional_moments``: second moments that lie beside the experts of a merge that needs none are made ready, too.
     """
@@ -111,10 +114,8 @@ def recipe_inputs(
     from tasks.storage.streaming.streams import Streams
 
     options: dict[str, Any] = {"cache": places(home).cache, "recipe_dir": recipe_file.resolve().parent}
-    with ExitStack() as stack:
-        streams = None
-        if not fetch:
-            streams = stack.enter_context(Streams(cache=options["cache"], memory=parse_memory(memory)))
+    with progress_bars() as progress, ExitStack() as stack:
+        streams = None if fetch else stack.enter_context(Streams(cache=options["cache"], memory=parse_memory(memory)))
         fetched = fetch_all(recipe, **options, progress=progress, streams=streams)
         inputs = assemble(recipe, fetched, **options, streams=streams)
         if optional_moments and streams is not None:
@@ -122,4 +123,4 @@ def recipe_inputs(
                 with suppress(MomentsError):  # the analysis says what is wrong with them
                     if expert.moments is None and (found := find_moments(expert.path)) is not None:
                         streams.settle(moments_files(found))
-        yield inputs, streams.notes if streams else []
+        yield inputs, streams.notes if streams else [], progress

@@ -1,68 +1,124 @@
-"""What ``ota compress`` and ``ota mask`` do beyond calling the engine: look up a source, write to a temporary sibling."""
+"""The commands that work on files alone: ``ota merge``, ``plan``, ``compress``, ``mask``, ``inspect``. No server is needed."""
 
 import json
 import os
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Annotated
 
-from ota_core.compute.stream import Progress, Stream, parse_memory
+import typer
+
+from flows.cli.common import (
+    AsJson,
+    Device,
+    Fetch,
+    Home,
+    Memory,
+    Out,
+    Overwrite,
+    Recipe,
+    ShardSize,
+    load_numba,
+    progress_bars,
+    recipe_inputs,
+    user_errors,
+)
 from ota_core.errors import MomentsError, OtaError
-from ota_core.files.checkpoint import Checkpoint, weight_files
-from ota_core.merge import engine
-from ota_core.merge.output import check_apart, check_free, new_folder
-from ota_core.moments import find_moments, moments_files, none_found, open_moments
-from ota_core.moments.compression import CompressionReport, open_compressed
-from ota_core.plan.inputs import MergeInputs
-from ota_core.recipe.recipe import MergeRecipe
-from tasks.merging.architecture import parameter_layout
-from tasks.settings import places
-from tasks.storage import models as storage
-from tasks.storage.streaming.streams import Streams
-
-if TYPE_CHECKING:
-    from ota_core.analysis.agreement import Agreement
 
 
-class Compressed(NamedTuple):
-    """What a compression led to."""
+def merge(
+    recipe: Recipe,
+    out: Out,
+    device: Device = "cpu",
+    memory: Memory = "2GiB",
+    overwrite: Overwrite = False,
+    fetch: Fetch = False,
+    shard_size: ShardSize = "5GB",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
+    from ota_core.compute.stream import parse_size
+    from ota_core.merge import engine
+    from ota_core.merge.output import check_free
+    from ota_core.recipe.recipe import load_recipe
 
-    report: CompressionReport
-    agreement: "Agreement | None"
-    """With a base to compare by."""
-    seconds: dict[str, float]
-    """Of each part."""
-    notes: list[str]
+    with user_errors():
+        loaded = load_recipe(recipe)
+        check_free(out, overwrite=overwrite)
+        file_size = parse_size(shard_size, "shard size", "1KB")
+        load_numba()
+        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
+            report = engine.merge(
+                loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
+                progress=progress,
+            )  # fmt: skip
+        if as_json:
+            typer.echo(report.model_dump_json())
+            return
+        for note in [*notes, *report.notes]:
+            typer.echo(f"note: {note}")
+        for name, density in report.densities.items():
+            typer.echo(f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f})")
+        seconds = sum(report.seconds.values())
+        typer.echo(
+            f"{out}: merged in {seconds:.1f} s, peak memory {report.peak_memory_gib:.2f} GiB, fingerprint {report.fingerprint}"
+        )
 
 
-def compress_source(
-    source: str,
-    out: Path,
-    *,
-    method: str,
-    rank: int | None = None,
-    memory: str,
-    overwrite: bool,
-    home: Path | None,
-    progress: Progress,
-    fetch: bool = False,
-    base: str | None = None,
-    density: float = 0.4,
-) -> Compressed:
-    """Compress the second moments of a checkpoint, or of a file of moments, into the file ``out``. Raises OtaError.
+def plan(recipe: Recipe, memory: Memory = "2GiB", home: Home = None) -> None:
+    """Say what a merge of RECIPE would read and write, its peak memory, and the problems found. Touches no weights."""
+    from ota_core.recipe.recipe import load_recipe
+    from tasks.merging.describe_plan import describe_plan
 
-    With a ``base``, also how far saliency and the FFG mask at ``density`` agree with those of the full second moments. What lies in S3
-    is read by ranges, or with ``fetch`` downloaded first.
-    """
-    if not 0 < density <= 1:
-        raise OtaError(f"density: got {density}, expected a number in (0, 1]")
-    check_free(out, overwrite=overwrite)
-    if out.is_dir():
-        raise OtaError(f"{out} is a folder; name a file such as moments.safetensors")
-    budget, cache = parse_memory(memory), places(home).cache
-    with ExitStack() as stack:
+    with user_errors():
+        for line in describe_plan(load_recipe(recipe), recipe.resolve().parent, memory, home):
+            typer.echo(line)
+
+
+def compress(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Checkpoint folder, s3://…, org/name, or a file of second moments.", show_default=False
+        ),
+    ],
+    out: Out,
+    method: Annotated[str, typer.Option(help="rank1, log8, rank_k or none.")] = "rank1",
+    rank: Annotated[int | None, typer.Option(help="Rank of rank_k.", show_default="4")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, to compare saliency and FFG mask with those of the full second moments.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Density of the compared masks.")] = 0.4,
+    memory: Memory = "2GiB",
+    overwrite: Overwrite = False,
+    fetch: Fetch = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress the second moments of SOURCE into one safetensors file OUT."""
+    from ota_core.compute.stream import Stream, parse_memory
+    from ota_core.files.checkpoint import Checkpoint, weight_files
+    from ota_core.merge import engine
+    from ota_core.merge.output import check_free
+    from ota_core.moments import find_moments, moments_files, none_found, open_moments
+    from ota_core.moments.compression import compression_label, open_compressed
+    from tasks.merging.architecture import parameter_layout
+    from tasks.settings import places
+    from tasks.storage import models as storage
+    from tasks.storage.streaming.streams import Streams
+
+    with user_errors(), progress_bars() as progress, ExitStack() as stack:
+        load_numba()
+        if not 0 < density <= 1:
+            raise OtaError(f"density: got {density}, expected a number in (0, 1]")
+        check_free(out, overwrite=overwrite)
+        if out.is_dir():
+            raise OtaError(f"{out} is a folder; name a file such as moments.safetensors")
+        budget, cache = parse_memory(memory), places(home).cache
         streams = None if fetch else stack.enter_context(Streams(cache=cache, memory=budget))
         source_of = streams.source_of if streams else None
 
@@ -82,53 +138,111 @@ def compress_source(
             if streams is not None:
                 streams.settle(moments_files(path), partial(progress, "fetch"))
         layout = partial(parameter_layout, folder) if (folder / "config.json").is_file() else None
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        try:
-            started = time.perf_counter()
+        agreed, started = None, time.perf_counter()
+        with _new_file(out) as temporary:
             report = engine.compress_moments(
-                path,
-                temporary,
-                method=method,
-                rank=rank,
-                layout=layout,
-                source_of=source_of,
-                memory=memory,
-                progress=progress,
+                path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, memory=memory, progress=progress
             )
             seconds = {"compress": time.perf_counter() - started}
-            agreed = None
             if base is not None:
                 from ota_core.analysis.agreement import agreements  # with it comes torch
 
                 reference = bring(base, "fetch base")
                 if streams is not None:
                     streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))
-                stream = Stream(memory=budget, progress=progress)
                 with (
                     closing(open_moments(path, layout=layout, source_of=source_of)) as full,
                     closing(open_compressed(temporary)) as compressed,
                     closing(Checkpoint(folder, source_of)) as expert,
                     closing(Checkpoint(reference, source_of)) as start,
                 ):
-                    stream.droppable = [full.drop_pages, compressed.drop_pages, expert.drop_pages, start.drop_pages]
+                    droppable = [full.drop_pages, compressed.drop_pages, expert.drop_pages, start.drop_pages]
+                    stream = Stream(memory=budget, progress=progress, droppable=droppable)
                     [agreed] = agreements(full, [compressed], expert, start, density=density, stream=stream)
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return Compressed(report, agreed, seconds, streams.notes if streams else [])
+    if as_json:
+        compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
+        typer.echo(json.dumps({**report.model_dump(), "agreement": compared, "seconds": seconds}))
+        return
+    for note in streams.notes if streams else []:
+        typer.echo(f"note: {note}")
+    typer.echo(
+        f"{out}: {compression_label(report.method, report.rank)}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
+    )
+    typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
+    if agreed is not None:
+        typer.echo(
+            f"saliency against the full second moments: rank correlation {agreed.spearman:.4f}, "
+            f"overlap of the masks at density {agreed.density:g}: {agreed.jaccard:.4f} (Jaccard)"
+        )
 
 
-def mask_recipe(
-    recipe: MergeRecipe, inputs: MergeInputs, out: Path, *, device: str, memory: str, overwrite: bool, progress: Progress
-) -> dict[str, Any]:
-    """Masks of every expert in the folder ``out``, with their densities in ``densities.json``."""
-    check_apart(out, inputs)
-    with new_folder(out, overwrite=overwrite) as folder:
-        found = engine.mask(recipe, folder, inputs=inputs, device=device, memory=memory, progress=progress)
-        (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    return found
+@contextmanager
+def _new_file(out: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the name ``out`` when the body ends well, and vanishes when it does not."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def mask(
+    recipe: Recipe,
+    out: Out,
+    device: Device = "cpu",
+    memory: Memory = "2GiB",
+    overwrite: Overwrite = False,
+    fetch: Fetch = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
+    from ota_core.merge import engine
+    from ota_core.merge.output import check_apart, check_free, new_folder
+    from ota_core.recipe.recipe import load_recipe
+
+    with user_errors():
+        loaded = load_recipe(recipe)
+        check_free(out, overwrite=overwrite)
+        load_numba()
+        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
+            started = time.perf_counter()
+            check_apart(out, inputs)
+            with new_folder(out, overwrite=overwrite) as folder:
+                found = engine.mask(loaded, folder, inputs=inputs, device=device, memory=memory, progress=progress)
+                (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            seconds = {"mask": time.perf_counter() - started}
+        if as_json:
+            typer.echo(json.dumps({"densities": found, "seconds": seconds}))
+            return
+        for note in notes:
+            typer.echo(f"note: {note}")
+        for name, density in found.items():
+            typer.echo(
+                f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f}, threshold {density['threshold']})"
+            )
+
+
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="A checkpoint (also s3://… or org/name), a file of second moments or masks, or an artifact.",
+            show_default=False,
+        ),
+    ],
+    home: Home = None,
+) -> None:
+    """Say what PATH holds."""
+    from tasks.merging.describe import describe_source
+
+    with user_errors():
+        for line in describe_source(path, home):
+            typer.echo(line)

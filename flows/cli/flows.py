@@ -1,11 +1,88 @@
-"""The commands that run flows in this process: ``ota nightly``, ``ota study``, ``ota benchmark``, and what ``ota run`` does."""
+"""The commands that run flows in this process: ``ota run``, ``nightly``, ``study`` and ``benchmark``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flows.cli.common import DataDir, Device, Limit, MergeMemory, TrackingUri, show, user_errors
+from flows.cli.common import (
+    Artifacts,
+    DataDir,
+    Device,
+    Home,
+    Limit,
+    Memory,
+    MergeMemory,
+    Recipe,
+    ShardSize,
+    TrackingUri,
+    show,
+    user_errors,
+)
+
+
+def run(
+    recipe: Recipe,
+    suite: Annotated[str, typer.Option(help="Benchmark suite: a name in deployments/suites, a file, or 'none'.")] = "public",
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    memory: Memory = "2GiB",
+    home: Home = None,
+    artifacts: Artifacts = None,
+    tracking_uri: TrackingUri = None,
+    runner: Annotated[
+        str | None,
+        typer.Option(help="Where the merge's parts run: threads, dask, ray or workers.", show_default="$OTA_RUNNER or threads"),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="A running Dask scheduler or Ray cluster.", show_default="$OTA_RUNNER_ADDRESS or a local one, for this run"
+        ),
+    ] = None,
+    parts: Annotated[
+        int | None,
+        typer.Option(help="Parts at a time on this machine, each with its own memory budget.", show_default="$OTA_RUNNER_PARTS"),
+    ] = None,
+    shard_size: ShardSize = "5GB",
+) -> None:
+    """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
+    from ota_core.compute.stream import parse_memory, pick_device
+    from ota_core.recipe.recipe import load_recipe
+    from tasks.evaluation.suites import load_suite
+    from tasks.orchestration.prepare import prepare_prefect
+    from tasks.settings import as_device, places
+
+    with user_errors():  # what needs no server is checked before one is started
+        loaded, wanted = load_recipe(recipe), None if suite == "none" else suite
+        if wanted:
+            load_suite(wanted)
+        parse_memory(memory)
+        prepare_prefect()
+        from flows.merge import merge_flow
+        from tasks.orchestration.runners import runner_of, server_for
+        from tasks.pages.outcome import comparison_table
+        from tasks.pages.scores import narrow
+        from tasks.pages.terminal import table
+        from tasks.tracking.merge import open_hint
+
+        chosen = runner_of(runner, address=address, parts=parts)
+        chosen.task_runner()  # says what is not installed
+        target = as_device(device)
+        if chosen.kind == "threads":
+            pick_device(target)
+        with server_for(chosen):
+            outcome = merge_flow(
+                loaded, recipe_dir=recipe.resolve().parent, suite=wanted, data_dir=data_dir, limit=limit, device=target, memory=memory,
+                home=home, artifacts=artifacts, tracking_uri=tracking_uri, runner=chosen, shard_size=shard_size,
+            )  # fmt: skip
+        where = places(home, artifacts)
+        if outcome.scores:
+            show(table(narrow(comparison_table({outcome.name: outcome}, where))))
+        show(f"merged model: {outcome.path}")
+        logged = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
+        show(open_hint(tracking_uri=tracking_uri, root=where.tracking, **logged))
 
 
 def nightly(
@@ -100,41 +177,3 @@ def benchmark(
         width = max(map(len, scores))
         for capability, score in scores.items():
             typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")
-
-
-def run_recipe(
-    recipe: Any, *, runner: str | None = None, address: str | None = None, parts: int | None = None, **options: Any
-) -> list[Any]:
-    """Run the flow and say where everything is. ``runner``, ``address``, ``parts``: as for ``tasks.orchestration.runners.runner_of``.
-
-    Raises OtaError as the flow's tasks raise it.
-    """
-    from ota_core.compute.stream import parse_memory, pick_device
-    from tasks.evaluation.suites import load_suite
-    from tasks.orchestration.prepare import prepare_prefect
-    from tasks.settings import as_device, places
-
-    # What needs no server is checked before one is started.
-    if options.get("suite"):
-        load_suite(options["suite"])
-    parse_memory(options.get("memory", "2GiB"))
-    prepare_prefect()
-    from flows.merge import merge_flow
-    from tasks.orchestration.runners import runner_of, server_for
-    from tasks.pages import terminal
-    from tasks.pages.outcome import comparison_table
-    from tasks.pages.scores import narrow
-    from tasks.tracking.merge import open_hint
-
-    chosen = runner_of(runner, address=address, parts=parts)
-    chosen.task_runner()  # says what is not installed
-    device = as_device(options.get("device", "auto"))
-    if chosen.kind == "threads":
-        pick_device(device)
-    with server_for(chosen):
-        outcome = merge_flow(recipe, runner=chosen, **options)
-    where = places(options.get("home"), options.get("artifacts"))
-    found = [terminal.table(narrow(comparison_table({outcome.name: outcome}, where)))] if outcome.scores else []
-    run = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
-    hint = open_hint(tracking_uri=options.get("tracking_uri"), root=where.tracking, **run)
-    return [*found, f"merged model: {outcome.path}", hint]

@@ -74,12 +74,9 @@ def test_a_command_on_the_cpu_needs_no_torch(tmp_path: Path, arguments: list[str
 HEAVY = FORBIDDEN | {"pandas", "matplotlib", "datasets", "sklearn"}
 
 
-@pytest.mark.parametrize(
-    "module, allowed",
-    [("tasks.merging.inputs", {"botocore"}), ("flows.cli.engine", {"botocore"}), ("flows.merge", {"botocore", "prefect"})],
-)
+@pytest.mark.parametrize("module, allowed", [("tasks.merging.inputs", {"botocore"}), ("flows.merge", {"botocore", "prefect"})])
 def test_a_command_loads_only_what_it_needs(module: str, allowed: set[str]) -> None:
-    """``ota merge`` of local folders, ``ota compress``, and a flow that finds everything in its cache."""
+    """``ota merge`` of local folders, and a flow that finds everything in its cache."""
     loaded = loaded_after(f"import {module}")
     assert module in loaded
     assert {name.split(".")[0] for name in loaded} & HEAVY <= allowed
