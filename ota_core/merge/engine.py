@@ -231,5 +231,4 @@ def environment(device: str) -> dict[str, Any]:
 
 def sources(inputs: MergeInputs) -> dict[str, str]:
     """Where each input came from, as the recipe calls it."""
-    found = {"base": inputs.base.source} if inputs.base else {}
-    return found | {expert.name: expert.source for expert in inputs.experts}
+    return {model.name: model.source for model in inputs.models}

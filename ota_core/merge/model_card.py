@@ -79,8 +79,7 @@ def model_card(
 
 
 def _models(inputs: MergeInputs) -> list[tuple[str, ModelInput]]:
-    base = [("base", inputs.base)] if inputs.base is not None else []
-    return [*base, *((f"expert {expert.name}", expert) for expert in inputs.experts)]
+    return [("base" if model is inputs.base else f"expert {model.name}", model) for model in inputs.models]
 
 
 def _head(

@@ -184,8 +184,8 @@ def survey(job: MergeInParts, shard: str, *, opened: Mapping[int, int] | None = 
         if opened is not None:
             group = ffg_group(plan, experts)
             bins = np.array([[opened.get(expert, -1)] for expert in names], np.int64)
-            return Survey(experts=names, brackets=count_brackets(plan, ffg_scoring(plan), group, bins, what=what), sums={})
-        high = count_high(plan, ffg_scoring(plan), ffg_group(plan, experts), what=what) if experts else None
+            return Survey(experts=names, brackets=count_brackets(ffg_scoring(plan), group, bins, what=what), sums={})
+        high = count_high(ffg_scoring(plan), ffg_group(plan, experts), what=what) if experts else None
         sums: dict[int, dict[str, float]] = {}
         if plan.recipe.setting("normalise") == "global":
             sums = {expert.index: weight_sums(plan, expert) for expert in plan.experts}
