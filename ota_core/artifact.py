@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, Field
 
 from ota_core.errors import ArtifactError
+from ota_core.frozen import Frozen
 
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
@@ -41,10 +42,8 @@ EXPERT_JSON = "expert.json"
 Kind = Literal["checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks", "analysis"]
 
 
-class ArtifactRef(BaseModel):
+class ArtifactRef(Frozen):
     """A stage's output as tasks pass it on: where it lies and what it is, never the bytes themselves."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
     fingerprint: str
@@ -90,10 +89,8 @@ def fingerprint(kind: Kind, params: Mapping[str, Any], inputs: Mapping[str, str]
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:32]
 
 
-class Record(BaseModel):
+class Record(Frozen):
     """``record.json``: what an output is made of. It is written last, so that its presence means that the output is complete."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
     fingerprint: str
@@ -104,9 +101,9 @@ class Record(BaseModel):
     """Input name to digest."""
     files: dict[str, int]
     """File name, relative to the folder, to its size in bytes."""
-    provenance: dict[str, Any] = {}
+    provenance: dict[str, Any] = Field(default_factory=dict)
     """What does not decide the bytes: host, device, seconds, versions, sources."""
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = Field(default_factory=dict)
     """What the stage measured: densities, thresholds, compression errors, scores."""
 
 

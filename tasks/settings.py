@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 
 Device = Literal["auto", "cpu", "cuda"]
 """What a flow may be asked to compute on; auto: cuda where torch sees one."""
@@ -21,10 +20,8 @@ def as_device(text: str) -> Device:
     return cast(Device, text)
 
 
-class Places(BaseModel):
+class Places(Frozen):
     """The folders of one installation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     artifacts: str
     """Root of the stage outputs: a folder or ``s3://bucket/prefix``."""

@@ -136,7 +136,7 @@ def ota_recipe(root: Path, base: Tensors | None, experts: Sequence[Expert], para
 
 def run_merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> tuple[Tensors, Any]:
     """Merge with the engine, on the device of ``OTA_TEST_DEVICE``; the merged tensors as float32 arrays, and the report."""
-    from ota_core.merge.engine import merge
+    from ota_core.engine.engine import merge
     from ota_core.recipe.recipe import MergeRecipe
 
     device = os.environ.get("OTA_TEST_DEVICE", "cpu")
@@ -146,7 +146,7 @@ def run_merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> tuple[Ten
 
 def with_compressed(inputs: "MergeInputs", folder: Path, method: str, rank: int | None = None) -> "MergeInputs":
     """The inputs with their second moments compressed into files of ``folder``, as a stage leaves them, and the full ones beside them."""
-    from ota_core.merge.engine import compress_moments
+    from ota_core.engine.engine import compress_moments
 
     experts = []
     for expert in inputs.experts:

@@ -8,11 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, Unpack
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ota_core.analysis.roles import Place, place_of
 from ota_core.compute.stream import Limits
 from ota_core.errors import CheckpointError, MomentsError, OtaError, raise_all
+from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, none_found, open_moments
 from ota_core.moments.compression import METHODS, Method, is_compressed, label_of
 from ota_core.plan.inputs import ExpertInput, MergeInputs
@@ -25,10 +26,8 @@ DENSITY = 0.4
 """Of masks that neither the recipe nor an option gives a density: the paper's."""
 
 
-class AnalysisOptions(BaseModel):
+class AnalysisOptions(Frozen):
     """What a recipe does not say of its analysis."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     density: float | None = Field(None, gt=0, le=1)
     """Of the masks that the recipe does not decide: of experts that it does not mask (None: the recipe's own density where it has one, else

@@ -5,18 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.artifact import ArtifactRef, Kind, fingerprint
 from ota_core.compute.stream import Progress
+from ota_core.frozen import Frozen
 from tasks.artifacts.store import BuildResult, store_of
 from tasks.settings import Places
 
 
-class Step(BaseModel):
+class Step(Frozen):
     """One stage's output before it is computed: what it will be, by its fingerprint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
     fingerprint: str
@@ -28,11 +25,13 @@ class Step(BaseModel):
         """The step of an output that configuration and inputs decide."""
         return cls(kind=kind, fingerprint=fingerprint(kind, config, inputs), config=config, inputs=inputs)
 
+    def produce(self, where: Places, build: Callable[[Path], BuildResult]) -> ArtifactRef:
+        """The artifact: built in an empty folder, or found. Raises OtaError."""
+        return store_of(where).produce(self.kind, self.fingerprint, config=self.config, inputs=self.inputs, build=build)
 
-class Work(BaseModel):
+
+class Work(Frozen):
     """Something to do here or on another machine: it travels as JSON, and holds every option that decides the bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     turn: ClassVar[Literal["engine", "benchmark"] | None] = "engine"
     """Of two at once in one process that have the same, one waits."""
@@ -73,8 +72,7 @@ class Stage(Work):
 
     def produce(self, where: Places, build: Callable[[Path], BuildResult]) -> ArtifactRef:
         """The artifact: built in an empty folder, or found. Raises OtaError."""
-        step = self.step
-        return store_of(where).produce(step.kind, step.fingerprint, config=step.config, inputs=step.inputs, build=build)
+        return self.step.produce(where, build)
 
 
 def place(root: str | Path) -> str:

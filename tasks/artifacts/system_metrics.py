@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+
+from ota_core.frozen import Frozen
 
 INTERVAL = 1.0
 """Seconds between two samples, at first."""
@@ -29,10 +30,8 @@ Values = dict[str, float]
 Point = tuple[float, Values]
 
 
-class SystemPoint(BaseModel):
+class SystemPoint(Frozen):
     """The state of one machine at one time."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     time: float
     """Seconds since 1970."""

@@ -11,10 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.artifact import canonical_json
 from ota_core.errors import StorageError
+from ota_core.frozen import Frozen
 from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.layout import model_files, parse_expert_json
@@ -28,10 +27,8 @@ SHOWN = 4
 _NOT_WEIGHTS = ("exp_avg", "optimizer", "preconditioner")
 
 
-class ExpertFound(BaseModel):
+class ExpertFound(Frozen):
     """An expert that its manifest and the listing show as complete and as trained from the wanted base."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
     """Its folder: ``s3://…`` or an absolute path."""
@@ -46,10 +43,8 @@ class ExpertFound(BaseModel):
     """Changes when anything in the folder does: ``tasks.storage.watch.identity_of_source`` of ``uri``."""
 
 
-class ExpertProblem(BaseModel):
+class ExpertProblem(Frozen):
     """One thing that is wrong with one expert, which therefore no merge can take."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
     capability: str

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.artifact import CARD
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import Checkpoint, read_json
+from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, none_found, open_moments
 from ota_core.moments.safetensors_file import as_beta2, as_step
 from ota_core.plan.inputs import expert_facts
@@ -36,10 +35,8 @@ _RECORDS = {
 SHOWN = 4
 
 
-class Pushed(BaseModel):
+class Pushed(Frozen):
     """An expert that was published."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
     capability: str

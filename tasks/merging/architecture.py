@@ -14,11 +14,11 @@ SHOWN = 4
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def parameter_layout(folder: Path, *, trust_remote_code: bool = False) -> ParameterLayout:
+def parameter_layout(folder: Path) -> ParameterLayout:
     """The parameters of the model in ``folder``, as the Trainer's optimizer numbers them. No network, no weights in memory.
 
-    Code that the folder brings along runs only with ``trust_remote_code``. Raises CheckpointError when the configuration cannot
-    be built, or when the checkpoint's tensors are not called and shaped like the model's parameters.
+    Code that the folder brings along does not run. Raises CheckpointError when the configuration cannot be built, or when the checkpoint's
+    tensors are not called and shaped like the model's parameters.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -26,7 +26,7 @@ def parameter_layout(folder: Path, *, trust_remote_code: bool = False) -> Parame
             "config.json there, or save the second moments by name as exp_avg_sq.safetensors"
         )
     with _ONE_AT_A_TIME:
-        model = _skeleton(folder, trust_remote_code)
+        model = _skeleton(folder)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         decayed = frozenset(_decayed(model)) & shapes.keys()
     layout = ParameterLayout(shapes=shapes, decayed=decayed, tied=_tied(model))
@@ -34,15 +34,15 @@ def parameter_layout(folder: Path, *, trust_remote_code: bool = False) -> Parame
     return layout
 
 
-def _skeleton(folder: Path, trust_remote_code: bool) -> Any:
+def _skeleton(folder: Path) -> Any:
     """The model on the meta device: modules, names and shapes without storage."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            return cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=trust_remote_code)
+            return cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=False)
     except Exception as error:  # the architectures' own code runs here and raises what it likes
         reason = str(error).strip().splitlines() or ["no reason given"]
         raise CheckpointError(

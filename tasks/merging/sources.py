@@ -6,19 +6,17 @@ Hugging Face id is fetched into the machine's own cache.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import parse_memory
 from ota_core.errors import ArtifactError, CheckpointError, MomentsError, StorageError
-from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import weight_files
+from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, moments_files
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
@@ -36,10 +34,8 @@ MOMENTS_FILE = "moments.safetensors"
 MASK_FILE = "mask.safetensors"
 
 
-class ModelSource(BaseModel):
+class ModelSource(Frozen):
     """A checkpoint and where it lies."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     source: str
@@ -82,10 +78,8 @@ class ExpertSource(ModelSource):
             yield inputs.experts[0]
 
 
-class MergeSources(BaseModel):
+class MergeSources(Frozen):
     """Base and experts, in the recipe's order."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: ModelSource | None
     experts: tuple[ExpertSource, ...]
@@ -132,18 +126,10 @@ class MergeSources(BaseModel):
 
         ``memory``: the budget of what is done with them, bytes. Raises OtaError for what is not there, or not what it was.
         """
-        with ExitStack() as stack:
-            remote = any(storage.is_s3(address) for address in self._addresses(where))
-            streams = stack.enter_context(Streams(cache=where.cache, memory=memory)) if remote else None
+        with Streams(cache=where.cache, memory=memory) as streams:
             opening = _Opening(where, streams, raw_moments)
             base = opening.model(self.base) if self.base else None
             yield MergeInputs(base=base, experts=tuple(opening.expert(one) for one in self.experts))
-
-    def _addresses(self, where: Places) -> list[str]:
-        """What may have to be read where it lies."""
-        models = [one for one in [*([self.base] if self.base else []), *self.experts] if one.path is None]
-        moments = [one.moments for one in self.experts if one.path is None and one.moments]
-        return [one.location for one in models] + moments + ([where.artifacts] if models else [])
 
 
 def _listing(location: str) -> str | None:
@@ -151,26 +137,23 @@ def _listing(location: str) -> str | None:
 
 
 class _Opening:
-    """Turns addresses into paths of this machine. With ``streams``, what lies in S3 is an outline here."""
+    """Turns addresses into paths of this machine. What lies in S3 is an outline here."""
 
-    def __init__(self, where: Places, streams: Streams | None, raw_moments: bool) -> None:
+    def __init__(self, where: Places, streams: Streams, raw_moments: bool) -> None:
         self._where, self._streams, self._raw = where, streams, raw_moments
 
     def model(self, one: ModelSource) -> ModelInput:
-        return ModelInput(name=one.name, path=self._folder(one), source=one.source, digest=one.digest, source_of=self._source_of)
+        source_of = self._streams.source_of
+        return ModelInput(name=one.name, path=self._folder(one), source=one.source, digest=one.digest, source_of=source_of)
 
     def expert(self, one: ExpertSource) -> ExpertInput:
         folder = self._folder(one)
         raw = self._raw_moments(one, folder) if one.needs_moments and (self._raw or one.compressed is None) else None
         return ExpertInput(
-            name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._source_of, capability=one.capability,
+            name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._streams.source_of, capability=one.capability,
             moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
             masks=self._artifact(one, one.masks, MASK_FILE), layout=partial(parameter_layout, folder),
         )  # fmt: skip
-
-    @property
-    def _source_of(self) -> SourceOf | None:
-        return self._streams.source_of if self._streams else None
 
     def _folder(self, one: ModelSource) -> Path:
         if one.path is not None:
@@ -178,7 +161,6 @@ class _Opening:
         if storage.is_s3(one.location):
             if _listing(one.location) != one.listing:
                 raise StorageError(f"{one.location} ({one.name}) is not what it was when the merge began; run the merge again")
-            assert self._streams is not None
             path = self._streams.model(one.location).path
             self._streams.settle(weight_files(path))
             return path
@@ -198,7 +180,6 @@ class _Opening:
         if one.moments is None:
             path = find_moments(folder)
         elif storage.is_s3(one.moments):
-            assert self._streams is not None
             parent, _, name = one.moments.rpartition("/")
             path = self._streams.files(parent, [name]) / name
         else:
@@ -208,8 +189,7 @@ class _Opening:
                 f"expert '{one.name}': {path or folder} holds no second moments on this machine; machines that share a merge must see them "
                 "in the same place: beside the weights, in a shared folder, or s3://…"
             )
-        if self._streams is not None:
-            self._streams.settle(moments_files(path))
+        self._streams.settle(moments_files(path))
         return path
 
     def _artifact(self, one: ExpertSource, ref: ArtifactRef | None, file: str) -> Path | None:
@@ -218,7 +198,6 @@ class _Opening:
         if one.path is not None:
             return store_of(self._where).local_path(ref) / file
         if storage.is_s3(ref.uri):
-            assert self._streams is not None
             return self._streams.files(ref.uri, [file]) / file
         path = Path(ref.uri) / file
         if not path.is_file():

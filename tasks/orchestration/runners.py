@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 
 Kind = Literal["threads", "dask", "ray", "workers"]
 DEPLOYMENTS = {"shard": "part/gpu"}
@@ -32,10 +33,8 @@ def several_at_once() -> TaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=4)
 
 
-class Runner(BaseModel):
+class Runner(Frozen):
     """How the parts of a merge are shared out."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind = Field(
         "threads",

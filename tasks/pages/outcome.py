@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.artifact import ArtifactRef
+from ota_core.frozen import Frozen
 from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores, scores_table
 from tasks.pages.report_page import MergePage
@@ -18,10 +17,8 @@ if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
     import pandas as pd
 
 
-class MergeOutcome(BaseModel):
+class MergeOutcome(Frozen):
     """What a merge led to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     """How it was merged, for the row of a table."""

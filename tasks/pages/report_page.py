@@ -7,10 +7,11 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from prefect.runtime import flow_run
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from ota_core.artifact import CARD, ArtifactRef
-from ota_core.merge.model_card import SCORES
+from ota_core.engine.model_card import SCORES
+from ota_core.frozen import Frozen
 from tasks.artifacts.store import store_of
 from tasks.evaluation.comparison import comparison
 from tasks.evaluation.gate import GateDecision
@@ -25,10 +26,8 @@ ReportKind = Literal["full", "scores", "none"]
 """``full``: with the analysis of the experts. ``scores``: without. ``none``: no report."""
 
 
-class MergePage(BaseModel):
+class MergePage(Frozen):
     """What a merge's page is made of, where the rest of it lies in the store of artifacts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     method: str
@@ -42,7 +41,7 @@ class MergePage(BaseModel):
     """As ``tasks.evaluation.scores.loss_rows`` gives them, where the suite measures any."""
     suite: str = ""
     limit: int | None = None
-    documents: dict[str, int] = {}
+    documents: dict[str, int] = Field(default_factory=dict)
     """Capability to how many documents the merge was scored on."""
     analysis: ArtifactRef | None
     unanalysed: str = ""

@@ -15,9 +15,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.errors import StorageError
+from ota_core.frozen import Frozen
 from tasks.storage import s3
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.view import VIEW, VIEW_KEY
@@ -49,10 +48,8 @@ LOCK_SECONDS = 120.0
 _SERVER_LOCK = threading.Lock()
 
 
-class Store(BaseModel):
+class Store(Frozen):
     """A tracking store: its URI as MLflow wants it, and for SQLite the folder that its artifacts go to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
     artifacts: Path | None = None
@@ -154,27 +151,27 @@ def artifact_errors(what: str, location: str, safe: str) -> Iterator[None]:
         ) from error
 
 
-def experiment_id(client: MlflowClient, store: Store, name: str = EXPERIMENT) -> str:
+def experiment_id(client: MlflowClient, store: Store) -> str:
     """The experiment's id; the experiment is made when it is missing. Raises StorageError when it was deleted."""
     from mlflow.entities import LifecycleStage
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
+    found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         location = store.artifacts.as_uri() if store.artifacts is not None else None
         # The kind spares the reader the UI's question what sort of experiment this is.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         try:
-            return str(client.create_experiment(name, artifact_location=location, tags=tags))
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # somebody else made it in between
+            found = client.get_experiment_by_name(EXPERIMENT)  # somebody else made it in between
             if found is None:
                 raise
     if found.lifecycle_stage != LifecycleStage.ACTIVE:
         raise StorageError(
-            f"MLflow's experiment {name!r} at {store.shown} was deleted; "
+            f"MLflow's experiment {EXPERIMENT!r} at {store.shown} was deleted; "
             f"restore it with: mlflow experiments restore --experiment-id {found.experiment_id}"
         )
     return str(found.experiment_id)

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ota_core.errors import MomentsError
 from ota_core.files.safetensors_io import FORMAT_KEY
+from ota_core.frozen import Frozen
 from ota_core.moments.base import Moments
 
 Method = Literal["none", "rank1", "log8", "rank_k"]
@@ -17,10 +18,8 @@ FORMAT = "moments/1"
 _AGAIN = "Compress the second moments again with this version"
 
 
-class Header(BaseModel):
+class Header(Frozen):
     """What a file says of itself: which method, and the facts that the tensors do not tell."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
     rank: int | None = None

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from random import Random
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from tasks.local.demo.questions import (
     CAPABILITIES,
     Example,
@@ -35,10 +36,8 @@ GENERATORS: Mapping[str, Generator] = {
 }
 
 
-class DataSettings(BaseModel):
+class DataSettings(Frozen):
     """Everything but the seed that decides the data's bytes. Sizes are numbers of examples."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     """Raised when a generator changes, so that cached training counts as stale."""

@@ -1,10 +1,12 @@
 """The demo's steps as Prefect tasks: data, training, upload; and where base and experts lie in S3."""
 
 from pathlib import Path
+from typing import Any
 
 from prefect import task
 
-from ota_core.artifact import ArtifactRef, fingerprint
+from ota_core.artifact import ArtifactRef
+from tasks.artifacts.step import Step
 from tasks.artifacts.store import BuildResult, store_of
 from tasks.local.demo.data import write_data
 from tasks.local.demo.process import in_process
@@ -37,7 +39,7 @@ def make_data(where: Places, settings: DemoSettings, seed: int) -> ArtifactRef:
         write_data(folder / "data", seed=seed, settings=settings.data)
         return BuildResult()
 
-    return store_of(where).produce("data", fingerprint("data", config, {}), config=config, inputs={}, build=build)
+    return Step.of("data", config, {}).produce(where, build)
 
 
 @task(name="train", task_run_name="train {capability}")
@@ -54,19 +56,15 @@ def train(
     def build(folder: Path) -> BuildResult:
         source = store.local_path(data) / "data"
         progress = Training(f"training of {'the base' if base is None else capability}")
+        options: dict[str, Any] = {"seed": seed, "training": part, "progress": progress}
         if base is None:
-            trained = in_process(
-                train_base, source, folder / MODEL, seed=seed, model=settings.model, training=part, progress=progress
-            )
+            trained = in_process(train_base, source, folder / MODEL, model=settings.model, **options)
         else:
-            base_folder = store.local_path(base) / MODEL
-            trained = in_process(
-                train_expert, capability, source, base_folder, folder / MODEL, seed=seed, training=part, progress=progress
-            )
+            trained = in_process(train_expert, capability, source, store.local_path(base) / MODEL, folder / MODEL, **options)
             write_manifest(folder / MODEL, trained, base_uri(seed))
         return BuildResult(provenance=trained.model_dump(mode="json"))
 
-    return store.produce("checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build)
+    return Step.of("checkpoint", config, inputs).produce(where, build)
 
 
 @task(name="upload", task_run_name="upload {capability}")

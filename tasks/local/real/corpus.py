@@ -16,9 +16,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from tasks.local.demo.data import write_jsonl
 from tasks.local.real import text as real_text
 from tasks.storage.layout import sha256_file
@@ -33,10 +34,8 @@ class CorpusError(OtaError):
     """A package that the corpora are made of is not at hand, is another one, or holds too little text."""
 
 
-class Package(BaseModel):
+class Package(Frozen):
     """One Debian package, exactly."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: str
@@ -110,10 +109,8 @@ DOMAINS: Mapping[str, Domain] = {
 }  # fmt: skip
 
 
-class CorpusSettings(BaseModel):
+class CorpusSettings(Frozen):
     """What decides the corpora besides the packages."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     """Raised when the reading changes, so that everything made of the corpora counts as stale."""

@@ -9,18 +9,17 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from tasks.local.demo.data import read_jsonl, write_jsonl
 
 HeldOut = Literal["validation", "test"]
 
 
-class QuestionSettings(BaseModel):
+class QuestionSettings(Frozen):
     """What decides the questions besides the corpora. Lengths in characters; words are never cut."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     """Raised when the drawing changes."""

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 from prefect import task
-from pydantic import BaseModel, ConfigDict
 
-from ota_core.artifact import ArtifactRef, fingerprint
+from ota_core.artifact import ArtifactRef
+from ota_core.frozen import Frozen
+from tasks.artifacts.step import Step
 from tasks.artifacts.store import BuildResult, store_of
 from tasks.local.demo.process import in_process
 from tasks.local.demo.progress import Training
@@ -25,10 +26,8 @@ Source = Literal["package", "hub"]
 """Where the base comes from: the package on PyPI, or the hub."""
 
 
-class RealSettings(BaseModel):
+class RealSettings(Frozen):
     """All that decides base, corpora and experts, apart from the seed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: BaseSettings | HubSettings = BaseSettings()
     corpora: CorpusSettings = CorpusSettings()
@@ -61,9 +60,7 @@ def make_base(where: Places, settings: BaseSettings | HubSettings) -> ArtifactRe
         (folder / "unpacked").rmdir()
         return BuildResult(provenance={"parameters": parameters})
 
-    return store_of(where).produce(
-        "checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build
-    )
+    return Step.of("checkpoint", config, inputs).produce(where, build)
 
 
 @task(name="make corpora", task_run_name="make corpora")
@@ -76,7 +73,7 @@ def make_corpora(where: Places, settings: CorpusSettings) -> ArtifactRef:
         files = find_packages(real_folder(where) / "packages")
         return BuildResult(results={"counts": write_corpora(folder / CORPORA, files, settings)})
 
-    return store_of(where).produce("data", fingerprint("data", config, {}), config=config, inputs={}, build=build)
+    return Step.of("data", config, {}).produce(where, build)
 
 
 @task(name="make questions", task_run_name="make questions")
@@ -88,7 +85,7 @@ def make_questions(where: Places, settings: QuestionSettings, corpora: ArtifactR
     def build(folder: Path) -> BuildResult:
         return BuildResult(results={"counts": write_questions(store.local_path(corpora) / CORPORA, folder / DATA, settings)})
 
-    return store.produce("data", fingerprint("data", config, inputs), config=config, inputs=inputs, build=build)
+    return Step.of("data", config, inputs).produce(where, build)
 
 
 @task(name="train", task_run_name="train {domain}")
@@ -109,4 +106,4 @@ def train(
         write_manifest(folder / MODEL, trained, settings.base.model)
         return BuildResult(provenance=trained.model_dump(mode="json"))
 
-    return store.produce("checkpoint", fingerprint("checkpoint", config, inputs), config=config, inputs=inputs, build=build)
+    return Step.of("checkpoint", config, inputs).produce(where, build)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import altair as alt
@@ -30,7 +30,7 @@ _LOSSES = {
 _PLACE = ("expert:N", alt.Tooltip("layer:Q", format="d"), "role:N")
 _ELEMENTS = alt.Tooltip("elements:Q", format=",")
 
-Pictures = Iterator[tuple[str, Picture]]
+Pictures = dict[str, Picture]
 
 
 def pictures_of(table: pd.DataFrame) -> dict[str, Picture]:
@@ -46,7 +46,7 @@ def pictures_of(table: pd.DataFrame) -> dict[str, Picture]:
     parts: tuple[Callable[[pd.DataFrame], Pictures], ...] = (
         _density, sparsity_pictures, overlap_pictures, _task_vectors, agreement_pictures, _compression,
     )  # fmt: skip
-    return {name: picture for part in parts for name, picture in part(table)}
+    return {name: picture for part in parts for name, picture in part(table).items()}
 
 
 def _density(table: pd.DataFrame) -> Pictures:
@@ -55,66 +55,56 @@ def _density(table: pd.DataFrame) -> Pictures:
     keys = ["expert", "layer", "role"]
     rows = rows[[*keys, "variant", "value", "elements"]]
     ffg = rows[rows["variant"] == "curvature"].drop(columns="variant")
-    cells = place(ffg)
+    cells, pictures = place(ffg), {}
     if cells.empty:
-        return
+        return {}
     whole = ffg[(ffg["role"] == "all") & ffg["layer"].isna()]
     overall = ", ".join(f"{name} {100 * value:.3g} %" for name, value in zip(whole["expert"], whole["value"], strict=True))
-    yield (
-        "density",
-        Picture(
-            "Where does FFG keep the experts' changes?",
-            "Share of elements that FFG's mask of each expert, which ranks by curvature, keeps by layer and role, whether or not the merge "
-            "masks by it; tensors outside of the blocks as strips." + (f" Over the whole expert: {overall}." if overall else ""),
-            grids(
-                cells, Shade.of(cells["value"], "kept by FFG", ".2~p"),
-                [*_PLACE, alt.Tooltip("value:Q", title="kept", format=".4~p"), _ELEMENTS],
-            ),
+    pictures["density"] = Picture(
+        "Where does FFG keep the experts' changes?",
+        "Share of elements that FFG's mask of each expert, which ranks by curvature, keeps by layer and role, whether or not the merge "
+        "masks by it; tensors outside of the blocks as strips." + (f" Over the whole expert: {overall}." if overall else ""),
+        grids(
+            cells, Shade.of(cells["value"], "kept by FFG", ".2~p"),
+            [*_PLACE, alt.Tooltip("value:Q", title="kept", format=".4~p"), _ELEMENTS],
         ),
     )  # fmt: skip
     magnitude = rows.loc[rows["variant"] == "magnitude", [*keys, "value"]].rename(columns={"value": "magnitude"})
     cells = cells.rename(columns={"value": "FFG"}).merge(magnitude, on=keys, how="inner")
     if cells.empty:
-        return
+        return pictures
     cells["value"] = 100 * (cells["FFG"] - cells["magnitude"])
     tooltip: list[alt.Tooltip | str] = [*_PLACE, *(alt.Tooltip(f"{name}:Q", format=".4~p") for name in ("FFG", "magnitude"))]
     tooltip += [alt.Tooltip("value:Q", title="difference (points)", format="+.4~r"), _ELEMENTS]
-    yield (
-        "density_difference",
-        Picture(
-            "Where does FFG differ from magnitude pruning?",
-            "Share kept by FFG minus share kept by magnitude, at the same density of the whole expert. Orange: curvature moves the budget "
-            "there. Blue: away from there.",
-            grids(cells, Shade.of(cells["value"], "FFG − magnitude (percentage points)", "+.2~r", about=0.0), tooltip),
-        ),
+    pictures["density_difference"] = Picture(
+        "Where does FFG differ from magnitude pruning?",
+        "Share kept by FFG minus share kept by magnitude, at the same density of the whole expert. Orange: curvature moves the budget "
+        "there. Blue: away from there.",
+        grids(cells, Shade.of(cells["value"], "FFG − magnitude (percentage points)", "+.2~r", about=0.0), tooltip),
     )
+    return pictures
 
 
 def _task_vectors(table: pd.DataFrame) -> Pictures:
     """How far the experts moved."""
     rows = table[(table["analysis"] == "task_vector") & table["measure"].isin(["norm", "relative_norm"])]
-    rows = rows[["expert", "layer", "role", "measure", "value", "elements"]]
+    rows, pictures = rows[["expert", "layer", "role", "measure", "value", "elements"]], {}
     layers = rows[rows["layer"].notna() & (rows["role"] == "all")]
     if not layers.empty:
-        yield (
-            "task_vector_layers",
-            Picture(
-                "How far did the experts move?",
-                "Length of each expert's task vector in each transformer block, and as a share of the length of the base's weights there.",
-                _lines(layers),
-            ),
+        pictures["task_vector_layers"] = Picture(
+            "How far did the experts move?",
+            "Length of each expert's task vector in each transformer block, and as a share of the length of the base's weights there.",
+            _lines(layers),
         )
     cells = place(rows[rows["measure"] == "relative_norm"])
     if not cells.empty:
         shade = Shade.of(cells["value"], "task vector / base (square-root scale)", ".2~p", root=True)
-        yield (
-            "task_vector_roles",
-            Picture(
-                "Where did the experts move?",
-                "Length of each expert's task vector as a share of the length of the base's weights, by layer and role.",
-                grids(cells, shade, [*_PLACE, alt.Tooltip("value:Q", title="‖Δ‖ / ‖θ₀‖", format=".4~p"), _ELEMENTS]),
-            ),
+        pictures["task_vector_roles"] = Picture(
+            "Where did the experts move?",
+            "Length of each expert's task vector as a share of the length of the base's weights, by layer and role.",
+            grids(cells, shade, [*_PLACE, alt.Tooltip("value:Q", title="‖Δ‖ / ‖θ₀‖", format=".4~p"), _ELEMENTS]),
         )
+    return pictures
 
 
 def _lines(layers: pd.DataFrame) -> alt.ConcatChart:
@@ -129,8 +119,8 @@ def _lines(layers: pd.DataFrame) -> alt.ConcatChart:
         chart = alt.Chart(part[["expert", "layer", "value", "elements"]]).encode(
             x=layer_axis("layer", count),
             y=alt.Y("value:Q", title=title, scale=alt.Scale(nice=5), axis=alt.Axis(format=form, tickCount=5)),
-            color=alt.Color("expert:N", sort=experts, scale=alt.Scale(domain=experts, range=_first(CATEGORIES, len(experts)))),
-            shape=alt.Shape("expert:N", sort=experts, scale=alt.Scale(domain=experts, range=_first(SHAPES, len(experts)))),
+            color=alt.Color("expert:N", sort=experts, scale=_scale(experts, CATEGORIES)),
+            shape=alt.Shape("expert:N", sort=experts, scale=_scale(experts, SHAPES)),
             tooltip=[
                 "expert:N",
                 alt.Tooltip("layer:Q", format="d"),
@@ -148,22 +138,22 @@ def _compression(table: pd.DataFrame) -> Pictures:
     """Bytes per parameter against what the compression loses."""
     rows = table[(table["analysis"] == "compression") & (table["role"] == "all") & table["layer"].isna()]
     if rows.empty or not (rows["measure"] == "bytes_per_param").any():
-        return
+        return {}
     wide = rows.pivot_table(index=["expert", "variant"], columns="measure", values="value", sort=False).reset_index()
     variants = [v for v in COMPRESSIONS if v in set(wide["variant"])] + sorted(set(wide["variant"]) - set(COMPRESSIONS))
     masks = table[(table["measure"] == "mask_jaccard") & table["at"].notna()].drop_duplicates(["expert", "at"])
     densities = ", ".join(f"{name} {100 * at:.3g} %" for name, at in zip(masks["expert"], masks["at"], strict=True))
     panels = [_against_bytes(wide, measure, *names, variants) for measure, names in _LOSSES.items() if measure in wide]
-    if panels:
-        yield (
-            "compression",
-            Picture(
-                "What does compressing the second moments cost?",
-                "Bytes that each parameter's second moment takes, against how well the compressed moments stand in for the full ones; a point "
-                "for each expert." + (f" Share of elements that the compared masks keep: {densities}." if densities else ""),
-                alt.concat(*panels, columns=3),
-            ),
+    if not panels:
+        return {}
+    return {
+        "compression": Picture(
+            "What does compressing the second moments cost?",
+            "Bytes that each parameter's second moment takes, against how well the compressed moments stand in for the full ones; a point "
+            "for each expert." + (f" Share of elements that the compared masks keep: {densities}." if densities else ""),
+            alt.concat(*panels, columns=3),
         )
+    }
 
 
 def _against_bytes(wide: pd.DataFrame, measure: str, title: str, axis: str, variants: list[str]) -> alt.Chart:
@@ -189,18 +179,14 @@ def _against_bytes(wide: pd.DataFrame, measure: str, title: str, axis: str, vari
                 scale=alt.Scale(zero=measure == "sqrt_error", nice=5),
                 axis=alt.Axis(format="~g", tickCount=5),
             ),
-            color=alt.Color(
-                "variant:N", title="compression", scale=alt.Scale(domain=variants, range=_first(CATEGORIES, len(variants)))
-            ),
-            shape=alt.Shape(
-                "variant:N", title="compression", scale=alt.Scale(domain=variants, range=_first(SHAPES, len(variants)))
-            ),
+            color=alt.Color("variant:N", title="compression", scale=_scale(variants, CATEGORIES)),
+            shape=alt.Shape("variant:N", title="compression", scale=_scale(variants, SHAPES)),
             tooltip=["expert:N", alt.Tooltip("variant:N", title="compression"), *tooltip],
         )
         .properties(width=PANEL, height=200)
     )
 
 
-def _first(values: tuple[str, ...], count: int) -> list[str]:
-    """As many as are needed, from the start again where they run out."""
-    return [values[i % len(values)] for i in range(count)]
+def _scale(names: list[str], values: tuple[str, ...]) -> alt.Scale:
+    """A colour or a shape for each name, from the start again where they run out."""
+    return alt.Scale(domain=names, range=[values[i % len(values)] for i in range(len(names))])

@@ -49,22 +49,28 @@ class Shade:
         reach = reach or 1.0
         return cls(legend, format, about - reach, about + reach, diverging=True)
 
-    def colour(self, field: str = "value") -> alt.Color:
+    def colour(self) -> alt.Color:
         scheme: Any = DIVERGING if self.diverging else SEQUENTIAL
         return alt.Color(
-            f"{field}:Q",
+            "value:Q",
             scale=alt.Scale(type="sqrt" if self.root else "linear", scheme=scheme, domain=[self.low, self.high]),
             legend=alt.Legend(title=self.legend, format=self.format, tickCount=4),
         )
 
-    def ink(self, field: str = "value") -> Any:
+    def ink(self) -> Any:
         """Letters on a cell: black on the light colours, white on the dark ones."""
-        span, value = self.high - self.low, f"datum['{field}']"
+        span, value = self.high - self.low, "datum.value"
         if self.diverging:  # dark at both ends
             light = f"abs({value} - {self.low + span / 2}) < {0.36 * span}"
         else:  # viridis: dark below
             light = f"{value} > {self.low + (0.55**2 if self.root else 0.55) * span}"
         return alt.condition(light, alt.value("black"), alt.value("white"))
+
+
+def side_by_side(panel: Any, by: str, order: Sequence[str], columns: int = 3) -> alt.FacetChart:
+    """A panel for each value of the column ``by``, in this order, each with axes of its own: whoever looks at one sees no other's."""
+    facet = alt.Facet(f"{by}:N", title=None, sort=list(order))
+    return panel.facet(facet, columns=columns).resolve_axis(x="independent", y="independent")
 
 
 def place(cells: pd.DataFrame) -> pd.DataFrame:
@@ -134,11 +140,9 @@ def grid(placed: pd.DataFrame, shade: Shade, tooltip: Sequence[alt.Tooltip | str
     )
 
 
-def grids(placed: pd.DataFrame, shade: Shade, tooltip: Sequence[alt.Tooltip | str], *, by: str = "expert") -> alt.FacetChart:
-    """A grid for each value of the column ``by``, in the order of the table."""
-    panels = list(dict.fromkeys(placed[by]))
-    facet = alt.Facet(f"{by}:N", title=None, sort=panels)
-    return grid(placed, shade, tooltip).facet(facet, columns=3).resolve_axis(x="independent", y="independent")
+def grids(placed: pd.DataFrame, shade: Shade, tooltip: Sequence[alt.Tooltip | str]) -> alt.FacetChart:
+    """A grid for each expert, in the order of the table."""
+    return side_by_side(grid(placed, shade, tooltip), "expert", list(dict.fromkeys(placed["expert"])))
 
 
 def square(pairs: pd.DataFrame, experts: Sequence[str], shade: Shade, tooltip: Sequence[alt.Tooltip | str]) -> alt.LayerChart:

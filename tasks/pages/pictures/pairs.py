@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import altair as alt
@@ -18,9 +18,9 @@ _OVERLAP = {"cosine_sqrt_v": "cosine of √v", "spearman": "Spearman ρ of v", "
 _AGREEMENT = {"cosine": "cosine of the task vectors", "sign_conflict": "sign conflict"}
 
 
-def overlap_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
+def overlap_pictures(table: pd.DataFrame) -> dict[str, Picture]:
     """How alike the experts' curvature is."""
-    yield from _pictures(
+    return _pictures(
         _pairs(table, "curvature_overlap", _OVERLAP), "curvature_overlap", _overlap_shades, "Do the experts' curvatures overlap",
         f"High: the experts are sensitive in the same places. The masks hold each expert's largest v{_at_density(table)}.",
     )  # fmt: skip
@@ -32,9 +32,9 @@ def _at_density(table: pd.DataFrame) -> str:
     return f", {100 * found[0]:.3g} % of its elements, the same share of every expert" if len(found) == 1 else ""
 
 
-def agreement_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
+def agreement_pictures(table: pd.DataFrame) -> dict[str, Picture]:
     """Whether the experts' task vectors pull in the same direction."""
-    yield from _pictures(
+    return _pictures(
         _pairs(table, "task_vector", _AGREEMENT), "task_vector_pairs", _agreement_shades, "Do the experts pull in the same direction",
         "Cosine of each pair of task vectors, and of the elements that both experts moved, the share moved in opposite directions.",
     )  # fmt: skip
@@ -63,15 +63,18 @@ def _pairs(table: pd.DataFrame, analysis: str, names: Mapping[str, str]) -> pd.D
 
 def _pictures(
     rows: pd.DataFrame, key: str, shades_of: Callable[[pd.DataFrame], dict[str, Shade]], question: str, caption: str
-) -> Iterator[tuple[str, Picture]]:
+) -> dict[str, Picture]:
+    pictures = {}
     whole = rows[(rows["role"] == "all") & rows["layer"].isna()]
     if not whole.empty:
-        yield key, Picture(f"{question}?", f"{caption} Over the whole model.", _squares(whole, shades_of(whole)))
+        pictures[key] = Picture(f"{question}?", f"{caption} Over the whole model.", _squares(whole, shades_of(whole)))
     cells = place(rows)
     if not cells.empty:
         many = cells["pair"].nunique() > 1
         how = " Mean over all pairs of experts; on a page, a menu above the picture shows a single pair." if many else ""
-        yield f"{key}_layers", Picture(f"{question}, by layer and role?", f"{caption}{how}", _layers(cells, shades_of(cells)))
+        layers = _layers(cells, shades_of(cells))
+        pictures[f"{key}_layers"] = Picture(f"{question}, by layer and role?", f"{caption}{how}", layers)
+    return pictures
 
 
 def _squares(whole: pd.DataFrame, shades: Mapping[str, Shade]) -> alt.ConcatChart:

@@ -9,6 +9,7 @@ import altair as alt
 
 from ota_core.errors import OtaError
 from tasks.evaluation.scores import ROLES, STDERR, capability_columns
+from tasks.pages.pictures.grids import side_by_side
 from tasks.pages.pictures.picture import Picture
 from tasks.pages.pictures.style import FACE, INK, OWN, PANEL
 
@@ -119,13 +120,10 @@ def _scores(table: pd.DataFrame, scores: pd.DataFrame) -> Picture:
     )
     layers.append(absent.encode(x=alt.value(4), text=alt.value("not measured")))
     panel = alt.layer(*layers).properties(width=_SCORES_WIDTH, height=alt.Step(19))
-    facet = alt.Facet("capability:N", title=None, sort=panels)
     what = "Accuracy of each model on each capability, in percent"
     what += "; thin lines: ± one standard error" if scores["stderr"].notna().any() else ""
     what += "; dashed: the base's level" if len(base) else ""
-    return Picture(
-        "How good is the merge?", f"{what}.", panel.facet(facet, columns=3).resolve_axis(x="independent", y="independent")
-    )
+    return Picture("How good is the merge?", f"{what}.", side_by_side(panel, "capability", panels))
 
 
 def _whole_row(chart: alt.Chart, width: int) -> alt.Chart:
@@ -168,4 +166,4 @@ def _retention_bars(kept: pd.DataFrame) -> alt.FacetChart:
         numbers.encode(x=alt.value(_RETENTION_WIDTH - 2), text=alt.Text("retention:Q", format=".0%")),
     ]
     panel = alt.layer(*layers).properties(width=_RETENTION_WIDTH, height=alt.Step(26))
-    return panel.facet(alt.Facet("model:N", title=None, sort=models), columns=2).resolve_axis(x="independent", y="independent")
+    return side_by_side(panel, "model", models, columns=2)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import altair as alt
 
 from ota_core.analysis import BINS
-from tasks.pages.pictures.grids import BEFORE, BEHIND, IN_BLOCK
+from tasks.pages.pictures.grids import BEFORE, BEHIND, IN_BLOCK, side_by_side
 from tasks.pages.pictures.picture import Picture
 from tasks.pages.pictures.style import PANEL, VARIANT_COLOURS, VARIANT_NAMES
 
@@ -22,32 +21,28 @@ _PANEL = 195
 """Four in a row: rows and columns of two experts."""
 
 
-def sparsity_pictures(table: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
+def sparsity_pictures(table: pd.DataFrame) -> dict[str, Picture]:
     """Histograms of what rows and columns keep, and the shares of those that keep nothing."""
     rows = table[(table["analysis"] == "sparsity") & table["variant"].isin(list(VARIANT_NAMES))]
     rows = rows.assign(how=rows["variant"].map(VARIANT_NAMES))
     bins = _bins(rows[rows["measure"].isin(["rows", "columns"])])
+    pictures = {}
     if not bins.empty:
-        yield (
-            "sparsity",
-            Picture(
-                "How much do rows and columns keep?",
-                "Rows and columns of the weight matrices by the share of their elements that a mask keeps, FFG beside magnitude pruning at "
-                "the same density. Bars at the left: whole rows or columns fall away; at the right: they stay whole.",
-                _histograms(bins),
-            ),
+        pictures["sparsity"] = Picture(
+            "How much do rows and columns keep?",
+            "Rows and columns of the weight matrices by the share of their elements that a mask keeps, FFG beside magnitude pruning at "
+            "the same density. Bars at the left: whole rows or columns fall away; at the right: they stay whole.",
+            _histograms(bins),
         )
     empty = rows[rows["measure"].isin(["empty_rows", "empty_columns"]) & (rows["role"] == _ALL) & rows["layer"].isna()]
     if not empty.empty:
-        yield (
-            "empty",
-            Picture(
-                "Rows and columns without a single kept element",
-                "Share of all rows and columns of the weight matrices of which a mask keeps nothing, FFG beside magnitude pruning at the same "
-                "density.",
-                _empty(empty),
-            ),
+        pictures["empty"] = Picture(
+            "Rows and columns without a single kept element",
+            "Share of all rows and columns of the weight matrices of which a mask keeps nothing, FFG beside magnitude pruning at the same "
+            "density.",
+            _empty(empty),
         )
+    return pictures
 
 
 def _bins(rows: pd.DataFrame) -> pd.DataFrame:
@@ -107,8 +102,7 @@ def _histograms(bins: pd.DataFrame) -> alt.FacetChart:
         )
         .properties(width=_PANEL, height=130)
     )
-    chart = bars.facet(alt.Facet("panel:N", title=None, sort=panels), columns=4).resolve_axis(x="independent", y="independent")
-    return chart.add_params(alt.param(name="role", value=_ALL, bind=menu))
+    return side_by_side(bars, "panel", panels, columns=4).add_params(alt.param(name="role", value=_ALL, bind=menu))
 
 
 def _empty(empty: pd.DataFrame) -> alt.FacetChart:
@@ -128,9 +122,7 @@ def _empty(empty: pd.DataFrame) -> alt.FacetChart:
     bars = base.mark_bar().encode(color=_colour())
     values = base.mark_text(align="left", dx=3, fontSize=11).encode(text=alt.Text("value:Q", format=".2~p"))
     chart = alt.layer(bars, values).properties(width=PANEL, height=alt.Step(15))
-    return chart.facet(alt.Facet("panel:N", title=None, sort=["rows", "columns"]), columns=3).resolve_axis(
-        x="independent", y="independent"
-    )
+    return side_by_side(chart, "panel", ["rows", "columns"])
 
 
 def _colour() -> alt.Color:

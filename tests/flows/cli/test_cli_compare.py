@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from typer.testing import CliRunner
 
-from flows.cli.app import app
 from tasks.tracking.merge import log_merge
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, scored_merge, some_merges
+from tests.flows.cli.typed import invoke, ota, refused
+from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, log_some, scored_merge
 
 
 @pytest.fixture(autouse=True)
 def _home(tracking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTA_HOME", str(tracking.parent))
     monkeypatch.setenv("COLUMNS", "140")
-    for run in some_merges().values():
-        log_merge(run, root=tracking)
-
-
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["compare", *(str(argument) for argument in arguments)])
+    log_some(tracking)
 
 
 def test_prints_and_writes(tracking: Path, tmp_path: Path) -> None:
-    result = invoke("--out", tmp_path / "out", "--baseline", "linear", "--no-log")
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = ota("compare", "--out", tmp_path / "out", "--baseline", "linear", "--no-log")
     assert "Leaderboard of ota-merging" in result.stdout and "ties rho=0.50" in result.stdout and "to 'linear'" in result.stdout
     table = pd.read_csv(tmp_path / "out" / "leaderboard.csv")
     assert list(table["label"]) == ["ota rho=0.40", "ties rho=0.50", "linear", "base"]
@@ -38,7 +30,7 @@ def test_prints_and_writes(tracking: Path, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{tracking}/mlflow.db")
     asked = {"experiment_ids": ["1"], "filter_string": "tags.role = 'leaderboard'"}
     assert not client.search_runs(**asked), "MLflow is only read"
-    result = invoke()
+    result = invoke("compare")
     assert result.exit_code == 0 and client.search_runs(**asked)[0].info.run_id in result.stdout
 
 
@@ -51,6 +43,5 @@ def test_mistakes_end_with_their_message_and_write_nothing(tracking: Path, tmp_p
         (("--last", 1, "--baseline", "linear"), "none of the merges compared"),
         (("--since", "never"), "expected a date"),
     ):
-        result = invoke(*arguments, "--out", tmp_path / "out")
-        assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output, (arguments, result.output)
+        assert message in refused("compare", *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -4,14 +4,12 @@ import getpass
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli.app import app
 from tasks.registry.promotion import current, history, promote, reject
 from tasks.registry.publish import read_latest
+from tests.flows.cli.typed import refused, said
 from tests.tasks.registry.registry_fixture import Registry, a_decision
 from tests.tasks.registry.registry_fixture import registry as registry
 from tests.tasks.registry.registry_fixture import registry_template as registry_template
@@ -25,21 +23,11 @@ def _home(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTA_HOME", str(registry.root.parent))
 
 
-def invoke(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def ota(*arguments: object) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return str(result.stdout)
-
-
 def test_promote_and_rollback_say_what_they_did_and_who(registry: Registry) -> None:
-    assert ota("promote", "1") == "champion: version 1 of ota-merged, the first one\n"
-    assert ota("promote", "challenger", "--reason", "asked for") == "champion: version 3 of ota-merged, in place of version 1\n"
-    assert ota("promote", 3) == "champion: version 3 of ota-merged, as before\n"
-    assert ota("rollback", "--reason", "worse on code") == "champion: version 1 of ota-merged, in place of version 3\n"
+    assert said("promote", "1") == "champion: version 1 of ota-merged, the first one\n"
+    assert said("promote", "challenger", "--reason", "asked for") == "champion: version 3 of ota-merged, in place of version 1\n"
+    assert said("promote", 3) == "champion: version 3 of ota-merged, as before\n"
+    assert said("rollback", "--reason", "worse on code") == "champion: version 1 of ota-merged, in place of version 3\n"
     moves = history(root=registry.root)
     assert [(m.action, m.to, m.reason) for m in moves] == [
         ("promote", "1", "promoted by hand"),
@@ -50,11 +38,11 @@ def test_promote_and_rollback_say_what_they_did_and_who(registry: Registry) -> N
 
 
 def test_champion_shows_both_and_the_history(registry: Registry) -> None:
-    assert ota("champion").splitlines()[0] == "champion: none"
+    assert said("champion").splitlines()[0] == "champion: none"
     promote("1", by="anna", reason="first", root=registry.root)
     promote("3", by="nightly", reason="beats 1", root=registry.root)
     reject("2", a_decision(promoted=False, reasons=("code falls.",)), root=registry.root)
-    lines = ota("champion").splitlines()
+    lines = said("champion").splitlines()
     assert lines[0] == "champion: version 3 of ota-merged"
     assert lines[1] == f"  weights {registry.tags('3')['source_uri']}"
     assert "challenger: version 2 of ota-merged" in lines and "  gate    challenger: code falls." in lines
@@ -67,24 +55,23 @@ def test_champion_shows_both_and_the_history(registry: Registry) -> None:
 def test_publishing_follows_promotion_and_rollback(registry: Registry, tmp_path: Path) -> None:
     root = str(tmp_path / "merged")
     for command, expected in ((("promote", 1), "1"), (("promote", 2), "2"), (("rollback",), "1")):
-        said = ota(*command, "--publish", root)
+        text = said(*command, "--publish", root)
         latest = read_latest(root, "ota-merged")
         assert latest is not None and latest.version == expected
-        assert said.splitlines()[1] == f"published: {root}/ota-merged/{expected}, latest.json points to it"
+        assert text.splitlines()[1] == f"published: {root}/ota-merged/{expected}, latest.json points to it"
     # A publication that was interrupted is finished by the same command.
     (tmp_path / "merged" / "ota-merged" / "latest.json").unlink()
-    ota("promote", 1, "--publish", root)
+    said("promote", 1, "--publish", root)
     assert read_latest(root, "ota-merged") is not None
 
 
 def test_options_name_another_home_server_and_model(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTA_HOME")
-    ota("promote", 2, "--home", registry.root.parent)
+    said("promote", 2, "--home", registry.root.parent)
     found = current("champion", root=registry.root)
     assert found is not None and found.version == "2"
-    assert "champion: version 2" in ota("champion", "--tracking-uri", f"sqlite:///{registry.root / 'mlflow.db'}")
-    result = invoke("promote", 2, "--home", registry.root.parent, "--name", "other")
-    assert result.exit_code == 2 and "no registered model 'other'" in result.stderr
+    assert "champion: version 2" in said("champion", "--tracking-uri", f"sqlite:///{registry.root / 'mlflow.db'}")
+    assert "no registered model 'other'" in refused("promote", 2, "--home", registry.root.parent, "--name", "other")
 
 
 @pytest.mark.parametrize(
@@ -97,14 +84,12 @@ def test_options_name_another_home_server_and_model(registry: Registry, monkeypa
     ],
 )
 def test_a_mistake_ends_with_its_message(arguments: tuple[str, ...], message: str) -> None:
-    result = invoke(*arguments)
-    assert result.exit_code == 2 and result.stderr.startswith(message) and "Traceback" not in result.stderr
+    assert refused(*arguments).startswith(message)
 
 
 def test_no_challenger_to_promote(registry: Registry) -> None:
     registry.client.delete_registered_model_alias("ota-merged", "challenger")
-    result = invoke("promote", "challenger")
-    assert result.exit_code == 2 and "has no challenger" in result.stderr
+    assert "has no challenger" in refused("promote", "challenger")
 
 
 def test_as_a_module(registry: Registry) -> None:

@@ -4,29 +4,22 @@ import json
 import os
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from flows.cli.app import app
 from flows.cli.retention import age_text, size_text
 from tasks.registry.retention.listing import list_root
 from tasks.tracking.run import TAG_LOGGED
+from tests.flows.cli.typed import refused, said
 from tests.retention_fixture import Shop, empty_database, keys, open_shop, quick_scores, write_models
 
 
-def gc(shop: Shop, *arguments: object, width: int = 100) -> Any:
-    command = ["gc", "--home", str(shop.where.cache.parent), *map(str, arguments)]
-    return CliRunner().invoke(app, command, env={"COLUMNS": str(width), "TERM": "dumb", "NO_COLOR": "1"})
-
-
-def ota_gc(shop: Shop, *arguments: object, width: int = 100) -> str:
-    result = gc(shop, *arguments, width=width)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return str(result.stdout)
+def ota_gc(shop: Shop, *arguments: object, width: int = 100, run: Callable[..., str] = said) -> str:
+    screen = {"COLUMNS": str(width), "TERM": "dumb", "NO_COLOR": "1"}
+    return run("gc", "--home", shop.where.cache.parent, *arguments, env=screen)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +90,8 @@ def test_options_reach_the_rule(past: Shop, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_said_in_one_line(past: Shop, arguments: list[str], message: str) -> None:
-    result = gc(past, *arguments, "--delete")
-    assert result.exit_code == 2 and result.stdout == ""
-    assert result.stderr.startswith("Error: ") and message in result.stderr and "Traceback" not in result.stderr
+    text = ota_gc(past, *arguments, "--delete", run=refused)
+    assert text.startswith("Error: ") and message in text
 
 
 def test_a_long_list_is_cut_and_says_so(past: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from flows.cli.app import app
+from ota_core.engine import engine
 from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile
-from ota_core.merge import engine
 from ota_core.moments.trainer import TrainerMoments
 from ota_core.plan.inputs import resolve_local
 from ota_core.plan.plan import open_plan
@@ -31,7 +29,8 @@ from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import upload_folder
 from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
-from tests.ota_core.merge.test_output import add_moments, llama_experts
+from tests.flows.cli.typed import refused, said
+from tests.ota_core.engine.test_output import add_moments, llama_experts
 from tests.servers import S3Test
 from tests.tasks.merging.test_architecture import llama, train
 from tests.tiny_models import perturb, write_tiny_llama
@@ -39,15 +38,9 @@ from tests.tiny_models import perturb, write_tiny_llama
 ROOT = Path(__file__).parents[3]
 
 
-def ota(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.stdout if code == 0 else result.stderr
-
-
 def plan(recipe: dict[str, Any], folder: Path, *options: object) -> str:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return ota("plan", folder / "recipe.yaml", "--home", folder / "home", *options)
+    return said("plan", folder / "recipe.yaml", "--home", folder / "home", *options)
 
 
 def number(text: str, pattern: str) -> float:
@@ -275,7 +268,7 @@ def test_plan_of_models_in_s3_reads_headers_alone(tmp_path: Path, s3_server: S3T
     gets.bytes.clear()
     assert figures(plan(remote, tmp_path)) == figures(text)
     assert sum(gets.bytes.values()) < 2_000  # nothing changed: the headers are known, expert.json alone is read again
-    shown = ota("inspect", uri, "--home", tmp_path / "home2")
+    shown = said("inspect", uri, "--home", tmp_path / "home2")
     assert "checkpoint: llama" in shown and "exp_avg_sq.safetensors: second moments of" in shown
     assert sum(gets.bytes.values()) < 0.05 * total
 
@@ -288,16 +281,16 @@ def test_plan_with_an_optimizer_state_in_s3_says_what_it_could_not_see(tmp_path:
     upload_folder(expert, f"{s3_server.uri}/e")
     recipe["models"] = [{"model": f"{s3_server.uri}/e"}]
     text = plan(recipe, tmp_path)
-    said = (
+    missing = (
         f"note: {s3_server.uri}/e/optimizer.pt cannot be read by ranges (it is no zip file of torch.save): a merge downloads it"
     )
-    assert said in text
+    assert missing in text
     assert "note: the second moments are not counted in the figures above" in text
     assert sum(gets.bytes.values()) < 1_000_000
     recipe["models"] = [{"model": str(expert), "parameters": {"preconditioner_path": f"{s3_server.uri}/e/optimizer.pt"}}]
-    assert said in plan(recipe, tmp_path)
+    assert missing in plan(recipe, tmp_path)
     assert sum(gets.bytes.values()) < 1_000_000
-    assert said.removeprefix("note: ") in ota("inspect", f"{s3_server.uri}/e", "--home", tmp_path / "home")
+    assert missing.removeprefix("note: ") in said("inspect", f"{s3_server.uri}/e", "--home", tmp_path / "home")
 
 
 def test_plan_counts_the_second_moments_of_an_optimizer_state_in_s3(tmp_path: Path, s3_server: S3Test, gets: Gets) -> None:
@@ -320,60 +313,60 @@ def test_inspect_each_kind_of_thing(tmp_path: Path) -> None:
     recipe = llama_experts(tmp_path, tie=True) | {"dtype": "bfloat16"}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     home = ("--home", tmp_path / "home")
-    ota("merge", tmp_path / "r.yaml", tmp_path / "out", *home)
-    ota("mask", tmp_path / "r.yaml", tmp_path / "masks", *home)
-    ota("compress", tmp_path / "expert0", tmp_path / "rank1.safetensors", *home)
-    ota("compress", tmp_path / "expert0", tmp_path / "none.safetensors", "--method", "none", *home)
+    said("merge", tmp_path / "r.yaml", tmp_path / "out", *home)
+    said("mask", tmp_path / "r.yaml", tmp_path / "masks", *home)
+    said("compress", tmp_path / "expert0", tmp_path / "rank1.safetensors", *home)
+    said("compress", tmp_path / "expert0", tmp_path / "none.safetensors", "--method", "none", *home)
     state = load_file(tmp_path / "base" / "model.safetensors")
     parameters = sum(prod(x.shape) for x in state.values())
 
-    text = ota("inspect", tmp_path / "base")
+    text = said("inspect", tmp_path / "base")
     assert f"checkpoint: llama, {parameters:,} parameters in {len(state)} tensors and 1 file, " in text
     assert (
         f"data types: float32 ({len(state)} tensors)" in text and "tied embeddings: yes" in text and "second moments" not in text
     )
-    text = ota("inspect", tmp_path / "expert0")
+    text = said("inspect", tmp_path / "expert0")
     assert (
         f"exp_avg_sq.safetensors: second moments of {parameters:,} parameters in {len(state)} tensors, as the trainer left them"
         in text
     )
     assert "β₂ 0.999, step 100" in text
-    text = ota("inspect", tmp_path / "expert0" / "model.safetensors")
+    text = said("inspect", tmp_path / "expert0" / "model.safetensors")
     assert text.startswith("model.safetensors holds weights") and "checkpoint: llama" in text
     for file, how in (("rank1.safetensors", "rank1"), ("none.safetensors", "none")):
-        assert f"{file}: second moments of {parameters:,} parameters in {len(state)} tensors, {how}, " in ota(
+        assert f"{file}: second moments of {parameters:,} parameters in {len(state)} tensors, {how}, " in said(
             "inspect", tmp_path / file
         )
 
-    text = ota("inspect", tmp_path / "out")
+    text = said("inspect", tmp_path / "out")
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert f"artifact: merged {record['fingerprint']}, complete" in text and "bfloat16" in text
     assert "experts: density=0.4, scaling_factor=1.0; density=0.4" in text and "{" not in text and "None" not in text
     densities = json.loads((tmp_path / "masks" / "densities.json").read_text())
-    shown = ota("inspect", tmp_path / "masks")
+    shown = said("inspect", tmp_path / "masks")
     for name, found in densities.items():
         assert f"density {name}: {found['density']:.6f} ({found['kept']:,} of {found['total']:,})" in text
         line = f"{name}.safetensors: FFG mask of {name}: keeps {found['kept']:,} of {found['total']:,} elements (density {found['density']:.6f})"
-        assert line in shown and line in ota("inspect", tmp_path / "masks" / f"{name}.safetensors")
+        assert line in shown and line in said("inspect", tmp_path / "masks" / f"{name}.safetensors")
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
-    assert "model.safetensors has 0 bytes instead of" in ota("inspect", tmp_path / "out", code=2)
+    assert "model.safetensors has 0 bytes instead of" in refused("inspect", tmp_path / "out")
 
 
 def test_inspect_a_trainers_folder(tmp_path: Path) -> None:
     folder, live = train(llama(), tmp_path)
     total = sum(v.numel() for v in live.values())
-    text = ota("inspect", folder)
+    text = said("inspect", folder)
     assert (
         f"optimizer.pt: second moments of {total:,} parameters in {len(live)} tensors, as the trainer left them" in text
         and "β₂ 0.98, step 3" in text
     )
-    assert text.splitlines()[-1].strip() == ota("inspect", folder / "optimizer.pt").strip()
+    assert text.splitlines()[-1].strip() == said("inspect", folder / "optimizer.pt").strip()
 
 
 def test_inspect_what_is_none_of_these(tmp_path: Path) -> None:
-    assert f"{tmp_path / 'no'} does not exist; expected a checkpoint" in ota("inspect", tmp_path / "no", code=2)
-    assert "./no/where does not exist" in ota("inspect", "./no/where", code=2)
+    assert f"{tmp_path / 'no'} does not exist; expected a checkpoint" in refused("inspect", tmp_path / "no")
+    assert "./no/where does not exist" in refused("inspect", "./no/where")
     (tmp_path / "notes.txt").write_text("some text of no format")
-    text = ota("inspect", tmp_path / "notes.txt", code=2)
+    text = refused("inspect", tmp_path / "notes.txt")
     assert f"{tmp_path / 'notes.txt'} is neither a mask file nor second moments that can be read" in text
-    assert "holds no weights (it holds: notes.txt)" in ota("inspect", tmp_path, code=2)
+    assert "holds no weights (it holds: notes.txt)" in refused("inspect", tmp_path)

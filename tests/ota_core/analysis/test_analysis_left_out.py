@@ -14,9 +14,9 @@ import torch
 from ota_core.analysis import Analysis, analyse
 from ota_core.analysis.agreement import agreements
 from ota_core.compute.stream import Stream
+from ota_core.engine import engine
 from ota_core.errors import CheckpointError, MomentsError, OtaError
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.merge import engine
 from ota_core.moments import open_moments
 from ota_core.plan.inputs import resolve_local
 from ota_core.recipe.recipe import MergeRecipe

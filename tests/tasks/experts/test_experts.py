@@ -42,6 +42,13 @@ def edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def flip(folder: Path) -> None:
+    """One bit of the last weight changes."""
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
 @pytest.fixture
 def where(tmp_path: Path) -> Places:
     return places(tmp_path / "home")
@@ -271,12 +278,6 @@ def test_what_cannot_be_fetched_or_opened_is_its_experts_problem_and_no_verdict(
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
 
-    def flip(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-
     [truncated] = publish("cut", cut, before=True)
     assert truncated.startswith("model.safetensors is truncated: ")
     [flipped] = publish("flip", flip)
@@ -291,10 +292,7 @@ def test_what_cannot_be_fetched_or_opened_is_its_experts_problem_and_no_verdict(
 def test_a_local_expert_is_compared_with_its_checksums(tmp_path: Path, base: Path, where: Places) -> None:
     folder = make(tmp_path / "math" / "a")
     assert check(where, str(folder), str(base)) == []
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    flip(folder)
     [problem] = check(where, str(folder), str(base))
     assert problem.startswith("model.safetensors is damaged or was replaced: expert.json says sha256 ")
 

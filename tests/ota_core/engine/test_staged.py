@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ota_core.artifact import read_record
+from ota_core.engine import engine
 from ota_core.errors import OtaError
 from ota_core.files.checkpoint import SAFETENSORS_INDEX
-from ota_core.merge import engine
 from ota_core.plan.inputs import MergeInputs, resolve_local
 from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import with_compressed
-from tests.ota_core.merge.test_output import add_moments, llama_experts, loaded
+from tests.ota_core.engine.test_output import add_moments, llama_experts, loaded
 from tests.tiny_models import perturb, write_tiny_llama
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from ota_core.errors import ArtifactError, OtaError, RecipeError
-from ota_core.merge.engine import mask, merge
-from ota_core.merge.shards import (
+from ota_core.engine.engine import mask, merge
+from ota_core.engine.shards import (
     MergeInParts,
     Survey,
     finish,
@@ -21,6 +20,7 @@ from ota_core.merge.shards import (
     survey,
     whole_facts,
 )
+from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import MergeInputs, resolve_local
 from ota_core.plan.prepare import WholeFacts

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ota_core.merge.licences import card_head, licences
-from ota_core.merge.markdown import table
+from ota_core.engine.licences import card_head, licences
+from ota_core.engine.markdown import table
 from ota_core.plan.inputs import MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 
