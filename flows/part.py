@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
-from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ArtifactRef
+from ota_core.frozen import Frozen
 from tasks.artifacts.step import Stage
 from tasks.compress import CompressJob, compress_jobs
 from tasks.job import Job, run_here, run_jobs
@@ -35,10 +35,8 @@ def part(jobs: list[Job], where: Places, device: str = "auto") -> State:
     return do_jobs(jobs, where, device)
 
 
-class SpreadResult(BaseModel):
+class SpreadResult(Frozen):
     """What a merge in parts left."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     merged: ArtifactRef
     compressed: list[ArtifactRef]

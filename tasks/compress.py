@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import Progress, parse_memory
-from ota_core.merge import engine
+from ota_core.engine import engine
 from ota_core.plan.inputs import ExpertInput, optimizer_facts
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.artifacts.step import Stage, Step

@@ -15,7 +15,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from ota_core.artifact import ArtifactRef
-from ota_core.merge.model_card import model_card
+from ota_core.engine.model_card import model_card
 from ota_core.plan.inputs import MergeInputs
 from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of

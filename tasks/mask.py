@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import Progress
-from ota_core.merge import engine
+from ota_core.engine import engine
 from ota_core.plan.inputs import MergeInputs, optimizer_facts
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Step

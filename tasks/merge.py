@@ -20,10 +20,10 @@ from typing import Any, Literal, Self
 
 from ota_core.artifact import ArtifactRef, Kind, Record, folder_files
 from ota_core.compute.stream import Progress, peak_memory_gib
+from ota_core.engine import engine, shards
+from ota_core.engine.output import plan_files
 from ota_core.errors import ArtifactError
 from ota_core.files.writer import MAX_SHARD_BYTES
-from ota_core.merge import engine, shards
-from ota_core.merge.output import plan_files
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import MergeInputs, merge_identity
 from ota_core.plan.plan import open_plan

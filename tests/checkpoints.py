@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.reference import Expert, Tensors
+
+if TYPE_CHECKING:
+    from ota_core.plan.inputs import MergeInputs
 
 # Two-layer names, with a tensor of experts (three axes), vectors, and sizes that no power of two divides.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -133,12 +136,25 @@ def ota_recipe(root: Path, base: Tensors | None, experts: Sequence[Expert], para
 
 def run_merge(recipe: Mapping[str, Any], out: Path, **options: Any) -> tuple[Tensors, Any]:
     """Merge with the engine, on the device of ``OTA_TEST_DEVICE``; the merged tensors as float32 arrays, and the report."""
-    from ota_core.merge.engine import merge
+    from ota_core.engine.engine import merge
     from ota_core.recipe.recipe import MergeRecipe
 
     device = os.environ.get("OTA_TEST_DEVICE", "cpu")
     report = merge(MergeRecipe.model_validate(dict(recipe)), out, **{"device": device, **options})
     return read_tensors(out), report
+
+
+def with_compressed(inputs: "MergeInputs", folder: Path, method: str, rank: int | None = None) -> "MergeInputs":
+    """The inputs with their second moments compressed into files of ``folder``, as a stage leaves them, and the full ones beside them."""
+    from ota_core.engine.engine import compress_moments
+
+    experts = []
+    for expert in inputs.experts:
+        assert expert.moments is not None
+        path = folder / f"{expert.name}.moments"
+        compress_moments(expert.moments, path, method=method, rank=rank)
+        experts.append(replace(expert, moments=path, full_moments=expert.moments))
+    return replace(inputs, experts=tuple(experts))
 
 
 def read_tensors(folder: Path) -> Tensors:

@@ -37,7 +37,7 @@ def analyse(
     """Analyse the experts of RECIPE as its merge would see them, and write tables and pictures into the folder OUT. No server is needed."""
     from ota_core.analysis import analyse as analyse_models
     from ota_core.compute.stream import parse_memory
-    from ota_core.merge.output import check_apart, check_free, new_folder
+    from ota_core.engine.output import check_apart, check_free, new_folder
     from ota_core.recipe.recipe import load_recipe
     from tasks.analyse import analysis_options
     from tasks.pages.analysis import PICTURES, write_tables

@@ -42,8 +42,8 @@ def merge(
 ) -> None:
     """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
     from ota_core.compute.stream import parse_size
-    from ota_core.merge import engine
-    from ota_core.merge.output import check_free
+    from ota_core.engine import engine
+    from ota_core.engine.output import check_free
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
@@ -101,9 +101,9 @@ def compress(
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
     from ota_core.compute.stream import Stream, parse_memory
+    from ota_core.engine import engine
+    from ota_core.engine.output import check_free
     from ota_core.files.checkpoint import Checkpoint, weight_files
-    from ota_core.merge import engine
-    from ota_core.merge.output import check_free
     from ota_core.moments import find_moments, moments_files, none_found, open_moments
     from ota_core.moments.compression import compression_label, open_compressed
     from tasks.merging.architecture import parameter_layout
@@ -203,8 +203,8 @@ def mask(
     as_json: AsJson = False,
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
-    from ota_core.merge import engine
-    from ota_core.merge.output import check_apart, check_free, new_folder
+    from ota_core.engine import engine
+    from ota_core.engine.output import check_apart, check_free, new_folder
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():

@@ -140,7 +140,7 @@ def _by_rank(plan: MergePlan, scoring: Scoring, kept: Mapping[Key, int], what: s
         (together, {e: sum(kept.get((e, job.name), 0) for job in together) for e in experts})
         for together in ([jobs] if single else [[job] for job in jobs])
     ]
-    return _by_scores(scoring, thresholds_of(plan, scoring, members, what=f"thresholds {what}"))
+    return _by_scores(scoring, thresholds_of(scoring, members, what=f"thresholds {what}"))
 
 
 def _by_scores(scoring: Scoring, taus: Mapping[Key, float]) -> MaskOf:
@@ -155,7 +155,7 @@ def _without_curvature(subject: Subject) -> dict[Key, Shape]:
     total = sum(job.elements for job in subject.jobs)
     counts = {e.index: kept_count(subject.density_of(e), total) for e in bare}
     scoring = Scoring(plan, curvature=False, everywhere=True)
-    taus = thresholds_of(plan, scoring, [(subject.jobs, counts)], what="thresholds magnitude")
+    taus = thresholds_of(scoring, [(subject.jobs, counts)], what="thresholds magnitude")
     return _shapes(subject, {e.index: subject.jobs for e in bare}, _by_scores(scoring, taus), "masks magnitude")
 
 

@@ -56,6 +56,11 @@ class MergeInputs:
     base: ModelInput | None
     experts: tuple[ExpertInput, ...]
 
+    @property
+    def models(self) -> list[ModelInput]:
+        """Base first, then the experts."""
+        return [*([self.base] if self.base else []), *self.experts]
+
 
 def expert_name(source: str, capability: str | None, label: str | None) -> str:
     """The label of an expert: the recipe's, else its capability, else the last part of its path without a revision.

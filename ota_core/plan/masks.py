@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ def unpack(packed: NDArray[np.uint8], start: int, count: int) -> NDArray[np.bool
     return np.unpackbits(part, bitorder="little")[start - 8 * first :][:count].view(np.bool_)
 
 
-class MaskWriter:
+class MaskWriter(SafetensorsWriter):
     """Writes a mask file block by block; every block but a tensor's last holds a multiple of eight elements."""
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any]) -> None:
@@ -43,23 +43,13 @@ class MaskWriter:
         facts = {**header, "shapes": {name: list(shape) for name, shape in sorted(shapes.items())}}
         specs = [TensorSpec(name, ((math.prod(shape) + 7) // 8,), U8) for name, shape in sorted(shapes.items())]
         self._cols = {name: matrix_shape(shape)[1] for name, shape in shapes.items()}
-        self._writer = SafetensorsWriter(path, specs, {FORMAT_KEY: FORMAT, "header": json.dumps(facts, sort_keys=True)})
+        super().__init__(path, specs, {FORMAT_KEY: FORMAT, "header": json.dumps(facts, sort_keys=True)})
 
     def write(self, name: str, start: int, mask: NDArray[np.bool_]) -> None:
         """Mask of the rows from ``start`` on. mask: bool (n, C)."""
         first = start * self._cols[name]
         assert first % 8 == 0, f"{name}: block begins at element {first}, within a byte"
-        self._writer.write_rows(name, first // 8, pack(mask)[:, None])
-
-    def close(self) -> None:
-        """Flush; every bit must have been written."""
-        self._writer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._writer.__exit__(*error)
+        self.write_rows(name, first // 8, pack(mask)[:, None])
 
 
 class MaskFile:

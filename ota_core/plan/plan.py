@@ -142,20 +142,19 @@ def open_plan(
     stream.block_elements = limits.get("block_elements") or _block_elements(memory, stream.threads, len(recipe.models), most)
     with contextlib.ExitStack() as stack:
         problems: list[str] = []
-        opened = [_open(item, problems, stack) for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
+        opened = [_open(item, problems, stack) for item in inputs.models]
         if problems and with_moments:
             problems += [problem for item in inputs.experts for problem in _moments_problems(recipe, item)]
         raise_all(problems, CheckpointError)
         checkpoints = [checkpoint for checkpoint in opened if checkpoint is not None]
-        names = [item.name for item in (*([inputs.base] if inputs.base else []), *inputs.experts)]
+        names = [item.name for item in inputs.models]
         vocabulary = _vocabulary(recipe, names, checkpoints)
         maps = vocabulary.maps if vocabulary else (None,) * len(checkpoints)
+        machine = {"device": device, "count_read": stream.count_read}
         common: list[dict[str, Any]] = [
-            {"name": name, "checkpoint": checkpoint, "tied": tied_tensors(checkpoint), "row_map": row_map}
+            {"name": name, "checkpoint": checkpoint, "tied": tied_tensors(checkpoint), "row_map": row_map, **machine}
             for name, checkpoint, row_map in zip(names, checkpoints, maps, strict=True)
         ]
-        for facts in common:
-            facts |= {"device": device, "count_read": stream.count_read}
         base = ModelView(**common.pop(0)) if inputs.base else None
         correct = bool(recipe.setting("bias_correction"))
         experts = [ExpertView(**facts, index=i, bias_correction=correct) for i, facts in enumerate(common)]

@@ -163,7 +163,7 @@ def thresholds(plan: MergePlan, experts: Sequence[ExpertView], whole: WholeFacts
         if whole:
             taus = whole.thresholds
         else:
-            taus = taus_of(kth_largest(plan, ffg_scoring(plan), [ffg_group(plan, ranked)], what="thresholds")[0])
+            taus = taus_of(kth_largest(ffg_scoring(plan), [ffg_group(plan, ranked)], what="thresholds")[0])
         for expert in ranked:
             tau = taus[expert.index]
             found[expert.index] = dict.fromkeys((job.name for job in plan.curved(expert)), tau)
@@ -178,7 +178,7 @@ def _thresholds_per_tensor(plan: MergePlan, experts: Sequence[ExpertView]) -> di
         for job in plan.canonical_jobs()
     ]
     found: dict[int, dict[str, float]] = {expert.index: {} for expert in experts}
-    for (expert, name), tau in thresholds_of(plan, ffg_scoring(plan), members, what="thresholds").items():
+    for (expert, name), tau in thresholds_of(ffg_scoring(plan), members, what="thresholds").items():
         found[expert][name] = tau
     return found
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from ota_core.fused import counts as fused
 from ota_core.fused.sources import TILE
 from ota_core.methods.numbers import BINS, locate, score_of
-from ota_core.plan.plan import MergePlan
 from ota_core.plan.scoring import Scoring
 from ota_core.plan.views import Block, TensorJob, block_elements
 
@@ -83,22 +82,22 @@ class Group:
         return max((len(ranks) for ranks in self.ranks.values()), default=0)
 
 
-def kth_largest(plan: MergePlan, scoring: Scoring, groups: Sequence[Group], *, what: str) -> list[dict[int, list[float]]]:
+def kth_largest(scoring: Scoring, groups: Sequence[Group], *, what: str) -> list[dict[int, list[float]]]:
     """For each group: expert → the scores of the ranks asked for, exactly, as float32 values."""
     found: dict[int, Scores] = {}
     worth = [i for i, group in enumerate(groups) if _worth_sampling(scoring, group)]
-    sampled = _pass(plan, scoring, [_sample(scoring, groups[i]) for i in worth], what, whole=False)
-    bracketed = _pass(plan, scoring, [_bracket(groups[i], brackets) for i, brackets in zip(worth, sampled, strict=True)], what)
+    sampled = _pass(scoring, [_sample(scoring, groups[i]) for i in worth], what, whole=False)
+    bracketed = _pass(scoring, [_bracket(groups[i], brackets) for i, brackets in zip(worth, sampled, strict=True)], what)
     found |= {i: scores for i, scores in zip(worth, bracketed, strict=True) if scores is not None}
     left = [i for i in range(len(groups)) if i not in found]
-    bins = _pass(plan, scoring, [_high(groups[i], partial(bins_of, groups[i])) for i in left], what)
-    settled = _pass(plan, scoring, [_bracket(groups[i], Brackets.empty(one)) for i, one in zip(left, bins, strict=True)], what)
+    bins = _pass(scoring, [_high(groups[i], partial(bins_of, groups[i])) for i in left], what)
+    settled = _pass(scoring, [_bracket(groups[i], Brackets.empty(one)) for i, one in zip(left, bins, strict=True)], what)
     found |= dict(zip(left, settled, strict=True))
     return [found[i] for i in range(len(groups))]
 
 
 def thresholds_of(
-    plan: MergePlan, scoring: Scoring, members: Sequence[tuple[Sequence[TensorJob], Mapping[int, int]]], *, what: str
+    scoring: Scoring, members: Sequence[tuple[Sequence[TensorJob], Mapping[int, int]]], *, what: str
 ) -> dict[tuple[int, str], float]:
     """(Expert, tensor) → the threshold that keeps so many of the scores of all tensors of a member; infinite where it keeps none.
 
@@ -109,7 +108,7 @@ def thresholds_of(
         for jobs, counts in members
     ]
     found: dict[tuple[int, str], float] = {}
-    for group, scores in zip(groups, kth_largest(plan, scoring, groups, what=what), strict=True):
+    for group, scores in zip(groups, kth_largest(scoring, groups, what=what), strict=True):
         taus = taus_of(scores)
         found |= {(expert, job.name): taus[expert] for expert in scores for job in group.jobs}
     return found
@@ -120,16 +119,16 @@ def taus_of(scores: "Mapping[int, Sequence[float]]") -> dict[int, float]:
     return {expert: values[0] if values else math.inf for expert, values in scores.items()}
 
 
-def count_high(plan: MergePlan, scoring: Scoring, group: Group, *, what: str) -> Counts:
+def count_high(scoring: Scoring, group: Group, *, what: str) -> Counts:
     """The histogram of a group's upper bits, int64 (M, 65536): machines that each hold a part of the tensors add theirs up."""
-    found: Counts = _pass(plan, scoring, [_high(group, lambda high: high)], what)[0]
+    found: Counts = _pass(scoring, [_high(group, lambda high: high)], what)[0]
     return found
 
 
-def count_brackets(plan: MergePlan, scoring: Scoring, group: Group, bins: NDArray[np.int64], *, what: str) -> Brackets:
+def count_brackets(scoring: Scoring, group: Group, bins: NDArray[np.int64], *, what: str) -> Brackets:
     """The same for what lies above and inside these bins (``bins_of``)."""
     work = _Work(group, lambda: Brackets.empty(bins), _count_into_brackets, lambda total: total)
-    found: Brackets = _pass(plan, scoring, [work], what)[0]
+    found: Brackets = _pass(scoring, [work], what)[0]
     return found
 
 
@@ -236,11 +235,11 @@ def _bracket(group: Group, brackets: Brackets) -> _Work:
     return _Work(group, lambda: Brackets.empty(brackets.bins, width), _count_into_brackets, partial(read_off, group))
 
 
-def _pass(plan: MergePlan, scoring: Scoring, todo: Sequence[_Work], what: str, *, whole: bool = True) -> list[Any]:
+def _pass(scoring: Scoring, todo: Sequence[_Work], what: str, *, whole: bool = True) -> list[Any]:
     """Every block of every group, and what each group's counts lead to. ``whole``: blocks are read from end to end."""
     items: list[tuple[_Work, Block]] = []
     for work in todo:
-        blocks = plan.blocks(work.group.jobs)
+        blocks = scoring.plan.blocks(work.group.jobs)
         work.blocks_left = len(blocks)
         items += [(work, block) for block in blocks]
         if not blocks:
@@ -252,7 +251,7 @@ def _pass(plan: MergePlan, scoring: Scoring, todo: Sequence[_Work], what: str, *
             work.count(scoring, work.group, block, work.local())
         work.finish_block()
 
-    plan.stream.map(
+    scoring.plan.stream.map(
         step,
         items,
         what=what,

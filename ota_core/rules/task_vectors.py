@@ -36,7 +36,7 @@ class TaskVectorRule(Rule):
             groups.append(Group(jobs=[job], experts=[i for i, ranks in wanted.items() if ranks], ranks=wanted))
         asked = [group for group in groups if group.experts]
         scoring = Scoring(plan, curvature=False, everywhere=True)
-        found = dict(zip((g.jobs[0].name for g in asked), kth_largest(plan, scoring, asked, what="trim"), strict=True))
+        found = dict(zip((g.jobs[0].name for g in asked), kth_largest(scoring, asked, what="trim"), strict=True))
         for job in plan.merged_jobs():
             for expert in plan.experts:
                 self._limits[expert.index, job.name] = self._limit(expert, job, found.get(job.name, {}).get(expert.index, []))

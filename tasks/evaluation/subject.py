@@ -30,7 +30,7 @@ class Subject(Frozen):
 
 def subjects_of(inputs: MergeInputs, fetched: Sequence[Fetched]) -> dict[str, Subject]:
     """Base and experts of a merge, by ``base`` and ``expert/<name>``. fetched: base first, what the inputs were assembled from."""
-    models = [*([inputs.base] if inputs.base else []), *inputs.experts]
+    models = inputs.models
     found = {}
     for model, one in zip(models, fetched, strict=True):
         role, capability = ("expert", model.capability) if isinstance(model, ExpertInput) else ("base", None)

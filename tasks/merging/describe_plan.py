@@ -4,7 +4,7 @@ from math import prod
 from pathlib import Path
 
 from ota_core.compute.stream import parse_memory, peak_memory_gib
-from ota_core.merge.output import plan_files
+from ota_core.engine.output import plan_files
 from ota_core.moments.compression import (
     DEFAULT_RANK,
     IN_MEMORY,

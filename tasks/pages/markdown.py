@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ota_core.merge import markdown
+from ota_core.engine import markdown
 from tasks.pages.tables import Cells, Table
 
 cell = markdown.cell

@@ -10,8 +10,8 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from ota_core.artifact import CARD, ArtifactRef
+from ota_core.engine.model_card import SCORES
 from ota_core.frozen import Frozen
-from ota_core.merge.model_card import SCORES
 from tasks.artifacts.store import store_of
 from tasks.evaluation.comparison import comparison
 from tasks.evaluation.gate import GateDecision

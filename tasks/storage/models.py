@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
+from ota_core.frozen import Frozen
 from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
@@ -73,10 +74,8 @@ def write_note(uri: str, text: str) -> None:
     write_text_atomic(Path(uri), text)
 
 
-class Fetched(BaseModel):
+class Fetched(Frozen):
     """A checkpoint that lies in a local folder, and where it came from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     """As it was asked for."""

@@ -176,7 +176,7 @@ def s3_client() -> Any:
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts calls of the functions that do the stages' work: fetch, compress, mask, merge, score."""
-    from ota_core.merge import engine
+    from ota_core.engine import engine
     from tasks import benchmark
     from tasks.storage import models as storage
 

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from flows.compare import Comparison, compare_flow
 from tasks.tracking.merge import log_merge
 from tests.servers import flow_run_name, mlflow_server
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, scored_merge, some_merges
+from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, log_some, scored_merge, some_merges
 
 FILES = ["leaderboard.csv", "leaderboard.html", "leaderboard.md", "leaderboard.parquet", "leaderboard.png"]
 
@@ -22,8 +22,7 @@ def compare(tracking: Path, **options: object) -> Comparison:
 
 
 def test_a_summary_run_that_follows_its_experiment(prefect_server: None, tracking: Path, tmp_path: Path) -> None:
-    for run in some_merges().values():
-        log_merge(run, root=tracking)
+    log_some(tracking)
     client = MlflowClient(tracking_uri=f"sqlite:///{tracking}/mlflow.db")
     state = compare_flow(home=tracking.parent, out=tmp_path / "out", return_state=True)
     found: Comparison = state.result()

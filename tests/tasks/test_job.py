@@ -107,7 +107,7 @@ def test_a_merge_elsewhere_gives_the_bytes_of_one_here(
 
 
 def test_a_merge_that_is_there_is_found(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ota_core.merge import engine
+    from ota_core.engine import engine
 
     job = merge_job_of(machines, machines.recipe("linear"))
     first = sent(job).run(machines.other, "cpu")

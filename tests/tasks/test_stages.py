@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ota_core.artifact import ArtifactRef, read_record
-from ota_core.merge import engine
+from ota_core.engine import engine
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
 from tasks import benchmark

@@ -8,15 +8,15 @@ from statistics import median
 from typing import Any
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from ota_core.frozen import Frozen
 
 _PACKAGES = ("ota-merging", "torch", "numba", "numpy", "safetensors", "prefect", "mlflow", "mergekit")
 
 
-class Machine(BaseModel):
+class Machine(Frozen):
     """Hardware and versions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     date: str
     cpu: str
@@ -27,7 +27,7 @@ class Machine(BaseModel):
     python: str
     versions: dict[str, str]
     gpu: str | None = None
-    gpu_copies: dict[str, float] = {}
+    gpu_copies: dict[str, float] = Field(default_factory=dict)
     """GB/s of plain copies: to the GPU and from it through pinned memory, and on the GPU (bytes read and written)."""
 
     def line(self) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from tasks.artifacts.processes import tail
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,10 +27,8 @@ FLOOR = (
 _OURS = ("PREFECT", "MLFLOW", "OTA_", "AWS_")
 
 
-class Run(BaseModel):
+class Run(Frozen):
     """What one run of a command cost, as the system counts it. With its children, where it starts any."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: float
     """From the start of the process to its end: interpreter and imports count."""
@@ -37,17 +36,15 @@ class Run(BaseModel):
     system_seconds: float
     peak_bytes: int
     """Largest resident size of one process, pages of mapped files included."""
-    stage_seconds: dict[str, float] = {}
+    stage_seconds: dict[str, float] = Field(default_factory=dict)
     """What the command says of itself: the work without interpreter, imports and looking up inputs."""
     bytes_per_param: float | None = None
     sqrt_error: float | None = None
     """Of a compression: what it leaves of a parameter's 4 bytes, and the relative error of √v."""
 
 
-class FloorRound(BaseModel):
+class FloorRound(Frozen):
     """One measurement of the disk and the page cache."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     read_seconds: dict[str, float]
     """By file."""
@@ -56,10 +53,8 @@ class FloorRound(BaseModel):
     fsync_seconds: dict[int, float]
 
 
-class Floor(BaseModel):
+class Floor(Frozen):
     """The floor of one case, in seconds: medians over the rounds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     read: float
     write: float

@@ -5,14 +5,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from ota_core.frozen import Frozen
 from tasks.local.speed.machine import Machine
 from tasks.local.speed.measure import Floor, FloorRound, Run
 
 
-class Target(BaseModel):
+class Target(Frozen):
     """What a case should reach."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["ratio", "seconds", "overhead"]
     """Wall time as a multiple of the floor; wall time in seconds; seconds beyond the sum of the stages."""
@@ -109,10 +108,8 @@ class CaseResult(BaseModel):
         return seconds / (self.floor.total if fsync else self.floor.read + self.floor.write)
 
 
-class Combination(BaseModel):
+class Combination(Frozen):
     """One size with one number of experts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     billions: float
     parameters: int
@@ -122,10 +119,8 @@ class Combination(BaseModel):
     floor_rounds: list[FloorRound]
 
 
-class Bench(BaseModel):
+class Bench(Frozen):
     """``bench.json``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 2
     machine: Machine

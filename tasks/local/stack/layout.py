@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ota_core.artifact import write_text_atomic
 from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
 from tasks.local.loopback import HOST, free_ports, taken
 from tasks.local.s3_command import PORTS, client_environment
 from tasks.settings import home_folder
@@ -30,10 +31,8 @@ class StackError(OtaError):
     """The local stack cannot be started, stopped or reached."""
 
 
-class Ports(BaseModel):
+class Ports(Frozen):
     """Where the servers listen, on loopback only."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prefect: int = Field(default=4200, ge=1, le=65535)
     mlflow: int = Field(default=5000, ge=1, le=65535)
@@ -97,10 +96,8 @@ def _holder(port: int) -> str:
     return ""
 
 
-class Worker(BaseModel):
+class Worker(Frozen):
     """One Prefect worker and the GPU it sees: "" for none, None where nothing is to be set."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     pool: str
@@ -126,10 +123,8 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(names[:count])
 
 
-class Stack(BaseModel):
+class Stack(Frozen):
     """One stack, as ``stack.json`` keeps it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     home: Path
     ports: Ports

@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.errors import StorageError
+from ota_core.frozen import Frozen
 from tasks.tracking.names import EXPERIMENT, REGISTERED_MODEL
 from tasks.tracking.registered import CHAMPION, TAG_DIGEST, TAG_REPLACED, TAG_SOURCE, TAG_WEIGHTS_DELETED
 from tasks.tracking.run import TAG_FINGERPRINT, TAG_LOGGED
@@ -21,11 +20,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Version(_Frozen):
+class Version(Frozen):
     """One version of a registered model."""
 
     model: str
@@ -38,7 +33,7 @@ class Version(_Frozen):
     weights_deleted: bool
 
 
-class References(_Frozen):
+class References(Frozen):
     """Everything that MLflow says of artifacts."""
 
     versions: tuple[Version, ...]

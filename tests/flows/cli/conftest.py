@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.ota_core.merge.test_output import llama_experts
+from tests.ota_core.engine.test_output import llama_experts
 
 
 @pytest.fixture

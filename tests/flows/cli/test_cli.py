@@ -12,13 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ota_core.merge import engine
+from ota_core.engine import engine
 from ota_core.moments.compression import open_compressed
 from ota_core.plan.masks import MaskFile
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.storage.models import upload_folder
 from tests.flows.cli.typed import invoke, ota, refused
-from tests.ota_core.merge.test_output import llama_experts, loaded
+from tests.ota_core.engine.test_output import llama_experts, loaded
 from tests.servers import S3Test
 from tests.tasks.merging.test_architecture import llama, train
 from tests.tiny_models import perturb, write_tiny_llama

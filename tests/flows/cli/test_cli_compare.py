@@ -10,15 +10,14 @@ from mlflow import MlflowClient
 
 from tasks.tracking.merge import log_merge
 from tests.flows.cli.typed import invoke, ota, refused
-from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, scored_merge, some_merges
+from tests.tasks.experiments.leaderboard.leaderboard_fixture import BASE, EXPERTS, coins, log_some, scored_merge
 
 
 @pytest.fixture(autouse=True)
 def _home(tracking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTA_HOME", str(tracking.parent))
     monkeypatch.setenv("COLUMNS", "140")
-    for run in some_merges().values():
-        log_merge(run, root=tracking)
+    log_some(tracking)
 
 
 def test_prints_and_writes(tracking: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ota_core.engine import engine
 from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile
-from ota_core.merge import engine
 from ota_core.moments.trainer import TrainerMoments
 from ota_core.plan.inputs import resolve_local
 from ota_core.plan.plan import open_plan
@@ -30,7 +30,7 @@ from tasks.storage.layout import write_expert_json
 from tasks.storage.models import upload_folder
 from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
 from tests.flows.cli.typed import refused, said
-from tests.ota_core.merge.test_output import add_moments, llama_experts
+from tests.ota_core.engine.test_output import add_moments, llama_experts
 from tests.servers import S3Test
 from tests.tasks.merging.test_architecture import llama, train
 from tests.tiny_models import perturb, write_tiny_llama

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from ota_core.artifact import RECORD, read_record
-from ota_core.merge import engine
+from ota_core.engine import engine
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.store import ArtifactStore
 from tasks.merging.inputs import assemble, fetch_all

@@ -19,8 +19,8 @@ from pydantic import TypeAdapter
 
 import flows.part
 from ota_core.artifact import RECORD, read_record
+from ota_core.engine import engine, shards
 from ota_core.errors import OtaError, StorageError
-from ota_core.merge import engine, shards
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.compress import compress_jobs
 from tasks.job import Job
@@ -172,7 +172,7 @@ def test_a_run_that_is_killed_leaves_its_finished_shards(world: World, part_coun
         from pathlib import Path
         from flows.merge import merge_flow
         from ota_core.recipe.recipe import MergeRecipe
-        from ota_core.merge import shards
+        from ota_core.engine import shards
 
         merged, whole = [], shards.merge_shard
 

@@ -37,7 +37,7 @@ def workers_of(merged: Path) -> set[int]:
 
 def slowed(seconds: float) -> None:
     """In a worker process: make every shard take so long that others get their share of a tiny model."""
-    from ota_core.merge import shards as parts
+    from ota_core.engine import shards as parts
 
     whole = parts.merge_shard
 
@@ -50,7 +50,7 @@ def slowed(seconds: float) -> None:
 
 def killed_once() -> None:
     """In a worker process: die, hard, at the first shard."""
-    from ota_core.merge import shards as parts
+    from ota_core.engine import shards as parts
 
     def die(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_ray_gives_the_bytes_of_one_process(world: World, tmp_path: Path) -> Non
 
 def by_streams(recipe: MergeRecipe, tmp_path: Path) -> Path:
     """The merge in this process, its models read where they lie."""
-    from ota_core.merge import engine
+    from ota_core.engine import engine
     from tasks.merging.inputs import assemble, fetch_all
     from tasks.storage.streaming.streams import Streams
 

@@ -14,14 +14,13 @@ import torch
 from ota_core.analysis import Analysis, analyse
 from ota_core.analysis.agreement import agreements
 from ota_core.compute.stream import Stream
+from ota_core.engine import engine
 from ota_core.errors import CheckpointError, MomentsError, OtaError
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.merge import engine
 from ota_core.moments import open_moments
-from ota_core.moments.compression import write_compressed
-from ota_core.plan.inputs import MergeInputs, resolve_local
+from ota_core.plan.inputs import resolve_local
 from ota_core.recipe.recipe import MergeRecipe
-from tests.checkpoints import ota_recipe, random_base, random_experts, write_checkpoint, write_moments
+from tests.checkpoints import ota_recipe, random_base, random_experts, with_compressed, write_checkpoint, write_moments
 from tests.ota_core.analysis import analysis_reference as plain
 from tests.ota_core.analysis.test_analysis_numbers import NAMES, assert_equal, run, world
 
@@ -120,20 +119,15 @@ def test_masks_and_compressed_moments_of_earlier_stages_give_the_same(tmp_path: 
     recipe = MergeRecipe.model_validate(ota_recipe(tmp_path, base, experts, {"density": 0.3, "compression": "rank1"}))
     inputs = resolve_local(recipe)
     plain_run = analyse(recipe, inputs)
-    ready = []
-    for expert in inputs.experts:
-        path = tmp_path / f"{expert.name}.moments.safetensors"
-        write_compressed(open_moments(expert.moments), path, method="rank1", stream=Stream())
-        ready.append(replace(expert, moments=path, full_moments=expert.moments))
-    staged = MergeInputs(base=inputs.base, experts=tuple(ready))
+    staged = with_compressed(inputs, tmp_path, "rank1")
     (tmp_path / "masks").mkdir()
     engine.mask(recipe, tmp_path / "masks", inputs=staged)
-    masked = tuple(replace(e, masks=tmp_path / "masks" / f"{e.name}.safetensors") for e in ready)
+    masked = tuple(replace(e, masks=tmp_path / "masks" / f"{e.name}.safetensors") for e in staged.experts)
     for one in (staged, replace(staged, experts=masked)):
         assert [repr(row) for row in analyse(recipe, one).rows] == [repr(row) for row in plain_run.rows]
 
     # With nothing but the compressed second moments, curvature is theirs, and there is nothing to compare compressions with.
-    bare = tuple(replace(e, full_moments=None) for e in ready)
+    bare = tuple(replace(e, full_moments=None) for e in staged.experts)
     found = analyse(recipe, replace(staged, experts=bare))
     assert "compression" not in {row.analysis for row in found.rows}
     assert len(found.left_out) == 3 and "expert0: only second moments compressed with rank1" in found.notes[0]

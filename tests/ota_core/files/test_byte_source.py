@@ -118,15 +118,15 @@ def test_second_moments_come_from_the_source(tmp_path: Path, make: Callable[[Pat
     path = make(tmp_path / "expert")
     with_file = open_moments(path)
     names = sorted(with_file.shapes())
-    rows = {name: torch.Size(with_file.shapes()[name]) for name in names}
-    want = {name: with_file.read(name, 0, _rows(rows[name])).copy() for name in names}
+    rows = {name: matrix_shape(shape)[0] for name, shape in with_file.shapes().items()}
+    want = {name: with_file.read(name, 0, rows[name]).copy() for name in names}
     steps = {name: with_file.step(name) for name in names}
     sources = elsewhere(path)
     moments = open_moments(path, source_of=sources.get)
     for name in names:
-        moments.prefetch(name, 0, _rows(rows[name]))
-        moments.prefetch(name, _rows(rows[name]), _rows(rows[name]) + 5)
-        assert np.array_equal(moments.read(name, 0, _rows(rows[name])), want[name]), name
+        moments.prefetch(name, 0, rows[name])
+        moments.prefetch(name, rows[name], rows[name] + 5)
+        assert np.array_equal(moments.read(name, 0, rows[name]), want[name]), name
     assert {name: moments.step(name) for name in names} == steps
     assert any(float(v.max()) > 0 for v in want.values())
 
@@ -134,10 +134,6 @@ def test_second_moments_come_from_the_source(tmp_path: Path, make: Callable[[Pat
 def _plain(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return write_moments(folder, EXPERT.v, step=7, beta2=0.99)
-
-
-def _rows(shape: torch.Size) -> int:
-    return int(np.prod(shape[:-1])) if len(shape) > 1 else int(shape[0])
 
 
 def test_strided_and_shared_storages_come_from_the_source(tmp_path: Path) -> None:

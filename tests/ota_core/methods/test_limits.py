@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.files.rows import BF16, I64, NAMED
+from ota_core.files.rows import I64, NAMED
 from tests import reference
 from tests.checkpoints import (
     assert_merged,
@@ -20,7 +20,6 @@ from tests.checkpoints import (
     random_experts,
     rounded,
     run_merge,
-    write_checkpoint,
 )
 from tests.reference import Expert, Tensors
 
@@ -140,13 +139,6 @@ def test_shard_layout_of_the_inputs_changes_no_bit(tmp_path: Path, method: str) 
     same_bits(run_merge(recipe_of(tmp_path / "three", method, shards=3), tmp_path / "out3")[0], whole)
 
 
-def test_a_mixed_layout_changes_no_bit(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "ota")
-    whole, _ = run_merge(recipe, tmp_path / "whole")
-    sharded = write_checkpoint(tmp_path / "sharded", BASE, shards=4)
-    same_bits(run_merge({**recipe, "base_model": str(sharded)}, tmp_path / "out")[0], whole)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_output_dtype_is_cast_last(tmp_path: Path, method: str, dtype: str) -> None:
@@ -161,13 +153,6 @@ def test_the_output_dtype_is_cast_last(tmp_path: Path, method: str, dtype: str) 
         step = np.abs(want[name]) * (2**-7 if dtype == "bfloat16" else 2**-10)
         different = narrow[name] != want[name]
         assert different.mean() <= 0.02 and (np.abs(narrow[name] - want[name]) <= step + 1e-7).all(), name
-
-
-def test_without_a_dtype_each_tensor_keeps_its_own(tmp_path: Path) -> None:
-    recipe = ota_recipe(tmp_path, rounded(BASE, torch.bfloat16), EXPERTS, dtype=torch.bfloat16)
-    run_merge(recipe, tmp_path / "out")
-    written = Checkpoint(tmp_path / "out")
-    assert {written.info(n).dtype for n in written.names()} == {BF16}
 
 
 def test_a_bool_or_integer_tensor_is_copied(tmp_path: Path) -> None:

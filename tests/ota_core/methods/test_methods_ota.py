@@ -136,13 +136,6 @@ def test_moments_of_real_spread(tmp_path: Path) -> None:
     )
 
 
-def test_bias_correction_divides_by_one_minus_beta2_to_the_t(tmp_path: Path) -> None:
-    early, late = (replace(e, step=t, beta2=0.999) for e, t in zip(EXPERTS[:2], (234, 1100), strict=True))
-    corrected = check(tmp_path / "on", BASE, [early, late], {"bias_correction": True})
-    plain = check(tmp_path / "off", BASE, [early, late], {"bias_correction": False})
-    assert any((corrected[n] != plain[n]).any() for n in BASE)
-
-
 def test_bias_correction_without_step_and_beta2(tmp_path: Path) -> None:
     """A correction that is asked for and cannot be made is an error: some experts corrected and others not would weigh wrongly."""
     with pytest.raises(OtaError, match="bias_correction needs"):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Stream
+from ota_core.engine import engine
 from ota_core.errors import MomentsError, OtaError
-from ota_core.merge import engine
 from ota_core.moments import Moments, compression, open_moments
 from ota_core.moments.compression import compress, compressed_bytes, open_compressed, passes, save_compressed, write_compressed
 from ota_core.moments.compression import cuts as cuts_module

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from ota_core.merge import engine
+from ota_core.engine import engine
 from ota_core.moments.compression import open_compressed
 from ota_core.moments.compression.cuts import BLOCK
 from ota_core.moments.compression.log8_codec import RECIPROCAL, SHIFT, decode, encode

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import reference
-from tests.checkpoints import SHAPES, ota_recipe, random_base, random_experts, run_merge, write_expert
+from tests.checkpoints import SHAPES, ota_recipe, random_base, random_experts, run_merge
 from tests.reference import Expert, Tensors
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -162,7 +162,6 @@ def test_a_density_that_rounds_to_nothing(tmp_path: Path) -> None:
 
 def test_an_expert_that_never_moved_keeps_nothing(tmp_path: Path) -> None:
     expert = Expert(weights=BASE, v=distinct(1).v, density=0.5)
-    write_expert(tmp_path / "unused", expert)
     got, report = merged(tmp_path, BASE, [expert])
     assert report.densities["expert0"]["kept"] == 0 and report.densities["expert0"]["threshold"] == 0
     assert all((got[n] == BASE[n]).all() for n in BASE)

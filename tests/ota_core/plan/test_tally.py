@@ -57,7 +57,7 @@ def test_ranks_of_a_whole_expert(
         total = scores[0]["model.a.weight"].size + scores[0]["model.b.weight"].size + 77
         for ranks in [*RANKS, (total,)]:
             group = Group(jobs=plan.merged_jobs(), experts=(0, 2), ranks={0: ranks, 2: ranks[:1]})
-            (found,) = kth_largest(plan, ffg_scoring(plan), [group], what="rank")
+            (found,) = kth_largest(ffg_scoring(plan), [group], what="rank")
             assert found[0] == [float(sorted_scores(scores[0])[k - 1]) for k in ranks]
             assert found[2] == [float(sorted_scores(scores[2])[k - 1]) for k in ranks[:1]]
 
@@ -77,12 +77,12 @@ def test_a_sample_that_misleads_costs_a_second_pass_and_nothing_else(tmp_path: P
     with opened(tmp_path) as (plan, scores):
         group = Group(jobs=plan.merged_jobs(), experts=(1,), ranks={1: (12_000,)})
         expected = {1: [float(sorted_scores(scores[1])[11_999])]}
-        assert kth_largest(plan, ffg_scoring(plan), [group], what="rank") == [expected]
+        assert kth_largest(ffg_scoring(plan), [group], what="rank") == [expected]
         tensors = len(group.jobs)
         assert passes == ["sample"] * tensors + ["count_brackets"] * tensors
         passes.clear()
         monkeypatch.setattr(tally, "_around", lambda scoring, group, high: Brackets.empty(np.array([[3]])))
-        assert kth_largest(plan, ffg_scoring(plan), [group], what="rank") == [expected]
+        assert kth_largest(ffg_scoring(plan), [group], what="rank") == [expected]
         assert passes[tensors:] == ["count_brackets"] * tensors + ["count_high"] * tensors + ["count_brackets"] * tensors
 
 
@@ -93,7 +93,7 @@ def test_ranks_of_each_tensor(tmp_path: Path) -> None:
             Group(jobs=[job], experts=(0, 1, 2), ranks={e: (1, job.elements // 2, job.elements) for e in range(3)})
             for job in jobs
         ]
-        found = kth_largest(plan, ffg_scoring(plan), groups, what="rank")
+        found = kth_largest(ffg_scoring(plan), groups, what="rank")
         for job, values in zip(jobs, found, strict=True):
             for expert in range(3):
                 expected = sorted_scores(scores[expert], [job.name])
@@ -111,12 +111,12 @@ def test_histograms_of_parts_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         group, scoring = ffg_group(plan, plan.experts), ffg_scoring(plan)
 
         parts = [Group(jobs=[job], experts=group.experts, ranks={}) for job in group.jobs]
-        high = sum(count_high(plan, scoring, part, what="part") for part in parts)
+        high = sum(count_high(scoring, part, what="part") for part in parts)
         bins = bins_of(group, high)
         assert read_off(group, Brackets.empty(bins + 1)) is None
         brackets = Brackets.empty(bins)
         for part in parts:
-            brackets += count_brackets(plan, scoring, part, bins, what="part")
+            brackets += count_brackets(scoring, part, bins, what="part")
         found = read_off(group, brackets)
         assert found is not None
         for expert in range(3):
@@ -130,7 +130,7 @@ def test_magnitudes_need_no_second_moments(tmp_path: Path) -> None:
     with open_plan(recipe, resolve_local(recipe)) as plan:
         scoring = Scoring(plan, curvature=False, everywhere=True)
         group = Group(jobs=plan.merged_jobs(), experts=(0, 1), ranks={0: (5000,), 1: (1,)})
-        (found,) = kth_largest(plan, scoring, [group], what="rank")
+        (found,) = kth_largest(scoring, [group], what="rank")
     sizes = [{n: np.abs((e.weights[n].astype(np.float64) - base[n]).astype(np.float32)) for n in base} for e in experts]
     assert found == {0: [float(sorted_scores(sizes[0])[4999])], 1: [float(sorted_scores(sizes[1])[0])]}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ota_core.engine import engine
 from ota_core.errors import OtaError
-from ota_core.merge import engine
 from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import write_moments
-from tests.ota_core.merge.test_output import loaded
+from tests.ota_core.engine.test_output import loaded
 from tests.tiny_models import SPECIAL, vocabulary, write_tiny_llama, write_tokenizer
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

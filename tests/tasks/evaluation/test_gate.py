@@ -44,11 +44,18 @@ def scored(samples: Samples, *, suite: Suite = SUITE, **changes: object) -> Mode
         means = {task: statistics.fmean(values) for task, values in tasks.items()}
         score = math.fsum(weights[task] * mean for task, mean in means.items()) / sum(weights[task] for task in means)
         capabilities[name] = capability(score, {task: {"acc.none": mean} for task, mean in means.items()})
-    hashed = {
-        name: {task: {f"{task}{i:05d}": float(v) for i, v in enumerate(values)} for task, values in tasks.items()}
-        for name, tasks in samples.items()
-    }
-    return model(capabilities, hashed, **changes)
+    return model(capabilities, {name: hashed(tasks) for name, tasks in samples.items()}, **changes)
+
+
+def hashed(tasks: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    return {task: {f"{task}{i:05d}": float(v) for i, v in enumerate(values)} for task, values in tasks.items()}
+
+
+def share_of_patterns(parts: Sequence[float]) -> float:
+    """How many of all sign patterns have a sum as low as that of ``parts``."""
+    patterns = list(itertools.product((1, -1), repeat=len(parts)))
+    low = sum(sum(s * part for s, part in zip(signs, parts, strict=True)) <= sum(parts) + 1e-12 for signs in patterns)
+    return low / len(patterns)
 
 
 def capability(score: float | None, tasks: dict[str, dict[str, float]]) -> CapabilityScore:
@@ -85,10 +92,8 @@ def test_binary_scores_give_mcnemars_exact_test(won: int, lost: int) -> None:
 @given(st.lists(st.integers(-20, 20), min_size=1, max_size=9))
 @example([-2, -9, 11])  # adds up to nothing, which sevenths do only up to rounding
 def test_any_scores_give_the_share_of_all_sign_patterns(differences: list[int]) -> None:
-    patterns = list(itertools.product((1, -1), repeat=len(differences)))
-    low = sum(sum(s * d for s, d in zip(signs, differences, strict=True)) <= sum(differences) for signs in patterns)
     seen = sign_flips(np.array(differences, dtype=float) / 7, resamples=9999, seed=3)
-    assert seen == pytest.approx(low / len(patterns), abs=1e-12)
+    assert seen == pytest.approx(share_of_patterns(differences), abs=1e-12)
 
 
 @pytest.mark.parametrize(("won", "lost"), [(30, 50), (100, 100), (400, 480)])
@@ -167,12 +172,7 @@ def test_the_weights_and_the_paired_error_of_several_tasks() -> None:
     easy, hard = [-1] + [0] * 4 + [1] * 5, [-1] + [0] * 19
     variance = 0.25**2 * statistics.variance(easy) / 10 + 0.75**2 * statistics.variance(hard) / 20
     assert check.standard_error == pytest.approx(math.sqrt(variance))
-    units = [-0.025, *[0.025] * 5, -0.0375]
-    low = sum(
-        sum(s * u for s, u in zip(signs, units, strict=True)) <= sum(units) + 1e-12
-        for signs in itertools.product((1, -1), repeat=7)
-    )
-    assert check.p_value == pytest.approx(low / 2**7)
+    assert check.p_value == pytest.approx(share_of_patterns([-0.025, *[0.025] * 5, -0.0375]))
 
 
 @settings(max_examples=25, deadline=None)
@@ -205,11 +205,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 # ---- groups of tasks
 
 
-def grouped(tables: Mapping[str, Sequence[float]], number: float, *, group: str = "mmlu") -> tuple[CapabilityScore, object]:
-    samples = {task: {f"{task}{i}": float(v) for i, v in enumerate(values)} for task, values in tables.items()}
-    return capability(number, {group: {"acc.none": number}}), samples
-
-
 def group_suite(*groups: str) -> Suite:
     return SUITE.model_copy(
         update={"capabilities": {"facts": Capability(tasks=tuple(TaskEntry(task=g, metric="acc") for g in groups))}}
@@ -226,23 +221,18 @@ def test_a_group_is_weighed_as_its_number_says(pooled: bool) -> None:
 
     models = []
     for tables in (new, old):
-        score, samples = grouped(tables, number(tables))
-        models.append(model({"facts": score}, {"facts": samples}))
+        score = capability(number(tables), {"mmlu": {"acc.none": number(tables)}})
+        models.append(model({"facts": score}, {"facts": hashed(tables)}))
     check = decided(models[0], None, models[1], suite=group_suite("mmlu")).checks[0]
     assert check.difference == pytest.approx(number(new) - number(old))
     parts = [-1 / 20] * 2 + [1 / 20] * 4 if pooled else [-1 / 8] * 2 + [1 / 32] * 4
-    low = sum(
-        sum(s * u for s, u in zip(signs, parts, strict=True)) <= sum(parts) + 1e-12
-        for signs in itertools.product((1, -1), repeat=6)
-    )
-    assert check.p_value == pytest.approx(low / 2**6)
+    assert check.p_value == pytest.approx(share_of_patterns(parts))
 
 
 def test_two_groups_in_one_capability_are_told_apart_by_name() -> None:
     tables = {"mmlu_a": ones(1, 3), "mmlu_b": ones(2, 2), "mmlu_pro_a": ones(4, 0), "mmlu_pro_b": ones(3, 1)}
-    samples = {task: {f"{task}{i}": v for i, v in enumerate(values)} for task, values in tables.items()}
     numbers = {"mmlu": {"acc.none": 3 / 8}, "mmlu_pro": {"acc.none": 7 / 8}}
-    scores = model({"facts": capability(5 / 8, numbers)}, {"facts": samples})
+    scores = model({"facts": capability(5 / 8, numbers)}, {"facts": hashed(tables)})
     assert decided(scores, None, scores, suite=group_suite("mmlu", "mmlu_pro")).checks[0].n == 16
 
 

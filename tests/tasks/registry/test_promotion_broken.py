@@ -69,25 +69,6 @@ def ways(request: pytest.FixtureRequest) -> tuple[Way, Way]:
     return found
 
 
-def interrupted_everywhere(
-    fresh: Callable[[], Registry], act: Callable[[Registry], object], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Broken]:
-    """What is left when each of the calls that ``act`` makes breaks, on either side of the store."""
-    for after, kind in ways:
-        for at in range(1, 100):
-            one, calls, raised = fresh(), [], False
-            with monkeypatch.context() as patch:
-                patch.setattr(promotion, "connect", lambda store: Breaking(one.client, at, after, kind, calls))  # noqa: B023
-                try:
-                    act(one)
-                except (StorageError, Killed):
-                    raised = True
-            if len(calls) < at:
-                assert not raised and at > 4, "the loop has seen every call"
-                break
-            yield Broken(one, calls[at - 1], kind, raised)
-
-
 @pytest.fixture
 def fresh(registry: Registry, tmp_path: Path) -> Callable[[], Registry]:
     """Copies of a registry in which version 1 was replaced by 2, and 3 is the challenger."""
@@ -105,14 +86,36 @@ def fresh(registry: Registry, tmp_path: Path) -> Callable[[], Registry]:
     return copy
 
 
-def test_a_promotion_broken_anywhere_leaves_one_champion_and_is_finished(
-    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
-) -> None:
+Interrupted = Callable[[Callable[[Registry], object]], Iterator[Broken]]
+"""What is left when each of the calls that an action makes breaks, on either side of the store."""
+
+
+@pytest.fixture
+def interrupted(fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch) -> Interrupted:
+    def everywhere(act: Callable[[Registry], object]) -> Iterator[Broken]:
+        for after, kind in ways:
+            for at in range(1, 100):
+                one, calls, raised = fresh(), [], False
+                with monkeypatch.context() as patch:
+                    patch.setattr(promotion, "connect", lambda store: Breaking(one.client, at, after, kind, calls))  # noqa: B023
+                    try:
+                        act(one)
+                    except (StorageError, Killed):
+                        raised = True
+                if len(calls) < at:
+                    assert not raised and at > 4, "the loop has seen every call"
+                    break
+                yield Broken(one, calls[at - 1], kind, raised)
+
+    return everywhere
+
+
+def test_a_promotion_broken_anywhere_leaves_one_champion_and_is_finished(interrupted: Interrupted) -> None:
     def act(registry: Registry) -> Moved:
         return promote("3", by="nightly", reason="better", decision=a_decision(), root=registry.root)
 
     seen = set()
-    for broken in interrupted_everywhere(fresh, act, ways, monkeypatch):
+    for broken in interrupted(act):
         one, champion = broken.registry, broken.registry.aliases["champion"]
         seen.add((broken.call, champion, broken.raised))
         # What is told of the champion is true before anything is repaired.
@@ -130,10 +133,8 @@ def test_a_promotion_broken_anywhere_leaves_one_champion_and_is_finished(
     assert {("set_registered_model_tag", "3", True), ("set_registered_model_tag", "3", False)} <= seen
 
 
-def test_a_rollback_broken_anywhere_goes_back_once(
-    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for broken in interrupted_everywhere(fresh, back, ways, monkeypatch):
+def test_a_rollback_broken_anywhere_goes_back_once(interrupted: Interrupted) -> None:
+    for broken in interrupted(back):
         one, complete = broken.registry, len(told(broken.registry)) == 3
         assert one.aliases["champion"] in {"1", "2"}
         # Only a kill after the last call of all is seen by the caller without anything left to do.
@@ -148,11 +149,9 @@ def test_a_rollback_broken_anywhere_goes_back_once(
         assert one.tags("2")["rolled_back_by"] == "ben"
 
 
-def test_a_rollback_that_was_never_noted_is_known_all_the_same(
-    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollback_that_was_never_noted_is_known_all_the_same(interrupted: Interrupted) -> None:
     """Else the next night would promote what was taken away."""
-    for broken in interrupted_everywhere(fresh, lambda one: back(one), ways, monkeypatch):
+    for broken in interrupted(back):
         one = broken.registry
         moved = one.aliases["champion"] != "2"
         found = rolled_back("2", root=one.root)
@@ -161,12 +160,10 @@ def test_a_rollback_that_was_never_noted_is_known_all_the_same(
         assert rolled_back("2", root=one.root) is None
 
 
-def test_another_move_after_a_broken_one_completes_its_trace(
-    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_move_after_a_broken_one_completes_its_trace(interrupted: Interrupted) -> None:
     """Whoever comes next, not only the one who was interrupted."""
     moved = 0
-    for broken in interrupted_everywhere(fresh, lambda one: make(one, "3"), ways, monkeypatch):
+    for broken in interrupted(lambda one: make(one, "3")):
         one = broken.registry
         if one.aliases["champion"] == "3":
             moved += 1
@@ -176,11 +173,9 @@ def test_another_move_after_a_broken_one_completes_its_trace(
     assert moved > 6
 
 
-def test_a_rejection_broken_anywhere_is_finished(
-    fresh: Callable[[], Registry], ways: tuple[Way, Way], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rejection_broken_anywhere_is_finished(interrupted: Interrupted) -> None:
     decision = a_decision(promoted=False)
-    for broken in interrupted_everywhere(fresh, lambda one: reject("1", decision, root=one.root), ways, monkeypatch):
+    for broken in interrupted(lambda one: reject("1", decision, root=one.root)):
         one = broken.registry
         assert one.aliases["champion"] == "2"
         reject("1", decision, root=one.root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from tasks.evaluation.scores import CapabilityScore, ModelScores, negative_transfer, retention
 from tasks.evaluation.suites import Capability, Suite, TaskEntry
-from tasks.tracking.merge import ChildRun, InputRef, MergeRun
+from tasks.tracking.merge import ChildRun, InputRef, MergeRun, log_merge
 from tasks.tracking.run import Benchmarked, uncertainty
 
 CAPABILITIES = ("math", "code")
@@ -102,3 +103,11 @@ def some_merges() -> dict[str, MergeRun]:
         "linear": {"density": 1.0},
     }
     return {name: scored_merge(name, found, base=BASE, experts=EXPERTS, params=params[name]) for name, found in made.items()}
+
+
+def log_some(root: Path) -> dict[str, MergeRun]:
+    """``some_merges``, logged to the MLflow below this folder."""
+    merges = some_merges()
+    for run in merges.values():
+        log_merge(run, root=root)
+    return merges

@@ -28,6 +28,7 @@ from tests.tasks.experiments.leaderboard.leaderboard_fixture import (
     EXPERTS,
     SUITE,
     coins,
+    log_some,
     model_scores,
     scored_merge,
     some_merges,
@@ -39,9 +40,7 @@ def ask(tracking: Path, **question: Any) -> Leaderboard:
 
 
 def test_numbers_are_those_of_the_documents(tracking: Path) -> None:
-    merges = some_merges()
-    for run in merges.values():
-        log_merge(run, root=tracking)
+    merges = log_some(tracking)
     board = ask(tracking)
     table = board.table.set_index("label")
     assert list(table.index) == ["ota rho=0.40", "ties rho=0.50", "linear", "base"] and table["rank"].tolist()[:3] == [1, 2, 3]
@@ -169,8 +168,7 @@ def test_holm_by_hand() -> None:
 
 
 def test_only_what_was_scored_alike_compares(tracking: Path) -> None:
-    for run in some_merges().values():
-        log_merge(run, root=tracking)
+    log_some(tracking)
     quick = scored_merge("ota quick", coins(8, math=0.9, code=0.9), base=BASE, experts=EXPERTS, limit=50)
     log_merge(quick, root=tracking)
     with pytest.raises(LeaderboardError, match=r"2 different suites.*--suite") as caught:
@@ -249,9 +247,7 @@ def test_equal_names_stay_apart_by_their_experts(tracking: Path) -> None:
 
 
 def test_which_runs(tracking: Path) -> None:
-    merges = some_merges()
-    for run in merges.values():
-        log_merge(run, root=tracking)
+    merges = log_some(tracking)
     bare = merges["linear"].model_copy(
         update={
             "tags": {"recipe_fingerprint": "bare"},
@@ -302,8 +298,7 @@ def test_since_is_a_date_or_an_age() -> None:
 
 
 def test_files_and_text(tracking: Path, tmp_path: Path) -> None:
-    for run in some_merges().values():
-        log_merge(run, root=tracking)
+    log_some(tracking)
     board = ask(tracking)
     out = tmp_path / "out"
     assert [path.name for path in write_files(board, out)] == [CSV, PARQUET, MARKDOWN, PNG, HTML]

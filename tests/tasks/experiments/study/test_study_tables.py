@@ -11,6 +11,9 @@ from tasks.experiments.study.tables import all_tables
 from tasks.pages.tables import BITS, BITS_MORE, PERCENT, POINTS
 from tests.tasks.experiments.study.study_results import study
 
+TWO_CODERS = [
+    {"model": f"{name}{{seed}}", "name": name, "capability": own} for name, own in (("m", "math"), ("c1", "code"), ("c2", "code"))
+]
 OTA = {"merge_method": "ota", "parameters": {"density": [0.2, 0.6], "metric": ["curvature", "magnitude"]}}
 
 
@@ -145,25 +148,18 @@ def test_what_no_expert_learned_is_left_out_of_recovery_and_said() -> None:
     row = found.frame.set_index("model").loc["linear"]
     assert row[RECOVERED] == pytest.approx(0.25) and row["math"] == pytest.approx(1.375)
     assert "leaves out math:" in found.caption[0]
-    nothing = tables({"merge_method": "linear"}, of=flat, loss=lambda label, i: LOSSES_OF_THE_BASE)["losses"]
+    nothing = tables({"merge_method": "linear"}, of=flat, loss=lambda label, i: losses("base", i))["losses"]
     assert (
         math.isnan(nothing.frame.set_index("model").loc["linear", RECOVERED]) and "leaves out math, code:" in nothing.caption[0]
     )
     assert "leaves out" not in tables({"merge_method": "linear"}, of=flat, loss=losses)["losses"].caption[0]
 
 
-LOSSES_OF_THE_BASE = {"math": 2.0, "code": 3.0}
-
-
 def test_recovery_is_of_the_best_expert_of_a_capability_as_retention_is() -> None:
     """Two experts of code, at 2.0 and at 2.6: code counts once, (3 - 2.75) / (3 - 2), beside math with (2 - 1.5) / (2 - 1)."""
     known = {"base": (2.0, 3.0), "m": (1.0, 3.2), "c1": (2.2, 2.0), "c2": (2.2, 2.6)}
-    models = [
-        {"model": f"{name}{{seed}}", "name": name, "capability": own}
-        for name, own in (("m", "math"), ("c1", "code"), ("c2", "code"))
-    ]
     found = tables(
-        {"merge_method": "linear"}, of=flat, models=models, alone=lambda name, i: {"math": 0.5, "code": 0.5},
+        {"merge_method": "linear"}, of=flat, models=TWO_CODERS, alone=lambda name, i: {"math": 0.5, "code": 0.5},
         loss=lambda label, i: dict(zip(("math", "code"), known.get(label, (1.5, 2.75)), strict=True)),
     )["losses"]  # fmt: skip
     assert found.frame.set_index("model").loc["linear", RECOVERED] == pytest.approx((0.5 + 0.25) / 2)
@@ -281,13 +277,9 @@ def test_sweeps_are_sorted_and_of_one_parameter() -> None:
 
 def test_subsets_of_experts_and_the_best_expert_of_a_capability() -> None:
     """Two experts of code, 0.8 and 0.4: where only the weaker is merged, retention is taken against it."""
-    models = [
-        {"model": f"{name}{{seed}}", "name": name, "capability": own}
-        for name, own in (("m", "math"), ("c1", "code"), ("c2", "code"))
-    ]
     own = {"m": {"math": 0.5, "code": 0.0}, "c1": {"math": 0.0, "code": 0.8}, "c2": {"math": 0.0, "code": 0.4}}
     grid = {"merge_method": "linear", "experts": ["all", "pairs", "each"]}
-    frame = tables(grid, of=flat, alone=lambda name, i: own[name], models=models)["experts"].frame
+    frame = tables(grid, of=flat, alone=lambda name, i: own[name], models=TWO_CODERS)["experts"].frame
     assert list(frame["experts"]) == ["all", "without c2", "without c1", "without m"]
     assert list(frame[RETENTION]) == pytest.approx([(0.8 + 0.25) / 2, (0.8 + 0.25) / 2, (0.8 + 0.5) / 2, 0.25])
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from ota_core.compute.stream import Stream
+from ota_core.engine import engine
 from ota_core.errors import OtaError, StorageError
-from ota_core.merge import engine
 from ota_core.moments import open_moments
 from ota_core.moments.compression import compress, save_compressed
 from ota_core.recipe.recipe import MergeRecipe
@@ -27,7 +27,7 @@ from tasks.storage.models import upload_folder
 from tasks.storage.streaming import outline as outlines
 from tasks.storage.streaming.outline import outline
 from tasks.storage.streaming.streams import Streams
-from tests.ota_core.merge.test_output import llama_experts
+from tests.ota_core.engine.test_output import llama_experts
 from tests.s3_requests import Requests
 from tests.servers import S3Test
 from tests.tiny_models import perturb, vocabulary, write_tiny_llama
@@ -149,7 +149,7 @@ def test_pickled_weights_compressed_moments_and_other_vocabularies(tmp_path: Pat
     tokens = vocabulary(160)
     other = write_tiny_llama(tmp_path / "other", hidden=256, vocab=[*tokens[:4], *tokens[150:], *tokens[4:150]], seed=3)
     binary = perturb(base, tmp_path / "binary", seed=1)
-    from tests.ota_core.merge.test_output import add_moments
+    from tests.ota_core.engine.test_output import add_moments
 
     for folder in (other, binary):
         add_moments(folder)

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ota_core.artifact import read_record
+from ota_core.engine import engine
 from ota_core.errors import OtaError
 from ota_core.files.checkpoint import SAFETENSORS_INDEX
-from ota_core.merge import engine
 from ota_core.plan.inputs import MergeInputs, resolve_local
 from ota_core.recipe.recipe import MergeRecipe
-from tests.ota_core.merge.test_output import add_moments, llama_experts, loaded
+from tests.checkpoints import with_compressed
+from tests.ota_core.engine.test_output import add_moments, llama_experts, loaded
 from tests.tiny_models import perturb, write_tiny_llama
 
 
@@ -26,16 +27,9 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def staged(recipe: MergeRecipe, root: Path, *, expert_at_a_time: bool = False, **options: Any) -> tuple[Path, engine.MergeReport]:
     """Compress, mask and merge as separate stages, each from the files of the one before."""
-    inputs = resolve_local(recipe)
-    compression = recipe.setting("compression")
     root.mkdir()
-    experts = []
-    for expert in inputs.experts:
-        assert expert.moments is not None
-        path = root / f"{expert.name}.moments"
-        engine.compress_moments(expert.moments, path, method=compression, rank=recipe.setting("rank"))
-        experts.append(replace(expert, moments=root / f"{expert.name}.moments", full_moments=expert.moments))
-    inputs = replace(inputs, experts=tuple(experts))
+    inputs = with_compressed(resolve_local(recipe), root, recipe.setting("compression"), recipe.setting("rank"))
+    experts = [*inputs.experts]
     if any(recipe.ffg(i) for i in range(len(experts))):
         (root / "masks").mkdir()
         for i, expert in enumerate(inputs.experts):
@@ -111,32 +105,22 @@ def test_mixed_experts_with_and_without_a_mask(tmp_path: Path) -> None:
 
 
 def test_compressed_moments_of_another_kind_are_refused(tmp_path: Path) -> None:
-    raw = llama_experts(tmp_path)
-    recipe = MergeRecipe.model_validate(raw)
-    inputs = resolve_local(recipe)
-    path = tmp_path / "v.safetensors"
-    assert inputs.experts[0].moments is not None
-    engine.compress_moments(inputs.experts[0].moments, path, method="rank1")
-    with pytest.raises(
-        OtaError, match=r"v.safetensors holds second moments compressed with rank1; the recipe asks for compression: none"
-    ):
-        engine.merge(
-            recipe,
-            tmp_path / "out",
-            inputs=replace(inputs, experts=(replace(inputs.experts[0], moments=path), inputs.experts[1])),
-        )
-    with pytest.raises(OtaError, match="is compressed with rank1 already"):
-        engine.compress_moments(path, tmp_path / "again", method="rank1")
-    engine.compress_moments(inputs.experts[0].moments, path, method="rank_k", rank=2)
-    raw["parameters"] = {"compression": "rank_k", "rank": 3}
-    with pytest.raises(
-        OtaError, match=r"compressed with rank_k with rank 2; the recipe asks for compression: rank_k with rank 3"
-    ):
-        engine.merge(
-            MergeRecipe.model_validate(raw),
-            tmp_path / "out",
-            inputs=replace(inputs, experts=(replace(inputs.experts[0], moments=path), inputs.experts[1])),
-        )
+    raw, path = llama_experts(tmp_path), tmp_path / "v.safetensors"
+    inputs = resolve_local(MergeRecipe.model_validate(raw))
+    first, second = inputs.experts
+    assert first.moments is not None
+    given = replace(inputs, experts=(replace(first, moments=path), second))
+    cases: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+        ({"method": "rank1"}, {}, "rank1", "none"),
+        ({"method": "rank_k", "rank": 2}, {"compression": "rank_k", "rank": 3}, "rank_k with rank 2", "rank_k with rank 3"),
+    ]
+    for held, asked, label, wanted in cases:
+        engine.compress_moments(first.moments, path, **held)
+        message = f"v.safetensors holds second moments compressed with {label}; the recipe asks for compression: {wanted}"
+        with pytest.raises(OtaError, match=message):
+            engine.merge(MergeRecipe.model_validate(raw | {"parameters": asked}), tmp_path / "out", inputs=given)
+        with pytest.raises(OtaError, match=f"is compressed with {label} already"):
+            engine.compress_moments(path, tmp_path / "again", method="rank1")
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
 from ota_core.compute.stream import Limits, Progress, Stream, parse_memory, peak_memory_gib
+from ota_core.engine.model_card import model_card
+from ota_core.engine.output import Shards, check_apart, check_free, copy_companions, new_folder, plan_files, write_weights
 from ota_core.errors import OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
-from ota_core.merge.model_card import model_card
-from ota_core.merge.output import Shards, check_apart, check_free, copy_companions, new_folder, plan_files, write_weights
 from ota_core.moments import open_moments
 from ota_core.moments.compression import CompressionReport, is_compressed, label_of, write_compressed
 from ota_core.moments.match import Layout
@@ -231,5 +231,4 @@ def environment(device: str) -> dict[str, Any]:
 
 def sources(inputs: MergeInputs) -> dict[str, str]:
     """Where each input came from, as the recipe calls it."""
-    found = {"base": inputs.base.source} if inputs.base else {}
-    return found | {expert.name: expert.source for expert in inputs.experts}
+    return {model.name: model.source for model in inputs.models}

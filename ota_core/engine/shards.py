@@ -21,12 +21,12 @@ import numpy as np
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Progress
+from ota_core.engine.engine import complete_folder
+from ota_core.engine.output import Shards, plan_files, write_weights
 from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.files.rows import I64
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
-from ota_core.merge.engine import complete_folder
-from ota_core.merge.output import Shards, plan_files, write_weights
 from ota_core.moments.compression import compression_of
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import MergeInputs
@@ -184,8 +184,8 @@ def survey(job: MergeInParts, shard: str, *, opened: Mapping[int, int] | None = 
         if opened is not None:
             group = ffg_group(plan, experts)
             bins = np.array([[opened.get(expert, -1)] for expert in names], np.int64)
-            return Survey(experts=names, brackets=count_brackets(plan, ffg_scoring(plan), group, bins, what=what), sums={})
-        high = count_high(plan, ffg_scoring(plan), ffg_group(plan, experts), what=what) if experts else None
+            return Survey(experts=names, brackets=count_brackets(ffg_scoring(plan), group, bins, what=what), sums={})
+        high = count_high(ffg_scoring(plan), ffg_group(plan, experts), what=what) if experts else None
         sums: dict[int, dict[str, float]] = {}
         if plan.recipe.setting("normalise") == "global":
             sums = {expert.index: weight_sums(plan, expert) for expert in plan.experts}

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from ota_core.compute.gpu import Lanes, gpus_of, to_device
+from ota_core.engine.engine import mask, merge
 from ota_core.files.rows import Rows
-from ota_core.merge.engine import mask, merge
 from ota_core.plan.inputs import resolve_local
 from ota_core.plan.views import tensor_on
 from ota_core.recipe.recipe import MergeRecipe

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from ota_core.merge.licences import card_head, licences
-from ota_core.merge.model_card import model_card
+from ota_core.engine.licences import card_head, licences
+from ota_core.engine.model_card import model_card
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 

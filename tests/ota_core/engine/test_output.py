@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from ota_core.artifact import read_record
+from ota_core.engine import engine
+from ota_core.engine.output import new_folder
 from ota_core.errors import OtaError
 from ota_core.files.writer import SafetensorsWriter
-from ota_core.merge import engine
-from ota_core.merge.output import new_folder
 from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import write_moments
 from tests.tiny_models import edit_config, perturb, write_tiny_llama
@@ -180,7 +180,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 STOPPED_MERGE = """
 import signal, sys
 from pathlib import Path
-from ota_core.merge import engine
+from ota_core.engine import engine
 from ota_core.recipe.recipe import load_recipe
 from ota_core.files.writer import SafetensorsWriter
 write = SafetensorsWriter.write_rows
@@ -288,7 +288,7 @@ def test_the_old_output_comes_back_when_the_renaming_fails(tmp_path: Path, monke
             raise PermissionError(13, "Permission denied", str(target))
         real(source, target)
 
-    monkeypatch.setattr("ota_core.merge.output.os.rename", refuses)
+    monkeypatch.setattr("ota_core.engine.output.os.rename", refuses)
     with pytest.raises(PermissionError), new_folder(out, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert [p.name for p in out.iterdir()] == ["old"] and leftovers(out) == []

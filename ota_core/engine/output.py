@@ -98,7 +98,7 @@ def check_free(out: Path, *, overwrite: bool) -> None:
 def check_apart(out: Path, inputs: MergeInputs) -> None:
     """Raise OtaError when writing ``out`` would replace an input."""
     target = out.resolve()
-    for item in (*([inputs.base] if inputs.base else []), *inputs.experts):
+    for item in inputs.models:
         held = [item.path, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
         if any(path.resolve().is_relative_to(target) for path in held):
             raise OtaError(f"{out} is, or holds, an input of the merge ({item.name}: {item.path}); choose another output")

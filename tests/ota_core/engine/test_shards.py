@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from ota_core.errors import ArtifactError, OtaError, RecipeError
-from ota_core.merge.engine import compress_moments, mask, merge
-from ota_core.merge.shards import (
+from ota_core.engine.engine import mask, merge
+from ota_core.engine.shards import (
     MergeInParts,
     Survey,
     finish,
@@ -21,11 +20,12 @@ from ota_core.merge.shards import (
     survey,
     whole_facts,
 )
+from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import MergeInputs, resolve_local
 from ota_core.plan.prepare import WholeFacts
 from ota_core.recipe.recipe import MergeRecipe
-from tests.checkpoints import ota_recipe, random_base, random_experts
+from tests.checkpoints import ota_recipe, random_base, random_experts, with_compressed
 
 SHARD = 500  # bytes: most files of the little model hold one tensor
 
@@ -56,14 +56,7 @@ def inputs_of(tmp_path: Path, recipe: MergeRecipe) -> MergeInputs:
     """Local inputs; compressed second moments where the recipe compresses."""
     inputs = resolve_local(recipe)
     method = recipe.setting("compression") if recipe.merge_method in {"ota", "fisher"} else None
-    if method in {None, "none"}:
-        return inputs
-    experts = []
-    for expert in inputs.experts:
-        assert expert.moments is not None
-        compress_moments(expert.moments, tmp_path / f"{expert.name}.moments", method=method)
-        experts.append(replace(expert, moments=tmp_path / f"{expert.name}.moments", full_moments=expert.moments))
-    return replace(inputs, experts=tuple(experts))
+    return inputs if method in {None, "none"} else with_compressed(inputs, tmp_path, method)
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [

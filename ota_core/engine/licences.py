@@ -48,8 +48,7 @@ def card_head(folder: Path) -> dict[str, Any]:
 
 def licences(inputs: MergeInputs) -> Licences:
     """The licences of base and experts, each by its card's head or, in ``expert.json``, the key ``license``."""
-    models = {"base": inputs.base} if inputs.base is not None else {}
-    found = {name: _stated(model.path) for name, model in (models | {e.name: e for e in inputs.experts}).items()}
+    found = {model.name: _stated(model.path) for model in inputs.models}
     stated = {name: _shown(one) for name, one in found.items()}
     silent = [name for name, text in stated.items() if text is None]
     kinds = sorted({text for text in stated.values() if text is not None})

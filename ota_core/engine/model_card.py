@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ota_core.merge.licences import card_head, licences
-from ota_core.merge.markdown import table
+from ota_core.engine.licences import card_head, licences
+from ota_core.engine.markdown import table
 from ota_core.plan.inputs import MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 
@@ -79,8 +79,7 @@ def model_card(
 
 
 def _models(inputs: MergeInputs) -> list[tuple[str, ModelInput]]:
-    base = [("base", inputs.base)] if inputs.base is not None else []
-    return [*base, *((f"expert {expert.name}", expert) for expert in inputs.experts)]
+    return [("base" if model is inputs.base else f"expert {model.name}", model) for model in inputs.models]
 
 
 def _head(
