@@ -76,7 +76,7 @@ def test_losses_without_their_documents_are_scored_again_and_what_follows_from_l
     [
         ("{maths: {task: tiny_text}}", "losses.maths: there is no such capability; did you mean 'math'"),
         ("{math: {task: tiny_sums}}", "task 'tiny_sums' is listed twice"),
-        ("{math: {task: tiny_text, metric: acc}}", "losses.math.metric: Input should be 'bits_per_byte'"),
+        ("{math: {task: tiny_text, metric: acc}}", "losses.math.metric: unknown 'acc'; expected 'bits_per_byte'"),
         ("{math: {task: tiny_text, wait: 1}}", "unknown key 'losses.math.wait'"),
     ],
 )
