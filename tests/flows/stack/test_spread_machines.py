@@ -265,13 +265,13 @@ def test_interrupting_the_parent_cancels_its_parts(world: World, deployed: None,
 
 @pytest.mark.slow
 def test_cancelling_the_parent_on_the_server_cancels_its_parts(world: World, deployed: None, tmp_path: Path) -> None:
-    """The one worker is busy with the parent; the parts wait for another one."""
+    """Its worker is busy with the parent; the parts wait for one of the other pool, whose runs a flow of this one does not do itself."""
     from prefect.client.orchestration import get_client
     from prefect.deployments import run_deployment
     from prefect.states import Cancelling
 
     (tmp_path / "prefect.yaml").write_text(
-        "name: test\npull: []\ndeployments:\n- {name: test, entrypoint: flows.merge.merge_flow, work_pool: {name: ota-gpu}}\n"
+        "name: test\npull: []\ndeployments:\n- {name: test, entrypoint: flows.merge.merge_flow, work_pool: {name: ota-cpu}}\n"
     )
     command = prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(tmp_path / "prefect.yaml"))
     done = subprocess.run(command, cwd=REPOSITORY, env=server_environment(), capture_output=True, text=True)
@@ -281,7 +281,7 @@ def test_cancelling_the_parent_on_the_server_cancels_its_parts(world: World, dep
         "recipe": world.recipe("ties", density=0.4).model_dump(mode="json", by_alias=True), "suite": None, "device": "cpu",
         "home": str(tmp_path / "home"), "tracking_uri": world.tracking_uri, "shard_size": "5KB", "runner": {"kind": "workers"},
     }  # fmt: skip
-    with workers(tmp_path, 1), get_client(sync_client=True) as client:
+    with workers(tmp_path, 1, CPU), get_client(sync_client=True) as client:
         parent = run_deployment("merge/test", parameters=parameters, timeout=0, as_subflow=False)
         wait_until(lambda: len(part_runs()) > len(before) + 3, lambda: (tmp_path / "worker0.log").read_text())
         client.set_flow_run_state(parent.id, Cancelling())
