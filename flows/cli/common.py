@@ -1,6 +1,7 @@
 """What the files of the command ``ota`` share: options, how a user's mistake ends, progress bars."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -92,10 +93,11 @@ def progress_bars() -> Iterator[Any]:
 
 
 def show(item: Any) -> None:
-    """Text, or anything rich can draw."""
+    """Text, or anything rich can draw. In a log or a file tables keep all of their columns, as wide as these are."""
     from rich.console import Console
 
-    Console(soft_wrap=True).print(item)
+    limited = Console().is_terminal or "COLUMNS" in os.environ
+    Console(soft_wrap=True, width=None if limited else 200).print(item)
 
 
 @contextmanager
