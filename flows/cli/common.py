@@ -1,7 +1,6 @@
 """What the files of the command ``ota`` share: options, how a user's mistake ends, progress bars."""
 
 import errno
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -93,11 +92,17 @@ def progress_bars() -> Iterator[Any]:
 
 
 def show(item: Any) -> None:
-    """Text, or anything rich can draw. In a log or a file tables keep all of their columns, as wide as these are."""
+    """Text, or anything rich can draw."""
     from rich.console import Console
 
-    limited = Console().is_terminal or "COLUMNS" in os.environ
-    Console(soft_wrap=True, width=None if limited else 200).print(item)
+    Console(soft_wrap=True, width=table_width()).print(item)
+
+
+def table_width() -> int | None:
+    """Characters: the terminal's own width, None; in a log or a file, where nothing limits a line, as wide as tables need."""
+    from rich.console import Console
+
+    return None if Console().is_terminal else 200
 
 
 @contextmanager

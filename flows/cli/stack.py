@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import user_errors
+from flows.cli.common import table_width, user_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -152,11 +152,9 @@ def _short(path: Path) -> str:
 
 
 def _show_table(header: list[str], rows: list[list[str]]) -> None:
-    """As wide as the terminal; as wide as needed where nobody looks."""
     from rich.console import Console
 
     from tasks.pages.tables import Cells
     from tasks.pages.terminal import draw
 
-    console = Console(highlight=False)
-    Console(highlight=False, width=None if console.is_terminal else 200).print(draw(Cells(header, rows)))
+    Console(highlight=False, width=table_width()).print(draw(Cells(header, rows)))
