@@ -15,7 +15,7 @@ from ota_core.errors import OtaError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.analyse import AnalyseJob
 from tasks.artifacts.step import Stage, Work
-from tasks.benchmark import Benchmark, ScoreJob
+from tasks.benchmark import Benchmark, ScoreJob, TrialJob
 from tasks.compress import CompressJob, compress_jobs
 from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
@@ -44,7 +44,8 @@ Job = Annotated[
     | AssembleJob
     | MergeJob
     | AnalyseJob
-    | ScoreJob,
+    | ScoreJob
+    | TrialJob,
     Field(discriminator="kind"),
 ]
 

@@ -8,9 +8,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ota_core.errors import CheckpointError
 from tasks.evaluation.harness_tasks import load_tasks, skip_reason
@@ -47,19 +48,64 @@ def score_model(
         raise SuiteError(f"limit is {limit}; expected at least one document per task, or no limit")
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{model} holds no config.json; expected the folder of a Hugging Face checkpoint")
-    limit = limit or suite.limit
+    with LoadedModel(model, suite, data_dir=data_dir, device=device, progress=progress) as loaded:
+        return loaded.score(limit, progress)
+
+
+class LoadedModel:
+    """A suite's tasks and a checkpoint on them, loaded once; scored as often as its weights are others. A context manager.
+
+    A score is that of a model that was loaded anew: seeds and few-shot examples begin anew before each task. Raises as ``score_model``.
+    """
+
+    def __init__(
+        self, model: Path, suite: Suite, *, data_dir: Path | None = None, device: str = "cpu", progress: Progress | None = None
+    ) -> None:
+        self._model, self._suite, self._data_dir, self._device, self._progress = model, suite, data_dir, device, progress
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack, _alone(self._suite, self._progress):
+            started = time.monotonic()  # not the wait for the others' turns
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="ota-scores-"))
+            self._tasks = load_tasks(self._suite, self._data_dir, Path(cache))
+            self._lm = _load_model(self._model, self._suite, self._device) if self._tasks else None
+            self._loading = time.monotonic() - started  # counts with the first score
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lm = None
+        self._stack.close()
+
+    @property
+    def module(self) -> Any:
+        """The model as torch has it; None where no task of the suite may run."""
+        return self._lm and self._lm.model
+
+    def score(self, limit: int | None = None, progress: Progress | None = None) -> ModelScores:
+        """The scores of the model as it is now. ``limit`` overrides the suite's."""
+        suite, limit = self._suite, limit or self._suite.limit
+        with _alone(suite, progress) as name_task:
+            started, results = time.monotonic(), {}
+            for name, task in self._tasks.items():
+                name_task(name)
+                results[name] = _evaluate(self._lm, suite, name, task, limit)
+            # Before the next may start, or both would count what this thread waits for then.
+            seconds, self._loading = time.monotonic() - started + self._loading, 0.0
+        return _scores_of(suite, results, limit, seconds)
+
+
+@contextmanager
+def _alone(suite: Suite, progress: Progress | None) -> Iterator[Callable[[str], None]]:
+    """lm-eval's turn; gives what names the task for ``progress``."""
     # The code_eval metric reads the consent from the environment.
     consent = environment({"HF_ALLOW_CODE_EVAL": "1"} if suite.allow_code_execution else {})
-    with _ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
-        started = time.monotonic()  # not the wait for the others' turns
-        loaded = load_tasks(suite, data_dir, Path(cache))
-        results = {}
-        if loaded:
-            lm = _load_model(model, suite, device)
-            for name, task in loaded.items():
-                name_task(name)
-                results[name] = _evaluate(lm, suite, name, task, limit)
-        seconds = time.monotonic() - started  # before the next may start, or both would count what this thread waits for then
+    with _ONE_AT_A_TIME, consent, quiet(progress) as name_task:
+        yield name_task
+
+
+def _scores_of(suite: Suite, results: Mapping[str, Mapping[str, Any]], limit: int | None, seconds: float) -> ModelScores:
     scores = {name: _capability(suite, name, results) for name in suite.capabilities}
     losses = {name: _loss(suite, entry, results[entry.task]) for name, entry in suite.losses.items()}
     return ModelScores(
@@ -99,6 +145,8 @@ def _evaluate(lm: Any, suite: Suite, name: str, loaded: Mapping[str, Any], limit
     import numpy as np
     import torch
 
+    for one in loaded["tasks"].values():
+        one.set_fewshot_seed(seed=suite.seed)
     random.seed(suite.seed)
     np.random.seed(suite.seed)
     torch.manual_seed(suite.seed)
