@@ -33,13 +33,13 @@ class Rule:
 
     def merge(self, block: Block, out: Rows) -> None:
         """Write the merged rows into ``out``: (R, C) in the output's type, on the CPU. Called from several threads."""
-        if self._can_fuse(block[0]):
+        if self._plan.scales is None and self._can_fuse(block[0]):
             with rounded(out) as target:
                 self._merge_fused(block, target)
         else:
             from ota_core.rules.rows import merge_in_parts
 
-            merge_in_parts(self._plan, self._merge_tensors, block, out)
+            merge_in_parts(self._plan, self._scaled if self._plan.scales else self._merge_tensors, block, out)
 
     def _can_fuse(self, job: TensorJob) -> bool:
         """Whether the compiled pass covers what the recipe asks of this tensor; it gives the same bits as the tensors' way."""
@@ -52,6 +52,21 @@ class Rule:
     def _merge_tensors(self, block: Block) -> "torch.Tensor":
         """The merged rows of a block, float64 (r, C)."""
         raise NotImplementedError
+
+    def edits(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        """(θ₀, λ·A_m of every expert) of a block of ``plan.tensor_elements`` at most, each float64 (r, C).
+
+        A_m is expert m's part of the merged edit at λ = 1: θ₀ + Σ_m λ·A_m is the merged block, to float64's rounding.
+        """
+        raise NotImplementedError
+
+    def _scaled(self, block: Block) -> "torch.Tensor":
+        """θ₀ + Σ_m s_m·λ·A_m with the tensor's coefficients in the file of scales."""
+        assert self._plan.scales is not None
+        merged, edits = self.edits(block)
+        for scale, edit in zip(self._plan.scales.values[block[0].canonical].tolist(), edits, strict=True):
+            merged = merged + scale * edit
+        return merged
 
     def found(self) -> Found:
         """What the blocks merged so far told; parts of a merge add up."""
