@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ota_core.analysis.roles import Place
+from ota_core.plan.roles import Place
 
 BINS = 20
 """Bins of the histograms of kept fractions: equal, over 0 … 1, the last one closed."""

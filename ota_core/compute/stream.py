@@ -124,10 +124,11 @@ class Stream:
         what: str,
         size: Callable[[Item], int] = lambda _: 1,
         ahead: Callable[[Item], None] | None = None,
+        at_once: int | None = None,
     ) -> list[Result]:
         """``work`` of every item, in the order of the items. The first error stops the rest and is raised.
 
-        ``size`` weighs an item in the progress. ``ahead`` is told of the item whose turn comes when the one that is started now is done.
+        ``at_once``: fewer than all threads, for items that take much memory. ``size`` weighs an item in the progress. ``ahead`` is told of the item whose turn comes when the one that is started now is done.
         """
         todo: Sequence[Item] = list(items)
         if not todo:
@@ -135,14 +136,15 @@ class Stream:
         total, done = sum(size(item) for item in todo), 0
         if self.progress:
             self.progress(what, 0, total)
-        with _torch_threads.single(), ThreadPoolExecutor(self.threads) as pool:
+        threads = min(at_once or self.threads, self.threads)
+        with _torch_threads.single(), ThreadPoolExecutor(threads) as pool:
             futures: dict[Future[Result], int] = {}
             results: dict[int, Result] = {}
             queue = iter(enumerate(todo))
 
             def step(index: int, item: Item) -> Result:
-                if ahead is not None and index + self.threads < len(todo):
-                    ahead(todo[index + self.threads])
+                if ahead is not None and index + threads < len(todo):
+                    ahead(todo[index + threads])
                 _torch_threads.settle()
                 with self.lanes.mine() if self.lanes else nullcontext():
                     return work(item)
@@ -152,7 +154,7 @@ class Stream:
                     futures[pool.submit(step, index, item)] = index
 
             try:
-                submit(4 * self.threads)
+                submit(4 * threads)
                 while futures:
                     finished, _ = wait(futures, return_when=FIRST_COMPLETED)
                     for future in finished:

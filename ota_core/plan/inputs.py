@@ -13,7 +13,7 @@ from ota_core.files.checkpoint import read_json
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.match import Layout
-from ota_core.plan.scales import find_scales, scales_digest
+from ota_core.plan.expert_scales import find_scales, scales_digest
 from ota_core.recipe.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
 
 LayoutOf = Callable[[Path], ParameterLayout]

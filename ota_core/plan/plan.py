@@ -15,9 +15,9 @@ from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, open_moments
 from ota_core.moments.compression import compression_label, compression_of, is_compressed, label_of, rank_of
+from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
-from ota_core.plan.scales import Scales, scales_for
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob, bias_factor
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
@@ -41,7 +41,7 @@ class MergePlan:
     scratch: Path | None = None
     """A folder for what the merge keeps on disk while it runs; none means the system's."""
     notes: list[str] = field(default_factory=list)
-    scales: Scales | None = None
+    scales: ExpertScales | None = None
     """By what each expert's part of the merged edit is multiplied, where the recipe names a file of scales."""
     part: frozenset[str] | None = None
     """The tensors that are worked on here, where a merge is spread over machines; None: all."""

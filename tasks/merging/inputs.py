@@ -10,9 +10,9 @@ from ota_core.compute.stream import Progress
 from ota_core.errors import CheckpointError, MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import weight_files
 from ota_core.moments import find_moments, moments_files, none_found
+from ota_core.plan.expert_scales import find_scales
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
-from ota_core.plan.scales import find_scales
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.merging.architecture import parameter_layout
 from tasks.storage import models as storage

@@ -18,8 +18,8 @@ from ota_core.errors import ArtifactError, CheckpointError, MomentsError, Storag
 from ota_core.files.checkpoint import weight_files
 from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, moments_files
+from ota_core.plan.expert_scales import scales_digest
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
-from ota_core.plan.scales import scales_digest
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
@@ -179,8 +179,10 @@ class _Opening:
         )  # fmt: skip
 
     def scales(self, one: ScalesSource | None) -> Path | None:
-        if one is None or one.path is not None:
-            return one and one.path
+        if one is None:
+            return None
+        if one.path is not None:
+            return one.path
         path = Path(one.location)
         if storage.is_s3(one.location):
             parent, _, name = one.location.rpartition("/")

@@ -13,8 +13,8 @@ from ota_core.artifact import read_record
 from ota_core.engine.engine import merge, merge_into
 from ota_core.errors import OtaError
 from ota_core.files.safetensors_io import FORMAT_KEY
+from ota_core.plan.expert_scales import FORMAT, ExpertScales
 from ota_core.plan.inputs import MergeInputs, resolve_local
-from ota_core.plan.scales import FORMAT, Scales
 from ota_core.recipe.recipe import MergeRecipe
 from tests import reference, reference_baselines
 from tests.checkpoints import SHAPES, assert_merged, ota_recipe, random_base, random_experts, read_tensors
@@ -101,6 +101,56 @@ def test_scales_of_one_change_nothing_and_scales_of_zero_give_the_base(tmp_path:
     assert all((nothing[name] == BASE[name]).all() for name in BASE)
 
 
+@pytest.mark.parametrize("parameters", [{"density": 0.5}, {"density": 0.5, "ridge": 0.1, "input_curvature": 0.3}], ids=str)
+def test_row_space_regression_is_cut_into_parts_that_add_up(tmp_path: Path, parameters: dict[str, Any]) -> None:
+    """Linear in the experts' task vectors and priors: the parts of (δ_k C_k + r X₀_k)(Σ C + r I)⁻¹, in plain float64."""
+    raw = parameters | {"refine": "rowspace", "lambda": 1.4}
+    got = scaled(tmp_path, raw, FACTORS)
+    density, ridge = raw["density"], raw.get("ridge", 0.3)
+    experts = [reference.Expert(**{**vars(one), "density": density}) for one in EXPERTS]
+    alone = []
+    for m in range(3):
+        only = {name: np.eye(3)[m] for name in BASE}
+        prior = reference.ota(BASE, experts, lambda_=1.4, scales=only)
+        alone.append({name: prior[name] - BASE[name] for name in BASE})
+    for name in BASE:
+        shape = BASE[name].shape
+        if name.endswith("embed_tokens.weight") or len(shape) == 1:
+            want = BASE[name] + sum(FACTORS[name][m] * alone[m][name] for m in range(3))
+        else:
+            want = BASE[name].astype(np.float64)
+            for index in np.ndindex(shape[:-2]):
+                turn = name.endswith("down_proj")  # stored (in, out)
+                deltas = [one.weights[name][index].astype(np.float64) - BASE[name][index] for one in EXPERTS]
+                deltas = [delta.T if turn else delta for delta in deltas]
+                grams: list[Any] = []
+                for one, delta in zip(EXPERTS, deltas, strict=True):
+                    v = one.v[name][index].astype(np.float64)
+                    v = v.T if turn else v
+                    column = raw.get("input_curvature", 0.0) * v.sum(0) / v.sum()
+                    grams.append(delta.T @ delta / np.sum(delta**2) + np.diag(column))
+                shrink = ridge * np.mean(np.diag(sum(grams)))
+                inverse = np.linalg.inv(sum(grams) + shrink * np.eye(len(grams[0])))
+                for m in range(3):
+                    prior = alone[m][name][index]
+                    part = (deltas[m] @ grams[m] + shrink * (prior.T if turn else prior)) @ inverse
+                    want[index] += FACTORS[name][m] * (part.T if turn else part)
+        change = np.abs(want - BASE[name]).max()
+        assert np.abs(got[name] - want).max() < 1e-5 * change + 1e-7, name
+
+
+@pytest.mark.parametrize("method", ["ota", "ties", "rowspace"])
+def test_scales_of_one_leave_a_refined_merge_with_lambda_auto_as_it_is(tmp_path: Path, method: str) -> None:
+    parameters: dict[str, Any] = {"lambda": "auto", "refine": "rowspace"} | ({"density": 0.5} if method != "rowspace" else {})
+    if method == "rowspace":
+        parameters.pop("refine")
+    merge(MergeRecipe.model_validate(ota_recipe(tmp_path, BASE, EXPERTS, parameters, method=method)), tmp_path / "plain")
+    (tmp_path / "ones").mkdir()
+    ones = scaled(tmp_path / "ones", parameters, {name: np.ones(3) for name in SHAPES}, method)
+    for name, want in read_tensors(tmp_path / "plain").items():
+        assert np.abs(ones[name] - want).max() <= 2e-6 * np.abs(want).max(), name
+
+
 def test_a_lone_expert_scaled_to_half_lies_halfway(tmp_path: Path) -> None:
     halves = write_scales(tmp_path / "s.safetensors", {name: np.full(1, 0.5) for name in SHAPES}, experts='["expert0"]')
     recipe = ota_recipe(tmp_path, BASE, EXPERTS[:1], top={"scales": halves}, method="task_arithmetic")
@@ -134,9 +184,9 @@ def test_the_file_decides_the_fingerprint_and_recipes_without_keep_theirs(tmp_pa
 
 def test_the_file_that_is_written_is_read_again_and_is_the_same_bytes(tmp_path: Path) -> None:
     settings = {"merge_method": "ota", "parameters": {"lambda": 1.5}}
-    one = Scales(experts=tuple(NAMES), values=FACTORS, settings=settings)
+    one = ExpertScales(experts=tuple(NAMES), values=FACTORS, settings=settings)
     one.save(tmp_path / "one.safetensors")
-    read = Scales.read(tmp_path / "one.safetensors")
+    read = ExpertScales.read(tmp_path / "one.safetensors")
     assert read.experts == one.experts and read.settings == settings
     assert all((read.values[name] == row).all() for name, row in FACTORS.items()) and read.values.keys() == FACTORS.keys()
     read.save(tmp_path / "two.safetensors")
@@ -192,7 +242,9 @@ def test_scales_that_nobody_resolved_are_no_silent_ones(tmp_path: Path) -> None:
 def test_methods_without_an_edit_to_scale_refuse(method: str) -> None:
     raw = {"merge_method": method, "base_model": "b", "models": [{"model": "m"}], "scales": "s.safetensors"}
     raw |= {"parameters": {"t": 0.5}} if method == "slerp" else {}
-    with pytest.raises(ValueError, match=rf"scales: {method} has no merged edit .* breadcrumbs, .* ota, task_arithmetic, ties"):
+    with pytest.raises(
+        ValueError, match=rf"scales: {method} has no merged edit .* breadcrumbs, .* ota, rowspace, task_arithmetic, ties"
+    ):
         MergeRecipe.model_validate(raw)
     with pytest.raises(ValueError, match="base_model is missing: scales act on task vectors"):
         MergeRecipe.model_validate({"merge_method": "ota", "models": [{"model": "m"}], "scales": "s.safetensors"})

@@ -28,7 +28,7 @@ SHOWN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scales:
+class ExpertScales:
     """What a file of scales holds. ``s[m, n]`` is ``values[n][m]``."""
 
     experts: tuple[str, ...]
@@ -38,7 +38,7 @@ class Scales:
     """``MergeRecipe.effective`` of the recipe that they were learned for."""
 
     @classmethod
-    def read(cls, path: Path) -> "Scales":
+    def read(cls, path: Path) -> "ExpertScales":
         """Raises RecipeError for a file that is missing, of another format, or that holds what is no coefficient."""
         try:
             with SafetensorsFile(path) as file:
@@ -86,10 +86,10 @@ class Scales:
         ]
         return [key for key, value in flat[1].items() if flat[0].get(key) != value]
 
-    def ordered(self, experts: Sequence[str]) -> "Scales":
+    def ordered(self, experts: Sequence[str]) -> "ExpertScales":
         """The same with the experts in this order, which names the same ones."""
         places = [self.experts.index(name) for name in experts]
-        return Scales(
+        return ExpertScales(
             experts=tuple(experts), values={name: row[places] for name, row in self.values.items()}, settings=self.settings
         )
 
@@ -115,13 +115,13 @@ def find_scales(named: str, recipe_dir: Path | None) -> Path:
     )
 
 
-def scales_for(path: Path, experts: Sequence[str], tensors: Iterable[str], problems: list[str]) -> Scales | None:
+def scales_for(path: Path, experts: Sequence[str], tensors: Iterable[str], problems: list[str]) -> ExpertScales | None:
     """The scales in a file for a merge of these experts, in their order; what does not fit is added to ``problems``.
 
     tensors: those that are merged, each parameter once.
     """
     try:
-        scales = Scales.read(path)
+        scales = ExpertScales.read(path)
     except OtaError as error:
         problems += error.problems
         return None
