@@ -1,7 +1,9 @@
 """What all merge rules have in common: a block goes through the compiled pass where that covers it, else through tensors, in parts."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.views import Block, TensorJob, block_elements
+from ota_core.recipe.recipe import MergeRecipe
 from ota_core.rules.refine import Refine
 from ota_core.rules.scales import Scales, matrix_scales, scales_of
 
@@ -26,6 +29,8 @@ class Rule:
 
     _curvature = False
     """Whether the rule reads second moments."""
+    _weights: list[float]
+    """Of the experts, for the methods that have a ``weight``."""
 
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
         """``whole``: what is known of the whole merge already, for a part of it."""
@@ -72,6 +77,13 @@ class Rule:
         out = Rows.float32(np.empty(tuple(base.shape), np.float32))
         self._merge_fused(block, out)
         return out.tensor().double() - base
+
+    def reweighted(self, recipe: MergeRecipe) -> Self:
+        """This rule, prepared as it is, for a recipe that differs in the weights of its experts alone."""
+        other = copy(self)
+        other._plan = replace(self._plan, recipe=recipe)
+        other._weights = [recipe.setting("weight", i) for i in range(len(self._plan.experts))]
+        return other
 
     def blocks(self, jobs: Sequence[TensorJob]) -> tuple[list[Block], list[Block]]:
         """(whole matrices that are worked on as such, the blocks of all other tensors)."""

@@ -125,7 +125,7 @@ def _sampled(plan: MergePlan, edit: Edit, matrices: Matrices, index: int) -> lis
     sketches = [(expert, *_sketch(plan, expert, block)) for expert in plan.experts]
     moved = [one for one in sketches if one[2] > 0]
     sums: list[tuple[list[float], list[float]]] = [([], []) for _ in moved]
-    for part in _groups(block):
+    for part in row_groups(block):
         merged = edit(part)
         for (expert, directions, size), (numerators, denominators) in zip(moved, sums, strict=True):
             numerator, denominator = scale_sums(merged, delta(plan, expert, *part), directions)
@@ -134,12 +134,26 @@ def _sampled(plan: MergePlan, edit: Edit, matrices: Matrices, index: int) -> lis
     return [(math.fsum(numerators), math.fsum(denominators)) for numerators, denominators in sums]
 
 
-def _groups(block: Block) -> Iterator[Block]:
+def row_groups(block: Block) -> Iterator[Block]:
     """Groups of neighbouring rows at even distances, about ``ROWS`` rows in all; every row where there are not many more."""
     job, start, stop = block
     step = max(GROUP, (stop - start) * GROUP // ROWS)
     for first in range(start, stop, step):
         yield from parts((job, first, min(first + GROUP, stop)), PART)
+
+
+def directions_of(plan: MergePlan, expert: ExpertView, matrices: Matrices, index: int) -> "tuple[torch.Tensor, float]":
+    """(the directions that an expert's matrix is compared on, float64 (in, P), and ‖δ‖²): δᵀ where it has few outputs, else δᵀ z of the probes."""
+    import torch
+
+    block, exact = matrices.block(index), matrices.outputs <= EXACT
+    if not exact and not matrices.input_first:
+        return _sketch(plan, expert, block)
+    rows = torch.cat([delta(plan, expert, *part) for part in parts(block, PART)])
+    size = float(rows.pow(2).sum())
+    if exact:
+        return rows if matrices.input_first else rows.T, size
+    return rows @ _probes(0, matrices.outputs, rows), size
 
 
 def _sketch(plan: MergePlan, expert: ExpertView, block: Block) -> "tuple[torch.Tensor, float]":
