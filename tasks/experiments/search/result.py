@@ -46,9 +46,9 @@ def recipe_text(tuned: Tuned, config: SearchConfig, recipe_dir: Path | None, out
     if not tuned.feasible:
         lines.append(f"NO TRIAL HELD ALL FLOORS. This one misses them by the least: {missed(best)}.")
     lines.append("The average chose this recipe, and so flatters it: judge it on documents of another split.")
-    located = located(best.recipe, recipe_dir, out)
+    placed = located(best.recipe, recipe_dir, out)
     return "".join(f"# {line}\n" for line in lines) + dump_yaml(
-        located.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+        placed.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
     )
 
 
