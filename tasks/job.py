@@ -20,7 +20,7 @@ from tasks.compress import CompressJob, compress_jobs
 from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
 from tasks.mask import MaskJob, mask_jobs
-from tasks.merge import AssembleJob, FactsJob, MergeJob, ShardJob, SurveyJob
+from tasks.merge import AssembleJob, FactsJob, MergeJob, ScaledFactsJob, ScalesJob, ShardJob, SurveyJob
 from tasks.merging.inputs import fetch_all, model_sources
 from tasks.merging.sources import Planned
 from tasks.orchestration.credentials import block_credentials
@@ -38,6 +38,8 @@ Job = Annotated[
     | MaskJob
     | SurveyJob
     | FactsJob
+    | ScalesJob
+    | ScaledFactsJob
     | ShardJob
     | AssembleJob
     | MergeJob

@@ -34,6 +34,11 @@ class Refine:
         self.residuals: dict[str, float] = {}
         """Tensor → the largest relative residual of its matrices."""
 
+    @property
+    def all(self) -> list[Matrices]:
+        """The matrices of all tensors that are refined."""
+        return list(self._matrices.values())
+
     def matrices(self, job: TensorJob) -> Matrices | None:
         """The matrices of a tensor that is refined."""
         return self._matrices.get(job.name)
@@ -46,14 +51,14 @@ class Refine:
     @property
     def at_once(self) -> int:
         """How many matrices fit the budget of memory at once."""
-        largest = max((bytes_of(one) for one in self._matrices.values()), default=1)
+        largest = max(map(bytes_of, self.all), default=1)
         return max(1, min(self._plan.stream.threads, self._plan.stream.memory // largest))
 
     def check_memory(self) -> None:
         """Raises OtaError where one matrix alone does not fit the budget."""
         if self._plan.device != "cpu" or not self._matrices:
             return
-        largest = max(self._matrices.values(), key=bytes_of)
+        largest = max(self.all, key=bytes_of)
         needed, given = bytes_of(largest), self._plan.stream.memory
         if needed > given:
             raise OtaError(

@@ -70,6 +70,7 @@ def score_model(
         losses={name: value for name, (value, _) in losses.items()},
         loss_stderr={name: error for name, (_, found) in losses.items() if not math.isnan(error := loss_error(found))},
         loss_samples={name: found for name, (_, found) in losses.items()},
+        tiers=suite.tiers,
         limit=limit,
         lm_eval_version=importlib.metadata.version("lm_eval"),
         seconds=round(seconds, 3),

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ota_core.artifact import fingerprint
 from ota_core.errors import OtaError
 from ota_core.frozen import Frozen
 from ota_core.recipe.yaml_text import load_yaml, nearest
+from tasks.evaluation.tiers import DEVELOPMENT, Tier
 from tasks.merging.recipes import parse_config
 
 SUITES = Path(__file__).resolve().parents[2] / "deployments" / "suites"
@@ -33,6 +34,9 @@ class TaskEntry(Frozen):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1.0, description="Weight in the capability's score.")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Overrides the suite's and the task file's number.")
     executes_code: bool = Field(False, description="The task runs code that the model wrote; off unless the suite allows it.")
+    tier: Tier | None = Field(
+        None, description="If other than its capability's: it then counts as a capability <capability>-<tier>."
+    )
 
 
 class LossEntry(Frozen):
@@ -47,6 +51,7 @@ class Capability(Frozen):
     """The tasks whose weighted mean is the capability's score."""
 
     tasks: Annotated[tuple[TaskEntry, ...], Field(min_length=1)]
+    tier: Tier = Field(DEVELOPMENT, description="What it is measured for; the average is over the tier development.")
 
 
 class Suite(Frozen):
@@ -66,6 +71,19 @@ class Suite(Frozen):
     )
     capabilities: Annotated[dict[str, Capability], Field(min_length=1)]
     losses: dict[str, LossEntry] = Field({}, description="Held-out loss of capabilities, beside their scores.")
+
+    @field_validator("capabilities")
+    @classmethod
+    def _one_tier_each(cls, raw: dict[str, Capability]) -> dict[str, Capability]:
+        found: dict[str, tuple[Tier, list[TaskEntry]]] = {}
+        for name, capability in raw.items():
+            for entry in capability.tasks:
+                tier = entry.tier or capability.tier
+                own = name if tier == capability.tier else f"{name}-{tier}"
+                if own != name and own in raw:
+                    raise ValueError(f"{name}: the tasks of tier {tier} become the capability '{own}', which is listed as well")
+                found.setdefault(own, (tier, []))[1].append(entry.model_copy(update={"tier": None}))
+        return {name: Capability(tier=tier, tasks=tuple(entries)) for name, (tier, entries) in found.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -94,6 +112,11 @@ class Suite(Frozen):
         for name, capability in self.capabilities.items():
             for entry in capability.tasks:
                 yield name, entry
+
+    @property
+    def tiers(self) -> dict[str, Tier]:
+        """Capability to its tier, of those that are not for development."""
+        return {name: one.tier for name, one in self.capabilities.items() if one.tier != DEVELOPMENT}
 
     def all_tasks(self) -> list[TaskEntry]:
         """The tasks of scores and losses, as what is run."""
@@ -154,9 +177,9 @@ def score_identity(
     """
     if data_digest is None and needs_data(suite):
         raise SuiteError(f"the task files of suite '{suite.name}' read {DATA}: its scores depend on data, give their digest")
-    # What came to suites later and is not set leaves their identity as it was, and with it the scores that were kept.
-    unset = {name for name in ("losses", "dtype") if not getattr(suite, name)}
-    params = suite.model_dump(mode="json", exclude={"include_path", "batch_size", *unset})
+    params = _without_unset(suite.model_dump(mode="json", exclude={"include_path", "batch_size"}), Suite)
+    for capability in params["capabilities"].values():
+        _without_unset(capability, Capability)["tasks"] = [_without_unset(entry, TaskEntry) for entry in capability["tasks"]]
     params |= {"limit": limit or suite.limit, "lm_eval": importlib.metadata.version("lm_eval")}
     # JSON objects have no order, but the order of capabilities and tasks changes no score either.
     inputs = {"model": model_digest}
@@ -165,6 +188,17 @@ def score_identity(
     if data_digest is not None:
         inputs["data"] = data_digest
     return params, inputs
+
+
+_LATER: dict[type[Frozen], tuple[str, ...]] = {Suite: ("losses", "dtype"), Capability: ("tier",), TaskEntry: ("tier",)}
+"""What came to suites later: where it is not set, it leaves their identity as it was, and with it the scores that were kept."""
+
+
+def _without_unset(raw: dict[str, Any], kind: type[Frozen]) -> dict[str, Any]:
+    for name in _LATER[kind]:
+        if raw[name] == kind.model_fields[name].default:
+            del raw[name]
+    return raw
 
 
 def kept_identity(
