@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import OtaError
+from ota_core.plan.inputs import MergeInputs
 from tasks.experiments.preflight.features import of_metrics
+from tasks.experiments.preflight.outlook import Known
 from tasks.experiments.preflight.predict import Example, Predictor
 from tasks.tracking.experiment import Experiment, read_experiment
 from tasks.tracking.registered import TAG_DIGEST
@@ -30,6 +32,8 @@ SHIPPED = Path(__file__).with_name("shipped.json")
 
 def shipped() -> list[Example]:
     """The merges of our studies. Their capabilities are nobody else's, and all merges of one study's base are one group."""
+    if not SHIPPED.is_file():
+        return []
     return [Example.model_validate(one) for one in json.loads(SHIPPED.read_text(encoding="utf-8"))["examples"]]
 
 
@@ -57,7 +61,7 @@ def here(experiment: Experiment) -> Iterator[Example]:
             )  # fmt: skip
 
 
-def known(store: Store) -> list[Example]:
+def examples(store: Store) -> list[Example]:
     """All merges that predictions may learn from, shipped and of this store; only the former where it has no experiment yet."""
     try:
         own = [*here(read_experiment(store))]
@@ -66,25 +70,31 @@ def known(store: Store) -> list[Example]:
     return [*shipped(), *own]
 
 
-def known_scores(
-    store: Store, base: str, experts: Mapping[str, str], suite: str | None = None
-) -> tuple[dict[str, float], dict[str, dict[str, float]]] | None:
-    """(the base's scores, expert → its scores), by capability, of the newest merge that these models were scored for; None where there is none.
+def scored(store: Store, inputs: MergeInputs, suite: str | None = None) -> tuple[Known | None, dict[str, str]]:
+    """(what a merge's base and experts score, expert → its capability as ``Example`` names it), by the newest merge that they were scored for.
 
-    base, experts: their digests. suite: only scores on this one.
+    suite: only scores on this one. (None, nothing) where these very models were never scored together.
     """
     try:
         experiment = read_experiment(store)
     except OtaError:
-        return None
-    below = _children(experiment)
+        return None, {}
+    below, base = _children(experiment), inputs.base.digest if inputs.base else None
     for row in _rows(experiment.merges):
-        if suite is not None and row.get(f"tags.{TAG_SUITE}") != suite:
-            continue
-        scored = {child.get(f"tags.{TAG_DIGEST}"): _scores(child) for child in below.get(row["run_id"], [])}
-        if {base, *experts.values()} <= scored.keys():
-            return scored[base], {name: scored[digest] for name, digest in experts.items()}
-    return None
+        on = row.get(f"tags.{TAG_SUITE}", "")
+        found = {child.get(f"tags.{TAG_DIGEST}"): _scores(child) for child in below.get(row["run_id"], [])}
+        if (suite is None or on == suite) and {base, *(one.digest for one in inputs.experts)} <= found.keys():
+            return known_of(on, found[base], {one.name: (one.capability, found[one.digest]) for one in inputs.experts})
+    return None, {}
+
+
+def known_of(
+    suite: str, base: Mapping[str, float], experts: Mapping[str, tuple[str | None, Mapping[str, float]]]
+) -> tuple[Known, dict[str, str]]:
+    """The same from scores that are at hand: experts by name, each with its stated capability and its scores."""
+    own = {name: capability or name for name, (capability, _) in experts.items()}
+    scores = {name: (own[name], found[own[name]]) for name, (_, found) in experts.items() if own[name] in found}
+    return Known(base=base, experts=scores), {name: f"{suite}/{own[name]}" for name in scores}
 
 
 def _scores(row: Mapping[str, Any]) -> dict[str, float]:
@@ -114,22 +124,22 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def write_shipped(studies: Mapping[str, Store], out: Path = SHIPPED) -> int:
     """Write ``shipped.json`` from the stores of studies, by name; how many values there are."""
-    examples = []
+    found = []
     for name, store in studies.items():
         for one in here(read_experiment(store)):
             rounded = {key: round(value, 5) for key, value in one.features.items()}
             told = {"group": name, "merge": f"{name} {one.merge[:8]}", "here": False, "capability": None, "features": rounded}
-            examples.append(one.model_copy(update=told | {"retention": round(one.retention, 5)}))
-    learned = Predictor(examples)
+            found.append(one.model_copy(update=told | {"retention": round(one.retention, 5)}))
+    learned = Predictor(found)
     content = {
         "made_by": "python -m tasks.experiments.preflight.history",
         "error": round(learned.error, 4),
         "coefficients": {name: [round(value, 4), round(error, 4)] for name, (value, error) in learned.coefficients().items()},
-        "examples": [one.model_dump(mode="json") for one in examples],
+        "examples": [one.model_dump(mode="json") for one in found],
     }
     lines = json.dumps(content, indent=1).replace("\n   ", " ").replace("\n  }", " }")
     out.write_text(lines + "\n", encoding="utf-8")
-    return len(examples)
+    return len(found)
 
 
 if __name__ == "__main__":
