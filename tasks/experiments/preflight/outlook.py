@@ -44,7 +44,13 @@ class Alone:
     change: tuple[float, float] | None
     """How much the average changes when it is left out, as predicted, and the standard error of the fit; 0..1."""
     hurts: str
-    """Why it is better left out; empty where nothing says so."""
+    """Why it may be better left out, which a merge without it can tell; empty where nothing says so."""
+
+    @property
+    def surely(self) -> bool:
+        """Whether the reason is beyond the prediction's own error (one-sided, 95 %), or is no prediction."""
+        predicted = self.change is not None and self.hurts.startswith("the average")
+        return bool(self.hurts) and (not predicted or (self.change is not None and self.change[0] > 1.645 * self.change[1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +148,11 @@ def _change(
 def _why(name: str, acts: float | None, change: tuple[float, float] | None, known: Known | None) -> str:
     if known and name in known.experts and known.experts[name][1] <= known.base.get(known.experts[name][0], 0.0):
         capability, score = known.experts[name]
-        return f"scores {100 * score:.1f} % on {capability}, no more than the base: nothing is lost without it"
-    if change is not None:
-        return f"the average is predicted to rise by {100 * change[0]:.1f} points without it" if change[0] > 0 else ""
-    if acts is not None and acts > OVERRULED:
-        return f"acts on the inputs of the others {acts:.1f} times as strongly as their own edits"
+        return f"it scores {100 * score:.1f} % on {capability}, no more than the base: nothing is lost without it"
+    if change is not None and change[0] > 0:
+        return f"the average is predicted to rise by {100 * change[0]:.1f} ± {100 * change[1]:.1f} points without it"
+    if change is None and acts is not None and acts > OVERRULED:
+        return f"it acts on the inputs of the others {acts:.1f} times as strongly as their own edits"
     return ""
 
 

@@ -57,7 +57,7 @@ def experts_table(found: Outlook) -> Table:
         caption.append(
             f"In parentheses {100 * CONFIDENCE:.0f} % intervals. Without it: change {of}, in points ± the standard error of the fit alone."
         )
-    return Table("Experts", pd.DataFrame(rows), columns, caption, strong=[bool(one.hurts) for one in found.experts])
+    return Table("Experts", pd.DataFrame(rows), columns, caption, strong=[one.surely for one in found.experts])
 
 
 def pairs_table(found: Outlook) -> Table | None:
@@ -85,9 +85,9 @@ def sentences(found: Outlook) -> Iterator[str]:
             f"installation; of experts that it has not seen it is typically off by {100 * error:.0f} points."
         )
     for one in found.hurting:
-        yield f"{one.name} hurts: {one.hurts}."
+        yield f"{one.name} {'hurts' if one.surely else 'may hurt'}: {one.hurts}."
     if not found.hurting:
-        yield "No expert is found to hurt."
+        yield "No expert is expected to hurt."
 
 
 def to_markdown(found: Outlook, name: str) -> str:
