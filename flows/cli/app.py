@@ -31,7 +31,7 @@ def demo(
     home: Home = None,
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 1,
 ) -> None:
-    """Train a small base and five experts, merge them in four ways, and compare. Needs the extra 'demo'."""
+    """Train a small base and five experts, merge them in six ways, and compare. Needs the extra 'demo'."""
     from tasks.orchestration.prepare import prepare_prefect
 
     with user_errors():

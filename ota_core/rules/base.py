@@ -14,8 +14,8 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.views import Block, TensorJob, block_elements
 from ota_core.recipe.recipe import MergeRecipe
+from ota_core.rules.lambdas import Scales, matrix_scales, scales_of
 from ota_core.rules.refine import Refine
-from ota_core.rules.scales import Scales, matrix_scales, scales_of
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from ota_core.plan.matrices import Matrices, matrices_of
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.scoring import delta
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
-from ota_core.rules.scales import Edit
+from ota_core.rules.lambdas import Edit
 
 if TYPE_CHECKING:
     import torch
