@@ -18,7 +18,7 @@ from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import parse_memory, parse_size
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
-from tasks.analyse import analyse_job, analysis_options
+from tasks.analyse import analyse_job, analysis_options, preflight_job
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import merged_subject, subjects_of
 from tasks.job import fetch_models, run_here, run_jobs, score_all, second_moments
@@ -111,12 +111,14 @@ def merge_flow(
         else:
             merged, stages = merge_in_parts(plan, file_size, where, runner, device)
         analysis, unanalysed = analysed(plan, where) if report == "full" else (None, "")
+        before = preflighted(plan, where) if report == "full" else None
 
     subjects = subjects_of(plan.inputs, fetched)
     subjects["merged"] = merged_subject(where, merge_label(recipe), merged, benchmark=benchmark is not None and gpu is None)
     scores = score_all(subjects, benchmark, where, heavy) if benchmark else {}
     done = Merged(
-        plan=plan, fetched=fetched, subjects=subjects, merged=merged, stages=stages, scores=scores, data_dir=data_dir, where=where
+        plan=plan, fetched=fetched, subjects=subjects, merged=merged, stages=stages, scores=scores, data_dir=data_dir, where=where,
+        preflight=before,
     )  # fmt: skip
     return finish(done, report, analysis, unanalysed, registered_model, tracking_uri)
 
@@ -144,3 +146,14 @@ def analysed(plan: Planned, where: Places) -> tuple[ArtifactRef | None, str]:
         get_run_logger().warning("the report goes without an analysis of the experts: %s", error)
         return None, str(error)
     return found, ""
+
+
+def preflighted(plan: Planned, where: Places) -> ArtifactRef | None:
+    """What can be measured of a merge before it is made: MLflow keeps it beside the scores, and later predictions learn from both."""
+    if plan.inputs.base is None:
+        return None
+    try:
+        return run_here(preflight_job(plan), where)
+    except OtaError as error:
+        get_run_logger().warning("the merge is logged without the measures of a preflight: %s", error)
+        return None

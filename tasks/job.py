@@ -13,7 +13,7 @@ from pydantic import Field
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.analyse import AnalyseJob
+from tasks.analyse import AnalyseJob, PreflightJob
 from tasks.artifacts.step import Stage, Work
 from tasks.benchmark import Benchmark, ScoreJob
 from tasks.compress import CompressJob, compress_jobs
@@ -44,6 +44,7 @@ Job = Annotated[
     | AssembleJob
     | MergeJob
     | AnalyseJob
+    | PreflightJob
     | ScoreJob,
     Field(discriminator="kind"),
 ]

@@ -55,6 +55,8 @@ class Merged:
     data_dir: str | None
     """Where the suite's documents lie."""
     where: Places
+    preflight: ArtifactRef | None = None
+    """What was measured before the merge."""
 
     @cached_property
     def found(self) -> dict[str, ModelScores]:
@@ -106,6 +108,8 @@ def finish(
 
 def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md)."""
+    from tasks.experiments.preflight.features import metrics as preflight_metrics
+    from tasks.pages.analysis import read_analysis
     from tasks.pages.pictures.picture import png
     from tasks.pages.pictures.scores import pictures_of_scores
 
@@ -116,6 +120,8 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     record = store.read_record(merged)
     metrics = _stage_metrics(store, refs, record)
     metrics |= score_metrics(found, subjects)
+    if done.preflight is not None:
+        metrics |= preflight_metrics(read_analysis(where, done.preflight))
     tags = {"recipe_fingerprint": merged.fingerprint, **_context()}
     params: dict[str, str | int | float | bool] = {
         "merge_method": recipe.merge_method,
