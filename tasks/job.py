@@ -20,7 +20,7 @@ from tasks.compress import CompressJob, compress_jobs
 from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
 from tasks.mask import MaskJob, mask_jobs
-from tasks.merge import AssembleJob, FactsJob, MergeJob, ShardJob, SurveyJob
+from tasks.merge import AssembleJob, FactsJob, MergeJob, ScaledFactsJob, ScalesJob, ShardJob, SurveyJob
 from tasks.merging.inputs import fetch_all, model_sources
 from tasks.merging.sources import Planned
 from tasks.orchestration.credentials import block_credentials
@@ -33,7 +33,18 @@ from tasks.storage.watch import identity_of_source, is_intact
 T = TypeVar("T")
 
 Job = Annotated[
-    FetchJob | CompressJob | MaskJob | SurveyJob | FactsJob | ShardJob | AssembleJob | MergeJob | AnalyseJob | ScoreJob,
+    FetchJob
+    | CompressJob
+    | MaskJob
+    | SurveyJob
+    | FactsJob
+    | ScalesJob
+    | ScaledFactsJob
+    | ShardJob
+    | AssembleJob
+    | MergeJob
+    | AnalyseJob
+    | ScoreJob,
     Field(discriminator="kind"),
 ]
 

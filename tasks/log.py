@@ -129,7 +129,8 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
         values = [recipe.setting(key, i) for i in range(len(recipe.models))]
         if any(value is not None for value in values):
             params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
-    params |= comparable_params(recipe, {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")})
+    realised = {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")}
+    params |= comparable_params(recipe, realised, record.results.get("lambda", {}).get("value"))
     rows = rows_of(comparison(found, subjects)) if found else []
     measured = _benchmarked(store, scores, found)
     return MergeRun(

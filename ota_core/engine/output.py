@@ -141,7 +141,9 @@ def merge_blocks(plan: MergePlan, rule: "Rule", jobs: Sequence[TensorJob], put: 
         if not block[0].copy:
             rule.prefetch(block)
 
-    plan.stream.map(work, plan.blocks(jobs), what="merge", size=block_elements, ahead=ahead)
+    whole, blocks = rule.blocks(jobs)
+    plan.stream.map(work, whole, what="regression", size=block_elements, ahead=ahead, at_once=rule.whole_at_once)
+    plan.stream.map(work, blocks, what="merge", size=block_elements, ahead=ahead)
 
 
 def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:

@@ -101,7 +101,7 @@ class MergePlan:
         base, setting = self.base is not None and self.recipe.merge_method != "linear", self.recipe.setting
         means = self.recipe.merge_method == "ota" and setting("normalise") == "global"
         fused = all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
-        return means or not fused or not compiled(self.recipe)
+        return means or not fused or not compiled(self.recipe) or self.recipe.auto or self.recipe.refined
 
     @property
     def tensor_elements(self) -> int:

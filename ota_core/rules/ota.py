@@ -28,19 +28,17 @@ class OtaRule(Rule):
     """The parameter that scales an expert's curvature weight."""
 
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
-        """``whole``: what is known of whole experts already, for a part of a merge."""
-        super().__init__(plan)
-        self._facts, self._whole = Curvature(), whole
+        super().__init__(plan, whole)
+        self._facts = Curvature()
         self._scales: dict[tuple[int, str], float] = {}
         self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._lock = Lock()
         setting = plan.recipe.setting
-        self._lambda: float = setting("lambda")
         self._denominator: str = setting("denominator")
         self._fallback: str = setting("fallback")
         self._masked_merge, self._power, self._epsilon = setting("masked_merge"), setting("power"), setting("epsilon")
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Compression, means, thresholds; with ``rescale`` the norms of every masked task vector."""
         plan = self._plan
         self._facts = prepare_curvature(plan, self._whole)
@@ -79,7 +77,7 @@ class OtaRule(Rule):
         base = base_rows(plan, block)
         thetas = expert_rows(plan, block, base)
         if job.name in self._facts.averaged:
-            return self._average(thetas, base)
+            return self._average(thetas, base, self.scale_of(job))
         weights, masks = [], []
         for expert, theta in zip(plan.experts, thetas, strict=True):
             v_hat = expert.v_hat(job.canonical, *block[1:]) if expert.has_curvature(job.canonical) else None
@@ -99,20 +97,20 @@ class OtaRule(Rule):
         if self._masked_merge == "ties":
             assert base is not None
             factors = [plan.recipe.setting("scaling_factor", expert.index) for expert in plan.experts]
-            merged = base + self._lambda * masked_ties([theta - base for theta in scaled], masks, factors)
+            merged = base + self.scale_of(job) * masked_ties([theta - base for theta in scaled], masks, factors)
         else:
-            merged = ota(scaled, weights, masks, base, lam=self._lambda, denominator=self._denominator)
+            merged = ota(scaled, weights, masks, base, lam=self.scale_of(job), denominator=self._denominator)
         if self._fallback == "mean" and base is not None:
             merged = torch.where(any_kept(masks, base), merged, mean(thetas))
         return merged
 
-    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None") -> "torch.Tensor":
+    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None", scale: float) -> "torch.Tensor":
         """A tensor that is averaged for want of curvature."""
         import torch
 
         from ota_core.methods.ota import ota
 
-        return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=self._lambda)
+        return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=scale)
 
     def _can_fuse(self, job: TensorJob) -> bool:
         fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
@@ -128,7 +126,7 @@ class OtaRule(Rule):
             out,
             power=self._power,
             epsilon=self._epsilon,
-            lam=self._lambda,
+            lam=self.scale_of(job),
             denominator=self._denominator,
         )
         if bad is not None:
@@ -174,6 +172,10 @@ class OtaRule(Rule):
             with self._lock:
                 self._kept[expert.index][job.name] += kept
 
+    def _forget(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
     def found(self) -> Found:
         thresholds = {
             expert.index: expert.masks.header["thresholds"] if expert.masks else self._facts.thresholds[expert.index]
@@ -181,6 +183,7 @@ class OtaRule(Rule):
             if self._plan.recipe.ffg(expert.index)
         }
         return Found(
+            **self._common(),
             kept={expert: dict(counts) for expert, counts in self._kept.items()},
             thresholds={expert: {name: float(tau) for name, tau in taus.items()} for expert, taus in thresholds.items()},
             averaged=sorted(self._facts.averaged),
@@ -197,7 +200,7 @@ class OtaRule(Rule):
                 taus = found.thresholds[expert.index]
                 densities[expert.name] = density_report(self._plan, expert, taus, found.kept.get(expert.index, {}))
         everything = {"densities": densities, "compression": found.compression, "averaged_without_curvature": found.averaged}
-        return {key: value for key, value in everything.items() if value}
+        return {key: value for key, value in everything.items() if value} | super().results(found)
 
 
 class FisherRule(OtaRule):
@@ -208,17 +211,17 @@ class FisherRule(OtaRule):
 
     _factor = "weight"
 
-    def __init__(self, plan: MergePlan) -> None:
-        super().__init__(plan)
-        self._power = 1.0
+    def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
+        super().__init__(plan, whole)
+        self._power, self._lambda = 1.0, 1.0
 
-    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None") -> "torch.Tensor":
+    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None", scale: float) -> "torch.Tensor":
         from ota_core.methods.ota import mean
 
         return mean(thetas)
 
     def results(self, found: Found) -> dict[str, Any]:
-        return {"compression": found.compression} if found.compression else {}
+        return ({"compression": found.compression} if found.compression else {}) | Rule.results(self, found)
 
 
 def density_report(plan: MergePlan, expert: ExpertView, taus: dict[str, float], kept: dict[str, int]) -> dict[str, Any]:
