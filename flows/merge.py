@@ -71,6 +71,7 @@ def merge_flow(
     gpu: str | None = None,
     registered_model: str | None = REGISTERED_MODEL,
     report: ReportKind = "full",
+    chat_template: bool | None = None,
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -90,6 +91,7 @@ def merge_flow(
         gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
         registered_model: The registered model in MLflow that gains a version; none: no version.
         report: The page beside the model; full: with the analysis of the experts, scores: without it, none: no page.
+        chat_template: How models are asked where the suite leaves it to them, if that was decided for more models than these.
     """
     if isinstance(recipe, str):
         recipe, folder = read_recipe(recipe)
@@ -97,7 +99,7 @@ def merge_flow(
     where, runner, gpu = places(home, artifacts), runner or runner_of(), gpu or gpu_deployment()
     runner.task_runner()  # says what is not installed
     budget, file_size = parse_memory(memory), parse_size(shard_size, "shard size", "1KB")
-    benchmark = Benchmark.of(suite, data_dir, limit, where).check() if suite else None
+    benchmark = Benchmark.of(suite, data_dir, limit, where, chat_template=chat_template).check() if suite else None
     heavy = executor_of(gpu, device) if benchmark or runner.kind == "threads" else Here(device)
 
     with ExitStack() as stack:

@@ -133,6 +133,7 @@ def second_moments(
 def score_all(
     subjects: Mapping[str, Subject], benchmark: Benchmark, where: Places, executor: Executor, limit: int | None = None
 ) -> dict[str, ArtifactRef]:
-    """The scores of these models; ``limit`` instead of the benchmark's own. Raises OtaError."""
+    """The scores of these models, all asked alike; ``limit`` instead of the benchmark's own. Raises OtaError."""
+    benchmark = benchmark.asked_alike(subjects.values())
     jobs = [benchmark.job(subject, limit) for subject in subjects.values()]
     return dict(zip(subjects, run_jobs(jobs, where, executor), strict=True))

@@ -13,7 +13,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the task's name, the requests answered so far and their number."""
 
 
-MODULES = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")
+MODULES = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface", "lm_eval.models.api_models")
 """Where lm-eval draws bars."""
 
 
