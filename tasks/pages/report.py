@@ -162,7 +162,7 @@ def _scores(report: MergeReport) -> Iterator[Block]:
 
 def _gate(decision: GateDecision) -> Iterator[Block]:
     yield Markup(_REASONS.render(headline=gate.headline(decision), reasons=decision.reasons))
-    yield gate.checks(decision)
+    yield from gate.tables(decision)
 
 
 def _analysis(report: MergeReport, analysis: pd.DataFrame) -> Iterator[Block]:
