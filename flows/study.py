@@ -178,7 +178,7 @@ class _Run:
                 state: Any = merge_flow(
                     recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
                     memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
-                    report="none", return_state=True,
+                    report="none", smoke=False, return_state=True,
                 )  # fmt: skip
             if not state.is_completed():
                 raise OtaError(str(state.message))

@@ -5,7 +5,6 @@ import logging
 import math
 import random
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,15 +14,12 @@ from typing import Any
 from ota_core.errors import CheckpointError
 from tasks.evaluation.harness_tasks import load_tasks, skip_reason
 from tasks.evaluation.loss_errors import loss_error
-from tasks.evaluation.quiet import Progress, quiet
+from tasks.evaluation.quiet import ONE_AT_A_TIME, Progress, quiet
 from tasks.evaluation.scores import CapabilityScore, ModelScores, mlflow_metric_name
 from tasks.evaluation.suites import LossEntry, Suite, SuiteError, TaskEntry, suite_digest
 from tasks.settings import environment
 
 log = logging.getLogger(__name__)
-
-# Seeds, log levels and HF_ALLOW_CODE_EVAL belong to the whole process, and a model fills the device anyway.
-_ONE_AT_A_TIME = threading.Lock()
 
 
 def score_model(
@@ -50,7 +46,7 @@ def score_model(
     limit = limit or suite.limit
     # The code_eval metric reads the consent from the environment.
     consent = environment({"HF_ALLOW_CODE_EVAL": "1"} if suite.allow_code_execution else {})
-    with _ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
+    with ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
         started = time.monotonic()  # not the wait for the others' turns
         loaded = load_tasks(suite, data_dir, Path(cache))
         results = {}

@@ -63,6 +63,8 @@ class Verdict:
     champion_scores: Mapping[str, ModelScores] = field(default_factory=dict)
     """Name for tables → its scores; empty where it is one of tonight's candidates, or there is none."""
     headline: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Candidates that failed the smoke test and were not benchmarked, and why."""
 
     @property
     def promoted(self) -> bool:
@@ -76,15 +78,21 @@ class Verdict:
 
 
 def judge(night: Night, score: Score) -> Verdict:
-    """Gate every candidate against the champion, scored on the same suite (``score`` does it), and against the base. Raises OtaError.
+    """Gate every candidate that passed the smoke test against the champion, scored on the same suite (``score`` does it), and against the base. Raises OtaError.
 
     Of the candidates that pass, the one with the highest average wins; how their number counts, ``tasks/evaluation/choice.py`` says. A version
     that somebody rolled back is not promoted again.
     """
-    scores = {name: read_scores(night.where, outcome.scores["merged"]) for name, outcome in night.outcomes.items()}
-    base = read_scores(night.where, next(iter(night.outcomes.values())).scores["base"])
     champion = promotion.current(CHAMPION, **night.registry)
-    standing = [name for name, outcome in night.outcomes.items() if champion and outcome.digest == champion.digest]
+    refused = {name: one.smoke.said for name, one in night.outcomes.items() if one.smoke and not one.smoke.passed}
+    tested = {name: outcome for name, outcome in night.outcomes.items() if name not in refused}
+    if not tested:
+        stays = f"version {champion.version} stays champion" if champion else "there is still no champion"
+        headline = f"{stays}: no candidate passed the smoke test"
+        return Verdict(decisions={}, winner=None, challenger=None, champion=champion, headline=headline, refused=refused)
+    scores = {name: read_scores(night.where, outcome.scores["merged"]) for name, outcome in tested.items()}
+    base = read_scores(night.where, next(iter(tested.values())).scores["base"])
+    standing = [name for name, outcome in tested.items() if champion and outcome.digest == champion.digest]
     champion_scores = scores[standing[0]] if standing else score(_subject(night, champion)) if champion else None
     judged = {name: found for name, found in scores.items() if name not in standing}
     rolled_back = {name: back for name in judged if (back := _rolled_back(night, name))}
@@ -103,7 +111,7 @@ def judge(night: Night, score: Score) -> Verdict:
     verdict = Verdict(
         decisions=decisions, winner=winner, challenger=challenger, champion=champion,
         champion_scores={f"champion v{champion.version}": champion_scores} if champion and champion_scores and not standing else {},
-        headline=_headline(winner, challenger, champion, standing, decisions, scores),
+        headline=_headline(winner, challenger, champion, standing, decisions, scores), refused=refused,
     )  # fmt: skip
     return verdict
 
