@@ -148,7 +148,8 @@ def _no_expert(config: NightlyConfig, left_out: Sequence[str]) -> State[Any]:
 
 def _message(verdict: Verdict, left_out: Sequence[str], failures: dict[str, str]) -> str:
     failed = "".join(f"; candidate {name} failed: {reason}" for name, reason in failures.items())
-    return f"{verdict.headline}{_left_out(left_out)}{failed}"
+    refused = "".join(f"; candidate {name} is refused: {reason}" for name, reason in verdict.refused.items())
+    return f"{verdict.headline}{refused}{_left_out(left_out)}{failed}"
 
 
 def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str]) -> None:
@@ -156,11 +157,15 @@ def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failure
     first = verdict.winner or verdict.challenger
     if first:
         show_mlflow(first, night.outcomes[first].logged.url)
-    table = comparison_table(night.outcomes, night.where, more=verdict.champion_scores)
-    show_scores(table, title="Tonight's candidates")
+    benchmarked = {name: outcome for name, outcome in night.outcomes.items() if outcome.scores}
+    if benchmarked:
+        table = comparison_table(benchmarked, night.where, more=verdict.champion_scores)
+        show_scores(table, title="Tonight's candidates")
     pages: list[str] = []  # the headline stands above the page
     if problems:
         pages += ["## Left out", "", *(f"- **{one.capability}/{one.name}**: {one.problem}" for one in problems), ""]
+    if verdict.refused:
+        pages += ["## Refused before the benchmark", "", *(f"- **{name}**: {why}" for name, why in verdict.refused.items()), ""]
     if failures:
         pages += ["## Failed", "", *(f"- **{name}**: {reason}" for name, reason in failures.items()), ""]
     show_markdown("gate", "\n".join([*pages, *verdict.pages(night)]), verdict.headline)

@@ -1,9 +1,10 @@
-"""Benchmarking: one model scored on a suite. No model is scored twice on the same suite, and none is fetched for scores that are there."""
+"""Benchmarking: one model tried, and scored on a suite. No model is scored twice on the same suite, and none is fetched for scores that are there."""
 
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -11,8 +12,9 @@ from ota_core.artifact import ArtifactRef, fingerprint
 from ota_core.compute.stream import Progress
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult
+from tasks.evaluation import smoke
 from tasks.evaluation.harness import score_model
-from tasks.evaluation.kept import SCORES_FILE
+from tasks.evaluation.kept import SCORES_FILE, SMOKE_FILE
 from tasks.evaluation.subject import Subject, bring_model
 from tasks.evaluation.suites import Suite, SuiteError, at_server, digest_data, kept_identity, load_suite, score_identity
 from tasks.evaluation.template import decided
@@ -20,6 +22,34 @@ from tasks.settings import Places
 from tasks.storage.models import download_folder, is_s3
 
 log = logging.getLogger(__name__)
+
+
+class SmokeJob(Stage):
+    """Try one model before anybody benchmarks it."""
+
+    turn: ClassVar[Literal["engine", "benchmark"] | None] = "benchmark"
+    kind: Literal["smoke"] = "smoke"
+    subject: Subject
+
+    @classmethod
+    def of(cls, subject: Subject) -> Self:
+        known = {"smoke": smoke.VERSION, "transformers": version("transformers")}  # what loads one day may not another
+        return cls(step=Step.of("checks", known, {"model": subject.digest}), subject=subject)
+
+    @property
+    def name(self) -> str:
+        return f"smoke-test {self.subject.name}"
+
+    def abroad(self) -> Self:
+        return self.model_copy(update={"subject": self.subject.model_copy(update={"path": None})})
+
+    def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
+        def build(folder: Path) -> BuildResult:
+            found = smoke.probe(self.subject.path or bring_model(self.subject, where), device)
+            (folder / SMOKE_FILE).write_text(found.model_dump_json(indent=1), encoding="utf-8")
+            return BuildResult(results={"problems": found.problems}, provenance={"model": self.subject.name})
+
+        return self.produce(where, build)
 
 
 class ScoreJob(Stage):

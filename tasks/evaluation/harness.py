@@ -4,7 +4,6 @@ import importlib.metadata
 import math
 import random
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,15 +13,12 @@ from ota_core.errors import CheckpointError
 from tasks.evaluation.harness_tasks import load_tasks
 from tasks.evaluation.loading import backend_class, load_model
 from tasks.evaluation.loss_errors import loss_error
-from tasks.evaluation.quiet import Progress, quiet
+from tasks.evaluation.quiet import ONE_AT_A_TIME, Progress, quiet
 from tasks.evaluation.results import capability_score, held_out_loss
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite, SuiteError, suite_digest
 from tasks.evaluation.template import decided
 from tasks.settings import environment
-
-# Seeds, log levels and HF_ALLOW_CODE_EVAL belong to the whole process, and a model fills the device anyway.
-_ONE_AT_A_TIME = threading.Lock()
 
 
 def score_model(
@@ -53,7 +49,7 @@ def score_model(
         suite, _ = decided(suite, {model.name: model})
     # The code_eval metric reads the consent from the environment.
     consent = environment({"HF_ALLOW_CODE_EVAL": "1"} if suite.allow_code_execution else {})
-    with _ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
+    with ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
         started = time.monotonic()  # not the wait for the others' turns
         backend_class(suite.backend)  # before the tasks, which may take minutes to load
         loaded = load_tasks(suite, data_dir, Path(cache))
