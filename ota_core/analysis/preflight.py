@@ -8,7 +8,7 @@ merged edits without one of the experts:
 - interference of j on i: ‖δ_j δ_iᵀ‖ / ‖δ_i δ_iᵀ‖, how strongly j's edit acts on i's inputs, where i's own acts with strength 1;
 - fit of i: 1 − ‖(X − δ_i) δ_iᵀ‖² / ‖δ_i δ_iᵀ‖² of the merged edit X: 1 where it does to i's inputs all that i's own edit does, 0 where it is as far from
   that as the base; at least −1, so that one matrix does not decide the mean;
-- λ: the scale of the merged edit that ``lambda: auto`` finds (``ota_core.rules.scales``), by the same sums.
+- λ: the scale of the merged edit that ``lambda: auto`` finds (``ota_core.rules.lambdas``), by the same sums.
 
 Each is the plain mean over the matrices. Legend: M experts, X = 1 + M merged edits and M own ones, P directions of an expert's inputs.
 """
@@ -41,8 +41,8 @@ from ota_core.plan.views import Block, block_elements, parts
 from ota_core.recipe.parameters import USED
 from ota_core.recipe.recipe import MergeRecipe, parse_recipe
 from ota_core.rules.base import Rule
+from ota_core.rules.lambdas import EXACT, PART, directions_of, row_groups
 from ota_core.rules.rule import rule_of
-from ota_core.rules.scales import EXACT, PART, directions_of, row_groups
 
 if TYPE_CHECKING:
     import torch
@@ -170,8 +170,8 @@ class _Products:
         return int(self.inner.shape[1]) - len(self.sizes)
 
     def scale(self, edit: int = 0) -> float | None:
-        """λ of a merged edit; None where it is nothing, or nobody moved the matrix."""
-        moved = np.flatnonzero(self.sizes).tolist()
+        """λ of a merged edit, by the experts that are in it; None where it is nothing, or they moved nothing."""
+        moved = [i for i in np.flatnonzero(self.sizes).tolist() if i != edit - 1]
         numerator = math.fsum(self.inner[i, edit, self.own + i] / self.sizes[i] for i in moved)
         denominator = math.fsum(self.inner[i, edit, edit] / self.sizes[i] for i in moved)
         return numerator / denominator if denominator > 0 else None

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadP
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ota_core.errors import OtaError
@@ -173,13 +173,17 @@ class Stream:
 
 
 class _TorchThreads:
-    """torch's own threads would fight with the streams'. The setting is the process's, so the first stream takes and the last restores it.
+    """torch's own threads would fight with the streams'. The first stream takes the process's setting and the last restores it.
+
+    OpenMP keeps the number for each thread besides, so that every thread of a stream says it for itself: in one that does not, a small
+    product of matrices waits for helpers ten times longer than it computes.
 
     torch may come while a stream runs, when a block is one that no compiled loop covers; a stream of compiled loops never loads it.
     """
 
     def __init__(self) -> None:
         self._lock, self._users, self._before = Lock(), 0, 0
+        self._own = local()
 
     @contextmanager
     def single(self) -> Iterator[None]:
@@ -198,12 +202,15 @@ class _TorchThreads:
     def settle(self) -> None:
         """One thread for torch from here on, where it is loaded."""
         torch: Any = sys.modules.get("torch")
-        if self._before or not hasattr(torch, "set_num_threads"):  # a module that is being imported lacks what comes last
+        if not hasattr(torch, "set_num_threads"):  # a module that is being imported lacks what comes last
             return
         with self._lock:
             if self._before == 0:
                 self._before = torch.get_num_threads()
                 torch.set_num_threads(1)
+        if not getattr(self._own, "settled", False):
+            torch.set_num_threads(1)
+            self._own.settled = True
 
 
 _torch_threads = _TorchThreads()

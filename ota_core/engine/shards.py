@@ -38,8 +38,8 @@ from ota_core.plan.scoring import ffg_scoring
 from ota_core.plan.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off, taus_of
 from ota_core.plan.views import ExpertView
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.rules.lambdas import scales_of
 from ota_core.rules.rule import rule_of
-from ota_core.rules.scales import scales_of
 
 FORMAT = "survey/1"
 

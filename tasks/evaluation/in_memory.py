@@ -19,7 +19,7 @@ from ota_core.recipe.recipe import MergeRecipe
 from tasks.evaluation.harness import LoadedModel
 from tasks.evaluation.quiet import Progress
 from tasks.evaluation.scores import ModelScores
-from tasks.evaluation.suites import Suite
+from tasks.evaluation.suites import Suite, SuiteError
 from tasks.storage.cache import remove_tree
 
 log = logging.getLogger(__name__)
@@ -101,9 +101,14 @@ class MergedModel:
 
     def __init__(self, suite: Suite, data_dir: Path | None, device: str, spare: Path) -> None:
         self._load = partial(LoadedModel, suite=suite, data_dir=data_dir, device=device)
-        self._device, self._spare, self._stack = device, spare / "trial", ExitStack()
+        self._suite, self._device, self._spare, self._stack = suite, device, spare / "trial", ExitStack()
         self._weights: Weights | None = None
         self._problem: str | None = None
+        if suite.backend.is_server:
+            raise SuiteError(
+                f"suite {suite.name}: {suite.backend.server} cannot be asked for a merge that is in memory alone; choose by a suite whose backend "
+                "loads models, such as hf"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -118,8 +123,7 @@ class MergedModel:
             with TemporaryDirectory(prefix="ota-trial-") as outline:
                 engine.outline_into(Path(outline), recipe, inputs)
                 self._open(Path(outline))
-                self._weights = Weights(self.loaded.module)
-                self._problem = self._weights.problem(Path(outline))
+                self._problem = self._filled(Path(outline))
             if self._problem:
                 log.warning("%s: every trial is merged to a folder and loaded from there", self._problem)
         if self._weights is not None and self._problem is None:
@@ -134,6 +138,16 @@ class MergedModel:
     def score(self, limit: int | None = None, progress: Progress | None = None) -> ModelScores:
         """The scores of the merge that it holds; ``limit`` overrides the suite's."""
         return self.loaded.score(limit, progress)
+
+    def _filled(self, outline: Path) -> str | None:
+        """Why the loaded model cannot take rows in place; None where it can, or there is nothing to load."""
+        import torch
+
+        module = self.loaded.module
+        if module is not None and not isinstance(module, torch.nn.Module):
+            return f"the backend {self._suite.backend.name} keeps its weights to itself"
+        self._weights = Weights(module) if module is not None else None
+        return self._weights.problem(outline) if self._weights else None
 
     def _open(self, folder: Path) -> None:
         self._stack.close()

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 EXACT = 256
 """Matrices with at most this many outputs are computed exactly, larger ones with probes."""
 PROBES = 64
-ROWS, GROUP = 512, 8
-"""About so many rows of a larger matrix are compared, in groups of neighbours at even distances."""
+ROWS, GROUP = 256, 1 << 15
+"""About so many rows of a larger matrix are compared, in groups of neighbours of about so many elements, at even distances."""
 PART = 1 << 18
 """Elements that are worked on at once. Fixed, and small: no budget of memory changes the cut, and so not a bit."""
 DIGITS = 6
@@ -35,6 +35,8 @@ DIGITS = 6
 
 Edit = Callable[[Block], "torch.Tensor"]
 """The merged edit D of a block at λ = 1, float64 (r, C)."""
+Edits = Callable[[Block], "tuple[torch.Tensor, list[torch.Tensor]]"]
+"""The base of a block and every expert's part of the merged edit, float64 (r, C)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Scales:
 
 def matrix_scales(plan: MergePlan, edit: Edit) -> dict[str, list[float]]:
     """Tensor → λ of each of its matrices that somebody moved, of the tensors that are worked on here."""
+    import torch  # noqa: F401 - here rather than in the first block, whose thread would compute with threads of torch's own
+
     config = plan.models[0].checkpoint.config
     found = [matrices for job in plan.merged_jobs() if (matrices := matrices_of(job, config))]
     single = [(matrices, index) for matrices in found for index in range(matrices.count)]
@@ -135,9 +139,9 @@ def _sampled(plan: MergePlan, edit: Edit, matrices: Matrices, index: int) -> lis
 def row_groups(block: Block) -> Iterator[Block]:
     """Groups of neighbouring rows at even distances, about ``ROWS`` rows in all; every row where there are not many more."""
     job, start, stop = block
-    step = max(GROUP, (stop - start) * GROUP // ROWS)
-    for first in range(start, stop, step):
-        yield from parts((job, first, min(first + GROUP, stop)), PART)
+    size = min(ROWS // 4, max(4, GROUP * job.rows // job.elements))
+    for first in range(start, stop, max(size, (stop - start) * size // ROWS)):
+        yield from parts((job, first, min(first + size, stop)), PART)
 
 
 def directions_of(plan: MergePlan, expert: ExpertView, matrices: Matrices, index: int) -> "tuple[torch.Tensor, float]":
