@@ -15,7 +15,7 @@ from prefect.states import Completed, Failed
 from flows.merge import merge_flow
 from ota_core.errors import OtaError, RecipeError, raise_all
 from tasks.benchmark import Benchmark
-from tasks.evaluation.kept import read_all
+from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
 from tasks.experts import find as experts
@@ -57,8 +57,9 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     setting = config.digest(benchmark.tests, benchmark.data_digest)
 
     def score(subject: Subject) -> ModelScores:
-        """One more model, as the candidates are scored."""
-        return read_all(where, score_all({"one": subject}, benchmark, where, executor))["one"]
+        """One more model, asked as the candidates were."""
+        tonight = read_scores(where, next(iter(outcomes.values())).scores["merged"])
+        return read_all(where, score_all({"one": subject}, benchmark.asked(tonight.chat_template), where, executor))["one"]
 
     found, problems = look(config)
     last = None if force else last_night(where, config.name)

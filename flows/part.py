@@ -1,4 +1,4 @@
-"""A merge in parts: compress → survey → thresholds → merge file by file → assemble, each part wherever the runner runs it.
+"""A merge in parts: compress → survey → thresholds → λ → merge file by file → assemble, each part wherever the runner runs it.
 
 A flow that occupies a worker of a pool runs that pool's parts itself: flows that wait for each other's workers would wait for ever.
 Parts that the store holds already are not sent anywhere, so that a run after a crash does only what is missing. ``part`` is the door
@@ -18,7 +18,19 @@ from tasks.artifacts.step import Stage
 from tasks.compress import CompressJob, compress_jobs
 from tasks.job import Job, run_here, run_jobs
 from tasks.mask import mask_jobs
-from tasks.merge import MergeJob, assemble_job, counted, discard, facts_job, merge_job, shard_jobs, shards_of, survey_jobs
+from tasks.merge import (
+    MergeJob,
+    assemble_job,
+    counted,
+    discard,
+    facts_job,
+    merge_job,
+    scaled_facts_job,
+    scales_jobs,
+    shard_jobs,
+    shards_of,
+    survey_jobs,
+)  # fmt: skip
 from tasks.merging.sources import Planned
 from tasks.orchestration.deployed import pool_of
 from tasks.orchestration.executors import Executor, Here, Pool, do_jobs
@@ -79,6 +91,11 @@ def spread_flow(merge: MergeJob, compress: list[CompressJob], where: Places, run
             opened = counted(merge, where, first)
             second = run(survey_jobs(merge, files, opened)) if opened else []
             facts = run_here(facts_job(merge, first, second), where)
+        if merge.recipe.auto:
+            # λ of the merge is a mean over all its matrices (docs/methods.md section 8).
+            facts = scaled_facts_job(merge).find(where) or run_here(
+                scaled_facts_job(merge, facts, run(scales_jobs(merge, files, facts))), where
+            )  # fmt: skip
         found = dict(zip(files, run(shard_jobs(merge, files, facts)), strict=True))
         merged = run_here(assemble_job(merge, found), where)
         discard(merge, where, files)

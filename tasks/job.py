@@ -13,7 +13,7 @@ from pydantic import Field
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.analyse import AnalyseJob
+from tasks.analyse import AnalyseJob, PreflightJob
 from tasks.artifacts.step import Stage, Work
 from tasks.benchmark import Benchmark, ScoreJob, SmokeJob
 from tasks.compress import CompressJob, compress_jobs
@@ -22,7 +22,7 @@ from tasks.evaluation.smoke import Smoke, judge
 from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
 from tasks.mask import MaskJob, mask_jobs
-from tasks.merge import AssembleJob, FactsJob, MergeJob, ShardJob, SurveyJob
+from tasks.merge import AssembleJob, FactsJob, MergeJob, ScaledFactsJob, ScalesJob, ShardJob, SurveyJob
 from tasks.merging.inputs import fetch_all, model_sources
 from tasks.merging.sources import Planned
 from tasks.orchestration.credentials import block_credentials
@@ -40,10 +40,13 @@ Job = Annotated[
     | MaskJob
     | SurveyJob
     | FactsJob
+    | ScalesJob
+    | ScaledFactsJob
     | ShardJob
     | AssembleJob
     | MergeJob
     | AnalyseJob
+    | PreflightJob
     | SmokeJob
     | ScoreJob,
     Field(discriminator="kind"),
@@ -141,6 +144,7 @@ def smoke_test(subjects: Mapping[str, Subject], where: Places, executor: Executo
 def score_all(
     subjects: Mapping[str, Subject], benchmark: Benchmark, where: Places, executor: Executor, limit: int | None = None
 ) -> dict[str, ArtifactRef]:
-    """The scores of these models; ``limit`` instead of the benchmark's own. Raises OtaError."""
+    """The scores of these models, all asked alike; ``limit`` instead of the benchmark's own. Raises OtaError."""
+    benchmark = benchmark.asked_alike(subjects.values())
     jobs = [benchmark.job(subject, limit) for subject in subjects.values()]
     return dict(zip(subjects, run_jobs(jobs, where, executor), strict=True))

@@ -58,6 +58,8 @@ class Merged:
     data_dir: str | None
     """Where the suite's documents lie."""
     where: Places
+    preflight: ArtifactRef | None = None
+    """What was measured before the merge."""
 
     @cached_property
     def found(self) -> dict[str, ModelScores]:
@@ -111,6 +113,8 @@ def finish(
 
 def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md)."""
+    from tasks.experiments.preflight.features import metrics as preflight_metrics
+    from tasks.pages.analysis import read_analysis
     from tasks.pages.pictures.picture import png
     from tasks.pages.pictures.scores import pictures_of_scores
 
@@ -121,6 +125,8 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     record = store.read_record(merged)
     metrics = _stage_metrics(store, refs, record)
     metrics |= score_metrics(found, subjects)
+    if done.preflight is not None:
+        metrics |= preflight_metrics(read_analysis(where, done.preflight))
     tags = {"recipe_fingerprint": merged.fingerprint, **_context()}
     if done.smoke:
         metrics["smoke/passed"], tags[TAG_SMOKE] = float(done.smoke.passed), " ".join([done.smoke.said, *done.smoke.notes])
@@ -136,7 +142,8 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
         values = [recipe.setting(key, i) for i in range(len(recipe.models))]
         if any(value is not None for value in values):
             params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
-    params |= comparable_params(recipe, {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")})
+    realised = {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")}
+    params |= comparable_params(recipe, realised, record.results.get("lambda", {}).get("value"))
     rows = rows_of(comparison(found, subjects)) if found else []
     measured = _benchmarked(store, scores, found)
     return MergeRun(

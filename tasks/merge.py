@@ -3,13 +3,14 @@
 Each part leaves an artifact, named by the merge's fingerprint and the part's own name, and is found there by whoever runs it again:
 
     surveys   counts of one weight file's scores, first of their upper bits, then above and inside a bin; only where ``needs_survey``
-    facts     thresholds and means of whole experts, from the sums of the surveys
+    facts     thresholds and means of whole experts, from the sums of the surveys; then λ, from that of all matrices (``lambda: auto``)
     shards    one weight file of the output
 
 Masks are not stored on this path: each shard applies the thresholds to its own tensors on the fly, which saves writing and reading a bit an
 element. Masks that an earlier run left in the store are used, and save the surveys.
 """
 
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from tasks.storage.models import digest_folder
 
 SURVEY_FILE = "survey.safetensors"
 FACTS_FILE = "facts.json"
+SCALES_FILE = "scales.json"
 
 
 class MergeJob(MergeStage):
@@ -161,6 +163,55 @@ class FactsJob(Part):
         return self.produce(where, build)
 
 
+class ScalesJob(Part):
+    """Find λ of one weight file's matrices."""
+
+    kind: Literal["scales"] = "scales"
+    shard: str
+    facts: ArtifactRef | None
+    """Where whole experts must be known."""
+
+    @property
+    def name(self) -> str:
+        return f"scales {self.shard}"
+
+    def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
+        def build(folder: Path) -> BuildResult:
+            with self.core(where, device, progress) as job:
+                scales = shards.shard_scales(job, self.shard, _facts(where, self.facts))
+            (folder / SCALES_FILE).write_text(json.dumps(scales), encoding="utf-8")
+            return BuildResult(provenance=_worker(device))
+
+        return self.produce(where, build)
+
+
+class ScaledFactsJob(Part):
+    """The facts with λ of the merge."""
+
+    kind: Literal["scaled facts"] = "scaled facts"
+    facts: ArtifactRef | None
+    scales: tuple[ArtifactRef, ...]
+
+    @property
+    def name(self) -> str:
+        return "lambda"
+
+    def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
+        def build(folder: Path) -> BuildResult:
+            scales = [json.loads((store_of(where).local_path(ref) / SCALES_FILE).read_text("utf-8")) for ref in self.scales]
+            whole = shards.with_scales(_facts(where, self.facts), scales)
+            (folder / FACTS_FILE).write_text(whole.model_dump_json(), encoding="utf-8")
+            return BuildResult(provenance={"platform": platform.platform()})
+
+        return self.produce(where, build)
+
+
+def _facts(where: Places, ref: ArtifactRef | None) -> WholeFacts | None:
+    if ref is None:
+        return None
+    return WholeFacts.model_validate_json((store_of(where).local_path(ref) / FACTS_FILE).read_text(encoding="utf-8"))
+
+
 class ShardJob(Part):
     """Merge one weight file of the output."""
 
@@ -175,12 +226,8 @@ class ShardJob(Part):
 
     def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
         def build(folder: Path) -> BuildResult:
-            facts = None
-            if self.facts:
-                text = (store_of(where).local_path(self.facts) / FACTS_FILE).read_text(encoding="utf-8")
-                facts = WholeFacts.model_validate_json(text)
             with self.core(where, device, progress) as job:
-                found = shards.merge_shard(job, self.shard, folder, facts)
+                found = shards.merge_shard(job, self.shard, folder, _facts(where, self.facts))
             # Hashed here, where the file was just written: nobody has to read it again to know what the merged model is.
             digest = "xxh3:" + hash_file(folder / self.shard)["xxh3"]
             return BuildResult(results=found.model_dump(mode="json"), provenance={**_worker(device), "digest": digest})
@@ -239,6 +286,16 @@ def facts_job(merge: MergeJob, first: Sequence[ArtifactRef] = (), second: Sequen
     return FactsJob(merge=merge, step=_step(merge, "facts", "facts"), first=tuple(first), second=tuple(second))
 
 
+def scales_jobs(merge: MergeJob, files: Sequence[str], facts: ArtifactRef | None) -> list[ScalesJob]:
+    """λ of the matrices of each weight file."""
+    return [ScalesJob(merge=merge, step=_step(merge, "surveys", "scales", file), shard=file, facts=facts) for file in files]
+
+
+def scaled_facts_job(merge: MergeJob, facts: ArtifactRef | None = None, scales: Sequence[ArtifactRef] = ()) -> ScaledFactsJob:
+    """Of the facts so far and of all matrices; without them it can be looked for."""
+    return ScaledFactsJob(merge=merge, step=_step(merge, "facts", "scaled facts"), facts=facts, scales=tuple(scales))
+
+
 def shard_jobs(merge: MergeJob, files: Sequence[str], facts: ArtifactRef | None) -> list[ShardJob]:
     """One for each weight file."""
     return [ShardJob(merge=merge, step=_step(merge, "shards", "merge", file), shard=file, facts=facts) for file in files]
@@ -258,6 +315,7 @@ def counted(merge: MergeJob, where: Places, surveys: Sequence[ArtifactRef]) -> d
 def discard(merge: MergeJob, where: Places, files: Sequence[str]) -> None:
     """Delete what only the merge's own parts needed. The merged model has links to, or copies of, the shards' files."""
     parts = [*survey_jobs(merge, files), *survey_jobs(merge, files, {}), *shard_jobs(merge, files, None), facts_job(merge)]
+    parts += [*scales_jobs(merge, files, None), scaled_facts_job(merge)]
     for part in parts:
         if ref := part.find(where):
             store_of(where).delete(ref)

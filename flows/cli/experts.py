@@ -1,11 +1,11 @@
-"""The commands about experts: ``ota push`` publishes one, ``ota experts`` lists what lies below a prefix."""
+"""The commands about experts: ``ota init`` writes a recipe for some, ``ota push`` publishes one, ``ota experts`` lists what lies below a prefix."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.common import progress_bars, show, user_errors
+from flows.cli.common import Home, progress_bars, show, user_errors
 from ota_core.errors import OtaError
 
 Prefix = Annotated[
@@ -17,6 +17,45 @@ Prefix = Annotated[
 BaseModel = Annotated[
     str, typer.Option(help="The base that experts are trained from: s3://…, a folder or org/name.", show_default=False)
 ]
+
+
+def init(
+    experts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EXPERTS...",
+            help="The experts: folders, s3://… or org/name; or a place with <capability>/<name> below it, of which the newest are taken.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The base that they were trained from, likewise.", show_default="what the experts say")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the recipe goes (YAML).")] = Path("recipe.yaml"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe if it exists.")] = False,
+    home: Home = None,
+) -> None:
+    """Write a commented recipe for EXPERTS that needs no further choice: by their second moments where all have them, else without."""
+    from ota_core.artifact import write_text_atomic
+    from tasks.experts.draft import draft
+    from tasks.settings import places
+
+    with user_errors():
+        if out.is_dir():
+            raise OtaError(f"{out} is a folder; name a file such as recipe.yaml with --out")
+        if out.exists() and not overwrite:
+            raise OtaError(f"{out} exists already; choose another file with --out, or replace it with --overwrite")
+        if not out.absolute().parent.is_dir():
+            raise OtaError(f"{out.absolute().parent} does not exist; make it, or choose another file with --out")
+        found = draft(experts, base, cache=places(home).cache, recipe_dir=out.resolve().parent)
+        write_text_atomic(out, found.text(str(out)))
+        for one in found.experts:
+            typer.echo(f"{one.name}: {one.source}; second moments: {one.moments if one.compression else 'none'}")
+        for note in found.notes:
+            typer.echo(f"note: {note}")
+        typer.echo(f"{out}: {found.method} of {len(found.experts)} experts from the base {found.base}. What to do next:")
+        typer.echo(f"  ota plan {out}    # what it would read and write, and every problem; reads no weights")
+        typer.echo(f"  ota run {out}     # merge, benchmark, report")
 
 
 def push(

@@ -201,21 +201,28 @@ def benchmark(
     limit: Limit = None,
     device: Device = "auto",
     tracking_uri: TrackingUri = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenAI-style server that serves MODEL under its name, such as http://host:8000/v1; keys in OPENAI_API_KEY.",
+            show_default="the suite's backend",
+        ),
+    ] = None,
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
     from ota_core.compute.stream import pick_device
-    from tasks.evaluation.suites import load_suite
+    from tasks.evaluation.suites import at_server, load_suite
     from tasks.orchestration.prepare import prepare_prefect
     from tasks.pages.tables import NOT_MEASURED
     from tasks.settings import as_device
 
     with user_errors():
-        load_suite(suite)
+        at_server(load_suite(suite), server) if server else load_suite(suite)
         pick_device(device)
         prepare_prefect()
         from flows.benchmark import benchmark_flow
 
-        scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri)
+        scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri, server=server)
         width = max(map(len, scores))
         for capability, score in scores.items():
             typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")

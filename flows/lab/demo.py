@@ -1,4 +1,4 @@
-"""The demo: train a base and five experts, put them into S3, merge them in four ways, compare.
+"""The demo: train a base and five experts, put them into S3, merge them in six ways, compare.
 
 Everything is real: the Hugging Face Trainer, an S3 server on loopback, the same merge flow that a user runs. What is trained is kept.
 """
@@ -28,6 +28,8 @@ from tasks.settings import Places, places
 
 RECIPES = Path(__file__).resolve().parents[2] / "deployments" / "recipes"
 MERGES = {
+    "OTA + FFG, row spaces": "demo-rowspace.yaml",
+    "OTA + FFG, λ auto": "demo-auto.yaml",
     "OTA + FFG": "demo-ota.yaml",
     "linear": "demo-linear.yaml",
     "TIES": "demo-ties.yaml",
@@ -52,7 +54,7 @@ def train_and_upload(where: Places, settings: DemoSettings, seed: int) -> tuple[
 
 @flow(name="demo", flow_run_name="demo", task_runner=SIDE_BY_SIDE, persist_result=False)
 def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = None) -> dict[str, MergeOutcome]:
-    """Train, upload, merge in four ways. The S3 server must be running, its address in the environment."""
+    """Train, upload, merge in six ways. The S3 server must be running, its address in the environment."""
     data, models = train_and_upload(where, settings or DemoSettings(), seed)
     link_models(where, models)
     data_dir = store_of(where).local_path(data) / "data"

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from ota_core.analysis.agreement import Agreement, agreements
-from ota_core.analysis.roles import WHOLE
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
 from ota_core.moments.compression import DEFAULT_RANK, CompressedMoments, CompressionReport, compress
+from ota_core.plan.roles import WHOLE
 from ota_core.plan.views import ExpertView
 
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from ota_core.analysis.kernels import count_mask
 from ota_core.analysis.pieces import groups_of
-from ota_core.analysis.roles import WHOLE, Place, totals
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import BINS, Row, row
 from ota_core.methods.numbers import kept_count
 from ota_core.moments.compression.cuts import matrices
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import block_mask
+from ota_core.plan.roles import WHOLE, Place, totals
 from ota_core.plan.scoring import Scoring
 from ota_core.plan.tally import thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements

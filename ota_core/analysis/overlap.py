@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from ota_core.analysis.agreement import kth_scores, midranks, rank_rows
 from ota_core.analysis.kernels import count_common
 from ota_core.analysis.pieces import by_place, groups_of, named_pairs, pieces, stacked
-from ota_core.analysis.roles import WHOLE, Place
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
 from ota_core.compute.exact import PairDots
 from ota_core.compute.kernels import count_high, count_low, sqrt
 from ota_core.methods.numbers import BINS, kept_count, locate
 from ota_core.methods.saliency import keep
+from ota_core.plan.roles import WHOLE, Place
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
 
 

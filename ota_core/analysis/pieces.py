@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ota_core.analysis.roles import Place
 from ota_core.analysis.subject import Subject
+from ota_core.plan.roles import Place
 from ota_core.plan.views import Block, TensorJob, parts
 
 Item = TypeVar("Item")

@@ -10,7 +10,6 @@ from typing import Any, Literal, Unpack
 
 from pydantic import Field
 
-from ota_core.analysis.roles import Place, place_of
 from ota_core.compute.stream import Limits
 from ota_core.errors import CheckpointError, MomentsError, OtaError, raise_all
 from ota_core.frozen import Frozen
@@ -19,6 +18,7 @@ from ota_core.moments.compression import METHODS, Method, is_compressed, label_o
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import Curvature, prepare_curvature
+from ota_core.plan.roles import Place, place_of
 from ota_core.plan.views import ExpertView, TensorJob
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 

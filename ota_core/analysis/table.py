@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ota_core.analysis.roles import Place
+from ota_core.plan.roles import Place
 
 BINS = 20
 """Bins of the histograms of kept fractions: equal, over 0 … 1, the last one closed."""
@@ -12,7 +12,7 @@ class Row(NamedTuple):
     """One number."""
 
     analysis: str
-    """localisation, sparsity, curvature_overlap, task_vector or compression."""
+    """localisation, sparsity, curvature_overlap, task_vector, compression or preflight."""
     expert: str
     other: str | None
     """The other expert of a pair."""
@@ -35,7 +35,7 @@ _UNITS = {
     "density": "fraction", "rows": "count", "columns": "count", "empty_rows": "fraction", "empty_columns": "fraction",
     "cosine_sqrt_v": "", "spearman": "", "jaccard": "fraction", "norm": "norm", "relative_norm": "fraction", "cosine": "",
     "sign_conflict": "fraction", "sqrt_error": "fraction", "bytes_per_param": "bytes/parameter", "mask_jaccard": "fraction",
-    "saliency_spearman": "",
+    "saliency_spearman": "", "row_space": "fraction", "interference": "", "fit": "fraction", "lambda": "",
 }  # fmt: skip
 
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from ota_core.analysis.kernels import count_conflicts
 from ota_core.analysis.pieces import named_pairs, pieces, stacked
-from ota_core.analysis.roles import Place, totals
 from ota_core.analysis.subject import Subject
 from ota_core.analysis.table import Row, row
 from ota_core.compute.exact import PairDots
 from ota_core.errors import CheckpointError
+from ota_core.plan.roles import Place, totals
 from ota_core.plan.scoring import delta
 from ota_core.plan.views import Block, block_elements
 

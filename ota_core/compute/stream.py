@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadP
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from ota_core.errors import OtaError
@@ -124,10 +124,11 @@ class Stream:
         what: str,
         size: Callable[[Item], int] = lambda _: 1,
         ahead: Callable[[Item], None] | None = None,
+        at_once: int | None = None,
     ) -> list[Result]:
         """``work`` of every item, in the order of the items. The first error stops the rest and is raised.
 
-        ``size`` weighs an item in the progress. ``ahead`` is told of the item whose turn comes when the one that is started now is done.
+        ``at_once``: fewer than all threads, for items that take much memory. ``size`` weighs an item in the progress. ``ahead`` is told of the item whose turn comes when the one that is started now is done.
         """
         todo: Sequence[Item] = list(items)
         if not todo:
@@ -135,14 +136,15 @@ class Stream:
         total, done = sum(size(item) for item in todo), 0
         if self.progress:
             self.progress(what, 0, total)
-        with _torch_threads.single(), ThreadPoolExecutor(self.threads) as pool:
+        threads = min(at_once or self.threads, self.threads)
+        with _torch_threads.single(), ThreadPoolExecutor(threads) as pool:
             futures: dict[Future[Result], int] = {}
             results: dict[int, Result] = {}
             queue = iter(enumerate(todo))
 
             def step(index: int, item: Item) -> Result:
-                if ahead is not None and index + self.threads < len(todo):
-                    ahead(todo[index + self.threads])
+                if ahead is not None and index + threads < len(todo):
+                    ahead(todo[index + threads])
                 _torch_threads.settle()
                 with self.lanes.mine() if self.lanes else nullcontext():
                     return work(item)
@@ -152,7 +154,7 @@ class Stream:
                     futures[pool.submit(step, index, item)] = index
 
             try:
-                submit(4 * self.threads)
+                submit(4 * threads)
                 while futures:
                     finished, _ = wait(futures, return_when=FIRST_COMPLETED)
                     for future in finished:
@@ -171,13 +173,17 @@ class Stream:
 
 
 class _TorchThreads:
-    """torch's own threads would fight with the streams'. The setting is the process's, so the first stream takes and the last restores it.
+    """torch's own threads would fight with the streams'. The first stream takes the process's setting and the last restores it.
+
+    OpenMP keeps the number for each thread besides, so that every thread of a stream says it for itself: in one that does not, a small
+    product of matrices waits for helpers ten times longer than it computes.
 
     torch may come while a stream runs, when a block is one that no compiled loop covers; a stream of compiled loops never loads it.
     """
 
     def __init__(self) -> None:
         self._lock, self._users, self._before = Lock(), 0, 0
+        self._own = local()
 
     @contextmanager
     def single(self) -> Iterator[None]:
@@ -196,12 +202,15 @@ class _TorchThreads:
     def settle(self) -> None:
         """One thread for torch from here on, where it is loaded."""
         torch: Any = sys.modules.get("torch")
-        if self._before or not hasattr(torch, "set_num_threads"):  # a module that is being imported lacks what comes last
+        if not hasattr(torch, "set_num_threads"):  # a module that is being imported lacks what comes last
             return
         with self._lock:
             if self._before == 0:
                 self._before = torch.get_num_threads()
                 torch.set_num_threads(1)
+        if not getattr(self._own, "settled", False):
+            torch.set_num_threads(1)
+            self._own.settled = True
 
 
 _torch_threads = _TorchThreads()

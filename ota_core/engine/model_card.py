@@ -20,6 +20,7 @@ PAPERS = {
     "fisher": "[Fisher-weighted averaging](https://arxiv.org/abs/2111.09832)",
     "linear": "[a weighted mean](https://arxiv.org/abs/2203.05482)",
     "slerp": "spherical interpolation",
+    "rowspace": "the mean of their edits",
 }
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@[\w./-]+)?")
 
@@ -52,7 +53,7 @@ def model_card(
     head = _head(recipe, inputs, terms.head, measured or {}, suite, title)
     lines = ["---", head, "---", "", f"# {title}", ""]
     lines += [
-        f"{len(inputs.experts)} fine-tuned models ({names}) of one base, merged by {PAPERS[recipe.merge_method]}. Fingerprint "
+        f"{len(inputs.experts)} fine-tuned models ({names}) of one base, merged by {PAPERS[recipe.merge_method]}{_refinement(recipe)}. Fingerprint "
         f"`{fingerprint}`. Arithmetic in float64, stored as {recipe.output_dtype or 'the base model’s data types'}.",
         "",
     ]
@@ -68,6 +69,15 @@ def model_card(
         if e.moments is not None and e.moments_digest is not None
     ]
     lines += ["## Inputs", "", table(["role", "source", "licence", "digest"], rows)]
+    if scale := results.get("lambda"):
+        each = list(scale["per_tensor"].values())
+        lines += [
+            "",
+            "## Scale",
+            "",
+            f"λ = {scale['value']:g}, found from the row spaces of the task vectors; by tensor {min(each):g} to {max(each):g}",
+        ]
+        lines[-1] += ", each with its own." if recipe.setting("lambda") == "auto_per_tensor" else "."
     densities = results.get("densities", {})
     if densities:
         kept = [[name, f"{d['kept']:,}", f"{d['total']:,}", f"{d['density']:.6f}"] for name, d in densities.items()]
@@ -76,6 +86,13 @@ def model_card(
         lines += ["", SCORES, "", scores]
     lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _refinement(recipe: MergeRecipe) -> str:
+    """What follows on the method, in the card's first sentence."""
+    if not recipe.refined:
+        return ""
+    return f", each weight matrix then fitted to the row spaces of all task vectors (ridge {recipe.setting('ridge'):g})"
 
 
 def _models(inputs: MergeInputs) -> list[tuple[str, ModelInput]]:

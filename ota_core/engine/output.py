@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from ota_core.files.rows import Rows
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
-from ota_core.plan.views import Block, block_elements
+from ota_core.plan.views import Block, TensorJob, block_elements
 from ota_core.plan.vocabulary import add_tokens
 
 if TYPE_CHECKING:
@@ -117,21 +117,33 @@ def write_weights(plan: MergePlan, rule: "Rule", folder: Path, shards: Shards) -
     """Merge every block of these files and write it to its place; the bytes do not depend on the order of the blocks."""
     by_tensor: dict[str, SafetensorsWriter] = {}
 
-    def work(block: Block) -> None:
-        job, start, _ = block
-        rows = _copied(plan, block) if job.copy else _merged(plan, rule, block)
-        by_tensor[job.name].write_rows(job.name, start, rows.held)
-
-    def ahead(block: Block) -> None:
-        if not block[0].copy:
-            rule.prefetch(block)
+    def put(name: str, start: int, rows: Rows) -> None:
+        by_tensor[name].write_rows(name, start, rows.held)
 
     with contextlib.ExitStack() as stack:
         for file, specs in shards:
             writer = stack.enter_context(SafetensorsWriter(folder / file, specs, {"format": "pt"}))
             by_tensor |= dict.fromkeys((spec.name for spec in specs), writer)
-        jobs = [job for job in plan.jobs if job.name in by_tensor]
-        plan.stream.map(work, plan.blocks(jobs), what="merge", size=block_elements, ahead=ahead)
+        merge_blocks(plan, rule, [job for job in plan.jobs if job.name in by_tensor], put)
+
+
+Put = Callable[[str, int, Rows], None]
+"""Takes merged rows: the tensor's name, the first row, the rows (R, C) in the output's type. Called from several threads."""
+
+
+def merge_blocks(plan: MergePlan, rule: "Rule", jobs: Sequence[TensorJob], put: Put) -> None:
+    """Merge every block of these tensors and hand it on. The rule is prepared."""
+
+    def work(block: Block) -> None:
+        put(block[0].name, block[1], _copied(plan, block) if block[0].copy else _merged(plan, rule, block))
+
+    def ahead(block: Block) -> None:
+        if not block[0].copy:
+            rule.prefetch(block)
+
+    whole, blocks = rule.blocks(jobs)
+    plan.stream.map(work, whole, what="regression", size=block_elements, ahead=ahead, at_once=rule.whole_at_once)
+    plan.stream.map(work, blocks, what="merge", size=block_elements, ahead=ahead)
 
 
 def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:

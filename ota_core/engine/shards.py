@@ -4,6 +4,8 @@
     once              Survey.sum, opened_bins(...)    which bins hold the thresholds
     for each shard    survey(..., opened=...)         counts above and inside those bins
     once              whole_facts(...)                thresholds and means, to the bit those of one process
+    for each shard    shard_scales(...)               λ of its matrices; only with ``lambda: auto``
+    once              with_scales(...)                λ of the merge
     for each shard    merge_shard(...)                its weight file
     once              finish(...)                     index, configuration, model card
 
@@ -36,6 +38,7 @@ from ota_core.plan.scoring import ffg_scoring
 from ota_core.plan.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off, taus_of
 from ota_core.plan.views import ExpertView
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.rules.lambdas import scales_of
 from ota_core.rules.rule import rule_of
 
 FORMAT = "survey/1"
@@ -225,10 +228,31 @@ def whole_facts(job: MergeInParts, first: Survey, second: Survey | None) -> Whol
         return WholeFacts(thresholds=taus_of(scores), means=means)
 
 
-def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts | None) -> Found:
-    """Write one weight file of the merge into ``folder``. ``whole``: where ``needs_survey`` says so. Raises OtaError."""
+def shard_scales(job: MergeInParts, shard: str, whole: WholeFacts | None) -> dict[str, list[float]]:
+    """Tensor → λ of each of its matrices, of one shard. ``whole``: thresholds and means, where ``needs_survey`` says so. Raises OtaError."""
+    _check_surveyed(job, shard, whole)
+    with job.opened(shard) as (plan, _):
+        rule = rule_of(plan, whole or WholeFacts())
+        rule.prepare()
+        return rule.matrix_scales()
+
+
+def with_scales(whole: WholeFacts | None, scales: Sequence[Mapping[str, list[float]]]) -> WholeFacts:
+    """The facts with λ, from the matrices of all shards: to the bit that of one process. Raises RecipeError where nobody moved a matrix."""
+    found = scales_of({name: values for one in scales for name, values in one.items()})
+    return (whole or WholeFacts()).model_copy(update={"scale": found.all, "scales": dict(found.tensors)})
+
+
+def _check_surveyed(job: MergeInParts, shard: str, whole: WholeFacts | None) -> None:
     if whole is None and needs_survey(job.recipe, job.inputs):
         raise OtaError(f"{shard}: thresholds and means of the whole experts are missing; survey all shards first")
+
+
+def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts | None) -> Found:
+    """Write one weight file of the merge into ``folder``. ``whole``: where ``needs_survey`` says so, or with ``lambda: auto``. Raises OtaError."""
+    _check_surveyed(job, shard, whole)
+    if job.recipe.auto and (whole is None or whole.scale is None):
+        raise OtaError(f"{shard}: λ of the whole merge is missing; find it from the matrices of all shards first")
     with job.opened(shard) as (plan, shards):
         rule = rule_of(plan, whole or WholeFacts())
         rule.prepare()

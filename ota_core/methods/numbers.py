@@ -49,3 +49,8 @@ def score_of(bits: int) -> float:
 def key_of(seed: int, expert: int, name: str) -> int:
     """The 64 bits that tell one tensor's random numbers from another's."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{expert}\0{name}".encode()).digest()[:8], "little")
+
+
+def significant(value: float, digits: int) -> float:
+    """A number to so many significant digits."""
+    return float(f"{value:.{digits - 1}e}")

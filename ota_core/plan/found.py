@@ -19,6 +19,12 @@ class Found(BaseModel):
     """Tensors that were averaged for want of curvature."""
     compression: dict[str, dict[str, Any]] = {}
     """Expert's name → what its compression lost."""
+    scale: float | None = None
+    """λ, where the recipe leaves it to the row spaces."""
+    scales: dict[str, float] = {}
+    """λ of each tensor that holds matrices."""
+    residuals: dict[str, float] = {}
+    """The largest relative residual of each tensor's row-space regressions."""
 
     @classmethod
     def sum(cls, parts: Sequence["Found"]) -> "Found":
@@ -33,4 +39,9 @@ class Found(BaseModel):
             for expert, taus in part.thresholds.items():
                 thresholds.setdefault(expert, {}).update(taus)
         averaged = sorted({name for part in parts for name in part.averaged})
-        return cls(kept=kept, thresholds=thresholds, averaged=averaged, compression=compression)
+        residuals = {name: value for part in parts for name, value in part.residuals.items()}
+        scales = {name: value for part in parts for name, value in part.scales.items()}
+        scale = next((part.scale for part in parts if part.scale is not None), None)
+        return cls(
+            kept=kept, thresholds=thresholds, averaged=averaged, compression=compression, scale=scale, scales=scales, residuals=residuals
+        )  # fmt: skip

@@ -37,7 +37,7 @@ class Curvature:
 
 
 class WholeFacts(BaseModel):
-    """What every part of a merge must know of whole experts, by their position in the recipe. JSON-able: machines pass it on."""
+    """What every part of a merge must know of the whole, experts by their position in the recipe. JSON-able: machines pass it on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -45,6 +45,10 @@ class WholeFacts(BaseModel):
     """τ of experts whose FFG ranks the whole expert by a density; infinite where nothing is kept."""
     means: dict[int, float] = {}
     """Mean of v̂^power, with ``normalise: global``."""
+    scale: float | None = None
+    """λ, where the recipe leaves it to the row spaces."""
+    scales: dict[str, float] = {}
+    """λ of each tensor that holds matrices."""
 
 
 def prepare_curvature(plan: MergePlan, whole: WholeFacts | None = None) -> Curvature:

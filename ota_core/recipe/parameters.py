@@ -1,5 +1,6 @@
 """The parameters of merge recipes: their types, defaults and descriptions, and which of them a method uses."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,16 +14,31 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
+def _scale(value: Any) -> Any:
+    """One error for what is neither a number nor auto; a union would give two, in its own words."""
+    try:
+        fits = value in AUTO or (not isinstance(value, bool) and math.isfinite(float(value)))
+    except (TypeError, ValueError):
+        fits = False
+    if not fits and value is not None:
+        raise PydanticCustomError("no_scale", "expected a finite number, auto or auto_per_tensor")
+    return value
+
+
+AUTO = ("auto", "auto_per_tensor")
+"""What λ may be beside a number: the scale that the row spaces of the task vectors tell, one for all tensors or one for each."""
 Number = Annotated[float, BeforeValidator(_no_switch)]
 Finite = Annotated[Number, Field(allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Scale = Annotated[float | Literal["auto", "auto_per_tensor"], BeforeValidator(_scale)]
 Density = Annotated[Number, Field(gt=0, le=1)]
 
 _DEFAULTS: dict[str, Any] = {
     "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none", "rank": 4,
     "bias_correction": False, "normalise": "none", "epsilon": 0.0, "denominator": "kept", "fallback": "base",
     "masked_merge": "precond", "rescale": False, "missing_curvature": "error", "seed": 0, "scaling_factor": 1.0, "weight": 1.0,
-    "gamma": 0.01, "density": 1.0, "normalize": False,
+    "gamma": 0.01, "density": 1.0, "normalize": False, "refine": "none", "ridge": 0.3, "input_curvature": 0.0,
 }  # fmt: skip
 _METHOD_DEFAULTS: dict[tuple[str, str], Any] = {
     ("ota", "density"): None,
@@ -30,6 +46,9 @@ _METHOD_DEFAULTS: dict[tuple[str, str], Any] = {
     ("ties", "normalize"): True,
     ("dare_linear", "rescale"): True,
     ("dare_ties", "rescale"): True,
+    ("rowspace", "normalize"): True,
+    ("rowspace", "lambda"): "auto",
+    ("rowspace", "refine"): "rowspace",
 }
 
 
@@ -82,7 +101,16 @@ class ModelParameters(ExpertParameters):
 class MergeParameters(ExpertParameters):
     """``parameters`` of the recipe. None means: the method's default."""
 
-    lambda_: Finite | None = _own("lambda", "Scale λ of the merged task vector", alias="lambda")
+    lambda_: Scale | None = _own(
+        "lambda", "Scale λ of the merged task vector: a number, or auto and auto_per_tensor; auto with refine", alias="lambda"
+    )
+    refine: Literal["none", "rowspace"] | None = _own(
+        "refine", "Regression on the row spaces of the task vectors, towards what the method merges"
+    )
+    ridge: Positive | None = _own("ridge", "Weight of what the method merges in that regression")
+    input_curvature: NonNegative | None = _own(
+        "input_curvature", "Weight of the second moments' column sums in that regression (ota, fisher)"
+    )
     power: NonNegative | None = _own("power", "Exponent of the curvature in an expert's weight")
     scope: Literal["global", "per_tensor"] | None = _own("scope", "Whether a density holds over the whole expert")
     metric: Literal["curvature", "magnitude"] | None = _own("metric", "What FFG ranks by: √v̂·|Δ| or |Δ|")
@@ -108,19 +136,21 @@ class MergeParameters(ExpertParameters):
     )
 
 
+_REFINE = {"refine", "ridge"}
 _FFG = {"density", "precond_threshold", "scope", "metric", "mask_curvature"}
 _CURVATURE = {"compression", "rank", "bias_correction", "missing_curvature"}
 USED: dict[str, set[str]] = {
     "ota": _FFG | _CURVATURE | {"scaling_factor", "power", "normalise", "epsilon", "denominator", "fallback", "masked_merge",
-                                "rescale", "lambda", "preconditioner_path"},
-    "fisher": _CURVATURE | {"weight", "preconditioner_path"},
-    "linear": {"weight", "normalize"},
-    "task_arithmetic": {"weight", "normalize", "lambda"},
-    "ties": {"weight", "density", "normalize", "lambda"},
-    "dare_linear": {"weight", "density", "normalize", "lambda", "rescale", "seed"},
-    "dare_ties": {"weight", "density", "normalize", "lambda", "rescale", "seed"},
-    "breadcrumbs": {"weight", "density", "gamma", "normalize", "lambda"},
-    "breadcrumbs_ties": {"weight", "density", "gamma", "normalize", "lambda"},
-    "slerp": {"t"},
+                                "rescale", "lambda", "preconditioner_path", "input_curvature"} | _REFINE,
+    "fisher": _CURVATURE | {"weight", "preconditioner_path", "input_curvature"} | _REFINE,
+    "linear": {"weight", "normalize"} | _REFINE,
+    "task_arithmetic": {"weight", "normalize", "lambda"} | _REFINE,
+    "ties": {"weight", "density", "normalize", "lambda"} | _REFINE,
+    "dare_linear": {"weight", "density", "normalize", "lambda", "rescale", "seed"} | _REFINE,
+    "dare_ties": {"weight", "density", "normalize", "lambda", "rescale", "seed"} | _REFINE,
+    "breadcrumbs": {"weight", "density", "gamma", "normalize", "lambda"} | _REFINE,
+    "breadcrumbs_ties": {"weight", "density", "gamma", "normalize", "lambda"} | _REFINE,
+    "rowspace": {"weight", "normalize", "lambda", "ridge"},
+    "slerp": {"t"} | _REFINE,
 }  # fmt: skip
 """Method to its parameters; any other is a mistake in a recipe."""

@@ -11,18 +11,30 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
-from ota_core.recipe.parameters import USED, ExpertParameters, MergeParameters, ModelParameters, Strict, default
+from ota_core.recipe.parameters import AUTO, USED, ExpertParameters, MergeParameters, ModelParameters, Strict, default
 from ota_core.recipe.yaml_text import dump_yaml, load_yaml, nearest
 
 Method = Literal[
-    "ota", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "fisher", "slerp"
+    "ota",
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "fisher",
+    "slerp",
+    "rowspace",
 ]
 DType = Literal["float32", "float16", "bfloat16"]
 # mergekit's and mergekit-OTA's spellings, and what they are called here.
 _SPELLINGS = {"masked_task_vector_merge_method": "masked_merge"}
-NEEDS_BASE = {"task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "slerp"}
+NEEDS_BASE = {"task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace", "slerp"}
 NEEDS_MOMENTS = {"ota", "fisher"}
 RESERVED_NAMES = ("base", "merged")
+OF_REFINE = ("ridge", "input_curvature")
+"""Parameters of the row-space regression."""
 
 
 class ModelEntry(Strict):
@@ -54,6 +66,9 @@ class MergeRecipe(Strict):
     )
     out_dtype: DType | None = Field(None, description="Wins over dtype.")
     tokenizer_source: str = Field("base", description="base, model:<name> or union.")
+    scales: str | None = Field(
+        None, description="File of learned scales (`ota tune`), beside the recipe or s3://…: a factor for each expert and tensor."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -80,8 +95,22 @@ class MergeRecipe(Strict):
                 return None
         if key == "rank" and self.setting("compression") != "rank_k":
             return None
+        if key in OF_REFINE and not self.refined:
+            return None
         value = getattr(self.parameters, field, None)
+        if value is None and key == "lambda" and self.refined and key in USED[self.merge_method]:
+            return "auto"
         return default(self.merge_method, key) if value is None else value
+
+    @property
+    def refined(self) -> bool:
+        """Whether a row-space regression follows on what the method merges (docs/methods.md section 8)."""
+        return bool((self.parameters.refine or default(self.merge_method, "refine")) == "rowspace")
+
+    @property
+    def auto(self) -> bool:
+        """Whether λ is found from the row spaces of the task vectors (docs/methods.md section 8)."""
+        return "lambda" in USED[self.merge_method] and self.setting("lambda") in AUTO
 
     @property
     def output_dtype(self) -> DType | None:
@@ -95,7 +124,13 @@ class MergeRecipe(Strict):
         return {
             "merge_method": self.merge_method,
             "dtype": self.output_dtype,
-            "parameters": {key: value for key in sorted(used - own) if (value := self.setting(key)) is not None or key != "rank"},
+            "parameters": {
+                key: value
+                for key in sorted(used - own)
+                # Absent where they change nothing, so that a recipe from before they existed is still the same recipe.
+                if ((value := self.setting(key)) is not None or key not in {"rank", *OF_REFINE})
+                and (key, value) != ("refine", "none")
+            },
             "experts": [{key: self.setting(key, i) for key in sorted(own)} for i in range(len(self.models))],
         }
 
@@ -166,6 +201,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
     compression = recipe.setting("compression")
     if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":
         problems.append(f"parameters: 'rank' has no effect with compression {compression}; remove it, or set compression: rank_k")
+    problems += [
+        f"parameters: '{key}' has no effect without a row-space regression; remove it, or set refine: rowspace"
+        for key in OF_REFINE
+        if key in used and getattr(recipe.parameters, key) is not None and not recipe.refined
+    ]
     for i in range(len(recipe.models)):
         if method == "ota" and recipe.setting("density", i) is not None and recipe.setting("precond_threshold", i) is not None:
             problems.append(
@@ -173,6 +213,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
             )
         if method == "ota" and recipe.setting("metric") == "magnitude" and recipe.setting("precond_threshold", i) is not None:
             problems.append(f"models[{i}]: precond_threshold is in units of v·Δ²; with metric magnitude give a density instead")
+    if recipe.scales is not None and "lambda" not in used:
+        able = ", ".join(sorted(name for name, keys in USED.items() if "lambda" in keys))
+        problems.append(
+            f"scales: {method} has no merged edit of the base that could be scaled; remove the key, or merge with one of: {able}"
+        )
     problems += _base_contradictions(recipe)
     names = [entry.name for entry in recipe.models if entry.name]
     problems += [
@@ -197,11 +242,15 @@ def _base_contradictions(recipe: MergeRecipe) -> list[str]:
     if recipe.base_model is not None:
         return []
     method = recipe.merge_method
+    if recipe.refined and (method not in NEEDS_BASE or method == "slerp"):
+        return ["base_model is missing: refine: rowspace works on task vectors, the difference of each expert to the base"]
     if method in NEEDS_BASE and not (method == "slerp" and len(recipe.models) == 2):
         return [f"base_model is missing: {method} works on task vectors, the difference of each expert to the base"]
     if method != "ota":
         return []
     problems = []
+    if recipe.scales is not None:
+        problems.append("base_model is missing: scales act on task vectors, which need the base")
     if any(recipe.ffg(i) for i in range(len(recipe.models))):
         problems.append("base_model is missing: FFG (density or precond_threshold) needs the base to know each expert's edits")
     for key, neutral in (("lambda", 1.0), ("masked_merge", "precond"), ("rescale", False), ("missing_curvature", "error")):

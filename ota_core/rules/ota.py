@@ -28,19 +28,17 @@ class OtaRule(Rule):
     """The parameter that scales an expert's curvature weight."""
 
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
-        """``whole``: what is known of whole experts already, for a part of a merge."""
-        super().__init__(plan)
-        self._facts, self._whole = Curvature(), whole
+        super().__init__(plan, whole)
+        self._facts = Curvature()
         self._scales: dict[tuple[int, str], float] = {}
         self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._lock = Lock()
         setting = plan.recipe.setting
-        self._lambda: float = setting("lambda")
         self._denominator: str = setting("denominator")
         self._fallback: str = setting("fallback")
         self._masked_merge, self._power, self._epsilon = setting("masked_merge"), setting("power"), setting("epsilon")
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Compression, means, thresholds; with ``rescale`` the norms of every masked task vector."""
         plan = self._plan
         self._facts = prepare_curvature(plan, self._whole)
@@ -75,11 +73,54 @@ class OtaRule(Rule):
         from ota_core.methods.ota import any_kept, masked_ties, mean, ota
         from ota_core.rules.rows import base_rows, expert_rows
 
+        base, scale = base_rows(self._plan, block), self.scale_of(block[0])
+        thetas = expert_rows(self._plan, block, base)
+        if block[0].name in self._facts.averaged:
+            return self._average(thetas, base, scale)
+        scaled, weights, masks = self._weighed(block, base, thetas)
+        if self._masked_merge == "ties":
+            assert base is not None
+            merged = base + scale * masked_ties([theta - base for theta in scaled], masks, self._factors())
+        else:
+            merged = ota(scaled, weights, masks, base, lam=scale, denominator=self._denominator)
+        if self._fallback == "mean" and base is not None:
+            merged = torch.where(any_kept(masks, base), merged, mean(thetas))
+        return merged
+
+    def _edits(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        import torch
+
+        from ota_core.methods.ota import any_kept, masked_ties_parts, ota_parts
+        from ota_core.rules.rows import base_rows, expert_rows
+
+        base, scale = base_rows(self._plan, block), self.scale_of(block[0])
+        assert base is not None
+        thetas = expert_rows(self._plan, block, base)
+        if block[0].name in self._facts.averaged:
+            return base, [scale * (theta - base) / len(thetas) for theta in thetas]
+        scaled, weights, masks = self._weighed(block, base, thetas)
+        deltas = [theta - base for theta in scaled]
+        if self._masked_merge == "ties":
+            found = masked_ties_parts(deltas, masks, self._factors())
+        else:
+            found = ota_parts(deltas, weights, masks, denominator=self._denominator)
+        found = [scale * edit for edit in found]
+        if self._fallback == "mean":  # which no λ scales
+            kept = any_kept(masks, base)
+            shares = [(theta - base) / len(thetas) for theta in thetas]
+            found = [torch.where(kept, edit, share) for edit, share in zip(found, shares, strict=True)]
+        return base, found
+
+    def _factors(self) -> list[float]:
+        return [self._plan.recipe.setting("scaling_factor", expert.index) for expert in self._plan.experts]
+
+    def _weighed(
+        self, block: Block, base: "torch.Tensor | None", thetas: "list[torch.Tensor]"
+    ) -> "tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]":
+        """The experts' weights (θ, rescaled where the recipe asks), their p and their masks in a block."""
+        import torch
+
         plan, job = self._plan, block[0]
-        base = base_rows(plan, block)
-        thetas = expert_rows(plan, block, base)
-        if job.name in self._facts.averaged:
-            return self._average(thetas, base)
         weights, masks = [], []
         for expert, theta in zip(plan.experts, thetas, strict=True):
             v_hat = expert.v_hat(job.canonical, *block[1:]) if expert.has_curvature(job.canonical) else None
@@ -91,28 +132,19 @@ class OtaRule(Rule):
             present = expert.present(job.name, *block[1:])
             if present is not None:
                 weights[-1] = torch.where(present, weights[-1], 0.0)
-        scaled = thetas
         if self._scales:
             assert base is not None
             scales = [self._scales.get((expert.index, job.name), 1.0) for expert in plan.experts]
-            scaled = [base + scale * (theta - base) for scale, theta in zip(scales, thetas, strict=True)]
-        if self._masked_merge == "ties":
-            assert base is not None
-            factors = [plan.recipe.setting("scaling_factor", expert.index) for expert in plan.experts]
-            merged = base + self._lambda * masked_ties([theta - base for theta in scaled], masks, factors)
-        else:
-            merged = ota(scaled, weights, masks, base, lam=self._lambda, denominator=self._denominator)
-        if self._fallback == "mean" and base is not None:
-            merged = torch.where(any_kept(masks, base), merged, mean(thetas))
-        return merged
+            thetas = [base + scale * (theta - base) for scale, theta in zip(scales, thetas, strict=True)]
+        return thetas, weights, masks
 
-    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None") -> "torch.Tensor":
+    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None", scale: float) -> "torch.Tensor":
         """A tensor that is averaged for want of curvature."""
         import torch
 
         from ota_core.methods.ota import ota
 
-        return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=self._lambda)
+        return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=scale)
 
     def _can_fuse(self, job: TensorJob) -> bool:
         fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
@@ -128,7 +160,7 @@ class OtaRule(Rule):
             out,
             power=self._power,
             epsilon=self._epsilon,
-            lam=self._lambda,
+            lam=self.scale_of(job),
             denominator=self._denominator,
         )
         if bad is not None:
@@ -174,6 +206,10 @@ class OtaRule(Rule):
             with self._lock:
                 self._kept[expert.index][job.name] += kept
 
+    def _forget(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
     def found(self) -> Found:
         thresholds = {
             expert.index: expert.masks.header["thresholds"] if expert.masks else self._facts.thresholds[expert.index]
@@ -181,6 +217,7 @@ class OtaRule(Rule):
             if self._plan.recipe.ffg(expert.index)
         }
         return Found(
+            **self._common(),
             kept={expert: dict(counts) for expert, counts in self._kept.items()},
             thresholds={expert: {name: float(tau) for name, tau in taus.items()} for expert, taus in thresholds.items()},
             averaged=sorted(self._facts.averaged),
@@ -197,7 +234,7 @@ class OtaRule(Rule):
                 taus = found.thresholds[expert.index]
                 densities[expert.name] = density_report(self._plan, expert, taus, found.kept.get(expert.index, {}))
         everything = {"densities": densities, "compression": found.compression, "averaged_without_curvature": found.averaged}
-        return {key: value for key, value in everything.items() if value}
+        return {key: value for key, value in everything.items() if value} | super().results(found)
 
 
 class FisherRule(OtaRule):
@@ -208,17 +245,17 @@ class FisherRule(OtaRule):
 
     _factor = "weight"
 
-    def __init__(self, plan: MergePlan) -> None:
-        super().__init__(plan)
-        self._power = 1.0
+    def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
+        super().__init__(plan, whole)
+        self._power, self._lambda = 1.0, 1.0
 
-    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None") -> "torch.Tensor":
+    def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None", scale: float) -> "torch.Tensor":
         from ota_core.methods.ota import mean
 
         return mean(thetas)
 
     def results(self, found: Found) -> dict[str, Any]:
-        return {"compression": found.compression} if found.compression else {}
+        return ({"compression": found.compression} if found.compression else {}) | Rule.results(self, found)
 
 
 def density_report(plan: MergePlan, expert: ExpertView, taus: dict[str, float], kept: dict[str, int]) -> dict[str, Any]:

@@ -19,23 +19,27 @@ if TYPE_CHECKING:
 
 def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
     """The rule of the plan's recipe. ``whole``: what is known of whole experts already, for a part of a merge."""
+    if plan.recipe.scales is not None and plan.scales is None:
+        raise RecipeError(
+            f"scales: the recipe names {plan.recipe.scales}, which was not looked up when its inputs were assembled"
+        )
     method = plan.recipe.merge_method
     if method == "ota":
         return OtaRule(plan, whole)
     if method == "fisher":
-        return FisherRule(plan)
+        return FisherRule(plan, whole)
     if method == "linear":
-        return LinearRule(plan)
+        return LinearRule(plan, whole)
     if method == "slerp":
-        return SlerpRule(plan)
-    return TaskVectorRule(plan)
+        return SlerpRule(plan, whole)
+    return TaskVectorRule(plan, whole)
 
 
 class LinearRule(Rule):
     """Weighted average of the experts; a base takes no part."""
 
-    def __init__(self, plan: MergePlan) -> None:
-        super().__init__(plan)
+    def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
+        super().__init__(plan, whole)
         self._weights = [plan.recipe.setting("weight", i) for i in range(len(plan.experts))]
         self._normalize = plan.recipe.setting("normalize")
         if self._normalize and sum(self._weights) == 0:
@@ -64,13 +68,13 @@ class LinearRule(Rule):
 class SlerpRule(Rule):
     """Spherical interpolation from the base (t = 0) to the expert (t = 1), or from the first model to the second."""
 
-    def __init__(self, plan: MergePlan) -> None:
-        super().__init__(plan)
+    def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
+        super().__init__(plan, whole)
         self._t = plan.recipe.setting("t")
         self._ends = slerp_ends(plan)
         self._factors: dict[str, tuple[float, float]] = {}
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """The angle between the two models in every tensor."""
         jobs = self._plan.merged_jobs()
         found = self._plan.stream.map(self._angle, jobs, what="angles", size=lambda job: job.elements)

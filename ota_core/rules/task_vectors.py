@@ -8,6 +8,7 @@ from ota_core.fused.task_vectors import Part, combine_block
 from ota_core.methods.numbers import NOTHING, breadcrumbs_ranks, ties_ranks
 from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan
+from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.scoring import Scoring
 from ota_core.plan.tally import Group, kth_largest
 from ota_core.plan.views import Block, ExpertView, TensorJob
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class TaskVectorRule(Rule):
-    """task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties: what is left of each task vector, added up."""
+    """task_arithmetic, ties, dare_linear, dare_ties, breadcrumbs, breadcrumbs_ties, and the prior of rowspace: what is left of each task vector, added up."""
 
-    def __init__(self, plan: MergePlan) -> None:
-        super().__init__(plan)
+    def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
+        super().__init__(plan, whole)
         self._method = plan.recipe.merge_method
         self._weights = [plan.recipe.setting("weight", i) for i in range(len(plan.experts))]
         self._limits: dict[tuple[int, str], tuple[float, float]] = {}
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """The limits of |Δ| for the methods that trim, per expert and tensor."""
         if self._method not in {"ties", "breadcrumbs", "breadcrumbs_ties"}:
             return
@@ -64,16 +65,29 @@ class TaskVectorRule(Rule):
 
     def _merge_tensors(self, block: Block) -> "torch.Tensor":
         from ota_core.methods.task_vectors import add_up, elect_and_add
+
+        base, deltas = self._deltas(block)
+        combine = elect_and_add if self._method.endswith("ties") else add_up
+        merged = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
+        return base + self.scale_of(block[0]) * merged
+
+    def _edits(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        from ota_core.methods.task_vectors import add_up_parts, elect_and_add_parts
+
+        base, deltas = self._deltas(block)
+        combine = elect_and_add_parts if self._method.endswith("ties") else add_up_parts
+        found = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
+        return base, [self.scale_of(block[0]) * edit for edit in found]
+
+    def _deltas(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        """θ₀ and what the method leaves of every expert's task vector."""
         from ota_core.rules.rows import base_rows, expert_rows
 
         base = base_rows(self._plan, block)
         assert base is not None
         thetas = expert_rows(self._plan, block, base)
-        deltas = [self._left(expert, block, theta - base) for expert, theta in zip(self._plan.experts, thetas, strict=True)]
-        combine = elect_and_add if self._method.endswith("ties") else add_up
-        merged = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
-        scale: float = self._plan.recipe.setting("lambda")
-        return base + scale * merged
+        pairs = zip(self._plan.experts, thetas, strict=True)
+        return base, [self._left(expert, block, theta - base) for expert, theta in pairs]
 
     def _merge_fused(self, block: Block, out: Rows) -> None:
         assert self._plan.base is not None
@@ -83,7 +97,7 @@ class TaskVectorRule(Rule):
             out,
             elect=self._method.endswith("ties"),
             normalize=self._plan.recipe.setting("normalize"),
-            lam=self._plan.recipe.setting("lambda"),
+            lam=self.scale_of(block[0]),
             nothing=NOTHING,
         )
 
@@ -117,4 +131,5 @@ class TaskVectorRule(Rule):
         return drop(difference, random, density=density, rescale=self._plan.recipe.setting("rescale"))
 
     def results(self, found: Found) -> dict[str, Any]:
-        return {"seed": self._plan.recipe.setting("seed")} if self._method.startswith("dare") else {}
+        seed = {"seed": self._plan.recipe.setting("seed")} if self._method.startswith("dare") else {}
+        return seed | super().results(found)

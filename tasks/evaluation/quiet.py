@@ -17,7 +17,7 @@ ONE_AT_A_TIME = threading.Lock()
 """For who loads models to score or to try them: seeds, log levels and HF_ALLOW_CODE_EVAL belong to the whole process, and a model fills the
 device anyway."""
 
-MODULES = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface")
+MODULES = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface", "lm_eval.models.api_models")
 """Where lm-eval draws bars."""
 
 

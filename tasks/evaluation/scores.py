@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ota_core.frozen import Frozen
+from tasks.evaluation.tiers import DEVELOPMENT, TIERS, Tier, deciding
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for them
     import pandas as pd
@@ -19,6 +20,8 @@ ROLES = ("base", "expert", "merge")
 AVERAGE = "average"
 STDERR = "_stderr"
 """Ends the names of columns that hold the standard errors of another."""
+ANSWER_LENGTH = "answer_characters"
+"""Among a task's numbers: how long the model's answers are."""
 LOSS = "loss/"
 """Begins the names of columns that hold losses."""
 _NO_CAPABILITY = frozenset({"model", "role", "capability", "digest", "n", "retention", "negative_transfer", "seconds"})
@@ -56,22 +59,34 @@ class ModelScores(Frozen):
     """Capability to the standard error of its loss, over documents."""
     loss_samples: dict[str, dict[str, tuple[float, int]]] = Field({})
     """Capability to document hash to (log-likelihood, natural logarithm; bytes) of what its loss is of. The hash as in ``samples``."""
+    tiers: dict[str, Tier] = Field({})
+    """Capability to its tier, of those that are not for development."""
+    chat_template: bool | None = None
+    """Whether the model was asked through its chat template; None in what was kept before this was."""
+    backend: str | None = None
+    """What computed the answers, with its version where that is known: lm-eval's name, where it was not ``hf``."""
 
     @property
     def average(self) -> float | None:
-        """Mean over the capabilities that were measured; None when none was."""
-        values = [value for value in self.by_capability().values() if value is not None]
-        return fmean(values) if values else None
+        """Mean over the capabilities for development that were measured (without such: over all); None when none was."""
+        values = self.by_capability()
+        found = [value for name in deciding(values, self.tiers) if (value := values[name]) is not None]
+        return fmean(found) if found else None
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The capabilities that ``average`` is taken over."""
+        """The capabilities of all tiers that have a score."""
         return tuple(name for name, value in self.by_capability().items() if value is not None)
+
+    def by_tier(self) -> dict[Tier, tuple[str, ...]]:
+        """Tier to its capabilities that were measured, for tiers that have any, in the order of ``TIERS``."""
+        named = {tier: tuple(n for n in self.measured if self.tiers.get(n, DEVELOPMENT) == tier) for tier in TIERS}
+        return {tier: names for tier, names in named.items() if names}
 
     @property
     def average_loss(self) -> float | None:
-        """Mean over the capabilities that have a loss; None when none has. Never mixed with ``average``."""
-        return fmean(self.losses.values()) if self.losses else None
+        """Mean over the capabilities for development that have a loss; None when none has. Never mixed with ``average``."""
+        return fmean(self.losses[name] for name in deciding(self.losses, self.tiers)) if self.losses else None
 
     @property
     def documents(self) -> dict[str, int]:
@@ -83,9 +98,11 @@ class ModelScores(Frozen):
         return {name: capability.score for name, capability in self.capabilities.items()}
 
     def objective(self) -> dict[str, float | None]:
-        """What a search makes as large as it can, 0..1 by capability: of one with a loss the likelihood of a byte (2 to the minus bits
+        """What a search makes as large as it can, 0..1 by capability for development: of one with a loss the likelihood of a byte (2 to the minus bits
         per byte, a geometric mean), which tells models apart by far fewer documents than a count of right answers; else the score."""
-        return {name: 2.0 ** -self.losses[name] if name in self.losses else score for name, score in self.by_capability().items()}
+        values = self.by_capability()
+        names = deciding(values, self.tiers)
+        return {name: 2.0 ** -self.losses[name] if name in self.losses else values[name] for name in names}
 
     def metrics(self) -> dict[str, float]:
         """What is logged of a model: ``score/<capability>`` and ``loss/<capability>`` where measured, and ``avg`` of either."""
@@ -151,7 +168,7 @@ def scores_table(base: Scores | None, experts: Mapping[str, tuple[str, Scores]],
     Columns: ``role``, ``capability`` (an expert's own), the capabilities, ``average``, ``retention`` (mean of ``retention()``, merges only),
     ``negative_transfer`` (count, merges only) and ``below_base`` (the capabilities counted, comma-separated); where models have losses,
     ``loss/<capability>`` and ``loss/average``. Standard errors stand in the columns of these names with ``_stderr``, where there are any.
-    Averages are over the capabilities that every row has, so that rows compare. Without a base there is no such row, and nothing is above or
+    Averages are over the capabilities for development (without such: over all) that every row has, so that rows compare. Without a base there is no such row, and nothing is above or
     below it. Raises ValueError when two models share a name.
     """
     import pandas as pd
@@ -165,7 +182,8 @@ def scores_table(base: Scores | None, experts: Mapping[str, tuple[str, Scores]],
         raise ValueError(f"models of one table need different names ('base' is the base's), got twice: {', '.join(twice)}")
 
     every = [scores for *_, scores in models]
-    measured, lost = _columns([_score(one) for one in every]), _columns([_loss(one) for one in every], LOSS)
+    tiers = {name: tier for one in every if isinstance(one, ModelScores) for name, tier in one.tiers.items()}
+    measured, lost = _columns([_score(one) for one in every], tiers), _columns([_loss(one) for one in every], tiers, LOSS)
     rows = []
     for i, (_, role, own, scores) in enumerate(models):
         kept = list(retention(scores, experts).values()) if role == "merge" else []
@@ -184,10 +202,11 @@ _Measured = Mapping[str, tuple[float | None, float | None]]
 """Capability to value and standard error."""
 
 
-def _columns(models: Sequence[_Measured], prefix: str = "") -> list[dict[str, Any]]:
-    """A model each: values and errors by column, and their average over the capabilities that every model has. Nothing where nobody has any."""
+def _columns(models: Sequence[_Measured], tiers: Mapping[str, Tier], prefix: str = "") -> list[dict[str, Any]]:
+    """A model each: values and errors by column, and their average over the deciding capabilities that every model has. Nothing where nobody
+    has any."""
     listed = list(dict.fromkeys(name for one in models for name in one))
-    shared = [name for name in listed if all(one.get(name, (None, None))[0] is not None for one in models)]
+    shared = [name for name in deciding(listed, tiers) if all(one.get(name, (None, None))[0] is not None for one in models)]
     rows = []
     for one in models:
         values, errors = (

@@ -17,6 +17,7 @@ from ota_core.moments.compression import (
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.rules.refine import Refine, bytes_of, operations
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, fetch_all
 from tasks.settings import places
@@ -26,6 +27,8 @@ from tasks.storage.streaming.streams import Streams
 GIB = 2**30
 # What a merge loads that a plan does not, in bytes: numba with the compiled loops, and torch where a block needs it.
 KERNELS, TORCH = 125 * 2**20, 225 * 2**20
+CORE, GPU = 3e10, 2e13
+"""Operations a second of float32 products, about: of one core of a server, of one GPU."""
 
 
 def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path | None) -> list[str]:
@@ -78,14 +81,42 @@ def _bytes(plan: MergePlan, budget: int) -> list[str]:
     # Mapped pages are given back when so much was read; small inputs never reach that.
     mapped = min(plan.stream.mapped_bytes, weights + moments)
     loaded = KERNELS + (TORCH if plan.needs_torch() else 0)
-    peak = peak_memory_gib() + (working + factors + mapped + loaded) / GIB
+    peak = peak_memory_gib() + (max(working, _regressions(plan)) + factors + mapped + loaded) / GIB
     return [
         f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
         f"inputs: {binary_size(weights)} of weights, {binary_size(moments)} of second moments as float32; read in all passes: {binary_size(bytes_read(plan))}",
         f"output: {binary_size(output)} in {counted(len(plan_files(plan)), 'file')}",
         f"peak memory: about {peak:.2f} GiB (budget {budget / GIB:.2f} GiB for blocks and mapped pages)",
+        *_row_spaces(plan),
         *_choices(plan),
     ]
+
+
+def _regressions(plan: MergePlan) -> int:
+    """Memory of the regressions that are worked on at once."""
+    if not plan.recipe.refined:
+        return 0
+    refine = Refine(plan)
+    return refine.at_once * max(map(bytes_of, refine.all), default=0)
+
+
+def _row_spaces(plan: MergePlan) -> list[str]:
+    """What the row-space regression takes: its matrices, the largest of them, and how long two kinds of machines need for all."""
+    if not plan.recipe.refined:
+        return []
+    refine = Refine(plan)
+    if not refine.all:
+        return ["row-space regression: no tensor holds a matrix"]
+    largest, work = max(refine.all, key=bytes_of), sum(operations(one, len(plan.experts)) for one in refine.all)
+    return [
+        f"row-space regression of {sum(one.count for one in refine.all):,} weight matrices, {work:.1e} operations: "
+        f"about {_duration(work / CORE / refine.at_once)} on this CPU, {_duration(work / GPU)} on a GPU",
+        f"  the largest, {largest.job.name} ({largest.outputs} x {largest.inputs}), takes {binary_size(bytes_of(largest))} while it is worked on",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1, round(seconds))} s"
 
 
 def _choices(plan: MergePlan) -> list[str]:
@@ -131,6 +162,8 @@ def bytes_read(plan: MergePlan) -> int:
     for expert in plan.experts:
         total += (_norms(recipe, expert.index) + _full_masks(plan, expert)) * (base + _weight_bytes(expert))
         total += _moments_read(plan, expert)
+    if recipe.auto:  # the sketch and the edits; of large matrices a part of the rows the second time, which counts as a pass
+        total += 2 * (base + sum(_weight_bytes(expert) for expert in plan.experts))
     return total
 
 

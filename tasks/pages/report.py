@@ -20,6 +20,7 @@ from tasks.evaluation.smoke import Smoke
 from tasks.pages import gate, scores
 from tasks.pages.html import Block, Section, template, to_html
 from tasks.pages.pictures.analysis import pictures_of
+from tasks.pages.pictures.scales import scale_picture
 from tasks.pages.pictures.scores import pictures_of_scores
 from tasks.pages.tables import COUNT, NOT_MEASURED, PERCENT, Column, Table, Unit
 from tasks.tracking.run import InputRef
@@ -185,7 +186,11 @@ def _analysis(report: MergeReport, analysis: pd.DataFrame) -> Iterator[Block]:
 
 def _recipe(report: MergeReport) -> Iterator[Block]:
     yield Markup(_RECIPE.render(text=report.recipe_yaml.rstrip()))
-    densities: dict[str, Any] = report.record.get("results", {}).get("densities", {})
+    results = report.record.get("results", {})
+    if found := results.get("lambda"):
+        picture = scale_picture(found)
+        yield picture if picture else f"λ = {found['value']:g}, from the row spaces of the task vectors."
+    densities: dict[str, Any] = results.get("densities", {})
     if densities:
         frame = pd.DataFrame([{"expert": name, **found} for name, found in densities.items()])
         columns = [

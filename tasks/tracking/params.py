@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
+from ota_core.errors import ArtifactError
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 
 UNUSED = "unused"
 """``compression`` of a method that reads no second moments."""
 
 
-def comparable_params(recipe: MergeRecipe, densities: Mapping[str, float]) -> dict[str, str | int | float]:
+def comparable_params(
+    recipe: MergeRecipe, densities: Mapping[str, float], scale: float | None = None
+) -> dict[str, str | int | float]:
     """``density``, ``power``, ``compression``, ``lambda`` and ``expert_count`` of any recipe.
 
-    ``densities``: the realised fraction of each expert's elements that was kept, where masks were made.
+    ``densities``: the realised fraction of each expert's elements that was kept, where masks were made. ``scale``: λ as the merge found it,
+    where the recipe says ``auto``; ``lambda_rule`` says so then, because ``lambda`` is a number in every run.
 
     A method that has no such parameter gets the value that it amounts to: density 1 (every edit is kept), λ 1, and as power of the
     curvature 0 for a mean that asks no curvature, 1 for Fisher merging. The density is one number: the mean over the experts, of
@@ -34,14 +38,19 @@ def comparable_params(recipe: MergeRecipe, densities: Mapping[str, float]) -> di
     else:
         each = [1.0 if density is None else float(density) for density in asked]
     power = {"ota": recipe.setting("power"), "fisher": 1.0}.get(recipe.merge_method, 0.0)
+    if recipe.auto and scale is None:
+        raise ArtifactError("the record of this merge holds no λ, though its recipe leaves it to the merge; merge it again")
     uses_lambda = "lambda" in recipe.effective()["parameters"]
+    given = scale if recipe.auto else recipe.setting("lambda") if uses_lambda else 1.0
     params: dict[str, str | int | float] = {
         "density": each[0] if len(set(each)) == 1 else fmean(each),
         "power": float(power),
         "compression": recipe.setting("compression") if recipe.merge_method in NEEDS_MOMENTS else UNUSED,
-        "lambda": float(recipe.setting("lambda")) if uses_lambda else 1.0,
+        "lambda": float(given if given is not None else 1.0),
         "expert_count": len(recipe.models),
     }
+    if recipe.auto:
+        params["lambda_rule"] = recipe.setting("lambda")
     if len(set(each)) > 1:
         params["density_per_expert"] = ",".join(f"{density:g}" for density in each)
     return params

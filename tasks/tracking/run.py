@@ -14,6 +14,7 @@ from ota_core.errors import OtaError
 from tasks.artifacts.system_metrics import SystemPoint
 from tasks.evaluation.scores import ModelScores, mean_error
 from tasks.evaluation.suites import Suite
+from tasks.evaluation.tiers import deciding
 from tasks.tracking.names import REGISTERED_MODEL
 from tasks.tracking.store import Store, page_url
 
@@ -108,12 +109,12 @@ class Benchmarked(_Frozen):
 def uncertainty(scores: ModelScores) -> dict[str, float]:
     """Metrics that tell how sure the scores are: ``score_stderr/<capability>`` where lm-eval gives one, ``documents/<capability>``.
 
-    ``score_stderr/avg`` is there when every measured capability has its own: the capabilities' documents are independent.
+    ``score_stderr/avg`` is there when every capability that the average is over has its own: the capabilities' documents are independent.
     """
     measured = {name: one for name, one in scores.capabilities.items() if one.score is not None}
     errors = {name: one.stderr for name, one in measured.items() if one.stderr is not None}
     metrics = {f"score_stderr/{name}": error for name, error in errors.items()}
-    average = mean_error([one.stderr for one in measured.values()])
+    average = mean_error([measured[name].stderr for name in deciding(scores.capabilities, scores.tiers) if name in measured])
     metrics |= {"score_stderr/avg": average} if average is not None else {}
     return metrics | {f"documents/{name}": float(one.n_samples) for name, one in measured.items()}
 

@@ -10,8 +10,8 @@ import pytest
 
 from ota_core import analysis as core
 from ota_core.analysis import AnalysisOptions, Row
-from ota_core.analysis.roles import ROLES
 from ota_core.errors import ArtifactError, OtaError
+from ota_core.plan.roles import ROLES
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.analyse import analyse_job, analysis_options, analysis_step
 from tasks.compress import compress_jobs

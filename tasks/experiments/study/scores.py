@@ -15,6 +15,7 @@ import pandas as pd
 
 from tasks.evaluation.loss_errors import difference_error, recovered_error
 from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.tiers import deciding
 from tasks.experiments.study.cells import Cell, spelled
 
 AVERAGE, RETENTION, BELOW = "average", "retention", "below_base"
@@ -73,9 +74,12 @@ class StudyResults:
 
     @cached_property
     def averaged(self) -> tuple[str, ...]:
-        """The capabilities that every model was measured on: averages are taken over these."""
+        """The capabilities for development that every model was measured on: averages are taken over these."""
+        tiers = next(iter(self.base.values())).tiers
         return tuple(
-            name for name in self.capabilities if all(one.by_capability().get(name) is not None for one in self._everyone)
+            name
+            for name in deciding(self.capabilities, tiers)
+            if all(one.by_capability().get(name) is not None for one in self._everyone)
         )
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import altair as alt
 
-from ota_core.analysis.roles import ROLES
+from ota_core.plan.roles import ROLES
 from tasks.pages.pictures.style import DIVERGING, INK, PANEL, SEQUENTIAL
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ota_core.analysis.roles import ROLES, WHOLE, Place, place_of, totals
+from ota_core.plan.roles import ROLES, WHOLE, Place, place_of, totals
 
 NAMES = {
     # Llama, Mistral, Qwen, Gemma

@@ -17,8 +17,10 @@ from ota_core.engine.shards import (
     needs_survey,
     opened_bins,
     shard_files,
+    shard_scales,
     survey,
     whole_facts,
+    with_scales,
 )
 from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.plan.found import Found
@@ -48,6 +50,9 @@ def parts_of(job: MergeInParts, folder: Path) -> dict[str, Any]:
         bins = opened_bins(job, first)
         whole = whole_facts(job, first, surveyed("second", opened=bins) if bins else None)
         whole = WholeFacts.model_validate_json(whole.model_dump_json())
+    if job.recipe.auto:
+        scales = [json.loads(json.dumps(shard_scales(job, shard, whole))) for shard in shard_files(job)]
+        whole = WholeFacts.model_validate_json(with_scales(whole, scales).model_dump_json())
     found = [Found.model_validate_json(merge_shard(job, shard, folder, whole).model_dump_json()) for shard in shard_files(job)]
     return finish(job, folder, found)[1]
 
@@ -72,6 +77,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ties", {"density": 0.4}),
     ("dare_ties", {"density": 0.4, "seed": 3}),
     ("breadcrumbs", {"density": 0.4, "gamma": 0.1}),
+    ("ota", {"density": 0.3, "lambda": "auto"}),
+    ("ties", {"density": 0.4, "lambda": "auto_per_tensor"}),
+    ("ota", {"density": 0.3, "scope": "per_tensor", "refine": "rowspace"}),
+    ("rowspace", {}),
 ]
 
 

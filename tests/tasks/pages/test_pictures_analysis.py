@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import vl_convert
 
-from ota_core.analysis.roles import ROLES
 from ota_core.errors import OtaError
+from ota_core.plan.roles import ROLES
 from tasks.pages.pictures import picture as drawing
 from tasks.pages.pictures.analysis import pictures_of
 from tasks.pages.pictures.pairs import ALL_PAIRS
