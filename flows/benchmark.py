@@ -31,6 +31,7 @@ def benchmark_flow(
     device: Device = "auto",
     tracking_uri: str | None = None,
     gpu: str | None = None,
+    server: str | None = None,
 ) -> dict[str, float | None]:
     """Score one model on every capability of a suite.
 
@@ -42,9 +43,10 @@ def benchmark_flow(
         device: What to compute on; auto: cuda where there is one.
         tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
         gpu: Deployment that benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
+        server: URL of an OpenAI-style server that serves the model under its name, such as http://host:8000/v1.
     """
     where, gpu = places(), gpu or gpu_deployment()
-    benchmark = Benchmark.of(suite, data_dir, limit, where).check()
+    benchmark = Benchmark.of(suite, data_dir, limit, where, server).check()
     executor = executor_of(gpu, device)
     (fetched,) = fetch([model], where)
     subject = fetched_subject(short_name(model), "model", fetched)

@@ -1,4 +1,4 @@
-"""The main path, top to bottom: fetch → compress → mask → merge → benchmark → log; every stage a job that is cached (tasks/job.py).
+"""The main path, top to bottom: fetch → compress → mask → merge → smoke test → benchmark → log; every stage a job that is cached (tasks/job.py).
 
 With several output files, or another runner than threads, compress, mask and merge are parts that machines share out (flows/part.py).
 With a GPU pool, merge and benchmark run there, also when this flow runs on a machine without a GPU.
@@ -21,7 +21,7 @@ from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.analyse import analyse_job, analysis_options, preflight_job
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import merged_subject, subjects_of
-from tasks.job import fetch_models, run_here, run_jobs, score_all, second_moments
+from tasks.job import fetch_models, run_here, run_jobs, score_all, second_moments, smoke_test
 from tasks.log import Merged, finish
 from tasks.merge import merge_job, output_files
 from tasks.merging.labels import merge_label, merge_name
@@ -71,6 +71,8 @@ def merge_flow(
     gpu: str | None = None,
     registered_model: str | None = REGISTERED_MODEL,
     report: ReportKind = "full",
+    chat_template: bool | None = None,
+    smoke: bool = True,
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -90,6 +92,8 @@ def merge_flow(
         gpu: Deployment that merges and benchmarks are sent to; OTA_GPU_DEPLOYMENT, or none: they run in this process.
         registered_model: The registered model in MLflow that gains a version; none: no version.
         report: The page beside the model; full: with the analysis of the experts, scores: without it, none: no page.
+        chat_template: How models are asked where the suite leaves it to them, if that was decided for more models than these.
+        smoke: Try the merged model first; one that does not load, generate and end as the base does is not benchmarked.
     """
     if isinstance(recipe, str):
         recipe, folder = read_recipe(recipe)
@@ -97,7 +101,7 @@ def merge_flow(
     where, runner, gpu = places(home, artifacts), runner or runner_of(), gpu or gpu_deployment()
     runner.task_runner()  # says what is not installed
     budget, file_size = parse_memory(memory), parse_size(shard_size, "shard size", "1KB")
-    benchmark = Benchmark.of(suite, data_dir, limit, where).check() if suite else None
+    benchmark = Benchmark.of(suite, data_dir, limit, where, chat_template=chat_template).check() if suite else None
     heavy = executor_of(gpu, device) if benchmark or runner.kind == "threads" else Here(device)
 
     with ExitStack() as stack:
@@ -115,10 +119,11 @@ def merge_flow(
 
     subjects = subjects_of(plan.inputs, fetched)
     subjects["merged"] = merged_subject(where, merge_label(recipe), merged, benchmark=benchmark is not None and gpu is None)
-    scores = score_all(subjects, benchmark, where, heavy) if benchmark else {}
+    tried = smoke_test(subjects, where, heavy) if benchmark and smoke else None
+    scores = score_all(subjects, benchmark, where, heavy) if benchmark and (tried is None or tried.passed) else {}
     done = Merged(
-        plan=plan, fetched=fetched, subjects=subjects, merged=merged, stages=stages, scores=scores, data_dir=data_dir, where=where,
-        preflight=before,
+        plan=plan, fetched=fetched, subjects=subjects, merged=merged, stages=stages, smoke=tried, scores=scores, data_dir=data_dir,
+        where=where, preflight=before,
     )  # fmt: skip
     return finish(done, report, analysis, unanalysed, registered_model, tracking_uri)
 

@@ -17,7 +17,7 @@ from flows.outlook import Ahead, look_ahead, merge_without
 from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.benchmark import Benchmark
-from tasks.evaluation.kept import read_all
+from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
 from tasks.experts import find as experts
@@ -59,8 +59,9 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     setting = config.digest(benchmark.tests, benchmark.data_digest)
 
     def score(subject: Subject) -> ModelScores:
-        """One more model, as the candidates are scored."""
-        return read_all(where, score_all({"one": subject}, benchmark, where, executor))["one"]
+        """One more model, asked as the candidates were."""
+        tonight = read_scores(where, next(iter(outcomes.values())).scores["merged"])
+        return read_all(where, score_all({"one": subject}, benchmark.asked(tonight.chat_template), where, executor))["one"]
 
     found, problems = look(config)
     last = None if force else last_night(where, config.name)
@@ -163,7 +164,8 @@ def _no_expert(config: NightlyConfig, left_out: Sequence[str]) -> State[Any]:
 
 def _message(verdict: Verdict, left_out: Sequence[str], failures: dict[str, str]) -> str:
     failed = "".join(f"; candidate {name} failed: {reason}" for name, reason in failures.items())
-    return f"{verdict.headline}{_left_out(left_out)}{failed}"
+    refused = "".join(f"; candidate {name} is refused: {reason}" for name, reason in verdict.refused.items())
+    return f"{verdict.headline}{refused}{_left_out(left_out)}{failed}"
 
 
 def _show(
@@ -173,11 +175,15 @@ def _show(
     first = verdict.winner or verdict.challenger
     if first:
         show_mlflow(first, night.outcomes[first].logged.url)
-    table = comparison_table(night.outcomes, night.where, more=verdict.champion_scores)
-    show_scores(table, title="Tonight's candidates")
+    benchmarked = {name: outcome for name, outcome in night.outcomes.items() if outcome.scores}
+    if benchmarked:
+        table = comparison_table(benchmarked, night.where, more=verdict.champion_scores)
+        show_scores(table, title="Tonight's candidates")
     pages: list[str] = []  # the headline stands above the page
     if problems:
         pages += ["## Left out", "", *(f"- **{one.capability}/{one.name}**: {one.problem}" for one in problems), ""]
+    if verdict.refused:
+        pages += ["## Refused before the benchmark", "", *(f"- **{name}**: {why}" for name, why in verdict.refused.items()), ""]
     if failures:
         pages += ["## Failed", "", *(f"- **{name}**: {reason}" for name, reason in failures.items()), ""]
     show_markdown("gate", "\n".join([*pages, *verdict.pages(night), *ahead.pages(night.outcomes)]), verdict.headline)

@@ -102,14 +102,14 @@ def search_flow(
     test_data_dir = config.test_data_dir or config.data_dir
     if config.test:
         judge = Benchmark.of(config.test, test_data_dir, None, where).check()
-        compared = check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data)
-        get_run_logger().info("%s and %s share none of their %d documents", benchmark.tests.name, judge.tests.name, compared)
+        check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data, config.overlap)
 
     fetched = fetch_models(recipe, recipe_dir, where)
     plan = planned(recipe, fetched, where, recipe_dir, memory=memory)
     output_files(recipe, plan.inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
     plan, _ = second_moments(plan, where, device, masks=False)  # every trial reads these
     subjects = subjects_of(plan.inputs, fetched)
+    benchmark = benchmark.asked_alike(subjects.values())
 
     searches = where.home / "searches"
     tried = Search(

@@ -177,8 +177,9 @@ class _Run:
             with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
                 state: Any = merge_flow(
                     recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
+                    chat_template=models.benchmark.chat_template,
                     memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
-                    report="none", return_state=True,
+                    report="none", smoke=False, return_state=True,
                 )  # fmt: skip
             if not state.is_completed():
                 raise OtaError(str(state.message))

@@ -1,7 +1,10 @@
-"""Benchmarking: one model scored on a suite. No model is scored twice on the same suite, and none is fetched for scores that are there."""
+"""Benchmarking: one model tried, and scored on a suite. No model is scored twice on the same suite, and none is fetched for scores that are there."""
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -9,12 +12,44 @@ from ota_core.artifact import ArtifactRef, fingerprint
 from ota_core.compute.stream import Progress
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult
+from tasks.evaluation import smoke
 from tasks.evaluation.harness import score_model
-from tasks.evaluation.kept import SCORES_FILE
+from tasks.evaluation.kept import SCORES_FILE, SMOKE_FILE
 from tasks.evaluation.subject import Subject, bring_model
-from tasks.evaluation.suites import Suite, SuiteError, digest_data, kept_identity, load_suite, score_identity
+from tasks.evaluation.suites import Suite, SuiteError, at_server, digest_data, kept_identity, load_suite, score_identity
+from tasks.evaluation.template import decided
 from tasks.settings import Places
 from tasks.storage.models import download_folder, is_s3
+
+log = logging.getLogger(__name__)
+
+
+class SmokeJob(Stage):
+    """Try one model before anybody benchmarks it."""
+
+    turn: ClassVar[Literal["engine", "benchmark"] | None] = "benchmark"
+    kind: Literal["smoke"] = "smoke"
+    subject: Subject
+
+    @classmethod
+    def of(cls, subject: Subject) -> Self:
+        known = {"smoke": smoke.VERSION, "transformers": version("transformers")}  # what loads one day may not another
+        return cls(step=Step.of("checks", known, {"model": subject.digest}), subject=subject)
+
+    @property
+    def name(self) -> str:
+        return f"smoke-test {self.subject.name}"
+
+    def abroad(self) -> Self:
+        return self.model_copy(update={"subject": self.subject.model_copy(update={"path": None})})
+
+    def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
+        def build(folder: Path) -> BuildResult:
+            found = smoke.probe(self.subject.path or bring_model(self.subject, where), device)
+            (folder / SMOKE_FILE).write_text(found.model_dump_json(indent=1), encoding="utf-8")
+            return BuildResult(results={"problems": found.problems}, provenance={"model": self.subject.name})
+
+        return self.produce(where, build)
 
 
 class ScoreJob(Stage):
@@ -28,6 +63,10 @@ class ScoreJob(Stage):
     data_dir: str | None
     """A folder that every machine sees, or ``s3://…``."""
     limit: int | None
+    server: str | None = None
+    """Where the model is asked, if not where the suite says."""
+    chat_template: bool | None = None
+    """Whether it is asked through its chat template, where the suite leaves that open."""
 
     @property
     def name(self) -> str:
@@ -37,7 +76,7 @@ class ScoreJob(Stage):
         return self.model_copy(update={"subject": self.subject.model_copy(update={"path": None})})
 
     def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
-        benchmark = Benchmark.of(self.suite, self.data_dir, self.limit, where)
+        benchmark = Benchmark.of(self.suite, self.data_dir, self.limit, where, self.server, self.chat_template)
         if benchmark.step(self.subject.digest).fingerprint != self.step.fingerprint:
             raise SuiteError(
                 f"suite '{self.suite}' or its data ({self.data_dir or 'none'}) differ on this machine from those of the flow that asks for scores; "
@@ -47,7 +86,8 @@ class ScoreJob(Stage):
         def build(folder: Path) -> BuildResult:
             path = self.subject.path or bring_model(self.subject, where)
             scores = score_model(
-                path, benchmark.tests, data_dir=benchmark.data, device=device, limit=self.limit, progress=progress
+                path, benchmark.tests, data_dir=benchmark.data, device=device, limit=self.limit, progress=progress,
+                served_as=[self.subject.name, *([self.subject.location] if self.subject.location else [])],
             )  # fmt: skip
             (folder / SCORES_FILE).write_text(scores.model_dump_json(indent=1), encoding="utf-8")
             return BuildResult(
@@ -67,11 +107,44 @@ class Benchmark:
     limit: int | None
     tests: Suite
     data: Path | None
+    server: str | None = None
+    """Where models are asked, if not where the suite says."""
 
     @classmethod
-    def of(cls, suite: str, data_dir: str | None, limit: int | None, where: Places) -> Self:
-        """Raises SuiteError, StorageError for a suite or data that cannot be had."""
-        return cls(suite, data_dir, limit, load_suite(suite), bring_data(data_dir, where))
+    def of(
+        cls, suite: str, data_dir: str | None, limit: int | None, where: Places, server: str | None = None,
+        chat_template: bool | None = None,
+    ) -> Self:  # fmt: skip
+        """``chat_template``: what was decided, where the suite says ``auto``. Raises SuiteError, StorageError for a suite or data that
+        cannot be had."""
+        tests = at_server(load_suite(suite), server) if server else load_suite(suite)
+        found = cls(suite, data_dir, limit, tests, bring_data(data_dir, where), server)
+        return found.asked(chat_template)
+
+    def asked_alike(self, subjects: Iterable[Subject]) -> Self:
+        """With it decided for all these models together whether they are asked through their chat templates; as it was where the suite says.
+
+        A merge has the template of its base or of an expert, so that those decide where it lies elsewhere. Raises SuiteError.
+        """
+        if not self.open:
+            return self
+        tests, why = decided(self.tests, {one.name: one.path for one in subjects if one.path})
+        log.info("suite %s: %s", self.tests.name, why)
+        return replace(self, tests=tests)
+
+    @property
+    def open(self) -> bool:
+        """Whether the models are yet to decide how they are asked."""
+        return self.tests.apply_chat_template == "auto"
+
+    @property
+    def chat_template(self) -> bool | None:
+        """Whether models are asked through their chat templates; None as long as that is open."""
+        return None if self.open else bool(self.tests.apply_chat_template)
+
+    def asked(self, chat_template: bool | None) -> Self:
+        """With what was decided for other models, where the suite leaves it to the models."""
+        return self if chat_template is None or not self.open else replace(self, tests=self.tests.asked(chat_template))
 
     def check(self) -> Self:
         """Raises SuiteError for what would stop the benchmark only after the merge: a limit below one, data that are missing."""
@@ -86,7 +159,11 @@ class Benchmark:
         folder = self.data_dir
         if folder is not None and not is_s3(folder):  # as other machines, or this one in another working directory, understand it
             folder = str(Path(folder).expanduser().resolve())
-        return ScoreJob(step=self.step(subject.digest, limit), subject=subject, suite=self.suite, data_dir=folder, limit=limit)
+        assert not self.open, "asked_alike decides for all models of a comparison, before the first is scored"
+        return ScoreJob(
+            step=self.step(subject.digest, limit), subject=subject, suite=self.suite, data_dir=folder, limit=limit, server=self.server,
+            chat_template=self.chat_template,
+        )  # fmt: skip
 
     def step(self, digest: str, limit: int | None = None) -> Step:
         """Scores of the model with this digest."""

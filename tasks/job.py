@@ -15,8 +15,10 @@ from ota_core.errors import OtaError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.analyse import AnalyseJob, PreflightJob
 from tasks.artifacts.step import Stage, Work
-from tasks.benchmark import Benchmark, ScoreJob
+from tasks.benchmark import Benchmark, ScoreJob, SmokeJob
 from tasks.compress import CompressJob, compress_jobs
+from tasks.evaluation.kept import read_smoke
+from tasks.evaluation.smoke import Smoke, judge
 from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
 from tasks.mask import MaskJob, mask_jobs
@@ -45,6 +47,7 @@ Job = Annotated[
     | MergeJob
     | AnalyseJob
     | PreflightJob
+    | SmokeJob
     | ScoreJob,
     Field(discriminator="kind"),
 ]
@@ -130,9 +133,18 @@ def second_moments(
     return plan.with_artifacts(masks=made), {stage: refs for stage, refs in left.items() if refs}
 
 
+def smoke_test(subjects: Mapping[str, Subject], where: Places, executor: Executor) -> Smoke:
+    """How ``merged`` stands beside ``base``, where there is one: whether it is worth a benchmark. Raises OtaError."""
+    tried = {key: SmokeJob.of(subjects[key]) for key in ("base", "merged") if key in subjects}
+    made = dict(zip(tried, run_jobs(list(tried.values()), where, executor), strict=True))
+    found = {key: read_smoke(where, ref) for key, ref in made.items()}
+    return judge(found["merged"], found.get("base"))
+
+
 def score_all(
     subjects: Mapping[str, Subject], benchmark: Benchmark, where: Places, executor: Executor, limit: int | None = None
 ) -> dict[str, ArtifactRef]:
-    """The scores of these models; ``limit`` instead of the benchmark's own. Raises OtaError."""
+    """The scores of these models, all asked alike; ``limit`` instead of the benchmark's own. Raises OtaError."""
+    benchmark = benchmark.asked_alike(subjects.values())
     jobs = [benchmark.job(subject, limit) for subject in subjects.values()]
     return dict(zip(subjects, run_jobs(jobs, where, executor), strict=True))

@@ -50,8 +50,11 @@ def run(
         typer.Option(help="Parts at a time on this machine, each with its own memory budget.", show_default="$OTA_RUNNER_PARTS"),
     ] = None,
     shard_size: ShardSize = "5GB",
+    smoke: Annotated[
+        bool, typer.Option(help="Try the merged model first, and do not benchmark one that does not load, generate or end.")
+    ] = True,
 ) -> None:
-    """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
+    """Run the whole flow: fetch, compress, mask, merge, smoke test, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
     from ota_core.compute.stream import parse_memory, pick_device
     from ota_core.recipe.recipe import load_recipe
     from tasks.evaluation.suites import load_suite
@@ -80,8 +83,11 @@ def run(
             outcome = merge_flow(
                 loaded, recipe_dir=recipe.resolve().parent, suite=wanted, data_dir=data_dir, limit=limit, device=target, memory=memory,
                 home=home, artifacts=artifacts, tracking_uri=tracking_uri, runner=chosen, shard_size=shard_size,
+                smoke=smoke,
             )  # fmt: skip
         where = places(home, artifacts)
+        if outcome.smoke and not outcome.smoke.passed:
+            show(f"not benchmarked: {outcome.smoke.said}")
         if outcome.scores:
             show(table(narrow(comparison_table({outcome.name: outcome}, where))))
         show(f"merged model: {outcome.path}")
@@ -195,21 +201,28 @@ def benchmark(
     limit: Limit = None,
     device: Device = "auto",
     tracking_uri: TrackingUri = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenAI-style server that serves MODEL under its name, such as http://host:8000/v1; keys in OPENAI_API_KEY.",
+            show_default="the suite's backend",
+        ),
+    ] = None,
 ) -> None:
     """Score MODEL on every capability of a suite, and log the scores to MLflow."""
     from ota_core.compute.stream import pick_device
-    from tasks.evaluation.suites import load_suite
+    from tasks.evaluation.suites import at_server, load_suite
     from tasks.orchestration.prepare import prepare_prefect
     from tasks.pages.tables import NOT_MEASURED
     from tasks.settings import as_device
 
     with user_errors():
-        load_suite(suite)
+        at_server(load_suite(suite), server) if server else load_suite(suite)
         pick_device(device)
         prepare_prefect()
         from flows.benchmark import benchmark_flow
 
-        scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri)
+        scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri, server=server)
         width = max(map(len, scores))
         for capability, score in scores.items():
             typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")

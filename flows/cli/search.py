@@ -93,7 +93,7 @@ def search(
             "seed": seed,
             "test": test,
             "test_data_dir": test_data_dir,
-            "floor": _floors(floor),
+            "floor": floors_of_options(floor),
         }
         config = _config(recipe, space, measured, {key: value for key, value in given.items() if value is not None})
         if Path(out).exists() and not overwrite:
@@ -154,7 +154,7 @@ def _config(source: str, space: dict[str, Any], measured: dict[str, Any], given:
     return parse_config(SearchConfig, merged, "ota search")
 
 
-def _floors(texts: list[str] | None) -> dict[str, str] | None:
+def floors_of_options(texts: list[str] | None) -> dict[str, str] | None:
     if not texts:
         return None
     from tasks.experiments.search.config import DEFAULT

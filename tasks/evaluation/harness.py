@@ -1,29 +1,24 @@
 """Scores a model on a suite with lm-eval's Python API. The only place that knows lm-eval."""
 
 import importlib.metadata
-import logging
 import math
 import random
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ota_core.errors import CheckpointError
-from tasks.evaluation.harness_tasks import load_tasks, skip_reason
+from tasks.evaluation.harness_tasks import load_tasks
+from tasks.evaluation.loading import backend_class, load_model
 from tasks.evaluation.loss_errors import loss_error
-from tasks.evaluation.quiet import Progress, quiet
-from tasks.evaluation.scores import CapabilityScore, ModelScores, mlflow_metric_name
-from tasks.evaluation.suites import LossEntry, Suite, SuiteError, TaskEntry, suite_digest
+from tasks.evaluation.quiet import ONE_AT_A_TIME, Progress, quiet
+from tasks.evaluation.results import capability_score, held_out_loss
+from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.suites import Suite, SuiteError, suite_digest
+from tasks.evaluation.template import decided
 from tasks.settings import environment
-
-log = logging.getLogger(__name__)
-
-# Seeds, log levels and HF_ALLOW_CODE_EVAL belong to the whole process, and a model fills the device anyway.
-_ONE_AT_A_TIME = threading.Lock()
 
 
 def score_model(
@@ -34,34 +29,40 @@ def score_model(
     device: str = "cpu",
     limit: int | None = None,
     progress: Progress | None = None,
+    served_as: Sequence[str] = (),
 ) -> ModelScores:
     """Score the Hugging Face checkpoint folder ``model`` on every task of the suite that may run.
 
     ``data_dir`` stands for ``{data}`` in local task files. ``limit`` (documents per task) overrides the suite's. Names, filters,
     metrics and data files are checked before the first request. Seeds are set anew before each task, so that a score does not
-    depend on the tasks before it; lm-eval's response cache is never used, because it is not keyed by the model. Calls from
-    several threads take turns. Raises CheckpointError for a model that cannot be loaded, SuiteError for what is wrong with suite
-    or data.
+    depend on the tasks before it (vllm and sglang, which have seeds of their own, take them once); lm-eval's response cache is never used,
+    because it is not keyed by the model. Calls from several threads take turns. ``served_as``: names under which a server, where the suite
+    names one, may serve the model. Raises CheckpointError for a model that cannot be loaded, SuiteError for what is wrong with suite, data or
+    server.
     """
     if limit is not None and limit < 1:
         raise SuiteError(f"limit is {limit}; expected at least one document per task, or no limit")
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{model} holds no config.json; expected the folder of a Hugging Face checkpoint")
     limit = limit or suite.limit
+    if suite.apply_chat_template == "auto":  # a model by itself is a comparison of one
+        suite, _ = decided(suite, {model.name: model})
     # The code_eval metric reads the consent from the environment.
     consent = environment({"HF_ALLOW_CODE_EVAL": "1"} if suite.allow_code_execution else {})
-    with _ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
+    with ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
         started = time.monotonic()  # not the wait for the others' turns
+        backend_class(suite.backend)  # before the tasks, which may take minutes to load
         loaded = load_tasks(suite, data_dir, Path(cache))
+        repeats = {entry.task: entry.repeats for entry in suite.all_tasks()}
         results = {}
         if loaded:
-            lm = _load_model(model, suite, device)
+            lm = load_model(model, suite, device, served_as)
             for name, task in loaded.items():
                 name_task(name)
-                results[name] = _evaluate(lm, suite, name, task, limit)
+                results[name] = [_evaluate(lm, suite, name, task, limit, suite.seed + i) for i in range(repeats[name])]
         seconds = time.monotonic() - started  # before the next may start, or both would count what this thread waits for then
-    scores = {name: _capability(suite, name, results) for name in suite.capabilities}
-    losses = {name: _loss(suite, entry, results[entry.task]) for name, entry in suite.losses.items()}
+    scores = {name: capability_score(suite, name, results) for name in suite.capabilities}
+    losses = {name: held_out_loss(suite, entry, results[entry.task][0]) for name, entry in suite.losses.items()}
     return ModelScores(
         suite=suite.name,
         suite_digest=suite_digest(suite, limit=limit),
@@ -71,124 +72,44 @@ def score_model(
         loss_stderr={name: error for name, (_, found) in losses.items() if not math.isnan(error := loss_error(found))},
         loss_samples={name: found for name, (_, found) in losses.items()},
         tiers=suite.tiers,
+        chat_template=suite.apply_chat_template is True,
+        backend=suite.backend.label(),
         limit=limit,
         lm_eval_version=importlib.metadata.version("lm_eval"),
         seconds=round(seconds, 3),
     )
 
 
-def _load_model(model: Path, suite: Suite, device: str) -> Any:
-    from lm_eval.models.huggingface import HFLM
-    from safetensors import SafetensorError
+def _evaluate(lm: Any, suite: Suite, name: str, loaded: Mapping[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
+    """One task's results, of answers that are drawn with ``seed``; the examples in its prompts are those of the suite's seed.
 
-    # An absolute path can never be taken for a name on the hub.
-    try:
-        lm = HFLM(
-            pretrained=str(model.resolve()), device=device, batch_size=suite.batch_size, dtype=suite.dtype or "auto"
-        )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{model} cannot be loaded for the benchmark: {type(error).__name__}: {error}") from error
-    if suite.apply_chat_template and not getattr(lm.tokenizer, "chat_template", None):
-        raise SuiteError(f"suite {suite.name} sets apply_chat_template, but the tokenizer of {model} has no chat template")
-    return lm
-
-
-def _evaluate(lm: Any, suite: Suite, name: str, loaded: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
-    """One task's results. Not by ``simple_evaluate``, which spends seconds on a report of the machine in every call."""
+    Not by ``simple_evaluate``, which spends seconds on a report of the machine in every call.
+    """
     import lm_eval
     import numpy as np
     import torch
 
-    random.seed(suite.seed)
-    np.random.seed(suite.seed)
-    torch.manual_seed(suite.seed)
-    results = lm_eval.evaluate(
-        lm=lm,
-        task_dict=dict(loaded),
-        limit=limit,
-        log_samples=True,
-        apply_chat_template=suite.apply_chat_template,
-        fewshot_as_multiturn=suite.apply_chat_template,
-        confirm_run_unsafe_code=suite.allow_code_execution,
-    )
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if suite.backend.is_server:
+        lm._seed = seed  # what lm-eval sends with every request
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=suite.seed)
+    try:
+        results = lm_eval.evaluate(
+            lm=lm,
+            task_dict=dict(loaded),
+            limit=limit,
+            log_samples=True,
+            apply_chat_template=suite.apply_chat_template is True,
+            fewshot_as_multiturn=suite.apply_chat_template is True,
+            confirm_run_unsafe_code=suite.allow_code_execution,
+        )
+    except OSError as error:
+        if not suite.backend.is_server:
+            raise
+        raise SuiteError(f"{suite.backend.server} stopped answering during '{name}': {type(error).__name__}: {error}") from error
     if results is None:
         raise SuiteError(f"suite {suite.name}: lm-eval gave no results for '{name}'; run in one process, without torchrun")
     return dict(results)
-
-
-def _capability(
-    suite: Suite, name: str, results: Mapping[str, Mapping[str, Any]]
-) -> tuple[CapabilityScore, dict[str, dict[str, float]]]:
-    """The capability's score, and task to document hash to score."""
-    values: list[tuple[float, float, float | None]] = []
-    n_samples = 0
-    tasks: dict[str, dict[str, float]] = {}
-    samples: dict[str, dict[str, float]] = {}
-    skipped = []
-    for entry in suite.capabilities[name].tasks:
-        if entry.task not in results:
-            skipped.append(skip_reason(entry))
-            continue
-        result = results[entry.task]
-        numbers = {key: float(value) for key, value in result["results"][entry.task].items() if "," in key and _is_number(value)}
-        score = numbers.get(f"{entry.metric},{entry.filter}")
-        if score is None or not 0 <= score <= 1:
-            seen = f"gave {score}" if score is not None else f"has no such number; it gives {', '.join(sorted(numbers))}"
-            wanted = f"{entry.metric},{entry.filter}"
-            raise SuiteError(f"suite {suite.name}: expected {wanted} of task '{entry.task}' within 0..1; it {seen}")
-        values.append((entry.weight, score, numbers.get(f"{entry.metric}_stderr,{entry.filter}")))
-        tasks[entry.task] = {mlflow_metric_name(key): value for key, value in numbers.items()}
-        n_samples += sum(count["effective"] for count in result["n-samples"].values())
-        samples |= {leaf: _sample_scores(leaf, entry, rows) for leaf, rows in result["samples"].items()}
-    total = sum(weight for weight, _, _ in values)
-    errors = [weight * error for weight, _, error in values if error is not None]
-    capability = CapabilityScore(
-        score=sum(weight * score for weight, score, _ in values) / total if values else None,
-        stderr=math.hypot(*errors) / total if values and len(errors) == len(values) else None,
-        n_samples=n_samples,
-        tasks=tasks,
-        skipped=tuple(skipped),
-    )
-    return capability, samples
-
-
-def _loss(suite: Suite, entry: LossEntry, result: Mapping[str, Any]) -> tuple[float, dict[str, tuple[float, int]]]:
-    """Bits per byte of all documents together, and document to (log-likelihood, bytes). lm-eval gives no error for this number."""
-    value = result["results"][entry.task].get(f"{entry.metric},{entry.filter}")
-    if value is None or not _is_number(value):
-        raise SuiteError(f"suite {suite.name}: expected a finite {entry.metric} of task '{entry.task}'; it gave {value}")
-    rows = [row for rows in result["samples"].values() for row in rows if row["filter"] == entry.filter]
-    numbers = (row[entry.metric] for row in rows)
-    return float(value), {key: (float(nats), int(size)) for key, (nats, size) in zip(_document_keys(rows), numbers, strict=True)}
-
-
-def _is_number(value: Any) -> bool:
-    """Python's and numpy's finite numbers; lm-eval also gives "N/A" and NaN."""
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
-
-
-def _sample_scores(task: str, entry: TaskEntry, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Document to score, in lm-eval's order."""
-    scores: dict[str, float] = {}
-    kept = [row for row in rows if row["filter"] == entry.filter and row.get(entry.metric) is not None]
-    for key, row in zip(_document_keys(kept), kept, strict=True):
-        value = row[entry.metric]
-        if isinstance(value, list) and value and all(_is_number(item) for item in value):
-            value = sum(value) / len(value)  # one verdict for each instruction of a prompt (ifeval's inst_level metrics)
-        if not _is_number(value):
-            log.warning("task %s: %s has no number for each document; paired tests cannot use it", task, entry.metric)
-            return {}
-        scores[key] = float(value)
-    return scores
-
-
-def _document_keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Each document's hash: 16 hex digits; with "#2" and so on for a document that comes again."""
-    seen: Counter[str] = Counter()
-    for row in rows:
-        key = str(row["doc_hash"])[:16]
-        seen[key] += 1
-        yield key if seen[key] == 1 else f"{key}#{seen[key]}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from ota_core.errors import raise_all
 from ota_core.recipe.yaml_text import nearest
+from tasks.evaluation.backend import CHAT
 from tasks.evaluation.suites import DATA, Suite, SuiteError, TaskEntry
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def load_tasks(suite: Suite, data_dir: Path | None, cache: Path) -> dict[str, di
         loaded[name] = {"tasks": found["tasks"], "groups": groups}
         for task in loaded[name]["tasks"].values():
             _set_fewshot(suite, entries[name], task)
+            problems += _generation_problems(suite, entries[name], task)
     for entry in suite.all_tasks():
         if entry.task in loaded:
             problems += _metric_problems(suite, entry, loaded[entry.task], is_loss=entry.task in losses)
@@ -139,6 +141,26 @@ def _set_fewshot(suite: Suite, entry: TaskEntry, task: Any) -> None:
         wanted = own if suite.num_fewshot is None or own == 0 else suite.num_fewshot
     task.set_config(key="num_fewshot", value=wanted or 0)
     task.set_fewshot_seed(seed=suite.seed)
+
+
+def _generation_problems(suite: Suite, entry: TaskEntry, task: Any) -> Iterator[str]:
+    """Sets how answers are generated; yields what a task, or a server that only chats, cannot do of it."""
+    where, name = f"suite {suite.name}: task '{entry.task}'", suite.backend.name
+    if task.OUTPUT_TYPE != "generate_until":
+        if name == CHAT:
+            yield f"{where} compares likelihoods ({task.OUTPUT_TYPE}), which {name} does not give; take local-completions"
+        if entry.generation_kwargs or entry.repeats > 1:
+            yield f"{where} generates nothing ({task.OUTPUT_TYPE}), so that generation_kwargs and repeats mean nothing; take them out"
+        return
+    if entry.generation_kwargs:
+        task.set_config(key="generation_kwargs", value=entry.generation_kwargs, update=True)
+    settings = task.config.generation_kwargs
+    sampled = settings.get("do_sample") is not False and float(settings.get("temperature") or 0) > 0
+    if entry.repeats > 1 and not sampled:
+        yield (
+            f"{where} answers greedily, so that {entry.repeats} repeats would all be the same; take repeats out, or sample: "
+            "generation_kwargs: {do_sample: true, temperature: 0.7}"
+        )
 
 
 def _metric_problems(suite: Suite, entry: TaskEntry, loaded: Mapping[str, Any], *, is_loss: bool) -> Iterator[str]:

@@ -20,6 +20,8 @@ ROLES = ("base", "expert", "merge")
 AVERAGE = "average"
 STDERR = "_stderr"
 """Ends the names of columns that hold the standard errors of another."""
+ANSWER_LENGTH = "answer_characters"
+"""Among a task's numbers: how long the model's answers are."""
 LOSS = "loss/"
 """Begins the names of columns that hold losses."""
 _NO_CAPABILITY = frozenset({"model", "role", "capability", "digest", "n", "retention", "negative_transfer", "seconds"})
@@ -59,6 +61,10 @@ class ModelScores(Frozen):
     """Capability to document hash to (log-likelihood, natural logarithm; bytes) of what its loss is of. The hash as in ``samples``."""
     tiers: dict[str, Tier] = Field({})
     """Capability to its tier, of those that are not for development."""
+    chat_template: bool | None = None
+    """Whether the model was asked through its chat template; None in what was kept before this was."""
+    backend: str | None = None
+    """What computed the answers, with its version where that is known: lm-eval's name, where it was not ``hf``."""
 
     @property
     def average(self) -> float | None:

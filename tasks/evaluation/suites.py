@@ -12,6 +12,7 @@ from ota_core.artifact import fingerprint
 from ota_core.errors import OtaError
 from ota_core.frozen import Frozen
 from ota_core.recipe.yaml_text import load_yaml, nearest
+from tasks.evaluation.backend import CHAT, SERVERS, Backend
 from tasks.evaluation.tiers import DEVELOPMENT, Tier
 from tasks.merging.recipes import parse_config
 
@@ -34,9 +35,19 @@ class TaskEntry(Frozen):
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1.0, description="Weight in the capability's score.")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Overrides the suite's and the task file's number.")
     executes_code: bool = Field(False, description="The task runs code that the model wrote; off unless the suite allows it.")
+    generation_kwargs: dict[str, Any] = Field(
+        {}, description="Over the task file's own, for example {do_sample: true, temperature: 0.7, max_gen_toks: 2048}."
+    )
+    repeats: Annotated[int, Field(ge=1)] = Field(
+        1, description="Times that sampled answers are drawn and scored, each with another seed."
+    )
     tier: Tier | None = Field(
         None, description="If other than its capability's: it then counts as a capability <capability>-<tier>."
     )
+
+
+_HOW_ASKED = ("num_fewshot", "generation_kwargs", "repeats")
+"""A task is run once, whatever it counts for."""
 
 
 class LossEntry(Frozen):
@@ -62,10 +73,14 @@ class Suite(Frozen):
     include_defaults: bool = Field(False, description="Index the tasks that lm-eval ships (takes seconds).")
     allow_code_execution: bool = Field(False, description="Run tasks that execute code written by the model. Use a sandbox.")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="For every task whose own file does not say 0.")
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents per task, of a group per member.")
     seed: Annotated[int, Field(ge=0)] = 0
-    apply_chat_template: bool = False
+    apply_chat_template: bool | Literal["auto"] = Field(
+        False,
+        description="Wrap prompts in the model's chat template. auto: where all models of a comparison have one, else for none.",
+    )
+    backend: Backend = Backend()
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Data type that every model is loaded in; without it each model's own."
     )
@@ -90,10 +105,14 @@ class Suite(Frozen):
         problems = []
         if self.include_path is None and not self.include_defaults:
             problems.append("no task can be found: set include_path (local task files) or include_defaults: true (lm-eval's own)")
-        shots: dict[str, int | None] = {}
+        first: dict[str, TaskEntry] = {}
         for capability, entry in self.entries():
-            if shots.setdefault(entry.task, entry.num_fewshot) != entry.num_fewshot:
-                problems.append(f"capabilities.{capability}: task '{entry.task}' is listed twice, with different num_fewshot")
+            before = first.setdefault(entry.task, entry)
+            differing = [name for name in _HOW_ASKED if getattr(entry, name) != getattr(before, name)]
+            if differing:
+                problems.append(
+                    f"capabilities.{capability}: task '{entry.task}' is listed twice, with different {', '.join(differing)}"
+                )
         listed = {entry.task for _, entry in self.entries()}
         for name, loss in self.losses.items():
             if name not in self.capabilities:
@@ -103,6 +122,10 @@ class Suite(Frozen):
                     f"losses.{name}: task '{loss.task}' is listed twice; a task is run once, for a score or for a loss"
                 )
             listed.add(loss.task)
+        if self.backend.is_server and self.dtype:
+            problems.append(f"dtype: {self.backend.name} asks a server, which decides the data type by itself; take dtype out")
+        if self.backend.name == CHAT and not self.apply_chat_template:
+            problems.append(f"apply_chat_template: {CHAT} always asks through the server's chat template; write true")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -117,6 +140,10 @@ class Suite(Frozen):
     def tiers(self) -> dict[str, Tier]:
         """Capability to its tier, of those that are not for development."""
         return {name: one.tier for name, one in self.capabilities.items() if one.tier != DEVELOPMENT}
+
+    def asked(self, chat_template: bool) -> Self:
+        """The same, with it decided whether models are asked through their chat templates."""
+        return self.model_copy(update={"apply_chat_template": chat_template})
 
     def all_tasks(self) -> list[TaskEntry]:
         """The tasks of scores and losses, as what is run."""
@@ -145,6 +172,13 @@ def load_suite(path_or_name: str) -> Suite:
     if not folder.is_dir():
         raise SuiteError(f"{path}: include_path {suite.include_path} is not a folder beside the suite file ({folder})")
     return suite.model_copy(update={"include_path": folder})
+
+
+def at_server(suite: Suite, url: str) -> Suite:
+    """The suite with its questions put to a server: with the suite's own backend if that asks one, else ``local-completions``."""
+    name = suite.backend.name if suite.backend.is_server else SERVERS[0]
+    backend = {"name": name, "server": url, "args": suite.backend.args if suite.backend.is_server else {}}
+    return parse_config(Suite, suite.model_dump() | {"backend": backend}, f"suite {suite.name} at a server", SuiteError)
 
 
 def digest_data(folder: Path) -> str:
@@ -177,10 +211,14 @@ def score_identity(
     """
     if data_digest is None and needs_data(suite):
         raise SuiteError(f"the task files of suite '{suite.name}' read {DATA}: its scores depend on data, give their digest")
-    params = _without_unset(suite.model_dump(mode="json", exclude={"include_path", "batch_size"}), Suite)
+    params = _without_unset(suite.model_dump(mode="json", exclude={"include_path", "batch_size", "backend"}), Suite)
     for capability in params["capabilities"].values():
         _without_unset(capability, Capability)["tasks"] = [_without_unset(entry, TaskEntry) for entry in capability["tasks"]]
     params |= {"limit": limit or suite.limit, "lm_eval": importlib.metadata.version("lm_eval")}
+    try:
+        params |= suite.backend.identity()
+    except importlib.metadata.PackageNotFoundError:
+        raise SuiteError(f"suite {suite.name}: {suite.backend.not_installed()}") from None
     # JSON objects have no order, but the order of capabilities and tasks changes no score either.
     inputs = {"model": model_digest}
     if suite.include_path is not None:
@@ -190,7 +228,11 @@ def score_identity(
     return params, inputs
 
 
-_LATER: dict[type[Frozen], tuple[str, ...]] = {Suite: ("losses", "dtype"), Capability: ("tier",), TaskEntry: ("tier",)}
+_LATER: dict[type[Frozen], tuple[str, ...]] = {
+    Suite: ("losses", "dtype"),
+    Capability: ("tier",),
+    TaskEntry: ("generation_kwargs", "repeats", "tier"),
+}
 """What came to suites later: where it is not set, it leaves their identity as it was, and with it the scores that were kept."""
 
 

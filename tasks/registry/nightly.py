@@ -113,7 +113,8 @@ class NightlyConfig(_Strict):
         """What, beside the experts, decides a night's result: capabilities, candidates, suite with its data, gate, versions of the
         algorithms."""
         scores, inputs = score_identity("", suite, data, limit=self.limit)
-        said = self.model_dump(mode="json", include={"name", "base_model", "capabilities", "candidates", "gate", "publish"})
+        said = self.model_dump(mode="json", include={"name", "base_model", "capabilities", "candidates", "publish"})
+        said["gate"] = self.gate.said()
         if self.leave_out == "measured":  # the others decide nothing
             said["leave_out"] = self.leave_out
         return fingerprint("merged", {"night": said, "scores": scores, "versions": ALGORITHM_VERSION}, inputs)

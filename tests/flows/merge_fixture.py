@@ -77,10 +77,10 @@ class World:
         )
 
     def options(self, **changes: Any) -> dict[str, Any]:
-        """The flow's parameters besides the recipe. No report by itself: its analysis is one more task of every run."""
+        """The flow's parameters besides the recipe. No report and no smoke test by themselves: they are more tasks of every run."""
         known = {
             "home": self.home, "tracking_uri": self.tracking_uri, "suite": str(self.suite), "data_dir": str(self.data), "device": "cpu",
-            "memory": "256MiB", "report": "none",
+            "memory": "256MiB", "report": "none", "smoke": False,
         }  # fmt: skip
         return known | changes
 

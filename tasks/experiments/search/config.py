@@ -11,6 +11,7 @@ from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.yaml_text import nearest
 from tasks.evaluation.scores import Scores, best_experts
+from tasks.experiments.search.overlap import OnOverlap
 from tasks.experiments.search.search import Budget, SearchError
 from tasks.experiments.search.space import Space, check_used
 from tasks.merging.recipes import find_file, parse_config, read_recipe, read_yaml
@@ -65,6 +66,9 @@ class SearchConfig(Frozen):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Seed of the optimiser.")
     test: str | None = Field(None, description="Suite that judges the winner, once. It must share no document with the first.")
     test_data_dir: str | None = Field(None, description="Its data, if other than data_dir.")
+    overlap: OnOverlap = Field(
+        "refuse", description="Where suite and test share documents, or much of their text: refuse the search, or warn."
+    )
 
     @field_validator("floor", mode="before")
     @classmethod

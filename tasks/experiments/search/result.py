@@ -46,9 +46,9 @@ def recipe_text(tuned: Tuned, config: SearchConfig, recipe_dir: Path | None, out
     if not tuned.feasible:
         lines.append(f"NO TRIAL HELD ALL FLOORS. This one misses them by the least: {missed(best)}.")
     lines.append("The average chose this recipe, and so flatters it: judge it on documents of another split.")
-    located = _located(best.recipe, recipe_dir, out)
+    placed = located(best.recipe, recipe_dir, out)
     return "".join(f"# {line}\n" for line in lines) + dump_yaml(
-        located.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+        placed.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
     )
 
 
@@ -122,7 +122,7 @@ def files(tuned: Tuned, dimensions: tuple[Dimension, ...], recipe_yaml: str, tit
     return found | {"search.html": to_html(title, sections)}
 
 
-def _located(recipe: MergeRecipe, recipe_dir: Path | None, out: str) -> MergeRecipe:
+def located(recipe: MergeRecipe, recipe_dir: Path | None, out: str) -> MergeRecipe:
     """The recipe with the paths that it has, where they mean the same from the place of ``out``; else with whole ones."""
     if is_s3(out) or (recipe_dir is not None and Path(out).expanduser().resolve().parent == recipe_dir.resolve()):
         return recipe

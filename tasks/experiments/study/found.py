@@ -35,6 +35,7 @@ class Models:
         self.inputs = assemble(whole, fetched, cache=where.cache, recipe_dir=recipe_dir)
         self.subjects = subjects_of(self.inputs, fetched)
         """Base and experts as something to benchmark."""
+        self.benchmark = self.benchmark.asked_alike(self.subjects.values())
 
     def fetched(self, recipe: MergeRecipe) -> list[Fetched]:
         """Base and experts of a merge of some of these models, as they lie on this machine."""

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from ota_core.errors import RecipeError, raise_all
 from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
+from tasks.experiments.search.overlap import OnOverlap
 from tasks.experiments.search.space import Range, expert_names
 from tasks.experiments.study.cells import Cell, as_subsets, join_equal, subset_label, subset_problems, subsets_of
 from tasks.merging.labels import spell
@@ -68,6 +69,10 @@ class TuneConfig(Frozen):
         description="Lowest and highest density within (0, 1]; in a list on a scale of equal ratios.",
     )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the search.")
+    overlap: OnOverlap = Field(
+        "refuse",
+        description="Where this suite and the study's share documents, or much of their text: refuse the study, or warn.",
+    )
 
     @field_validator("lambda_", "density", mode="before")
     @classmethod

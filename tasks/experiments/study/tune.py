@@ -57,14 +57,14 @@ def check_splits(models: Models) -> None:
     """Raises SearchError when the validation suite shares documents with the suite that judges, SuiteError for what cannot be loaded."""
     if models.replicate.tune is not None:
         chooses, judges = _chooses(models), models.benchmark
-        check_apart(chooses.tests, chooses.data, judges.tests, judges.data)
+        check_apart(chooses.tests, chooses.data, judges.tests, judges.data, models.replicate.tune.overlap)
 
 
 def _chooses(models: Models) -> Benchmark:
     """What trials are scored on."""
     config = models.replicate.tune
     assert config is not None, "checked with the study"
-    return Benchmark.of(config.suite, config.data_dir, config.limit, models.where).check()
+    return Benchmark.of(config.suite, config.data_dir, config.limit, models.where).check().asked_alike(models.subjects.values())
 
 
 def _summed(recipe: MergeRecipe) -> float:

@@ -7,6 +7,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -71,7 +72,12 @@ def test_scores_equal_an_independent_computation(model: Path, tiny: tuple[Path, 
     assert scores.average == pytest.approx((8 + sum(right)) / 24)
     # The standard error of a mean of n zeros and ones: sqrt(p (1 - p) / (n - 1)).
     assert math_score.stderr == pytest.approx((8 / 12 * 4 / 12 / 11) ** 0.5)
-    assert math_score.tasks["tiny_sums"].keys() == {"exact_match.none", "exact_match_stderr.none"}
+    sizes = [float(len(greedy(model, row["prompt"], 4))) for row in sums]
+    assert math_score.tasks["tiny_sums"] == {
+        "exact_match.none": math_score.score, "exact_match_stderr.none": math_score.stderr,
+        "answer_characters": pytest.approx(mean(sizes)), "answer_characters_stderr": pytest.approx(stdev(sizes) / 12**0.5),
+    }  # fmt: skip
+    assert knowledge.tasks["tiny_facts"].keys() == {"acc.none", "acc_stderr.none"}, "likelihoods have no length"
 
 
 def test_same_scores_every_time_and_through_json(model: Path, tiny: tuple[Path, Path]) -> None:
