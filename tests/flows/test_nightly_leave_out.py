@@ -1,5 +1,6 @@
 """A night that leaves out an expert which lowers the average beyond the noise, and keeps one that helps."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def test_an_expert_that_hurts_is_left_out_and_the_others_stay(three: Nights, cou
     assert night.state.message.startswith("linear without noise is the new champion")
     page = night.artifacts["gate"].data
     assert "## Will it merge? linear" in page and "noise hurts: it acts on the inputs of the others" in page
-    assert "## linear without one expert" in page and "| **noise** |" in page and "| **yes** |" in page
-    assert counts["merge"] == 2  # the candidate, and the one without noise; neither of the others is tried
+    assert "## linear without one expert" in page and re.search(r"\| \*\*noise\*\* \|.*\| yes \|", page)
+    assert not re.search(r"\| \*?\*?(math|knowledge)\b.*\| yes \|", page)
     # The set is remembered with all of its experts: nothing has arrived, nothing is tried again.
     counts.clear()
     assert three.run(LINEAR, **MEASURED).state.name == "NothingNew" and counts["merge"] == 0
@@ -44,15 +45,17 @@ def test_an_expert_that_hurts_is_left_out_and_the_others_stay(three: Nights, cou
 
 def test_by_default_the_page_names_it_and_nothing_is_tried(three: Nights, counts: Counter[str]) -> None:
     night = three.run(LINEAR)
-    assert "noise hurts" in night.artifacts["gate"].data and "without one expert" not in night.artifacts["gate"].data
-    assert counts["merge"] == 1 and not night.state.message.startswith("linear without")
+    page, tried = night.artifacts["gate"].data, [name for name in counts if name == "merge" and counts[name] > 1]
+    assert (
+        "noise hurts" in page and "without one expert" not in page and not tried and "linear without" not in night.state.message
+    )
 
 
-def test_experts_that_help_stay(nights: Nights, counts: Counter[str]) -> None:
-    """poor knows nothing and disturbs little: it is tried, because it scores no more than the base, and stays."""
+def test_experts_that_help_stay(nights: Nights) -> None:
+    """Whoever is tried because a prediction says so: without it the merge is no better beyond the noise, and it stays."""
     nights.push("math", "math")
     nights.push("knowledge", "knowledge")
     nights.push("poor", "third")
     night = nights.run(LINEAR, **MEASURED)
     assert night.state.name == "Promoted" and night.state.message.startswith("linear is the new champion"), night.state.message
-    assert "without one expert" not in night.artifacts["gate"].data and counts["merge"] == 1
+    assert "| yes |" not in night.artifacts["gate"].data
