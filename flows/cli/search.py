@@ -1,7 +1,7 @@
 """The command ``ota search``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,6 +58,10 @@ def search(
     seed: Annotated[int | None, typer.Option(help="Seed of the optimiser.", show_default="0")] = None,
     test: Annotated[str | None, typer.Option(help="Suite that judges the winner, once, at the end.", show_default="none")] = None,
     test_data_dir: Annotated[str | None, typer.Option(help="Its data.", show_default="--data-dir")] = None,
+    overlap: Annotated[
+        Literal["refuse", "warn"] | None,
+        typer.Option(help="Where the two suites share documents, or much of their text.", show_default="refuse"),
+    ] = None,
     device: Device = "auto",
     memory: MergeMemory = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
@@ -93,6 +97,7 @@ def search(
             "seed": seed,
             "test": test,
             "test_data_dir": test_data_dir,
+            "overlap": overlap,
             "floor": _floors(floor),
         }
         config = _config(recipe, space, measured, {key: value for key, value in given.items() if value is not None})
