@@ -1,4 +1,4 @@
-"""The main path, top to bottom: fetch → compress → mask → merge → benchmark → log; every stage a job that is cached (tasks/job.py).
+"""The main path, top to bottom: fetch → compress → mask → merge → smoke test → benchmark → log; every stage a job that is cached (tasks/job.py).
 
 With several output files, or another runner than threads, compress, mask and merge are parts that machines share out (flows/part.py).
 With a GPU pool, merge and benchmark run there, also when this flow runs on a machine without a GPU.
@@ -18,10 +18,10 @@ from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import parse_memory, parse_size
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
-from tasks.analyse import analyse_job, analysis_options
+from tasks.analyse import analyse_job, analysis_options, preflight_job
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import merged_subject, subjects_of
-from tasks.job import fetch_models, run_here, run_jobs, score_all, second_moments
+from tasks.job import fetch_models, run_here, run_jobs, score_all, second_moments, smoke_test
 from tasks.log import Merged, finish
 from tasks.merge import merge_job, output_files
 from tasks.merging.labels import merge_label, merge_name
@@ -72,6 +72,7 @@ def merge_flow(
     registered_model: str | None = REGISTERED_MODEL,
     report: ReportKind = "full",
     chat_template: bool | None = None,
+    smoke: bool = True,
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -92,6 +93,7 @@ def merge_flow(
         registered_model: The registered model in MLflow that gains a version; none: no version.
         report: The page beside the model; full: with the analysis of the experts, scores: without it, none: no page.
         chat_template: How models are asked where the suite leaves it to them, if that was decided for more models than these.
+        smoke: Try the merged model first; one that does not load, generate and end as the base does is not benchmarked.
     """
     if isinstance(recipe, str):
         recipe, folder = read_recipe(recipe)
@@ -113,12 +115,15 @@ def merge_flow(
         else:
             merged, stages = merge_in_parts(plan, file_size, where, runner, device)
         analysis, unanalysed = analysed(plan, where) if report == "full" else (None, "")
+        before = preflighted(plan, where) if report == "full" else None
 
     subjects = subjects_of(plan.inputs, fetched)
     subjects["merged"] = merged_subject(where, merge_label(recipe), merged, benchmark=benchmark is not None and gpu is None)
-    scores = score_all(subjects, benchmark, where, heavy) if benchmark else {}
+    tried = smoke_test(subjects, where, heavy) if benchmark and smoke else None
+    scores = score_all(subjects, benchmark, where, heavy) if benchmark and (tried is None or tried.passed) else {}
     done = Merged(
-        plan=plan, fetched=fetched, subjects=subjects, merged=merged, stages=stages, scores=scores, data_dir=data_dir, where=where
+        plan=plan, fetched=fetched, subjects=subjects, merged=merged, stages=stages, smoke=tried, scores=scores, data_dir=data_dir,
+        where=where, preflight=before,
     )  # fmt: skip
     return finish(done, report, analysis, unanalysed, registered_model, tracking_uri)
 
@@ -146,3 +151,14 @@ def analysed(plan: Planned, where: Places) -> tuple[ArtifactRef | None, str]:
         get_run_logger().warning("the report goes without an analysis of the experts: %s", error)
         return None, str(error)
     return found, ""
+
+
+def preflighted(plan: Planned, where: Places) -> ArtifactRef | None:
+    """What can be measured of a merge before it is made: MLflow keeps it beside the scores, and later predictions learn from both."""
+    if plan.inputs.base is None:
+        return None
+    try:
+        return run_here(preflight_job(plan), where)
+    except OtaError as error:
+        get_run_logger().warning("the merge is logged without the measures of a preflight: %s", error)
+        return None

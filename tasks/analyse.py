@@ -1,4 +1,4 @@
-"""Analysing: where the masks of a merge lie, how alike its experts are, what compression loses."""
+"""Analysing: where the masks of a merge lie, how alike its experts are, what compression loses; and before a merge, whether it will do."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,18 +8,22 @@ from pydantic import ValidationError
 
 from ota_core import analysis as core
 from ota_core.analysis import AnalysisOptions
+from ota_core.analysis.preflight import preflight
 from ota_core.analysis.subject import mask_recipe, with_second_moments
 from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import Progress, parse_memory
 from ota_core.errors import OtaError
 from ota_core.moments.compression import METHODS
-from ota_core.plan.inputs import MergeInputs, optimizer_facts
+from ota_core.plan.inputs import MergeInputs, merge_identity, optimizer_facts
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Step
 from tasks.artifacts.store import BuildResult
 from tasks.compress import expert_digests
 from tasks.merging.sources import MergeStage, Planned
 from tasks.settings import Places
+
+PREFLIGHT_VERSION = 1
+"""Raised where a preflight of the same merge gives other numbers."""
 
 
 class AnalyseJob(MergeStage):
@@ -42,6 +46,35 @@ class AnalyseJob(MergeStage):
             return BuildResult(results=said(found))
 
         return self.produce(where, build)
+
+
+class PreflightJob(MergeStage):
+    """Measure whether the experts of a recipe will merge."""
+
+    kind: Literal["preflight"] = "preflight"
+
+    @property
+    def name(self) -> str:
+        return f"preflight {self.recipe.merge_method}"
+
+    def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
+        def build(folder: Path) -> BuildResult:
+            from tasks.pages.analysis import said, write_tables
+
+            with self.sources.opened(where, parse_memory(self.memory), raw_moments=True) as inputs:
+                found = preflight(self.recipe, inputs, memory=self.memory, scratch=folder, progress=progress)
+            write_tables(folder, found)
+            return BuildResult(results=said(found))
+
+        return self.produce(where, build)
+
+
+def preflight_job(plan: Planned) -> PreflightJob:
+    """The preflight of a plan's merge."""
+    _, config, digests = merge_identity(plan.recipe, plan.inputs)
+    names = [expert.name for expert in plan.inputs.experts]
+    step = Step.of("analysis", {"preflight": PREFLIGHT_VERSION, "names": names, **config}, digests)
+    return PreflightJob(step=step, recipe=plan.recipe, sources=plan.sources, memory=plan.memory)
 
 
 def analyse_job(plan: Planned, options: AnalysisOptions | None = None) -> AnalyseJob:

@@ -13,10 +13,12 @@ from pydantic import Field
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import OtaError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.analyse import AnalyseJob
+from tasks.analyse import AnalyseJob, PreflightJob
 from tasks.artifacts.step import Stage, Work
-from tasks.benchmark import Benchmark, ScoreJob
+from tasks.benchmark import Benchmark, ScoreJob, SmokeJob, TrialJob
 from tasks.compress import CompressJob, compress_jobs
+from tasks.evaluation.kept import read_smoke
+from tasks.evaluation.smoke import Smoke, judge
 from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
 from tasks.mask import MaskJob, mask_jobs
@@ -44,7 +46,10 @@ Job = Annotated[
     | AssembleJob
     | MergeJob
     | AnalyseJob
-    | ScoreJob,
+    | PreflightJob
+    | SmokeJob
+    | ScoreJob
+    | TrialJob,
     Field(discriminator="kind"),
 ]
 
@@ -127,6 +132,14 @@ def second_moments(
     made = dict(zip(jobs, run_jobs(list(jobs.values()), where, Here(device)), strict=True))
     left = {"compress": compressed, "mask": list(made.values())}
     return plan.with_artifacts(masks=made), {stage: refs for stage, refs in left.items() if refs}
+
+
+def smoke_test(subjects: Mapping[str, Subject], where: Places, executor: Executor) -> Smoke:
+    """How ``merged`` stands beside ``base``, where there is one: whether it is worth a benchmark. Raises OtaError."""
+    tried = {key: SmokeJob.of(subjects[key]) for key in ("base", "merged") if key in subjects}
+    made = dict(zip(tried, run_jobs(list(tried.values()), where, executor), strict=True))
+    found = {key: read_smoke(where, ref) for key, ref in made.items()}
+    return judge(found["merged"], found.get("base"))
 
 
 def score_all(

@@ -22,6 +22,7 @@ from tasks.artifacts.system_metrics import SystemPoint, points_of
 from tasks.evaluation.comparison import comparison, experts_of, own_capability, tier_rows
 from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores, negative_transfer, retention, rows_of
+from tasks.evaluation.smoke import Smoke
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
 from tasks.merging.labels import merge_label, merge_name
@@ -35,7 +36,7 @@ from tasks.settings import Places
 from tasks.storage.models import Fetched
 from tasks.tracking.merge import ChildRun, InputRef, LoggedRun, MergeRun, log_benchmark, log_merge
 from tasks.tracking.params import comparable_params
-from tasks.tracking.run import SCORES_PNG, TAG_COMMIT, TAG_FLOW_RUN, Benchmarked, uncertainty
+from tasks.tracking.run import SCORES_PNG, TAG_COMMIT, TAG_FLOW_RUN, TAG_SMOKE, Benchmarked, uncertainty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,15 @@ class Merged:
     merged: ArtifactRef
     stages: dict[str, list[ArtifactRef]]
     """Stage to what it left."""
+    smoke: Smoke | None
+    """How the merge stood in the smoke test; None without a benchmark. One that failed is not benchmarked."""
     scores: dict[str, ArtifactRef]
     """As ``subjects``; empty without a benchmark."""
     data_dir: str | None
     """Where the suite's documents lie."""
     where: Places
+    preflight: ArtifactRef | None = None
+    """What was measured before the merge."""
 
     @cached_property
     def found(self) -> dict[str, ModelScores]:
@@ -84,7 +89,7 @@ def finish(
     where, result = done.where, done.subjects["merged"]
     run, page = merge_run(done, registered_model), None
     if report != "none":
-        page = page_of(run, done.merged, done.found, done.subjects, analysis, unanalysed)
+        page = page_of(run, done.merged, done.found, done.subjects, analysis, unanalysed, done.smoke)
         # What a gate decided of this merge before stays in the page: a champion is merged again by every night that finds it standing.
         decision = promotion.logged_decision(run.fingerprint, run.model_digest, tracking_uri=tracking_uri, root=where.tracking)
         run = with_report(run, page, where, decision)
@@ -92,6 +97,8 @@ def finish(
     put_beside_the_model(run, done.merged, where)
     logged = log(run, where, tracking_uri)
     path = str(result.path or done.merged.uri)
+    if done.smoke and not done.smoke.passed:
+        get_run_logger().error("%s is not benchmarked. %s", run.name, done.smoke.said)
     get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
     if done.found:
         show_scores(comparison(done.found, done.subjects), title=run.name)
@@ -102,12 +109,14 @@ def finish(
         name=merge_label(done.plan.recipe), merged=done.merged, path=path, digest=result.digest, scores=done.scores,
         capabilities={expert.name: expert.capability for expert in done.plan.inputs.experts if expert.capability},
         densities={key.removeprefix("density/"): value for key, value in run.metrics.items() if key.startswith("density/")},
-        logged=logged, page=page,
+        logged=logged, page=page, smoke=done.smoke,
     )  # fmt: skip
 
 
 def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md)."""
+    from tasks.experiments.preflight.features import metrics as preflight_metrics
+    from tasks.pages.analysis import read_analysis
     from tasks.pages.pictures.picture import png
     from tasks.pages.pictures.scores import pictures_of_scores
 
@@ -118,7 +127,11 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     record = store.read_record(merged)
     metrics = _stage_metrics(store, refs, record)
     metrics |= score_metrics(found, subjects)
+    if done.preflight is not None:
+        metrics |= preflight_metrics(read_analysis(where, done.preflight))
     tags = {"recipe_fingerprint": merged.fingerprint, **_context()}
+    if done.smoke:
+        metrics["smoke/passed"], tags[TAG_SMOKE] = float(done.smoke.passed), " ".join([done.smoke.said, *done.smoke.notes])
     params: dict[str, str | int | float | bool] = {
         "merge_method": recipe.merge_method,
         "base_model": recipe.base_model or "none",

@@ -130,8 +130,12 @@ def ota(
     lambda_: float = 1.0,
     missing_curvature: str = "error",
     tied: Mapping[str, str] | None = None,
+    scales: Tensors | None = None,
 ) -> Tensors:
-    """θ = θ₀ + λ · (Σ mask·p·Δ) / P by tensor, float64. ``tied`` maps an alias to the tensor whose curvature it shares."""
+    """θ = θ₀ + λ · (Σ s·mask·p·Δ) / P by tensor, float64. ``tied`` maps an alias to the tensor whose curvature it shares.
+
+    scales: tensor to the s of each expert, by which its part is multiplied when all else is decided; 1 without it.
+    """
     tied = dict(tied or {})
     without = missing(base, experts, tied)
     if without and missing_curvature == "error":
@@ -142,12 +146,13 @@ def ota(
     scored = full if mask_curvature == "full" else vs
     kept = [masks(base, e, v, scope, metric) for e, v in zip(experts, scored, strict=True)]
 
+    s = scales or {name: np.ones(len(experts)) for name in base}
     merged = {}
     for name, start in base.items():
         theta0 = start.astype(np.float64)
         deltas = [e.weights[name].astype(np.float64) - theta0 for e in experts]
         if any(tensor == name for tensor, _ in without):
-            merged[name] = theta0 + lambda_ * sum(deltas) / len(experts)
+            merged[name] = theta0 + lambda_ * sum(x * d for x, d in zip(s[name], deltas, strict=True)) / len(experts)
             continue
         twin = tied.get(name, name)
         numerator, total, weight_of_kept = (np.zeros_like(theta0) for _ in range(3))
@@ -162,11 +167,11 @@ def ota(
             task = np.where(mask, deltas[m], 0.0)
             if rescale and (task != 0).any():
                 task = task * (np.linalg.norm(deltas[m]) / np.linalg.norm(task))
-            numerator += mask * p * task
+            numerator += s[name][m] * mask * p * task
             weight_of_kept += mask * p
             total += p
             anyone |= mask
-            parts.append((expert.scaling_factor, task))
+            parts.append((expert.scaling_factor, task, s[name][m]))
         if masked_merge == "ties":
             update = elected_mean(parts, theta0.shape)
         else:
@@ -174,18 +179,19 @@ def ota(
             update = np.divide(numerator, divisor, out=np.zeros_like(theta0), where=divisor > 0)
         merged[name] = theta0 + lambda_ * update
         if fallback == "mean" and parts:
-            mean = sum(e.weights[name].astype(np.float64) for e in experts) / len(experts)
+            mean = theta0 + sum(x * delta for x, delta in zip(s[name], deltas, strict=True)) / len(experts)
             merged[name] = np.where(anyone, merged[name], mean)
     return merged
 
 
-def elected_mean(parts: Sequence[tuple[float, NDArray[Any]]], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """TIES after FFG: elect the sign of Σ s·Δ, then the s-weighted mean of the Δ that have it; 0 where nobody does."""
-    sign = np.sign(sum((s * task for s, task in parts), np.zeros(shape)))
+def elected_mean(parts: Sequence[tuple[float, NDArray[Any], float]], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """TIES after FFG: elect the sign of Σ s·Δ, then the s-weighted mean of the Δ that have it; 0 where nobody does. parts: (s, Δ, what
+    Δ is multiplied by in the mean)."""
+    sign = np.sign(sum((s * task for s, task, _ in parts), np.zeros(shape)))
     total, weight = np.zeros(shape), np.zeros(shape)
-    for s, task in parts:
+    for s, task, scale in parts:
         agrees = (np.sign(task) == sign) & (task != 0)
-        total += np.where(agrees, s * task, 0.0)
+        total += np.where(agrees, scale * s * task, 0.0)
         weight += np.where(agrees, s, 0.0)
     return np.divide(total, weight, out=np.zeros(shape), where=weight > 0)
 

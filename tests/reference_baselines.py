@@ -46,21 +46,21 @@ def dare(task: Array, keep: Array, density: float, rescale: bool = True) -> Arra
     return np.where(keep, task, 0.0) / (density if rescale else 1.0)
 
 
-def weighted_sum(tasks: Sequence[Array], weights: Sequence[float], normalize: bool) -> Array:
-    """Σ w·Δ, on request divided by Σ w (by 1 where that is 0)."""
-    total = sum((w * task for w, task in zip(weights, tasks, strict=True)), np.zeros_like(tasks[0]))
+def weighted_sum(tasks: Sequence[Array], weights: Sequence[float], normalize: bool, scales: Sequence[float]) -> Array:
+    """Σ s·w·Δ, on request divided by Σ w (by 1 where that is 0)."""
+    total = sum((s * w * task for s, w, task in zip(scales, weights, tasks, strict=True)), np.zeros_like(tasks[0]))
     divisor = sum(weights) if normalize else 1.0
     return total / (divisor if abs(divisor) >= 1e-8 else 1.0)
 
 
-def elect_and_merge(tasks: Sequence[Array], weights: Sequence[float], normalize: bool) -> Array:
-    """TIES: elect the sign of Σ w·Δ (zero elects plus), then add up the w·Δ of that sign, on request divided by their weights."""
+def elect_and_merge(tasks: Sequence[Array], weights: Sequence[float], normalize: bool, scales: Sequence[float]) -> Array:
+    """TIES: elect the sign of Σ w·Δ (zero elects plus), then add up the s·w·Δ of that sign, on request divided by their weights."""
     weighted = [w * task for w, task in zip(weights, tasks, strict=True)]
     plus = sum(weighted, np.zeros_like(tasks[0])) >= 0
     total, divisor = np.zeros_like(tasks[0]), np.zeros_like(tasks[0])
-    for w, entry in zip(weights, weighted, strict=True):
+    for w, s, entry in zip(weights, scales, weighted, strict=True):
         agrees = np.where(plus, entry > 0, entry < 0)
-        total += np.where(agrees, entry, 0.0)
+        total += np.where(agrees, s * entry, 0.0)
         divisor += np.where(agrees, w, 0.0)
     return total / np.where(np.abs(divisor) >= 1e-8, divisor, 1.0) if normalize else total
 
@@ -74,14 +74,17 @@ def add_up(
     lambda_: float = 1.0,
     normalize: bool = False,
     elect: bool = False,
+    scales: Tensors | None = None,
 ) -> Tensors:
-    """θ₀ + λ · Σ w · what is left of Δ, with ``elect`` by the signs that TIES elects. left: expert's number, tensor, Δ → what is left."""
+    """θ₀ + λ · Σ s · w · what is left of Δ, with ``elect`` by the signs that TIES elects. left: expert's number, tensor, Δ → what is left;
+    scales: tensor to the s of each expert, 1 without it."""
     combine = elect_and_merge if elect else weighted_sum
     merged = {}
     for name, start in base.items():
         theta0 = start.astype(np.float64)
         tasks = [left(m, name, expert[name].astype(np.float64) - theta0) for m, expert in enumerate(experts)]
-        merged[name] = theta0 + lambda_ * combine(tasks, weights, normalize)
+        factors = np.ones(len(experts)) if scales is None else scales[name]
+        merged[name] = theta0 + lambda_ * combine(tasks, weights, normalize, factors.tolist())
     return merged
 
 

@@ -66,6 +66,7 @@ def test_prefect_takes_the_file_and_every_name_is_there_once() -> None:
         "study/study",
         "compare/compare",
         "search/search",
+        "tune/tune",
         "stage/gpu",
         "part/cpu",
         "part/gpu",

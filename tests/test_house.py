@@ -16,7 +16,13 @@ PLATFORM = {"prefect", "mlflow", "boto3", "botocore", "transformers", "lm_eval"}
 ONLY_IN = {
     "boto3": ("tasks/storage/",),
     "botocore": ("tasks/storage/",),
-    "mlflow": ("tasks/tracking/", "tasks/registry/", "tasks/experiments/search/log.py", "tasks/experiments/study/log.py"),
+    "mlflow": (
+        "tasks/tracking/",
+        "tasks/registry/",
+        "tasks/experiments/search/log.py",
+        "tasks/experiments/tune/log.py",
+        "tasks/experiments/study/log.py",
+    ),
     "lm_eval": ("tasks/evaluation/",),
     "prefect.client.orchestration": ("tasks/orchestration/",),  # and not as prefect.get_client
 }

@@ -1,12 +1,13 @@
-"""``ota analyse``: where the masks of a recipe lie, how alike its experts are, what compressions lose; tables in a folder."""
+"""``ota analyse``: where the masks of a recipe lie, how alike its experts are, what compressions lose. ``ota preflight``: will it merge?"""
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Fetch, Home, Memory, Out, Overwrite, Recipe, recipe_inputs, show, user_errors
+from flows.cli.common import Fetch, Home, Memory, Out, Overwrite, Recipe, TrackingUri, recipe_inputs, show, user_errors
 
 
 def analyse(
@@ -73,6 +74,55 @@ def analyse(
         typer.echo(
             f"{out}: {len(table):,} numbers (analysis.parquet, analysis.csv), {PICTURES} in {time.perf_counter() - started:.1f} s"
         )
+
+
+def preflight(
+    recipe: Recipe,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Suite whose scores of base and experts count.", show_default="that of the newest merge of them"),
+    ] = None,
+    memory: Memory = "2GiB",
+    fetch: Fetch = False,
+    home: Home = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
+) -> None:
+    """Say before a merge whether the experts of RECIPE will merge: how they overlap, λ, the retention to expect, and who hurts.
+
+    Predictions learn from the merges that MLflow holds here and from those of our studies. Nothing is merged or written.
+    """
+    from ota_core.analysis.preflight import preflight as measure
+    from ota_core.compute.stream import parse_memory
+    from ota_core.recipe.recipe import load_recipe
+    from tasks.experiments.preflight import page
+    from tasks.experiments.preflight.history import examples, scored
+    from tasks.experiments.preflight.outlook import outlook
+    from tasks.pages.analysis import frame, said
+    from tasks.pages.terminal import table as drawn
+    from tasks.settings import places
+    from tasks.tracking.store import resolve_store
+
+    with user_errors():
+        loaded = load_recipe(recipe)
+        parse_memory(memory)
+        store = resolve_store(tracking_uri=tracking_uri, root=places(home).tracking)
+        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
+            measured = measure(loaded, inputs, memory=memory, progress=progress)
+            known, capabilities = scored(store, inputs, suite)
+        found = outlook(frame(measured.rows), said(measured), examples(store), known, capabilities)
+        if as_json:
+            typer.echo(json.dumps(page.to_json(found)))
+            return
+        for item in (page.experts_table(found), page.pairs_table(found)):
+            if item is not None:
+                show(drawn(item))
+        for line in page.sentences(found):
+            typer.echo(line)
+        for note in [*notes, *measured.notes]:
+            typer.echo(f"note: {note}")
+        for missing in measured.left_out:
+            typer.echo(f"left out: {missing}")
 
 
 def _summary(table: Any) -> Iterator[Any]:

@@ -14,6 +14,8 @@ from flows.cli import registry as cli_registry
 from flows.cli import retention as cli_retention
 from flows.cli import search as cli_search
 from flows.cli import stack as cli_stack
+from flows.cli import tune as cli_tune
+from flows.cli import webhooks as cli_webhooks
 from flows.cli.common import Device, Home, progress_bars, show, user_errors
 from ota_core.errors import OtaError
 
@@ -25,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_stack.app, name="stack")
+app.add_typer(cli_webhooks.app, name="webhook")
 
 
 def demo(
@@ -76,8 +79,9 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
 
 for command in (
     cli_experts.init, cli_engine.merge, cli_engine.plan, cli_engine.compress, cli_engine.mask, cli_engine.inspect,
-    cli_flows.run, demo, bench, cli_analysis.analyse, cli_flows.nightly, cli_flows.study, cli_flows.study_real, cli_flows.benchmark,
-    cli_compare.compare, cli_search.search, cli_registry.promote, cli_registry.rollback, cli_registry.champion,
+    cli_flows.run, demo, bench, cli_analysis.analyse, cli_analysis.preflight, cli_flows.nightly, cli_flows.study,
+    cli_flows.study_real, cli_flows.benchmark, cli_compare.compare, cli_search.search, cli_tune.tune,
+    cli_registry.promote, cli_registry.rollback, cli_registry.champion,
     cli_experts.push, cli_experts.experts, cli_retention.gc,
 ):  # fmt: skip
     app.command()(command)

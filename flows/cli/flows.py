@@ -50,8 +50,11 @@ def run(
         typer.Option(help="Parts at a time on this machine, each with its own memory budget.", show_default="$OTA_RUNNER_PARTS"),
     ] = None,
     shard_size: ShardSize = "5GB",
+    smoke: Annotated[
+        bool, typer.Option(help="Try the merged model first, and do not benchmark one that does not load, generate or end.")
+    ] = True,
 ) -> None:
-    """Run the whole flow: fetch, compress, mask, merge, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
+    """Run the whole flow: fetch, compress, mask, merge, smoke test, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
     from ota_core.compute.stream import parse_memory, pick_device
     from ota_core.recipe.recipe import load_recipe
     from tasks.evaluation.suites import load_suite
@@ -80,8 +83,11 @@ def run(
             outcome = merge_flow(
                 loaded, recipe_dir=recipe.resolve().parent, suite=wanted, data_dir=data_dir, limit=limit, device=target, memory=memory,
                 home=home, artifacts=artifacts, tracking_uri=tracking_uri, runner=chosen, shard_size=shard_size,
+                smoke=smoke,
             )  # fmt: skip
         where = places(home, artifacts)
+        if outcome.smoke and not outcome.smoke.passed:
+            show(f"not benchmarked: {outcome.smoke.said}")
         if outcome.scores:
             show(table(narrow(comparison_table({outcome.name: outcome}, where))))
         show(f"merged model: {outcome.path}")

@@ -1,11 +1,11 @@
 """The command ``ota search``."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, TrackingUri, show, user_errors
+from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, Overlap, TrackingUri, show, user_errors
 from ota_core.errors import OtaError
 
 NOTHING_HOLDS = 3
@@ -55,13 +55,21 @@ def search(
     ] = None,
     power: Annotated[str | None, typer.Option(help=f"Exponent of the curvature, {_RANGE}.", show_default="none")] = None,
     t: Annotated[str | None, typer.Option(help=f"Position between two models (slerp), {_RANGE}.", show_default="none")] = None,
+    ridge: Annotated[
+        str | None, typer.Option(help=f"Weight of what is merged in a row-space regression, {_RANGE}.", show_default="none")
+    ] = None,
+    choose: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Words of which one is chosen: merge_method=ota,ties,rowspace, refine=none,rowspace; also of scope, metric, normalise, "
+            "denominator, fallback, masked_merge. A method has of the ranges what it uses. May be repeated.",
+            show_default="none",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the optimiser.", show_default="0")] = None,
     test: Annotated[str | None, typer.Option(help="Suite that judges the winner, once, at the end.", show_default="none")] = None,
     test_data_dir: Annotated[str | None, typer.Option(help="Its data.", show_default="--data-dir")] = None,
-    overlap: Annotated[
-        Literal["refuse", "warn"] | None,
-        typer.Option(help="Where the two suites share documents, or much of their text.", show_default="refuse"),
-    ] = None,
+    overlap: Overlap = None,
     device: Device = "auto",
     memory: MergeMemory = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
@@ -69,7 +77,8 @@ def search(
     artifacts: Artifacts = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Search the densities and λ of RECIPE for the best average under a floor for each capability; write the winner as recipe OUT.
+    """Search the densities and λ of RECIPE, and the methods that --choose names, for the best average under a floor for each capability; write
+    the winner as recipe OUT. λ auto stays auto, without --lambda.
 
     Run the same again to go on with an interrupted search, or with a larger --budget to add to one; with a smaller one only the trials that
     it pays for count. Exit code 3: no trial holds all floors.
@@ -87,9 +96,11 @@ def search(
             "scaling_factor": scaling_factor,
             "power": power,
             "t": t,
+            "ridge": ridge,
         }
         space = {key: None if value == "none" else value for key, value in ranges.items() if value is not None}
         space |= {} if per_expert is None else {"per_expert": per_expert}  # type: ignore[dict-item]
+        space |= _choices(choose or [])
         measured = {"evaluations": budget, "trials": trials, "rungs": _numbers(rungs), "reduction": reduction}
         given = {
             "suite": suite,
@@ -98,7 +109,7 @@ def search(
             "test": test,
             "test_data_dir": test_data_dir,
             "overlap": overlap,
-            "floor": _floors(floor),
+            "floor": floors_of_options(floor),
         }
         config = _config(recipe, space, measured, {key: value for key, value in given.items() if value is not None})
         if Path(out).exists() and not overwrite:
@@ -159,7 +170,7 @@ def _config(source: str, space: dict[str, Any], measured: dict[str, Any], given:
     return parse_config(SearchConfig, merged, "ota search")
 
 
-def _floors(texts: list[str] | None) -> dict[str, str] | None:
+def floors_of_options(texts: list[str] | None) -> dict[str, str] | None:
     if not texts:
         return None
     from tasks.experiments.search.config import DEFAULT
@@ -170,6 +181,22 @@ def _floors(texts: list[str] | None) -> dict[str, str] | None:
     if twice:
         raise OtaError(f"--floor: given more than once for {', '.join(twice)}")
     return {name or DEFAULT: value for name, _, value in pairs}
+
+
+def _choices(texts: list[str]) -> dict[str, str | None]:
+    from tasks.experiments.search.space import CHOICES
+
+    found = {}
+    for text in texts:
+        key, _, words = text.partition("=")
+        if key not in CHOICES or not words:
+            raise OtaError(
+                f"--choose: got '{text}', expected one of {', '.join(CHOICES)} and words, such as refine=none,rowspace"
+            )
+        if key in found:
+            raise OtaError(f"--choose: given more than once for {key}")
+        found[key] = words
+    return dict(found)
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -64,7 +64,7 @@ def demo_flow(where: Places, seed: int = SEED, settings: DemoSettings | None = N
         if seed != SEED:
             text = recipe.to_yaml().replace(f"/seed{SEED}", f"/seed{seed}")
             recipe = parse_recipe(parse_yaml(text, file), file)
-        outcomes[name] = merge_flow(recipe, suite="demo", data_dir=str(data_dir), device="cpu", home=where.home)
+        outcomes[name] = merge_flow(recipe, suite="demo", data_dir=str(data_dir), device="cpu", home=where.home, smoke=False)
     get_run_logger().info("%d merges of %d experts done", len(outcomes), len(CAPABILITIES))
     return outcomes
 

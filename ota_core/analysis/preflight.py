@@ -170,8 +170,8 @@ class _Products:
         return int(self.inner.shape[1]) - len(self.sizes)
 
     def scale(self, edit: int = 0) -> float | None:
-        """λ of a merged edit; None where it is nothing, or nobody moved the matrix."""
-        moved = np.flatnonzero(self.sizes).tolist()
+        """λ of a merged edit, by the experts that are in it; None where it is nothing, or they moved nothing."""
+        moved = [i for i in np.flatnonzero(self.sizes).tolist() if i != edit - 1]
         numerator = math.fsum(self.inner[i, edit, self.own + i] / self.sizes[i] for i in moved)
         denominator = math.fsum(self.inner[i, edit, edit] / self.sizes[i] for i in moved)
         return numerator / denominator if denominator > 0 else None

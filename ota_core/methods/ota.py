@@ -61,20 +61,52 @@ def ota(
     return torch.where(any_kept(masks, base), merged, base)
 
 
+def ota_parts(
+    deltas: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], *, denominator: str
+) -> list[torch.Tensor]:
+    """The summands of what ``ota`` adds to the base at λ = 1, one for each expert: mask·p·Δ / P, and 0 where P = 0."""
+    kept = [w if mask is None else torch.where(mask, w, 0.0) for w, mask in zip(weights, masks, strict=True)]
+    total = torch.zeros_like(deltas[0])
+    for weight in kept if denominator == "kept" else weights:
+        total += weight
+    total = torch.where(total > 0, total, 1.0)
+    return [weight * delta / total for weight, delta in zip(kept, deltas, strict=True)]
+
+
 def masked_ties(deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]) -> torch.Tensor:
     """What TIES makes of masked task vectors (``masked_merge: ties``): the sign elected by Σ mask·s·Δ, then the mean, weighted by s, of the
     kept Δ of that sign; 0 where the sum is 0 or nobody agrees. factors: s_m ≥ 0, of any size. float64 (r, C)."""
+    agreeing, divisor = _elected(deltas, masks, factors)
+    total = torch.zeros_like(divisor)
+    for part in agreeing:
+        total += part
+    return torch.where(divisor > 0, total / torch.where(divisor > 0, divisor, 1.0), 0.0)
+
+
+def masked_ties_parts(
+    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]
+) -> list[torch.Tensor]:
+    """The summands of ``masked_ties``, one for each expert: 0 where it does not agree."""
+    agreeing, divisor = _elected(deltas, masks, factors)
+    divisor = torch.where(divisor > 0, divisor, 1.0)
+    return [part / divisor for part in agreeing]
+
+
+def _elected(
+    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(s·Δ of each expert where it is kept and agrees with the elected sign, the sum of s of those that agree)."""
     left = [delta if mask is None else torch.where(mask, delta, 0.0) for delta, mask in zip(deltas, masks, strict=True)]
     elected = torch.zeros_like(deltas[0])
     for delta, factor in zip(left, factors, strict=True):
         elected += factor * delta
     elected = elected.sign()
-    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+    agreeing, divisor = [], torch.zeros_like(elected)
     for delta, factor in zip(left, factors, strict=True):
         agrees = (delta.sign() == elected) & (elected != 0)
-        total += torch.where(agrees, factor * delta, 0.0)
+        agreeing.append(torch.where(agrees, factor * delta, 0.0))
         divisor += torch.where(agrees, factor, 0.0)
-    return torch.where(divisor > 0, total / torch.where(divisor > 0, divisor, 1.0), 0.0)
+    return agreeing, divisor
 
 
 def any_kept(masks: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Related, from other points of view: RegMean (Jin et al. 2023, arXiv 2212.09849) 
 arXiv 2503.08099) with the task vectors as a stand-in for them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,36 @@ def regress(deltas: Iterable[tuple[torch.Tensor, float, torch.Tensor | None]], p
     wanted = float(torch.linalg.matrix_norm(target))
     missing = float(torch.linalg.matrix_norm(step @ gram - target))
     return Regressed(prior + step.to(prior.dtype), missing / wanted if wanted else 0.0, double)
+
+
+def regress_parts(
+    deltas: Sequence[tuple[torch.Tensor, float, torch.Tensor | None]], priors: Sequence[torch.Tensor], *, ridge: float
+) -> list[torch.Tensor]:
+    """The experts' parts of what ``regress`` gives for the prior Σ X₀_k: X_k (Σ C + r I) = δ_k C_k + r·X₀_k, so that Σ X_k = X.
+
+    deltas: as there. priors: each expert's part of the prior, float32 (out, in). Float32 (out, in) each; solved in float64.
+    """
+    total = torch.zeros(priors[0].shape[1], priors[0].shape[1], device=priors[0].device, dtype=torch.float64)
+    targets = []
+    for delta, weight, diagonal in deltas:
+        size = float(delta.double().pow(2).sum())
+        gram, target = torch.zeros_like(total, dtype=torch.float32), torch.zeros_like(delta)
+        if size and weight:
+            _add_products(delta, weight / size, gram, target)
+            if diagonal is not None:
+                gram.diagonal().add_(diagonal, alpha=weight)
+                target.addcmul_(delta, diagonal.expand_as(delta), value=weight)
+        total += gram
+        targets.append(target)
+    shrink = ridge * float(total.diagonal().mean())
+    if shrink == 0:
+        return list(priors)
+    total.diagonal().add_(shrink)
+    factor = torch.linalg.cholesky(total)
+    return [
+        torch.cholesky_solve((target + shrink * prior).double().T, factor).T.float()
+        for target, prior in zip(targets, priors, strict=True)
+    ]
 
 
 def _add_products(delta: torch.Tensor, factor: float, gram: torch.Tensor, target: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from ota_core.files.checkpoint import read_json
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.match import Layout
+from ota_core.plan.expert_scales import find_scales, scales_digest
 from ota_core.recipe.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
 
 LayoutOf = Callable[[Path], ParameterLayout]
@@ -55,6 +56,8 @@ class MergeInputs:
 
     base: ModelInput | None
     experts: tuple[ExpertInput, ...]
+    scales: Path | None = None
+    """The file of scales, where the recipe names one."""
 
     @property
     def models(self) -> list[ModelInput]:
@@ -145,7 +148,8 @@ def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of
         except OtaError as error:
             problems.append(str(error))
     raise_all(problems, MomentsError)
-    return MergeInputs(base=base, experts=tuple(experts))
+    scales = find_scales(recipe.scales, recipe_dir) if recipe.scales else None
+    return MergeInputs(base=base, experts=tuple(experts), scales=scales)
 
 
 def with_moments(
@@ -180,6 +184,9 @@ def merge_identity(
     if shard_size != MAX_SHARD_BYTES:
         config["shard_size"] = shard_size
     digests: dict[str, str] = {}
+    if inputs.scales is not None:
+        config["scales"] = names  # an expert's coefficients are found by its name
+        digests["scales"] = scales_digest(inputs.scales)
     if inputs.base is not None:
         digests["base"] = inputs.base.digest or "unknown"
     for i, expert in enumerate(inputs.experts):

@@ -15,6 +15,7 @@ from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, open_moments
 from ota_core.moments.compression import compression_label, compression_of, is_compressed, label_of, rank_of
+from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob, bias_factor
@@ -40,6 +41,8 @@ class MergePlan:
     scratch: Path | None = None
     """A folder for what the merge keeps on disk while it runs; none means the system's."""
     notes: list[str] = field(default_factory=list)
+    scales: ExpertScales | None = None
+    """By what each expert's part of the merged edit is multiplied, where the recipe names a file of scales."""
     part: frozenset[str] | None = None
     """The tensors that are worked on here, where a merge is spread over machines; None: all."""
 
@@ -101,7 +104,9 @@ class MergePlan:
         base, setting = self.base is not None and self.recipe.merge_method != "linear", self.recipe.setting
         means = self.recipe.merge_method == "ota" and setting("normalise") == "global"
         fused = all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
-        return means or not fused or not compiled(self.recipe) or self.recipe.auto or self.recipe.refined
+        if self.scales is not None or self.recipe.auto or self.recipe.refined:
+            return True
+        return means or not fused or not compiled(self.recipe)
 
     @property
     def tensor_elements(self) -> int:
@@ -167,6 +172,10 @@ def open_plan(
         jobs = _jobs(recipe, views, first, vocabulary, problems)
         for expert in experts:
             _check_moments(recipe, expert, jobs, problems)
+        scales = None
+        if inputs.scales is not None:
+            tensors = [job.name for job in jobs if not job.copy and job.name == job.canonical]
+            scales = scales_for(inputs.scales, [expert.name for expert in experts], tensors, problems)
         raise_all(problems, OtaError)
         opened_files: list[Checkpoint | Moments | MaskFile | None] = [*checkpoints]
         for expert in experts:
@@ -174,8 +183,10 @@ def open_plan(
         stream.droppable = [item.drop_pages for item in opened_files if item is not None]
         plan = MergePlan(
             recipe=recipe, inputs=inputs, base=base, experts=experts, jobs=jobs,
-            vocabulary=vocabulary, stream=stream, device=device,
+            vocabulary=vocabulary, stream=stream, device=device, scales=scales,
         )  # fmt: skip
+        if scales is not None and (other := scales.learned_for_other(recipe)):
+            plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
         yield plan

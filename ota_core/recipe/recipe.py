@@ -66,6 +66,9 @@ class MergeRecipe(Strict):
     )
     out_dtype: DType | None = Field(None, description="Wins over dtype.")
     tokenizer_source: str = Field("base", description="base, model:<name> or union.")
+    scales: str | None = Field(
+        None, description="File of learned scales (`ota tune`), beside the recipe or s3://…: a factor for each expert and tensor."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -210,6 +213,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
             )
         if method == "ota" and recipe.setting("metric") == "magnitude" and recipe.setting("precond_threshold", i) is not None:
             problems.append(f"models[{i}]: precond_threshold is in units of v·Δ²; with metric magnitude give a density instead")
+    if recipe.scales is not None and "lambda" not in used:
+        able = ", ".join(sorted(name for name, keys in USED.items() if "lambda" in keys))
+        problems.append(
+            f"scales: {method} has no merged edit of the base that could be scaled; remove the key, or merge with one of: {able}"
+        )
     problems += _base_contradictions(recipe)
     names = [entry.name for entry in recipe.models if entry.name]
     problems += [
@@ -241,6 +249,8 @@ def _base_contradictions(recipe: MergeRecipe) -> list[str]:
     if method != "ota":
         return []
     problems = []
+    if recipe.scales is not None:
+        problems.append("base_model is missing: scales act on task vectors, which need the base")
     if any(recipe.ffg(i) for i in range(len(recipe.models))):
         problems.append("base_model is missing: FFG (density or precond_threshold) needs the base to know each expert's edits")
     for key, neutral in (("lambda", 1.0), ("masked_merge", "precond"), ("rescale", False), ("missing_curvature", "error")):

@@ -103,7 +103,11 @@ class Rule:
 
     def merge(self, block: Block, out: Rows) -> None:
         """Write the merged rows into ``out``: (R, C) in the output's type, on the CPU. Called from several threads."""
-        if self._refine and self._refine.matrices(block[0]):
+        if self._plan.scales is not None:
+            from ota_core.rules.rows import merge_in_parts
+
+            merge_in_parts(self._plan, self._merge_scaled, block, out, whole=self.is_whole(block[0]))
+        elif self._refine and self._refine.matrices(block[0]):
             self._refine.merge(block, self.edit, out)
         elif self._can_fuse(block[0]):
             with rounded(out) as target:
@@ -124,6 +128,32 @@ class Rule:
     def _merge_tensors(self, block: Block) -> "torch.Tensor":
         """The merged rows of a block, float64 (r, C)."""
         raise NotImplementedError
+
+    def is_whole(self, job: TensorJob) -> bool:
+        """Whether a tensor's matrices are worked on whole: they are refined."""
+        return self._refine is not None and self._refine.matrices(job) is not None
+
+    def edits(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        """(θ₀, λ·A_m of every expert) of a block, each float64 (r, C): a whole matrix where ``is_whole``, else ``plan.tensor_elements`` at most.
+
+        A_m is expert m's part of the merged edit at λ = 1. θ₀ + Σ_m λ·A_m is the merged block: to float64's rounding, and where it is
+        refined to that of the regression.
+        """
+        if self._refine is None or not self.is_whole(block[0]):
+            return self._edits(block)
+        return self._refine.edits(block, self._edits)
+
+    def _edits(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        """The same before any row-space regression."""
+        raise NotImplementedError
+
+    def _merge_scaled(self, block: Block) -> "torch.Tensor":
+        """θ₀ + Σ_m s_m·λ·A_m with the tensor's coefficients in the file of scales: float64 (r, C)."""
+        assert self._plan.scales is not None
+        merged, edits = self.edits(block)
+        for scale, edit in zip(self._plan.scales.values[block[0].canonical].tolist(), edits, strict=True):
+            merged = merged + scale * edit
+        return merged
 
     def found(self) -> Found:
         """What the blocks merged so far told; parts of a merge add up."""

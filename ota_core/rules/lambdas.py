@@ -35,6 +35,8 @@ DIGITS = 6
 
 Edit = Callable[[Block], "torch.Tensor"]
 """The merged edit D of a block at λ = 1, float64 (r, C)."""
+Edits = Callable[[Block], "tuple[torch.Tensor, list[torch.Tensor]]"]
+"""The base of a block and every expert's part of the merged edit, float64 (r, C)."""
 
 
 @dataclass(frozen=True)

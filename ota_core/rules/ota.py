@@ -73,11 +73,54 @@ class OtaRule(Rule):
         from ota_core.methods.ota import any_kept, masked_ties, mean, ota
         from ota_core.rules.rows import base_rows, expert_rows
 
+        base, scale = base_rows(self._plan, block), self.scale_of(block[0])
+        thetas = expert_rows(self._plan, block, base)
+        if block[0].name in self._facts.averaged:
+            return self._average(thetas, base, scale)
+        scaled, weights, masks = self._weighed(block, base, thetas)
+        if self._masked_merge == "ties":
+            assert base is not None
+            merged = base + scale * masked_ties([theta - base for theta in scaled], masks, self._factors())
+        else:
+            merged = ota(scaled, weights, masks, base, lam=scale, denominator=self._denominator)
+        if self._fallback == "mean" and base is not None:
+            merged = torch.where(any_kept(masks, base), merged, mean(thetas))
+        return merged
+
+    def _edits(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        import torch
+
+        from ota_core.methods.ota import any_kept, masked_ties_parts, ota_parts
+        from ota_core.rules.rows import base_rows, expert_rows
+
+        base, scale = base_rows(self._plan, block), self.scale_of(block[0])
+        assert base is not None
+        thetas = expert_rows(self._plan, block, base)
+        if block[0].name in self._facts.averaged:
+            return base, [scale * (theta - base) / len(thetas) for theta in thetas]
+        scaled, weights, masks = self._weighed(block, base, thetas)
+        deltas = [theta - base for theta in scaled]
+        if self._masked_merge == "ties":
+            found = masked_ties_parts(deltas, masks, self._factors())
+        else:
+            found = ota_parts(deltas, weights, masks, denominator=self._denominator)
+        found = [scale * edit for edit in found]
+        if self._fallback == "mean":  # which no λ scales
+            kept = any_kept(masks, base)
+            shares = [(theta - base) / len(thetas) for theta in thetas]
+            found = [torch.where(kept, edit, share) for edit, share in zip(found, shares, strict=True)]
+        return base, found
+
+    def _factors(self) -> list[float]:
+        return [self._plan.recipe.setting("scaling_factor", expert.index) for expert in self._plan.experts]
+
+    def _weighed(
+        self, block: Block, base: "torch.Tensor | None", thetas: "list[torch.Tensor]"
+    ) -> "tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]":
+        """The experts' weights (θ, rescaled where the recipe asks), their p and their masks in a block."""
+        import torch
+
         plan, job = self._plan, block[0]
-        base = base_rows(plan, block)
-        thetas = expert_rows(plan, block, base)
-        if job.name in self._facts.averaged:
-            return self._average(thetas, base, self.scale_of(job))
         weights, masks = [], []
         for expert, theta in zip(plan.experts, thetas, strict=True):
             v_hat = expert.v_hat(job.canonical, *block[1:]) if expert.has_curvature(job.canonical) else None
@@ -89,20 +132,11 @@ class OtaRule(Rule):
             present = expert.present(job.name, *block[1:])
             if present is not None:
                 weights[-1] = torch.where(present, weights[-1], 0.0)
-        scaled = thetas
         if self._scales:
             assert base is not None
             scales = [self._scales.get((expert.index, job.name), 1.0) for expert in plan.experts]
-            scaled = [base + scale * (theta - base) for scale, theta in zip(scales, thetas, strict=True)]
-        if self._masked_merge == "ties":
-            assert base is not None
-            factors = [plan.recipe.setting("scaling_factor", expert.index) for expert in plan.experts]
-            merged = base + self.scale_of(job) * masked_ties([theta - base for theta in scaled], masks, factors)
-        else:
-            merged = ota(scaled, weights, masks, base, lam=self.scale_of(job), denominator=self._denominator)
-        if self._fallback == "mean" and base is not None:
-            merged = torch.where(any_kept(masks, base), merged, mean(thetas))
-        return merged
+            thetas = [base + scale * (theta - base) for scale, theta in zip(scales, thetas, strict=True)]
+        return thetas, weights, masks
 
     def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None", scale: float) -> "torch.Tensor":
         """A tensor that is averaged for want of curvature."""

@@ -15,7 +15,7 @@ from ota_core.plan.matrices import Matrices, matrices_of
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.scoring import delta
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
-from ota_core.rules.lambdas import Edit
+from ota_core.rules.lambdas import Edit, Edits
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,27 @@ class Refine:
             )
         with self._lock:
             self.residuals[block[0].name] = max(self.residuals.get(block[0].name, 0.0), significant(found.residual, 2))
+
+    def edits(self, block: Block, edits: Edits) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        """(θ₀, each expert's part of the refined edit) of one matrix, float64 (R, C). edits: the same of a part, of what the method merged."""
+        import torch
+
+        from ota_core.methods.row_space import regress_parts
+
+        matrices, found = self._matrices[block[0].name], [edits(part) for part in parts(block, self._plan.tensor_elements)]
+        base = torch.cat([rows for rows, _ in found])
+        priors = [torch.cat(of_one).float() for of_one in zip(*(rows for _, rows in found), strict=True)]
+        del found
+
+        def turned(rows: "torch.Tensor") -> "torch.Tensor":
+            return rows.T if matrices.input_first else rows
+
+        deltas = []
+        for expert in self._plan.experts:
+            diagonal = self._diagonal(expert, block, matrices.input_first) if self._curvature else None
+            deltas.append((turned(self._held(block, partial(_delta, self._plan, expert))), self._weight(expert), diagonal))
+        solved = regress_parts(deltas, [turned(prior) for prior in priors], ridge=self._ridge)
+        return base, [turned(one).double() for one in solved]
 
     def _weight(self, expert: ExpertView) -> float:
         method = self._plan.recipe.merge_method

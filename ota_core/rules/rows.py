@@ -12,10 +12,12 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, parts
 
 
-def merge_in_parts(plan: MergePlan, rule: Callable[[Block], torch.Tensor], block: Block, out: Rows) -> None:
-    """A rule on tensors, over parts that stay in the cache. rule: float64 (r, C) of a part; out: (R, C) in the output's type."""
+def merge_in_parts(
+    plan: MergePlan, rule: Callable[[Block], torch.Tensor], block: Block, out: Rows, *, whole: bool = False
+) -> None:
+    """A rule on tensors, over parts that stay in the cache, or ``whole``. rule: float64 (r, C) of a part; out: (R, C) in the output's type."""
     target = out.tensor()
-    for part in parts(block, plan.tensor_elements):
+    for part in [block] if whole else parts(block, plan.tensor_elements):
         first = part[1] - block[1]
         merged = rule(part)
         # From a GPU into pinned memory; who gave the block to this thread waits for its stream.

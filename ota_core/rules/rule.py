@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
     """The rule of the plan's recipe. ``whole``: what is known of whole experts already, for a part of a merge."""
+    if plan.recipe.scales is not None and plan.scales is None:
+        raise RecipeError(
+            f"scales: the recipe names {plan.recipe.scales}, which was not looked up when its inputs were assembled"
+        )
     method = plan.recipe.merge_method
     if method == "ota":
         return OtaRule(plan, whole)

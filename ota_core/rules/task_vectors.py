@@ -65,15 +65,29 @@ class TaskVectorRule(Rule):
 
     def _merge_tensors(self, block: Block) -> "torch.Tensor":
         from ota_core.methods.task_vectors import add_up, elect_and_add
+
+        base, deltas = self._deltas(block)
+        combine = elect_and_add if self._method.endswith("ties") else add_up
+        merged = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
+        return base + self.scale_of(block[0]) * merged
+
+    def _edits(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        from ota_core.methods.task_vectors import add_up_parts, elect_and_add_parts
+
+        base, deltas = self._deltas(block)
+        combine = elect_and_add_parts if self._method.endswith("ties") else add_up_parts
+        found = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
+        return base, [self.scale_of(block[0]) * edit for edit in found]
+
+    def _deltas(self, block: Block) -> "tuple[torch.Tensor, list[torch.Tensor]]":
+        """θ₀ and what the method leaves of every expert's task vector."""
         from ota_core.rules.rows import base_rows, expert_rows
 
         base = base_rows(self._plan, block)
         assert base is not None
         thetas = expert_rows(self._plan, block, base)
-        deltas = [self._left(expert, block, theta - base) for expert, theta in zip(self._plan.experts, thetas, strict=True)]
-        combine = elect_and_add if self._method.endswith("ties") else add_up
-        merged = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
-        return base + self.scale_of(block[0]) * merged
+        pairs = zip(self._plan.experts, thetas, strict=True)
+        return base, [self._left(expert, block, theta - base) for expert, theta in pairs]
 
     def _merge_fused(self, block: Block, out: Rows) -> None:
         assert self._plan.base is not None

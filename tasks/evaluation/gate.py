@@ -3,120 +3,42 @@
 Pure: scores in, a decision out. ``tasks/evaluation/pairs.py`` judges the noise, ``tasks/registry/promotion.py`` moves the aliases.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Self
-
-from pydantic import Field, model_validator
 
 from ota_core.errors import raise_all
-from ota_core.frozen import Frozen
-from tasks.evaluation.pairs import GateError, differences, sign_flips
+from tasks.evaluation.decision import (
+    DEVELOPMENT,
+    Check,
+    Choice,
+    GateDecision,
+    GateSettings,
+    Reference,
+    TierCheck,
+)
+from tasks.evaluation.pairs import Documents, GateError, paired, sign_flips
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
 
-__all__ = ["Check", "GateDecision", "GateError", "GateSettings", "best", "decide"]
+__all__ = [
+    "Check", "Choice", "GateDecision", "GateError", "GateSettings", "TierCheck", "best", "decide", "tiers_of",
+]  # fmt: skip
 
-Reference = Literal["champion", "base"]
-
-# Sums over the same numbers in another order differ by less; half a document of a million is more.
-_ROUNDING = 1e-9
-
-
-class GateSettings(Frozen):
-    """How sure the gate must be before it calls a fall real."""
-
-    confidence: float = Field(
-        0.95,
-        gt=0.5,
-        lt=1,
-        description="One-sided confidence of each comparison: a fall counts when its p-value is at most 1 − this.",
-    )
-    resamples: int = Field(
-        9999, ge=1, description="Random sign flips for each comparison; all of them where that is fewer (13 differing documents)."
-    )
-    seed: int = Field(0, ge=0, description="Seed of the random sign flips.")
-
-    @model_validator(mode="after")
-    def _enough(self) -> Self:
-        # The smallest p-value that can come out is 1 / (resamples + 1).
-        if (self.resamples + 1) * (1 - self.confidence) < 1:
-            least = math.ceil(1 / (1 - self.confidence)) - 1
-            raise ValueError(
-                f"resamples {self.resamples} can never show a fall at confidence {self.confidence}; give at least {least}"
-            )
-        return self
-
-
-class Check(Frozen):
-    """One capability of the candidate against one reference."""
-
-    capability: str
-    reference: Reference
-    n: int
-    """Documents that both answered."""
-    candidate_score: float
-    reference_score: float
-    difference: float
-    """Candidate minus reference, 0…1 like the scores."""
-    standard_error: float
-    """Of ``difference``, over documents as pairs, within each task."""
-    p_value: float
-    """One-sided: how likely a fall at least this large is by chance, if the two are equally good."""
-    falls_below: bool
-    """Whether the candidate is lower by more than the noise."""
-
-
-class GateDecision(Frozen):
-    """What the gate decided, and every number that it decided by."""
-
-    candidate: str
-    promoted: bool
-    """True: to be the champion. False: the challenger."""
-    reasons: tuple[str, ...]
-    """Plain sentences, each with its numbers; of a promotion as well."""
-    average: float
-    champion_average: float | None
-    """None: there was no champion, the base's average was to be beaten."""
-    base_average: float
-    suite: str
-    suite_digest: str
-    confidence: float
-    checks: tuple[Check, ...]
-
-    @property
-    def average_difference(self) -> float:
-        """The candidate's average minus the one to be beaten."""
-        return self.average - (self.base_average if self.champion_average is None else self.champion_average)
-
-    @property
-    def test(self) -> str:
-        """How each comparison was tested."""
-        return f"Paired sign-flip test, one-sided, {100 * self.confidence:g} % confidence in each comparison"
-
-    def metrics(self) -> dict[str, float]:
-        """The numbers to log: ``gate/promoted``, ``gate/difference/<reference>/<capability>`` and so on."""
-        named = {"gate/promoted": float(self.promoted), "gate/average_difference": self.average_difference}
-        for check in self.checks:
-            named[f"gate/difference/{check.reference}/{check.capability}"] = check.difference
-            named[f"gate/p_value/{check.reference}/{check.capability}"] = check.p_value
-        return named
+ROUNDING = 1e-9
+"""Sums over the same numbers in another order differ by less; half a document of a million is more."""
 
 
 def decide(
-    name: str,
-    candidate: ModelScores,
-    *,
-    champion: ModelScores | None,
-    base: ModelScores,
-    suite: Suite,
-    settings: GateSettings | None = None,
-) -> GateDecision:
+    name: str, candidate: ModelScores, *, champion: ModelScores | None, base: ModelScores, suite: Suite,
+    settings: GateSettings | None = None, choice: Choice | None = None, confirming: Documents | None = None,
+    tiers: Mapping[str, str] | None = None,
+) -> GateDecision:  # fmt: skip
     """Whether the candidate becomes the champion.
 
-    It does when its average over the capabilities is higher than the champion's (without a champion: than the base's) and no
-    capability falls below champion or base by more than the noise. ``suite`` gives the weights of tasks; that they and the
-    samples give the reported scores is checked. The result depends on the scores alone, not on the order of documents.
+    It does when its average over the capabilities is higher than the champion's (without a champion: than the base's), no
+    capability falls below champion or base by more than the noise, and each tier with a margin is shown not to be lower by more than that.
+    Of several candidates ``choice`` has to hold as well (``tasks/evaluation/choice.py``), and margins are shown on the ``confirming``
+    documents, which chose nothing. ``suite`` gives the weights of tasks; that they and the samples give the reported scores is checked.
+    ``tiers``: capability to tier, the suite's by default. The result depends on the scores alone, not on the order of documents.
 
     With k capabilities there are up to 2k comparisons, each at the stated confidence, so that a candidate equal to its
     references is refused more often than 1 − confidence.
@@ -125,22 +47,10 @@ def decide(
     measured on one side only, fewer than two documents, a score that is no weighted mean over documents.
     """
     settings = settings or GateSettings()
-    references: dict[Reference, ModelScores] = {"champion": champion} if champion is not None else {}
-    references["base"] = base
-    raise_all([p for label, scores in references.items() for p in _mismatches(name, candidate, label, scores)], GateError)
-    if candidate.average is None or base.average is None:
-        raise GateError(f"no capability of suite {candidate.suite} was measured for '{name}'; benchmark it, then decide")
-
-    checks: list[Check] = []
-    problems: list[str] = []
-    for capability in candidate.measured:
-        for label, scores in references.items():
-            try:
-                checks.append(_check(suite, capability, label, candidate, scores, settings))
-            except GateError as error:
-                problems += error.problems
-    raise_all(list(dict.fromkeys(problems)), GateError)
-
+    references = comparable(name, candidate, champion, base)
+    assert candidate.average is not None and base.average is not None  # comparable has looked
+    tiers = tiers_of(suite) if tiers is None else tiers
+    checks = compared(candidate, references, suite, settings, tiers)
     decision = GateDecision(
         candidate=name,
         promoted=False,
@@ -152,11 +62,84 @@ def decide(
         suite_digest=candidate.suite_digest,
         confidence=settings.confidence,
         checks=tuple(checks),
+        tiers=tuple(_tier_checks(candidate, references, suite, settings, tiers, confirming)),
+        choice=choice,
     )
-    better = decision.average_difference > _ROUNDING
-    promoted = better and not any(check.falls_below for check in checks)
+    better = decision.average_difference > ROUNDING
+    promoted = better and not decision.fallen and not decision.unshown and (choice is None or choice.holds)
     left_out = [c for c in candidate.capabilities if c not in candidate.measured]
     return decision.model_copy(update={"promoted": promoted, "reasons": tuple(_reasons(decision, better, left_out))})
+
+
+def tiers_of(suite: Suite) -> dict[str, str]:
+    """Capability to its tier."""
+    return dict.fromkeys(suite.capabilities, DEVELOPMENT)
+
+
+def comparable(
+    name: str, candidate: ModelScores, champion: ModelScores | None, base: ModelScores
+) -> dict[Reference, ModelScores]:
+    """What the candidate is compared with, once that is known to make sense. Raises GateError."""
+    references: dict[Reference, ModelScores] = {"champion": champion} if champion is not None else {}
+    references["base"] = base
+    raise_all([p for label, scores in references.items() for p in _mismatches(name, candidate, label, scores)], GateError)
+    if candidate.average is None:
+        raise GateError(f"no capability of suite {candidate.suite} was measured for '{name}'; benchmark it, then decide")
+    return references
+
+
+def compared(
+    candidate: ModelScores, references: Mapping[Reference, ModelScores], suite: Suite, settings: GateSettings,
+    tiers: Mapping[str, str], documents: Documents | None = None,
+) -> list[Check]:  # fmt: skip
+    """Every capability against every reference, on all documents or some. Raises GateError with the problems of all."""
+    checks: list[Check] = []
+    problems: list[str] = []
+    for capability in candidate.measured:
+        margin = settings.margin_of(tiers.get(capability, DEVELOPMENT)) or 0.0
+        for label, scores in references.items():
+            try:
+                found = paired(suite, [capability], label, candidate, scores, documents)
+            except GateError as error:
+                problems += error.problems
+                continue
+            if documents is None:  # as the table of scores has them
+                mine, theirs = (one.capabilities[capability].score or 0.0 for one in (candidate, scores))
+            else:
+                mine, theirs = found.means
+            p_value = sign_flips(found.parts, resamples=settings.resamples, seed=settings.seed)
+            falls = mine < theirs - margin and p_value <= 1 - settings.confidence
+            checks.append(Check(
+                capability=capability, reference=label, n=found.n, candidate_score=mine, reference_score=theirs,
+                difference=mine - theirs, standard_error=found.error, p_value=p_value, falls_below=falls,
+            ))  # fmt: skip
+    raise_all(list(dict.fromkeys(problems)), GateError)
+    return checks
+
+
+def _tier_checks(
+    candidate: ModelScores, references: Mapping[Reference, ModelScores], suite: Suite, settings: GateSettings,
+    tiers: Mapping[str, str], confirming: Documents | None,
+) -> Iterator[TierCheck]:  # fmt: skip
+    """Every tier with a margin against every reference, on documents that chose nothing. Raises GateError."""
+    of = {name: tiers.get(name, DEVELOPMENT) for name in candidate.measured}
+    unknown = sorted(set(settings.margins) - {*tiers.values(), DEVELOPMENT})
+    if unknown:
+        raise GateError(
+            f"gate.margins names {', '.join(unknown)}, but suite {suite.name} has the tiers {', '.join(dict.fromkeys(tiers.values()))}"
+        )
+    for tier in dict.fromkeys(of.values()):
+        margin = settings.margin_of(tier)
+        if margin is None:
+            continue
+        members = [name for name in of if of[name] == tier]
+        for label, scores in references.items():
+            found = paired(suite, members, label, candidate, scores, confirming)
+            mine, theirs = found.means
+            yield TierCheck(
+                tier=tier, capabilities=tuple(members), reference=label, n=found.n, margin=margin, candidate_score=mine,
+                reference_score=theirs, difference=mine - theirs, lower_bound=found.lower_bound(settings.confidence),
+            )  # fmt: skip
 
 
 def best(candidates: Mapping[str, ModelScores]) -> str:
@@ -170,7 +153,7 @@ def best(candidates: Mapping[str, ModelScores]) -> str:
     if not measured:
         raise GateError(f"no capability was measured for {', '.join(candidates)}; benchmark them, then choose")
     highest = max(measured.values())
-    return next(name for name, average in measured.items() if average >= highest - _ROUNDING)
+    return next(name for name, average in measured.items() if average >= highest - ROUNDING)
 
 
 def _mismatches(name: str, scores: ModelScores, other: str, reference: ModelScores) -> Iterator[str]:
@@ -190,29 +173,8 @@ def _mismatches(name: str, scores: ModelScores, other: str, reference: ModelScor
             yield f"{capability} was measured for '{name}', but not for {other}; {again}"
 
 
-def _check(
-    suite: Suite, capability: str, label: Reference, candidate: ModelScores, reference: ModelScores, settings: GateSettings
-) -> Check:
-    """Compare one capability over its documents. Raises GateError."""
-    mine, theirs = (scores.capabilities[capability].score for scores in (candidate, reference))
-    assert mine is not None and theirs is not None  # _mismatches has looked
-    parts, error = differences(suite, [capability], label, candidate, reference)
-    p_value = sign_flips(parts, resamples=settings.resamples, seed=settings.seed)
-    return Check(
-        capability=capability,
-        reference=label,
-        n=len(parts),
-        candidate_score=mine,
-        reference_score=theirs,
-        difference=mine - theirs,
-        standard_error=error,
-        p_value=p_value,
-        falls_below=mine < theirs and p_value <= 1 - settings.confidence,
-    )
-
-
 def _reasons(decision: GateDecision, better: bool, left_out: Sequence[str]) -> Iterator[str]:
-    """Why, in sentences."""
+    """Why, in sentences: first what decides."""
     champion = decision.champion_average
     who, other = ("base", decision.base_average) if champion is None else ("champion", champion)
     verb = "is higher than" if better else "is not higher than"
@@ -221,22 +183,59 @@ def _reasons(decision: GateDecision, better: bool, left_out: Sequence[str]) -> I
         f"{none_yet}The average, {_percent(decision.average)}, {verb} the {who}'s, {_percent(other)} "
         f"({_points(decision.average_difference)} points)."
     )
-    fallen = [check for check in decision.checks if check.falls_below]
-    for check in fallen:
+    if decision.choice:
+        yield _of_several(decision.candidate, decision.choice)
+    for check in decision.fallen:
         yield (
             f"{check.capability} falls below the {check.reference}: {_percent(check.candidate_score)} against "
             f"{_percent(check.reference_score)} on the same {check.n:,} documents ({_points(check.difference)} ± "
             f"{100 * check.standard_error:.2f} points, p = {_p(check.p_value)})."
         )
-    if not fallen:
+    for tier in decision.unshown:
+        yield (
+            f"It is not shown that {tier.tier} is no more than {100 * tier.margin:g} points below the {tier.reference}: "
+            f"{_points(tier.difference)} points on {tier.n:,} documents, and at {100 * decision.confidence:g} % confidence not below "
+            f"{_points(tier.lower_bound)}; more documents tell more, gate.margins sets another margin."
+        )
+    if not decision.fallen:
         lowest = min(decision.checks, key=lambda check: (check.p_value, check.difference))
         against = "the base" if champion is None else "champion or base"
         yield (
             f"No capability falls below {against} by more than the noise; nearest to it is {lowest.capability} against the "
             f"{lowest.reference} ({_points(lowest.difference)} points, p = {_p(lowest.p_value)}). {decision.test}."
         )
+    for tier in decision.tiers:
+        if tier.holds:
+            yield (
+                f"{tier.tier} is no more than {100 * tier.margin:g} points below the {tier.reference}: {_points(tier.difference)} points on "
+                f"{tier.n:,} documents, and at {100 * decision.confidence:g} % confidence not below {_points(tier.lower_bound)}."
+            )
     if left_out:
         yield f"Not measured, hence not compared: {', '.join(left_out)}."
+
+
+def _of_several(name: str, choice: Choice) -> str:
+    """What the number of candidates means for this one."""
+    count = len(choice.averages)
+    gain = f"{_points(choice.difference)} ± {100 * choice.standard_error:.2f} points to the {choice.reference}, p = {_p(choice.p_value)}"
+    if choice.how == "corrected":
+        noise = "more than the noise" if choice.holds else "not more than the noise"
+        return (
+            f"Its gain is {noise} where the best of {count} candidates is looked for: {gain}, corrected for their number (max-T), on the "
+            f"same {choice.confirming:,} documents that they are compared on.{f' {choice.why}' if choice.why else ''}"
+        )
+    if name != choice.chosen and choice.chosen is not None:
+        ahead, own = choice.averages[choice.chosen], choice.averages[name]
+        fell = ", but fell on a capability" if own > ahead + ROUNDING else ""
+        return (
+            f"Of {count} candidates {choice.chosen} was chosen: on the {choice.choosing:,} documents that choose it has "
+            f"{_percent(ahead)}, this one {_percent(own)}{fell}."
+        )
+    told = "which confirms it" if choice.holds else "which does not confirm it"
+    return (
+        f"It was chosen from {count} candidates on {choice.choosing:,} documents; on the {choice.confirming:,} that chose nothing its "
+        f"average is {_percent(choice.candidate_score)} ({gain}), {told}."
+    )
 
 
 def _percent(score: float) -> str:

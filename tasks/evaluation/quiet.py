@@ -6,12 +6,16 @@ lm-eval has no public way to either, so that its modules' ``tqdm`` is replaced; 
 import contextlib
 import importlib
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Progress = Callable[[str, int, int], None]
 """Called with the task's name, the requests answered so far and their number."""
 
+ONE_AT_A_TIME = threading.Lock()
+"""For who loads models to score or to try them: seeds, log levels and HF_ALLOW_CODE_EVAL belong to the whole process, and a model fills the
+device anyway."""
 
 MODULES = ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface", "lm_eval.models.api_models")
 """Where lm-eval draws bars."""

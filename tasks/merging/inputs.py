@@ -10,6 +10,7 @@ from ota_core.compute.stream import Progress
 from ota_core.errors import CheckpointError, MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import weight_files
 from ota_core.moments import find_moments, moments_files, none_found
+from ota_core.plan.expert_scales import find_scales
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
@@ -126,10 +127,22 @@ def assemble(
         except OtaError as error:
             problems += error.problems
             experts.append(expert)
-    inputs = MergeInputs(base=base, experts=tuple(experts))
+    inputs = MergeInputs(base=base, experts=tuple(experts), scales=scales_file(recipe, cache, recipe_dir, streams))
     if problems:
         raise_all([*problems, *checkpoint_problems(recipe, inputs)], MomentsError)
     return inputs
+
+
+def scales_file(recipe: MergeRecipe, cache: Path, recipe_dir: Path | None, streams: Streams | None = None) -> Path | None:
+    """The recipe's file of scales on this machine, None where it names none. Raises RecipeError, StorageError."""
+    if recipe.scales is None:
+        return None
+    if not storage.is_s3(recipe.scales):
+        return find_scales(recipe.scales, recipe_dir)
+    parent, _, name = recipe.scales.rpartition("/")
+    if streams is not None:
+        return streams.files(parent, [name]) / name
+    return storage.download_folder(parent, cache=cache, names=[name])[0] / name
 
 
 def _with_moments(

@@ -18,6 +18,7 @@ from ota_core.errors import ArtifactError, CheckpointError, MomentsError, Storag
 from ota_core.files.checkpoint import weight_files
 from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, moments_files
+from ota_core.plan.expert_scales import scales_digest
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
@@ -78,11 +79,26 @@ class ExpertSource(ModelSource):
             yield inputs.experts[0]
 
 
+class ScalesSource(Frozen):
+    """The recipe's file of scales and where it lies."""
+
+    location: str
+    """``s3://…`` or an absolute path."""
+    digest: str
+    path: Path | None = None
+    """The file on the machine that fetched it; None elsewhere."""
+
+    def abroad(self) -> Self:
+        """The same for another machine."""
+        return self.model_copy(update={"path": None})
+
+
 class MergeSources(Frozen):
     """Base and experts, in the recipe's order."""
 
     base: ModelSource | None
     experts: tuple[ExpertSource, ...]
+    scales: ScalesSource | None = None
 
     @staticmethod
     def of(recipe: MergeRecipe, inputs: MergeInputs, fetched: Sequence[Fetched], *, streamed: bool = False) -> "MergeSources":
@@ -104,11 +120,17 @@ class MergeSources(Frozen):
                     moments_path=None if streamed else expert.moments, moments_digest=expert.moments_digest, needs_moments=expert.moments is not None, **place,
                 )
             )  # fmt: skip
-        return MergeSources(base=base, experts=tuple(experts))
+        scales = None
+        if inputs.scales is not None:
+            path = inputs.scales.absolute()
+            location = recipe.scales if recipe.scales and storage.is_s3(recipe.scales) else str(path)
+            scales = ScalesSource(location=location, digest=scales_digest(path), path=path)
+        return MergeSources(base=base, experts=tuple(experts), scales=scales)
 
     def abroad(self) -> "MergeSources":
         """The same for another machine."""
-        return MergeSources(base=self.base and self.base.abroad(), experts=tuple(one.abroad() for one in self.experts))
+        base, experts = self.base and self.base.abroad(), tuple(one.abroad() for one in self.experts)
+        return MergeSources(base=base, experts=experts, scales=self.scales and self.scales.abroad())
 
     def with_artifacts(
         self, compressed: Sequence[ArtifactRef] = (), masks: Mapping[int, ArtifactRef] | None = None
@@ -129,7 +151,8 @@ class MergeSources(Frozen):
         with Streams(cache=where.cache, memory=memory) as streams:
             opening = _Opening(where, streams, raw_moments)
             base = opening.model(self.base) if self.base else None
-            yield MergeInputs(base=base, experts=tuple(opening.expert(one) for one in self.experts))
+            experts = tuple(opening.expert(one) for one in self.experts)
+            yield MergeInputs(base=base, experts=experts, scales=opening.scales(self.scales))
 
 
 def _listing(location: str) -> str | None:
@@ -154,6 +177,19 @@ class _Opening:
             moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
             masks=self._artifact(one, one.masks, MASK_FILE), layout=partial(parameter_layout, folder),
         )  # fmt: skip
+
+    def scales(self, one: ScalesSource | None) -> Path | None:
+        if one is None:
+            return None
+        if one.path is not None:
+            return one.path
+        path = Path(one.location)
+        if storage.is_s3(one.location):
+            parent, _, name = one.location.rpartition("/")
+            path = self._streams.files(parent, [name]) / name
+        if scales_digest(path) != one.digest:
+            raise StorageError(f"{one.location} (scales) is not what it was when the merge began; run the merge again")
+        return path
 
     def _folder(self, one: ModelSource) -> Path:
         if one.path is not None:

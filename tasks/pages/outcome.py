@@ -9,6 +9,7 @@ from ota_core.artifact import ArtifactRef
 from ota_core.frozen import Frozen
 from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores, scores_table
+from tasks.evaluation.smoke import Smoke
 from tasks.pages.report_page import MergePage
 from tasks.settings import Places
 from tasks.tracking.run import LoggedRun
@@ -34,12 +35,14 @@ class MergeOutcome(Frozen):
     logged: LoggedRun
     page: MergePage | None
     """What its report is made of; None without one."""
+    smoke: Smoke | None = None
+    """How it stood in the smoke test; None without a benchmark."""
 
 
 def comparison_table(
     outcomes: Mapping[str, MergeOutcome], where: Places, more: Mapping[str, ModelScores] | None = None
 ) -> pd.DataFrame:
-    """Base, experts and merges side by side. All outcomes are of the same base and experts; ``more``: scores of other merges."""
+    """Base, experts and merges side by side. All outcomes are of the same base and experts, and benchmarked; ``more``: scores of other merges."""
     first = next(iter(outcomes.values()))
     found = read_all(where, first.scores)
     names = {key: key.removeprefix("expert/") for key in found if key.startswith("expert/")}

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from tasks.evaluation.gate import GateDecision
 from tasks.evaluation.scores import AVERAGE, ROLES, STDERR, capability_columns
+from tasks.evaluation.smoke import Smoke
 from tasks.pages import gate, scores
 from tasks.pages.html import Block, Section, template, to_html
 from tasks.pages.pictures.analysis import pictures_of
@@ -61,6 +62,7 @@ class MergeReport(BaseModel):
     unanalysed: str = ""
     """Why there is no analysis, where one was wanted."""
     gate: GateDecision | None = None
+    smoke: Smoke | None = None
     links: dict[str, str] = {}
     """Text to http(s) address: the MLflow run, the Prefect run."""
     versions: dict[str, str] = {}
@@ -125,6 +127,8 @@ def report_html(report: MergeReport) -> str:
 def _parts(report: MergeReport) -> Iterator[tuple[str, Iterator[Block]]]:
     if report.scores:
         yield "Scores", _scores(report)
+    if report.smoke:
+        yield "Smoke test", _smoke(report.smoke)
     if report.gate:
         yield "The gate's decision", _gate(report.gate)
     if report.analysis is not None:
@@ -161,9 +165,15 @@ def _scores(report: MergeReport) -> Iterator[Block]:
     yield from pictures.values()
 
 
+def _smoke(smoke: Smoke) -> Iterator[Block]:
+    yield smoke.said if smoke.passed else _mark(f"{smoke.said} The merge was not benchmarked.")
+    yield "Tried before the benchmark, beside the base: loading, vocabulary, chat template, tokenizer, finite logits, greedy answers, their end."
+    yield from (f"No failure, but seen: {note}." for note in smoke.notes)
+
+
 def _gate(decision: GateDecision) -> Iterator[Block]:
     yield Markup(_REASONS.render(headline=gate.headline(decision), reasons=decision.reasons))
-    yield gate.checks(decision)
+    yield from gate.tables(decision)
 
 
 def _analysis(report: MergeReport, analysis: pd.DataFrame) -> Iterator[Block]:
@@ -203,6 +213,8 @@ def _verdict(report: MergeReport) -> tuple[Literal["good", "bad", ""], str]:
     merge = next((row for row in report.scores if row["role"] == "merge"), None)
     said = [f"{gate.headline(report.gate)}.", *report.gate.reasons[:1]] if report.gate else []
     if merge is None:
+        if report.smoke and not report.smoke.passed:
+            return "bad", " ".join([*said, report.smoke.said, "It was not benchmarked."])
         return _mood(report, None, 0.0, {}), " ".join(said) or "Not benchmarked: how good the merge is, nobody has measured."
     average, base = _number(merge.get(AVERAGE)), _base(report)
     before = None if base is None else _number(base.get(AVERAGE))

@@ -16,6 +16,7 @@ from tasks.artifacts.store import store_of
 from tasks.evaluation.comparison import comparison
 from tasks.evaluation.gate import GateDecision
 from tasks.evaluation.scores import ModelScores, loss_rows
+from tasks.evaluation.smoke import Smoke
 from tasks.evaluation.subject import Subject
 from tasks.settings import Places
 from tasks.storage import models as storage
@@ -46,6 +47,8 @@ class MergePage(Frozen):
     analysis: ArtifactRef | None
     unanalysed: str = ""
     """Why there is no analysis, where one was wanted."""
+    smoke: Smoke | None = None
+    """How the merge stood in the smoke test; None without a benchmark."""
 
     def html(self, where: Places, decision: GateDecision | None = None) -> str:
         """The page. It does not name the MLflow run: it is one of that run's own artifacts. Raises OtaError."""
@@ -63,7 +66,7 @@ class MergePage(Frozen):
                 suite=self.suite, limit=self.limit, documents=self.documents, unanalysed=self.unanalysed,
                 analysis=read_analysis(where, self.analysis) if self.analysis else None,
                 analysis_notes=(*said["notes"], *(f"Left out: {what}" for what in said["left_out"])), gate=decision,
-                links=prefect_links(flow_run.ui_url),
+                smoke=self.smoke, links=prefect_links(flow_run.ui_url),
                 versions={name: version(name) for name in ("ota-merging", "torch", "lm_eval")} | {"python": platform.python_version()},
             )
         )  # fmt: skip
@@ -81,6 +84,7 @@ def page_of(
     subjects: dict[str, Subject],
     analysis: ArtifactRef | None,
     unanalysed: str = "",
+    smoke: Smoke | None = None,
 ) -> MergePage:
     """The page of a merge, before any gate."""
     of_merge = found.get("merged")
@@ -89,7 +93,7 @@ def page_of(
         scores=tuple(run.table), losses=tuple(loss_rows(comparison(dict(found), subjects))) if found else (),
         suite=of_merge.suite if of_merge else "", limit=of_merge.limit if of_merge else None,
         documents=of_merge.documents if of_merge else {},
-        analysis=analysis, unanalysed=unanalysed,
+        analysis=analysis, unanalysed=unanalysed, smoke=smoke,
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.evaluation.gate import GateDecision, best, decide
+from tasks.evaluation.choice import decide_all
+from tasks.evaluation.gate import GateDecision, best
 from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
@@ -20,6 +21,7 @@ from tasks.pages.gate import to_markdown
 from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import with_decision
 from tasks.registry import promotion
+from tasks.registry.history import Move
 from tasks.registry.nightly import NightlyConfig
 from tasks.registry.promotion import Version
 from tasks.registry.publish import Latest, publish, publish_champion, read_latest
@@ -55,12 +57,14 @@ class Verdict:
     winner: str | None
     """The candidate that becomes champion."""
     challenger: str | None
-    """The candidate that is kept as challenger: the best one of those that do not become champion."""
+    """The candidate that is kept as challenger: the chosen one where it was not confirmed, else the best of those that do not become champion."""
     champion: Version | None
     """As the night found it."""
     champion_scores: Mapping[str, ModelScores] = field(default_factory=dict)
     """Name for tables → its scores; empty where it is one of tonight's candidates, or there is none."""
     headline: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Candidates that failed the smoke test and were not benchmarked, and why."""
 
     @property
     def promoted(self) -> bool:
@@ -74,30 +78,40 @@ class Verdict:
 
 
 def judge(night: Night, score: Score) -> Verdict:
-    """Gate every candidate against the champion, scored on the same suite (``score`` does it), and against the base. Raises OtaError.
+    """Gate every candidate that passed the smoke test against the champion, scored on the same suite (``score`` does it), and against the base. Raises OtaError.
 
-    Of the candidates that pass, the one with the highest average wins. A version that somebody rolled back is not promoted again.
+    Of the candidates that pass, the one with the highest average wins; how their number counts, ``tasks/evaluation/choice.py`` says. A version
+    that somebody rolled back is not promoted again.
     """
-    scores = {name: read_scores(night.where, outcome.scores["merged"]) for name, outcome in night.outcomes.items()}
-    base = read_scores(night.where, next(iter(night.outcomes.values())).scores["base"])
     champion = promotion.current(CHAMPION, **night.registry)
-    standing = [name for name, outcome in night.outcomes.items() if champion and outcome.digest == champion.digest]
+    refused = {name: one.smoke.said for name, one in night.outcomes.items() if one.smoke and not one.smoke.passed}
+    tested = {name: outcome for name, outcome in night.outcomes.items() if name not in refused}
+    if not tested:
+        stays = f"version {champion.version} stays champion" if champion else "there is still no champion"
+        headline = f"{stays}: no candidate passed the smoke test"
+        return Verdict(decisions={}, winner=None, challenger=None, champion=champion, headline=headline, refused=refused)
+    scores = {name: read_scores(night.where, outcome.scores["merged"]) for name, outcome in tested.items()}
+    base = read_scores(night.where, next(iter(tested.values())).scores["base"])
+    standing = [name for name, outcome in tested.items() if champion and outcome.digest == champion.digest]
     champion_scores = scores[standing[0]] if standing else score(_subject(night, champion)) if champion else None
-    decisions = {
-        name: decide(name, found, champion=champion_scores, base=base, suite=night.suite, settings=night.config.gate)
-        for name, found in scores.items()
-        if name not in standing
-    }
-    decisions = {name: _withheld(night, name, decision) for name, decision in decisions.items()}
+    judged = {name: found for name, found in scores.items() if name not in standing}
+    rolled_back = {name: back for name in judged if (back := _rolled_back(night, name))}
+    judging: dict[str, Any] = {"champion": champion_scores, "base": base, "suite": night.suite, "settings": night.config.gate}
+    # What somebody rolled back is no candidate: it is judged by itself, as what it would be by hand.
+    decisions = decide_all({name: found for name, found in judged.items() if name not in rolled_back}, **judging)
+    for name, back in rolled_back.items():
+        decisions |= {name: _withheld(decide_all({name: judged[name]}, **judging)[name], back)}
+    decisions = {name: decisions[name] for name in judged}
     passed = {name: scores[name] for name, decision in decisions.items() if decision.promoted}
     winner = best(passed) if passed else None
     decisions = {name: _second(decision, winner) if name != winner else decision for name, decision in decisions.items()}
     rest = {name: scores[name] for name in decisions if name != winner}
-    challenger = best(rest) if rest else None
+    chosen = next((one.choice.chosen for one in decisions.values() if one.choice), None)
+    challenger = (chosen if chosen in rest else best(rest)) if rest else None
     verdict = Verdict(
         decisions=decisions, winner=winner, challenger=challenger, champion=champion,
         champion_scores={f"champion v{champion.version}": champion_scores} if champion and champion_scores and not standing else {},
-        headline=_headline(winner, challenger, champion, standing, decisions, scores),
+        headline=_headline(winner, challenger, champion, standing, decisions, scores), refused=refused,
     )  # fmt: skip
     return verdict
 
@@ -112,15 +126,19 @@ def _subject(night: Night, champion: Version) -> Subject:
     )  # fmt: skip
 
 
-def _withheld(night: Night, name: str, decision: GateDecision) -> GateDecision:
-    """The decision, but that what somebody rolled back stays back: by hand it can be promoted again."""
+def _rolled_back(night: Night, name: str) -> Move | None:
+    """That somebody took the alias from this candidate, and nobody gave it back."""
     number = night.outcomes[name].logged.model_version
-    back = promotion.rolled_back(number, **night.registry) if number and decision.promoted else None
-    if back is None:
+    return promotion.rolled_back(number, **night.registry) if number else None
+
+
+def _withheld(decision: GateDecision, back: Move) -> GateDecision:
+    """The decision, but that what somebody rolled back stays back: by hand it can be promoted again."""
+    if not decision.promoted:
         return decision
     reason = (
-        f"It would pass, but version {number} was rolled back by {back.by} on {back.at} ({back.reason}); "
-        f"to have it again: ota promote {number}."
+        f"It would pass, but version {back.from_version} was rolled back by {back.by} on {back.at} ({back.reason}); "
+        f"to have it again: ota promote {back.from_version}."
     )
     return decision.model_copy(update={"promoted": False, "reasons": (reason, *decision.reasons)})
 
@@ -147,9 +165,7 @@ def _headline(
     stays = f"version {champion.version} stays champion" if champion else "there is still no champion"
     if challenger is None:
         return f"{stays}: it is tonight's {standing[0]}, average {100 * (scores[standing[0]].average or 0):.1f} %"
-    decision = decisions[challenger]
-    fallen = sum(check.falls_below for check in decision.checks)  # each has its sentence, after the one on what matters most
-    return f"{stays}; {challenger} is the challenger: {' '.join(decision.reasons[: 1 + fallen])}"
+    return f"{stays}; {challenger} is the challenger: {' '.join(decisions[challenger].decisive)}"
 
 
 def settle(night: Night, verdict: Verdict) -> None:

@@ -17,6 +17,8 @@ from tests.flows.nightly_fixture import nights as nights
 from tests.flows.nightly_fixture import trained as trained
 from tests.servers import task_states
 
+HUGE = {"name": "huge", "merge_method": "task_arithmetic", "parameters": {"lambda": 1e30}}
+"""Weights so large that no number that comes out of them is finite."""
 BROKEN = {"name": "broken", "merge_method": "linear", "tokenizer_source": "model:nobody"}
 """A recipe whose mistake shows only when the models are there."""
 
@@ -193,6 +195,27 @@ def test_a_candidate_that_does_not_fit_what_was_found_is_a_failure_of_its_own(tw
     name, message = two.run(slerp, LINEAR, OTA | {"name": "third"}).shown
     assert name == "Failed" and "candidate slerp failed: candidate 'slerp': slerp interpolates" in message
     assert "candidate third failed: candidate 'third': a row of the table" in message and two.note is None
+
+
+def test_a_candidate_that_fails_the_smoke_test_is_refused_and_not_benchmarked(two: Nights, counts: Counter[str]) -> None:
+    night = two.run(LINEAR, HUGE)
+    name, message = night.shown
+    assert name == "Promoted" and message.startswith("linear is the new champion"), message
+    assert "; candidate huge is refused: The smoke test failed: finite: logits after " in message
+    page = night.artifacts["gate"].data
+    assert "## Refused before the benchmark\n\n- **huge**: The smoke test failed: finite: " in page
+    assert {row["model"] for row in json.loads(night.artifacts["scores"].data)} == {"base", "math", "knowledge", "linear"}
+    assert "one of several" not in page and two.note, "one candidate is left: nothing was chosen"
+    assert two.run(LINEAR, HUGE).state.name == "NothingNew"
+
+    counts.clear()
+    only = two.run(HUGE)
+    assert only.state.name == "Kept" and counts["score"] == 0
+    assert only.state.message.startswith(
+        f"version {two.champion.version if two.champion else 0} stays champion: no candidate passed"
+    )
+    runs = MlflowClient().search_runs(["1"], filter_string="tags.method = 'task_arithmetic' and metrics.`smoke/passed` = 0")
+    assert any(run.data.tags["smoke"].startswith("The smoke test failed: finite") for run in runs)
 
 
 def test_where_every_candidate_fails_each_cause_is_told(two: Nights) -> None:

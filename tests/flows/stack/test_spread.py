@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from prefect.states import Completed
 from pydantic import TypeAdapter
 
@@ -108,6 +109,18 @@ def test_threads_give_the_bytes_of_one_process_and_a_second_run_computes_nothing
 
     part_counts.clear()
     assert sharded(here, recipe) == outcome and part_counts == {}
+
+
+def test_lambda_and_row_spaces_are_the_same_in_parts(world: World, tmp_path: Path) -> None:
+    here = world.at(tmp_path / "home")
+    recipe = world.recipe(density=0.4, compression="rank1", refine="rowspace")
+    outcome = sharded(here, recipe)
+    expected = alone(world, recipe, tmp_path / "alone")
+    assert_same(Path(outcome.path), expected)
+    assert kinds_left(here.home) == {"moments", "merged"}
+    found = read_record(expected).results["lambda"]
+    run = MlflowClient(world.tracking_uri).get_run(outcome.logged.run_id)
+    assert float(run.data.params["lambda"]) == found["value"] != 1 and run.data.params["lambda_rule"] == "auto"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""Scales of a recipe learned by gradient on validation documents: one coefficient for each expert and tensor, layer, role, or for all.
+
+What is learned, from what and towards what: tasks/experiments/tune/config.py and docs/methods.md. Everything runs in this flow's own
+process; its deployment is one of the GPU pool.
+"""
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from flows.merge import merge_flow
+from ota_core.compute.stream import parse_memory, pick_device
+from ota_core.errors import OtaError
+from ota_core.frozen import Frozen
+from tasks.benchmark import Benchmark
+from tasks.experiments.search.overlap import check_apart
+from tasks.experiments.tune import log as tune_log
+from tasks.experiments.tune.config import ScalesConfig, load_tuning, recipe_of
+from tasks.experiments.tune.learn import Learned
+from tasks.experiments.tune.result import files, markdown, verdict, write_result
+from tasks.experiments.tune.steps import learn_scales
+from tasks.job import fetch_models, second_moments
+from tasks.local.demo.progress import training_bars
+from tasks.merge import output_files
+from tasks.merging.labels import merge_name
+from tasks.merging.recipes import read_recipe
+from tasks.merging.sources import Planned, planned
+from tasks.orchestration.deployed import cancel_children
+from tasks.orchestration.run_log import for_users
+from tasks.orchestration.runners import several_at_once
+from tasks.orchestration.shown import show_markdown, show_mlflow
+from tasks.pages.outcome import MergeOutcome
+from tasks.settings import Device, places
+from tasks.tracking.merge import LoggedRun
+from tasks.tracking.store import Store, resolve_store
+
+
+class TuneOutcome(Frozen):
+    """What a tuning led to."""
+
+    learned: Learned
+    recipe: str
+    """The recipe with its scales as YAML."""
+    test: MergeOutcome | None
+    """The merge with them on the suite that judges it."""
+    logged: LoggedRun
+
+
+def _run_name() -> str:
+    given = flow_run.parameters["tune"]
+    try:
+        if isinstance(given, str):
+            return f"tune {Path(given).stem}"
+        recipe = ScalesConfig.model_validate(given).recipe
+        return f"tune {Path(recipe).stem if isinstance(recipe, str) else merge_name(recipe)}"
+    except (OtaError, ValueError):
+        return "tune"  # the flow says what is wrong with it
+
+
+@for_users
+@flow(
+    name="tune", flow_run_name=_run_name, task_runner=several_at_once(), persist_result=False,
+    on_cancellation=[cancel_children], on_crashed=[cancel_children],
+)  # fmt: skip
+def tune_flow(
+    tune: ScalesConfig | str,
+    out: str,
+    device: Device = "auto",
+    memory: str = "2GiB",
+    recipe_dir: Path | None = None,
+    home: Path | None = None,
+    artifacts: str | None = None,
+    tracking_uri: str | None = None,
+) -> TuneOutcome:
+    """Learn by what each expert's part of a merged edit is to be multiplied, by gradient on validation documents.
+
+    Args:
+        tune: The tuning, or where its YAML lies (s3://… or a file).
+        out: Where to write the recipe with the scales, a file or s3://…; the file of scales goes beside it.
+        device: What to compute on; auto: cuda where there is one.
+        memory: Budget of the merge, and as much again for the parts of the edit that are kept between steps; the model comes on top.
+        recipe_dir: Folder that relative paths of a recipe start from that is given as such.
+        home: Folder for artifacts, caches and the embedded MLflow; OTA_HOME or ~/.ota by default.
+        artifacts: Root of the artifacts, a folder or s3://…, if not in home.
+        tracking_uri: MLflow server; MLFLOW_TRACKING_URI or the embedded database by default.
+    """
+    config = load_tuning(tune) if isinstance(tune, str) else tune
+    recipe, folder = recipe_of(config)
+    recipe_dir = recipe_dir or folder
+    where, log = places(home, artifacts), get_run_logger()
+    parse_memory(memory)
+    pick_device(device)
+    benchmark = Benchmark.of(config.suite, config.data_dir, None, where).check()
+    test_data_dir = config.test_data_dir or config.data_dir
+    if config.test:
+        judge = Benchmark.of(config.test, test_data_dir, None, where).check()
+        check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data, config.overlap)
+
+    fetched = fetch_models(recipe, recipe_dir, where)
+    plan = planned(recipe, fetched, where, recipe_dir, memory=memory)
+    output_files(recipe, plan.inputs, 2**62)  # what is wrong with the checkpoints, before anything is computed
+    plan, _ = second_moments(plan, where, device, masks=False)
+    store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
+    with ExitStack() as stack:
+        stack.enter_context(training_bars())
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ota-tune-")))
+        logged = tune_log.begin(_run_name(), _params(config, plan), store)
+        stack.push(_failed(logged, store))
+        found = learn_scales(plan, config, benchmark, where, device, logged, store)
+        text = write_result(found, recipe, config, recipe_dir, out, scratch)
+        tune_log.finish(logged, found.learned, scratch / "scales.safetensors", files(found, text, _run_name()), store)
+    for note in found.notes:
+        log.info("%s", note)
+    show_markdown("tune", markdown(found.learned), "Learned scales")
+    show_mlflow(_run_name(), logged.url)
+    (log.info if found.learned.best else log.warning)(verdict(found.learned))
+    test = None
+    if config.test:
+        tuned, beside = read_recipe(out)
+        test = merge_flow(
+            tuned, suite=config.test, data_dir=test_data_dir, device=device, memory=memory, recipe_dir=beside, home=home, artifacts=artifacts,
+            tracking_uri=tracking_uri,
+        )  # fmt: skip
+    return TuneOutcome(learned=found.learned, recipe=text, test=test, logged=logged)
+
+
+def _params(config: ScalesConfig, plan: Planned) -> dict[str, str | int | float]:
+    recipe = plan.recipe
+    said = config.model_dump(
+        mode="json",
+        include={"per", "objective", "suite", "steps", "batch", "blocks", "held_out", "length", "rate", "penalty", "seed"},
+    )
+    names = ",".join(expert.name for expert in plan.inputs.experts)
+    return said | {"merge_method": recipe.merge_method, "base_model": recipe.base_model or "none", "experts": names}
+
+
+def _failed(logged: LoggedRun, store: Store) -> Any:
+    """For an ExitStack: an error marks the run in MLflow as failed, and passes."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        try:
+            tune_log.fail(logged, store)
+        except OtaError as second:
+            error.add_note(str(second))
+
+    return leave

@@ -1,0 +1,1 @@
+"""Scales of a recipe learned by gradient on validation documents: configuration, documents, objectives, learning, result, log."""
