@@ -99,8 +99,7 @@ def tune_flow(
     test_data_dir = config.test_data_dir or config.data_dir
     if config.test:
         judge = Benchmark.of(config.test, test_data_dir, None, where).check()
-        compared = check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data)
-        log.info("%s and %s share none of their %d documents", benchmark.tests.name, judge.tests.name, compared)
+        check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data, config.overlap)
 
     fetched = fetch_models(recipe, recipe_dir, where)
     plan = planned(recipe, fetched, where, recipe_dir, memory=memory)
