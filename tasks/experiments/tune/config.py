@@ -66,6 +66,9 @@ class ScalesConfig(Frozen):
         description="What to do where both suites share documents, the same or for the most part word for word: refuse, or warn.",
     )
     test_data_dir: str | None = Field(None, description="Its data, if other than data_dir.")
+    overlap: OnOverlap = Field(
+        "refuse", description="Where suite and test share documents, or much of their text: refuse to tune, or warn."
+    )
 
     @field_validator("floor", mode="before")
     @classmethod
