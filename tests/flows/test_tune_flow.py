@@ -60,7 +60,7 @@ def test_a_tuning_writes_a_recipe_with_its_scales_and_logs_every_step(here: Worl
     scales = ExpertScales.read(out.parent / recipe.scales)
     assert scales.experts == tuple(EXPERTS) and scales.learned_for_other(recipe) == []
     moved = torch.tensor([row.tolist() for row in scales.values.values()])
-    assert len(moved) == 21 and (moved - 1).abs().max() < 0.2 * 4 + 1e-9
+    assert len(moved) == 21 and (moved - 1).abs().max() < 0.21 * 4
     assert (moved != 1).double().mean() > 0.9  # all but small tensors of which FFG keeps nothing
     text = out.read_text()
     assert text == outcome.recipe and f"step {learned.best} of 4" in text and "one per expert and tensor" in text
@@ -108,7 +108,7 @@ def test_a_tuning_goes_on_from_a_recipe_that_has_scales(here: World, tmp_path: P
     _, outcome = run(here, config(here, recipe=str(first), steps=2, rate=0.01), tmp_path / "second.yaml")
     started, ended = (load_recipe(tmp_path / f"{name}.yaml").scales for name in ("first", "second"))
     before, after = (ExpertScales.read(tmp_path / str(name)).values for name in (started, ended))
-    assert all(abs(after[name] - row).max() <= 0.02 + 1e-9 for name, row in before.items())
+    assert all(abs(after[name] - row).max() < 0.021 for name, row in before.items())
     assert any((after[name] != row).any() for name, row in before.items()) or outcome.learned.best == 0
 
 
@@ -204,9 +204,8 @@ def test_mistakes_end_with_a_message_and_code_2(
     monkeypatch.setattr("flows.tune.tune_flow", never)
     done = invoke(recipe_file, tmp_path / "tuned.yaml", *options)
     assert done.exit_code == 2 and message in done.stderr and "Traceback" not in done.output, (done.output, done.exception)
-    recipe_file.write_text(
-        recipe_file.read_text().replace("merge_method: ota", "merge_method: linear").replace("density: 0.4", "")
-    )
+    raw = yaml.safe_load(recipe_file.read_text()) | {"merge_method": "linear", "parameters": {}}
+    recipe_file.write_text(yaml.safe_dump(raw))
     done = invoke(recipe_file, tmp_path / "tuned.yaml", "--suite", "demo-validation")
     assert done.exit_code == 2 and "linear has no merged edit of the base" in done.stderr, done.output
 
