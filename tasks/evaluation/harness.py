@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.errors import CheckpointError
+from tasks.evaluation.answers import answers_of, write_answers
 from tasks.evaluation.harness_tasks import load_tasks
 from tasks.evaluation.loading import backend_class, load_model
 from tasks.evaluation.loss_errors import loss_error
@@ -30,6 +31,7 @@ def score_model(
     limit: int | None = None,
     progress: Progress | None = None,
     served_as: Sequence[str] = (),
+    answers_to: Path | None = None,
 ) -> ModelScores:
     """Score the Hugging Face checkpoint folder ``model`` on every task of the suite that may run.
 
@@ -37,7 +39,7 @@ def score_model(
     metrics and data files are checked before the first request. Seeds are set anew before each task, so that a score does not
     depend on the tasks before it (vllm and sglang, which have seeds of their own, take them once); lm-eval's response cache is never used,
     because it is not keyed by the model. Calls from several threads take turns. ``served_as``: names under which a server, where the suite
-    names one, may serve the model. Raises CheckpointError for a model that cannot be loaded, SuiteError for what is wrong with suite, data or
+    names one, may serve the model. ``answers_to``: a file for what was asked and answered, unless the suite says ``documents: false``. Raises CheckpointError for a model that cannot be loaded, SuiteError for what is wrong with suite, data or
     server.
     """
     if limit is not None and limit < 1:
@@ -61,6 +63,8 @@ def score_model(
                 name_task(name)
                 results[name] = [_evaluate(lm, suite, name, task, limit, suite.seed + i) for i in range(repeats[name])]
         seconds = time.monotonic() - started  # before the next may start, or both would count what this thread waits for then
+    if answers_to is not None and suite.documents:
+        write_answers(answers_to, answers_of(suite, results))
     scores = {name: capability_score(suite, name, results) for name in suite.capabilities}
     losses = {name: held_out_loss(suite, entry, results[entry.task][0]) for name, entry in suite.losses.items()}
     return ModelScores(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tasks.evaluation.decision import Choice, GateDecision
+from tasks.evaluation.gate import Choice, GateDecision
 from tasks.pages import markdown
 from tasks.pages.tables import COUNT, P_VALUE, PERCENT, Column, Table, Unit
 
