@@ -31,12 +31,12 @@ Prompts and answers are cut where they are long; of a prompt the end is shown.</
 </p>
 {% for row in rows %}
 <article class="document" data-capability="{{ row.capability }}" data-base="{{ row.against_base }}" data-expert="{{ row.against_expert }}">
-<p class="soft">{{ row.capability }}, {{ row.task }}, document {{ row.document }}
-{% for which in ("base", "expert") %}{% if row["against_" + which] in ("won", "lost") %} <strong class="{{ "good-text" if row["against_" + which] == "won" else "bad-text" }}">{{ row["against_" + which] }} against the {{ which }}</strong>{% endif %}{% endfor %}</p>
+<p class="soft">{{ row.capability }}, {{ row.task }}, document {{ row.document }}.
+{% for which in ("base", "expert") %}{% if row["against_" + which] in ("won", "lost") %} <strong class="{{ "good-text" if row["against_" + which] == "won" else "bad-text" }}">{{ row["against_" + which] }} against the {{ which }}.</strong>{% endif %}{% endfor %}</p>
 {% if row.prompt is not none %}<pre>{{ row.prompt }}</pre>
 <p class="soft">Expected: <code>{{ row.target }}</code></p>{% endif %}
 <dl>
-{% for which, label in (("base", "base"), ("expert", row.expert_name), ("merge", name)) %}{% if row[which] is not none %}
+{% for which, label in (("base", "base"), ("expert", row.expert_name), ("merge", "this merge")) %}{% if row[which] is not none %}
 <dt>{{ label }}: {{ row[which] }}</dt><dd>{% if row[which + "_answer"] is not none %}<code>{{ row[which + "_answer"] }}</code>{% endif %}</dd>
 {% endif %}{% endfor %}
 </dl>
@@ -82,7 +82,7 @@ def flips(rows: Iterable[Mapping[str, str | float | None]]) -> Table:
         Column("lost_base", "lost", COUNT), Column("expert", "best expert"), Column("won_expert", "won against it", COUNT),
         Column("lost_expert", "lost to it", COUNT),
     ]  # fmt: skip
-    said = f"Documents on which the merge scores higher, or lower. {DOCUMENTS_HTML}, beside this page, shows them with prompts and answers."
+    said = f"Documents on which the merge scores higher, or lower. The page {DOCUMENTS_HTML} shows them with prompts and answers."
     return Table("Documents that flipped", pd.DataFrame(list(rows)), columns, [said])
 
 
@@ -98,5 +98,5 @@ def documents_html(name: str, table: pd.DataFrame) -> str:
         capabilities=list(dict.fromkeys(changed["capability"])),
     )  # fmt: skip
     return to_html(
-        f"{name}: documents that flipped", [Section("Documents", [Markup(body)]), Section("Counts", [flips(flip_rows(table))])]
+        f"{name}: documents that flipped", [Section("Counts", [flips(flip_rows(table))]), Section("Documents", [Markup(body)])]
     )
