@@ -16,6 +16,7 @@ from ota_core.compute.stream import parse_memory
 from ota_core.errors import OtaError
 from ota_core.frozen import Frozen
 from tasks.benchmark import Benchmark
+from tasks.evaluation.in_memory import few_threads
 from tasks.evaluation.subject import subjects_of
 from tasks.experiments.search import log as search_log
 from tasks.experiments.search.config import SearchConfig, load_search, recipe_of
@@ -29,9 +30,10 @@ from tasks.job import fetch_models, second_moments
 from tasks.merge import output_files
 from tasks.merging.labels import merge_label, merge_name
 from tasks.merging.sources import Planned, planned
+from tasks.orchestration.budget_bar import BudgetBar
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import executor_of, gpu_deployment
-from tasks.orchestration.run_log import ProgressBar, for_users
+from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.pages.outcome import MergeOutcome
@@ -119,14 +121,17 @@ def search_flow(
     store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
     with ExitStack() as stack:
         stack.enter_context(tried)
-        trials = stack.enter_context(Trials(plan, benchmark, where, executor, searches / f"{tried.name}.model"))
+        stack.enter_context(few_threads(plan.inputs.models[0].path))
+        trials = stack.enter_context(Trials(plan, benchmark, where, executor))
         logged = search_log.begin(_run_name(), tried.name, _params(config, plan, tried, benchmark), store)
         stack.push(_failed(logged, store))
         known = search_log.logged_trials(logged, store)
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
             if trial.number not in known:
                 log_trial(trial, None, logged, store)
-        bar = ProgressBar("the search")
+        bar = stack.enter_context(BudgetBar("search"))
+        if tried.trials:
+            bar.begin(_spent(config.budget, tried.result())[0])
         while (point := tried.ask()) is not None:
             trial = run_trial.with_options(task_run_name=f"trial {point.number}: {merge_label(point.recipe)}"[:200])(
                 tried, point, trials

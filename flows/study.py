@@ -5,8 +5,6 @@ repeated takes seconds, one that grows computes what is new.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from flows.merge import merge_flow
 from ota_core.errors import OtaError, raise_all
 from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
+from tasks.evaluation.in_memory import few_threads
 from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.study.cells import Cell
@@ -39,9 +38,6 @@ from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Device, Places, places
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
-
-SMALL_BYTES = 64 * 2**20
-"""Weights of a model below which torch computes with one thread: more of them wait for each other longer than they compute."""
 
 
 class StudyOutcome(Frozen):
@@ -147,7 +143,8 @@ class _Run:
             check_splits(models)
         for number, models in enumerate(everyone):
             replicate, subjects = models.replicate, models.subjects
-            with few_threads(models):
+            assert models.inputs.base is not None
+            with few_threads(models.inputs.base.path):
                 scores = read_all(self.where, score_all(subjects, models.benchmark, self.where, self.executor))
                 base[replicate.name] = scores["base"]
                 names = dict(zip((s.name for s in subjects.values() if s.role == "expert"), config.experts(), strict=True))
@@ -185,22 +182,6 @@ class _Run:
                 raise OtaError(str(state.message))
             self.computed += 1
         return models.result(cell.label, recipe, values)
-
-
-@contextmanager
-def few_threads(models: Models) -> Iterator[None]:
-    """One thread for torch while small models are merged and scored, as many as before afterwards."""
-    import torch
-
-    assert models.inputs.base is not None
-    size = sum(file.stat().st_size for file in models.inputs.base.path.glob("*.safetensors"))
-    before = torch.get_num_threads()
-    if 0 < size < SMALL_BYTES:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _tags(config: StudyConfig) -> dict[str, str]:

@@ -1,24 +1,32 @@
-"""Benchmarking: one model tried, and scored on a suite. No model is scored twice on the same suite, and none is fetched for scores that are there."""
+"""Benchmarking: one model tried, and scored on a suite, or a merge that is scored in memory alone. No model is scored twice on the same suite,
+and none is fetched for scores that are there."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from ota_core.artifact import ArtifactRef, fingerprint
+from ota_core.artifact import ArtifactRef, canonical_json, fingerprint
 from ota_core.compute.stream import Progress
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult
 from tasks.evaluation import smoke
 from tasks.evaluation.answers import ANSWERS_FILE
 from tasks.evaluation.harness import score_model
+from tasks.evaluation.in_memory import MergedModel
 from tasks.evaluation.kept import SCORES_FILE, SMOKE_FILE
+from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject, bring_model
 from tasks.evaluation.suites import Suite, SuiteError, at_server, digest_data, kept_identity, load_suite, score_identity
 from tasks.evaluation.template import decided
+from tasks.merge import MergeJob, merge_job
+from tasks.merging.labels import merge_label
+from tasks.merging.sources import Planned
 from tasks.settings import Places
 from tasks.storage.models import download_folder, is_s3
 
@@ -77,12 +85,7 @@ class ScoreJob(Stage):
         return self.model_copy(update={"subject": self.subject.model_copy(update={"path": None})})
 
     def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
-        benchmark = Benchmark.of(self.suite, self.data_dir, self.limit, where, self.server, self.chat_template)
-        if benchmark.step(self.subject.digest).fingerprint != self.step.fingerprint:
-            raise SuiteError(
-                f"suite '{self.suite}' or its data ({self.data_dir or 'none'}) differ on this machine from those of the flow that asks for scores; "
-                "install the same version of this package on all machines, and keep the data in s3://… or a shared folder"
-            )
+        benchmark = self.benchmark(where)
 
         def build(folder: Path) -> BuildResult:
             path = self.subject.path or bring_model(self.subject, where)
@@ -91,12 +94,106 @@ class ScoreJob(Stage):
                 served_as=[self.subject.name, *([self.subject.location] if self.subject.location else [])],
                 answers_to=folder / ANSWERS_FILE,
             )  # fmt: skip
-            (folder / SCORES_FILE).write_text(scores.model_dump_json(indent=1), encoding="utf-8")
-            return BuildResult(
-                results={"capabilities": scores.by_capability()}, provenance={"model": self.subject.name, "seconds": scores.seconds}
-            )  # fmt: skip
+            return self.kept(scores, folder)
 
         return self.produce(where, build)
+
+    def benchmark(self, where: Places) -> "Benchmark":
+        """What the model is scored on, as this machine has it. Raises SuiteError where that is not what was asked for."""
+        benchmark = Benchmark.of(self.suite, self.data_dir, self.limit, where, self.server, self.chat_template)
+        if benchmark.step(self.subject.digest).fingerprint != self.step.fingerprint:
+            raise SuiteError(
+                f"suite '{self.suite}' or its data ({self.data_dir or 'none'}) differ on this machine from those of the flow that asks for scores; "
+                "install the same version of this package on all machines, and keep the data in s3://… or a shared folder"
+            )
+        return benchmark
+
+    def kept(self, scores: ModelScores, folder: Path) -> BuildResult:
+        """The artifact's file, and what its record says."""
+        (folder / SCORES_FILE).write_text(scores.model_dump_json(indent=1), encoding="utf-8")
+        return BuildResult(
+            results={"capabilities": scores.by_capability()}, provenance={"model": self.subject.name, "seconds": scores.seconds}
+        )  # fmt: skip
+
+
+class TrialJob(Stage):
+    """Merge into a model that is loaded, and score it there: no model is written.
+
+    Trials of one process share the loaded model while it is within ``one_model``; a trial by itself, as on a worker that was sent no other,
+    loads it anew. The scores are those of the merged folder, had it been written and loaded.
+    """
+
+    turn: ClassVar[Literal["engine", "benchmark"] | None] = "engine"
+    kind: Literal["trial"] = "trial"
+    merge: MergeJob
+    score: ScoreJob
+
+    @property
+    def name(self) -> str:
+        return f"{self.score.subject.name}: {merge_label(self.merge.recipe)}"[:200]
+
+    def abroad(self) -> Self:
+        return self.model_copy(update={"merge": self.merge.abroad(), "score": self.score.abroad()})
+
+    def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
+        benchmark = self.score.benchmark(where)
+
+        def build(folder: Path) -> BuildResult:
+            with nullcontext(_kept.get()) if _kept.get() else one_model() as kept:
+                assert kept is not None
+                return self.score.kept(kept.scores(self, benchmark, where, device, progress), folder)
+
+        return self.produce(where, build)
+
+
+def trial_job(plan: Planned, benchmark: "Benchmark", limit: int | None, name: str) -> TrialJob:
+    """The scores of a plan's merge. They are known by the merge, not by the digest of files that nobody writes."""
+    merge = merge_job(plan)
+    subject = Subject(name=name, role="merge", path=None, digest=f"merge:{merge.step.fingerprint}")
+    score = benchmark.job(subject, limit)
+    return TrialJob(step=score.step, merge=merge, score=score)
+
+
+class KeptModel:
+    """The model of the trials of one process, kept as long as they are of one architecture, suite and device."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack, self._like, self._holds = stack, "", ""
+
+    def scores(
+        self, trial: TrialJob, benchmark: "Benchmark", where: Places, device: str, progress: Progress | None
+    ) -> ModelScores:  # fmt: skip
+        """The trial's scores, of the kept model where that is like it. Raises OtaError."""
+        merge, recipe = trial.merge, trial.merge.recipe
+        # Second moments decide what is merged, not what a merge looks like.
+        models = {name: digest for name, digest in merge.step.inputs.items() if not name.startswith("moments")}
+        asked = replace(benchmark, limit=None).wanted
+        like = canonical_json([models, recipe.output_dtype, recipe.tokenizer_source, asked, device])
+        if self._like != like:
+            self._stack.close()
+            self._model = self._stack.enter_context(MergedModel(benchmark.tests, benchmark.data, device, where.cache))
+            self._like, self._holds = like, ""
+        if self._holds != merge.step.fingerprint:
+            self._holds = ""
+            with merge.opened(where) as inputs:
+                self._model.become(recipe, inputs, memory=merge.memory, progress=progress)
+            self._holds = merge.step.fingerprint
+        return self._model.score(trial.score.limit, progress)
+
+
+_kept: ContextVar[KeptModel | None] = ContextVar("kept_model", default=None)
+
+
+@contextmanager
+def one_model() -> Iterator[KeptModel]:
+    """The trials within, in this process, share one loaded model."""
+    with ExitStack() as stack:
+        kept = KeptModel(stack)
+        token = _kept.set(kept)
+        try:
+            yield kept
+        finally:
+            _kept.reset(token)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ota_core.errors import OtaError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.analyse import AnalyseJob, PreflightJob
 from tasks.artifacts.step import Stage, Work
-from tasks.benchmark import Benchmark, ScoreJob, SmokeJob
+from tasks.benchmark import Benchmark, ScoreJob, SmokeJob, TrialJob
 from tasks.compress import CompressJob, compress_jobs
 from tasks.evaluation.kept import read_smoke
 from tasks.evaluation.smoke import Smoke, judge
@@ -48,7 +48,8 @@ Job = Annotated[
     | AnalyseJob
     | PreflightJob
     | SmokeJob
-    | ScoreJob,
+    | ScoreJob
+    | TrialJob,
     Field(discriminator="kind"),
 ]
 

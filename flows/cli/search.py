@@ -55,6 +55,17 @@ def search(
     ] = None,
     power: Annotated[str | None, typer.Option(help=f"Exponent of the curvature, {_RANGE}.", show_default="none")] = None,
     t: Annotated[str | None, typer.Option(help=f"Position between two models (slerp), {_RANGE}.", show_default="none")] = None,
+    ridge: Annotated[
+        str | None, typer.Option(help=f"Weight of what is merged in a row-space regression, {_RANGE}.", show_default="none")
+    ] = None,
+    choose: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Words of which one is chosen: merge_method=ota,ties,rowspace, refine=none,rowspace; also of scope, metric, normalise, "
+            "denominator, fallback, masked_merge. A method has of the ranges what it uses. May be repeated.",
+            show_default="none",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the optimiser.", show_default="0")] = None,
     test: Annotated[str | None, typer.Option(help="Suite that judges the winner, once, at the end.", show_default="none")] = None,
     test_data_dir: Annotated[str | None, typer.Option(help="Its data.", show_default="--data-dir")] = None,
@@ -65,7 +76,8 @@ def search(
     artifacts: Artifacts = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Search the densities and λ of RECIPE for the best average under a floor for each capability; write the winner as recipe OUT.
+    """Search the densities and λ of RECIPE, and the methods that --choose names, for the best average under a floor for each capability; write
+    the winner as recipe OUT. λ auto stays auto, without --lambda.
 
     Run the same again to go on with an interrupted search, or with a larger --budget to add to one; with a smaller one only the trials that
     it pays for count. Exit code 3: no trial holds all floors.
@@ -83,9 +95,11 @@ def search(
             "scaling_factor": scaling_factor,
             "power": power,
             "t": t,
+            "ridge": ridge,
         }
         space = {key: None if value == "none" else value for key, value in ranges.items() if value is not None}
         space |= {} if per_expert is None else {"per_expert": per_expert}  # type: ignore[dict-item]
+        space |= _choices(choose or [])
         measured = {"evaluations": budget, "trials": trials, "rungs": _numbers(rungs), "reduction": reduction}
         given = {
             "suite": suite,
@@ -165,6 +179,22 @@ def floors_of_options(texts: list[str] | None) -> dict[str, str] | None:
     if twice:
         raise OtaError(f"--floor: given more than once for {', '.join(twice)}")
     return {name or DEFAULT: value for name, _, value in pairs}
+
+
+def _choices(texts: list[str]) -> dict[str, str | None]:
+    from tasks.experiments.search.space import CHOICES
+
+    found = {}
+    for text in texts:
+        key, _, words = text.partition("=")
+        if key not in CHOICES or not words:
+            raise OtaError(
+                f"--choose: got '{text}', expected one of {', '.join(CHOICES)} and words, such as refine=none,rowspace"
+            )
+        if key in found:
+            raise OtaError(f"--choose: given more than once for {key}")
+        found[key] = words
+    return dict(found)
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -5,6 +5,8 @@ merge: recipe and inputs → a complete Hugging Face folder. mask: recipe and in
 
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,7 +16,18 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
 from ota_core.compute.stream import Limits, Progress, Stream, parse_memory, peak_memory_gib
 from ota_core.engine.model_card import model_card
-from ota_core.engine.output import Shards, check_apart, check_free, copy_companions, new_folder, plan_files, write_weights
+from ota_core.engine.output import (
+    Put,
+    Shards,
+    check_apart,
+    check_free,
+    copy_companions,
+    merge_blocks,
+    new_folder,
+    plan_files,
+    write_holes,
+    write_weights,
+)
 from ota_core.errors import OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
@@ -104,19 +117,57 @@ def merge_into(
     **limits: Unpack[Limits],
 ) -> MergeReport:
     """Write everything of a merged model but its record into an empty folder. Who calls owns the folder: its name, record and removal."""
-    started = time.perf_counter()
-    with open_plan(recipe, inputs, **limits) as plan:
-        plan.scratch = folder
-        rule = rule_of(plan)
-        rule.prepare()
-        prepared = time.perf_counter()
+    with _prepared(recipe, inputs, folder, limits) as (plan, rule, prepare):
+        started = time.perf_counter()
         shards = plan_files(plan, shard_size)
         write_weights(plan, rule, folder, shards)
         fingerprint, results = complete_folder(plan, rule, rule.found(), folder, shards, shard_size)
-        seconds = {"prepare": prepared - started, "merge": time.perf_counter() - prepared}
+        seconds = {"prepare": prepare, "merge": time.perf_counter() - started}
         return MergeReport(
             fingerprint=fingerprint, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes
         )
+
+
+def merge_into_memory(recipe: MergeRecipe, inputs: MergeInputs, put: Put, **limits: Unpack[Limits]) -> MergeReport:
+    """Merge, and hand every tensor's rows to ``put`` as ``merge_into`` would write them, to the bit; nothing is written.
+
+    ``put`` is called from several threads, once for every row of every tensor. Raises OtaError before the first call for what is wrong
+    with the inputs; what a call has taken before a later error is part of no whole merge.
+    """
+    with _prepared(recipe, inputs, None, limits) as (plan, rule, prepare):
+        started = time.perf_counter()
+        merge_blocks(plan, rule, plan.jobs, put)
+        fingerprint, _, _ = merge_identity(recipe, inputs)
+        seconds = {"prepare": prepare, "merge": time.perf_counter() - started}
+        return MergeReport(
+            fingerprint=fingerprint, results=rule.results(rule.found()), seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes
+        )  # fmt: skip
+
+
+def outline_into(folder: Path, recipe: MergeRecipe, inputs: MergeInputs) -> None:
+    """The folder that ``merge_into`` would write, with holes for weights: what ``merge_into_memory`` needs a model from, in kilobytes.
+
+    The first and the last row of every tensor hold numbers of its own (``output.marks``), so that a loader can be watched: whether it keeps a
+    tensor as the file has it. Raises OtaError.
+    """
+    with open_plan(recipe, inputs, with_moments=False) as plan:
+        shards = plan_files(plan)
+        write_holes(folder, shards)
+        write_index(folder, shards)
+        copy_companions(plan, folder)
+
+
+@contextmanager
+def _prepared(
+    recipe: MergeRecipe, inputs: MergeInputs, scratch: Path | None, limits: Limits
+) -> Iterator[tuple[MergePlan, Rule, float]]:
+    """The opened plan and its rule, ready for the first block, and the seconds that took."""
+    started = time.perf_counter()
+    with open_plan(recipe, inputs, **limits) as plan:
+        plan.scratch = scratch
+        rule = rule_of(plan)
+        rule.prepare()
+        yield plan, rule, time.perf_counter() - started
 
 
 def complete_folder(

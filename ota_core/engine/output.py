@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.files.rows import Rows
@@ -125,6 +127,26 @@ def write_weights(plan: MergePlan, rule: "Rule", folder: Path, shards: Shards) -
             writer = stack.enter_context(SafetensorsWriter(folder / file, specs, {"format": "pt"}))
             by_tensor |= dict.fromkeys((spec.name for spec in specs), writer)
         merge_blocks(plan, rule, [job for job in plan.jobs if job.name in by_tensor], put)
+
+
+def write_holes(folder: Path, shards: Shards) -> None:
+    """These files with every tensor in its place, of which only ``marks`` are written: the rest are zeros that take no room on the disk."""
+    for file, specs in shards:
+        with SafetensorsWriter(folder / file, specs, {"format": "pt"}, holes=True) as writer:
+            for spec in specs:
+                rows, _ = matrix_shape(spec.shape)
+                for row in {0, rows - 1} if spec.dtype.is_floating_point and spec.bytes else ():
+                    writer.write_rows(spec.name, row, marks(spec, row).held)
+
+
+def marks(spec: TensorSpec, row: int) -> Rows:
+    """Numbers that tell this row of this tensor from others: (1, C), multiples of 1/16 up to 1, which every type holds as they are."""
+    import torch
+
+    _, cols = matrix_shape(spec.shape)
+    seed = zlib.crc32(f"{spec.name} {row}".encode())
+    numbers = np.random.default_rng(seed).integers(1, 17, (1, cols)) / 16
+    return Rows.of(torch.from_numpy(numbers).to(getattr(torch, spec.dtype.name)))
 
 
 Put = Callable[[str, int, Rows], None]

@@ -5,9 +5,10 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ota_core.errors import CheckpointError
 from tasks.evaluation.answers import answers_of, write_answers
@@ -46,25 +47,77 @@ def score_model(
         raise SuiteError(f"limit is {limit}; expected at least one document per task, or no limit")
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{model} holds no config.json; expected the folder of a Hugging Face checkpoint")
-    limit = limit or suite.limit
-    if suite.apply_chat_template == "auto":  # a model by itself is a comparison of one
-        suite, _ = decided(suite, {model.name: model})
+    with LoadedModel(model, suite, data_dir=data_dir, device=device, progress=progress, served_as=served_as) as loaded:
+        return loaded.score(limit, progress, answers_to)
+
+
+class LoadedModel:
+    """A suite's tasks and a checkpoint on them, loaded once; scored as often as its weights are others. A context manager.
+
+    A score is that of a model that was loaded anew: seeds and few-shot examples begin anew before each task. Arguments, and what entering
+    raises, are those of ``score_model``.
+    """
+
+    def __init__(
+        self, model: Path, suite: Suite, *, data_dir: Path | None = None, device: str = "cpu", progress: Progress | None = None,
+        served_as: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        if suite.apply_chat_template == "auto":  # a model by itself is a comparison of one
+            suite, _ = decided(suite, {model.name: model})
+        self._model, self._suite, self._data_dir, self._device, self._served_as = model, suite, data_dir, device, served_as
+        self._progress, self._stack = progress, ExitStack()
+
+    def __enter__(self) -> Self:
+        suite = self._suite
+        with ExitStack() as stack, _alone(suite, self._progress):
+            started = time.monotonic()  # not the wait for the others' turns
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="ota-scores-"))
+            backend_class(suite.backend)  # before the tasks, which may take minutes to load
+            self._tasks = load_tasks(suite, self._data_dir, Path(cache))
+            self._lm = load_model(self._model, suite, self._device, self._served_as) if self._tasks else None
+            self._loading = time.monotonic() - started  # counts with the first score
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lm = None
+        self._stack.close()
+
+    @property
+    def module(self) -> Any:
+        """The model as the backend has it: torch's with lm-eval's ``hf``; None where no task of the suite may run."""
+        return getattr(self._lm, "model", None)
+
+    def score(self, limit: int | None = None, progress: Progress | None = None, answers_to: Path | None = None) -> ModelScores:
+        """The scores of the model as it is now. ``limit`` overrides the suite's; ``answers_to`` as in ``score_model``."""
+        suite, limit = self._suite, limit or self._suite.limit
+        repeats = {entry.task: entry.repeats for entry in suite.all_tasks()}
+        results: dict[str, list[dict[str, Any]]] = {}
+        with _alone(suite, progress) as name_task:
+            started = time.monotonic()
+            for name, task in self._tasks.items():
+                name_task(name)
+                seeds = range(suite.seed, suite.seed + repeats[name])
+                results[name] = [_evaluate(self._lm, suite, name, task, limit, seed) for seed in seeds]
+            # Before the next may start, or both would count what this thread waits for then.
+            seconds, self._loading = time.monotonic() - started + self._loading, 0.0
+        if answers_to is not None and suite.documents:
+            write_answers(answers_to, answers_of(suite, results))
+        return _scores_of(suite, results, limit, seconds)
+
+
+@contextmanager
+def _alone(suite: Suite, progress: Progress | None) -> Iterator[Callable[[str], None]]:
+    """lm-eval's turn; gives what names the task for ``progress``."""
     # The code_eval metric reads the consent from the environment.
     consent = environment({"HF_ALLOW_CODE_EVAL": "1"} if suite.allow_code_execution else {})
-    with ONE_AT_A_TIME, consent, quiet(progress) as name_task, tempfile.TemporaryDirectory(prefix="ota-scores-") as cache:
-        started = time.monotonic()  # not the wait for the others' turns
-        backend_class(suite.backend)  # before the tasks, which may take minutes to load
-        loaded = load_tasks(suite, data_dir, Path(cache))
-        repeats = {entry.task: entry.repeats for entry in suite.all_tasks()}
-        results = {}
-        if loaded:
-            lm = load_model(model, suite, device, served_as)
-            for name, task in loaded.items():
-                name_task(name)
-                results[name] = [_evaluate(lm, suite, name, task, limit, suite.seed + i) for i in range(repeats[name])]
-        seconds = time.monotonic() - started  # before the next may start, or both would count what this thread waits for then
-    if answers_to is not None and suite.documents:
-        write_answers(answers_to, answers_of(suite, results))
+    with ONE_AT_A_TIME, consent, quiet(progress) as name_task:
+        yield name_task
+
+
+def _scores_of(
+    suite: Suite, results: Mapping[str, Sequence[Mapping[str, Any]]], limit: int | None, seconds: float
+) -> ModelScores:  # fmt: skip
     scores = {name: capability_score(suite, name, results) for name in suite.capabilities}
     losses = {name: held_out_loss(suite, entry, results[entry.task][0]) for name, entry in suite.losses.items()}
     return ModelScores(

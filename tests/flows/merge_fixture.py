@@ -175,9 +175,10 @@ def s3_client() -> Any:
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts calls of the functions that do the stages' work: fetch, compress, mask, merge, score."""
+    """Counts calls of the functions that do the stages' work: fetch, compress, mask, merge, trial (a merge into memory), score."""
     from ota_core.engine import engine
     from tasks import benchmark
+    from tasks.evaluation.in_memory import MergedModel
     from tasks.storage import models as storage
 
     calls: Counter[str] = Counter()
@@ -197,5 +198,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(engine, "compress_moments", "compress")
     count(engine, "mask", "mask")
     count(engine, "merge_into", "merge")
+    count(engine, "merge_into_memory", "trial")
     count(benchmark, "score_model", "score")
+    count(MergedModel, "score", "score")
     return calls

@@ -19,7 +19,8 @@ from flows.cli.app import app
 from flows.search import SearchOutcome, search_flow
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
-from tasks.benchmark import Benchmark, ScoreJob
+from tasks.benchmark import Benchmark, TrialJob
+from tasks.evaluation.in_memory import MergedModel
 from tasks.evaluation.kept import SCORES_FILE
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.search.config import SearchConfig
@@ -92,11 +93,11 @@ def test_a_search_scores_and_logs_every_trial_and_leaves_a_recipe(here: World, c
     tuned = ran.outcome.tuned
     assert len(tuned.trials) == 7 and set(tuned.trials[1].values) == {"density/math", "density/knowledge", "lambda"}
     # Second moments once for all, every trial merged once for all its rungs; the base once a rung, the experts on all documents.
-    assert counts["compress"] == len(EXPERTS) and counts["merge"] == 7 and counts["mask"] == 0
+    assert counts["compress"] == len(EXPERTS) and counts["trial"] == 7 and counts["merge"] == counts["mask"] == 0
     distinct = {json.dumps(one.recipe.effective()) for one in tuned.trials}
     assert len(distinct) == 7 and counts["score"] <= 2 + len(EXPERTS) + sum(len(one.scores) for one in tuned.trials)
     # Nothing but the trials' scores stays: no merged model.
-    assert not (here.home / "artifacts" / "merged").exists() and not list((here.home / "searches").glob("*.model"))
+    assert not (here.home / "artifacts" / "merged").exists()
     assert not [path for path in here.home.rglob("model.safetensors") if "cache" not in path.parts]  # the cache holds the inputs
 
     text = out.read_text()
@@ -134,11 +135,11 @@ def test_the_same_again_computes_nothing_and_logs_nothing_twice(here: World, cou
     first = run(here, config(here))
     counts.clear()
     again = run(here, config(here))
-    assert again.trials == first.trials and counts["merge"] == counts["score"] == counts["compress"] == 0
+    assert again.trials == first.trials and counts["trial"] == counts["score"] == counts["compress"] == 0
     parent, children = logged(here, again.outcome)
     assert again.outcome.logged.run_id == first.outcome.logged.run_id and len(children) == 7 and parent.info.status == "FINISHED"
     more = run(here, config(here, budget={"trials": 9, "rungs": [4, 8]}))
-    assert more.trials[:7] == first.trials and counts["merge"] == 2 and len(logged(here, more.outcome)[1]) == 9
+    assert more.trials[:7] == first.trials and counts["trial"] == 2 and len(logged(here, more.outcome)[1]) == 9
 
 
 def test_a_search_that_broke_off_goes_on_in_its_runs(
@@ -146,7 +147,7 @@ def test_a_search_that_broke_off_goes_on_in_its_runs(
 ) -> None:
     whole = run(here.at(tmp_path / "other"), config(here, seed=5))
     counts.clear()
-    score, left = ScoreJob.run, iter(range(14))
+    score, left = TrialJob.run, iter(range(8))
 
     def breaking(*args: Any, **kwargs: Any) -> Any:
         if next(left, None) is None:
@@ -154,10 +155,9 @@ def test_a_search_that_broke_off_goes_on_in_its_runs(
         return score(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ScoreJob, "run", breaking)
+        patch.setattr(TrialJob, "run", breaking)
         with pytest.raises(OtaError, match="the disk is full"):
             run(here, config(here, seed=5))
-    assert not list((here.home / "searches").glob("*.model"))
     client = MlflowClient(tracking_uri=here.tracking_uri)
     experiment = client.get_experiment_by_name("ota-merging").experiment_id
     (failed,) = client.search_runs([experiment], "attributes.status = 'FAILED' and tags.role = 'search'")
@@ -167,21 +167,25 @@ def test_a_search_that_broke_off_goes_on_in_its_runs(
     assert parent.info.status == "FINISHED" and len(children) == 7 and {one.info.status for one in children} == {"FINISHED"}
 
 
-def test_a_killed_search_leaves_a_merged_model_that_the_next_removes(here: World) -> None:
-    first = run(here, config(here, budget={"trials": 1, "rungs": [4, 8]}))
-    (file,) = (here.home / "searches").glob("*.db")
-    left = file.with_suffix(".model")
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half a model")
-    more = run(here, config(here, budget={"trials": 2, "rungs": [4, 8]}))
-    assert not left.exists() and more.trials[:1] == first.trials
+def test_no_trial_writes_weights(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for a while: looked at when a trial is scored, everything that this process wrote is smaller than one layer."""
+    score, sizes = MergedModel.score, []
+
+    def looked(*args: Any, **kwargs: Any) -> Any:
+        sizes.extend(path.stat().st_blocks * 512 for path in here.home.rglob("*.safetensors") if "cache" not in path.parts)
+        return score(*args, **kwargs)
+
+    monkeypatch.setattr(MergedModel, "score", looked)
+    ran = run(here, config(here, budget={"trials": 2, "rungs": [4, 8]}))
+    moments = [path for path in here.home.rglob("moments.safetensors")]
+    assert len(ran.trials) == 2 and set(sizes) == {path.stat().st_blocks * 512 for path in moments}
 
 
 def test_the_winner_is_judged_once_on_another_suite(here: World, judge: tuple[Path, Path], counts: Counter[str]) -> None:
     ran = run(here, config(here, budget={"trials": 3, "rungs": [8]}, test=str(judge[0]), test_data_dir=str(judge[1])))
     test = ran.outcome.test
     assert test is not None and len(list((here.home / "artifacts" / "merged").iterdir())) == 1
-    assert counts["merge"] == 4  # three trials, and the winner to keep
+    assert counts["trial"] == 3 and counts["merge"] == 1  # the winner, to keep
     assert set(test.scores) == {"base", *(f"expert/{name}" for name in EXPERTS), "merged"}
 
 
@@ -200,7 +204,7 @@ def test_suites_that_share_documents_are_refused(here: World, tmp_path: Path, co
         suite.write_text(suite.read_text().replace("tiny_", "judge_"))
     with pytest.raises(SearchError, match=rf"share {2 if renamed else 24} of 24 documents \(tiny_"):
         run(here, config(here, test=str(suite), test_data_dir=str(data)))
-    assert counts["merge"] == counts["score"] == 0
+    assert counts["trial"] == counts["score"] == 0
 
 
 def test_where_the_suite_measures_a_loss_trials_and_floors_go_by_it(here: World, tmp_path: Path) -> None:
@@ -226,15 +230,14 @@ def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, wor
     alone = run(here.at(tmp_path / "alone"), config(here, budget={"trials": 4, "rungs": [4, 8]}))
     sent = run(here, config(here, budget={"trials": 4, "rungs": [4, 8]}), gpu="stage/gpu")
     assert sent.trials == alone.trials
-    merges = {name for name in worker_here if name.startswith("merge ota rho=")}
-    assert len(merges) == 4, "each trial can be told from the others"
-    assert "benchmark trial 3" in worker_here and "benchmark base, math, knowledge" in worker_here
+    assert len({name for name in worker_here if name.startswith("trial ")}) == 4, "each can be told from the others"
+    assert any(name.startswith("trial 3: ota rho=") for name in worker_here) and "benchmark base, math, knowledge" in worker_here
     merged = here.home / "artifacts" / "merged"
     assert not merged.exists() or not list(merged.iterdir())
 
 
-def test_a_point_that_comes_again_is_merged_again_on_the_pool(here: World, worker_here: list[str], tmp_path: Path) -> None:
-    """Its model was deleted when another was asked for: a run that is done already must not be taken for it."""
+def test_a_point_that_comes_again_is_merged_again_on_the_pool(here: World, worker_here: list[str]) -> None:
+    """No model is kept between runs, and what was measured is read: on other documents the point is measured anew."""
     where, recipes = places(here.home), [here.recipe(**{"lambda": scale}) for scale in (1, 2, 1)]
     fetched = fetch_all(recipes[0], cache=where.cache, recipe_dir=None)
     benchmark = Benchmark.of(str(here.suite), str(here.data), None, where)
@@ -245,11 +248,11 @@ def test_a_point_that_comes_again_is_merged_again_on_the_pool(here: World, worke
 
     @flow
     def parent() -> list[ModelScores]:
-        with Trials(planned(recipes[0], fetched, where), benchmark, where, Pool("stage/gpu", "cpu"), tmp_path / "none") as trials:
-            return [scored(trials, recipe, limit) for recipe, limit in zip(recipes, (4, 4, 8), strict=True)]
+        with Trials(planned(recipes[0], fetched, where), benchmark, where, Pool("stage/gpu", "cpu")) as trials:
+            return [scored(trials, recipe, limit) for recipe, limit in zip([*recipes, recipes[0]], (4, 4, 8, 4), strict=True)]
 
-    first, _, last = parent()
-    assert sum(name.startswith("merge ota") for name in worker_here) == 3 and (first.limit, last.limit) == (4, 8)
+    first, _, last, again = parent()
+    assert len(worker_here) == 3 and (first.limit, last.limit) == (4, 8) and again == first
 
 
 def invoke(*arguments: object, on: World | None = None) -> Any:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OVERRULED = 1.0
-"""Mean interference above which an expert is named by measures alone: it acts on others' inputs more strongly than their own edits do."""
+"""Mean interference above which an expert is named by this measure alone: it acts on others' inputs more strongly than their own edits do."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def _change(
     """Of the mean over the experts' capabilities: what the others gain, less what the merge keeps of the expert that is left out."""
 
     def score(expert: str) -> float:
-        return known.experts[expert][1] if known and expert in known.experts else 1.0
+        if known is None:
+            return 1.0
+        return known.experts[expert][1] if expert in known.experts else 0.0  # what nobody measures is in no average
 
     def weighed(points: Mapping[str, Point]) -> list[tuple[Point, float]]:
         return [(point, score(expert) / len(before)) for expert, point in points.items()]
@@ -151,7 +153,7 @@ def _why(name: str, acts: float | None, change: tuple[float, float] | None, know
         return f"it scores {100 * score:.1f} % on {capability}, no more than the base: nothing is lost without it"
     if change is not None and change[0] > 0:
         return f"the average is predicted to rise by {100 * change[0]:.1f} ± {100 * change[1]:.1f} points without it"
-    if change is None and acts is not None and acts > OVERRULED:
+    if acts is not None and acts > OVERRULED:
         return f"it acts on the inputs of the others {acts:.1f} times as strongly as their own edits"
     return ""
 

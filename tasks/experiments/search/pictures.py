@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from tasks.experiments.search.search import Range, Tuned
+from tasks.experiments.search.search import Tuned
+from tasks.experiments.search.space import Dimension, Options
 from tasks.pages.pictures import style
 
 HOLDS, MISSES, STOPPED = "holds all floors", "misses a floor", "stopped early"
@@ -68,19 +69,27 @@ def _trials(rows: pd.DataFrame, x: alt.X, title: str, tooltip: list[Any]) -> alt
     )  # fmt: skip
 
 
-def values_against_average(tuned: Tuned, ranges: Mapping[str, Range]) -> alt.ConcatChart:
-    """A panel for each density, λ or weight: its value against the average, of every trial. ``ranges``: of all of them, by name."""
+def values_against_average(tuned: Tuned, dimensions: Sequence[Dimension]) -> alt.ConcatChart:
+    """A panel for each choice, density, λ or weight: its value against the average, of every trial that had it."""
     table = table_of(tuned)
     panels = []
-    for name, within in ranges.items():
-        rows = table[["average", "state", "trial"]].assign(value=table[name]).dropna()
-        scale = alt.Scale(type="log" if within.log else "linear", domain=[within.low, within.high], nice=False, zero=False)
-        x = alt.X("value:Q", title=_title(name), scale=scale)
-        marks = _trials(rows, x, "average (%)", ["trial:Q", alt.Tooltip("value:Q", title=_title(name)), _PERCENT, "state:N"])
+    for one in dimensions:
+        if one.name not in table:  # of a method that no trial had
+            continue
+        rows = table[["average", "state", "trial"]].assign(value=table[one.name]).dropna()
+        title, kind = _title(one.name), "value:N" if isinstance(one.within, Options) else "value:Q"
+        if isinstance(one.within, Options):
+            x = alt.X(kind, title=title, axis=alt.Axis(labelAngle=0), scale=alt.Scale(domain=list(one.within.words)))
+        else:
+            scale = alt.Scale(
+                type="log" if one.within.log else "linear", domain=[one.within.low, one.within.high], nice=False, zero=False
+            )
+            x = alt.X(kind, title=title, scale=scale)
+        marks = _trials(rows, x, "average (%)", ["trial:Q", alt.Tooltip(kind, title=title), _PERCENT, "state:N"])
         best = alt.Chart(rows[rows["trial"] == tuned.best.number]).mark_point(
             size=220, filled=False, stroke=style.INK, strokeWidth=2
         )
-        panels.append((marks + best.encode(x="value:Q", y="average:Q")).properties(width=style.PANEL, height=180))
+        panels.append((marks + best.encode(x=kind, y="average:Q")).properties(width=style.PANEL, height=180))
     return alt.concat(*panels, columns=COLUMNS).properties(title="What the trials chose (ring: the winner)")
 
 

@@ -10,14 +10,18 @@ from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.yaml_text import dump_yaml
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.search import Trial, Tuned
-from tasks.experiments.search.space import Dimension
+from tasks.experiments.search.space import CHOICES, Dimension
 from tasks.merging.inputs import locate
 from tasks.pages import terminal
 from tasks.pages.markdown import captioned
-from tasks.pages.tables import NUMBER, PERCENT, Column, Table, Unit
+from tasks.pages.tables import NUMBER, PERCENT, TEXT, Column, Table, Unit
 from tasks.storage.models import is_s3
 
 SHOWN = 6
+_TRADE_OFFS = (
+    "Every trial on all documents, one line each; the coloured ones form the Pareto front: no other trial is as good in every capability and "
+    "better in one. Short bars, or dashed lines, are the floors. The average chose the winner, which need not be what you would choose."
+)
 _AVERAGE = Unit("percent", ".1f")
 
 
@@ -76,7 +80,7 @@ def trials(tuned: Tuned, shown: int) -> Table:
     columns = [
         Column("label", "trial"), Column("average", unit=_AVERAGE),
         *(Column(f"score/{name}", name, PERCENT, mark=f"missed/{name}") for name in tuned.best.last),
-        *(Column(name, unit=NUMBER, absent="") for name in searched),
+        *(Column(name, unit=TEXT if name in CHOICES else NUMBER, absent="") for name in searched),
     ]  # fmt: skip
     return Table("Best trials", frame, columns, [legend(tuned)], strong=[one is tuned.best for one in best])
 
@@ -106,6 +110,7 @@ def verdict(tuned: Tuned) -> str:
 
 def files(tuned: Tuned, dimensions: tuple[Dimension, ...], recipe_yaml: str, title: str) -> dict[str, str | bytes]:
     """What is kept beside the runs in MLflow: recipe, table, pictures, a page."""
+    from tasks.experiments.search.front import trade_offs
     from tasks.experiments.search.pictures import best_so_far, table_of, values_against_average
     from tasks.pages.html import Section, to_html
     from tasks.pages.pictures.picture import Picture, png
@@ -113,10 +118,15 @@ def files(tuned: Tuned, dimensions: tuple[Dimension, ...], recipe_yaml: str, tit
     found: dict[str, str | bytes] = {"recipe.yaml": recipe_yaml, "tables/trials.csv": table_of(tuned).to_csv(index=False)}
     said = "Every trial by its average score on the validation suite. Trials that were stopped early were measured on fewer documents."
     pictures = [Picture("Best average", " ".join([said, *_likelihoods(tuned)]), best_so_far(tuned))]
+    names = ["best"]
     if dimensions:
-        drawn = values_against_average(tuned, {one.name: one.within for one in dimensions})
+        drawn = values_against_average(tuned, dimensions)
         pictures.append(Picture("Values", "Each value that was searched against the average of its trial.", drawn))
-    for name, picture in zip(("best", "values"), pictures, strict=False):
+        names = ["best", "values"]
+    if len(tuned.best.last) > 1:
+        pictures.append(Picture("Trade-offs", _TRADE_OFFS, trade_offs(tuned)))
+        names.append("front")
+    for name, picture in zip(names, pictures, strict=True):
         found[f"plots/{name}.png"] = png(picture.chart)
     sections = [Section("Result", [verdict(tuned), *pictures]), Section("All trials", [trials(tuned, len(tuned.trials))])]
     return found | {"search.html": to_html(title, sections)}

@@ -1,4 +1,4 @@
-"""Search for a recipe's densities and λ: best average over the capabilities, under a floor for each, within a budget of evaluations.
+"""Search for a recipe's methods, densities and λ: best average over the capabilities, under a floor for each, within a budget of evaluations.
 
 ``Search`` runs trial by trial, for who runs each one somewhere else; ``tune`` is the whole of it. Points come from Optuna's TPE (Bergstra et al. 2011; Watanabe 2023) with the floors as its constraints; trials that fall behind are stopped by
 asynchronous successive halving (Li et al. 2020): few documents first, more for the best of them.
@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from ota_core.artifact import canonical_json
 from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.experiments.search.space import Range, Space, apply, round_value, starts, values_of
+from tasks.experiments.search.space import Range, Space, Value, place, point, starting_points
 from tasks.experiments.search.trials import SearchError, ask, finished, give_up_running, open_study, study_name
 
 __all__ = ["Budget", "Point", "Range", "Search", "SearchError", "Space", "Trial", "Tuned", "tune"]
@@ -74,7 +74,7 @@ class Point(Frozen):
 
     number: int
     origin: Origin
-    values: dict[str, float]
+    values: dict[str, Value]
     """Dimension to value; empty for a recipe that lies outside of the space."""
     recipe: MergeRecipe
 
@@ -160,11 +160,12 @@ class Search:
         storage: Path | None = None, identity: str = "", names: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         self._recipe, self._budget, self._seed = recipe, budget, seed
+        self._space, self._names = space, names
         self.dimensions = space.dimensions(recipe, names)
         # Where there is nothing to choose, there is nothing to stop early.
         self.rungs = budget.rungs if self.dimensions else budget.rungs[-1:]
         self._floors = {limit: dict(floors(limit)) if floors else {} for limit in self.rungs}
-        self._starts = starts(recipe, self.dimensions)
+        self._starts = starting_points(space, recipe, names)
         ranges = {one.name: one.within.model_dump() for one in self.dimensions}
         named = {"recipe": _described(recipe), "space": ranges, "rungs": list(self.rungs), "reduction": budget.reduction, "seed": seed,
                  "floors": {str(limit): floor for limit, floor in self._floors.items()}, "identity": identity}  # fmt: skip
@@ -197,10 +198,12 @@ class Search:
         if not self._pays_for_another(paid) or (number and not self.dimensions):
             return None
         origin: Origin = "recipe" if number == 0 else "start" if number <= len(self._starts) else "search"
-        fixed = {"recipe": values_of(self._recipe, self.dimensions), "start": self._starts[number - 1 :][:1]}.get(origin)
-        point = fixed[0] if isinstance(fixed, list) else fixed
-        outside = origin == "recipe" and point is None  # the optimiser learns nothing from a point that it could not choose
-        self._asked = ask(self._study, () if outside else self.dimensions, number, self._seed, point)
+        fixed = {"recipe": place(self._space, self._recipe, self._names), "start": self._starts[number - 1 :][:1]}.get(origin)
+        at = fixed[0] if isinstance(fixed, list) else fixed
+        outside = origin == "recipe" and at is None  # the optimiser learns nothing from a point that it could not choose
+        self._asked, suggest = ask(self._study, number, self._seed, at)
+        if not outside:
+            self._space.walk(self._recipe, self._names, suggest)
         return self._point(number, origin, self._asked.params)
 
     def run(self, point: Point, evaluate: Evaluate) -> Trial:
@@ -249,9 +252,9 @@ class Search:
     def _cost(self, trials: Sequence[Any]) -> float:
         return math.fsum(self._budget.cost(limit) for one in trials for limit in one.intermediate_values)
 
-    def _point(self, number: int, origin: Origin, params: Mapping[str, float]) -> Point:
-        values = {one.name: round_value(params[one.name], one.within) for one in self.dimensions if one.name in params}
-        recipe = self._recipe if origin == "recipe" else apply(self._recipe, self.dimensions, values)
+    def _point(self, number: int, origin: Origin, params: Mapping[str, Value]) -> Point:
+        values = {one.name: one.rounded(params[one.name]) for one in self.dimensions if one.name in params}
+        recipe = self._recipe if origin == "recipe" else point(self._space, self._recipe, self._names, values)
         return Point(number=number, origin=origin, values=values, recipe=recipe)
 
     def _trial(self, number: int, one: Any) -> Trial:

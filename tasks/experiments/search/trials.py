@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ota_core.errors import OtaError
-from tasks.experiments.search.space import Dimension
+from tasks.experiments.search.space import Choose, Dimension, Range, Value, Values
 
 if TYPE_CHECKING:
     import optuna
@@ -102,10 +101,9 @@ def give_up_running(study: optuna.Study) -> None:
         study.tell(study.ask(), state=TrialState.FAIL)
 
 
-def ask(
-    study: optuna.Study, dimensions: Sequence[Dimension], number: int, seed: int, fixed: Mapping[str, float] | None
-) -> optuna.Trial:
-    """A new trial: at a ``fixed`` point, or where TPE expects the most of it. It depends on the finished trials, the seed and the number.
+def ask(study: optuna.Study, number: int, seed: int, fixed: Values | None) -> tuple[optuna.Trial, Choose]:
+    """A new trial, and what chooses its values: at a ``fixed`` point, or where TPE expects the most of it. It depends on the finished trials,
+    the seed and the number.
 
     Each trial has a sampler of its own: one that goes on counting random numbers would choose otherwise after an interruption.
     """
@@ -115,11 +113,14 @@ def ask(
     study.sampler = optuna.samplers.TPESampler(seed=state, n_startup_trials=RANDOM_TRIALS, constant_liar=False)
     if fixed is not None:
         study.enqueue_trial(dict(fixed))
-    ranges: dict[str, optuna.distributions.BaseDistribution] = {
-        one.name: optuna.distributions.FloatDistribution(one.within.low, one.within.high, log=one.within.log)
-        for one in dimensions
-    }
-    return study.ask(ranges)
+    trial = study.ask()
+
+    def choose(one: Dimension) -> Value:
+        if isinstance(one.within, Range):
+            return trial.suggest_float(one.name, one.within.low, one.within.high, log=one.within.log)
+        return str(trial.suggest_categorical(one.name, one.within.words))
+
+    return trial, choose
 
 
 def study_name(identity: str) -> str:

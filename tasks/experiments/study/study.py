@@ -198,7 +198,8 @@ class StudyConfig(Frozen):
 def _tunable(recipe: MergeRecipe, given: dict[str, Any]) -> tuple[str, ...]:
     """Which of λ and density this method uses and the grid leaves open."""
     effective = recipe.effective()
-    return tuple(key for key in _TUNABLE if key not in given and key in {*effective["parameters"], *effective["experts"][0]})
+    used = {*effective["parameters"], *effective["experts"][0]} - ({"lambda"} if recipe.auto else set())
+    return tuple(key for key in _TUNABLE if key not in given and key in used)
 
 
 def _fill(text: str, values: dict[str, str]) -> str:

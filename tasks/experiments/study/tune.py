@@ -44,7 +44,7 @@ def tune_cell(
         plan.recipe, _space(config, cell.tune, recipe), Budget(trials=config.trials, rungs=(config.limit,)), seed=config.seed,
         storage=folder, identity=canonical_json({"merge": merge, "scores": benchmark.wanted}),
     )  # fmt: skip
-    with Trials(plan, benchmark, where, executor, folder / f"study-{merge}.model") as trials:
+    with Trials(plan, benchmark, where, executor) as trials:
         found = tune(search, lambda candidate, limit: trials.score(candidate, limit, "trial").objective())
     # The recipe as given has no density where nothing is masked: that is 1.
     best = {name: found.best.recipe.setting(name, 0) for name in cell.tune}

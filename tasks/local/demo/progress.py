@@ -1,6 +1,5 @@
 """How far trainings are: in a terminal a bar for each, else a line in the log for each, every 15 seconds."""
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -8,9 +7,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from prefect.logging import get_run_logger
-from prefect.logging.handlers import PrefectConsoleHandler
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from tasks.orchestration.budget_bar import bar_column, in_words, terminal
 
 SECONDS_BETWEEN = 15.0
 RECENT = 20
@@ -21,16 +20,13 @@ _BARS: ContextVar[Progress | None] = ContextVar("bars", default=None)
 @contextmanager
 def training_bars() -> Iterator[None]:
     """Around trainings that run side by side: one display of bars for all of them, below the log, where there is a terminal."""
-    handlers = [*logging.getLogger("prefect").handlers, *logging.getLogger().handlers]
-    # On the log's own console: what is logged meanwhile appears above the bars. It knows none of rich's styles by name.
-    console = next((one.console for one in handlers if isinstance(one, PrefectConsoleHandler)), Console(stderr=True))
-    if not console.is_terminal:
+    console = terminal()
+    if console is None:
         yield
         return
-    bar = BarColumn(style="grey23", complete_style="cyan", finished_style="green", pulse_style="grey50")
     columns = (
         TextColumn("{task.description}"),
-        bar,
+        bar_column(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
@@ -72,8 +68,3 @@ class Training:
             self._said = now
             left = (now - begun) / (done - before) * (total - done)
             self._log.info("%s: step %d of %d, %s, %s left", self._name, done, total, mean, in_words(left))
-
-
-def in_words(seconds: float) -> str:
-    """A duration, to the second below two minutes and to the minute above."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
