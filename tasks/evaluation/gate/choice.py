@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.evaluation.gate.decide import ROUNDING, comparable, compared, decide
+from tasks.evaluation.gate.decide import ROUNDING, best, comparable, compared, decide
 from tasks.evaluation.gate.decision import Choice, GateDecision, GateSettings, Reference
 from tasks.evaluation.pairs import Documents, Paired, max_t, paired, sign_flips
 from tasks.evaluation.scores import ModelScores
@@ -84,6 +84,26 @@ def decide_all(
         )
         for name, scores in candidates.items()
     }  # fmt: skip
+
+
+def choosing_documents(scores: ModelScores, suite: Suite, settings: GateSettings) -> Documents | None:
+    """The documents that anything may be chosen by before the gate decides; None for all of them, where none are held out."""
+    split = Split(settings, suite.tiers)
+    return None if settings.several != "held_out" or split.why_not(scores) else split.chooses
+
+
+def first_choice(candidates: Mapping[str, ModelScores], suite: Suite, settings: GateSettings) -> str:
+    """The candidate with the highest average on the documents that choose; of equal ones the first listed. Raises GateError as ``best``."""
+    first = best(candidates)
+    documents = choosing_documents(candidates[first], suite, settings)
+    if documents is None:
+        return first
+    averages = {
+        name: paired(suite, deciding(scores.measured, scores.tiers), name, scores, scores, documents).means[0]
+        for name, scores in candidates.items()
+    }
+    highest = max(averages.values())
+    return next(name for name, average in averages.items() if average >= highest - ROUNDING)
 
 
 _References = Mapping[Reference, ModelScores]

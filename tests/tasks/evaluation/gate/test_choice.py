@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tasks.evaluation.gate import GateDecision, GateError, GateSettings, decide, decide_all
+from tasks.evaluation.gate import (
+    GateDecision,
+    GateError,
+    GateSettings,
+    best,
+    choosing_documents,
+    decide,
+    decide_all,
+    first_choice,
+)  # fmt: skip
 from tasks.evaluation.gate.choice import Split
 from tasks.evaluation.pairs import max_t, paired, sign_flips
 from tasks.evaluation.scores import ModelScores
@@ -147,6 +156,16 @@ def test_too_few_documents_are_said_and_corrected_for() -> None:
     assert "No documents are held out, because there are too few: of the 12 of math" in a.why and a.why in found["a"].reasons[1]
     assert found["a"].promoted and a.p_value == pytest.approx(2.0**-8, abs=1e-3)
     assert not found["b"].promoted and "not more than the noise where the best of 2" in found["b"].reasons[1]
+
+
+def test_what_is_chosen_before_the_gate_sees_only_the_documents_that_choose() -> None:
+    split = Split(GateSettings(), {})
+    lucky = [float(split.confirms("math", f"sums{i:05d}")) for i in range(200)]
+    plain = [float(i % 3 == 0) for i in range(200)]
+    candidates = {"lucky": sums(lucky), "plain": sums(plain)}
+    assert best(candidates) == "lucky" and first_choice(candidates, SUITE, GateSettings()) == "plain"
+    assert first_choice(candidates, SUITE, GateSettings(several="corrected")) == "lucky"
+    assert choosing_documents(candidates["plain"], SUITE, GateSettings(least=150)) is None
 
 
 def test_one_candidate_and_old_settings_decide_as_before() -> None:
