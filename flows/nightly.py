@@ -1,4 +1,4 @@
-"""The nightly merge, top to bottom: look → check → merge the candidates → compare → gate → publish and promote → remember.
+"""The nightly merge, top to bottom: look → check → look ahead → merge the candidates → compare → gate → publish and promote → remember.
 
 Every step is found done by the next run: a night that was interrupted is simply run again. What was seen is written down last.
 """
@@ -13,8 +13,11 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
 from flows.merge import merge_flow
+from flows.outlook import Ahead, look_ahead, merge_without
 from ota_core.errors import OtaError, RecipeError, raise_all
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.benchmark import Benchmark
+from tasks.evaluation.gate import check_margins
 from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
@@ -53,12 +56,13 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         config = load_nightly(find_config(config))
     where, log = places(), get_run_logger()
     benchmark = Benchmark.of(config.suite, config.data_dir, config.limit, where).check()
+    check_margins(config.gate, benchmark.tests)
     executor = executor_of(gpu_deployment(), config.device)
     setting = config.digest(benchmark.tests, benchmark.data_digest)
 
     def score(subject: Subject) -> ModelScores:
         """One more model, asked as the candidates were."""
-        tonight = read_scores(where, next(iter(outcomes.values())).scores["merged"])
+        tonight = read_scores(where, next(one.scores["merged"] for one in outcomes.values() if one.scores))
         return read_all(where, score_all({"one": subject}, benchmark.asked(tonight.chat_template), where, executor))["one"]
 
     found, problems = look(config)
@@ -89,9 +93,12 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     if left_out:  # on a page of its own, and now: the night may end before it has a verdict to show
         show_markdown("left-out", "\n".join(f"- {line}" for line in left_out), "Left out of tonight's merges")
     try:
-        outcomes, failures = _merge_all(config, chosen)
+        recipes, failures = _recipes(config, chosen)
+        ahead = look_ahead(config, benchmark.tests, recipes, where)
+        outcomes = _merge_all(config, recipes, failures)
         if not outcomes:
             raise_all([f"candidate '{name}' could not be merged: {reason}" for name, reason in failures.items()], NightlyError)
+        outcomes |= merge_without(ahead, recipes, outcomes, lambda recipe, keep: _merge(config, recipe, keep).result())
         night = Night(config=config, suite=benchmark.tests, where=where, outcomes=outcomes)
         verdict = judge(night, score)
         settle(night, verdict)
@@ -99,7 +106,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         if not left_out:
             raise
         raise NightlyError(f"{error}{_left_out(left_out)}") from error
-    _show(night, verdict, problems, failures)
+    _show(night, verdict, problems, failures, ahead)
     message = _message(verdict, left_out, failures)
     if failures:  # told as a failure, and not written down: the next night tries these candidates again
         return Failed(message=message)
@@ -108,26 +115,37 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     return Completed(name="Promoted" if verdict.promoted else "Kept", message=message)
 
 
-def _merge_all(config: NightlyConfig, chosen: dict[str, ExpertFound]) -> tuple[dict[str, MergeOutcome], dict[str, str]]:
-    """Every candidate merged and benchmarked, and why others were not. One that fails does not stop the others."""
-    outcomes: dict[str, MergeOutcome] = {}
+def _recipes(config: NightlyConfig, chosen: dict[str, ExpertFound]) -> tuple[dict[str, MergeRecipe], dict[str, str]]:
+    """Every candidate's recipe, and what is wrong with others, which only the experts that were found tell: their number, their names."""
+    recipes: dict[str, MergeRecipe] = {}
     failures: dict[str, str] = {}
     uris = {capability: one.uri for capability, one in chosen.items()}
     for candidate in config.candidates:
         try:
-            recipe = candidate.recipe(config.base_model, uris)
-        except RecipeError as error:  # of what only the experts that were found tell: their number, their names
+            recipes[candidate.name] = candidate.recipe(config.base_model, uris)
+        except RecipeError as error:
             failures[candidate.name] = str(error)
-            continue
-        state: Any = merge_flow(
-            recipe, suite=config.suite, data_dir=config.data_dir, limit=config.limit,
-            device=config.device, memory=config.memory, registered_model=config.name, report=config.report, return_state=True,
-        )  # fmt: skip
+    return recipes, failures
+
+
+def _merge(config: NightlyConfig, recipe: MergeRecipe, keep: bool = True) -> Any:
+    """The state of one merge, benchmarked; with ``keep`` it gains a version in the registry."""
+    return merge_flow(
+        recipe, suite=config.suite, data_dir=config.data_dir, limit=config.limit, device=config.device, memory=config.memory,
+        registered_model=config.name if keep else None, report=config.report, return_state=True,
+    )  # fmt: skip
+
+
+def _merge_all(config: NightlyConfig, recipes: dict[str, MergeRecipe], failures: dict[str, str]) -> dict[str, MergeOutcome]:
+    """Every candidate merged and benchmarked; why others were not is added to ``failures``. One that fails does not stop the others."""
+    outcomes: dict[str, MergeOutcome] = {}
+    for name, recipe in recipes.items():
+        state: Any = _merge(config, recipe)
         if state.is_completed():
-            outcomes[candidate.name] = state.result()
+            outcomes[name] = state.result()
         else:
-            failures[candidate.name] = state.message or state.name
-    return outcomes, failures
+            failures[name] = state.message or state.name
+    return outcomes
 
 
 def _left_out(lines: Sequence[str]) -> str:
@@ -152,7 +170,9 @@ def _message(verdict: Verdict, left_out: Sequence[str], failures: dict[str, str]
     return f"{verdict.headline}{refused}{_left_out(left_out)}{failed}"
 
 
-def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str]) -> None:
+def _show(
+    night: Night, verdict: Verdict, problems: list[ExpertProblem], failures: dict[str, str], ahead: Ahead
+) -> None:  # fmt: skip
     """The night's pages in the Prefect UI."""
     first = verdict.winner or verdict.challenger
     if first:
@@ -168,7 +188,7 @@ def _show(night: Night, verdict: Verdict, problems: list[ExpertProblem], failure
         pages += ["## Refused before the benchmark", "", *(f"- **{name}**: {why}" for name, why in verdict.refused.items()), ""]
     if failures:
         pages += ["## Failed", "", *(f"- **{name}**: {reason}" for name, reason in failures.items()), ""]
-    show_markdown("gate", "\n".join([*pages, *verdict.pages(night)]), verdict.headline)
+    show_markdown("gate", "\n".join([*pages, *verdict.pages(night), *ahead.pages(night.outcomes)]), verdict.headline)
 
 
 def run_nightly(config: str | None, *, force: bool) -> str:

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,12 +135,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path, *, seconds: float = 240) -> Iterator[str]:
-    """The address of an MLflow server whose database and artifacts lie in the folder. On leaving, its whole process group is stopped."""
+def mlflow_server(folder: Path, *, seconds: float = 240, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The address of an MLflow server whose database and artifacts lie in the folder. On leaving, its whole process group is stopped.
+
+    ``env``: more of its environment.
+    """
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")]
     plain = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    plain |= env or {}
     log, url = folder / "server.log", f"http://127.0.0.1:{port}"
     with open(log, "wb") as stream:
         process = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=stream, start_new_session=True, env=plain)

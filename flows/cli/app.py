@@ -15,6 +15,7 @@ from flows.cli import retention as cli_retention
 from flows.cli import search as cli_search
 from flows.cli import stack as cli_stack
 from flows.cli import tune as cli_tune
+from flows.cli import webhooks as cli_webhooks
 from flows.cli.common import Device, Home, progress_bars, show, user_errors
 from ota_core.errors import OtaError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_stack.app, name="stack")
+app.add_typer(cli_webhooks.app, name="webhook")
 
 
 def demo(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OVERRULED = 1.0
-"""Mean interference above which an expert is named by measures alone: it acts on others' inputs more strongly than their own edits do."""
+"""Mean interference above which an expert is named by this measure alone: it acts on others' inputs more strongly than their own edits do."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def outlook(
     """
     names, refined = names_of(table), bool(said["settings"]["refined"])
     measured, why = features(table), why_not(examples)
-    complete = all(len(own) == len(MEASURES) for own in measured.values())
-    if not why and not complete:
+    if not why and not all(_complete(own) for own in measured.values()):
         why = "no retention is predicted: the measures that predictions read are those of two experts or more, each of which moved a matrix"
     learned = None if why else Predictor(examples)
     points = {name: _point(name, measured[name], refined, len(names), capabilities) for name in names}
@@ -102,6 +101,10 @@ def outlook(
         average=learned.average(list(points.values())) if learned else None, in_scores=known is not None, left_out=[*said["left_out"]],
         learned=(len(learned.examples), sum(one.here for one in learned.examples), learned.error) if learned else None,
     )  # fmt: skip
+
+
+def _complete(own: Features) -> bool:
+    return own.keys() >= set(MEASURES)
 
 
 def _point(name: str, own: Features, refined: bool, experts: int, capabilities: Mapping[str, str] | None) -> Point:
@@ -119,7 +122,7 @@ def _alone(
     change = None
     if learned and fits["without"]:
         after = {other: _point(other, own, refined, len(others), capabilities) for other, own in features(table, name).items()}
-        if all(len(point.features) == len(MEASURES) for point in after.values()):
+        if all(_complete(point.features) for point in after.values()):
             change = _change(name, learned, points, after, known)
     return Alone(
         name=name, measured=measured[name], acts=acts, change=change, hurts=_why(name, acts, change, known),
@@ -134,7 +137,9 @@ def _change(
     """Of the mean over the experts' capabilities: what the others gain, less what the merge keeps of the expert that is left out."""
 
     def score(expert: str) -> float:
-        return known.experts[expert][1] if known and expert in known.experts else 1.0
+        if known is None:
+            return 1.0
+        return known.experts[expert][1] if expert in known.experts else 0.0  # what nobody measures is in no average
 
     def weighed(points: Mapping[str, Point]) -> list[tuple[Point, float]]:
         return [(point, score(expert) / len(before)) for expert, point in points.items()]
@@ -151,7 +156,7 @@ def _why(name: str, acts: float | None, change: tuple[float, float] | None, know
         return f"it scores {100 * score:.1f} % on {capability}, no more than the base: nothing is lost without it"
     if change is not None and change[0] > 0:
         return f"the average is predicted to rise by {100 * change[0]:.1f} ± {100 * change[1]:.1f} points without it"
-    if change is None and acts is not None and acts > OVERRULED:
+    if acts is not None and acts > OVERRULED:
         return f"it acts on the inputs of the others {acts:.1f} times as strongly as their own edits"
     return ""
 

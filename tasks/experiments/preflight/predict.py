@@ -60,6 +60,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class _Fit:
+    """A ridge regression. What lies beyond all that it has seen counts as the most extreme of that: no line is drawn further than it is known."""
+
+    least: Floats
+    most: Floats
     means: Floats
     scales: Floats
     weights: Floats
@@ -67,18 +71,18 @@ class _Fit:
 
     def of(self, x: Floats) -> Floats:
         """x: (n, F); (n,)."""
-        found: Floats = (x - self.means) / self.scales @ self.weights + self.intercept
+        found: Floats = (x.clip(self.least, self.most) - self.means) / self.scales @ self.weights + self.intercept
         return found
 
 
 def _fit(x: Floats, y: Floats, plain: int) -> _Fit:
-    """Ridge regression. x: (n, F), of which the first ``plain`` columns are measures and the others mark a capability; y: (n,)."""
+    """x: (n, F), of which the first ``plain`` columns are measures and the others mark a capability; y: (n,)."""
     means, scales = x.mean(0), x.std(0)
     scales[scales == 0] = 1.0
     scales[plain:] = 1.0
     z = (x - means) / scales
     weights = np.linalg.solve(z.T @ z + RIDGE * np.eye(x.shape[1]), z.T @ (y - y.mean()))
-    return _Fit(means, scales, weights, float(y.mean()))
+    return _Fit(x.min(0), x.max(0), means, scales, weights, float(y.mean()))
 
 
 class Predictor:
