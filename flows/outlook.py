@@ -12,12 +12,12 @@ from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.analyse import preflight_job
 from tasks.artifacts.store import store_of
-from tasks.evaluation.gate import best
+from tasks.evaluation.gate import first_choice
 from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
 from tasks.experiments.preflight import page
-from tasks.experiments.preflight.history import examples, known_of
+from tasks.experiments.preflight.history import examples, known_of, shipped
 from tasks.experiments.preflight.outlook import Outlook, outlook
 from tasks.experiments.preflight.predict import Example
 from tasks.job import fetch_models, run_here
@@ -80,7 +80,13 @@ def look_ahead(config: NightlyConfig, suite: Suite, recipes: Mapping[str, MergeR
             ahead.measured[name] = run_here(preflight_job(plan), where)
         except OtaError as error:
             get_run_logger().warning("nothing is known of candidate %s before it is merged: %s", name, error)
-    ahead.known = examples(resolve_store(root=where.tracking))
+    try:
+        ahead.known = examples(resolve_store(root=where.tracking))
+    except OtaError as error:
+        get_run_logger().warning(
+            "what is predicted of the candidates is not learned from the merges of this installation: %s", error
+        )
+        ahead.known = shipped()
     return ahead
 
 
@@ -97,7 +103,7 @@ def merge_without(
     }
     if ahead.config.leave_out != "measured" or not scores:
         return {}
-    first = best(scores)
+    first = first_choice(scores, ahead.suite, ahead.config.gate)
     suspects = [one.name for one in ahead.outlook(first, outcomes[first]).hurting]
     name, recipe, whole = first, recipes[first], scores[first]
     found: dict[str, MergeOutcome] = {}

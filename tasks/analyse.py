@@ -22,7 +22,7 @@ from tasks.compress import expert_digests
 from tasks.merging.sources import MergeStage, Planned
 from tasks.settings import Places
 
-PREFLIGHT_VERSION = 1
+PREFLIGHT_VERSION = 2
 """Raised where a preflight of the same merge gives other numbers."""
 
 

@@ -16,6 +16,7 @@ from ota_core.compute.stream import Progress
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult
 from tasks.evaluation import smoke
+from tasks.evaluation.answers import ANSWERS_FILE
 from tasks.evaluation.harness import score_model
 from tasks.evaluation.in_memory import MergedModel
 from tasks.evaluation.kept import SCORES_FILE, SMOKE_FILE
@@ -100,6 +101,7 @@ class ScoreJob(Stage):
             scores = score_model(
                 path, benchmark.tests, data_dir=benchmark.data, device=device, limit=self.limit, progress=progress,
                 served_as=[self.subject.name, *([self.subject.location] if self.subject.location else [])],
+                answers_to=folder / ANSWERS_FILE,
             )  # fmt: skip
             return self.kept(scores, folder)
 

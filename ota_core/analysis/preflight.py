@@ -6,8 +6,10 @@ merged edits without one of the experts:
 
 - row-space overlap of i and j: ‖δ_j δ_iᵀ‖² / (‖δ_i δ_iᵀ‖ ‖δ_j δ_jᵀ‖), the cosine between the Grams of their inputs: 0 for none in common, 1 for the same;
 - interference of j on i: ‖δ_j δ_iᵀ‖ / ‖δ_i δ_iᵀ‖, how strongly j's edit acts on i's inputs, where i's own acts with strength 1;
-- fit of i: 1 − ‖(X − δ_i) δ_iᵀ‖² / ‖δ_i δ_iᵀ‖² of the merged edit X: 1 where it does to i's inputs all that i's own edit does, 0 where it is as far from
-  that as the base; at least −1, so that one matrix does not decide the mean;
+- reach of i: ⟨X δ_iᵀ, δ_i δ_iᵀ⟩ / ‖δ_i δ_iᵀ‖² of the merged edit X: how far it goes, on i's inputs, the way that i's own edit goes; 1 is as far;
+- disturbance of i: what X does to i's inputs beside that, ‖(X − reach · δ_i) δ_iᵀ‖ / ‖δ_i δ_iᵀ‖;
+- fit of i: 1 − (1 − reach)² − disturbance² = 1 − ‖(X − δ_i) δ_iᵀ‖² / ‖δ_i δ_iᵀ‖²: 1 where X does to i's inputs all that i's own edit does and no more, 0
+  where it is as far from that as the base; at least −1, so that one matrix does not decide the mean;
 - λ: the scale of the merged edit that ``lambda: auto`` finds (``ota_core.rules.lambdas``), by the same sums.
 
 Each is the plain mean over the matrices. Legend: M experts, X = 1 + M merged edits and M own ones, P directions of an expert's inputs.
@@ -57,8 +59,8 @@ def preflight(recipe: MergeRecipe, inputs: MergeInputs, *, scratch: Path | None 
     """Measure a recipe's experts and its merged edit, before a row-space regression. Rows over the whole model alone:
 
     of pairs ``cosine`` and ``sign_conflict`` of the edits, ``cosine_sqrt_v`` and ``mask_jaccard`` where the merge has curvature and masks,
-    ``row_space``, and ``interference`` (of ``other`` on ``expert``); of experts ``norm`` and ``fit``, the latter also with the variant
-    ``without <name>``; ``lambda`` of the merge as it is set (variant ``recipe``) and as its row spaces say (``auto``). Raises OtaError.
+    ``row_space``, and ``interference`` (of ``other`` on ``expert``); of experts ``norm``, and ``reach``, ``disturbance`` and ``fit``, these
+    also with the variant ``without <name>``; ``lambda`` of the merge as it is set (variant ``recipe``) and as its row spaces say (``auto``). Raises OtaError.
     """
     if recipe.base_model is None:
         raise RecipeError(
@@ -180,11 +182,12 @@ class _Products:
         """‖δ_j δ_iᵀ‖²: how strongly j's edit acts on i's inputs."""
         return float(self.inner[i, self.own + j, self.own + j])
 
-    def fit(self, i: int, edit: int, scale: float) -> float:
-        """How much of what expert i's own edit does to its inputs a merged edit does at this scale."""
+    def of(self, i: int, edit: int, scale: float) -> dict[str, float]:
+        """What a merged edit at this scale does to expert i's inputs, beside what i's own edit does: reach, disturbance and fit."""
         inner, own = self.inner[i], self.own + i
-        missed = scale**2 * inner[edit, edit] - 2 * scale * inner[edit, own] + inner[own, own]
-        return max(WORST, 1.0 - float(missed) / float(inner[own, own]))
+        reach = scale * float(inner[edit, own] / inner[own, own])
+        beside = max(0.0, scale**2 * float(inner[edit, edit] / inner[own, own]) - reach**2)
+        return {"reach": reach, "disturbance": math.sqrt(beside), "fit": max(WORST, 1.0 - (1.0 - reach) ** 2 - beside)}
 
 
 def _row_spaces(plan: MergePlan, rule: Rule, recipe: MergeRecipe, left_out: list[str]) -> Iterator[Row]:
@@ -211,10 +214,10 @@ def _row_spaces(plan: MergePlan, rule: Rule, recipe: MergeRecipe, left_out: list
         for edit in range(len(rules))
     ]
 
-    def fit(i: int, edit: int, members: Sequence[_Products]) -> float:
-        if asked == "auto_per_tensor":
-            return fmean(one.fit(i, edit, one.scale(edit) or 0.0) for one in members)
-        return fmean(one.fit(i, edit, auto[edit] if recipe.auto else float(asked)) for one in members)
+    def means(i: int, edit: int, members: Sequence[_Products]) -> dict[str, float]:
+        shared = auto[edit] if recipe.auto else float(asked)
+        found = [one.of(i, edit, one.scale(edit) or 0.0 if asked == "auto_per_tensor" else shared) for one in members]
+        return {measure: fmean(one[measure] for one in found) for measure in found[0]}
 
     yield _row(None, "lambda", auto[0], elements, variant="auto")
     yield _row(None, "lambda", auto[0] if recipe.auto else float(asked), elements, variant="recipe")
@@ -223,9 +226,9 @@ def _row_spaces(plan: MergePlan, rule: Rule, recipe: MergeRecipe, left_out: list
         if not mine:
             left_out.append(f"the fit of {name}: it moved no matrix that multiplies activations")
             continue
-        yield _row(name, "fit", fit(i, 0, mine), elements)
-        for edit, other in enumerate(names if len(rules) > 1 else (), 1):
-            yield _row(name, "fit", fit(i, edit, mine), elements, variant=f"without {other}")
+        for edit, variant in enumerate(["", *(f"without {other}" for other in names)][: len(rules)]):
+            for measure, value in means(i, edit, mine).items():
+                yield _row(name, measure, value, elements, variant=variant)
         for j, other in enumerate(names):
             if i == j:
                 continue

@@ -35,7 +35,7 @@ _UNITS = {
     "density": "fraction", "rows": "count", "columns": "count", "empty_rows": "fraction", "empty_columns": "fraction",
     "cosine_sqrt_v": "", "spearman": "", "jaccard": "fraction", "norm": "norm", "relative_norm": "fraction", "cosine": "",
     "sign_conflict": "fraction", "sqrt_error": "fraction", "bytes_per_param": "bytes/parameter", "mask_jaccard": "fraction",
-    "saliency_spearman": "", "row_space": "fraction", "interference": "", "fit": "fraction", "lambda": "",
+    "saliency_spearman": "", "row_space": "fraction", "interference": "", "fit": "fraction", "reach": "fraction", "disturbance": "", "lambda": "",
 }  # fmt: skip
 
 

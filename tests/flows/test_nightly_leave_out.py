@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from tasks.experiments.preflight.features import MEASURES
+from tasks.experiments.preflight.history import here
+from tasks.tracking.experiment import read_experiment
+from tasks.tracking.store import resolve_store
 from tests.flows.merge_fixture import write_v
 from tests.flows.nightly_fixture import LINEAR, Nights
 from tests.flows.nightly_fixture import nights as nights
 from tests.flows.nightly_fixture import trained as trained
 from tests.tiny_models import perturb
 
-MEASURED: dict[str, Any] = {"leave_out": "measured"}
+TRY: dict[str, Any] = {"leave_out": "measured"}
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def three(nights: Nights, tmp_path: Path) -> Nights:
 
 
 def test_an_expert_that_hurts_is_left_out_and_the_others_stay(three: Nights, counts: Counter[str]) -> None:
-    night = three.run(LINEAR, **MEASURED)
+    night = three.run(LINEAR, **TRY)
     champion = three.champion
     assert night.state.name == "Promoted" and champion, night.state.message
     assert night.state.message.startswith("linear without noise is the new champion")
@@ -38,8 +42,8 @@ def test_an_expert_that_hurts_is_left_out_and_the_others_stay(three: Nights, cou
     assert not re.search(r"\| \*?\*?(math|knowledge)\b.*\| yes \|", page)
     # The set is remembered with all of its experts: nothing has arrived, nothing is tried again.
     counts.clear()
-    assert three.run(LINEAR, **MEASURED).state.name == "NothingNew" and counts["merge"] == 0
-    again = three.run(LINEAR, force=True, **MEASURED)
+    assert three.run(LINEAR, **TRY).state.name == "NothingNew" and counts["merge"] == 0
+    again = three.run(LINEAR, force=True, **TRY)
     assert again.state.name == "Kept" and counts["merge"] == counts["score"] == 0 and three.champion == champion
 
 
@@ -56,6 +60,17 @@ def test_experts_that_help_stay(nights: Nights) -> None:
     nights.push("math", "math")
     nights.push("knowledge", "knowledge")
     nights.push("poor", "third")
-    night = nights.run(LINEAR, **MEASURED)
+    night = nights.run(LINEAR, **TRY)
     assert night.state.name == "Promoted" and night.state.message.startswith("linear is the new champion"), night.state.message
     assert "| yes |" not in night.artifacts["gate"].data
+
+
+def test_the_next_night_learns_from_this_one(nights: Nights) -> None:
+    nights.push("math", "math")
+    nights.push("knowledge", "knowledge")
+    assert nights.run(LINEAR).state.name == "Promoted" and nights.champion
+    learned = [one for one in here(read_experiment(resolve_store())) if one.merge == nights.champion.run_id]
+    assert {one.capability for one in learned} == {"tiny/math", "tiny/knowledge"}
+    assert all(
+        one.retention > 0.5 and one.experts == 2 and not one.refined and one.features.keys() == set(MEASURES) for one in learned
+    )

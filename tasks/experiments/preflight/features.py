@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-MEASURES = ("fit", "row_space", "interference", "sign_conflict")
-"""By expert: its own, or the mean over the others (``interference``: of the others on it). What a prediction reads."""
+OWN = ("reach", "disturbance", "fit")
+OF_OTHERS = ("row_space", "interference", "sign_conflict")
+"""By expert, the mean over the others; ``interference``: of the others on it."""
+MEASURES = ("reach", "disturbance", *OF_OTHERS)
+"""What a prediction reads of an expert. The fit follows from the first two, matrix by matrix."""
 OF_PAIRS = ("row_space", "interference", "sign_conflict", "cosine", "cosine_sqrt_v", "mask_jaccard")
 """Of which a merge has the mean over all pairs."""
 METRIC = "preflight/"
@@ -26,15 +29,16 @@ def names_of(table: pd.DataFrame) -> list[str]:
 
 
 def features(table: pd.DataFrame, without: str | None = None) -> dict[str, Features]:
-    """Expert → ``MEASURES`` in the merge, or in the merge without one of the experts. What was not measured is absent."""
+    """Expert → ``OWN`` and ``OF_OTHERS`` in the merge, or in the merge without one of the experts. What was not measured is absent."""
     names = [name for name in names_of(table) if name != without]
     variant = f"without {without}" if without is not None else ""
-    fits = table[(table.measure == "fit") & (table.variant == variant)].set_index("expert")["value"].to_dict()
+    alone = table[table.measure.isin(OWN) & (table.variant == variant)]
     pairs = table[table.expert.isin(names) & table.other.isin(names)]
     found: dict[str, Features] = {}
     for name in names:
-        own: Features = {"fit": fits[name]} if name in fits else {}
-        for measure in MEASURES[1:]:
+        mine = alone[alone.expert == name]
+        own: Features = dict(zip(mine.measure.astype(str), mine.value.astype(float), strict=True))
+        for measure in OF_OTHERS:
             rows = pairs[(pairs.measure == measure) & (pairs.expert == name)]
             if measure != "interference":  # the same both ways, and held once
                 rows = pairs[(pairs.measure == measure) & ((pairs.expert == name) | (pairs.other == name))]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ota_core.errors import OtaError
+from ota_core.errors import OtaError, StorageError
 from ota_core.plan.inputs import MergeInputs
 from tasks.experiments.preflight.features import of_metrics
 from tasks.experiments.preflight.outlook import Known
@@ -62,22 +62,30 @@ def here(experiment: Experiment) -> Iterator[Example]:
 
 
 def examples(store: Store) -> list[Example]:
-    """All merges that predictions may learn from, shipped and of this store; only the former where it has no experiment yet."""
+    """All merges that predictions may learn from, shipped and of this store. Raises StorageError where MLflow cannot be asked."""
+    experiment = _experiment(store)
+    return [*shipped(), *(here(experiment) if experiment else ())]
+
+
+def _experiment(store: Store) -> Experiment | None:
+    """What the store holds; None where nothing was logged yet. An embedded database is not made for that."""
+    if store.artifacts is not None and not Path(store.uri.removeprefix("sqlite:///")).is_file():
+        return None
     try:
-        own = [*here(read_experiment(store))]
-    except OtaError:  # nothing was merged here yet, or MLflow is away: a prediction from what is shipped is still one
-        own = []
-    return [*shipped(), *own]
+        return read_experiment(store)
+    except StorageError:
+        raise
+    except OtaError:  # there is no such experiment
+        return None
 
 
 def scored(store: Store, inputs: MergeInputs, suite: str | None = None) -> tuple[Known | None, dict[str, str]]:
     """(what a merge's base and experts score, expert → its capability as ``Example`` names it), by the newest merge that they were scored for.
 
-    suite: only scores on this one. (None, nothing) where these very models were never scored together.
+    suite: only scores on this one. (None, nothing) where these very models were never scored together. Raises StorageError as ``examples``.
     """
-    try:
-        experiment = read_experiment(store)
-    except OtaError:
+    experiment = _experiment(store)
+    if experiment is None:
         return None, {}
     below, base = _children(experiment), inputs.base.digest if inputs.base else None
     for row in _rows(experiment.merges):

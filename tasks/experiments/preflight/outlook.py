@@ -90,8 +90,7 @@ def outlook(
     """
     names, refined = names_of(table), bool(said["settings"]["refined"])
     measured, why = features(table), why_not(examples)
-    complete = all(len(own) == len(MEASURES) for own in measured.values())
-    if not why and not complete:
+    if not why and not all(_complete(own) for own in measured.values()):
         why = "no retention is predicted: the measures that predictions read are those of two experts or more, each of which moved a matrix"
     learned = None if why else Predictor(examples)
     points = {name: _point(name, measured[name], refined, len(names), capabilities) for name in names}
@@ -102,6 +101,10 @@ def outlook(
         average=learned.average(list(points.values())) if learned else None, in_scores=known is not None, left_out=[*said["left_out"]],
         learned=(len(learned.examples), sum(one.here for one in learned.examples), learned.error) if learned else None,
     )  # fmt: skip
+
+
+def _complete(own: Features) -> bool:
+    return own.keys() >= set(MEASURES)
 
 
 def _point(name: str, own: Features, refined: bool, experts: int, capabilities: Mapping[str, str] | None) -> Point:
@@ -119,7 +122,7 @@ def _alone(
     change = None
     if learned and fits["without"]:
         after = {other: _point(other, own, refined, len(others), capabilities) for other, own in features(table, name).items()}
-        if all(len(point.features) == len(MEASURES) for point in after.values()):
+        if all(_complete(point.features) for point in after.values()):
             change = _change(name, learned, points, after, known)
     return Alone(
         name=name, measured=measured[name], acts=acts, change=change, hurts=_why(name, acts, change, known),

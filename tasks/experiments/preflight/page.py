@@ -48,9 +48,9 @@ def experts_table(found: Outlook) -> Table:
     if any(one.change for one in found.experts):
         columns.append(Column("change", "average without it, predicted", POINTS, error="error"))
     caption = [
-        "Fit: how much of what an expert's own edit does to the inputs that it was trained on the merged edit does (100: all, 0: no more than "
-        "the base), before any row-space regression. Shared row space: how much these inputs are those of the others. Acts on others: how "
-        "strongly its edit acts on their inputs, where their own act with 1."
+        "Reach: how far the merged edit goes the way of an expert's own edit, on the inputs that it was trained on (100: as far), before any row-space "
+        "regression; disturbance: what it does to them beside that. Fit: both in one, 1 − (1 − reach)² − disturbance², of the others. Shared row "
+        "space: how much these inputs are those of the others. Acts on others: how strongly its edit acts on theirs, where their own act with 1."
     ]
     if found.learned:
         of = "of the average score" if found.in_scores else "of mean retention, no scores of these experts being known"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tasks.pages.analysis import read_tables
-from tests.flows.cli.typed import invoke, ota, refused
+from tests.flows.cli.typed import invoke, ota, refused, said
 from tests.flows.merge_fixture import World
 
 
@@ -102,3 +102,21 @@ def test_the_task_is_cached_by_what_it_makes(world: World) -> None:
     assert refs[0] == refs[1] and set(read_analysis(where, refs[0]).expert) == {"math", "knowledge"}
     states = [task_states(one.state_details.flow_run_id) for one in runs]
     assert states == [{"analyse ota": ["Completed"]}, {"analyse ota": ["Cached"]}]
+
+
+def test_preflight_says_what_it_measures_and_that_it_writes_nothing(recipe: Path, tmp_path: Path) -> None:
+    before = sorted(path for path in tmp_path.rglob("*") if "home" not in path.parts)
+    told = said("preflight", recipe)
+    assert "Pairs of experts" in told and "λ as the row spaces say" in told and "expert0" in told
+    found = json.loads(said("preflight", recipe, "--json"))
+    assert {one["name"] for one in found["experts"]} == {"expert0", "expert1"} and found["scale"] > 0
+    assert found["pairs"][0].keys() >= {"row_space", "interference", "sign_conflict", "cosine_sqrt_v", "mask_jaccard"}
+    assert (found["average"] is None) == bool(found["why_not"]) and found["in_scores"] is False
+    assert sorted(path for path in tmp_path.rglob("*") if "home" not in path.parts) == before
+
+
+def test_preflight_without_a_base_says_what_is_missing(recipe: Path) -> None:
+    raw = yaml.safe_load(recipe.read_text()) | {"merge_method": "linear", "parameters": {}}
+    del raw["base_model"]
+    recipe.write_text(yaml.safe_dump(raw))
+    assert "base_model is missing" in refused("preflight", recipe)

@@ -56,6 +56,13 @@ def fit(x: np.ndarray, own: np.ndarray) -> float:
     return max(-1.0, 1 - float(np.linalg.norm((x - own) @ own.T) ** 2 / np.linalg.norm(own @ own.T) ** 2))
 
 
+def parts(x: np.ndarray, own: np.ndarray) -> tuple[float, float]:
+    """(reach, disturbance)."""
+    strength = float(np.linalg.norm(own @ own.T))
+    reach = float(((x @ own.T) * (own @ own.T)).sum()) / strength**2
+    return reach, float(np.linalg.norm((x - reach * own) @ own.T)) / strength
+
+
 @pytest.fixture
 def three(tmp_path: Path) -> dict[str, Any]:
     return llama_experts(tmp_path, count=3) | {"parameters": AUTO}
@@ -101,6 +108,9 @@ def test_fit_is_what_the_merge_does_to_each_experts_inputs(three: dict[str, Any]
     rows, (names, own), made = rows_of(three), edits(three), merged(three, tmp_path / "merged")
     for name, found in own.items():
         assert rows[name, None, "fit", ""] == pytest.approx(fmean(fit(made[n], found[n]) for n in names), abs=1e-5)
+        reach, disturbance = zip(*(parts(made[n], found[n]) for n in names), strict=True)
+        assert rows[name, None, "reach", ""] == pytest.approx(fmean(reach), abs=1e-5)
+        assert rows[name, None, "disturbance", ""] == pytest.approx(fmean(disturbance), abs=1e-5)
     alone = merged(three | {"models": three["models"][1:]}, tmp_path / "without")
     for name, found in own.items():
         expected = fmean(fit(alone[n], found[n]) for n in names)
@@ -138,7 +148,7 @@ def test_probes_of_wide_matrices_come_close_to_exact(tmp_path: Path, monkeypatch
     recipe = llama_experts(tmp_path, count=2, hidden=96, layers=1) | {"parameters": AUTO}
     exact = rows_of(recipe)
     monkeypatch.setattr("ota_core.analysis.preflight.EXACT", 8)
-    monkeypatch.setattr("ota_core.rules.scales.EXACT", 8)
+    monkeypatch.setattr("ota_core.rules.lambdas.EXACT", 8)
     probed = rows_of(recipe)
     assert probed["", None, "lambda", "auto"] == pytest.approx(exact["", None, "lambda", "auto"], rel=0.05)
     for key in (

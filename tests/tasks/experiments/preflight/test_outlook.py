@@ -11,7 +11,7 @@ from ota_core.analysis.preflight import PREFLIGHT
 from ota_core.analysis.table import Row, row
 from ota_core.plan.roles import WHOLE
 from tasks.experiments.preflight import page
-from tasks.experiments.preflight.features import features, metrics, of_metrics
+from tasks.experiments.preflight.features import MEASURES, features, metrics, of_metrics
 from tasks.experiments.preflight.outlook import Known, Outlook, outlook
 from tasks.experiments.preflight.predict import Example
 from tasks.pages.analysis import frame
@@ -20,18 +20,24 @@ from tests.tasks.experiments.preflight.test_predict import made_up
 NAMES = ("math", "code", "noise")
 SAID: dict[str, Any] = {"settings": {"refined": False}, "left_out": [], "notes": []}
 CLEAN = {"math": 0.8, "code": 0.7, "noise": 0.1}
-"""Fits of two experts that get on, and of one that disturbs both."""
+"""Reach of two experts that get on, and of one that disturbs both."""
+
+
+def alone(name: str, reach: float, **more: Any) -> list[Row]:
+    """An expert whose merged edit disturbs nothing beside its reach."""
+    values = {"reach": reach, "disturbance": 0.2, "fit": 1 - (1 - reach) ** 2 - 0.04}
+    return [row(PREFLIGHT, name, WHOLE, measure, value, 10, **more) for measure, value in values.items()]
 
 
 def table(*, disturbed: float = 0.4, acts: float = 3.0, kept: float = 0.1) -> pd.DataFrame:
-    """Without noise, math and code fit better by ``disturbed``. kept: noise's own fit."""
+    """Without noise, math and code reach further by ``disturbed``. kept: noise's own reach."""
     rows: list[Row] = [row(PREFLIGHT, "", WHOLE, "lambda", 1.4, 10, variant="auto")]
     for name in NAMES:
         rows.append(row(PREFLIGHT, name, WHOLE, "norm", 1.0, 10))
-        rows.append(row(PREFLIGHT, name, WHOLE, "fit", CLEAN[name] - disturbed if name != "noise" else kept, 10))
+        rows += alone(name, CLEAN[name] - disturbed if name != "noise" else kept)
         for left in NAMES:
             gained = CLEAN[name] if left == "noise" else CLEAN[name] - disturbed
-            rows.append(row(PREFLIGHT, name, WHOLE, "fit", -0.5 if name == left else gained, 10, variant=f"without {left}"))
+            rows += alone(name, -0.5 if name == left else gained, variant=f"without {left}")
         for other in NAMES:
             if other != name:
                 rows.append(row(PREFLIGHT, name, WHOLE, "interference", acts if other == "noise" else 0.3, 10, other=other))
@@ -52,18 +58,22 @@ def scores(**own: float) -> Known:
 
 def test_features_are_an_experts_own_and_means_over_the_others() -> None:
     found = features(table())
-    assert found["math"] == pytest.approx({"fit": 0.4, "row_space": 0.15, "interference": 1.65, "sign_conflict": 0.5})
+    assert found["math"] == pytest.approx(
+        {"reach": 0.4, "disturbance": 0.2, "fit": 0.6, "row_space": 0.15, "interference": 1.65, "sign_conflict": 0.5}
+    )
     assert found["code"]["row_space"] == pytest.approx(0.25) and found["noise"]["interference"] == pytest.approx(0.3)
     without = features(table(), "noise")
     assert without.keys() == {"math", "code"}
-    assert without["math"] == pytest.approx({"fit": 0.8, "row_space": 0.1, "interference": 0.3, "sign_conflict": 0.5})
+    assert without["math"] == pytest.approx(
+        {"reach": 0.8, "disturbance": 0.2, "fit": 0.92, "row_space": 0.1, "interference": 0.3, "sign_conflict": 0.5}
+    )
 
 
 def test_mlflow_gives_features_back() -> None:
     logged = metrics(table())
     assert logged["preflight/lambda"] == 1.4 and logged["preflight/row_space"] == pytest.approx(0.7 / 3)
-    assert of_metrics(logged, "code") == pytest.approx(features(table())["code"])
-    assert of_metrics({key: value for key, value in logged.items() if key != "preflight/fit/code"}, "code") is None
+    assert of_metrics(logged, "code") == pytest.approx({name: features(table())["code"][name] for name in MEASURES})
+    assert of_metrics({key: value for key, value in logged.items() if key != "preflight/reach/code"}, "code") is None
 
 
 def test_without_known_merges_measures_alone_are_told() -> None:

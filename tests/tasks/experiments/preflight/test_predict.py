@@ -13,7 +13,7 @@ Truth = Callable[[dict[str, float], bool, int], float]
 
 
 def linear(features: dict[str, float], refined: bool, experts: int) -> float:
-    return 0.2 + 0.8 * features["fit"] - 0.3 * features["sign_conflict"] + 0.2 * refined - 0.05 * math.log(experts)
+    return 0.2 + 0.8 * features["reach"] - 0.3 * features["sign_conflict"] + 0.2 * refined - 0.05 * math.log(experts)
 
 
 def made_up(
@@ -46,7 +46,7 @@ def test_a_linear_truth_is_found() -> None:
     point = made_up(2, 1, noise=0.0)[0]
     assert learned.retention(point).value == pytest.approx(point.retention, abs=0.01)
     found = learned.coefficients()
-    assert found["fit"][0] > 0.15 > 3 * found["fit"][1] and found["sign_conflict"][0] < -0.05
+    assert found["reach"][0] > 0.15 > 3 * found["reach"][1] and found["sign_conflict"][0] < -0.05
     assert abs(found["row_space"][0]) < 0.01 and learned.error < 0.01
 
 
@@ -64,7 +64,7 @@ def test_intervals_hold_as_often_as_they_say() -> None:
 
 def test_intervals_grow_with_the_noise_and_hold_where_the_truth_is_no_line() -> None:
     def bent(features: dict[str, float], *_: object) -> float:
-        return 1 + math.sin(6 * features["fit"]) * features["row_space"]
+        return 1 + math.sin(6 * features["reach"]) * features["row_space"]
 
     quiet, loud = (Predictor(made_up(3, 20, noise=noise)).retention(made_up(4, 1)[0]) for noise in (0.02, 0.2))
     assert loud.high - loud.low > 4 * (quiet.high - quiet.low)
@@ -86,15 +86,17 @@ def test_capabilities_that_are_known_are_told_apart() -> None:
 def test_beyond_what_is_known_the_line_goes_no_further() -> None:
     learned = Predictor(made_up(8, 20))
     most, absurd = (
-        learned.retention(Point(refined=False, experts=3, features=dict.fromkeys(MEASURES, 0.5) | {"fit": fit})).value
-        for fit in (0.9, 900.0)
+        learned.retention(Point(refined=False, experts=3, features=dict.fromkeys(MEASURES, 0.5) | {"reach": reach})).value
+        for reach in (0.9, 900.0)
     )
     assert absurd == pytest.approx(most, abs=0.01)
 
 
 def test_leaving_an_expert_out_changes_what_the_fit_says() -> None:
     learned = Predictor(made_up(9, 30, noise=0.01))
-    low, high = (Point(refined=False, experts=3, features=dict.fromkeys(MEASURES, 0.5) | {"fit": fit}) for fit in (0.3, 0.8))
+    low, high = (
+        Point(refined=False, experts=3, features=dict.fromkeys(MEASURES, 0.5) | {"reach": reach}) for reach in (0.3, 0.8)
+    )
     change, error = learned.change([(low, 0.5), (low, 0.5)], [(high, 0.5)])
     expected = 0.5 * learned.retention(high).value - learned.retention(low).value
     assert change == pytest.approx(expected, abs=1e-9) and 0 < error < 0.05
