@@ -18,6 +18,7 @@ from ota_core.compute.stream import parse_memory, pick_device
 from ota_core.errors import OtaError
 from ota_core.frozen import Frozen
 from tasks.benchmark import Benchmark
+from tasks.evaluation.subject import subjects_of
 from tasks.experiments.search.overlap import check_apart
 from tasks.experiments.tune import log as tune_log
 from tasks.experiments.tune.config import ScalesConfig, load_tuning, recipe_of
@@ -25,7 +26,6 @@ from tasks.experiments.tune.learn import Learned
 from tasks.experiments.tune.result import files, markdown, verdict, write_result
 from tasks.experiments.tune.steps import learn_scales
 from tasks.job import fetch_models, second_moments
-from tasks.local.demo.progress import training_bars
 from tasks.merge import output_files
 from tasks.merging.labels import merge_name
 from tasks.merging.recipes import read_recipe
@@ -99,16 +99,15 @@ def tune_flow(
     test_data_dir = config.test_data_dir or config.data_dir
     if config.test:
         judge = Benchmark.of(config.test, test_data_dir, None, where).check()
-        compared = check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data)
-        log.info("%s and %s share none of their %d documents", benchmark.tests.name, judge.tests.name, compared)
+        check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data, config.overlap)
 
     fetched = fetch_models(recipe, recipe_dir, where)
     plan = planned(recipe, fetched, where, recipe_dir, memory=memory)
     output_files(recipe, plan.inputs, 2**62)  # what is wrong with the checkpoints, before anything is computed
     plan, _ = second_moments(plan, where, device, masks=False)
+    benchmark = benchmark.asked_alike(subjects_of(plan.inputs, fetched).values())
     store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
     with ExitStack() as stack:
-        stack.enter_context(training_bars())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ota-tune-")))
         logged = tune_log.begin(_run_name(), _params(config, plan), store)
         stack.push(_failed(logged, store))

@@ -19,7 +19,7 @@ from ota_core.engine.model_card import model_card
 from ota_core.plan.inputs import MergeInputs
 from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of
-from tasks.evaluation.comparison import comparison, experts_of, own_capability
+from tasks.evaluation.comparison import comparison, experts_of, own_capability, tier_rows
 from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores, negative_transfer, retention, rows_of
 from tasks.evaluation.smoke import Smoke
@@ -27,10 +27,10 @@ from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
 from tasks.merging.labels import merge_label, merge_name
 from tasks.merging.sources import Planned
-from tasks.orchestration.shown import show_mlflow, show_scores
+from tasks.orchestration.shown import show_mlflow, show_scores, show_table
 from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import ReportKind, keeping_scores, page_of, put_beside_the_model, with_report
-from tasks.pages.scores import of_card
+from tasks.pages.scores import of_card, tiers
 from tasks.registry import promotion
 from tasks.settings import Places
 from tasks.storage.models import Fetched
@@ -102,6 +102,8 @@ def finish(
     get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
     if done.found:
         show_scores(comparison(done.found, done.subjects), title=run.name)
+        if done.found["merged"].tiers:
+            show_table(tiers(tier_rows(done.found, done.subjects)), "tiers")
     show_mlflow(run.name, logged.url)
     return MergeOutcome(
         name=merge_label(done.plan.recipe), merged=done.merged, path=path, digest=result.digest, scores=done.scores,

@@ -57,7 +57,8 @@ def mask_inputs(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> tuple[M
     """The part of a merge that decides one expert's mask: base and expert, or all models where the vocabulary is joined from all."""
     if recipe.tokenizer_source != "base":
         return recipe, inputs
-    return recipe.model_copy(update={"models": (recipe.models[index],)}), replace(inputs, experts=(inputs.experts[index],))
+    alone = replace(inputs, experts=(inputs.experts[index],), scales=None)
+    return recipe.model_copy(update={"models": (recipe.models[index],)}), alone
 
 
 def mask_step(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> Step:

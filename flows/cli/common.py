@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,10 @@ TrackingUri = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
 DataDir = Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")]
+Overlap = Annotated[
+    Literal["refuse", "warn"] | None,
+    typer.Option(help="Where the two suites share documents, or much of their text.", show_default="refuse"),
+]
 Limit = Annotated[int | None, typer.Option(help="Documents per task, for a quick look.")]
 
 # What the machine refuses: no space, no permission, a read-only disk. The user can mend it; a traceback would not help.

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, TrackingUri, show, user_errors
+from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, Overlap, TrackingUri, show, user_errors
 from ota_core.errors import OtaError
 
 NOTHING_HOLDS = 3
@@ -69,6 +69,7 @@ def search(
     seed: Annotated[int | None, typer.Option(help="Seed of the optimiser.", show_default="0")] = None,
     test: Annotated[str | None, typer.Option(help="Suite that judges the winner, once, at the end.", show_default="none")] = None,
     test_data_dir: Annotated[str | None, typer.Option(help="Its data.", show_default="--data-dir")] = None,
+    overlap: Overlap = None,
     device: Device = "auto",
     memory: MergeMemory = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
@@ -107,6 +108,7 @@ def search(
             "seed": seed,
             "test": test,
             "test_data_dir": test_data_dir,
+            "overlap": overlap,
             "floor": floors_of_options(floor),
         }
         config = _config(recipe, space, measured, {key: value for key, value in given.items() if value is not None})

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, TrackingUri, show, user_errors
+from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, Overlap, TrackingUri, show, user_errors
 from flows.cli.search import floors_of_options
 from ota_core.errors import OtaError
 
@@ -57,6 +57,7 @@ def tune(
     seed: Annotated[int | None, typer.Option(help="Decides which documents are taken.", show_default="0")] = None,
     test: Annotated[str | None, typer.Option(help="Suite that judges the result, once, at the end.", show_default="none")] = None,
     test_data_dir: Annotated[str | None, typer.Option(help="Its data.", show_default="--data-dir")] = None,
+    overlap: Overlap = None,
     device: Device = "auto",
     memory: MergeMemory = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
@@ -78,7 +79,7 @@ def tune(
         given = {
             "suite": suite, "data_dir": data_dir, "per": per, "objective": objective, "floor": floors_of_options(floor), "steps": steps, "blocks": blocks,
             "held_out": held_out, "length": length, "batch": batch, "rate": rate, "penalty": penalty, "seed": seed, "test": test,
-            "test_data_dir": test_data_dir,
+            "test_data_dir": test_data_dir, "overlap": overlap,
         }  # fmt: skip
         config = _config(recipe, {key: value for key, value in given.items() if value is not None})
         from tasks.experiments.tune.result import check_out, render, verdict

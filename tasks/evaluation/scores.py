@@ -83,6 +83,22 @@ class ModelScores(Frozen):
         named = {tier: tuple(n for n in self.measured if self.tiers.get(n, DEVELOPMENT) == tier) for tier in TIERS}
         return {tier: names for tier, names in named.items() if names}
 
+    def tier_averages(self) -> dict[Tier, float]:
+        """Tier to the mean over its capabilities that were measured; nothing of a suite that names no tiers."""
+        values = self.by_capability()
+        named = self.by_tier() if self.tiers else {}
+        return {tier: fmean(value for name in names if (value := values[name]) is not None) for tier, names in named.items()}
+
+    @property
+    def answer_lengths(self) -> dict[str, tuple[float, float | None]]:
+        """Task that generates to how long answers to it are on average, in characters, and the standard error over documents."""
+        tasks = {task: numbers for one in self.capabilities.values() for task, numbers in one.tasks.items()}
+        return {
+            task: (numbers[ANSWER_LENGTH], numbers.get(f"{ANSWER_LENGTH}{STDERR}"))
+            for task, numbers in tasks.items()
+            if ANSWER_LENGTH in numbers
+        }
+
     @property
     def average_loss(self) -> float | None:
         """Mean over the capabilities for development that have a loss; None when none has. Never mixed with ``average``."""
@@ -105,11 +121,14 @@ class ModelScores(Frozen):
         return {name: 2.0 ** -self.losses[name] if name in self.losses else values[name] for name in names}
 
     def metrics(self) -> dict[str, float]:
-        """What is logged of a model: ``score/<capability>`` and ``loss/<capability>`` where measured, and ``avg`` of either."""
+        """What is logged of a model: ``score/<capability>`` and ``loss/<capability>`` where measured, and ``avg`` of either;
+        ``tier/<tier>`` where the suite names tiers, ``answer_characters/<task>`` of tasks that generate."""
         values = {f"score/{name}": value for name, value in self.by_capability().items() if value is not None}
         values |= {"score/avg": self.average} if self.average is not None else {}
         values |= {f"loss/{name}": value for name, value in self.losses.items()}
-        return values | ({"loss/avg": self.average_loss} if self.average_loss is not None else {})
+        values |= {"loss/avg": self.average_loss} if self.average_loss is not None else {}
+        values |= {f"tier/{tier}": value for tier, value in self.tier_averages().items()}
+        return values | {f"{ANSWER_LENGTH}/{mlflow_metric_name(task)}": mean for task, (mean, _) in self.answer_lengths.items()}
 
 
 Scores = ModelScores | Mapping[str, float | None]

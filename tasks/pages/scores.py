@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.evaluation.scores import AVERAGE, LOSS, STDERR, ModelScores, capability_columns
+from tasks.evaluation.tiers import DEVELOPMENT, TIERS
 from tasks.pages import markdown
 from tasks.pages.tables import BITS, COUNT, PERCENT, Column, Table
 
@@ -71,6 +72,8 @@ def of_one(name: str, found: ModelScores) -> Table:
         for capability, one in found.capabilities.items()
     ]  # fmt: skip
     rows.append({"capability": AVERAGE, "score": found.average, "loss": found.average_loss})
+    tiers = found.tier_averages()
+    rows += [{"capability": f"tier {tier}", "score": value} for tier, value in tiers.items()]
     columns = [
         Column("capability"),
         Column("score", unit=PERCENT, error="score_stderr"),
@@ -79,9 +82,26 @@ def of_one(name: str, found: ModelScores) -> Table:
     columns += [Column("loss", unit=BITS, error="loss_stderr")] if found.losses else []
     said = [f"Suite {found.suite}. Scores in percent, ± one standard error."]
     said += ["Loss in bits per byte of held-out text; less is better."] if found.losses else []
+    said += ["The average is over the tier development."] if DEVELOPMENT in tiers else []
+    said += ["Asked through its chat template."] if found.chat_template else []
+    said += [f"Computed by {found.backend}."] if found.backend else []
+    lengths = [f"{task} {mean:.0f}{f' ± {error:.0f}' if error else ''}" for task, (mean, error) in found.answer_lengths.items()]
+    said += [f"Length of answers in characters: {', '.join(lengths)}."] if lengths else []
     said += [f"{capability}: {reason}." for capability, one in found.capabilities.items() for reason in one.skipped]
-    strong = [False] * len(found.capabilities) + [True]
+    strong = [False] * len(found.capabilities) + [True] + [False] * len(tiers)
     return Table(f"Scores of {name}", pd.DataFrame(rows), columns, said, strong)
+
+
+def tiers(rows: pd.DataFrame) -> Table:
+    """``tier_rows``, a row a model and a column a tier."""
+    each = {value: rows.pivot(index="model", columns="tier", values=value) for value in ("score", "score_stderr")}
+    names = [tier for tier in TIERS if tier in set(rows["tier"])]
+    frame = each["score"][names].join(each["score_stderr"][names].add_suffix(STDERR)).loc[list(dict.fromkeys(rows["model"]))]
+    counts = rows.drop_duplicates("tier").set_index("tier")["capabilities"]
+    said = [
+        f"Percent, mean over the capabilities of each tier ({', '.join(f'{name} {counts[name]}' for name in names)}); {DEVELOPMENT} decides."
+    ]
+    return Table("Tiers", frame.reset_index(), [Column("model"), *(_number(name) for name in names)], said)
 
 
 def of_card(rows: Sequence[Row], merged: ModelScores) -> dict[str, Any]:

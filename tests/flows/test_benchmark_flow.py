@@ -14,6 +14,7 @@ from flows.benchmark import benchmark_flow
 from flows.cli.app import app
 from tests.flows.merge_fixture import World
 from tests.flows.nightly_fixture import artifacts_of
+from tests.openai_server import serving
 from tests.servers import flow_run_name, task_states
 from tests.tiny_suite import write_tiny_suite
 
@@ -115,3 +116,18 @@ def test_ota_benchmark_ends_with_the_message_and_code_2(here: World, options: li
     done = invoke(here.models / "base", *given, *options)
     assert done.exit_code == 2 and re.search(f"Error: .*{message}", done.stderr), done.output
     assert "Traceback" not in done.output
+
+
+def test_a_served_model_is_asked_at_its_server(here: World, tmp_path: Path) -> None:
+    folder = here.models / "knowledge"
+    loaded = score(here, str(folder)).result()
+    command = ["benchmark", str(folder), "--suite", str(here.suite), "--data-dir", str(here.data), "--device", "cpu"]
+    with serving({"knowledge": folder}) as (url, seen):
+        asked = score(here, str(folder), server=url).result()
+        assert asked == loaded and seen
+        again = CliRunner().invoke(app, [*command, "--server", url])
+        assert again.exit_code == 0 and f"{100 * loaded['math']:.1f}" in again.output, again.output
+        other = CliRunner().invoke(app, [*command[:1], str(here.models / "math"), *command[2:], "--server", url])
+        assert other.exit_code == 2 and f"{url} serves knowledge, not math" in " ".join(other.output.split())
+    refused = CliRunner().invoke(app, [*command, "--server", "http://me:secret@host/v1"])
+    assert refused.exit_code == 2 and "OPENAI_API_KEY" in refused.output and "secret" not in refused.output

@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.search import SearchOutcome, search_flow
+from flows.stage import stage
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
-from tasks.benchmark import Benchmark, TrialJob
+from tasks.benchmark import Benchmark, TrialJob, trial_job
+from tasks.evaluation import harness, loading
 from tasks.evaluation.in_memory import MergedModel
-from tasks.evaluation.kept import SCORES_FILE
+from tasks.evaluation.kept import SCORES_FILE, read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.merge import Trials
@@ -236,6 +238,46 @@ def test_trials_on_the_gpu_pool_are_the_same_and_leave_no_model(here: World, wor
     assert not merged.exists() or not list(merged.iterdir())
 
 
+def test_trials_of_one_run_share_the_loaded_model(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a worker does them that was sent several at once; each by itself loads it anew. The scores are the same."""
+    where, recipe = places(here.home), here.recipe(density=0.4)
+    plan = planned(recipe, fetch_all(recipe, cache=where.cache, recipe_dir=None), where, memory="256MiB")
+    benchmark = Benchmark.of(str(here.suite), str(here.data), None, where)
+    points = [(scale, limit) for scale in (1.0, 1.5) for limit in (4, 8)]
+    jobs = [
+        trial_job(replace(plan, recipe=here.recipe(density=0.4, **{"lambda": scale})), benchmark, limit, f"trial {scale:g}")
+        for scale, limit in points
+    ]
+    loads, load = list[Path](), loading.load_model
+    monkeypatch.setattr(harness, "load_model", lambda model, *rest: (loads.append(model), load(model, *rest))[1])
+    told = [job.abroad().model_dump(mode="json", by_alias=True) for job in jobs]
+    together = where.model_copy(update={"artifacts": str(here.home / "together")})
+    stage(told, together, "cpu")
+    assert len(loads) == 1
+    apart = where.model_copy(update={"artifacts": str(here.home / "apart")})
+    for one in told:
+        stage([one], apart, "cpu")
+    assert len(loads) == 1 + len(jobs)
+    for job in jobs:
+        one, other = (read_scores(place, ref) for place in (together, apart) if (ref := job.find(place)))
+        assert one.model_dump(exclude={"seconds"}) == other.model_dump(exclude={"seconds"})
+
+
+def test_a_search_over_methods_logs_what_was_chosen(here: World, tmp_path: Path) -> None:
+    recipe = here.recipe(density=0.4, compression="rank1", **{"lambda": "auto"}).model_dump(
+        mode="json", by_alias=True, exclude_none=True
+    )
+    space = {"merge_method": "ota,ties", "refine": ["none", "rowspace"], "per_expert": False}
+    ran = run(here, config(here, recipe=recipe, space=space, budget={"trials": 6, "rungs": [8]}), out=str(tmp_path / "best.yaml"))
+    chosen = [(one.recipe.merge_method, one.recipe.refined) for one in ran.outcome.tuned.trials]
+    assert set(chosen) == {("ota", False), ("ota", True), ("ties", False), ("ties", True)}
+    assert all(one.recipe.auto for one in ran.outcome.tuned.trials)
+    parent, children = logged(here, ran.outcome)
+    assert "merge_method ota,ties" in parent.data.params["space"] and "lambda" not in parent.data.params["space"]
+    assert [child.data.params["merge_method"] for child in children] == [method for method, _ in chosen]
+    assert load_recipe(tmp_path / "best.yaml") == ran.outcome.tuned.best.recipe
+
+
 def test_a_point_that_comes_again_is_merged_again_on_the_pool(here: World, worker_here: list[str]) -> None:
     """No model is kept between runs, and what was measured is read: on other documents the point is measured anew."""
     where, recipes = places(here.home), [here.recipe(**{"lambda": scale}) for scale in (1, 2, 1)]
@@ -310,6 +352,9 @@ def test_ota_search_says_that_nothing_holds_the_floors(here: World, recipe_file:
         (["--suite", "demo-validation", "--floor", "math=good"], "floor of math: got 'good', expected base"),
         (["--suite", "demo-validation", "--floor", "0.9", "--floor", "base"], "given more than once for default"),
         (["--suite", "demo-validation", "--rungs", "a,b"], "--rungs: got 'a,b'"),
+        (["--suite", "demo-validation", "--choose", "power=1,2"], "--choose: got 'power=1,2', expected one of merge_method"),
+        (["--suite", "demo-validation", "--choose", "refine=none,row"], "refine row"),
+        (["--suite", "demo-validation", "--choose", "scope=global", "--choose", "scope=x"], "given more than once for scope"),
         (["--suite", "demo-validation", "--device", "gpu"], "expected cpu, cuda or auto"),
         (["--suite", "demo-validation", "--memory", "much"], "memory: got 'much'"),
     ],

@@ -11,6 +11,7 @@ from ota_core.learn.groups import Per
 from ota_core.recipe.parameters import USED
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.experiments.search.config import DEFAULT, Floor, FloorText, parse_floor
+from tasks.experiments.search.overlap import OnOverlap
 from tasks.merging.recipes import find_file, parse_config, read_recipe, read_yaml
 from tasks.storage.models import is_s3
 
@@ -60,7 +61,9 @@ class ScalesConfig(Frozen):
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Decides which documents are taken, and in which order.")
     test: str | None = Field(None, description="Suite that judges the result, once. It must share no document with the first.")
-    test_data_dir: str | None = Field(None, description="Its data, if other than data_dir.")
+    overlap: OnOverlap = Field(
+        "refuse", description="Where suite and test share documents, or much of their text: refuse to tune, or warn."
+    )
 
     @field_validator("floor", mode="before")
     @classmethod

@@ -71,17 +71,16 @@ def _document(task: Any, document: Any) -> Document:
 
 
 def blocks_of(
-    documents: Mapping[str, Sequence[Document]], tokenizer: Any, config: ScalesConfig, chat: bool | str = False
+    documents: Mapping[str, Sequence[Document]], tokenizer: Any, config: ScalesConfig, chat: bool = False
 ) -> dict[str, Blocks]:
     """Every capability's blocks. Whole documents are held out, until their blocks are enough; those after them are learned from.
 
-    chat: the suite's ``apply_chat_template``; prompts are then in the template's form, with ``auto`` where the model has one. Raises
-    SuiteError with all capabilities that have too few documents, or where there is no template.
+    chat: whether the suite asks in the form of the model's chat template. Raises SuiteError with all capabilities that have too few documents,
+    or where there is no template.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    if chat is True and not template:
+    if chat and not getattr(tokenizer, "chat_template", None):
         raise SuiteError("the suite sets apply_chat_template, but the merged model's tokenizer has no chat template")
-    if chat and template:
+    if chat:
         documents = {name: [_in_template(one, tokenizer) for one in some] for name, some in documents.items()}
     found, problems = {}, []
     for name, some in documents.items():

@@ -13,13 +13,13 @@ from ota_core.plan.expert_scales import scales_for
 from ota_core.plan.plan import open_plan
 from ota_core.rules.rule import rule_of
 from tasks.benchmark import Benchmark
+from tasks.evaluation.in_memory import few_threads
 from tasks.experiments.tune.config import ScalesConfig
 from tasks.experiments.tune.documents import blocks_of, documents_of
 from tasks.experiments.tune.log import log_step
 from tasks.experiments.tune.result import Found
-from tasks.local.demo.progress import Training
 from tasks.merging.sources import Planned
-from tasks.orchestration.run_log import ProgressBar
+from tasks.orchestration.budget_bar import BudgetBar
 from tasks.settings import Places
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import Store
@@ -55,27 +55,32 @@ def learn_scales(
         merge.scratch = Path(scratch)
         start = _start(merge.inputs.scales, [one.name for one in merge.experts], [job.name for job in merge.canonical_jobs()])
         network, tokenizer = empty_network(merge, dtype, device)
-        blocks = blocks_of(documents, tokenizer, config, benchmark.tests.apply_chat_template)
+        blocks = blocks_of(documents, tokenizer, config, benchmark.tests.apply_chat_template is True)
         counts = ", ".join(f"{name} {len(one.train)} + {len(one.held_out)}" for name, one in blocks.items())
         log.info("blocks to learn from + held out: %s", counts)
         rule = rule_of(merge)
         rule.prepare()
         goal = goal_of(config, blocks, merge, dtype, device)
         edits = Edits(merge, rule, memory)
-        shown, bar = Training("learning"), ProgressBar("learning")
+        looks: list[float] = []
 
         def tell(step: Step) -> None:
             log_step(logged, step, store)
-            if step.train:
-                shown(step.number, config.steps, fmean(step.train.values()))
             if step.value is not None:
-                text = f"step {step.number} of at most {config.steps}: held out {step.value:.4f} ({config.objective})"
-                log.info("%s", text)
-                bar.show(100 * step.number / config.steps, text)
+                looks.append(step.value)
+                log.info(
+                    "step %d of at most %d: %s of what is held out %.4f", step.number, config.steps, config.objective, step.value
+                )
+            train = f"loss {fmean(step.train.values()):.3f}, " if step.train else ""
+            bar.show(100 * step.number / config.steps, f"{train}held out {looks[-1]:.4f} (as given {looks[0]:.4f})")
 
-        with ScaledModel(network, edits, config.per, start) as model:
+        with (
+            few_threads(merge.source_folder()),
+            BudgetBar("learning") as bar,
+            ScaledModel(network, edits, config.per, start) as model,
+        ):
             learned = learn(model, goal, config, tell)
-            bar.show(100, f"step {learned.best} is kept: held out {learned.kept.value:.4f} ({config.objective})")
+            bar.show(100, f"held out {learned.kept.value:.4f} (as given {looks[0]:.4f})")
             shapes = {name: job.shape for name, job in edits.jobs.items()}
             return Found(
                 learned=learned, experts=tuple(edits.experts), scales=model.by_tensor(), shapes=shapes, notes=tuple(merge.notes)

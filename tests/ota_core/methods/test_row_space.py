@@ -275,3 +275,22 @@ def test_an_ill_conditioned_matrix_is_solved_in_float64() -> None:
     found = regress(iter(single), torch.from_numpy(prior).float(), ridge=1e-4)
     wanted = regressed(prior, deltas, 1e-4)
     assert found.double and np.linalg.norm(found.edit.numpy() - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical", "shape", "is_matrix"),
+    [
+        ("lm_head.weight", "lm_head.weight", (50, 16), True),
+        ("lm_head.weight", "model.embed_tokens.weight", (50, 16), False),
+        ("model.embed_tokens.weight", "model.embed_tokens.weight", (50, 16), False),
+        ("embed_out.weight", "embed_out.weight", (50, 16), True),
+        ("transformer.wpe.weight", "transformer.wpe.weight", (64, 16), False),
+        ("model.decoder.embed_positions.weight", "model.decoder.embed_positions.weight", (64, 16), False),
+        ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.gate.weight", (8, 16), True),
+        ("backbone.layers.0.mixer.A_log", "backbone.layers.0.mixer.A_log", (32, 16), False),
+        ("backbone.layers.0.mixer.conv1d.weight", "backbone.layers.0.mixer.conv1d.weight", (32, 1, 4), False),
+        ("model.norm.weight", "model.norm.weight", (16,), False),
+    ],
+)
+def test_what_multiplies_activations(name: str, canonical: str, shape: tuple[int, ...], is_matrix: bool) -> None:
+    assert (matrices_of(TensorJob(name, canonical, shape, F32, False), {"model_type": "llama"}) is not None) == is_matrix

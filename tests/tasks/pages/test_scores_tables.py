@@ -7,10 +7,13 @@ import io
 import pandas as pd
 from rich.console import Console
 
+from tasks.evaluation.comparison import tier_rows
 from tasks.evaluation.scores import CapabilityScore, ModelScores, loss_rows, rows_of, scores_table
-from tasks.pages import terminal
-from tasks.pages.scores import losses, narrow, of_card, of_one, scores
+from tasks.evaluation.subject import Subject
+from tasks.pages import markdown, terminal
+from tasks.pages.scores import losses, narrow, of_card, of_one, scores, tiers
 from tasks.pages.tables import Table
+from tests.tasks.experiments.study.study_results import scores as full
 from tests.tasks.pages.analysis_table import EXPERTS, score_rows
 
 
@@ -91,3 +94,31 @@ def test_the_terminal_shows_what_fits_eighty_columns() -> None:
     assert "…" not in screen and {"knowledge", "retention", "avg", "loss", "below"} <= words
     assert all(f"{100 * rows.loc['OTA + FFG', name]:.1f}" in words for name in EXPERTS) and "±" not in screen
     assert "OTA + FFG: below the base on math" in screen
+
+
+def test_tiers_and_how_a_model_was_asked() -> None:
+    raw = full({"math": 0.5, "toxic": 1.0, "refusal": 0.5}).model_dump()
+    raw["capabilities"]["math"]["tasks"] = {
+        "sums": {"exact_match.none": 0.5, "answer_characters": 311.6, "answer_characters_stderr": 4.2}
+    }
+    tiered = ModelScores.model_validate(
+        raw | {"tiers": {"toxic": "safety", "refusal": "safety"}, "chat_template": True, "backend": "vllm 0.18.0"}
+    )
+    text = markdown.table(of_one("m", tiered)) + " ".join(of_one("m", tiered).caption)
+    rows = {line.split("|")[1].strip(" *"): line.split("|")[2].strip(" *") for line in text.splitlines() if line.startswith("|")}
+    assert rows["average"] == "50.0" and rows["tier development"] == "50.0" and rows["tier safety"] == "75.0"
+    for said in ("tier development.", "through its chat template.", "Computed by vllm 0.18.0.", "characters: sums 312 ± 4."):
+        assert said in text
+    subjects = {key: Subject(name=key, role=role, path=None, digest=key) for key, role in (("base", "base"), ("merged", "merge"))}
+    table = tiers(tier_rows({"base": tiered, "merged": tiered}, subjects))
+    header, *lines = [
+        [cell.strip(" *") for cell in line.split("|")[1:-1]]
+        for line in markdown.table(table).splitlines()
+        if line.startswith("|")
+    ]
+    assert header == ["model", "development", "safety"]
+    assert [line for line in lines if line[0] in subjects] == [
+        ["base", "50.0 ± 1.0", "75.0 ± 0.7"],
+        ["merged", "50.0 ± 1.0", "75.0 ± 0.7"],
+    ]
+    assert "development 1, safety 2" in table.caption[0]

@@ -337,3 +337,52 @@ def test_a_trial_takes_little_time_by_itself(tmp_path: Path) -> None:
     found = tune(recipe(), Space(), Budget(trials=30), timed, storage=tmp_path)
     assert median(end - start for start, end in pairwise(seconds)) < 0.5 and len(found.trials) == 30
     assert all(earlier.number + 1 == later.number for earlier, later in pairwise(found.trials))
+
+
+def test_searches_from_before_there_were_choices_are_known_again() -> None:
+    """Their names, by which an interrupted one is found, and the points that seed 3 led to."""
+    raw: list[tuple[str, dict[str, object], dict[str, object]]] = [
+        ("ota", {"density": 0.4, "compression": "rank1"}, {}),
+        ("ties", {"density": 0.4}, {"density": "0.1:1", "lambda": "0.5:2", "weight": "0:1"}),
+        ("linear", {}, {}),
+    ]
+    found = []
+    for method, parameters, space in raw:
+        with Search(recipe(method, **parameters), Space.model_validate(space), Budget(trials=12), seed=3, identity="x") as one:
+            points = []
+            while (point := one.ask()) is not None:
+                density = point.recipe.setting("density", 0) or 1
+                one.run(point, lambda _, limit, density=density: {"a": (density * 7.3 % 1) * 0.5 + 0.25, "b": 0.5})
+                points.append(next(iter(point.values.values()), None))
+        found.append((one.name, points[-3:]))
+    assert found == [
+        ("search-d5deab0b855b526a61448676", [0.08466, 0.9498, 0.6762]),
+        ("search-6b03a1ec2139a76ad4079517", [0.1499, 0.1157, 0.1369]),
+        ("search-c9da0b7d518a79a5a5d844f3", [None]),
+    ]
+
+
+def test_a_search_over_methods_finds_the_method_and_its_density(tmp_path: Path) -> None:
+    """ties at density 0.3 with row spaces is the peak; what linear has of all that is nothing. Interrupted, it goes on to the same."""
+
+    def best(found: MergeRecipe, limit: int) -> dict[str, float]:
+        density = found.setting("density", 0)
+        fit = 0.0 if found.merge_method == "linear" else 0.3 if found.merge_method == "ota" else 0.5
+        fit += 0.2 * found.refined + (max(0.0, 0.3 - 0.2 * abs(math.log(density / 0.3))) if density else 0.0)
+        return {"a": fit}
+
+    space = Space.model_validate(
+        {"merge_method": "ota,ties,linear", "refine": "none,rowspace", "density": "0.05:1", "per_expert": False}
+    )
+    given, budget = recipe(density=0.9, **{"lambda": "auto"}), Budget(trials=40, rungs=(10,))
+    counted = Counted(best)
+    whole = tune(given, space, budget, counted, storage=tmp_path)
+    assert whole.best.recipe.merge_method == "ties" and whole.best.recipe.refined
+    density = whole.best.values["density"]
+    assert isinstance(density, float) and 0.2 < density < 0.45
+    assert {one.values.get("merge_method") for one in whole.trials} == {"ota", "ties", "linear"}
+    assert all(("density" in one.values) == (one.values["merge_method"] != "linear") for one in whole.trials)
+    assert tune(given, space, budget, counted, storage=tmp_path) == whole and len(counted.calls) == 40
+    parts = tmp_path / "parts"
+    tune(given, space, Budget(trials=17, rungs=(10,)), best, storage=parts)
+    assert tune(given, space, budget, best, storage=parts) == whole

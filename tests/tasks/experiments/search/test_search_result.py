@@ -7,10 +7,13 @@ import pytest
 
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
 from tasks.experiments.search.config import SearchConfig
-from tasks.experiments.search.pictures import HOLDS, MISSES, STOPPED, table_of
+from tasks.experiments.search.front import BEATEN, FRONT, WINNER, front, rows_of, trade_offs
+from tasks.experiments.search.front import GIVEN as GIVEN_RECIPE
+from tasks.experiments.search.pictures import HOLDS, MISSES, STOPPED, table_of, values_against_average
 from tasks.experiments.search.result import files, markdown, ranked, recipe_text, trials, verdict
 from tasks.experiments.search.search import Origin, Trial, Tuned
-from tasks.experiments.search.space import Space, apply
+from tasks.experiments.search.space import Space, apply, point
+from tasks.pages.pictures.picture import png, spec
 
 GIVEN = MergeRecipe.model_validate(
     {"merge_method": "ota", "base_model": "./base", "parameters": {"density": 0.4},
@@ -101,9 +104,67 @@ def test_pictures_draw_what_happened() -> None:
         [45, 45, 45]
     )
     made = files(TUNED, DIMENSIONS, "merge_method: ota\n", "search <b>")
-    assert set(made) == {"recipe.yaml", "tables/trials.csv", "plots/best.png", "plots/values.png", "search.html"}
-    assert all(bytes(made[name])[:4] == b"\x89PNG" for name in ("plots/best.png", "plots/values.png"))  # type: ignore[arg-type]
+    assert set(made) == {
+        "recipe.yaml",
+        "tables/trials.csv",
+        "plots/best.png",
+        "plots/values.png",
+        "plots/front.png",
+        "search.html",
+    }
+    assert all(bytes(made[name])[:4] == b"\x89PNG" for name in made if name.endswith(".png"))  # type: ignore[arg-type]
     page = str(made["search.html"])
     assert "search &lt;b&gt;" in page and "density of math" in page and "https://cdn" not in page
     # A method with nothing to choose has no panels of values.
     assert "plots/values.png" not in files(TUNED, (), "", "t")
+
+
+def test_the_front_is_what_no_trial_beats_in_everything() -> None:
+    """Trials on fewer documents neither beat nor count."""
+    assert [one.number for one in front(TUNED.trials)] == [0, 2, 3, 4]
+    beaten = TUNED.model_copy(update={"trials": (*TUNED.trials, trial(5, 0.6, {50: (0.5, 0.5), 100: (0.45, 0.55)}))})
+    assert [one.number for one in front(beaten.trials)] == [0, 3, 4, 5]
+    rows = rows_of(beaten)
+    assert dict(zip(rows["trial"], rows["kind"], strict=True)) == {0: GIVEN_RECIPE, 2: BEATEN, 3: FRONT, 4: FRONT, 5: WINNER}
+    equal = TUNED.trials[2].model_copy(update={"number": 6})
+    assert [one.number for one in front((TUNED.trials[2], equal))] == [2, 6]  # neither exceeds the other
+
+
+@pytest.mark.parametrize("capabilities", [2, 3, 6])
+def test_trade_offs_are_drawn_for_two_capabilities_and_for_more(capabilities: int) -> None:
+    names = [f"c{i}" for i in range(capabilities)]
+    scores = [[((i * 7 + k * 5) % 10) / 10 for k in range(capabilities)] for i in range(5)]
+    made = [
+        trial(i, 0.5, {100: (0, 0)}, "search" if i else "recipe").model_copy(
+            update={"scores": {100: dict(zip(names, row, strict=True))}, "floors": {"c0": 0.2}}
+        )
+        for i, row in enumerate(scores)
+    ]
+    tuned = Tuned(trials=tuple(made), evaluations=5)
+    drawn = spec(trade_offs(tuned))
+    data = [row for rows in drawn["datasets"].values() for row in rows]
+    if capabilities == 2:
+        held = {row["trial"]: (row["x"], row["y"]) for row in data if "kind" in row}
+        assert held == {i: pytest.approx([100 * value for value in row]) for i, row in enumerate(scores)}
+    else:
+        held = {(row["trial"], row["capability"]): row["score"] for row in data if "kind" in row}
+        assert held == {(i, name): pytest.approx(100 * row[k]) for i, row in enumerate(scores) for k, name in enumerate(names)}
+    assert png(trade_offs(tuned))[:4] == b"\x89PNG"
+
+
+def test_words_that_were_chosen_stand_in_table_and_pictures() -> None:
+    space = Space.model_validate({"merge_method": "ota,ties", "density": "0.1:1", "lambda": None, "per_expert": False})
+    values: list[dict[str, float | str]] = [{"merge_method": "ota", "density": 0.4}, {"merge_method": "ties", "density": 0.2}]
+    made = [
+        one.model_copy(update={"values": own, "recipe": point(space, GIVEN, None, own)})
+        for one, own in zip((TUNED.trials[0], TUNED.trials[2]), values, strict=True)
+    ]
+    tuned = Tuned(trials=tuple(made), evaluations=2)
+    cells = trials(tuned, 5).cells()
+    assert cells.header[-2:] == ["merge method", "density"] and [row[-2:] for row in cells.rows] == [
+        ["ties", "0.2"],
+        ["ota", "0.4"],
+    ]
+    drawn = spec(values_against_average(tuned, space.dimensions(GIVEN)))
+    kinds = [panel["layer"][0]["encoding"]["x"]["type"] for panel in drawn["concat"]]
+    assert kinds == ["nominal", "quantitative"]

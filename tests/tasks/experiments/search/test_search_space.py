@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.experiments.search.config import Floor, SearchConfig, floors_of, load_search, parse_floor, recipe_of
-from tasks.experiments.search.space import Range, Space, apply, starts, values_of
+from tasks.experiments.search.space import Options, Range, Space, Value, apply, place, point, starting_points, starts, values_of
 from tests.tasks.experiments.study.study_results import scores
 
 ALL = Space.model_validate(
@@ -94,10 +94,10 @@ def test_starting_points_are_uniform_distinct_and_inside() -> None:
     dimensions = ALL.dimensions(given)
     points = starts(given, dimensions)
     assert 2 <= len(points) <= 4 and all(points.count(one) == 1 for one in points)
-    for point in points:
-        assert point["density/math"] == point["density/code"] and point["weight/math"] == 1.0
-        assert all(point[one.name] in one.within for one in dimensions)
-    assert {point["lambda"] for point in points} > {1.505}
+    for values in points:
+        assert values["density/math"] == values["density/code"] and values["weight/math"] == 1.0
+        assert all(values[one.name] in one.within for one in dimensions)
+    assert {values["lambda"] for values in points} > {1.505}
     assert starts(recipe("linear"), ()) == []
 
 
@@ -236,3 +236,96 @@ def test_a_search_file_names_its_recipe_beside_it(tmp_path: Path) -> None:
     with pytest.raises(OtaError) as caught:
         load_search(str(tmp_path / "search.yaml"))
     assert len(caught.value.problems) == 3 and "did you mean 'suite'" in str(caught.value)
+
+
+METHODS = {
+    "merge_method": "ota,ties,linear,rowspace",
+    "refine": "none,rowspace",
+    "metric": ["curvature", "magnitude"],
+    "ridge": "0.1:1:log",
+}
+
+
+def chosen(space: Space, given: MergeRecipe, **words: str) -> tuple[MergeRecipe, dict[str, Value]]:
+    """The point with these words, and every number in the middle of its range."""
+
+    def middle(one: Any) -> Value:
+        return words[one.name] if isinstance(one.within, Options) else one.within.at(0.5)
+
+    _, values = space.walk(given, None, middle)
+    return point(space, given, None, values), values
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ({"merge_method": "ota", "refine": "none", "metric": "magnitude"}, {"density/math", "density/code"}),
+        ({"merge_method": "ota", "refine": "rowspace", "metric": "curvature"}, {"density/math", "density/code", "ridge"}),
+        ({"merge_method": "ties", "refine": "none"}, {"density/math", "density/code"}),
+        ({"merge_method": "linear", "refine": "rowspace"}, {"ridge"}),
+        ({"merge_method": "rowspace"}, {"ridge"}),
+    ],
+)
+def test_a_value_belongs_to_the_methods_that_use_it(words: dict[str, str], names: set[str]) -> None:
+    given = recipe("ota", own={"preconditioner_path": "v.pt"}, density=0.4, compression="rank1", power=0.25, **{"lambda": "auto"})
+    space = Space.model_validate(METHODS)
+    made, values = chosen(space, given, **words)
+    assert set(values) == {*words, *names}, "λ stays auto, and is no dimension"
+    assert made.merge_method == words["merge_method"] and made.refined == ("rowspace" in words.values())
+    assert made.auto == (made.merge_method != "linear")
+    assert place(space, made) == values and point(space, given, None, values) == made
+    if made.merge_method == "ota":
+        assert made.setting("compression") == "rank1" and made.setting("metric") == words["metric"]
+        assert made.models[0].parameters.preconditioner_path == "v.pt"
+
+
+def test_everything_that_can_be_chosen_is_a_dimension_choices_first() -> None:
+    given = recipe("ota", density=0.4, **{"lambda": "auto"})
+    names = [one.name for one in Space.model_validate(METHODS).dimensions(given)]
+    assert names == ["merge_method", "refine", "metric", "density/math", "density/code", "ridge"]
+    asked = Space.model_validate(METHODS | {"lambda": "0.5:2"}).dimensions(given)
+    assert "lambda" in [one.name for one in asked]  # said by name, it takes auto's place
+    assert "lambda" not in [one.name for one in Space().dimensions(given)]
+
+
+def test_a_search_over_methods_begins_with_each_of_them() -> None:
+    given = recipe("ota", density=0.4, **{"lambda": "auto"})
+    space = Space.model_validate({"merge_method": "ota,ties,rowspace", "refine": "none,rowspace"})
+    points = starting_points(space, given)
+    begun = {(one["merge_method"], one.get("refine")) for one in points}
+    assert begun == {("ota", "rowspace"), ("ties", "none"), ("ties", "rowspace"), ("rowspace", None)}  # ota alone is the recipe
+    assert place(space, given) == {"merge_method": "ota", "refine": "none", "density/math": 0.4, "density/code": 0.4}
+    assert all(one["density/math"] == 0.4 for one in points if one["merge_method"] != "rowspace")
+
+
+def test_what_only_a_refined_recipe_has_goes_with_the_refinement() -> None:
+    given = recipe("ota", density=0.4, refine="rowspace", ridge=1.0)
+    made, _ = chosen(Space.model_validate({"refine": "none,rowspace", "density": None}), given, refine="none")
+    assert not made.refined and made.parameters.ridge is None
+
+
+@pytest.mark.parametrize(
+    ("space", "method", "message"),
+    [
+        (
+            {"merge_method": "ota,fisher"},
+            "ties",
+            "ota, fisher reads second moments, and the recipe to begin with does not say how",
+        ),
+        ({"merge_method": "ota,tise"}, "ota", "unknown merge_method 'tise'; did you mean 'ties'"),
+        ({"merge_method": "ota,slerp"}, "ota", "slerp needs 't'"),
+        ({"refine": "none,rowspaces"}, "ota", "refine rowspaces"),
+        ({"merge_method": "ties,linear", "metric": "curvature,magnitude"}, "ties", "metric has no effect"),
+    ],
+)
+def test_choices_that_no_recipe_can_have_are_found_before_the_search(space: dict[str, Any], method: str, message: str) -> None:
+    given = recipe(method, density=0.4).model_dump(mode="json", by_alias=True, exclude_none=True)
+    with pytest.raises(OtaError) as caught:
+        recipe_of(config(recipe=given, space=space, floor="none"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("raw", "message"), [("ota", "at least 2"), ("ota,ota", "a word twice")])
+def test_a_choice_is_among_several(raw: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Space.model_validate({"merge_method": raw})
