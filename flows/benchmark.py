@@ -52,7 +52,7 @@ def benchmark_flow(
     subject = fetched_subject(short_name(model), "model", fetched)
     (ref,) = score_all({"model": subject}, benchmark, where, executor).values()
     scores = read_scores(where, ref)
-    logged = log_scores(subject, ref.fingerprint, scores, where, tracking_uri)
+    logged = log_scores(subject, ref.fingerprint, scores, where, tracking_uri, benchmark.data_digest, data_dir)
     show_table(of_one(subject.name, scores), "scores")
     show_mlflow(subject.name, logged.url)
     get_run_logger().info("scores of %s: %s", model, scores.by_capability())

@@ -122,7 +122,7 @@ def merge_flow(
     tried = smoke_test(subjects, where, heavy) if benchmark and smoke else None
     scores = score_all(subjects, benchmark, where, heavy) if benchmark and (tried is None or tried.passed) else {}
     done = Merged(
-        plan=plan, fetched=fetched, subjects=subjects, merged=merged, stages=stages, smoke=tried, scores=scores, data_dir=data_dir,
+        plan=plan, fetched=fetched, subjects=subjects, merged=merged, stages=stages, smoke=tried, scores=scores, documents=benchmark is not None and benchmark.tests.documents, data_dir=data_dir,
         where=where, preflight=before,
     )  # fmt: skip
     return finish(done, report, analysis, unanalysed, registered_model, tracking_uri)

@@ -17,6 +17,7 @@ from flows.outlook import Ahead, look_ahead, merge_without
 from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.benchmark import Benchmark
+from tasks.evaluation.gate import check_margins
 from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
@@ -55,13 +56,14 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
         config = load_nightly(find_config(config))
     where, log = places(), get_run_logger()
     benchmark = Benchmark.of(config.suite, config.data_dir, config.limit, where).check()
+    check_margins(config.gate, benchmark.tests)
     executor = executor_of(gpu_deployment(), config.device)
     setting = config.digest(benchmark.tests, benchmark.data_digest)
 
     def score(subject: Subject) -> ModelScores:
         """One more model, asked as the candidates were."""
-        tonight = read_scores(where, next(iter(outcomes.values())).scores["merged"])
-        return read_all(where, score_all({"one": subject}, benchmark.asked(tonight.chat_template), where, executor))["one"]
+        tonight = read_scores(where, next(one.scores["merged"] for one in outcomes.values() if one.scores))
+        return read_all(where, score_all({"one": subject}, benchmark.asked_as(tonight), where, executor))["one"]
 
     found, problems = look(config)
     last = None if force else last_night(where, config.name)

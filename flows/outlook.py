@@ -12,7 +12,7 @@ from ota_core.errors import OtaError
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.analyse import preflight_job
 from tasks.artifacts.store import store_of
-from tasks.evaluation.gate import best
+from tasks.evaluation.gate import first_choice
 from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores, retention
 from tasks.evaluation.suites import Suite
@@ -115,7 +115,7 @@ def merge_without(
     }
     if ahead.config.leave_out != "measured" or not scores:
         return {}
-    first = best(scores)
+    first = first_choice(scores, ahead.suite, ahead.config.gate)
     suspects = [one.name for one in ahead.outlook(first, outcomes[first]).hurting]
     name, recipe, whole = first, recipes[first], scores[first]
     found: dict[str, MergeOutcome] = {}

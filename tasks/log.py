@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.context import FlowRunContext
@@ -19,8 +19,9 @@ from ota_core.engine.model_card import model_card
 from ota_core.plan.inputs import MergeInputs
 from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of
+from tasks.evaluation.answers import documents_table
 from tasks.evaluation.comparison import comparison, experts_of, own_capability, tier_rows
-from tasks.evaluation.kept import read_all
+from tasks.evaluation.kept import read_all, read_documents
 from tasks.evaluation.scores import ModelScores, negative_transfer, retention, rows_of
 from tasks.evaluation.smoke import Smoke
 from tasks.evaluation.subject import Subject
@@ -34,9 +35,22 @@ from tasks.pages.scores import of_card, tiers
 from tasks.registry import promotion
 from tasks.settings import Places
 from tasks.storage.models import Fetched
-from tasks.tracking.merge import ChildRun, InputRef, LoggedRun, MergeRun, log_benchmark, log_merge
+from tasks.tracking.merge import ChildRun, InputRef, LoggedRun, MergeRun, log_benchmark, log_merge, suite_data
 from tasks.tracking.params import comparable_params
-from tasks.tracking.run import SCORES_PNG, TAG_COMMIT, TAG_FLOW_RUN, TAG_SMOKE, Benchmarked, uncertainty
+from tasks.tracking.run import (
+    DOCUMENTS_HTML,
+    DOCUMENTS_JSON,
+    SCORES_PNG,
+    TAG_COMMIT,
+    TAG_DOCUMENTS,
+    TAG_FLOW_RUN,
+    TAG_SMOKE,
+    Benchmarked,
+    uncertainty,
+)
+
+if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
+    import pandas as pd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +69,8 @@ class Merged:
     """How the merge stood in the smoke test; None without a benchmark. One that failed is not benchmarked."""
     scores: dict[str, ArtifactRef]
     """As ``subjects``; empty without a benchmark."""
+    documents: bool
+    """Whether what was asked and answered may be shown; the suite says so."""
     data_dir: str | None
     """Where the suite's documents lie."""
     where: Places
@@ -66,6 +82,14 @@ class Merged:
         """The scores that the artifacts hold."""
         return read_all(self.where, self.scores)
 
+    @cached_property
+    def answered(self) -> pd.DataFrame | None:
+        """Document by document what base, best expert and merge answered; None where there is nothing to show."""
+        if not self.found or not self.documents or not self.found["merged"].samples:
+            return None
+        answers = {key: read_documents(self.where, ref) for key, ref in self.scores.items()}
+        return documents_table(self.found, self.subjects, answers)
+
 
 @task(name="log", task_run_name="log {run.name}", retries=2, retry_delay_seconds=10)
 def log(run: MergeRun, where: Places, tracking_uri: str | None) -> LoggedRun:
@@ -74,11 +98,14 @@ def log(run: MergeRun, where: Places, tracking_uri: str | None) -> LoggedRun:
 
 
 @task(name="log", task_run_name="log {subject.name}", retries=2, retry_delay_seconds=10)
-def log_scores(subject: Subject, fingerprint: str, scores: ModelScores, where: Places, tracking_uri: str | None) -> LoggedRun:
+def log_scores(
+    subject: Subject, fingerprint: str, scores: ModelScores, where: Places, tracking_uri: str | None, data_digest: str | None = None,
+    data_dir: str | None = None,
+) -> LoggedRun:  # fmt: skip
     """Log the scores of one model to MLflow; finds the run of an earlier try."""
     return log_benchmark(
         subject.name, source=subject.location or "", digest=subject.digest, fingerprint=fingerprint, scores=scores,
-        tracking_uri=tracking_uri, root=where.tracking,
+        data=suite_data(scores, data_digest, data_dir), tracking_uri=tracking_uri, root=where.tracking,
     )  # fmt: skip
 
 
@@ -89,10 +116,14 @@ def finish(
     where, result = done.where, done.subjects["merged"]
     run, page = merge_run(done, registered_model), None
     if report != "none":
-        page = page_of(run, done.merged, done.found, done.subjects, analysis, unanalysed, done.smoke)
+        page = page_of(run, done.merged, done.found, done.subjects, analysis, unanalysed, done.smoke, done.answered)
         # What a gate decided of this merge before stays in the page: a champion is merged again by every night that finds it standing.
         decision = promotion.logged_decision(run.fingerprint, run.model_digest, tracking_uri=tracking_uri, root=where.tracking)
         run = with_report(run, page, where, decision)
+        if done.answered is not None:
+            from tasks.pages.documents import documents_html
+
+            run = run.model_copy(update={"tables": run.tables | {DOCUMENTS_HTML: documents_html(run.name, done.answered)}})
     run = keeping_scores(run, done.merged)
     put_beside_the_model(run, done.merged, where)
     logged = log(run, where, tracking_uri)
@@ -117,6 +148,7 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     """Everything that MLflow is told of a merge (names: docs/prefect-mlflow.md)."""
     from tasks.experiments.preflight.features import metrics as preflight_metrics
     from tasks.pages.analysis import read_analysis
+    from tasks.pages.documents import documents_json, documents_note
     from tasks.pages.pictures.picture import png
     from tasks.pages.pictures.scores import pictures_of_scores
 
@@ -132,6 +164,8 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     tags = {"recipe_fingerprint": merged.fingerprint, **_context()}
     if done.smoke:
         metrics["smoke/passed"], tags[TAG_SMOKE] = float(done.smoke.passed), " ".join([done.smoke.said, *done.smoke.notes])
+    if done.answered is not None:
+        tags[TAG_DOCUMENTS] = documents_note(done.answered)
     params: dict[str, str | int | float | bool] = {
         "merge_method": recipe.merge_method,
         "base_model": recipe.base_model or "none",
@@ -177,6 +211,7 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
             if key in found
         ],
         table=rows,
+        tables={} if done.answered is None else {DOCUMENTS_JSON: documents_json(done.answered)},
         pictures={SCORES_PNG: png(pictures_of_scores(rows)["scores"].chart)} if found and found["merged"].measured else {},
     )
 
@@ -237,11 +272,8 @@ def _benchmarked(store: Any, scores: dict[str, ArtifactRef], found: dict[str, Mo
 
 
 def _benchmark_data(measured: Benchmarked | None, data: str | None) -> list[InputRef]:
-    """What the models were scored on: the documents, or where lm-eval reads public ones, the suite that names them."""
-    if measured is None:
-        return []
-    digest = measured.data_digest or measured.merged.suite_digest
-    return [InputRef(name=f"suite {measured.merged.suite}", source=data or "lm-eval", digest=digest, role="data")]
+    """What the models were scored on."""
+    return [] if measured is None else [suite_data(measured.merged, measured.data_digest, data)]
 
 
 def _machine(store: Any, refs: list[ArtifactRef]) -> list[SystemPoint]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ota_core.errors import CheckpointError
+from tasks.evaluation.answers import answers_of, write_answers
 from tasks.evaluation.harness_tasks import load_tasks
 from tasks.evaluation.loading import backend_class, load_model
 from tasks.evaluation.loss_errors import loss_error
@@ -31,6 +32,7 @@ def score_model(
     limit: int | None = None,
     progress: Progress | None = None,
     served_as: Sequence[str] = (),
+    answers_to: Path | None = None,
 ) -> ModelScores:
     """Score the Hugging Face checkpoint folder ``model`` on every task of the suite that may run.
 
@@ -38,7 +40,7 @@ def score_model(
     metrics and data files are checked before the first request. Seeds are set anew before each task, so that a score does not
     depend on the tasks before it (vllm and sglang, which have seeds of their own, take them once); lm-eval's response cache is never used,
     because it is not keyed by the model. Calls from several threads take turns. ``served_as``: names under which a server, where the suite
-    names one, may serve the model. Raises CheckpointError for a model that cannot be loaded, SuiteError for what is wrong with suite, data or
+    names one, may serve the model. ``answers_to``: a file for what was asked and answered, unless the suite says ``documents: false``. Raises CheckpointError for a model that cannot be loaded, SuiteError for what is wrong with suite, data or
     server.
     """
     if limit is not None and limit < 1:
@@ -46,7 +48,7 @@ def score_model(
     if not (model / "config.json").is_file():
         raise CheckpointError(f"{model} holds no config.json; expected the folder of a Hugging Face checkpoint")
     with LoadedModel(model, suite, data_dir=data_dir, device=device, progress=progress, served_as=served_as) as loaded:
-        return loaded.score(limit, progress)
+        return loaded.score(limit, progress, answers_to)
 
 
 class LoadedModel:
@@ -86,8 +88,8 @@ class LoadedModel:
         """The model as the backend has it: torch's with lm-eval's ``hf``; None where no task of the suite may run."""
         return getattr(self._lm, "model", None)
 
-    def score(self, limit: int | None = None, progress: Progress | None = None) -> ModelScores:
-        """The scores of the model as it is now. ``limit`` overrides the suite's."""
+    def score(self, limit: int | None = None, progress: Progress | None = None, answers_to: Path | None = None) -> ModelScores:
+        """The scores of the model as it is now. ``limit`` overrides the suite's; ``answers_to`` as in ``score_model``."""
         suite, limit = self._suite, limit or self._suite.limit
         repeats = {entry.task: entry.repeats for entry in suite.all_tasks()}
         results: dict[str, list[dict[str, Any]]] = {}
@@ -99,6 +101,8 @@ class LoadedModel:
                 results[name] = [_evaluate(self._lm, suite, name, task, limit, seed) for seed in seeds]
             # Before the next may start, or both would count what this thread waits for then.
             seconds, self._loading = time.monotonic() - started + self._loading, 0.0
+        if answers_to is not None and suite.documents:
+            write_answers(answers_to, answers_of(suite, results))
         return _scores_of(suite, results, limit, seconds)
 
 

@@ -70,7 +70,7 @@ def held_out_loss(suite: Suite, entry: LossEntry, result: Result) -> tuple[float
         raise SuiteError(f"suite {suite.name}: expected a finite {entry.metric} of task '{entry.task}'; it gave {value}")
     rows = [row for rows in result["samples"].values() for row in rows if row["filter"] == entry.filter]
     numbers = (row[entry.metric] for row in rows)
-    return float(value), {key: (float(nats), int(size)) for key, (nats, size) in zip(_document_keys(rows), numbers, strict=True)}
+    return float(value), {key: (float(nats), int(size)) for key, (nats, size) in zip(document_keys(rows), numbers, strict=True)}
 
 
 def _numbers(entry: TaskEntry, runs: Sequence[Result], samples: Samples) -> dict[str, float]:
@@ -103,7 +103,7 @@ def _answer_length(runs: Sequence[Result]) -> dict[str, float]:
     for run in runs:
         for task, rows in run["samples"].items():
             first = [row for row in rows if row["filter"] == rows[0]["filter"]]
-            for key, row in zip(_document_keys(first), first, strict=True):
+            for key, row in zip(document_keys(first), first, strict=True):
                 written = [answer for answers in row["resps"] for answer in answers if isinstance(answer, str)]
                 lengths.setdefault((task, key), []).extend(map(len, written))
     means = [fmean(one) for one in lengths.values() if one]
@@ -131,7 +131,7 @@ def _sample_scores(task: str, entry: TaskEntry, rows: Iterable[Mapping[str, Any]
     """Document to score, in lm-eval's order."""
     scores: dict[str, float] = {}
     kept = [row for row in rows if row["filter"] == entry.filter and row.get(entry.metric) is not None]
-    for key, row in zip(_document_keys(kept), kept, strict=True):
+    for key, row in zip(document_keys(kept), kept, strict=True):
         value = row[entry.metric]
         if isinstance(value, list) and value and all(_is_number(item) for item in value):
             value = sum(value) / len(value)  # one verdict for each instruction of a prompt (ifeval's inst_level metrics)
@@ -142,7 +142,7 @@ def _sample_scores(task: str, entry: TaskEntry, rows: Iterable[Mapping[str, Any]
     return scores
 
 
-def _document_keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+def document_keys(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Each document's hash: 16 hex digits; with "#2" and so on for a document that comes again."""
     seen: Counter[str] = Counter()
     for row in rows:

@@ -86,6 +86,9 @@ class Suite(Frozen):
     )
     capabilities: Annotated[dict[str, Capability], Field(min_length=1)]
     losses: dict[str, LossEntry] = Field({}, description="Held-out loss of capabilities, beside their scores.")
+    documents: bool = Field(
+        True, description="Keep what models were asked and answered beside their scores, and show it. False: scores alone."
+    )
 
     @field_validator("capabilities")
     @classmethod
@@ -211,7 +214,7 @@ def score_identity(
     """
     if data_digest is None and needs_data(suite):
         raise SuiteError(f"the task files of suite '{suite.name}' read {DATA}: its scores depend on data, give their digest")
-    params = _without_unset(suite.model_dump(mode="json", exclude={"include_path", "batch_size", "backend"}), Suite)
+    params = _without_unset(suite.model_dump(mode="json", exclude={"include_path", "batch_size", "backend", "documents"}), Suite)
     for capability in params["capabilities"].values():
         _without_unset(capability, Capability)["tasks"] = [_without_unset(entry, TaskEntry) for entry in capability["tasks"]]
     params |= {"limit": limit or suite.limit, "lm_eval": importlib.metadata.version("lm_eval")}

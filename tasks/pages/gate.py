@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tasks.evaluation.decision import Choice, GateDecision
+from tasks.evaluation.gate import Choice, GateDecision
 from tasks.pages import markdown
 from tasks.pages.tables import COUNT, P_VALUE, PERCENT, Column, Table, Unit
 
 _POINTS = Unit("percentage points", ".2f", 100, signed=True)
+_SIZE = Unit("percentage points", ".2f", 100)
 
 
 def headline(decision: GateDecision) -> str:
@@ -49,7 +50,7 @@ def _tiers(decision: GateDecision) -> Table:
     ]
     columns = [
         Column("tier"), Column("capabilities"), Column("reference", "against"), Column("n", "documents", COUNT),
-        Column("difference", unit=_POINTS), Column("lower_bound", "not below", _POINTS), Column("margin", unit=_POINTS), Column("holds", "shown"),
+        Column("difference", unit=_POINTS), Column("lower_bound", "not below", _POINTS), Column("margin", unit=_SIZE), Column("holds", "shown"),
     ]  # fmt: skip
     said = (
         f"Tiers with a margin. One passes where the difference is shown, at {100 * decision.confidence:g} % one-sided confidence, to be no more than the margin below "

@@ -38,6 +38,14 @@ nav a { margin-right: 18px; white-space: nowrap; display: inline-block; }
 .verdict.good { border-color: var(--good); }
 .verdict.bad { border-color: var(--bad); }
 .bad-text { color: var(--bad); font-weight: bold; }
+.good-text { color: var(--good); }
+.filters { max-width: none; }
+.filters label { margin-right: 18px; white-space: nowrap; display: inline-block; }
+.filters select { font: inherit; max-width: 60vw; }
+.document { border-top: 1px solid var(--line); padding: 10px 0; }
+.document[hidden] { display: none; }
+.document pre { max-height: 16em; overflow-y: auto; }
+.document dd code { white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 12px 0; font-size: 15px; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -97,6 +105,17 @@ function drawAgain() {
   drawn = drawn.then(drawAll);
 }
 addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(drawAgain, 250); });
+const filters = document.querySelectorAll("select[data-filter]");
+function filter() {
+  let count = 0;
+  for (const one of document.querySelectorAll(".document")) {
+    one.hidden = [...filters].some((by) => by.value && one.dataset[by.dataset.filter] !== by.value);
+    count += !one.hidden;
+  }
+  document.querySelector("[data-count]").textContent = count;
+}
+for (const by of filters) by.addEventListener("change", filter);
+if (filters.length) filter();
 for (const button of document.querySelectorAll("button[data-copy]")) {
   button.addEventListener("click", async () => {
     const source = document.getElementById(button.dataset.copy);

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from tasks.evaluation.gate import GateDecision
 from tasks.evaluation.scores import AVERAGE, ROLES, STDERR, capability_columns
 from tasks.evaluation.smoke import Smoke
-from tasks.pages import gate, scores
+from tasks.pages import documents, gate, scores
 from tasks.pages.html import Block, Section, template, to_html
 from tasks.pages.pictures.analysis import pictures_of
 from tasks.pages.pictures.scales import scale_picture
@@ -63,6 +63,8 @@ class MergeReport(BaseModel):
     """Why there is no analysis, where one was wanted."""
     gate: GateDecision | None = None
     smoke: Smoke | None = None
+    flips: tuple[Row, ...] = ()
+    """As ``tasks.pages.documents.flip_rows`` gives them; empty where no documents are shown."""
     links: dict[str, str] = {}
     """Text to http(s) address: the MLflow run, the Prefect run."""
     versions: dict[str, str] = {}
@@ -127,6 +129,8 @@ def report_html(report: MergeReport) -> str:
 def _parts(report: MergeReport) -> Iterator[tuple[str, Iterator[Block]]]:
     if report.scores:
         yield "Scores", _scores(report)
+    if report.flips:
+        yield "Documents that flipped", iter([documents.flips(report.flips)])
     if report.smoke:
         yield "Smoke test", _smoke(report.smoke)
     if report.gate:

@@ -4,7 +4,7 @@ import platform
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect.runtime import flow_run
 from pydantic import Field
@@ -21,7 +21,10 @@ from tasks.evaluation.subject import Subject
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.tracking.merge import InputRef, MergeRun
-from tasks.tracking.run import ANALYSIS_CSV, REPORT, TAG_ANALYSIS
+from tasks.tracking.run import ANALYSIS_CSV, DOCUMENTS_HTML, REPORT, TAG_ANALYSIS
+
+if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
+    import pandas as pd
 
 ReportKind = Literal["full", "scores", "none"]
 """``full``: with the analysis of the experts. ``scores``: without. ``none``: no report."""
@@ -49,6 +52,8 @@ class MergePage(Frozen):
     """Why there is no analysis, where one was wanted."""
     smoke: Smoke | None = None
     """How the merge stood in the smoke test; None without a benchmark."""
+    flips: tuple[dict[str, str | float | None], ...] = ()
+    """Rows of ``tasks.pages.documents.flips``; none where documents are not shown."""
 
     def html(self, where: Places, decision: GateDecision | None = None) -> str:
         """The page. It does not name the MLflow run: it is one of that run's own artifacts. Raises OtaError."""
@@ -66,7 +71,7 @@ class MergePage(Frozen):
                 suite=self.suite, limit=self.limit, documents=self.documents, unanalysed=self.unanalysed,
                 analysis=read_analysis(where, self.analysis) if self.analysis else None,
                 analysis_notes=(*said["notes"], *(f"Left out: {what}" for what in said["left_out"])), gate=decision,
-                smoke=self.smoke, links=prefect_links(flow_run.ui_url),
+                smoke=self.smoke, flips=self.flips, links=prefect_links(flow_run.ui_url),
                 versions={name: version(name) for name in ("ota-merging", "torch", "lm_eval")} | {"python": platform.python_version()},
             )
         )  # fmt: skip
@@ -85,15 +90,18 @@ def page_of(
     analysis: ArtifactRef | None,
     unanalysed: str = "",
     smoke: Smoke | None = None,
+    answered: "pd.DataFrame | None" = None,
 ) -> MergePage:
     """The page of a merge, before any gate."""
+    from tasks.pages.documents import flip_rows
+
     of_merge = found.get("merged")
     return MergePage(
         name=run.name, method=run.method, recipe_yaml=run.recipe_yaml, inputs=tuple(run.inputs), merged=merged, digest=run.model_digest,
         scores=tuple(run.table), losses=tuple(loss_rows(comparison(dict(found), subjects))) if found else (),
         suite=of_merge.suite if of_merge else "", limit=of_merge.limit if of_merge else None,
         documents=of_merge.documents if of_merge else {},
-        analysis=analysis, unanalysed=unanalysed, smoke=smoke,
+        analysis=analysis, unanalysed=unanalysed, smoke=smoke, flips=tuple(flip_rows(answered)) if answered is not None else (),
     )  # fmt: skip
 
 
@@ -105,7 +113,7 @@ def with_report(run: MergeRun, page: MergePage, where: Places, decision: GateDec
     tables = {ANALYSIS_CSV: (folder / CSV).read_text(encoding="utf-8")} if folder else {}
     tags = run.tags | ({TAG_ANALYSIS: "in the report"} if folder else {})
     tags |= {TAG_ANALYSIS: f"none: {page.unanalysed}"} if page.unanalysed else {}
-    return run.model_copy(update={"report_html": page.html(where, decision), "tables": tables, "tags": tags})
+    return run.model_copy(update={"report_html": page.html(where, decision), "tables": run.tables | tables, "tags": tags})
 
 
 def keeping_scores(run: MergeRun, merged: ArtifactRef) -> MergeRun:
@@ -118,8 +126,8 @@ def keeping_scores(run: MergeRun, merged: ArtifactRef) -> MergeRun:
 
 
 def put_beside_the_model(run: MergeRun, merged: ArtifactRef, where: Places) -> None:
-    """The model card, now with the scores, and the report."""
-    notes = {CARD: run.model_card, REPORT: run.report_html}
+    """The model card, now with the scores, the report, and the page of the documents that flipped."""
+    notes = {CARD: run.model_card, REPORT: run.report_html, DOCUMENTS_HTML: run.tables.get(DOCUMENTS_HTML)}
     store_of(where).annotate(merged, {name: text for name, text in notes.items() if text})
 
 

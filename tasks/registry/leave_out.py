@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ota_core.errors import raise_all
-from tasks.evaluation.gate import GateSettings
-from tasks.evaluation.pairs import GateError, differences, sign_flips
+from tasks.evaluation.gate import GateSettings, choosing_documents
+from tasks.evaluation.pairs import GateError, paired, sign_flips
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
+from tasks.evaluation.tiers import deciding
 
 if TYPE_CHECKING:
     from tasks.pages.tables import Table
@@ -32,7 +33,7 @@ class Trial:
 
 def try_without(whole: ModelScores, without: Mapping[str, ModelScores], suite: Suite, settings: GateSettings) -> list[Trial]:
     """The merge against those without one expert, by its name. An expert is left out whose inclusion lowers the average beyond the noise, at the
-    gate's confidence, shared out among the experts that are tried (Bonferroni). Raises GateError for scores that do not compare."""
+    gate's confidence, shared out among the experts that are tried (Bonferroni). Documents that confirm the night's candidate have no part in it. Raises GateError for scores that do not compare."""
     trials = []
     for expert, scores in without.items():
         if whole.measured != scores.measured or whole.average is None or scores.average is None:
@@ -40,10 +41,12 @@ def try_without(whole: ModelScores, without: Mapping[str, ModelScores], suite: S
                 [f"the merge without {expert} was measured on other capabilities; benchmark both on the same suite"], GateError
             )
             continue
-        parts, error = differences(suite, whole.measured, f"merge without {expert}", whole, scores)
-        p_value = sign_flips(parts, resamples=settings.resamples, seed=settings.seed)
-        lower = whole.average < scores.average and p_value <= (1 - settings.confidence) / len(without)
-        trials.append(Trial(expert, whole.average, scores.average, error, p_value, lower))
+        averaged = deciding(whole.measured, whole.tiers)
+        found = paired(suite, averaged, f"merge without {expert}", whole, scores, choosing_documents(whole, suite, settings))
+        p_value = sign_flips(found.parts, resamples=settings.resamples, seed=settings.seed)
+        with_it, without_it = found.means
+        lower = with_it < without_it and p_value <= (1 - settings.confidence) / len(without)
+        trials.append(Trial(expert, with_it, without_it, found.error, p_value, lower))
     return trials
 
 

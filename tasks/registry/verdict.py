@@ -11,8 +11,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.evaluation.choice import decide_all
-from tasks.evaluation.gate import GateDecision, best
+from tasks.evaluation.gate import GateDecision, best, decide_all
 from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
@@ -80,7 +79,7 @@ class Verdict:
 def judge(night: Night, score: Score) -> Verdict:
     """Gate every candidate that passed the smoke test against the champion, scored on the same suite (``score`` does it), and against the base. Raises OtaError.
 
-    Of the candidates that pass, the one with the highest average wins; how their number counts, ``tasks/evaluation/choice.py`` says. A version
+    Of the candidates that pass, the one with the highest average wins; how their number counts, ``tasks/evaluation/gate/choice.py`` says. A version
     that somebody rolled back is not promoted again.
     """
     champion = promotion.current(CHAMPION, **night.registry)

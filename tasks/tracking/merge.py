@@ -17,6 +17,7 @@ from tasks.artifacts.system_metrics import SystemPoint
 from tasks.tracking.models import INPUT, MERGE, external_model, link, note_version
 from tasks.tracking.registered import TAG_DIGEST, TAG_SOURCE, register_version
 from tasks.tracking.run import (
+    DOCUMENTS_JSON,
     SCORES_JSON,
     TAG_COMMIT,
     TAG_FINGERPRINT,
@@ -78,8 +79,9 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
                 tags["mlflow.source.git.commit"] = run.tags[TAG_COMMIT]
             if run.benchmarked is not None:
                 tags |= run.benchmarked.tags()
-            if run.table:
-                tags[_TABLES] = json.dumps([{"path": SCORES_JSON, "type": "table"}])
+            shown = [path for path in (SCORES_JSON, DOCUMENTS_JSON) if path in run.tables or (path == SCORES_JSON and run.table)]
+            if shown:
+                tags[_TABLES] = json.dumps([{"path": path, "type": "table"} for path in shown])
             if NOTE not in parent.data.tags:  # a description that somebody edited stays
                 tags[NOTE] = run.model_card or f"Merged weights: `{run.model_uri}`"
             models = _models(client, experiment, run_id, run)
@@ -89,8 +91,9 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
             link(client, parent, [models[i.digest] for i in run.inputs if i.digest in models], models[run.model_digest])
             _log_system(client, run_id, run.system)
             _log_artifacts(client, parent, run)
+            scored_on = [_dataset(one) for one in run.inputs if one.role == "data"]
             for child in run.children:
-                _log_child(client, experiment, run_id, child, models.get(child.digest))
+                _log_child(client, experiment, run_id, child, models.get(child.digest), scored_on)
             version = None
             if run.registered_model is not None:
                 version = register_version(
@@ -108,10 +111,11 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
 
 
 def log_benchmark(
-    name: str, *, source: str, digest: str, fingerprint: str, scores: ModelScores, tracking_uri: str | None = None,
+    name: str, *, source: str, digest: str, fingerprint: str, scores: ModelScores, data: InputRef, tracking_uri: str | None = None,
     root: Path | None = None,
 ) -> LoggedRun:  # fmt: skip
-    """Log one model's scores on a suite as a run of its own, known by the scores' ``fingerprint``: of model, suite and data.
+    """Log one model's scores on a suite as a run of its own, known by the scores' ``fingerprint``: of model, suite and data. ``data``: the suite as an
+    input of the run.
 
     Raises StorageError.
     """
@@ -123,21 +127,25 @@ def log_benchmark(
         run = find_or_create(client, experiment, identity, f"benchmark {name}")
         metrics = scores.metrics() | uncertainty(scores)
         with in_progress(client, run):
-            params = {"model": source or name, "suite": scores.suite, "limit": scores.limit or "none"}
+            params = {"model": source or name, "suite": scores.suite, "limit": scores.limit or "none", **scores.asked()}
             log_values(client, run, params, metrics, {TAG_SOURCE: source, TAG_DIGEST: digest})
+            client.log_inputs(run.info.run_id, datasets=[_dataset(data)])
             table = scores.model_dump(mode="json")
             with artifact_errors(SCORES_OF_ONE, run.info.artifact_uri, safe):
                 client.log_dict(run.info.run_id, table, SCORES_OF_ONE)
     return logged_run(store, experiment, run.info.run_id)
 
 
-def _log_child(client: MlflowClient, experiment: str, parent_id: str, child: ChildRun, model_id: str | None) -> None:
+def _log_child(
+    client: MlflowClient, experiment: str, parent_id: str, child: ChildRun, model_id: str | None, data: list[DatasetInput]
+) -> None:
     """The run of one benchmarked model, below the merge's. Its scores are also the model's own in MLflow's table of models."""
     identity = {PARENT: parent_id, TAG_ROLE: child.role, TAG_MODEL: child.name}
     run = find_or_create(client, experiment, identity, child.name)
     with in_progress(client, run):
         params = {"model": child.name, "role": child.role} | ({"capability": child.capability} if child.capability else {})
         log_values(client, run, params, child.metrics, {TAG_DIGEST: child.digest}, model_id)
+        client.log_inputs(run.info.run_id, datasets=data)
         if model_id:
             link(client, run, [model_id])
 
@@ -190,8 +198,18 @@ def _dataset(ref: InputRef) -> DatasetInput:
     scheme = ref.source.split("://", 1)[0] if "://" in ref.source else ""
     kind = {"": "local" if ref.source.startswith((".", "/")) else "hub", "file": "local"}.get(scheme, scheme)
     source = json.dumps({"uri": ref.source, "digest": ref.digest})
-    data = Dataset(name=ref.name[:500], digest=ref.digest[:16], source_type=kind, source=source)
+    profile = json.dumps(ref.profile) if ref.profile else None
+    data = Dataset(name=ref.name[:500], digest=ref.digest[:16], source_type=kind, source=source, profile=profile)
     return DatasetInput(data, [InputTag("mlflow.data.context", ref.role)])
+
+
+def suite_data(scores: ModelScores, data_digest: str | None, data_dir: str | None) -> InputRef:
+    """What a model was scored on as an input of its run: the documents, or where lm-eval reads public ones, the suite that names them."""
+    counted: dict[str, str | int] = {"num_rows": sum(scores.documents.values()), "limit": scores.limit or "none"}
+    return InputRef(
+        name=f"suite {scores.suite}", source=data_dir or "lm-eval", digest=data_digest or scores.suite_digest, role="data",
+        profile={"suite_digest": scores.suite_digest, "lm_eval": scores.lm_eval_version, **counted},
+    )  # fmt: skip
 
 
 def _log_artifacts(client: MlflowClient, parent: Run, run: MergeRun) -> None:

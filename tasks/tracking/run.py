@@ -39,6 +39,10 @@ TAG_SUITE_KEY = "suite_key"
 TAG_LIMIT = "limit"
 TAG_ANALYSIS = "analysis"
 """Of a run whose report was to hold the analysis of the experts: that it does, or why not."""
+TAG_DOCUMENTS = "documents"
+"""What the table of documents holds and what not, in words."""
+DOCUMENTS_JSON = "tables/documents.json"
+DOCUMENTS_HTML = "documents.html"
 TAG_SMOKE = "smoke"
 """How the merge stood in the smoke test, in words."""
 TAG_DATA = "data_digest"
@@ -60,6 +64,8 @@ class InputRef(_Frozen):
     """Resolved: ``s3://…``, a folder, or a Hugging Face id with its revision."""
     digest: str
     role: Literal["base", "expert", "data"]
+    profile: dict[str, str | int] = {}
+    """What else is known of it, for data: the suite's digest, how many documents were scored, lm-eval's version."""
 
 
 class Benchmarked(_Frozen):
@@ -88,7 +94,7 @@ class Benchmarked(_Frozen):
             TAG_LIMIT: str(self.merged.limit or "none"),
             TAG_CAPABILITIES: json.dumps(list(self.merged.capabilities)),
         }
-        return tags | ({TAG_DATA: self.data_digest} if self.data_digest else {})
+        return tags | self.merged.asked() | ({TAG_DATA: self.data_digest} if self.data_digest else {})
 
     def to_bytes(self) -> bytes:
         """JSON in gzip; the same scores give the same bytes."""

@@ -13,7 +13,8 @@ from tasks.pages.pictures import style
 WINNER, GIVEN, FRONT, BEATEN = "the winner", "the recipe as given", "beaten by no trial in everything", "beaten"
 _KINDS = [WINNER, GIVEN, FRONT, BEATEN]
 _COLOURS = alt.Color(
-    "kind:N", title=None, sort=_KINDS, scale=alt.Scale(domain=_KINDS, range=[style.CATEGORIES[1], style.INK, style.CATEGORIES[0], "#c4c4c4"])
+    "kind:N", title=None, sort=_KINDS, legend=alt.Legend(symbolOpacity=1),
+    scale=alt.Scale(domain=_KINDS, range=[style.CATEGORIES[1], style.INK, style.CATEGORIES[0], "#c4c4c4"]),
 )  # fmt: skip
 
 

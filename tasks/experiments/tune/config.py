@@ -61,6 +61,7 @@ class ScalesConfig(Frozen):
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Decides which documents are taken, and in which order.")
     test: str | None = Field(None, description="Suite that judges the result, once. It must share no document with the first.")
+    test_data_dir: str | None = Field(None, description="Its data, if other than data_dir.")
     overlap: OnOverlap = Field(
         "refuse", description="Where suite and test share documents, or much of their text: refuse to tune, or warn."
     )

@@ -10,11 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tasks.evaluation.choice import Split, decide_all
-from tasks.evaluation.gate import GateDecision, GateError, GateSettings, decide
+from tasks.evaluation.gate import (
+    GateDecision,
+    GateError,
+    GateSettings,
+    best,
+    choosing_documents,
+    decide,
+    decide_all,
+    first_choice,
+)  # fmt: skip
+from tasks.evaluation.gate.choice import Split
 from tasks.evaluation.pairs import max_t, paired, sign_flips
 from tasks.evaluation.scores import ModelScores
-from tests.tasks.evaluation.test_gate import SUITE, ones, scored
+from tests.tasks.evaluation.gate.test_gate import SUITE, ones, scored
 
 
 def sums(values: Sequence[float]) -> ModelScores:
@@ -96,7 +105,7 @@ def test_the_numbers_of_the_confirming_documents_alone() -> None:
     rng = np.random.default_rng(3)
     base, one, two = (rng.integers(0, 2, 300).tolist() for _ in range(3))
     found = decided({"one": sums(one), "two": sums(two)}, sums(base))
-    split = Split(GateSettings(), {"math": "development"})
+    split = Split(GateSettings(), {})
     held = [i for i in range(300) if split.confirms("math", f"sums{i:05d}")]
     choosing = [i for i in range(300) if i not in held]
     averages = {name: float(np.mean([values[i] for i in choosing])) for name, values in (("one", one), ("two", two))}
@@ -109,7 +118,7 @@ def test_the_numbers_of_the_confirming_documents_alone() -> None:
 
 
 def test_which_documents_choose_does_not_depend_on_candidates_and_duplicates_stay_together() -> None:
-    split = Split(GateSettings(held_out=0.3), {"math": "development", "safe": "safety"})
+    split = Split(GateSettings(held_out=0.3), {"safe": "safety"})
     names = [f"{i:016x}" for i in range(3000)]
     share = sum(split.confirms("math", name) for name in names) / len(names)
     assert share == pytest.approx(0.3, abs=0.03)
@@ -149,6 +158,16 @@ def test_too_few_documents_are_said_and_corrected_for() -> None:
     assert not found["b"].promoted and "not more than the noise where the best of 2" in found["b"].reasons[1]
 
 
+def test_what_is_chosen_before_the_gate_sees_only_the_documents_that_choose() -> None:
+    split = Split(GateSettings(), {})
+    lucky = [float(split.confirms("math", f"sums{i:05d}")) for i in range(200)]
+    plain = [float(i % 3 == 0) for i in range(200)]
+    candidates = {"lucky": sums(lucky), "plain": sums(plain)}
+    assert best(candidates) == "lucky" and first_choice(candidates, SUITE, GateSettings()) == "plain"
+    assert first_choice(candidates, SUITE, GateSettings(several="corrected")) == "lucky"
+    assert choosing_documents(candidates["plain"], SUITE, GateSettings(least=150)) is None
+
+
 def test_one_candidate_and_old_settings_decide_as_before() -> None:
     base, higher = sums(ones(40, 60)), sums(ones(41, 59))
     (alone,) = decided({"new": higher}, base).values()
@@ -170,14 +189,21 @@ def test_one_candidate_and_old_settings_decide_as_before() -> None:
 # ---- tiers
 
 
-TIERS = {"math": "development", "code": "safety"}
+TIERED = SUITE.model_copy(update={
+    "capabilities": SUITE.capabilities | {"code": SUITE.capabilities["code"].model_copy(update={"tier": "safety"})}
+})  # fmt: skip
 
 
 def test_a_tier_with_a_margin_has_to_show_that_it_is_within_it() -> None:
     def night(n: int, lost: int) -> GateDecision:
-        base = scored({"math": {"sums": ones(50, 50)}, "code": {"easy": ones(n, 0), "hard": ones(n, 0)}})
-        new = scored({"math": {"sums": ones(80, 20)}, "code": {"easy": ones(n - lost, lost), "hard": ones(n - lost, lost)}})
-        return decide("new", new, champion=None, base=base, suite=SUITE, tiers=TIERS)
+        base = scored(
+            {"math": {"sums": ones(50, 50)}, "code": {"easy": ones(n, 0), "hard": ones(n, 0)}}, tiers={"code": "safety"}
+        )
+        new = scored(
+            {"math": {"sums": ones(80, 20)}, "code": {"easy": ones(n - lost, lost), "hard": ones(n - lost, lost)}},
+            tiers={"code": "safety"},
+        )
+        return decide("new", new, champion=None, base=base, suite=TIERED)
 
     few, many, worse = night(20, 0), night(2000, 10), night(2000, 80)
     assert not few.promoted and [tier.holds for tier in few.tiers] == [False]
@@ -191,8 +217,8 @@ def test_a_tier_with_a_margin_has_to_show_that_it_is_within_it() -> None:
 
 def test_margins_of_tiers_that_are_not_there_are_refused() -> None:
     base = sums(ones(2, 2))
-    with pytest.raises(GateError, match=r"gate.margins names unsen, but suite s has the tiers development"):
-        decide("new", base, champion=None, base=base, suite=SUITE, settings=GateSettings(margins={"unsen": 0.1}))
+    with pytest.raises(GateError, match=r"gate.margins names unseen, but suite s has the tiers development"):
+        decide("new", base, champion=None, base=base, suite=SUITE, settings=GateSettings(margins={"unseen": 0.1}))
     strict = decide(
         "new", sums(ones(3, 1)), champion=None, base=base, suite=SUITE, settings=GateSettings(margins={"development": 0.0})
     )
@@ -213,9 +239,13 @@ def test_how_often_a_tier_at_its_margin_passes(n: int) -> None:
 
 
 def test_other_tiers_choose_nothing_and_all_their_documents_confirm() -> None:
-    base = scored({"math": {"sums": ones(100, 100)}, "code": {"easy": ones(100, 100), "hard": ones(100, 100)}})
-    gain = scored({"math": {"sums": ones(180, 20)}, "code": {"easy": ones(100, 100), "hard": ones(100, 100)}})
-    found = decided({"a": gain, "b": base}, base, tiers=TIERS)
+    base = scored(
+        {"math": {"sums": ones(100, 100)}, "code": {"easy": ones(100, 100), "hard": ones(100, 100)}}, tiers={"code": "safety"}
+    )
+    gain = scored(
+        {"math": {"sums": ones(180, 20)}, "code": {"easy": ones(100, 100), "hard": ones(100, 100)}}, tiers={"code": "safety"}
+    )
+    found = decided({"a": gain, "b": base}, base, suite=TIERED)
     choice = found["a"].choice
-    assert choice and choice.choosing < 130 and choice.choosing + choice.confirming == 600
+    assert choice and choice.choosing < 130 and choice.choosing + choice.confirming == 200
     assert [tier.n for tier in found["a"].tiers] == [400]

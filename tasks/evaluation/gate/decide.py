@@ -6,8 +6,7 @@ Pure: scores in, a decision out. ``tasks/evaluation/pairs.py`` judges the noise,
 from collections.abc import Iterator, Mapping, Sequence
 
 from ota_core.errors import raise_all
-from tasks.evaluation.decision import (
-    DEVELOPMENT,
+from tasks.evaluation.gate.decision import (
     Check,
     Choice,
     GateDecision,
@@ -18,10 +17,7 @@ from tasks.evaluation.decision import (
 from tasks.evaluation.pairs import Documents, GateError, paired, sign_flips
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
-
-__all__ = [
-    "Check", "Choice", "GateDecision", "GateError", "GateSettings", "TierCheck", "best", "decide", "tiers_of",
-]  # fmt: skip
+from tasks.evaluation.tiers import DEVELOPMENT, TIERS
 
 ROUNDING = 1e-9
 """Sums over the same numbers in another order differ by less; half a document of a million is more."""
@@ -30,15 +26,14 @@ ROUNDING = 1e-9
 def decide(
     name: str, candidate: ModelScores, *, champion: ModelScores | None, base: ModelScores, suite: Suite,
     settings: GateSettings | None = None, choice: Choice | None = None, confirming: Documents | None = None,
-    tiers: Mapping[str, str] | None = None,
 ) -> GateDecision:  # fmt: skip
     """Whether the candidate becomes the champion.
 
     It does when its average over the capabilities is higher than the champion's (without a champion: than the base's), no
     capability falls below champion or base by more than the noise, and each tier with a margin is shown not to be lower by more than that.
-    Of several candidates ``choice`` has to hold as well (``tasks/evaluation/choice.py``), and margins are shown on the ``confirming``
+    Of several candidates ``choice`` has to hold as well (``tasks/evaluation/gate/choice.py``), and margins are shown on the ``confirming``
     documents, which chose nothing. ``suite`` gives the weights of tasks; that they and the samples give the reported scores is checked.
-    ``tiers``: capability to tier, the suite's by default. The result depends on the scores alone, not on the order of documents.
+    The result depends on the scores alone, not on the order of documents.
 
     With k capabilities there are up to 2k comparisons, each at the stated confidence, so that a candidate equal to its
     references is refused more often than 1 − confidence.
@@ -49,8 +44,7 @@ def decide(
     settings = settings or GateSettings()
     references = comparable(name, candidate, champion, base)
     assert candidate.average is not None and base.average is not None  # comparable has looked
-    tiers = tiers_of(suite) if tiers is None else tiers
-    checks = compared(candidate, references, suite, settings, tiers)
+    checks = compared(candidate, references, suite, settings)
     decision = GateDecision(
         candidate=name,
         promoted=False,
@@ -62,18 +56,13 @@ def decide(
         suite_digest=candidate.suite_digest,
         confidence=settings.confidence,
         checks=tuple(checks),
-        tiers=tuple(_tier_checks(candidate, references, suite, settings, tiers, confirming)),
+        tiers=tuple(_tier_checks(candidate, references, suite, settings, confirming)),
         choice=choice,
     )
     better = decision.average_difference > ROUNDING
     promoted = better and not decision.fallen and not decision.unshown and (choice is None or choice.holds)
     left_out = [c for c in candidate.capabilities if c not in candidate.measured]
     return decision.model_copy(update={"promoted": promoted, "reasons": tuple(_reasons(decision, better, left_out))})
-
-
-def tiers_of(suite: Suite) -> dict[str, str]:
-    """Capability to its tier."""
-    return dict.fromkeys(suite.capabilities, DEVELOPMENT)
 
 
 def comparable(
@@ -90,13 +79,13 @@ def comparable(
 
 def compared(
     candidate: ModelScores, references: Mapping[Reference, ModelScores], suite: Suite, settings: GateSettings,
-    tiers: Mapping[str, str], documents: Documents | None = None,
+    documents: Documents | None = None,
 ) -> list[Check]:  # fmt: skip
     """Every capability against every reference, on all documents or some. Raises GateError with the problems of all."""
     checks: list[Check] = []
     problems: list[str] = []
     for capability in candidate.measured:
-        margin = settings.margin_of(tiers.get(capability, DEVELOPMENT)) or 0.0
+        margin = settings.margin_of(suite.tiers.get(capability, DEVELOPMENT)) or 0.0
         for label, scores in references.items():
             try:
                 found = paired(suite, [capability], label, candidate, scores, documents)
@@ -117,17 +106,21 @@ def compared(
     return checks
 
 
+def check_margins(settings: GateSettings, suite: Suite) -> None:
+    """Raises GateError for margins of tiers that the suite does not have."""
+    known = [tier for tier in TIERS if any(suite.tiers.get(name, DEVELOPMENT) == tier for name in suite.capabilities)]
+    unknown = [tier for tier in settings.margins if tier not in known]
+    if unknown:
+        raise GateError(f"gate.margins names {', '.join(unknown)}, but suite {suite.name} has the tiers {', '.join(known)}")
+
+
 def _tier_checks(
     candidate: ModelScores, references: Mapping[Reference, ModelScores], suite: Suite, settings: GateSettings,
-    tiers: Mapping[str, str], confirming: Documents | None,
+    confirming: Documents | None,
 ) -> Iterator[TierCheck]:  # fmt: skip
     """Every tier with a margin against every reference, on documents that chose nothing. Raises GateError."""
-    of = {name: tiers.get(name, DEVELOPMENT) for name in candidate.measured}
-    unknown = sorted(set(settings.margins) - {*tiers.values(), DEVELOPMENT})
-    if unknown:
-        raise GateError(
-            f"gate.margins names {', '.join(unknown)}, but suite {suite.name} has the tiers {', '.join(dict.fromkeys(tiers.values()))}"
-        )
+    check_margins(settings, suite)
+    of = {name: suite.tiers.get(name, DEVELOPMENT) for name in candidate.measured}
     for tier in dict.fromkeys(of.values()):
         margin = settings.margin_of(tier)
         if margin is None:

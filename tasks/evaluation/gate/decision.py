@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ota_core.frozen import Frozen
-
-DEVELOPMENT = "development"
-"""The tier that candidates are chosen by; a capability of a suite without tiers belongs to it."""
+from tasks.evaluation.tiers import DEVELOPMENT, Tier
 
 Reference = Literal["champion", "base"]
 
@@ -39,9 +37,9 @@ class GateSettings(Frozen):
         0.02,
         description="How much lower a tier may be at most, 0 to 1, shown with this confidence; of every tier but development.",
     )
-    margins: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field({}, description="Tier to a margin of its own.")
+    margins: dict[Tier, Annotated[float, Field(ge=0, lt=1)]] = Field({}, description="Tier to a margin of its own.")
 
-    def margin_of(self, tier: str) -> float | None:
+    def margin_of(self, tier: Tier) -> float | None:
         """None: no margin has to be shown for the tier; no capability may fall below by more than the noise."""
         return self.margins.get(tier, None if tier == DEVELOPMENT else self.margin)
 
@@ -84,7 +82,7 @@ class Check(Frozen):
 class TierCheck(Frozen):
     """A tier of the suite with a margin, against one reference: the candidate has to show that it is not lower by more."""
 
-    tier: str
+    tier: Tier
     capabilities: tuple[str, ...]
     reference: Reference
     n: int

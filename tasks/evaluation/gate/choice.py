@@ -6,16 +6,17 @@ documents for two parts, each candidate is tested on all of them, with p-values 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.evaluation.decision import DEVELOPMENT, Choice, GateDecision, GateSettings, Reference
-from tasks.evaluation.gate import ROUNDING, comparable, compared, decide, tiers_of
-from tasks.evaluation.pairs import Paired, max_t, paired, sign_flips
+from tasks.evaluation.gate.decide import ROUNDING, best, comparable, compared, decide
+from tasks.evaluation.gate.decision import Choice, GateDecision, GateSettings, Reference
+from tasks.evaluation.pairs import Documents, Paired, max_t, paired, sign_flips
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite
+from tasks.evaluation.tiers import Tier, deciding
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Split:
     """
 
     settings: GateSettings
-    tiers: Mapping[str, str]
+    tiers: Mapping[str, Tier]
+    """Capability to its tier, of those that are not for development."""
 
     def chooses(self, capability: str, document: str) -> bool:
         return self.develops(capability) and not self._held_out(document)
@@ -35,7 +37,7 @@ class Split:
         return not self.chooses(capability, document)
 
     def develops(self, capability: str) -> bool:
-        return self.tiers.get(capability, DEVELOPMENT) == DEVELOPMENT
+        return capability not in self.tiers
 
     def _held_out(self, document: str) -> bool:
         """By the document's hash; one that comes again (``…#2``) goes with the first."""
@@ -45,7 +47,7 @@ class Split:
     def why_not(self, scores: ModelScores) -> str:
         """Why these documents are too few for two parts; empty where they are enough."""
         if not any(map(self.develops, scores.measured)):
-            return f"No capability is of the tier {DEVELOPMENT}, which chooses."
+            return "No documents are held out, because no capability is of the tier development, which chooses."
         for capability in filter(self.develops, scores.measured):
             counts = [
                 (sum(self._held_out(one) for one in documents), len(documents))
@@ -59,25 +61,16 @@ class Split:
                 )
         return ""
 
-    def digest(self, scores: ModelScores) -> str:
-        """Of the documents that confirm, 16 hex digits."""
-        lines = sorted(
-            f"{capability} {task} {document}" for capability in scores.measured for task, documents in scores.samples[capability].items()
-            for document in documents if self.confirms(capability, document)
-        )  # fmt: skip
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
 
 def decide_all(
     candidates: Mapping[str, ModelScores], *, champion: ModelScores | None, base: ModelScores, suite: Suite,
-    settings: GateSettings | None = None, tiers: Mapping[str, str] | None = None,
+    settings: GateSettings | None = None,
 ) -> dict[str, GateDecision]:  # fmt: skip
     """What the gate decides of each candidate, their number taken into account as ``settings.several`` says. Raises GateError."""
     settings = settings or GateSettings()
-    tiers = tiers_of(suite) if tiers is None else tiers
     found = [comparable(name, scores, champion, base) for name, scores in candidates.items()]
     choices: Mapping[str, Choice] = {}
-    split = Split(settings, tiers)
+    split = Split(settings, suite.tiers)
     if len(candidates) > 1 and settings.several != "uncorrected":
         why = "" if settings.several == "corrected" else split.why_not(base)
         held_out = settings.several == "held_out" and not why
@@ -88,10 +81,29 @@ def decide_all(
     return {
         name: decide(
             name, scores, champion=champion, base=base, suite=suite, settings=settings, choice=choices.get(name), confirming=confirming,
-            tiers=tiers,
         )
         for name, scores in candidates.items()
     }  # fmt: skip
+
+
+def choosing_documents(scores: ModelScores, suite: Suite, settings: GateSettings) -> Documents | None:
+    """The documents that anything may be chosen by before the gate decides; None for all of them, where none are held out."""
+    split = Split(settings, suite.tiers)
+    return None if settings.several != "held_out" or split.why_not(scores) else split.chooses
+
+
+def first_choice(candidates: Mapping[str, ModelScores], suite: Suite, settings: GateSettings) -> str:
+    """The candidate with the highest average on the documents that choose; of equal ones the first listed. Raises GateError as ``best``."""
+    first = best(candidates)
+    documents = choosing_documents(candidates[first], suite, settings)
+    if documents is None:
+        return first
+    averages = {
+        name: paired(suite, deciding(scores.measured, scores.tiers), name, scores, scores, documents).means[0]
+        for name, scores in candidates.items()
+    }
+    highest = max(averages.values())
+    return next(name for name, average in averages.items() if average >= highest - ROUNDING)
 
 
 _References = Mapping[Reference, ModelScores]
@@ -107,19 +119,19 @@ def _held_out(
     for name, scores in candidates.items():
         developed = _only(scores, split)
         choosing[name] = paired(suite, developed.measured, label, scores, reference, split.chooses)
-        checks = compared(developed, references, suite, settings, split.tiers, split.chooses)
+        checks = compared(developed, references, suite, settings, split.chooses)
         falls[name] = any(check.falls_below for check in checks)
     averages = {name: found.means[0] for name, found in choosing.items()}
     standing = [name for name in candidates if not falls[name]] or list(candidates)
     highest = max(averages[name] for name in standing)
     chosen = next(name for name in standing if averages[name] >= highest - ROUNDING)
     for name, scores in candidates.items():
-        found = paired(suite, scores.measured, label, scores, reference, split.confirms)
+        found = paired(suite, _only(scores, split).measured, label, scores, reference, split.confirms)
         p_value = sign_flips(-found.parts, resamples=settings.resamples, seed=settings.seed)
         holds = name == chosen and p_value <= 1 - settings.confidence
         yield name, _choice(
             found, "held_out", averages=averages, chosen=chosen, reference=label, choosing=choosing[name].n,
-            documents=split.digest(scores), p_value=p_value, holds=holds,
+            documents=_digest(scores, _only(scores, split).measured, split.confirms), p_value=p_value, holds=holds,
         )  # fmt: skip
 
 
@@ -128,14 +140,14 @@ def _corrected(
 ) -> Iterator[tuple[str, Choice]]:
     """Each tested on all documents, with the p-values corrected for their number."""
     label, reference = next(iter(references.items()))
-    found = {name: paired(suite, scores.measured, label, scores, reference) for name, scores in candidates.items()}
+    averaged = deciding(reference.measured, reference.tiers)
+    found = {name: paired(suite, averaged, label, scores, reference) for name, scores in candidates.items()}
     p_values = max_t(np.array([one.parts for one in found.values()]), resamples=settings.resamples, seed=settings.seed)
     averages = {name: one.means[0] for name, one in found.items()}
-    everything = Split(settings, dict.fromkeys(reference.measured, ""))  # no tier chooses: all documents confirm
     for (name, one), p_value in zip(found.items(), p_values.tolist(), strict=True):
         yield name, _choice(
             one, "corrected", why=why, averages=averages, chosen=None, reference=label, choosing=one.n,
-            documents=everything.digest(reference), p_value=p_value, holds=p_value <= 1 - settings.confidence,
+            documents=_digest(reference, averaged, lambda *_: True), p_value=p_value, holds=p_value <= 1 - settings.confidence,
         )  # fmt: skip
 
 
@@ -149,3 +161,12 @@ def _only(scores: ModelScores, split: Split) -> ModelScores:
     """The capabilities that choose."""
     kept = {name: one for name, one in scores.capabilities.items() if split.develops(name)}
     return scores.model_copy(update={"capabilities": kept})
+
+
+def _digest(scores: ModelScores, capabilities: Sequence[str], counts: Documents) -> str:
+    """Of the documents that a test is made on, 16 hex digits."""
+    lines = sorted(
+        f"{capability} {task} {document}" for capability in capabilities for task, documents in scores.samples[capability].items()
+        for document in documents if counts(capability, document)
+    )  # fmt: skip
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from tasks.evaluation.scores import CapabilityScore, ModelScores
 from tasks.evaluation.suites import Capability, Suite, TaskEntry
 from tests.tiny_suite import edited, write_tiny_suite
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 Samples = Mapping[str, Mapping[str, Sequence[float]]]
 """Capability to task to its documents' scores."""
@@ -366,7 +366,5 @@ def test_best() -> None:
 
 def test_the_gate_knows_neither_mlflow_nor_prefect() -> None:
     program = "import sys, tasks.evaluation.gate; print([m for m in ('mlflow', 'prefect', 'boto3', 'torch', 'scipy') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
