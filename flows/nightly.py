@@ -63,7 +63,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     def score(subject: Subject) -> ModelScores:
         """One more model, asked as the candidates were."""
         tonight = read_scores(where, next(one.scores["merged"] for one in outcomes.values() if one.scores))
-        return read_all(where, score_all({"one": subject}, benchmark.asked(tonight.chat_template), where, executor))["one"]
+        return read_all(where, score_all({"one": subject}, benchmark.asked_as(tonight), where, executor))["one"]
 
     found, problems = look(config)
     last = None if force else last_night(where, config.name)

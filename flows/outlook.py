@@ -14,7 +14,7 @@ from tasks.analyse import preflight_job
 from tasks.artifacts.store import store_of
 from tasks.evaluation.gate import first_choice
 from tasks.evaluation.kept import read_all, read_scores
-from tasks.evaluation.scores import ModelScores
+from tasks.evaluation.scores import ModelScores, retention
 from tasks.evaluation.suites import Suite
 from tasks.experiments.preflight import page
 from tasks.experiments.preflight.history import examples, known_of, shipped
@@ -61,9 +61,21 @@ class Ahead:
         )
         return outlook(read_tables(folder), read_settings(folder), self.known, known, capabilities)
 
+    def _came_out(self, outcome: MergeOutcome) -> dict[str, float]:
+        """Expert → retention of its own capability."""
+        found = read_all(self.where, outcome.scores)
+        experts = {key.removeprefix("expert/"): one for key, one in found.items() if key.startswith("expert/")}
+        own = {name: (outcome.capabilities.get(name) or name, scores) for name, scores in experts.items()}
+        kept = retention(found["merged"], own)
+        return {name: kept[capability] for name, (capability, _) in own.items() if capability in kept}
+
     def pages(self, outcomes: Mapping[str, MergeOutcome]) -> list[str]:
         """The sections of the night's page, in Markdown."""
-        lines = [page.to_markdown(self.outlook(name, outcomes[name]), name) for name in self.measured if _scored(outcomes, name)]
+        lines = [
+            page.to_markdown(self.outlook(name, outcomes[name]), name, self._came_out(outcomes[name]))
+            for name in self.measured
+            if _scored(outcomes, name)
+        ]
         for name, trials in self.trials.items():
             lines += [f"## {markdown.cell(name)} without one expert", "", markdown.captioned(trials_table(trials))]
         return lines

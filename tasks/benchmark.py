@@ -22,7 +22,16 @@ from tasks.evaluation.in_memory import MergedModel
 from tasks.evaluation.kept import SCORES_FILE, SMOKE_FILE
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject, bring_model
-from tasks.evaluation.suites import Suite, SuiteError, at_server, digest_data, kept_identity, load_suite, score_identity
+from tasks.evaluation.suites import (
+    Suite,
+    SuiteError,
+    at_server,
+    digest_data,
+    kept_identity,
+    load_suite,
+    score_identity,
+    suite_digest,
+)
 from tasks.evaluation.template import decided
 from tasks.merge import MergeJob, merge_job
 from tasks.merging.labels import merge_label
@@ -244,6 +253,11 @@ class Benchmark:
     def asked(self, chat_template: bool | None) -> Self:
         """With what was decided for other models, where the suite leaves it to the models."""
         return self if chat_template is None or not self.open else replace(self, tests=self.tests.asked(chat_template))
+
+    def asked_as(self, scores: ModelScores) -> Self:
+        """With what was decided for models that these scores are one's of; known by the digest, for the scores may be older than the record
+        of it."""
+        return self.asked(scores.suite_digest == suite_digest(self.tests.asked(True), limit=scores.limit))
 
     def check(self) -> Self:
         """Raises SuiteError for what would stop the benchmark only after the merge: a limit below one, data that are missing."""

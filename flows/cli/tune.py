@@ -100,7 +100,9 @@ def tune(
             config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
         )  # fmt: skip
         show(render(outcome.learned))
-        if outcome.test is not None:
+        if outcome.test is not None and outcome.test.smoke and not outcome.test.smoke.passed:
+            show(f"not benchmarked: {outcome.test.smoke.said}")
+        elif outcome.test is not None:
             from tasks.pages.outcome import comparison_table
             from tasks.pages.scores import narrow
             from tasks.pages.terminal import table

@@ -48,6 +48,8 @@ def load_model(model: Path, suite: Suite, device: str, served_as: Sequence[str] 
         raise SuiteError(f"backend {backend.name} does not take these arguments: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{model} cannot be loaded for the benchmark: {type(error).__name__}: {error}") from error
+    if backend.is_server and backend.name != CHAT:
+        _begin_once(lm)
     if suite.apply_chat_template and backend.name != CHAT and not getattr(lm.tokenizer, "chat_template", None):
         raise SuiteError(f"suite {suite.name} sets apply_chat_template, but the tokenizer of {model} has no chat template")
     return lm
@@ -70,7 +72,7 @@ def _at_server(model: Path, suite: Suite, names: Sequence[str]) -> dict[str, Any
     length = read_json(model / "config.json").get("max_position_embeddings")
     return {
         "model": name, "base_url": f"{backend.server}/completions", "tokenizer": names[-1], "tokenizer_backend": "huggingface",
-        "add_bos_token": _adds_special_tokens(names[-1], suite), **({"max_length": length} if length else {}),
+        "add_bos_token": _adds_special_tokens(names[-1]), **({"max_length": length} if length else {}),
     }  # fmt: skip
 
 
@@ -90,13 +92,21 @@ def _served(server: str) -> list[str]:
         ) from error
 
 
-def _adds_special_tokens(model: str, suite: Suite) -> bool:
-    """Whether prompts begin with special tokens, as lm-eval's ``hf`` gives them: where the tokenizer adds them, and the template does not."""
+def _adds_special_tokens(model: str) -> bool:
+    """Whether the tokenizer puts special tokens around every text, which lm-eval's ``hf`` lets it do."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    adds = tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids
-    if not adds or not suite.apply_chat_template or not tokenizer.bos_token or not tokenizer.chat_template:
-        return bool(adds)
-    asked = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    return not str(asked).startswith(tokenizer.bos_token)
+    return bool(tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids)
+
+
+def _begin_once(lm: Any) -> None:
+    """Where a template has written the token that texts begin with, it is not put there again, as with lm-eval's ``hf``."""
+    encode, first = lm.tok_encode, getattr(lm.tokenizer, "bos_token_id", None)
+
+    def once(ids: list[Any]) -> list[Any]:
+        if ids and isinstance(ids[0], list):
+            return [once(one) for one in ids]
+        return ids[1:] if first is not None and ids[:2] == [first, first] else ids
+
+    lm.tok_encode = lambda *args, **kwargs: once(encode(*args, **kwargs))

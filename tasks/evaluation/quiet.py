@@ -8,6 +8,8 @@ import importlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 Progress = Callable[[str, int, int], None]
@@ -62,6 +64,10 @@ def quiet(progress: Progress | None) -> Iterator[Callable[[str], None]]:
         for module in map(importlib.import_module, MODULES):
             before.callback(setattr, module, "tqdm", module.tqdm)
             module.tqdm = bar  # type: ignore[attr-defined]
+        # Requests that wait side by side have a bar of their own, which tells no number.
+        several = importlib.import_module("lm_eval.models.api_models")
+        before.callback(setattr, several, "tqdm_asyncio", several.tqdm_asyncio)
+        several.tqdm_asyncio = SimpleNamespace(gather=partial(several.tqdm_asyncio.gather, disable=True))  # type: ignore[attr-defined]
         for logger in map(logging.getLogger, ("lm_eval", "transformers", "datasets")):
             before.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)

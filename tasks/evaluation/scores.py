@@ -120,6 +120,10 @@ class ModelScores(Frozen):
         names = deciding(values, self.tiers)
         return {name: 2.0 ** -self.losses[name] if name in self.losses else values[name] for name in names}
 
+    def asked(self) -> dict[str, str]:
+        """How the model was asked where that is not the default: in plain text, by ``hf``."""
+        return ({"chat_template": "true"} if self.chat_template else {}) | ({"backend": self.backend} if self.backend else {})
+
     def metrics(self) -> dict[str, float]:
         """What is logged of a model: ``score/<capability>`` and ``loss/<capability>`` where measured, and ``avg`` of either;
         ``tier/<tier>`` where the suite names tiers, ``answer_characters/<task>`` of tasks that generate."""

@@ -1,4 +1,4 @@
-"""Bars of progress in a terminal, below a log that goes on, and durations in words."""
+"""Bars below the log of a terminal, and durations in words."""
 
 import logging
 

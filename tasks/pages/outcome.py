@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ota_core.artifact import ArtifactRef
+from ota_core.errors import OtaError, raise_all
 from ota_core.frozen import Frozen
 from tasks.evaluation.kept import read_all, read_scores
 from tasks.evaluation.scores import ModelScores, scores_table
@@ -42,7 +43,18 @@ class MergeOutcome(Frozen):
 def comparison_table(
     outcomes: Mapping[str, MergeOutcome], where: Places, more: Mapping[str, ModelScores] | None = None
 ) -> pd.DataFrame:
-    """Base, experts and merges side by side. All outcomes are of the same base and experts, and benchmarked; ``more``: scores of other merges."""
+    """Base, experts and merges side by side. All outcomes are of the same base and experts; ``more``: scores of other merges.
+
+    Raises OtaError for one that was not benchmarked.
+    """
+    raise_all(
+        [
+            f"{name} was not benchmarked. {one.smoke.said if one.smoke else ''}"
+            for name, one in outcomes.items()
+            if not one.scores
+        ],
+        OtaError,
+    )
     first = next(iter(outcomes.values()))
     found = read_all(where, first.scores)
     names = {key: key.removeprefix("expert/") for key in found if key.startswith("expert/")}

@@ -127,7 +127,7 @@ def log_benchmark(
         run = find_or_create(client, experiment, identity, f"benchmark {name}")
         metrics = scores.metrics() | uncertainty(scores)
         with in_progress(client, run):
-            params = {"model": source or name, "suite": scores.suite, "limit": scores.limit or "none"}
+            params = {"model": source or name, "suite": scores.suite, "limit": scores.limit or "none", **scores.asked()}
             log_values(client, run, params, metrics, {TAG_SOURCE: source, TAG_DIGEST: digest})
             client.log_inputs(run.info.run_id, datasets=[_dataset(data)])
             table = scores.model_dump(mode="json")

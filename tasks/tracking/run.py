@@ -94,7 +94,7 @@ class Benchmarked(_Frozen):
             TAG_LIMIT: str(self.merged.limit or "none"),
             TAG_CAPABILITIES: json.dumps(list(self.merged.capabilities)),
         }
-        return tags | ({TAG_DATA: self.data_digest} if self.data_digest else {})
+        return tags | self.merged.asked() | ({TAG_DATA: self.data_digest} if self.data_digest else {})
 
     def to_bytes(self) -> bytes:
         """JSON in gzip; the same scores give the same bytes."""

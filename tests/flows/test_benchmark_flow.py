@@ -125,6 +125,7 @@ def test_a_served_model_is_asked_at_its_server(here: World, tmp_path: Path) -> N
     with serving({"knowledge": folder}) as (url, seen):
         asked = score(here, str(folder), server=url).result()
         assert asked == loaded and seen
+        assert {run.data.params.get("backend") for run in logged_runs(here, "knowledge")} >= {None, "local-completions"}
         again = CliRunner().invoke(app, [*command, "--server", url])
         assert again.exit_code == 0 and f"{100 * loaded['math']:.1f}" in again.output, again.output
         other = CliRunner().invoke(app, [*command[:1], str(here.models / "math"), *command[2:], "--server", url])

@@ -68,7 +68,9 @@ def test_experts_that_help_stay(nights: Nights) -> None:
 def test_the_next_night_learns_from_this_one(nights: Nights) -> None:
     nights.push("math", "math")
     nights.push("knowledge", "knowledge")
-    assert nights.run(LINEAR).state.name == "Promoted" and nights.champion
+    night = nights.run(LINEAR)
+    assert night.state.name == "Promoted" and nights.champion
+    assert "retention, came out %" in night.artifacts["gate"].data
     learned = [one for one in here(read_experiment(resolve_store())) if one.merge == nights.champion.run_id]
     assert {one.capability for one in learned} == {"tiny/math", "tiny/knowledge"}
     assert all(

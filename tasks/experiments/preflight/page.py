@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +17,8 @@ _PAIRS = {
 }  # fmt: skip
 
 
-def experts_table(found: Outlook) -> Table:
-    """What is measured and predicted of each expert."""
+def experts_table(found: Outlook, came_out: Mapping[str, float] | None = None) -> Table:
+    """What is measured and predicted of each expert. came_out: expert → the retention that the merge then had, where it is there."""
     import pandas as pd
 
     rows = []
@@ -32,12 +32,16 @@ def experts_table(found: Outlook) -> Table:
         }
         if one.retention:
             row |= {"retention": one.retention.value, "low": one.retention.low, "high": one.retention.high}
+        if came_out and one.name in came_out:
+            row["came out"] = came_out[one.name]
         if one.change:
             row |= {"change": one.change[0], "error": one.change[1]}
         rows.append(row)
     columns = [Column("expert")]
     if found.learned:
         columns.append(Column("retention", "retention, predicted %", PERCENT, ends=("low", "high")))
+    if came_out:
+        columns.append(Column("came out", "retention, came out %", PERCENT))
     columns += [
         Column("fit", "fit %", PERCENT),
         Column("row_space", "shared row space %", PERCENT),
@@ -90,9 +94,9 @@ def sentences(found: Outlook) -> Iterator[str]:
         yield "No expert is expected to hurt."
 
 
-def to_markdown(found: Outlook, name: str) -> str:
-    """A section of a night's page."""
-    tables = [table for table in (experts_table(found), pairs_table(found)) if table is not None]
+def to_markdown(found: Outlook, name: str, came_out: Mapping[str, float] | None = None) -> str:
+    """A section of a night's page; ``came_out`` as for ``experts_table``."""
+    tables = [table for table in (experts_table(found, came_out), pairs_table(found)) if table is not None]
     lines = [f"## Will it merge? {markdown.cell(name)}", "", *(f"- {markdown.cell(one)}" for one in sentences(found)), ""]
     return "\n".join([*lines, markdown.captioned(*tables)])
 

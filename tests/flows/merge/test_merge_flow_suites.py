@@ -49,7 +49,9 @@ def test_all_models_of_a_merge_are_asked_alike(
     merged = found["merged"]
     assert merged.by_tier() == {"development": ("math",), "safety": ("knowledge-safety",)}
     assert merged.average == merged.capabilities["math"].score
-    metrics = MlflowClient(tracking_uri=world.tracking_uri).get_run(run.outcome.logged.run_id).data.metrics
+    logged = MlflowClient(tracking_uri=world.tracking_uri).get_run(run.outcome.logged.run_id).data
+    metrics = logged.metrics
+    assert logged.tags.get("chat_template") == ("true" if without is None else None)
     assert metrics["tier/safety"] == merged.capabilities["knowledge-safety"].score
     assert metrics["score/avg"] == metrics["tier/development"] == merged.average
     assert metrics["answer_characters/tiny_sums"] == merged.answer_lengths["tiny_sums"][0]

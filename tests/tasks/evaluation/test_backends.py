@@ -66,6 +66,40 @@ def test_a_served_model_scores_as_the_loaded_one(model: Path, tiny: tuple[Path, 
     assert asked.suite_digest == another.suite_digest == suite_digest(at_server(suite, "https://elsewhere.example/v1"))
 
 
+@pytest.mark.parametrize(
+    "template", ["", "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}", "{{ messages[0]['content'] }}"]
+)
+def test_prompts_begin_as_in_this_process(model: Path, tiny: tuple[Path, Path], suite: Suite, template: str) -> None:
+    """With a tokenizer that puts <s> before every text, once, also where the template writes it."""
+    from tokenizers import Tokenizer, processors
+
+    begins = perturb(model, tiny[1] / "begins", seed=0, scale=0)
+    tokenizer = Tokenizer.from_file(str(begins / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(begins / "tokenizer.json"))
+    if template:
+        (begins / "chat_template.jinja").write_text(template)
+    suite = suite.asked(bool(template))
+    here = score_model(begins, suite, data_dir=tiny[1])
+    with serving({"tiny": begins}) as (url, seen):
+        same(score_model(begins, at_server(suite, url), data_dir=tiny[1], served_as=["tiny"]), here)
+    prompts = [ids for one in seen if not one.get("echo") for ids in one["prompt"]]
+    assert {ids[:2].count(1) for ids in prompts} == {1}
+
+
+def test_requests_side_by_side(model: Path, tiny: tuple[Path, Path], suite: Suite, capfd: pytest.CaptureFixture[str]) -> None:
+    here = score_model(model, suite, data_dir=tiny[1])
+    with serving({"tiny": model}) as (url, seen):
+        asked = at_server(suite, url)
+        several = asked.model_copy(
+            update={"batch_size": 2, "backend": asked.backend.model_copy(update={"args": {"num_concurrent": 4}})}
+        )
+        capfd.readouterr()
+        same(score_model(model, several, data_dir=tiny[1], served_as=["tiny"]), here)
+    assert capfd.readouterr() == ("", "") and max(len(one["prompt"]) for one in seen) == 2
+    assert suite_digest(several) == suite_digest(asked), "how many at a time changes no score"
+
+
 def test_keys_come_from_the_environment(model: Path, tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     suite = load_suite(str(tiny[0]))
     with serving({"tiny": model}, key="k-1") as (url, _):

@@ -83,6 +83,11 @@ def test_models_of_a_comparison_are_asked_alike(
         outright = edited(auto, ("apply_chat_template: auto", f"apply_chat_template: {str(value).lower()}"))
         assert found[name].suite_digest == suite_digest(outright, limit=4)
         edited(auto, (f"apply_chat_template: {str(value).lower()}", "apply_chat_template: auto"))
+        assert (
+            open_.asked_as(found[name]).chat_template
+            is open_.asked_as(found[name].model_copy(update={"chat_template": None})).chat_template
+            is value
+        )
     # What was decided for other models holds: another machine, a champion, a study's cell.
     assert open_.asked(True).step("d") == alone.step("d") and open_.asked(None).open
     assert alone.asked(False).chat_template is True
