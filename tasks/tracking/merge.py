@@ -111,8 +111,8 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
 
 
 def log_benchmark(
-    name: str, *, source: str, digest: str, fingerprint: str, scores: ModelScores, data: InputRef | None = None, tracking_uri: str | None = None,
-    root: Path | None = None,
+    name: str, *, source: str, digest: str, fingerprint: str, scores: ModelScores, data: InputRef | None = None,
+    tracking_uri: str | None = None, root: Path | None = None,
 ) -> LoggedRun:  # fmt: skip
     """Log one model's scores on a suite as a run of its own, known by the scores' ``fingerprint``: of model, suite and data. ``data``: the suite as an
     input of the run.
