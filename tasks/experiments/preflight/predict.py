@@ -129,18 +129,26 @@ class Predictor:
 
     def average(self, points: Sequence[Point]) -> Interval:
         """Mean retention of a merge."""
+        return self._interval(points, self._merges())
+
+    def _merges(self) -> list[list[int]]:
+        """The judged examples by merge."""
         merges = defaultdict(list)
         for i in self.judged:
             merges[self.examples[i].merge].append(i)
-        return self._interval(points, list(merges.values()))
+        return list(merges.values())
+
+    def _missed(self, members: list[int]) -> float:
+        """How far the mean of some examples of one group is from what the fit without that group says."""
+        fit = self._without[self.examples[members[0]].group]
+        return abs(float(self._y[members].mean() - fit.of(self._asked[members]).mean()))
 
     def _interval(self, points: Sequence[Point], units: list[list[int]]) -> Interval:
         x = np.array([self._row(point) for point in points])
         ends = []
         for members in units:
             fit = self._without[self.examples[members[0]].group]
-            missed = abs(float(self._y[members].mean() - fit.of(self._asked[members]).mean()))
-            ends.append((float(fit.of(x).mean()), missed))
+            ends.append((float(fit.of(x).mean()), self._missed(members)))
         value, rank = float(self._whole.of(x).mean()), math.ceil(CONFIDENCE * (len(ends) + 1)) - 1
         if rank >= len(ends):  # too few merges for their means; single values may be enough
             return Interval(value, -math.inf, math.inf)
@@ -149,7 +157,8 @@ class Predictor:
         return Interval(value, max(0.0, min(low, value)), max(high, value))
 
     def change(self, before: Sequence[tuple[Point, float]], after: Sequence[tuple[Point, float]]) -> tuple[float, float]:
-        """How much Σ weight · retention changes, and the jackknife standard error of that over groups: of the fit alone, not of chance.
+        """How much Σ weight · retention changes, and its standard error: of the fit, by the jackknife over groups, and of both merges, by what
+        it missed of the means of known ones.
 
         before, after: points with their weights.
         """
@@ -158,13 +167,14 @@ class Predictor:
             sums = [sum(w * float(fit.of(np.array([self._row(p)]))[0]) for p, w in side) for side in (before, after)]
             return sums[1] - sums[0]
 
-        return under(self._whole), _jackknife([under(fit) for fit in self._without.values()])
+        means = [self._missed(members) for members in self._merges()]
+        chance = math.sqrt(sum(sum(w for _, w in side) ** 2 for side in (before, after)) * float(np.mean(np.square(means))))
+        return under(self._whole), math.hypot(_jackknife([under(fit) for fit in self._without.values()]), chance)
 
     @property
     def error(self) -> float:
         """Root mean square of what the fits without a group missed of it."""
-        missed = [self._y[i] - self._without[self.examples[i].group].of(self._asked[i : i + 1])[0] for i in self.judged]
-        return float(np.sqrt(np.mean(np.square(missed))))
+        return float(np.sqrt(np.mean(np.square([self._missed([i]) for i in self.judged]))))
 
     def coefficients(self) -> dict[str, tuple[float, float]]:
         """Measure → change of retention for a change of it by one standard deviation, and its jackknife standard error over groups."""
