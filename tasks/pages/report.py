@@ -129,12 +129,12 @@ def report_html(report: MergeReport) -> str:
 def _parts(report: MergeReport) -> Iterator[tuple[str, Iterator[Block]]]:
     if report.scores:
         yield "Scores", _scores(report)
+    if report.gate:
+        yield "The gate's decision", _gate(report.gate)
     if report.flips:
         yield "Documents that flipped", iter([documents.flips(report.flips)])
     if report.smoke:
         yield "Smoke test", _smoke(report.smoke)
-    if report.gate:
-        yield "The gate's decision", _gate(report.gate)
     if report.analysis is not None:
         yield "Analysis", _analysis(report, report.analysis)
     elif report.unanalysed:

@@ -85,15 +85,8 @@ def test_yaml_is_what_our_readers_take(one: Page) -> None:
     for language, code in one.fences:
         if language == "yaml":
             raw = parse_yaml(code, str(one))
-            kind = (
-                ScalesConfig
-                if "objective" in raw
-                else SearchConfig
-                if "recipe" in raw
-                else Suite
-                if "capabilities" in raw
-                else None
-            )
+            tuned = ScalesConfig if "objective" in raw else SearchConfig
+            kind = tuned if "recipe" in raw else Suite if "capabilities" in raw else None
             assert kind.model_validate(raw) if kind else parse_recipe(raw, str(one))
 
 

@@ -77,3 +77,10 @@ def test_a_suite_that_keeps_no_documents_shows_none(world: World, tmp_path: Path
     assert not (Path(outcome.path) / "documents.html").exists()
     assert not list((here.home / "artifacts" / "scores").rglob("answers.jsonl.gz"))
     assert "documents" not in MlflowClient(tracking_uri=world.tracking_uri).get_run(outcome.logged.run_id).data.tags
+
+
+def test_the_smoke_test_runs_where_the_benchmark_runs(world: World, worker_here: list[str], tmp_path: Path) -> None:
+    here = world.at(tmp_path / "home")
+    outcome = here.run(world.recipe("linear"), smoke=True, gpu="stage/gpu").outcome
+    assert worker_here == ["merge linear", "smoke-test base, linear", "benchmark base, math, knowledge, linear"]
+    assert outcome.smoke.passed and set(outcome.scores) == {"base", "expert/math", "expert/knowledge", "merged"}
