@@ -1,28 +1,14 @@
 """How much of a budget is spent: in a terminal a bar below the log, else lines in the log; on the Prefect server a progress artifact."""
 
-import logging
 import time
 from contextlib import ExitStack
 from typing import Self
 
 from prefect.logging import get_run_logger
-from prefect.logging.handlers import PrefectConsoleHandler
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tasks.orchestration.run_log import SECONDS_BETWEEN, ProgressBar
-
-
-def terminal() -> Console | None:
-    """The log's own console, where it is a terminal: what is logged meanwhile appears above a bar on it. It knows none of rich's styles by name."""
-    handlers = [*logging.getLogger("prefect").handlers, *logging.getLogger().handlers]
-    console = next((one.console for one in handlers if isinstance(one, PrefectConsoleHandler)), Console(stderr=True))
-    return console if console.is_terminal else None
-
-
-def bar_column() -> BarColumn:
-    """A bar that such a console can draw."""
-    return BarColumn(style="grey23", complete_style="cyan", finished_style="green", pulse_style="grey50")
+from tasks.pages.bars import bar_column, in_words, terminal
 
 
 class BudgetBar:
@@ -62,8 +48,3 @@ class BudgetBar:
             self._said = now
             left = f", {in_words((now - self._began) * (100 - percent) / spent)} left" if spent > 0 and percent < 100 else ""
             self._log.info("%s: %.0f %% of the budget, %s%s", self._what, percent, text, left)
-
-
-def in_words(seconds: float) -> str:
-    """A duration, to the second below two minutes and to the minute above."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -21,6 +21,7 @@ from ota_core.recipe.yaml_text import parse_yaml
 from tasks.evaluation.suites import Suite
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.study.study import StudyConfig
+from tasks.experiments.tune.config import ScalesConfig
 from tasks.registry.nightly import NightlyConfig
 from tests.docs.pages import PAGES, ROOT, Page, page
 
@@ -84,7 +85,8 @@ def test_yaml_is_what_our_readers_take(one: Page) -> None:
     for language, code in one.fences:
         if language == "yaml":
             raw = parse_yaml(code, str(one))
-            kind = SearchConfig if "recipe" in raw else Suite if "capabilities" in raw else None
+            tuned = ScalesConfig if "objective" in raw else SearchConfig
+            kind = tuned if "recipe" in raw else Suite if "capabilities" in raw else None
             assert kind.model_validate(raw) if kind else parse_recipe(raw, str(one))
 
 

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from prefect.logging import get_run_logger
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from tasks.orchestration.budget_bar import bar_column, in_words, terminal
+from tasks.pages.bars import bar_column, in_words, terminal
 
 SECONDS_BETWEEN = 15.0
 RECENT = 20
