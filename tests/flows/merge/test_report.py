@@ -118,7 +118,7 @@ def test_artifacts(logged: FlowRun, parent: Run, client: MlflowClient, tmp_path:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
         "recipe.yaml", "record.json", "README.md", "model/reference.json", "tables/scores.csv", "tables/scores.json", "tables/samples.json.gz",
-        "plots/scores.png", "report.html", "tables/analysis.csv",
+        "plots/scores.png", "report.html", "tables/analysis.csv", "tables/documents.json", "documents.html",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == world.recipe(density=0.4, compression="rank1")
     assert json.loads((folder / "record.json").read_text()) == json.loads((Path(logged.outcome.path) / "record.json").read_text())
