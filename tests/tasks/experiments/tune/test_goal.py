@@ -13,7 +13,7 @@ from tasks.evaluation.suites import SuiteError, load_suite
 from tasks.experiments.tune.config import ScalesConfig
 from tasks.experiments.tune.documents import Blocks, Document, blocks_of, documents_of
 from tasks.experiments.tune.goal import MEMORY, Goal
-from tasks.experiments.tune.network import Teacher, loss_of, teacher_of
+from tasks.experiments.tune.network import Teacher, answered, loss_of, teacher_of
 from tests.tasks.local.real.test_real_losses import LOSSES, PASSAGES, TEXT
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_suite import edited, write_rows, write_tiny_suite
@@ -66,9 +66,15 @@ def test_long_texts_become_several_blocks_of_one_side_and_an_answer_alone_is_pre
     assert all(len(one.ids) <= 31 for one in blocks["a"].train)
     (first, *_), prefix = blocks["b"].train, tokenizer.bos_token_id
     assert tokenizer.decode(first.ids[first.first :]) == "yes" and first.ids[0] == prefix and first.size == 3
-    # Without answers: the prompt is what is predicted.
+    # Without answers: the expert gives its own.
     first = blocks_of(documents, tokenizer, config(objective="kl", held_out=3, blocks=4))["b"].train[0]
-    assert "yes" not in tokenizer.decode(first.ids) and first.first == 1
+    assert "yes" not in tokenizer.decode(first.ids) and first.first == len(first.ids)
+    network = AutoModelForCausalLM.from_pretrained(tiny[2])
+    whole = answered(network, first, 5)
+    assert whole.ids[: first.first] == first.ids and first.first < len(whole.ids) <= first.first + 5
+    for at in range(first.first, len(whole.ids)):
+        assert int(network(input_ids=torch.tensor([whole.ids[:at]])).logits[0, -1].argmax()) == whole.ids[at]
+    assert answered(network, blocks["a"].train[0], 5) == blocks["a"].train[0]
 
 
 def test_too_few_documents_are_named_with_what_to_do(tiny: tuple[Path, Path, Path]) -> None:
