@@ -42,7 +42,7 @@ class Alone:
     others_without: float | None
     """The same in the merge without it."""
     change: tuple[float, float] | None
-    """How much the average changes when it is left out, as predicted, and the standard error of the fit; 0..1."""
+    """How much the average changes when it is left out, as predicted, and the standard error; 0..1."""
     hurts: str
     """Why it may be better left out, which a merge without it can tell; empty where nothing says so."""
 

@@ -83,7 +83,9 @@ def test_metrics(logged: FlowRun, parent: Run, world: World) -> None:
     assert {name: metrics[name] for name in metrics if name.split("/")[0] in families} == pytest.approx(expected)
     machine = {name for name in metrics if name.startswith("system/")}
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= machine
-    assert set(metrics) - set(expected) - machine == {
+    before = {name for name in metrics if name.startswith("preflight/")}  # its numbers: tests/ota_core/analysis/test_preflight.py
+    assert {"preflight/lambda", "preflight/row_space", "preflight/reach/math", "preflight/interference/knowledge"} <= before
+    assert set(metrics) - set(expected) - machine - before == {
         "density/math", "density/knowledge", "seconds/compress", "seconds/mask", "seconds/merge", "seconds/benchmark", "peak_memory_gib",
         "moments/bytes_per_param", "moments/sqrt_error",
     }  # fmt: skip
