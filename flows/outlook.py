@@ -105,7 +105,7 @@ def look_ahead(config: NightlyConfig, suite: Suite, recipes: Mapping[str, MergeR
 def merge_without(
     ahead: Ahead, recipes: Mapping[str, MergeRecipe], outcomes: Mapping[str, MergeOutcome], merge: Merge
 ) -> dict[str, MergeOutcome]:
-    """In a flow: the best candidate without the experts that are expected, and then measured, to lower its average beyond the noise.
+    """In a flow: the best candidate without the experts that are expected (or every one), and then measured, to lower its average beyond the noise.
 
     One after the other: of several the one whose absence gains most goes first, then the rest are tried again. Empty where nothing is better
     left out, and where the configuration does not ask for it. Raises OtaError.
@@ -113,10 +113,11 @@ def merge_without(
     scores = {
         name: read_scores(ahead.where, outcomes[name].scores["merged"]) for name in ahead.measured if _scored(outcomes, name)
     }
-    if ahead.config.leave_out != "measured" or not scores:
+    if not ahead.config.tries or not scores:
         return {}
     first = first_choice(scores, ahead.suite, ahead.config.gate)
-    suspects = [one.name for one in ahead.outlook(first, outcomes[first]).hurting]
+    seen = ahead.outlook(first, outcomes[first])
+    suspects = [one.name for one in (seen.experts if ahead.config.leave_out == "each" else seen.hurting)]
     name, recipe, whole = first, recipes[first], scores[first]
     found: dict[str, MergeOutcome] = {}
     while suspects and len(recipe.models) > 1:

@@ -33,6 +33,11 @@ class Edits:
         """Memory that kept parts take."""
         return sum(one.numel() * BYTES for one in self._kept.values())
 
+    @property
+    def bytes(self) -> int:
+        """Memory that all parts would take."""
+        return sum(job.elements for job in self.jobs.values()) * len(self.experts) * BYTES
+
     def write(self, scales: Mapping[str, Sequence[float]], targets: Mapping[str, torch.Tensor]) -> None:
         """Write θ₀ + Σ_m s_m·E_m into the targets, in their own types and on their devices.
 

@@ -33,7 +33,8 @@ def merge_label(recipe: MergeRecipe) -> str:
     settings = settings_of(recipe)
     said = unusual(recipe.merge_method, settings)
     keys = [*(key for key in _FIRST if key in said), *(key for key in said if key not in {*_FIRST, "rank"})]
-    return " ".join([recipe.merge_method, *(_said(key, said[key], settings.get("rank")) for key in keys)])
+    learned = ["scales"] if recipe.scales else []
+    return " ".join([recipe.merge_method, *(_said(key, said[key], settings.get("rank")) for key in keys), *learned])
 
 
 def _said(key: str, value: Any, rank: int | None) -> str:

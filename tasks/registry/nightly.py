@@ -77,10 +77,10 @@ class NightlyConfig(_Strict):
     data_dir: str | None = Field(None, description="Data of a local suite: a folder or s3://….")
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents per task.")
     gate: GateSettings = Field(GateSettings(), description="How sure the gate must be.")
-    leave_out: Literal["never", "propose", "measured"] = Field(
+    leave_out: Literal["never", "propose", "measured", "each"] = Field(
         "never",
         description="Experts that a preflight expects to hurt; propose: the page names them, measured: the best candidate is also merged without "
-        "each, and where that is better beyond the noise, it stands before the gate, too.",
+        "each of them, and where that is better beyond the noise, it stands before the gate, too; each: the same without every single expert.",
     )
     publish: str | None = Field(None, description="Where champions are copied to: s3://bucket/merged or a folder.")
     device: Device = Field("auto", description="What to compute on; auto: cuda where there is one.")
@@ -109,13 +109,18 @@ class NightlyConfig(_Strict):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def tries(self) -> bool:
+        """Whether merges without an expert are made."""
+        return self.leave_out in {"measured", "each"}
+
     def digest(self, suite: Suite, data: str | None) -> str:
         """What, beside the experts, decides a night's result: capabilities, candidates, suite with its data, gate, versions of the
         algorithms."""
         scores, inputs = score_identity("", suite, data, limit=self.limit)
         said = self.model_dump(mode="json", include={"name", "base_model", "capabilities", "candidates", "publish"})
         said["gate"] = self.gate.said()
-        if self.leave_out == "measured":  # the others decide nothing
+        if self.tries:  # the others decide nothing
             said["leave_out"] = self.leave_out
         return fingerprint("merged", {"night": said, "scores": scores, "versions": ALGORITHM_VERSION}, inputs)
 

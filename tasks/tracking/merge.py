@@ -111,8 +111,8 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
 
 
 def log_benchmark(
-    name: str, *, source: str, digest: str, fingerprint: str, scores: ModelScores, data: InputRef, tracking_uri: str | None = None,
-    root: Path | None = None,
+    name: str, *, source: str, digest: str, fingerprint: str, scores: ModelScores, data: InputRef | None = None,
+    tracking_uri: str | None = None, root: Path | None = None,
 ) -> LoggedRun:  # fmt: skip
     """Log one model's scores on a suite as a run of its own, known by the scores' ``fingerprint``: of model, suite and data. ``data``: the suite as an
     input of the run.
@@ -129,7 +129,7 @@ def log_benchmark(
         with in_progress(client, run):
             params = {"model": source or name, "suite": scores.suite, "limit": scores.limit or "none", **scores.asked()}
             log_values(client, run, params, metrics, {TAG_SOURCE: source, TAG_DIGEST: digest})
-            client.log_inputs(run.info.run_id, datasets=[_dataset(data)])
+            client.log_inputs(run.info.run_id, datasets=[_dataset(data)] if data else [])
             table = scores.model_dump(mode="json")
             with artifact_errors(SCORES_OF_ONE, run.info.artifact_uri, safe):
                 client.log_dict(run.info.run_id, table, SCORES_OF_ONE)

@@ -18,6 +18,7 @@ from ota_core.errors import OtaError
 from ota_core.plan.expert_scales import ExpertScales
 from ota_core.recipe.recipe import load_recipe
 from tasks.experiments.tune.config import ScalesConfig
+from tasks.merging.recipes import read_recipe
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
 from tests.servers import flow_run_name
@@ -92,6 +93,16 @@ def test_the_result_is_merged_with_its_scales_by_the_flow(here: World, tmp_path:
     assert outcome.test is not None and set(outcome.test.scores) == {"base", "expert/math", "expert/knowledge", "merged"}
     plain = here.run(here.recipe(density=0.4, compression="rank1"), suite=None, data_dir=None).outcome
     assert outcome.test.merged.fingerprint != plain.merged.fingerprint and counts["merge"] == 2
+
+
+def test_a_result_in_s3_is_merged_from_there(here: World, tmp_path: Path) -> None:
+    out = f"{here.uri}/recipes/tuned.yaml"
+    run(here, config(here, steps=2), out)
+    recipe, _ = read_recipe(out)
+    assert recipe.scales is not None and re.fullmatch(rf"{here.uri}/recipes/tuned\.[0-9a-f]{{8}}\.safetensors", recipe.scales)
+    merged = here.run(recipe, suite=None, data_dir=None).outcome.merged
+    plain = here.run(recipe.model_copy(update={"scales": None}), suite=None, data_dir=None).outcome.merged
+    assert merged.fingerprint != plain.fingerprint
 
 
 def test_the_same_tuning_gives_the_same_scales(here: World, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 OWN = ("reach", "disturbance", "fit")
 OF_OTHERS = ("row_space", "interference", "sign_conflict")
 """By expert, the mean over the others; ``interference``: of the others on it."""
-MEASURES = ("reach", "disturbance", *OF_OTHERS)
-"""What a prediction reads of an expert. The fit follows from the first two, matrix by matrix."""
+MEASURES = ("reach", "disturbance")
+"""What a prediction reads of an expert. The fit follows from them, matrix by matrix; those of pairs made predictions of our studies worse."""
 OF_PAIRS = ("row_space", "interference", "sign_conflict", "cosine", "cosine_sqrt_v", "mask_jaccard")
 """Of which a merge has the mean over all pairs."""
 METRIC = "preflight/"

@@ -31,7 +31,7 @@ SHIPPED = Path(__file__).with_name("shipped.json")
 
 
 def shipped() -> list[Example]:
-    """The merges of our studies. Their capabilities are nobody else's, and all merges of one study's base are one group."""
+    """The merges of our studies; all of one base are one group."""
     if not SHIPPED.is_file():
         return []
     return [Example.model_validate(one) for one in json.loads(SHIPPED.read_text(encoding="utf-8"))["examples"]]
@@ -136,7 +136,7 @@ def write_shipped(studies: Mapping[str, Store], out: Path = SHIPPED) -> int:
     for name, store in studies.items():
         for one in here(read_experiment(store)):
             rounded = {key: round(value, 5) for key, value in one.features.items()}
-            told = {"group": name, "merge": f"{name} {one.merge[:8]}", "here": False, "capability": None, "features": rounded}
+            told = {"group": name, "merge": f"{name} {one.merge[:8]}", "here": False, "features": rounded}
             found.append(one.model_copy(update=told | {"retention": round(one.retention, 5)}))
     learned = Predictor(found)
     content = {

@@ -42,7 +42,7 @@ class Alone:
     others_without: float | None
     """The same in the merge without it."""
     change: tuple[float, float] | None
-    """How much the average changes when it is left out, as predicted, and the standard error of the fit; 0..1."""
+    """How much the average changes when it is left out, as predicted, and the standard error; 0..1."""
     hurts: str
     """Why it may be better left out, which a merge without it can tell; empty where nothing says so."""
 
@@ -154,10 +154,10 @@ def _why(name: str, acts: float | None, change: tuple[float, float] | None, know
     if known and name in known.experts and known.experts[name][1] <= known.base.get(known.experts[name][0], 0.0):
         capability, score = known.experts[name]
         return f"it scores {100 * score:.1f} % on {capability}, no more than the base: nothing is lost without it"
-    if change is not None and change[0] > 0:
-        return f"the average is predicted to rise by {100 * change[0]:.1f} ± {100 * change[1]:.1f} points without it"
     if acts is not None and acts > OVERRULED:
         return f"it acts on the inputs of the others {acts:.1f} times as strongly as their own edits"
+    if change is not None and change[0] > 0:
+        return f"the average is predicted to rise by {100 * change[0]:.1f} ± {100 * change[1]:.1f} points without it"
     return ""
 
 

@@ -43,7 +43,8 @@ def experts_table(found: Outlook, came_out: Mapping[str, float] | None = None) -
     if came_out:
         columns.append(Column("came out", "retention, came out %", PERCENT))
     columns += [
-        Column("fit", "fit %", PERCENT),
+        Column("reach", "reach %", PERCENT),
+        Column("disturbance", "disturbance %", PERCENT),
         Column("row_space", "shared row space %", PERCENT),
         Column("acts", "acts on others", RATIO),
     ]
@@ -58,9 +59,7 @@ def experts_table(found: Outlook, came_out: Mapping[str, float] | None = None) -
     ]
     if found.learned:
         of = "of the average score" if found.in_scores else "of mean retention, no scores of these experts being known"
-        caption.append(
-            f"In parentheses {100 * CONFIDENCE:.0f} % intervals. Without it: change {of}, in points ± the standard error of the fit alone."
-        )
+        caption.append(f"In parentheses {100 * CONFIDENCE:.0f} % intervals. Without it: change {of}, in points ± standard error.")
     return Table("Experts", pd.DataFrame(rows), columns, caption, strong=[one.surely for one in found.experts])
 
 

@@ -1,4 +1,4 @@
-"""Retention from what a preflight measures: a ridge regression on the merges that are known, and how far it was off where it had not looked.
+"""Retention from what a preflight measures: a ridge regression on the merges that are known, and how far it is off where it did not look.
 
 Intervals are CV+ (Barber, Candès, Ramdas & Tibshirani 2021, "Predictive inference with the jackknife+", arXiv 1905.02928): each known value is
 predicted by a fit without its group, and the new one by each of these fits, give or take what they missed. They hold whatever the
@@ -22,6 +22,9 @@ LEAST, GROUPS = 9, 3
 """Known values, and groups of them, below which nothing is predicted: of fewer no quantile at ``CONFIDENCE`` exists, or none that means anything."""
 RIDGE = 1.0
 """Penalty on the squares of standardised coefficients."""
+SIGNS = {"reach": 1.0, "disturbance": -1.0, "log_experts": -1.0}
+"""The only direction in which a measure may count. Chance, and what goes along with it in the merges that happen to be known, can say the opposite:
+a large λ disturbs more and still gains, but an expert that disturbs more does not."""
 COLUMNS = (*MEASURES, "log_experts", "refined")
 
 Floats = NDArray[np.float64]
@@ -31,7 +34,7 @@ class Point(Frozen):
     """One expert in one merge: what is known of it before."""
 
     capability: str | None = None
-    """Whose merges are told apart from others', where there are any; None for what no other merge shares."""
+    """``<suite>/<capability>``, by which merges are told apart: some tasks lose more than others, whatever is measured. None for one that is new."""
     refined: bool
     """Whether a row-space regression follows."""
     experts: int
@@ -76,12 +79,21 @@ class _Fit:
 
 
 def _fit(x: Floats, y: Floats, plain: int) -> _Fit:
-    """x: (n, F), of which the first ``plain`` columns are measures and the others mark a capability; y: (n,)."""
+    """By least squares with a penalty, without what counts against ``SIGNS``. x: (n, F), of which the first ``plain`` columns are measures and the others mark a capability; y: (n,)."""
     means, scales = x.mean(0), x.std(0)
     scales[scales == 0] = 1.0
     scales[plain:] = 1.0
     z = (x - means) / scales
-    weights = np.linalg.solve(z.T @ z + RIDGE * np.eye(x.shape[1]), z.T @ (y - y.mean()))
+    kept, signs = np.ones(x.shape[1], bool), np.array([SIGNS.get(name, 0.0) for name in COLUMNS])
+    while True:
+        weights = np.zeros(x.shape[1])
+        weights[kept] = np.linalg.solve(
+            z[:, kept].T @ z[:, kept] + RIDGE * np.eye(int(kept.sum())), z[:, kept].T @ (y - y.mean())
+        )
+        against = weights[:plain] * signs
+        if against.min() >= 0:
+            break
+        kept[int(against.argmin())] = False
     return _Fit(x.min(0), x.max(0), means, scales, weights, float(y.mean()))
 
 
@@ -95,6 +107,8 @@ class Predictor:
         self.examples = [*examples]
         self._capabilities = sorted({one.capability for one in examples if one.capability is not None})
         self._x = np.array([self._row(one) for one in examples])
+        # What is shipped stands for tasks that nobody here has seen: it is judged as such, though the fit tells its own tasks apart.
+        self._asked = np.array([self._row(one if one.here else one.model_copy(update={"capability": None})) for one in examples])
         self._y = np.array([one.retention for one in examples])
         own = judged_by(examples)
         self.judged = [i for i, one in enumerate(examples) if one in own]
@@ -115,18 +129,26 @@ class Predictor:
 
     def average(self, points: Sequence[Point]) -> Interval:
         """Mean retention of a merge."""
+        return self._interval(points, self._merges())
+
+    def _merges(self) -> list[list[int]]:
+        """The judged examples by merge."""
         merges = defaultdict(list)
         for i in self.judged:
             merges[self.examples[i].merge].append(i)
-        return self._interval(points, list(merges.values()))
+        return list(merges.values())
+
+    def _missed(self, members: list[int]) -> float:
+        """How far the mean of some examples of one group is from what the fit without that group says."""
+        fit = self._without[self.examples[members[0]].group]
+        return abs(float(self._y[members].mean() - fit.of(self._asked[members]).mean()))
 
     def _interval(self, points: Sequence[Point], units: list[list[int]]) -> Interval:
         x = np.array([self._row(point) for point in points])
         ends = []
         for members in units:
             fit = self._without[self.examples[members[0]].group]
-            missed = abs(float(self._y[members].mean() - fit.of(self._x[members]).mean()))
-            ends.append((float(fit.of(x).mean()), missed))
+            ends.append((float(fit.of(x).mean()), self._missed(members)))
         value, rank = float(self._whole.of(x).mean()), math.ceil(CONFIDENCE * (len(ends) + 1)) - 1
         if rank >= len(ends):  # too few merges for their means; single values may be enough
             return Interval(value, -math.inf, math.inf)
@@ -135,7 +157,8 @@ class Predictor:
         return Interval(value, max(0.0, min(low, value)), max(high, value))
 
     def change(self, before: Sequence[tuple[Point, float]], after: Sequence[tuple[Point, float]]) -> tuple[float, float]:
-        """How much Σ weight · retention changes, and the jackknife standard error of that over groups: of the fit alone, not of chance.
+        """How much Σ weight · retention changes, and its standard error: of the fit, by the jackknife over groups, and of both merges, by what
+        it missed of the means of known ones.
 
         before, after: points with their weights.
         """
@@ -144,13 +167,14 @@ class Predictor:
             sums = [sum(w * float(fit.of(np.array([self._row(p)]))[0]) for p, w in side) for side in (before, after)]
             return sums[1] - sums[0]
 
-        return under(self._whole), _jackknife([under(fit) for fit in self._without.values()])
+        means = [self._missed(members) for members in self._merges()]
+        chance = math.sqrt(sum(sum(w for _, w in side) ** 2 for side in (before, after)) * float(np.mean(np.square(means))))
+        return under(self._whole), math.hypot(_jackknife([under(fit) for fit in self._without.values()]), chance)
 
     @property
     def error(self) -> float:
         """Root mean square of what the fits without a group missed of it."""
-        missed = [self._y[i] - self._without[self.examples[i].group].of(self._x[i : i + 1])[0] for i in self.judged]
-        return float(np.sqrt(np.mean(np.square(missed))))
+        return float(np.sqrt(np.mean(np.square([self._missed([i]) for i in self.judged]))))
 
     def coefficients(self) -> dict[str, tuple[float, float]]:
         """Measure → change of retention for a change of it by one standard deviation, and its jackknife standard error over groups."""

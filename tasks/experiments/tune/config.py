@@ -45,6 +45,7 @@ class ScalesConfig(Frozen):
         64,
         description="With objective kl: tokens of each prediction that are kept, the most likely ones; the rest counts as one.",
     )
+    answer: Count = Field(32, description="With objective kl: tokens at most of an expert's own answer to a prompt.")
     blocks: Count = Field(16, description="Blocks of text of each capability to learn from.")
     held_out: Count = Field(6, description="Blocks of each capability, of other documents, that say when to stop.")
     length: Annotated[int, Field(ge=8)] = Field(512, description="Tokens of a block at most.")
@@ -81,7 +82,7 @@ class ScalesConfig(Frozen):
     @model_validator(mode="after")
     def _used(self) -> Self:
         given = self.model_fields_set
-        needs = {"floor": "floors", "floor_weight": "floors", "top": "kl"}
+        needs = {"floor": "floors", "floor_weight": "floors", "top": "kl", "answer": "kl"}
         unused = [key for key, objective in needs.items() if key in given and self.objective != objective]
         if unused:
             raise ValueError(

@@ -30,7 +30,7 @@ class Block:
 
     ids: tuple[int, ...]
     first: int
-    """Of the tokens, the first that is predicted; from here on all are."""
+    """Of the tokens, the first that is predicted; from here on all are. Of a prompt whose answer is yet to come, the number of tokens."""
     size: float
     """Bytes of text that the predicted tokens stand for."""
 
@@ -117,10 +117,8 @@ def _take(documents: Iterator[list[Block]], count: int) -> list[Block]:
 
 
 def _cut(document: Document, tokenizer: Any, config: ScalesConfig) -> Iterator[Block]:
-    """With objective ``kl`` a prompt is what counts, and its answer is not looked at. An answer that does not fit with its prompt is cut."""
+    """With objective ``kl`` an answer is not looked at: the expert gives its own. An answer that does not fit with its prompt is cut."""
     prompt, text = document.prompt, document.text
-    if prompt and config.objective == "kl":
-        prompt, text = "", prompt
     before = _tokens(tokenizer, prompt)
     # As lm-eval has it: together, so that no token is cut where the answer begins.
     ids = _tokens(tokenizer, prompt + text)[len(before) :]
@@ -130,6 +128,10 @@ def _cut(document: Document, tokenizer: Any, config: ScalesConfig) -> Iterator[B
     if not ids or (len(start) == 0 and len(ids) < 2):
         return
     size = len(text.encode()) / len(ids)
+    if prompt and config.objective == "kl":
+        kept = start[-max(config.length - config.answer, 1) :]
+        yield Block(tuple(kept), len(kept), 0.0)
+        return
     if prompt:
         kept = start[-(config.length - min(len(ids), config.length // 2)) :]
         ids = ids[: config.length - len(kept)]

@@ -19,7 +19,7 @@ from ota_core.recipe.yaml_text import nearest
 from tasks.experiments.search.config import DEFAULT
 from tasks.experiments.tune.config import ScalesConfig
 from tasks.experiments.tune.documents import Block, Blocks
-from tasks.experiments.tune.network import Teacher, loaded, losses_of, teacher_of
+from tasks.experiments.tune.network import Teacher, answered, loaded, losses_of, teacher_of
 
 SHARPNESS = 50.0
 """Per bit per byte: how much more a capability that lies higher above its limit weighs in the soft maximum of objective ``worst``."""
@@ -108,9 +108,12 @@ def goal_of(config: ScalesConfig, blocks: Mapping[str, Blocks], plan: MergePlan,
         with loaded(path, dtype, device) as network:
             for name in of:
                 if config.objective == "kl":
+                    every[name] = [answered(network, block, config.answer) for block in every[name]]
                     teachers[name] = [teacher_of(network, block, config.top) for block in every[name]]
                 else:
                     limits[name] = _lower(losses_of(network, every[name]), limits.get(name))
+    cut = {name: len(one.train) for name, one in blocks.items()}
+    blocks = {name: Blocks(tuple(every[name][:at]), tuple(every[name][at:])) for name, at in cut.items()}
     return Goal(config, blocks, _limits(config, every, limits), teachers)
 
 

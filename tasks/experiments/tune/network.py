@@ -96,6 +96,16 @@ def loss_of(network: Any, block: Block, teacher: Teacher | None = None) -> torch
     return total.mean() / math.log(2)
 
 
+def answered(network: Any, block: Block, tokens: int) -> Block:
+    """A prompt with the network's own most likely answer, of so many tokens at most; a block that has its text already as it is."""
+    if block.first < len(block.ids):
+        return block
+    ids = torch.tensor([block.ids], device=network.device)
+    with torch.no_grad():
+        found = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return Block(tuple(found[0].tolist()), block.first, 0.0)
+
+
 def teacher_of(network: Any, block: Block, top: int) -> Teacher:
     """A network's predictions on a block."""
     with torch.no_grad():

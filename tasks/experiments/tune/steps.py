@@ -79,6 +79,11 @@ def learn_scales(
             BudgetBar("learning") as bar,
             ScaledModel(network, edits, config.per, start) as model,
         ):
+            if edits.kept_bytes < edits.bytes:
+                log.info(
+                    "%.1f of %.1f GiB of the experts' parts are kept in memory; the rest is computed again for every block of text. --memory %dGiB keeps all",
+                    edits.kept_bytes / 2**30, edits.bytes / 2**30, edits.bytes // 2**30 + 1,
+                )  # fmt: skip
             learned = learn(model, goal, config, tell)
             bar.show(100, f"held out {learned.kept.value:.4f} (as given {looks[0]:.4f})")
             shapes = {name: job.shape for name, job in edits.jobs.items()}

@@ -73,7 +73,7 @@ def test_a_suite_that_keeps_no_documents_shows_none(world: World, tmp_path: Path
     suite.write_text(world.suite.read_text().replace("name: tiny", "name: tiny\ndocuments: false"))
     (tmp_path / "tiny").symlink_to(world.suite.parent / "tiny")
     here = world.at(tmp_path / "home")
-    outcome = here.run(world.recipe("linear"), suite=str(suite), report="scores").outcome
+    outcome = here.run(world.recipe("task_arithmetic", **{"lambda": 0.25}), suite=str(suite), report="scores").outcome
     assert not (Path(outcome.path) / "documents.html").exists()
     assert not list((here.home / "artifacts" / "scores").rglob("answers.jsonl.gz"))
     assert "documents" not in MlflowClient(tracking_uri=world.tracking_uri).get_run(outcome.logged.run_id).data.tags

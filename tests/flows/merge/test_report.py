@@ -83,7 +83,9 @@ def test_metrics(logged: FlowRun, parent: Run, world: World) -> None:
     assert {name: metrics[name] for name in metrics if name.split("/")[0] in families} == pytest.approx(expected)
     machine = {name for name in metrics if name.startswith("system/")}
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= machine
-    assert set(metrics) - set(expected) - machine == {
+    before = {name for name in metrics if name.startswith("preflight/")}  # its numbers: tests/ota_core/analysis/test_preflight.py
+    assert {"preflight/lambda", "preflight/row_space", "preflight/reach/math", "preflight/interference/knowledge"} <= before
+    assert set(metrics) - set(expected) - machine - before == {
         "density/math", "density/knowledge", "seconds/compress", "seconds/mask", "seconds/merge", "seconds/benchmark", "peak_memory_gib",
         "moments/bytes_per_param", "moments/sqrt_error",
     }  # fmt: skip
@@ -116,7 +118,7 @@ def test_artifacts(logged: FlowRun, parent: Run, client: MlflowClient, tmp_path:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
         "recipe.yaml", "record.json", "README.md", "model/reference.json", "tables/scores.csv", "tables/scores.json", "tables/samples.json.gz",
-        "plots/scores.png", "report.html", "tables/analysis.csv",
+        "plots/scores.png", "report.html", "tables/analysis.csv", "tables/documents.json", "documents.html",
     }  # fmt: skip
     assert load_recipe(folder / "recipe.yaml") == world.recipe(density=0.4, compression="rank1")
     assert json.loads((folder / "record.json").read_text()) == json.loads((Path(logged.outcome.path) / "record.json").read_text())

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from ota_core.artifact import read_record
 from ota_core.engine.engine import merge, merge_into
+from ota_core.engine.shards import MergeInParts, Survey, merge_shard, opened_bins, shard_files, survey, whole_facts
 from ota_core.errors import OtaError
 from ota_core.files.safetensors_io import FORMAT_KEY
 from ota_core.plan.expert_scales import FORMAT, ExpertScales
@@ -227,6 +228,21 @@ def test_a_file_that_is_missing_is_named_with_the_places_it_was_looked_for(tmp_p
     raw = ota_recipe(tmp_path, BASE, EXPERTS, top={"scales": "none.safetensors"})
     with pytest.raises(OtaError, match=f"'none.safetensors' does not exist .*{tmp_path}/none.safetensors.*take the key 'scales'"):
         merge(MergeRecipe.model_validate(raw), tmp_path / "out", recipe_dir=tmp_path)
+
+
+def test_a_merge_in_shards_has_the_same_bytes(tmp_path: Path) -> None:
+    raw = ota_recipe(tmp_path, BASE, EXPERTS, {"density": 0.3}, top={"scales": write_scales(tmp_path / "s.safetensors")})
+    recipe = MergeRecipe.model_validate(raw)
+    merge(recipe, tmp_path / "whole", shard_size=500)
+    job = MergeInParts(recipe=recipe, inputs=resolve_local(recipe), shard_size=500)
+    files = shard_files(job)
+    first = Survey.sum([survey(job, one) for one in files])
+    second = Survey.sum([survey(job, one, opened=opened_bins(job, first)) for one in files])
+    (tmp_path / "parts").mkdir()
+    for file in files:
+        merge_shard(job, file, tmp_path / "parts", whole_facts(job, first, second))
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert len(files) > 1
 
 
 def test_scales_that_nobody_resolved_are_no_silent_ones(tmp_path: Path) -> None:

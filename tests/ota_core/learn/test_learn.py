@@ -135,8 +135,8 @@ def test_memory_decides_what_is_kept_and_changes_no_number(tmp_path: Path) -> No
         with scaled_model(recipe, memory=memory) as model:
             loss_of(model.network).backward()
             found.append((model.edits.kept_bytes, model.gradient.clone()))
-            size = sum(job.elements for job in model.edits.jobs.values())
-    assert found[0][0] == 0 and 0 < found[1][0] <= 20_000 and found[2][0] == 2 * 4 * size
+            size = model.edits.bytes
+    assert found[0][0] == 0 and 0 < found[1][0] <= 20_000 and found[2][0] == size
     assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][1], found[2][1])
 
 

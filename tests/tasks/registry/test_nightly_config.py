@@ -122,7 +122,14 @@ def test_a_night_is_decided_by_what_can_change_its_result_and_nothing_else(tmp_p
     def changed(**changes: Any) -> str:
         return NightlyConfig.model_validate(config.model_dump(by_alias=True) | changes).digest(suite, content)
 
-    same: list[dict[str, Any]] = [{}, {"memory": "8GiB"}, {"device": "cpu"}, {"data_dir": "elsewhere"}, {"experts": "s3://moved"}]
+    same: list[dict[str, Any]] = [
+        {},
+        {"memory": "8GiB"},
+        {"device": "cpu"},
+        {"data_dir": "elsewhere"},
+        {"experts": "s3://moved"},
+        {"leave_out": "propose"},
+    ]
     assert {changed(**one) for one in same} == {digest}
     other: list[dict[str, Any]] = [
         {"candidates": [OTA]},
@@ -136,6 +143,8 @@ def test_a_night_is_decided_by_what_can_change_its_result_and_nothing_else(tmp_p
         {"limit": 3},
         {"name": "other"},
         {"publish": "s3://b/merged"},
+        {"leave_out": "measured"},
+        {"leave_out": "each"},
     ]
     digests = {digest, *(changed(**one) for one in other), config.digest(suite, "other data")}
     digests.add(config.digest(edited(file, ("metric: acc", "metric: acc, weight: 2")), content))

@@ -85,7 +85,7 @@ def test_a_store_without_merges_is_not_made_and_a_server_that_is_away_is_told(
 
 def test_what_is_shipped_is_enough_and_says_how_it_was_made() -> None:
     found = shipped()
-    assert not why_not(found) and not any(one.here or one.capability for one in found)
+    assert not why_not(found) and not any(one.here for one in found)
     said = json.loads((Path(__file__).parents[4] / "tasks/experiments/preflight/shipped.json").read_text())
     learned = Predictor(found)
     assert said["error"] == pytest.approx(learned.error, abs=1e-4) and said["made_by"].startswith("python -m")
@@ -94,7 +94,7 @@ def test_what_is_shipped_is_enough_and_says_how_it_was_made() -> None:
     )
 
 
-def test_shipping_forgets_whose_capability_it_was(store: Store, tmp_path: Path) -> None:
+def test_shipping_makes_a_group_of_each_study(store: Store, tmp_path: Path) -> None:
     assert write_shipped({"a": store, "b": store, "c": store}, tmp_path / "shipped.json") == 18
     held = json.loads((tmp_path / "shipped.json").read_text())["examples"]
-    assert {one["group"] for one in held} == {"a", "b", "c"} and {one["capability"] for one in held} == {None}
+    assert {one["group"] for one in held} == {"a", "b", "c"} and not any(one["here"] for one in held)

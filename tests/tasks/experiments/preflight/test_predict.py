@@ -13,7 +13,7 @@ Truth = Callable[[dict[str, float], bool, int], float]
 
 
 def linear(features: dict[str, float], refined: bool, experts: int) -> float:
-    return 0.2 + 0.8 * features["reach"] - 0.3 * features["sign_conflict"] + 0.2 * refined - 0.05 * math.log(experts)
+    return 0.4 + 0.8 * features["reach"] - 0.3 * features["disturbance"] + 0.2 * refined - 0.05 * math.log(experts)
 
 
 def made_up(
@@ -46,8 +46,15 @@ def test_a_linear_truth_is_found() -> None:
     point = made_up(2, 1, noise=0.0)[0]
     assert learned.retention(point).value == pytest.approx(point.retention, abs=0.01)
     found = learned.coefficients()
-    assert found["reach"][0] > 0.15 > 3 * found["reach"][1] and found["sign_conflict"][0] < -0.05
-    assert abs(found["row_space"][0]) < 0.01 and learned.error < 0.01
+    assert found["reach"][0] > 0.15 > 3 * found["reach"][1] and found["disturbance"][0] < -0.05 and learned.error < 0.01
+
+
+def test_a_measure_counts_only_the_way_that_it_can() -> None:
+    def upside_down(features: dict[str, float], *_: object) -> float:
+        return 0.5 + 0.5 * features["disturbance"] + 0.2 * features["reach"]
+
+    found = Predictor(made_up(1, 40, truth=upside_down, noise=0.01)).coefficients()
+    assert found["disturbance"] == (0.0, 0.0) and found["reach"][0] > 0.02
 
 
 def test_intervals_hold_as_often_as_they_say() -> None:
@@ -64,7 +71,7 @@ def test_intervals_hold_as_often_as_they_say() -> None:
 
 def test_intervals_grow_with_the_noise_and_hold_where_the_truth_is_no_line() -> None:
     def bent(features: dict[str, float], *_: object) -> float:
-        return 1 + math.sin(6 * features["reach"]) * features["row_space"]
+        return 1 + math.sin(6 * features["reach"]) * features["disturbance"]
 
     quiet, loud = (Predictor(made_up(3, 20, noise=noise)).retention(made_up(4, 1)[0]) for noise in (0.02, 0.2))
     assert loud.high - loud.low > 4 * (quiet.high - quiet.low)
