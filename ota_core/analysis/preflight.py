@@ -34,7 +34,7 @@ from ota_core.compute.exact import PairDots
 from ota_core.compute.stream import Limits
 from ota_core.errors import CheckpointError, RecipeError
 from ota_core.plan.inputs import MergeInputs
-from ota_core.plan.matrices import Matrices, matrices_of
+from ota_core.plan.matrices import Matrices, all_matrices
 from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import Curvature, mask_of
 from ota_core.plan.roles import WHOLE
@@ -196,9 +196,7 @@ def _row_spaces(plan: MergePlan, rule: Rule, recipe: MergeRecipe, left_out: list
     rules = [rule]
     if experts > 2 and recipe.merge_method != "slerp":
         rules += [rule.reweighted(without(plan.recipe, i)) for i in range(experts)]
-    config = plan.models[0].checkpoint.config
-    found = [matrices for job in plan.merged_jobs() if (matrices := matrices_of(job, config))]
-    single = [(matrices, index) for matrices in found for index in range(matrices.count)]
+    single = [(matrices, index) for matrices in all_matrices(plan) for index in range(matrices.count)]
     single.sort(key=lambda one: -one[0].rows * one[0].columns)
     products = plan.stream.map(
         lambda one: _products(plan, rules, *one), single, what="row spaces", size=lambda one: one[0].rows * one[0].columns

@@ -3,10 +3,11 @@
 Embeddings, position tables, norms, biases and convolutions are none: their rows do not see the inputs that a training saw.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ota_core.plan.plan import MergePlan
 from ota_core.plan.roles import place_of
 from ota_core.plan.views import Block, TensorJob
 
@@ -86,3 +87,26 @@ def _stack_input_first(job: TensorJob, config: Mapping[str, Any]) -> bool:
         reads_width = place_of(job.name).role != "down"
         return bool((width == rows) == reads_width)
     return str(config.get("model_type", "")) in _INPUT_FIRST
+
+
+def all_matrices(plan: MergePlan) -> list[Matrices]:
+    """The matrices of all tensors that are merged here."""
+    config = plan.models[0].checkpoint.config
+    return [found for job in plan.merged_jobs() if (found := matrices_of(job, config))]
+
+
+def at_once(plan: MergePlan, matrices: Sequence[Matrices]) -> int:
+    """How many regressions of whole matrices fit the budget of memory at once; one even where that does not."""
+    return max(1, min(plan.stream.threads, plan.stream.memory // max(map(bytes_of, matrices), default=1)))
+
+
+def bytes_of(matrices: Matrices) -> int:
+    """Memory that the regression of one matrix takes at most: Gram and factor in float64, and five matrices of the weights' shape."""
+    return 16 * matrices.inputs**2 + 20 * matrices.inputs * matrices.outputs
+
+
+def operations(matrices: Matrices, experts: int) -> float:
+    """Multiplications and additions of a tensor's regressions."""
+    rows, columns = matrices.outputs, matrices.inputs
+    products = min(4 * rows * rows * columns, 2 * rows * columns * columns) + 2 * rows * columns * columns
+    return matrices.count * (experts * products + columns**3 / 3 + 6 * rows * columns * columns)

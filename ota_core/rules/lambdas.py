@@ -15,7 +15,7 @@ import numpy as np
 
 from ota_core.errors import RecipeError
 from ota_core.methods.numbers import significant
-from ota_core.plan.matrices import Matrices, matrices_of
+from ota_core.plan.matrices import Matrices, all_matrices
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.scoring import delta
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
@@ -57,8 +57,7 @@ def matrix_scales(plan: MergePlan, edit: Edit) -> dict[str, list[float]]:
     """Tensor → λ of each of its matrices that somebody moved, of the tensors that are worked on here."""
     import torch  # noqa: F401 - here rather than in the first block, whose thread would compute with threads of torch's own
 
-    config = plan.models[0].checkpoint.config
-    found = [matrices for job in plan.merged_jobs() if (matrices := matrices_of(job, config))]
+    found = all_matrices(plan)
     single = [(matrices, index) for matrices in found for index in range(matrices.count)]
     # The largest first: one that comes last would keep one thread busy while the others wait.
     single.sort(key=lambda one: -one[0].rows * one[0].columns)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ota_core.errors import OtaError
 from ota_core.files.rows import Rows
 from ota_core.methods.numbers import significant
-from ota_core.plan.matrices import Matrices, matrices_of
+from ota_core.plan.matrices import Matrices, all_matrices, at_once, bytes_of
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.scoring import delta
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
@@ -26,18 +26,11 @@ class Refine:
 
     def __init__(self, plan: MergePlan) -> None:
         self._plan, self._lock = plan, Lock()
-        config = plan.models[0].checkpoint.config
-        found = {job.name: matrices_of(job, config) for job in plan.merged_jobs()}
-        self._matrices = {name: matrices for name, matrices in found.items() if matrices}
+        self._matrices = {one.job.name: one for one in all_matrices(plan)}
         self._ridge: float = plan.recipe.setting("ridge")
         self._curvature: float = plan.recipe.setting("input_curvature") or 0.0
         self.residuals: dict[str, float] = {}
         """Tensor → the largest relative residual of its matrices."""
-
-    @property
-    def all(self) -> list[Matrices]:
-        """The matrices of all tensors that are refined."""
-        return list(self._matrices.values())
 
     def matrices(self, job: TensorJob) -> Matrices | None:
         """The matrices of a tensor that is refined."""
@@ -51,14 +44,13 @@ class Refine:
     @property
     def at_once(self) -> int:
         """How many matrices fit the budget of memory at once."""
-        largest = max(map(bytes_of, self.all), default=1)
-        return max(1, min(self._plan.stream.threads, self._plan.stream.memory // largest))
+        return at_once(self._plan, list(self._matrices.values()))
 
     def check_memory(self) -> None:
         """Raises OtaError where one matrix alone does not fit the budget."""
         if self._plan.device != "cpu" or not self._matrices:
             return
-        largest = max(self.all, key=bytes_of)
+        largest = max(self._matrices.values(), key=bytes_of)
         needed, given = bytes_of(largest), self._plan.stream.memory
         if needed > given:
             raise OtaError(
@@ -147,15 +139,3 @@ class Refine:
 
 def _delta(plan: MergePlan, expert: ExpertView, block: Block) -> "torch.Tensor":
     return delta(plan, expert, *block)
-
-
-def bytes_of(matrices: Matrices) -> int:
-    """Memory that the regression of one matrix takes at most: Gram and factor in float64, and five matrices of the weights' shape."""
-    return 16 * matrices.inputs**2 + 20 * matrices.inputs * matrices.outputs
-
-
-def operations(matrices: Matrices, experts: int) -> float:
-    """Multiplications and additions of a tensor's regressions."""
-    rows, columns = matrices.outputs, matrices.inputs
-    products = min(4 * rows * rows * columns, 2 * rows * columns * columns) + 2 * rows * columns * columns
-    return matrices.count * (experts * products + columns**3 / 3 + 6 * rows * columns * columns)

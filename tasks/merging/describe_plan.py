@@ -14,10 +14,10 @@ from ota_core.moments.compression import (
     is_compressed,
     passes,
 )
+from ota_core.plan.matrices import all_matrices, at_once, bytes_of, operations
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
-from ota_core.rules.refine import Refine, bytes_of, operations
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, fetch_all
 from tasks.settings import places
@@ -96,21 +96,21 @@ def _regressions(plan: MergePlan) -> int:
     """Memory of the regressions that are worked on at once."""
     if not plan.recipe.refined:
         return 0
-    refine = Refine(plan)
-    return refine.at_once * max(map(bytes_of, refine.all), default=0)
+    found = all_matrices(plan)
+    return at_once(plan, found) * max(map(bytes_of, found), default=0)
 
 
 def _row_spaces(plan: MergePlan) -> list[str]:
     """What the row-space regression takes: its matrices, the largest of them, and how long two kinds of machines need for all."""
     if not plan.recipe.refined:
         return []
-    refine = Refine(plan)
-    if not refine.all:
+    found = all_matrices(plan)
+    if not found:
         return ["row-space regression: no tensor holds a matrix"]
-    largest, work = max(refine.all, key=bytes_of), sum(operations(one, len(plan.experts)) for one in refine.all)
+    largest, work = max(found, key=bytes_of), sum(operations(one, len(plan.experts)) for one in found)
     return [
-        f"row-space regression of {sum(one.count for one in refine.all):,} weight matrices, {work:.1e} operations: "
-        f"about {_duration(work / CORE / refine.at_once)} on this CPU, {_duration(work / GPU)} on a GPU",
+        f"row-space regression of {sum(one.count for one in found):,} weight matrices, {work:.1e} operations: "
+        f"about {_duration(work / CORE / at_once(plan, found))} on this CPU, {_duration(work / GPU)} on a GPU",
         f"  the largest, {largest.job.name} ({largest.outputs} x {largest.inputs}), takes {binary_size(bytes_of(largest))} while it is worked on",
     ]
 

@@ -41,7 +41,7 @@ def test_first_run_computes_all_and_the_second_nothing(world: World, counts: Cou
     here = world.at(tmp_path / "home")
     first = here.run(recipe, report="full")
     outcome = first.outcome
-    expected = fetches(world) | STAGES | SCORED | {"analyse ota", f"benchmark {LABEL}", f"log {NAME}"}
+    expected = fetches(world) | STAGES | SCORED | {"analyse ota", "preflight ota", f"benchmark {LABEL}", f"log {NAME}"}
     assert first.states == {name: ["Completed"] for name in expected}
     assert counts == {"fetch": 3, "compress": 2, "mask": 2, "merge": 1, "score": 4}
     assert (outcome.name, flow_run_name(first.id)) == (LABEL, NAME)
@@ -52,7 +52,7 @@ def test_first_run_computes_all_and_the_second_nothing(world: World, counts: Cou
         "masks": 2,
         "merged": 1,
         "scores": 4,
-        "analysis": 1,
+        "analysis": 2,
     }
     for folder in root.glob("*/*"):
         record = read_record(folder)  # raises unless it lists the files that are there

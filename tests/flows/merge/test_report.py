@@ -87,7 +87,7 @@ def test_metrics(logged: FlowRun, parent: Run, world: World) -> None:
     assert {"preflight/lambda", "preflight/row_space", "preflight/reach/math", "preflight/interference/knowledge"} <= before
     assert set(metrics) - set(expected) - machine - before == {
         "density/math", "density/knowledge", "seconds/compress", "seconds/mask", "seconds/merge", "seconds/benchmark", "peak_memory_gib",
-        "moments/bytes_per_param", "moments/sqrt_error",
+        "moments/bytes_per_param", "moments/sqrt_error", "answer_characters/tiny_sums",
     }  # fmt: skip
     assert all(metrics[name] >= 0 for name in metrics if name.startswith("seconds/")) and metrics["peak_memory_gib"] > 0
 
