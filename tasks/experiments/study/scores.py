@@ -232,9 +232,13 @@ class StudyResults:
                     | cost
                 )
         frame = pd.DataFrame(rows)
-        return frame.assign(
-            **{name: spelled(list(frame[name])) for name in frame if any(isinstance(value, tuple) for value in frame[name])}
-        )
+        return frame.assign(**{name: spelled(list(frame[name])) for name in frame if _is_mixed(frame[name].dropna())})
+
+
+def _is_mixed(values: pd.Series) -> bool:
+    """Whether a column holds what no file of columns takes: values of several experts, or words beside numbers (λ: 1.5, auto)."""
+    words = values.map(lambda value: isinstance(value, str))
+    return any(isinstance(value, tuple) for value in values) or bool(words.any() and not words.all())
 
 
 def estimate(values: Sequence[Estimate]) -> Estimate:
