@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from tasks.experiments.study.pictures import pictures
 from tasks.experiments.study.rows import DIFFERENCE, ERROR, StudyTable, study_table
-from tasks.experiments.study.scores import AVERAGE, RETENTION, StudyResults
+from tasks.experiments.study.scores import AVERAGE, RETENTION, StudyResults, in_one_type
 from tasks.experiments.study.tables import all_tables
 from tasks.merging.labels import spell
 from tasks.pages import markdown, terminal
@@ -28,7 +28,7 @@ def write_study(results: StudyResults, folder: Path, *, command: str) -> list[St
     for name in (TABLES, FIGURES):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
-    frames = {one.key: one.frame for one in tables} | {"scores": results.tidy(), "cells": results.settings()}
+    frames = {one.key: in_one_type(one.frame) for one in tables} | {"scores": results.tidy(), "cells": results.settings()}
     for name, frame in frames.items():
         frame.to_csv(folder / TABLES / f"{name}.csv", index=False, lineterminator="\n")
         frame.to_parquet(folder / TABLES / f"{name}.parquet", index=False)

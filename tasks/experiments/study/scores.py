@@ -231,12 +231,15 @@ class StudyResults:
                     | one.chosen
                     | cost
                 )
-        frame = pd.DataFrame(rows)
-        return frame.assign(**{name: spelled(list(frame[name])) for name in frame if _is_mixed(frame[name].dropna())})
+        return in_one_type(pd.DataFrame(rows))
+
+
+def in_one_type(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame as a file of columns takes it: a column of values of several experts, or of words beside numbers (λ: 1.5, auto), spelled."""
+    return frame.assign(**{name: spelled(list(frame[name])) for name in frame if _is_mixed(frame[name].dropna())})
 
 
 def _is_mixed(values: pd.Series) -> bool:
-    """Whether a column holds what no file of columns takes: values of several experts, or words beside numbers (λ: 1.5, auto)."""
     words = values.map(lambda value: isinstance(value, str))
     return any(isinstance(value, tuple) for value in values) or bool(words.any() and not words.all())
 

@@ -227,3 +227,15 @@ def test_the_command_prints_averages_and_where_everything_is(tmp_path: Path) -> 
     assert [item for item in render(tmp_path, None) if isinstance(item, str)] == [
         f"results: {tmp_path / 'results.md'}", f"page: {tmp_path / 'study.html'}",
     ]  # fmt: skip
+
+
+def test_lambda_in_words_stands_beside_numbers(tmp_path: Path) -> None:
+    grid = {"merge_method": "ties", "parameters": {"density": 0.5, "lambda": [1, 2, "auto"]}}
+    results = study(
+        grid, {"merge_method": "ties", "parameters": {"refine": "rowspace"}}, of=lambda label, number: {"math": 0.5, "code": 0.4}
+    )
+    write_study(results, tmp_path, command="ota study x.yaml")
+    cells = pd.read_parquet(tmp_path / "tables" / "cells.parquet")
+    assert cells["lambda"].tolist() == ["1", "2", "auto", "auto"] * 2
+    sweep = pd.read_parquet(tmp_path / "tables" / "lambda.parquet")
+    assert set(sweep["lambda"]) == {"1", "2", "auto"}
