@@ -141,7 +141,10 @@ def subset_label(subset: Sequence[int], names: Sequence[str]) -> list[str]:
 
 
 def spelled(values: Sequence[Any]) -> list[Any]:
-    """A column's values, all as text where one of them is of several experts: a column of a file has one type."""
-    if not any(isinstance(value, tuple) for value in values):
+    """A column's values, all as text where one of them is of several experts, or words stand beside numbers (λ: 1.5, auto): a column of a file
+    has one type."""
+    there = [value for value in values if value is not None and value == value]
+    words = [isinstance(value, str) for value in there]
+    if not any(isinstance(value, tuple) for value in there) and any(words) == all(words):
         return list(values)
     return [None if value is None or value != value else spell(value) for value in values]

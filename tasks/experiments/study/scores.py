@@ -235,13 +235,8 @@ class StudyResults:
 
 
 def in_one_type(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame as a file of columns takes it: a column of values of several experts, or of words beside numbers (λ: 1.5, auto), spelled."""
-    return frame.assign(**{name: spelled(list(frame[name])) for name in frame if _is_mixed(frame[name].dropna())})
-
-
-def _is_mixed(values: pd.Series) -> bool:
-    words = values.map(lambda value: isinstance(value, str))
-    return any(isinstance(value, tuple) for value in values) or bool(words.any() and not words.all())
+    """The frame as a file of columns takes it."""
+    return frame.assign(**{name: spelled(list(frame[name])) for name in frame if frame[name].dtype == object})
 
 
 def estimate(values: Sequence[Estimate]) -> Estimate:

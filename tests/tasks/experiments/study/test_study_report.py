@@ -236,6 +236,6 @@ def test_lambda_in_words_stands_beside_numbers(tmp_path: Path) -> None:
     )
     write_study(results, tmp_path, command="ota study x.yaml")
     cells = pd.read_parquet(tmp_path / "tables" / "cells.parquet")
-    assert cells["lambda"].tolist() == ["1", "2", "auto", "auto"] * 2
+    assert cells["lambda"].tolist() == ["1", "1", "2", "2", *["auto"] * 4]
     sweep = pd.read_parquet(tmp_path / "tables" / "lambda.parquet")
     assert set(sweep["lambda"]) == {"1", "2", "auto"}
