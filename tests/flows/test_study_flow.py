@@ -192,10 +192,9 @@ def test_tuning_on_the_gpu_pool_finds_the_same(
     monkeypatch.setenv("OTA_GPU_DEPLOYMENT", "stage/gpu")
     sent = run(config).result()
     assert sent.results == alone.results
-    assert (
-        sum(name.startswith("merge ota") for name in worker_here) == 3 + sent.computed
-        and worker_here.count("benchmark trial") == 3
-    )
+    # A trial is merged in the memory of the worker that scores it.
+    assert sum(name.startswith("merge ota") for name in worker_here) == sent.computed
+    assert sum(name.startswith("trial") for name in worker_here) == 3, worker_here
 
 
 def test_a_cell_that_fails_stops_no_other(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
