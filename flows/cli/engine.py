@@ -63,6 +63,8 @@ def merge(
             typer.echo(f"note: {note}")
         for name, density in report.densities.items():
             typer.echo(f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f})")
+        if scale := report.results.get("lambda"):
+            typer.echo(f"λ = {scale['value']:g}, found from the row spaces of the task vectors")
         seconds = sum(report.seconds.values())
         typer.echo(
             f"{out}: merged in {seconds:.1f} s, peak memory {report.peak_memory_gib:.2f} GiB, fingerprint {report.fingerprint}"

@@ -70,6 +70,16 @@ def test_run_checks_its_options_before_it_starts_a_server(
     assert message in text and "temporary server" not in text
 
 
+def test_merge_prints_the_lambda_that_it_found(recipe: Path) -> None:
+    raw = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(raw | {"parameters": raw.get("parameters", {}) | {"refine": "rowspace"}}))
+    out = recipe.parent / "refined"
+    result = ota("merge", recipe, out)
+    found = json.loads((out / "record.json").read_text())["results"]["lambda"]["value"]
+    assert f"λ = {found:g}, found from the row spaces" in result.stdout
+    loaded(out)
+
+
 def test_merge_prints_densities_and_writes_what_the_engine_writes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = recipe.parent
     out = folder / "deep" / "out"
