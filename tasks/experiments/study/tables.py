@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ota_core.recipe.parameters import default
+from ota_core.recipe.recipe import OF_REFINE
 from tasks.experiments.study.cells import Cell, canonical, families, spelled
 from tasks.experiments.study.losses import losses_table
 from tasks.experiments.study.rows import (
@@ -29,7 +30,7 @@ from tasks.merging.labels import FFG_SETTINGS, spell
 
 _NAMES = {"none": "full", "rank1": "rank 1", "log8": "log8"}
 CHOSEN = (
-    "Of each method the first untuned merge of all experts in the grid, with and without FFG: not the best one, which would be chosen by the scores "
+    "Of each method the first untuned merge of all experts in the grid, with and without FFG and row-space regression: not the best one, which would be chosen by the scores "
     "that it is compared on. Tuned ones, where there are any, were chosen on other documents."
 )
 
@@ -37,7 +38,7 @@ CHOSEN = (
 def all_tables(results: StudyResults) -> list[StudyTable]:
     """Every table that the grid has cells for, in the order of docs/methods.md section 7."""
     builders: list[Callable[[StudyResults], list[StudyTable]]] = [
-        methods_table, losses_table, ffg_table, density_table, grafting_table, compression_table, combination_table, sweep_tables, subsets_table,
+        methods_table, losses_table, ffg_table, refine_table, density_table, grafting_table, compression_table, combination_table, sweep_tables, subsets_table,
         tuning_table,
     ]  # fmt: skip
     return [table for build in builders for table in build(results)]
@@ -80,6 +81,29 @@ def ffg_table(results: StudyResults) -> list[StudyTable]:
             rows.append(row | numbers(DIFFERENCE, results.difference(cell, off)))
     caption = f"{DIFFERENCE}: of the average to the same recipe without FFG{_paired(results)}. {_explained(results)}"
     return _tables(results, "ffg", "FFG on and off", caption, rows)
+
+
+def refine_table(results: StudyResults) -> list[StudyTable]:
+    """The same recipe without a row-space regression and with it, at its default settings."""
+    rows: list[Row] = []
+    plain = [
+        cell
+        for cell in on_all(results)
+        if all(cell.settings.get(key) in {None, default(cell.method, key)} for key in OF_REFINE) or "refine" not in cell.settings
+    ]
+    for group in families(plain, ("refine", *OF_REFINE)):
+        off = next((cell for cell in group if "refine" not in cell.settings), None)
+        if off is None:
+            continue
+        recipe = words(off)
+        rows.append({"recipe": recipe, "row spaces": "off"} | _merge(results, off))
+        for cell in (one for one in group if one is not off):
+            row = {"recipe": recipe, "row spaces": "on"} | _merge(results, cell)
+            rows.append(row | numbers(DIFFERENCE, results.difference(cell, off)))
+    caption = (
+        f"{DIFFERENCE}: of the average to the same recipe without row-space regression{_paired(results)}. {_explained(results)}"
+    )
+    return _tables(results, "refine", "Row-space regression on and off", caption, rows)
 
 
 def density_table(results: StudyResults) -> list[StudyTable]:

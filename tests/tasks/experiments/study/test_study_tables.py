@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tasks.experiments.study.rows import DIFFERENCE, ERROR, RECOVERED, StudyTable, words
+from tasks.experiments.study.rows import DIFFERENCE, ERROR, RECOVERED, StudyTable, methods_of, words
 from tasks.experiments.study.scores import AVERAGE, BELOW, RETENTION
 from tasks.experiments.study.tables import all_tables
 from tasks.pages.tables import BITS, BITS_MORE, PERCENT, POINTS
@@ -198,6 +198,18 @@ def test_ffg_on_and_off_is_the_same_recipe_with_differences_seed_by_seed() -> No
     assert on[DIFFERENCE] == pytest.approx(0.2) and on[f"{DIFFERENCE}{ERROR}"] == pytest.approx(0.1)
     assert found.frame.iloc[2][DIFFERENCE] == pytest.approx(0)
     assert found.caption[0].startswith("Recipe: ota. ")
+
+
+def test_row_spaces_on_and_off_are_the_same_recipe_at_the_default_ridge() -> None:
+    grid = {"merge_method": "ota", "parameters": {"density": 0.4, "lambda": "auto", "compression": ["none", "rank1"]}}
+    refined = {"merge_method": "ota", "parameters": {"density": 0.4, "refine": "rowspace", "ridge": [0.3, 1]}}
+    results = study(
+        grid, refined, of=lambda label, number: {"math": 0.6 if "refine" in label else 0.4, "code": 0.4 + 0.1 * number}
+    )
+    (table,) = (one for one in all_tables(results) if one.key == "refine")
+    assert table.frame["row spaces"].tolist() == ["off", "on"], "rank1 has no refined twin, and a ridge of 1 is another table's"
+    assert table.frame["difference"].tolist()[1] == pytest.approx(0.1)
+    assert next(row for row in methods_of(results) if "refine" in row.settings).settings["ridge"] == 0.3
 
 
 def test_density_sweep_puts_ffg_beside_magnitude_and_ends_without_a_mask() -> None:
