@@ -50,7 +50,7 @@ def test_bits_per_byte_are_those_of_lm_eval(tiny: tuple[Path, Path, Path]) -> No
     blocks = blocks_of(documents, tokenizer, config(held_out=2, blocks=99, length=200))["math"]
     every = [*blocks.train, *blocks.held_out]
     assert sum(block.size for block in every) == pytest.approx(sum(len(text.encode()) for text in PASSAGES))
-    bits = sum(float(loss_of(network, block)) * block.size for block in every)
+    bits = sum(loss_of(network, block).item() * block.size for block in every)
     assert bits / sum(block.size for block in every) == pytest.approx(wanted, rel=1e-5)
 
 
