@@ -182,7 +182,7 @@ def test_the_first_night_merges_on_the_gpu_worker_and_promotes(operations: Opera
     assert night.state.name == "Promoted", (night.state.message, operations.logs())
     assert night.work_pool_name == "ota-cpu"
     stages = runs_of_stage()
-    assert {run.name.split()[0] for run in stages} == {"merge", "benchmark"}
+    assert {run.name.split()[0] for run in stages} == {"merge", "smoke-test", "benchmark"}
     assert {(run.work_pool_name, run.state_name) for run in stages} == {("ota-gpu", "Completed")}
     champion = operations.champion()
     assert champion is not None and "gate/decision" in champion.tags
