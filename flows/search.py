@@ -4,8 +4,8 @@ What is searched, how, and how far: tasks/experiments/search/config.py. An inter
 """
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -40,7 +40,8 @@ from tasks.pages.outcome import MergeOutcome
 from tasks.settings import Device, places
 from tasks.storage.models import write_note
 from tasks.tracking.merge import LoggedRun
-from tasks.tracking.store import Store, resolve_store
+from tasks.tracking.store import resolve_store
+from tasks.tracking.write import fails_with
 
 
 class SearchOutcome(Frozen):
@@ -124,7 +125,7 @@ def search_flow(
         stack.enter_context(few_threads(plan.inputs.models[0].path))
         trials = stack.enter_context(Trials(plan, benchmark, where, executor))
         logged = search_log.begin(_run_name(), tried.name, _params(config, plan, tried, benchmark), store)
-        stack.push(_failed(logged, store))
+        stack.push(fails_with(partial(search_log.fail, logged, store)))
         known = search_log.logged_trials(logged, store)
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
             if trial.number not in known:
@@ -176,17 +177,3 @@ def _params(config: SearchConfig, plan: Planned, tried: Search, benchmark: Bench
     if benchmark.tests.losses:  # what score/… of this run and of its trials is then
         params["likelihood_of_a_byte"] = ",".join(benchmark.tests.losses)
     return params
-
-
-def _failed(logged: LoggedRun, store: Store) -> Any:
-    """For an ExitStack: an error marks the search's run in MLflow as failed, and passes."""
-
-    def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is None:
-            return
-        try:
-            search_log.fail(logged, store)
-        except OtaError as second:
-            error.add_note(str(second))
-
-    return leave

@@ -6,8 +6,8 @@ process; its deployment is one of the GPU pool.
 
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -37,7 +37,8 @@ from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.pages.outcome import MergeOutcome
 from tasks.settings import Device, places
 from tasks.tracking.merge import LoggedRun
-from tasks.tracking.store import Store, resolve_store
+from tasks.tracking.store import resolve_store
+from tasks.tracking.write import fails_with
 
 
 class TuneOutcome(Frozen):
@@ -110,7 +111,7 @@ def tune_flow(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ota-tune-")))
         logged = tune_log.begin(_run_name(), _params(config, plan), store)
-        stack.push(_failed(logged, store))
+        stack.push(fails_with(partial(tune_log.fail, logged, store)))
         found = learn_scales(plan, config, benchmark, where, device, logged, store)
         text = write_result(found, recipe, config, recipe_dir, out, scratch)
         tune_log.finish(logged, found.learned, scratch / "scales.safetensors", files(found, text, _run_name()), store)
@@ -137,17 +138,3 @@ def _params(config: ScalesConfig, plan: Planned) -> dict[str, str | int | float]
     )
     names = ",".join(expert.name for expert in plan.inputs.experts)
     return said | {"merge_method": recipe.merge_method, "base_model": recipe.base_model or "none", "experts": names}
-
-
-def _failed(logged: LoggedRun, store: Store) -> Any:
-    """For an ExitStack: an error marks the run in MLflow as failed, and passes."""
-
-    def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is None:
-            return
-        try:
-            tune_log.fail(logged, store)
-        except OtaError as second:
-            error.add_note(str(second))
-
-    return leave

@@ -7,7 +7,6 @@ the least-squares solution of Σ_k ‖(λD − δ_k) δ_kᵀ‖² / ‖δ_k‖²
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -105,7 +104,7 @@ def _whole(plan: MergePlan, edit: Edit, matrices: Matrices, index: int, exact: b
 
     merged, found = read(edit), []
     for expert in plan.experts:
-        own = read(partial(_delta, plan, expert))
+        own = read(task_vector(plan, expert))
         size = float(own.pow(2).sum())
         if size > 0:
             directions = own.T if exact else own.T @ _probes(0, own.shape[0], own)
@@ -114,8 +113,9 @@ def _whole(plan: MergePlan, edit: Edit, matrices: Matrices, index: int, exact: b
     return found
 
 
-def _delta(plan: MergePlan, expert: ExpertView, block: Block) -> "torch.Tensor":
-    return delta(plan, expert, *block)
+def task_vector(plan: MergePlan, expert: ExpertView) -> Edit:
+    """An expert's own edit δ, block by block."""
+    return lambda block: delta(plan, expert, *block)
 
 
 def _sampled(plan: MergePlan, edit: Edit, matrices: Matrices, index: int) -> list[tuple[float, float]]:

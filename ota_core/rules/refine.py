@@ -4,7 +4,6 @@ A matrix is worked on whole: its regression needs the Gram of its inputs. What h
 """
 
 from collections.abc import Iterator
-from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,8 @@ from ota_core.files.rows import Rows
 from ota_core.methods.numbers import significant
 from ota_core.plan.matrices import Matrices, all_matrices, at_once, bytes_of
 from ota_core.plan.plan import MergePlan
-from ota_core.plan.scoring import delta
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
-from ota_core.rules.lambdas import Edit, Edits
+from ota_core.rules.lambdas import Edit, Edits, task_vector
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +71,7 @@ class Refine:
         def deltas() -> "Iterator[tuple[torch.Tensor, float, torch.Tensor | None]]":
             for expert in self._plan.experts:
                 diagonal = self._diagonal(expert, block, matrices.input_first) if self._curvature else None
-                yield turned(self._held(block, partial(_delta, self._plan, expert))), self._weight(expert), diagonal
+                yield turned(self._held(block, task_vector(self._plan, expert))), self._weight(expert), diagonal
 
         found = regress(deltas(), turned(self._held(block, edit)), ridge=self._ridge)
         merged, target = turned(found.edit), out.tensor()
@@ -106,7 +104,7 @@ class Refine:
         deltas = []
         for expert in self._plan.experts:
             diagonal = self._diagonal(expert, block, matrices.input_first) if self._curvature else None
-            deltas.append((turned(self._held(block, partial(_delta, self._plan, expert))), self._weight(expert), diagonal))
+            deltas.append((turned(self._held(block, task_vector(self._plan, expert))), self._weight(expert), diagonal))
         solved = regress_parts(deltas, [turned(prior) for prior in priors], ridge=self._ridge)
         return base, [turned(one).double() for one in solved]
 
@@ -135,7 +133,3 @@ class Refine:
         columns = v_hat.sum(1 if input_first else 0)
         total = float(columns.sum())
         return (self._curvature / total * columns).float() if total > 0 else None
-
-
-def _delta(plan: MergePlan, expert: ExpertView, block: Block) -> "torch.Tensor":
-    return delta(plan, expert, *block)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import getpass
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from ota_core.errors import OtaError
 from tasks.tracking.store import NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, batches, cut, mlflow_metrics, mlflow_names, quoted
 
 if TYPE_CHECKING:
@@ -104,3 +105,17 @@ def log_values(
     groups = zip_longest(batches(new_params, 100), batches(new_metrics, 500), batches(rows, 100), fillvalue=())
     for some_params, some_metrics, some_tags in groups:  # one request, for all but the longest lists
         client.log_batch(run.info.run_id, params=some_params, metrics=some_metrics, tags=some_tags, synchronous=True)
+
+
+def fails_with(fail: Callable[[], None]) -> Callable[[type[BaseException] | None, BaseException | None, object], None]:
+    """For an ExitStack: where an error ends it, ``fail`` marks the run in MLflow as failed, and the error passes."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        try:
+            fail()
+        except OtaError as second:
+            error.add_note(str(second))
+
+    return leave

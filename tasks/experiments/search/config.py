@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -17,6 +17,7 @@ from tasks.experiments.search.space import Space, check_used
 from tasks.merging.recipes import find_file, parse_config, read_recipe, read_yaml
 from tasks.storage.models import is_s3
 
+Config = TypeVar("Config", bound=Frozen)
 DEFAULT = "default"
 BUDGET = Budget(evaluations=40)
 FloorText = str | float
@@ -94,11 +95,20 @@ class SearchConfig(Frozen):
 
 
 def load_search(uri: str) -> SearchConfig:
-    """The search at a path or ``s3://…``; a recipe that it names by a relative path lies beside it. Raises RecipeError, StorageError."""
-    config = parse_config(SearchConfig, read_yaml(uri), uri)
-    if isinstance(config.recipe, str) and not is_s3(config.recipe) and not is_s3(uri):
-        beside = find_file(uri).resolve().parent / config.recipe
-        config = config.model_copy(update={"recipe": str(beside) if beside.is_file() else config.recipe})
+    """The search at a path or ``s3://…``. Raises RecipeError, StorageError."""
+    return load_beside(SearchConfig, uri)
+
+
+def load_beside(kind: type[Config], uri: str) -> Config:
+    """A configuration with a ``recipe``, at a path or ``s3://…``; a recipe that it names by a relative path lies beside it.
+
+    Raises RecipeError, StorageError.
+    """
+    config = parse_config(kind, read_yaml(uri), uri)
+    recipe = getattr(config, "recipe", None)
+    if isinstance(recipe, str) and not is_s3(recipe) and not is_s3(uri):
+        beside = find_file(uri).resolve().parent / recipe
+        config = config.model_copy(update={"recipe": str(beside) if beside.is_file() else recipe})
     return config
 
 

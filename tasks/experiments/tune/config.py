@@ -10,10 +10,9 @@ from ota_core.frozen import Frozen
 from ota_core.learn.groups import Per
 from ota_core.recipe.parameters import USED
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.experiments.search.config import DEFAULT, Floor, FloorText, parse_floor
+from tasks.experiments.search.config import DEFAULT, Floor, FloorText, load_beside, parse_floor
 from tasks.experiments.search.overlap import OnOverlap
-from tasks.merging.recipes import find_file, parse_config, read_recipe, read_yaml
-from tasks.storage.models import is_s3
+from tasks.merging.recipes import read_recipe
 
 Objective = Literal["mean", "worst", "floors", "kl"]
 Count = Annotated[int, Field(ge=1)]
@@ -96,12 +95,8 @@ class ScalesConfig(Frozen):
 
 
 def load_tuning(uri: str) -> ScalesConfig:
-    """The tuning at a path or ``s3://…``; a recipe that it names by a relative path lies beside it. Raises RecipeError, StorageError."""
-    config = parse_config(ScalesConfig, read_yaml(uri), uri)
-    if isinstance(config.recipe, str) and not is_s3(config.recipe) and not is_s3(uri):
-        beside = find_file(uri).resolve().parent / config.recipe
-        config = config.model_copy(update={"recipe": str(beside) if beside.is_file() else config.recipe})
-    return config
+    """The tuning at a path or ``s3://…``. Raises RecipeError, StorageError."""
+    return load_beside(ScalesConfig, uri)
 
 
 def recipe_of(config: ScalesConfig) -> tuple[MergeRecipe, Path | None]:
