@@ -12,6 +12,7 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.safetensors_io import FORMAT_KEY, MAX_HEADER
 from ota_core.files.torch_file import ZIP
 from ota_core.moments.base import Moments
+from ota_core.moments.dcp import dcp_files, find_dcp, is_dcp, open_dcp
 from ota_core.moments.deepspeed import find_deepspeed, is_deepspeed, open_deepspeed, rank_files
 from ota_core.moments.match import Layout
 from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
@@ -173,6 +174,10 @@ FORMATS: tuple[Format, ...] = (
     Format(
         names="global_step*/ of DeepSpeed",
         find=find_deepspeed, reads=is_deepspeed, files=rank_files, open=open_deepspeed,
+    ),
+    Format(
+        names="optimizer_0/ of FSDP",
+        find=find_dcp, reads=is_dcp, files=dcp_files, open=open_dcp,
     ),
     Format(
         names=f"{', '.join(OPTIMIZERS)} (also in checkpoint-*)",
