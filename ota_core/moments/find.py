@@ -1,5 +1,6 @@
 """Where an expert's second moments lie, and the reader for what is found there."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ota_core.errors import MomentsError
@@ -7,6 +8,7 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.safetensors_io import FORMAT_KEY, MAX_HEADER
 from ota_core.files.torch_file import ZIP
 from ota_core.moments.base import Moments
+from ota_core.moments.fit import Once, fitted
 from ota_core.moments.match import Layout
 from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
 
@@ -76,13 +78,22 @@ def _located(path: Path) -> Path:
     return path
 
 
-def open_moments(path: Path, *, layout: Layout = None, source_of: SourceOf | None = None) -> Moments:
+def open_moments(
+    path: Path, *, layout: Layout = None, source_of: SourceOf | None = None, tensors: Collection[str] | None = None
+) -> Moments:
     """The reader for a file, an index or a folder of second moments, chosen by content, not by name.
 
-    layout: the model's parameters, or a function that builds it when it is needed: for optimizer states that number them.
+    layout: the model's parameters, or a function that builds it when it is needed: for optimizer states that number them, and for
+    names of the model that are not those of its checkpoint.
     source_of: where the bytes of v come from, if not from the files themselves.
+    tensors: the names of the weights and of what is tied to them (``vocabulary.tensor_names``), which v then has, too.
     Raises MomentsError for what is missing, damaged or cannot be matched to names.
     """
+    once = Once(layout)
+    return fitted(_reader(path, once if once.given else None, source_of), once, tensors)
+
+
+def _reader(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments:
     path = _located(path)
     files = moments_files(path)
     if path.is_dir():

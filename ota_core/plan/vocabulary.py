@@ -37,6 +37,11 @@ def tied_tensors(checkpoint: Checkpoint) -> dict[str, str]:
     )
 
 
+def tensor_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """The names of the weights, and those of what is tied to them: what second moments of this checkpoint may be called."""
+    return frozenset(checkpoint.names()) | tied_tensors(checkpoint).keys()
+
+
 def tokens_of(folder: Path) -> dict[str, int] | None:
     """Token to row, from tokenizer.json or vocab.json; None where the folder holds no tokenizer that can be read as a table."""
     if (folder / "tokenizer.json").exists():
