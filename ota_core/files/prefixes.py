@@ -1,6 +1,6 @@
 """What wrappers of a model put into the names of its tensors, taken out again."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 
 # Anywhere in a name: torch.compile, FSDP and activation checkpointing wrap single blocks as well as a whole model.
 PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -30,7 +30,7 @@ def _without_parts(name: str) -> str:
     return ".".join(part for part in parts if part not in PARTS)
 
 
-def twice(plain: dict[str, str]) -> Collection[str]:
+def twice(plain: Mapping[str, str]) -> list[str]:
     """Names that become one and the same."""
     seen: dict[str, str] = {}
     return [name for name, short in plain.items() if seen.setdefault(short, name) != name]

@@ -7,8 +7,8 @@ from pathlib import Path
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.prefixes import plain_names, twice
 from ota_core.moments.base import Moments, ParameterLayout, Shape, Stored
-from ota_core.moments.match import Layout
 from ota_core.moments.converted import ConvertedMoments, whole
+from ota_core.moments.match import Layout
 
 SHOWN = 4
 

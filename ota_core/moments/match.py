@@ -103,7 +103,11 @@ def _without(layout: ParameterLayout, *words: str) -> frozenset[str]:
 
 
 def _fit(
-    rule: _Rule, groups: Sequence[Mapping[str, Any]], shapes: Mapping[int, Shape], layout: ParameterLayout, trained: Collection[str]
+    rule: _Rule,
+    groups: Sequence[Mapping[str, Any]],
+    shapes: Mapping[int, Shape],
+    layout: ParameterLayout,
+    trained: Collection[str],
 ) -> _Fit:
     """Names by one rule. ``trained``: parameters that must be in a group."""
     names: dict[int, str] = {}

@@ -1,7 +1,7 @@
 """A model's parameters in its own order, from its configuration alone: what turns an optimizer's numbers into names."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.moments import ParameterLayout
+from ota_core.moments import Moments, ParameterLayout, open_moments
 from ota_core.moments.base import Shape
+from ota_core.plan.vocabulary import names_in
 from tasks.merging.trained import changed_parameters
 
 if TYPE_CHECKING:
@@ -24,7 +25,17 @@ TODAY = "today's Trainer"
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def parameter_layout(folder: Path, base: Path | None = None, source_of: SourceOf | None = None) -> ParameterLayout:
+BaseFolder = Path | Callable[[], Path] | None
+"""The folder of the base, or a function that brings it when it is needed."""
+
+
+def expert_moments(path: Path, folder: Path, base: BaseFolder = None, source_of: SourceOf | None = None) -> Moments:
+    """The second moments in ``path`` under the names of the weights in ``folder``. Raises MomentsError, CheckpointError."""
+    layout = partial(parameter_layout, folder, base, source_of) if (folder / "config.json").is_file() else None
+    return open_moments(path, layout=layout, source_of=source_of, tensors=names_in(folder, source_of))
+
+
+def parameter_layout(folder: Path, base: BaseFolder = None, source_of: SourceOf | None = None) -> ParameterLayout:
     """The parameters of the model in ``folder``, as the Trainer's optimizer numbers them. No network, no weights in memory.
 
     base: the model that training began with; where it froze parameters, weights that differ from the base's say which were trained.
@@ -49,8 +60,16 @@ def parameter_layout(folder: Path, base: Path | None = None, source_of: SourceOf
     _check(folder, type(model).__name__, conversion, held, shapes)
     return ParameterLayout(
         shapes=shapes, decayed=rules.pop(TODAY), tied=tied, rules=rules, stored=under_other_names(conversion, shapes),
-        changed=partial(changed_parameters, folder, base, conversion.tensors(), source_of) if base is not None else None,
+        changed=_changed(folder, base, conversion.tensors(), source_of),
     )  # fmt: skip
+
+
+def _changed(
+    folder: Path, base: BaseFolder, tensors: Mapping[str, list[str]], source_of: SourceOf | None
+) -> Callable[[], frozenset[str]] | None:
+    if base is None:
+        return None
+    return lambda: changed_parameters(folder, base() if callable(base) else base, tensors, source_of)
 
 
 def _held(folder: Path, source_of: SourceOf | None) -> dict[str, Shape]:

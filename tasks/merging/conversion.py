@@ -41,11 +41,11 @@ class Conversion:
 def conversion_of(model: Any, held: Mapping[str, Shape], shapes: Mapping[str, Shape], tied: Mapping[str, str]) -> Conversion:
     """held: the checkpoint's tensors. shapes, tied: the model's parameters, as in a ``ParameterLayout``."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     in_model = dict.fromkeys([*shapes, *tied], True)
     prefix = model.base_model_prefix
 

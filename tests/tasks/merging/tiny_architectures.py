@@ -53,7 +53,15 @@ def gpt_oss() -> Any:
 
 
 def qwen2_5_vl() -> Any:
-    vision = {"depth": 2, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "out_hidden_size": 8, "patch_size": 4, "fullatt_block_indexes": [1]}
+    vision = {
+        "depth": 2,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_heads": 2,
+        "out_hidden_size": 8,
+        "patch_size": 4,
+        "fullatt_block_indexes": [1],
+    }
     text = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}
     config = _configs().Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     return _model("Qwen2_5_VLForConditionalGeneration", config)
@@ -61,14 +69,18 @@ def qwen2_5_vl() -> Any:
 
 def llava() -> Any:
     t = _configs()
-    config = t.LlavaConfig(text_config=t.LlamaConfig(**TEXT), vision_config=t.CLIPVisionConfig(**VISION, projection_dim=8), image_token_index=3)
+    config = t.LlavaConfig(
+        text_config=t.LlamaConfig(**TEXT), vision_config=t.CLIPVisionConfig(**VISION, projection_dim=8), image_token_index=3
+    )
     return _model("LlavaForConditionalGeneration", config)
 
 
 def gemma3() -> Any:
     t = _configs()
     text = t.Gemma3TextConfig(**TEXT, head_dim=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
-    config = t.Gemma3Config(text_config=text, vision_config=t.SiglipVisionConfig(**VISION), mm_tokens_per_image=4, image_token_index=3)
+    config = t.Gemma3Config(
+        text_config=text, vision_config=t.SiglipVisionConfig(**VISION), mm_tokens_per_image=4, image_token_index=3
+    )
     return _model("Gemma3ForConditionalGeneration", config)
 
 
