@@ -29,6 +29,22 @@ class Choice:
         return f"second moments of {self.name}, {self.why} ({self.others} other checkpoint{'s' * (self.others != 1)} left aside)"
 
 
+def choose(folder: Path, hits: Sequence[Path]) -> tuple[list[Path], Choice | None]:
+    """Of what was found below a folder, that which belongs to its weights, and what was chosen; all of it where that is unclear."""
+    beside = [hit for hit in hits if _checkpoint(folder, hit) is None]
+    if beside:
+        return beside, None
+    names = sorted({str(_checkpoint(folder, hit)) for hit in hits})
+    choice = chosen(folder, names) if len(names) > 1 else None
+    return [hit for hit in hits if choice is None or _checkpoint(folder, hit) == choice.name], choice
+
+
+def _checkpoint(folder: Path, hit: Path) -> str | None:
+    """The checkpoint-* of the folder that holds a hit."""
+    parts = hit.relative_to(folder).parts
+    return parts[0] if parts and parts[0].startswith("checkpoint-") and (folder / parts[0]).is_dir() else None
+
+
 def chosen(folder: Path, names: Sequence[str]) -> Choice | None:
     """The newest of these checkpoints below ``folder`` that fits its weights; None where none is seen to.
 
