@@ -150,8 +150,7 @@ def _unclear(found: Sequence[_Fit]) -> bool:
 
 def _worst_first(found: Sequence[_Fit]) -> list[str]:
     """Why nothing fits: what is wrong by the first rule, and that the others fit no better."""
-    more = f"{len(found) - 1} other ways in which trainers group parameters fit no better"
-    return [*found[0].problems, *([more] if len(found) > 1 else [])]
+    return [*found[0].problems, *(["other ways in which trainers group parameters fit no better"] if len(found) > 1 else [])]
 
 
 def _what_is_unclear(fitting: Sequence[_Fit], layout: ParameterLayout) -> str:

@@ -5,7 +5,7 @@ as in ``save_pretrained``: transformers' own reverse operations run on tensors w
 results would come from is read off strides and offsets. No weight and no v is touched.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -65,12 +65,15 @@ def conversion_of(model: Any, held: Mapping[str, Shape], shapes: Mapping[str, Sh
             renamed = renamed.removeprefix(f"{prefix}.")
         parts[renamed] = tensor
     missing = {name: shape for name, shape in shapes.items() if name not in set(own.values())}
-    made = {parts[name]: one for name, one in _reversed(model, converters, missing).items() if name in parts}
+    made: dict[str, Stored] = {}
+    for those in _reversed(model, converters, missing):
+        if parts.keys() >= those.keys():  # a stack of which a part is not there is missing altogether
+            made |= {parts[name]: one for name, one in those.items()}
     return Conversion(own, made)
 
 
-def _reversed(model: Any, converters: list[Any], missing: Mapping[str, Shape]) -> dict[str, Stored]:
-    """Name before the converters to the parts of parameters that make it. What cannot be followed is left out."""
+def _reversed(model: Any, converters: list[Any], missing: Mapping[str, Shape]) -> Iterator[dict[str, Stored]]:
+    """For each stack or fusion, name before the converters to the parts of parameters that make it. What cannot be followed is left out."""
     from transformers.core_model_loading import dot_natural_key
 
     backward = [one.reverse_transform() for one in reversed(converters)] if missing else []
@@ -82,14 +85,15 @@ def _reversed(model: Any, converters: list[Any], missing: Mapping[str, Shape]) -
             if pattern is not None:
                 groups.setdefault(target, deepcopy(converter)).add_tensor(target, name, pattern, empty[name])
                 break
-    made: dict[str, Stored] = {}
     parameters = {_storage(tensor): name for name, tensor in empty.items()}
     for target, converter in groups.items():
         # An operation that computes or copies leaves what ``_Following`` knows, and its results belong to no parameter.
+        found: dict[str, Stored] | None = None
         with suppress(_NotMoved, TypeError, AttributeError, RuntimeError, ValueError), _Following():
             results = converter.convert(target, model=model, config=model.config)
-            made |= {name: _stored(result, parameters) for name, result in results.items()}
-    return made
+            found = {name: _stored(result, parameters) for name, result in results.items()}
+        if found is not None:
+            yield found
 
 
 class _NotMoved(Exception):
