@@ -3,7 +3,7 @@
 A format is added by one entry in ``FORMATS``. Its functions must work without torch, ``open`` excepted, and import readers inside.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from ota_core.files.torch_file import ZIP
 from ota_core.moments.base import Moments
 from ota_core.moments.dcp import dcp_files, find_dcp, is_dcp, open_dcp
 from ota_core.moments.deepspeed import find_deepspeed, is_deepspeed, open_deepspeed, rank_files
+from ota_core.moments.fit import Once, fitted
 from ota_core.moments.match import Layout
 from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
+from ota_core.moments.steps import Choice, choose
 
 SINGLE = "exp_avg_sq.safetensors"
 SHARDS = "exp_avg_sq*.safetensors"
@@ -49,15 +51,25 @@ def none_found(where: object) -> str:
 def find_moments(folder: Path) -> Path | None:
     """The second moments in an expert's folder: a file, an index of shards, or a folder that holds them in many files.
 
-    Looks for every format, in the order of ``FORMATS``. None when there are none; MomentsError when there are several.
+    Looks for every format, in the order of ``FORMATS``. Of several checkpoint-* it takes the newest that fits the weights in the folder,
+    and of none of them where the folder itself holds some (``choice_in``). None when there are none; MomentsError when it is unclear which.
     """
-    hits = _hits(folder)
+    hits, _ = _chosen(folder)
     if len(hits) > 1:
         raise MomentsError(
             f"{folder} holds several second moments: {', '.join(str(hit.relative_to(folder)) for hit in hits)}; one was "
             "expected: set preconditioner_path to the one that belongs to the weights"
         )
     return hits[0] if hits else None
+
+
+def choice_in(folder: Path) -> Choice | None:
+    """Which of several checkpoint-* ``find_moments`` takes in this folder, and why; None where there is nothing to choose."""
+    return _chosen(folder)[1]
+
+
+def _chosen(folder: Path) -> tuple[list[Path], Choice | None]:
+    return choose(folder, _hits(folder))
 
 
 def _hits(folder: Path) -> list[Path]:
@@ -74,15 +86,20 @@ def moments_files(path: Path) -> list[Path]:
     return form.files(path)
 
 
-def open_moments(path: Path, *, layout: Layout = None, source_of: SourceOf | None = None) -> Moments:
+def open_moments(
+    path: Path, *, layout: Layout = None, source_of: SourceOf | None = None, tensors: Collection[str] | None = None
+) -> Moments:
     """The reader for a file, an index or a folder of second moments, chosen by content, not by name.
 
-    layout: the model's parameters, or a function that builds it when it is needed: for optimizer states that number them.
+    layout: the model's parameters, or a function that builds it when it is needed: for optimizer states that number them, and for
+    names of the model that are not those of its checkpoint.
     source_of: where the bytes of v come from, if not from the files themselves.
+    tensors: the names of the weights and of what is tied to them (``vocabulary.tensor_names``), which v then has, too.
     Raises MomentsError for what is missing, damaged or cannot be matched to names.
     """
     form, path = _located(path)
-    return form.open(path, layout, source_of)
+    once = Once(layout)
+    return fitted(form.open(path, once if once.given else None, source_of), once, tensors)
 
 
 def _located(path: Path) -> tuple[Format, Path]:
