@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder as named tensors, read lazily: safetensors, sharded or not, or PyTorch's ``.bin``."""
+"""A checkpoint folder as named tensors, read lazily: safetensors, sharded or not, PyTorch's ``.bin``, or the shards of FSDP."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.dcp.metadata import METADATA
 from ota_core.files.prefixes import plain_names, twice
 from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
@@ -23,8 +24,9 @@ TOKENIZER_PATTERNS = (
 
 if TYPE_CHECKING:
     from ota_core.files.bin_file import BinFile  # it needs torch
+    from ota_core.files.dcp.weights import DcpWeights
 
-WeightFile: TypeAlias = "SafetensorsFile | BinFile"
+WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights"
 """One file of tensors."""
 
 
@@ -34,7 +36,11 @@ class Checkpoint:
     def __init__(self, path: Path | str, source_of: SourceOf | None = None) -> None:
         """``source_of`` says where the weights' bytes come from; configuration, index and file names are always the folder's own."""
         self.path = Path(path)
-        self.files = [_open(file, source_of) for file in weight_files(self.path)]
+        files = weight_files(self.path)
+        self.sharded = files[0].name == METADATA
+        """Whether the weights are the shards of FSDP, whose folder usually holds no configuration."""
+        # The ranks' files of a sharded checkpoint are read together, through their description.
+        self.files = [_open(file, source_of) for file in (files[:1] if self.sharded else files)]
         where: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.infos:
@@ -51,7 +57,9 @@ class Checkpoint:
                 "of a model leave in names; keep one of them"
             )
         self._where = {plain[name]: (file, name) for name, file in where.items()}
-        self.config = read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
+        # Trainers write it into the folder of the run, where a sharded checkpoint's own folder has none.
+        configs = [folder / "config.json" for folder in ((self.path, self.path.parent) if self.sharded else (self.path,))]
+        self.config = next((read_json(config) for config in configs if config.exists()), {})
 
     def names(self) -> list[str]:
         """All tensor names, sorted, without what ``torch.compile``, FSDP and other wrappers put into them."""
@@ -92,6 +100,10 @@ class Checkpoint:
 
 
 def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
+    if path.name == METADATA:
+        from ota_core.files.dcp.weights import DcpWeights
+
+        return DcpWeights(path.parent, source_of)
     if path.suffix != ".safetensors":
         from ota_core.files.bin_file import BinFile  # it needs torch
 
@@ -135,9 +147,13 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds {len(candidates)} safetensors files and no {SAFETENSORS_INDEX} "
             f"({', '.join(p.name for p in candidates[:4])}, …); expected the index that says which belong to the model"
         )
+    from ota_core.files.dcp.weights import dcp_files, weights_folder
+
+    if (sharded := weights_folder(folder)) is not None:
+        return dcp_files(sharded)
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(
-        f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, or pytorch_model.bin"
+        f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, pytorch_model.bin, or pytorch_model_fsdp_0/ of FSDP"
     )
 
 

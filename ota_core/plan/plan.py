@@ -152,6 +152,11 @@ def open_plan(
             problems += [problem for item in inputs.experts for problem in _moments_problems(recipe, item)]
         raise_all(problems, CheckpointError)
         checkpoints = [checkpoint for checkpoint in opened if checkpoint is not None]
+        for checkpoint in checkpoints:
+            if (
+                checkpoint.sharded and inputs.base
+            ):  # it was trained from the base, whose configuration it has where it brings none
+                checkpoint.config = checkpoint.config or checkpoints[0].config
         names = [item.name for item in inputs.models]
         vocabulary = _vocabulary(recipe, names, checkpoints)
         maps = vocabulary.maps if vocabulary else (None,) * len(checkpoints)
