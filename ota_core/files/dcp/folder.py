@@ -53,7 +53,13 @@ class DcpFolder:
     def read_object(self, name: str) -> Any:
         """A pickled object of plain values; its tensors are notes of where they lie."""
         place = self._objects[name]
-        return self._unpickled(place, zipfile.ZipFile(_Window(self._sources[place.file], place)))
+        try:
+            with zipfile.ZipFile(_Window(self._sources[place.file], place)) as archive:
+                return self._unpickled(place, archive)
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(
+                f"{self.path / place.file}: no object as torch.save writes it at byte {place.offset} ({error}); {AGAIN}"
+            ) from None
 
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows start:stop of the matrix of ``blocks.matrix_shape``, in the stored dtype: a view where one box holds them, else joined."""
