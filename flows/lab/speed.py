@@ -23,7 +23,7 @@ from tasks.local.speed.cases import FLOW_STAGES, MERGES, Case, cases_of, chosen
 from tasks.local.speed.machine import machine
 from tasks.local.speed.measure import FLOOR, FloorRound, Run, floor_of, measure_floor, run_command
 from tasks.local.speed.models import Models, Shape, build, bytes_on_disk, shape_of
-from tasks.local.speed.pictures import bench_chart
+from tasks.local.speed.pictures import bench_chart, frame_of
 from tasks.local.speed.report import report
 from tasks.local.speed.results import Bench, CaseResult, Combination
 from tasks.local.speed.server import QUIET, prefect_server
@@ -97,8 +97,12 @@ def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
             if not options.keep:
                 shutil.rmtree(folder)
     yield from report(bench)
+    raw = f"raw runs: {options.out / 'bench.json'}"
+    if frame_of(bench).empty:  # no case among these is drawn
+        yield raw
+        return
     (options.out / "bench.png").write_bytes(png(bench_chart(bench)))
-    yield f"raw runs: {options.out / 'bench.json'}; picture: {options.out / 'bench.png'}"
+    yield f"{raw}; picture: {options.out / 'bench.png'}"
 
 
 def _checked(options: Options) -> tuple[dict[float, Shape], list[str]]:
