@@ -1,6 +1,7 @@
 """The same second moments in one file and in the shards of four ranks, and a program that reads them: what many files cost.
 
-``python -m tasks.local.speed.shards PATH`` reads all of v, in blocks, as a merge does, and prints the seconds of reading.
+``python -m tasks.local.speed.shards PATH`` reads all of v, in blocks, as a merge does, and prints the seconds of opening
+and reading. It is opened once before, so that imports count in the wall time alone: the reader of ZeRO needs torch, the others do not.
 """
 
 import json
@@ -112,6 +113,7 @@ def blocks(moments: Moments) -> Iterator[tuple[str, int, int]]:
 
 def main() -> None:
     path = Path(sys.argv[1])
+    open_moments(path).close()
     started = time.perf_counter()
     largest = np.float32(0)
     with closing(open_moments(path)) as moments:
