@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, read_json, weight_files
+from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 
 _INPUT = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
 _OUTPUT = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
@@ -51,7 +52,9 @@ def names_in(folder: Path, source_of: SourceOf | None = None) -> frozenset[str] 
     except CheckpointError:
         return None
     with closing(Checkpoint(folder, source_of)) as checkpoint:
-        return tensor_names(checkpoint)
+        # A folder may hold nothing but a file that this project wrote, of second moments or masks.
+        ours = any(isinstance(file, SafetensorsFile) and FORMAT_KEY in file.metadata for file in checkpoint.files)
+        return None if ours else tensor_names(checkpoint)
 
 
 def tokens_of(folder: Path) -> dict[str, int] | None:
