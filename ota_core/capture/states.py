@@ -50,8 +50,8 @@ def second_moment(state: State, whole: Any) -> torch.Tensor:
     if "exp_avg_sq_row" in state:  # transformers: (…, R) and (…, C); torch: (…, R, 1) and (…, 1, C)
         rows, cols = rows.unsqueeze(-1), cols.unsqueeze(-2)
     mean = rows.mean(dim=-2, keepdim=True)
-    shares: torch.Tensor = torch.where(mean > 0, rows / mean, 0.0)
-    return shares * cols
+    product: torch.Tensor = torch.where(mean > 0, rows / mean, 0.0) * cols
+    return product
 
 
 _KEPT: tuple[set[str], ...] = (
