@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ from flows.cli.common import (
     recipe_inputs,
     user_errors,
 )
-from ota_core.errors import MomentsError, OtaError
+from ota_core.errors import CheckpointError, MomentsError, OtaError
 
 
 def merge(
@@ -108,6 +108,7 @@ def compress(
     from ota_core.files.checkpoint import Checkpoint, weight_files
     from ota_core.moments import find_moments, moments_files, none_found, open_moments
     from ota_core.moments.compression import compression_label, open_compressed
+    from ota_core.plan.vocabulary import names_in
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
     from tasks.storage import models as storage
@@ -139,21 +140,26 @@ def compress(
             path = found
             if streams is not None:
                 streams.settle(moments_files(path), partial(progress, "fetch"))
-        layout = partial(parameter_layout, folder) if (folder / "config.json").is_file() else None
+        reference = bring(base, "fetch base") if base is not None else None
+        layout = partial(parameter_layout, folder, reference, source_of) if (folder / "config.json").is_file() else None
+        if streams is not None:
+            with suppress(CheckpointError):  # a folder without weights: the names of v are then taken as they are
+                streams.settle(weight_files(folder), partial(progress, "fetch"))
+        tensors = names_in(folder, source_of)
         agreed, started = None, time.perf_counter()
         with _new_file(out) as temporary:
             report = engine.compress_moments(
-                path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, memory=memory, progress=progress
-            )
+                path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, tensors=tensors, memory=memory,
+                progress=progress,
+            )  # fmt: skip
             seconds = {"compress": time.perf_counter() - started}
-            if base is not None:
+            if reference is not None:
                 from ota_core.analysis.agreement import agreements  # with it comes torch
 
-                reference = bring(base, "fetch base")
                 if streams is not None:
                     streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))
                 with (
-                    closing(open_moments(path, layout=layout, source_of=source_of)) as full,
+                    closing(open_moments(path, layout=layout, source_of=source_of, tensors=tensors)) as full,
                     closing(open_compressed(temporary)) as compressed,
                     closing(Checkpoint(folder, source_of)) as expert,
                     closing(Checkpoint(reference, source_of)) as start,

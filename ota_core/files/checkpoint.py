@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder as named tensors, read lazily: safetensors, sharded or not, or PyTorch's ``.bin``."""
+"""A checkpoint folder as named tensors, read lazily: safetensors, sharded or not, PyTorch's ``.bin``, or the shards of FSDP."""
 
 import json
 from collections.abc import Iterable
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.dcp.metadata import METADATA
+from ota_core.files.prefixes import plain_names, twice
 from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
 
@@ -22,8 +24,9 @@ TOKENIZER_PATTERNS = (
 
 if TYPE_CHECKING:
     from ota_core.files.bin_file import BinFile  # it needs torch
+    from ota_core.files.dcp.weights import DcpWeights
 
-WeightFile: TypeAlias = "SafetensorsFile | BinFile"
+WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights"
 """One file of tensors."""
 
 
@@ -33,21 +36,38 @@ class Checkpoint:
     def __init__(self, path: Path | str, source_of: SourceOf | None = None) -> None:
         """``source_of`` says where the weights' bytes come from; configuration, index and file names are always the folder's own."""
         self.path = Path(path)
-        self.files = [_open(file, source_of) for file in weight_files(self.path)]
-        self._where: dict[str, WeightFile] = {}
+        files = weight_files(self.path)
+        self.sharded = files[0].name == METADATA
+        """Whether the weights are the shards of FSDP, whose folder usually holds no configuration."""
+        # The ranks' files of a sharded checkpoint are read together, through their description.
+        self.files = [_open(file, source_of) for file in (files[:1] if self.sharded else files)]
+        where: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.infos:
-                if name in self._where:
+                if name in where:
                     raise CheckpointError(
-                        f"{self.path}: tensor '{name}' is in both {self._where[name].path.name} and {file.path.name}; expected it once"
+                        f"{self.path}: tensor '{name}' is in both {where[name].path.name} and {file.path.name}; expected it once"
                     )
-                self._where[name] = file
-        _check_index(self.path, self._where)
-        self.config = read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
+                where[name] = file
+        _check_index(self.path, where)
+        plain = plain_names(where)
+        if double := twice(plain):
+            raise CheckpointError(
+                f"{self.path}: tensor '{double[0]}' and another one are both '{plain[double[0]]}' without the prefixes that wrappers "
+                "of a model leave in names; keep one of them"
+            )
+        self._where = {plain[name]: (file, name) for name, file in where.items()}
+        # Trainers write it into the folder of the run, where a sharded checkpoint's own folder has none.
+        configs = [folder / "config.json" for folder in ((self.path, self.path.parent) if self.sharded else (self.path,))]
+        self.config = next((read_json(config) for config in configs if config.exists()), {})
 
     def names(self) -> list[str]:
-        """All tensor names, sorted."""
+        """All tensor names, sorted, without what ``torch.compile``, FSDP and other wrappers put into them."""
         return sorted(self._where)
+
+    def names_by_place(self) -> list[str]:
+        """The same in the order of the tensors in their files."""
+        return list(self._where)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -56,15 +76,18 @@ class Checkpoint:
         """Dtype, shape and place of one tensor."""
         if name not in self._where:
             raise CheckpointError(f"{self.path} holds no tensor '{name}'")
-        return self._where[name].infos[name]
+        file, stored = self._where[name]
+        return file.infos[stored]
 
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows start:stop of the matrix of ``blocks.matrix_shape``, in the stored dtype; a view of the file, not to be written to."""
-        return self._where[name].read_rows(name, start, stop)
+        file, stored = self._where[name]
+        return file.read_rows(stored, start, stop)
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """The same rows are read soon: a hint that costs little and may be repeated."""
-        self._where[name].prefetch(name, start, stop)
+        file, stored = self._where[name]
+        file.prefetch(stored, start, stop)
 
     def drop_pages(self) -> None:
         """Give the mapped pages that were read back to the kernel; what is read again comes from its page cache."""
@@ -77,6 +100,10 @@ class Checkpoint:
 
 
 def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
+    if path.name == METADATA:
+        from ota_core.files.dcp.weights import DcpWeights
+
+        return DcpWeights(path.parent, source_of)
     if path.suffix != ".safetensors":
         from ota_core.files.bin_file import BinFile  # it needs torch
 
@@ -120,9 +147,13 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds {len(candidates)} safetensors files and no {SAFETENSORS_INDEX} "
             f"({', '.join(p.name for p in candidates[:4])}, …); expected the index that says which belong to the model"
         )
+    from ota_core.files.dcp.weights import dcp_files, weights_folder
+
+    if (sharded := weights_folder(folder)) is not None:
+        return dcp_files(sharded)
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     raise CheckpointError(
-        f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, or pytorch_model.bin"
+        f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, pytorch_model.bin, or pytorch_model_fsdp_0/ of FSDP"
     )
 
 

@@ -19,7 +19,7 @@ from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob, bias_factor
-from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
+from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
@@ -152,6 +152,11 @@ def open_plan(
             problems += [problem for item in inputs.experts for problem in _moments_problems(recipe, item)]
         raise_all(problems, CheckpointError)
         checkpoints = [checkpoint for checkpoint in opened if checkpoint is not None]
+        for checkpoint in checkpoints:
+            if (
+                checkpoint.sharded and inputs.base
+            ):  # it was trained from the base, whose configuration it has where it brings none
+                checkpoint.config = checkpoint.config or checkpoints[0].config
         names = [item.name for item in inputs.models]
         vocabulary = _vocabulary(recipe, names, checkpoints)
         maps = vocabulary.maps if vocabulary else (None,) * len(checkpoints)
@@ -275,7 +280,7 @@ def _open_moments(
         if item.moments is None:
             problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")
             return
-        expert.moments = _open_one(item.moments, item, stack)
+        expert.moments = _open_one(item.moments, expert, item, stack)
         compressed, held = is_compressed(expert.moments), compression_of(expert.moments)
         if compressed and (held, rank_of(expert.moments)) != (asked, rank):
             problems.append(
@@ -284,7 +289,7 @@ def _open_moments(
             )
         if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
             if item.full_moments is not None:
-                expert.full_moments = _open_one(item.full_moments, item, stack)
+                expert.full_moments = _open_one(item.full_moments, expert, item, stack)
             elif not compressed:
                 expert.full_moments = expert.moments
             else:
@@ -298,8 +303,8 @@ def _open_moments(
         problems.append(f"expert '{expert.name}': {error}")
 
 
-def _open_one(path: Path, item: ExpertInput, stack: contextlib.ExitStack) -> Moments:
-    moments = open_moments(path, layout=item.layout, source_of=item.source_of)
+def _open_one(path: Path, expert: ExpertView, item: ExpertInput, stack: contextlib.ExitStack) -> Moments:
+    moments = open_moments(path, layout=item.layout, source_of=item.source_of, tensors=tensor_names(expert.checkpoint))
     stack.callback(moments.close)
     return moments
 

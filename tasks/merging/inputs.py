@@ -120,7 +120,7 @@ def assemble(
     for i, (one, name) in enumerate(zip(models, unique_names(labels), strict=True)):
         expert = ExpertInput(
             name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capabilities[i],
-            layout=partial(parameter_layout, one.path), source_of=source_of,
+            layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
         )  # fmt: skip
         try:
             experts.append(_with_moments(recipe, i, expert, one, cache, recipe_dir, digests, streams))
