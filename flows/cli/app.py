@@ -82,6 +82,6 @@ for command in (
     cli_flows.run, demo, bench, cli_analysis.analyse, cli_analysis.preflight, cli_flows.nightly, cli_flows.study,
     cli_flows.study_real, cli_flows.benchmark, cli_compare.compare, cli_search.search, cli_tune.tune,
     cli_registry.promote, cli_registry.rollback, cli_registry.champion,
-    cli_experts.push, cli_experts.experts, cli_retention.gc,
+    cli_experts.push, cli_experts.harvest, cli_experts.experts, cli_retention.gc,
 ):  # fmt: skip
     app.command()(command)

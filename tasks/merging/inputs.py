@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from ota_core.compute.stream import Progress
 from ota_core.errors import CheckpointError, MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import weight_files
 from ota_core.moments import find_moments, moments_files, none_found
+from ota_core.moments.belongs import check_belongs
 from ota_core.plan.expert_scales import find_scales
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.merging.architecture import parameter_layout
+from tasks.storage import hub, s3
 from tasks.storage import models as storage
-from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
 from tasks.storage.layout import folder_model_files, parse_expert_json
 from tasks.storage.models import Fetched
@@ -164,6 +166,8 @@ def _with_moments(
         raise MomentsError(f"expert '{expert.name}': {none_found(where)}. Name the file with preconditioner_path")
     if streams is not None:
         streams.settle(moments_files(path))
+    if digests:  # planning reads no weights
+        check_belongs(path, expert.path, expert.source_of)
     inside = path.is_relative_to(expert.path) and path.relative_to(expert.path).as_posix() in fetched.files
     if (inside and named is None) or not digests:
         return replace(expert, moments=path)
@@ -171,37 +175,37 @@ def _with_moments(
 
 
 def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None, streams: Streams | None) -> Path | None:
-    """The file that ``preconditioner_path`` means: S3, a local file, or, as published recipes write it, ``org/name/path/in/repo``."""
+    """What ``preconditioner_path`` means: a file or folder in S3 or here, ``org/name`` or, as published recipes have it, ``org/name/path``."""
     if storage.is_s3(named):
-        parent, _, name = named.rpartition("/")
-        if streams is not None:
-            return streams.files(parent, [name]) / name
-        folder, _ = storage.download_folder(parent, cache=cache, names=[name])
-        return folder / name
+        return s3_moments(named, cache, streams)
     found = find_preconditioner(named, expert.path, recipe_dir)
     if found is not None:
-        return found
-    parts = named.split("/")
-    if len(parts) < 3 or parts[0] in {"", ".", ".."}:
+        return find_moments(found) if found.is_dir() else found
+    repository = hub.repository_in(named)
+    if repository is None:
         raise MomentsError(
             f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and in {Path.cwd()})"
         )
-    file = _hub_file(named, "/".join(parts[:2]), "/".join(parts[2:]))
+    file = hub.fetch_moments(named, *repository)
     if streams is not None:
-        streams.notes.append(f"{named} is a file of the Hugging Face hub: downloaded to {file}")
+        streams.notes.append(f"{named} lies on the Hugging Face hub: downloaded to {file}")
     return file
 
 
-def _hub_file(named: str, repo: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
+def s3_moments(address: str, cache: Path, streams: Streams | None) -> Path | None:
+    """A file of second moments in S3, or what a prefix there holds, as a file of this machine; with ``streams`` an outline of it.
 
-    try:
-        return Path(hf_hub_download(repo, file))
-    except Exception as error:  # no answer at all; which class says so depends on the hub's HTTP library
-        raise StorageError(
-            f"preconditioner_path '{named}' is no file here, and {file} of the Hugging Face repository {repo} could not be downloaded "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Check the spelling and the network, or name a local file"
-        ) from error
+    None where the prefix holds none. Raises StorageError where there is nothing.
+    """
+    parent, _, name = address.rstrip("/").rpartition("/")
+    names = [name]
+    if Path(name).suffix not in hub.FILES:
+        parent = address.rstrip("/")
+        names = [one for one in storage.find_objects(parent) if fnmatchcase(one, hub.MOMENTS)]
+        if not names:
+            return None
+    folder = streams.files(parent, names) if streams is not None else storage.download_folder(parent, cache=cache, names=names)[0]
+    return folder / name if names == [name] else find_moments(folder)
 
 
 def moments_digest(path: Path, cache: Path, streams: Streams | None = None) -> str:

@@ -24,7 +24,7 @@ from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
 from tasks.merging.architecture import parameter_layout
-from tasks.merging.inputs import assemble
+from tasks.merging.inputs import assemble, s3_moments
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.models import Fetched
@@ -220,8 +220,7 @@ class _Opening:
         if one.moments is None:
             path = find_moments(folder)
         elif storage.is_s3(one.moments):
-            parent, _, name = one.moments.rpartition("/")
-            path = self._streams.files(parent, [name]) / name
+            path = s3_moments(one.moments, self._where.cache, self._streams)
         else:
             path = Path(one.moments)
         if path is None or not path.exists():
