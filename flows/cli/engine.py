@@ -92,7 +92,11 @@ def compress(
     method: Annotated[str, typer.Option(help="rank1, log8, rank_k or none.")] = "rank1",
     rank: Annotated[int | None, typer.Option(help="Rank of rank_k.", show_default="4")] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model, to compare saliency and FFG mask with those of the full second moments.")
+        str | None,
+        typer.Option(
+            help="The base model: to tell trained parameters from frozen ones, and to compare saliency and FFG mask with those of the "
+            "full second moments."
+        ),
     ] = None,
     density: Annotated[float, typer.Option(help="Density of the compared masks.")] = 0.4,
     memory: Memory = "2GiB",
@@ -106,7 +110,7 @@ def compress(
     from ota_core.engine import engine
     from ota_core.engine.output import check_free
     from ota_core.files.checkpoint import Checkpoint, weight_files
-    from ota_core.moments import find_moments, moments_files, none_found, open_moments
+    from ota_core.moments import choice_in, find_moments, moments_files, none_found, open_moments
     from ota_core.moments.compression import compression_label, open_compressed
     from ota_core.plan.vocabulary import names_in
     from tasks.merging.architecture import parameter_layout
@@ -131,13 +135,13 @@ def compress(
             return storage.fetch(model, cache=cache, progress=partial(progress, what)).path
 
         path = Path(source).expanduser()
-        folder = path.parent
+        folder, choice = path.parent, None
         if not path.is_file():
             folder = bring(source, "fetch")
             found = find_moments(folder)
             if found is None:
                 raise MomentsError(none_found(source))
-            path = found
+            path, choice = found, choice_in(folder)
             if streams is not None:
                 streams.settle(moments_files(path), partial(progress, "fetch"))
         reference = bring(base, "fetch base") if base is not None else None
@@ -172,7 +176,7 @@ def compress(
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
         typer.echo(json.dumps({**report.model_dump(), "agreement": compared, "seconds": seconds}))
         return
-    for note in streams.notes if streams else []:
+    for note in [*([choice.note] if choice else []), *(streams.notes if streams else [])]:
         typer.echo(f"note: {note}")
     typer.echo(
         f"{out}: {compression_label(report.method, report.rank)}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from tasks.local.speed.cases import FLOW_STAGES, MERGES, Case, cases_of, chosen
 from tasks.local.speed.machine import machine
 from tasks.local.speed.measure import FLOOR, FloorRound, Run, floor_of, measure_floor, run_command
 from tasks.local.speed.models import Models, Shape, build, bytes_on_disk, shape_of
-from tasks.local.speed.pictures import bench_chart
+from tasks.local.speed.pictures import bench_chart, frame_of
 from tasks.local.speed.report import report
 from tasks.local.speed.results import Bench, CaseResult, Combination
 from tasks.local.speed.server import QUIET, prefect_server
@@ -65,7 +65,7 @@ def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
     shapes, names = _checked(options)
     device = pick_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    _check_space(options, shapes)
+    _check_space(options, shapes, names)
     measured: list[Combination] = []
     with _workplace(options) as work, ExitStack() as stack:
         prefect = {"temp": {**QUIET, "PREFECT_HOME": str(options.out / "prefect-temp")}}
@@ -97,8 +97,12 @@ def run_bench(options: Options, progress: Progress) -> Iterator[Any]:
             if not options.keep:
                 shutil.rmtree(folder)
     yield from report(bench)
+    raw = f"raw runs: {options.out / 'bench.json'}"
+    if frame_of(bench).empty:  # no case among these is drawn
+        yield raw
+        return
     (options.out / "bench.png").write_bytes(png(bench_chart(bench)))
-    yield f"raw runs: {options.out / 'bench.json'}; picture: {options.out / 'bench.png'}"
+    yield f"{raw}; picture: {options.out / 'bench.png'}"
 
 
 def _checked(options: Options) -> tuple[dict[float, Shape], list[str]]:
@@ -115,14 +119,15 @@ def _checked(options: Options) -> tuple[dict[float, Shape], list[str]]:
     return shapes, chosen(options.stages, flow=options.flow, mergekit=options.mergekit)
 
 
-def _check_space(options: Options, shapes: Mapping[float, Shape]) -> None:
+def _check_space(options: Options, shapes: Mapping[float, Shape], names: Sequence[str]) -> None:
     """Raise OtaError, with every size that the disk has no room for. One size lies there at a time, or all of them with ``keep``."""
     free, most, kept = psutil.disk_usage(str(options.out)).free, max(options.experts), 0
     short = []
     for size, shape in shapes.items():
         kept = bytes_on_disk(shape, most) + (kept if options.keep else 0)
         # One output at a time; the homes of two flows and of the staged run with merged model and masks.
-        need = kept + int(shape.parameters * (8 + 3 * most / 8))
+        shards = 4 * sum(name in ("moments-zero3", "moments-fsdp") for name in names)
+        need = kept + int(shape.parameters * (8 + shards + 3 * most / 8))
         short += [f"{size:g} B × {most}: {need / 1e9:.1f} GB"] if need > free else []
     if short:
         raise OtaError(
@@ -173,6 +178,7 @@ def _measure(
     read = sum(file.stat().st_size for file in files)
     cached = read <= CACHE_SHARE * psutil.virtual_memory().total
     staged = [sum(run.stage_seconds.values()) for run in found.get("staged", [])]
+    one_file = [sum(run.stage_seconds.values()) for run in found.get("moments-one", [])]
     results = [
         CaseResult(
             name=case.name, what=case.what, parameters=models.shape.parameters, experts=count, command=case.command,
@@ -180,6 +186,7 @@ def _measure(
             planned_read_bytes=_planned(case), in_page_cache=cached, runs=found.get(case.name, []), target=case.target, skipped=case.skipped,
             floor=floor_of(rounds, case.inputs, written[outputs[case.name]]) if case in against else None,
             stages_sum=median(staged) if staged and case.name.startswith("flow-fresh") else None,
+            one_file_seconds=median(one_file) if one_file and case.name in ("moments-zero3", "moments-fsdp") else None,
         )
         for case in cases
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,8 @@ class ParameterLayout:
     """What else decides which names decay in other trainers, where it takes the model itself to know: a description to those names."""
     stored: Mapping[str, Stored] = field(default_factory=dict)
     """Tensors of the checkpoint that are not a parameter under its own name: what the model's library renames, fuses or stacks on loading."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The model's config.json: how its attention is laid out, for trainers that lay it out in another way."""
     changed: Callable[[], frozenset[str]] | None = None
     """Which parameters differ from the base's, None where no base is known: it compares weights, so that it is asked only when needed."""
 

@@ -22,6 +22,7 @@ from ota_core.moments.steps import Choice, choose
 SINGLE = "exp_avg_sq.safetensors"
 SHARDS = "exp_avg_sq*.safetensors"
 INDEXES = "exp_avg_sq*.index.json"
+TUNE = "recipe_state.pt"
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # the Trainer's names, the second under FSDP
 
 
@@ -167,6 +168,16 @@ def _open_safetensors(path: Path, layout: Layout, source_of: SourceOf | None) ->
     return open_compressed(path, source_of)
 
 
+def _find_tune(folder: Path) -> list[Path]:
+    return [path for path in (folder / TUNE, folder / "recipe_state" / TUNE) if path.is_file()]
+
+
+def _open_tune(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments:
+    from ota_core.moments.foreign.tune import open_tune  # it needs torch
+
+    return open_tune(path, layout, source_of)
+
+
 def _find_optimizer(folder: Path) -> list[Path]:
     return [folder / name for name in OPTIMIZERS if (folder / name).is_file()]
 
@@ -195,6 +206,10 @@ FORMATS: tuple[Format, ...] = (
     Format(
         names="optimizer_0/ of FSDP",
         find=find_dcp, reads=is_dcp, files=dcp_files, open=open_dcp,
+    ),
+    Format(
+        names=f"{TUNE} of torchtune",
+        find=_find_tune, reads=lambda path: path.name == TUNE and _is_torch_file(path), files=lambda path: [path], open=_open_tune,
     ),
     Format(
         names=f"{', '.join(OPTIMIZERS)} (also in checkpoint-*)",

@@ -79,10 +79,15 @@ class PiecedMoments(Moments):
 
     def _elements(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Elements start:stop of the flattened parameter: a view where one run has them all, a copy where they are joined."""
-        parts = [run.read(a, b).to(torch.float32) for run, a, b in self._parts(name, start, stop)]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
-        found: NDArray[np.float32] = whole.numpy()
-        return found
+        parts = self._parts(name, start, stop)
+        if len(parts) == 1:
+            return _float32(*parts[0])
+        # numpy asks for large pages where it allocates much, torch does not: joining is several times as fast.
+        whole, at = np.empty(stop - start, np.float32), 0
+        for run, a, b in parts:
+            whole[at : at + b - a] = _float32(run, a, b)
+            at += b - a
+        return whole
 
     def _parts(self, name: str, start: int, stop: int) -> list[tuple[Run, int, int]]:
         runs, ends = self._runs[name], self._ends[name]
@@ -108,6 +113,11 @@ class PiecedMoments(Moments):
         self._runs = {}
         for file in self._files:
             file.close()
+
+
+def _float32(run: Run, start: int, stop: int) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = run.read(start, stop).to(torch.float32).numpy()
+    return found
 
 
 def check_places(file: TorchFile, tensors: Sequence[torch.Tensor]) -> None:

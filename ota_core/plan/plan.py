@@ -13,7 +13,7 @@ from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
-from ota_core.moments import Moments, open_moments
+from ota_core.moments import Moments, choice_in, open_moments
 from ota_core.moments.compression import compression_label, compression_of, is_compressed, label_of, rank_of
 from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
@@ -192,9 +192,19 @@ def open_plan(
         )  # fmt: skip
         if scales is not None and (other := scales.learned_for_other(recipe)):
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
+        plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
         yield plan
+
+
+def _choice(item: ExpertInput) -> str | None:
+    """Which of several checkpoint-* an expert's second moments are from."""
+    if item.moments is None or not item.moments.is_relative_to(item.path):
+        return None
+    first, *_ = (*item.moments.relative_to(item.path).parts, "")
+    choice = choice_in(item.path) if first.startswith("checkpoint-") else None
+    return choice.note if choice and choice.name == first else None
 
 
 def compiled(recipe: MergeRecipe) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.moments import Moments, ParameterLayout, open_moments
 from ota_core.moments.base import Shape
 from ota_core.plan.vocabulary import names_in
@@ -60,7 +60,7 @@ def parameter_layout(folder: Path, base: BaseFolder = None, source_of: SourceOf 
     _check(folder, type(model).__name__, conversion, held, shapes)
     return ParameterLayout(
         shapes=shapes, decayed=rules.pop(TODAY), tied=tied, rules=rules, stored=under_other_names(conversion, shapes),
-        changed=_changed(folder, base, conversion.tensors(), source_of),
+        config=read_json(folder / "config.json"), changed=_changed(folder, base, conversion.tensors(), source_of),
     )  # fmt: skip
 
 

@@ -107,6 +107,9 @@ class _Joined:
     shape: Shape
     pieces: tuple[torch.Tensor, ...]
 
+    def contiguous(self) -> "_Joined":
+        return self
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """torch takes these where a tensor is expected when they have this; ``_Following`` is asked first."""

@@ -10,7 +10,7 @@ from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
-from ota_core.moments import find_moments, moments_files
+from ota_core.moments import choice_in, find_moments, moments_files
 from ota_core.moments.compression import compression_of, label_of
 from ota_core.plan.masks import MaskFile
 from tasks.merging.architecture import expert_moments
@@ -116,7 +116,8 @@ def _describe_checkpoint(folder: Path, streams: Streams | None = None) -> list[s
         streams.settle(moments_files(found))
         if streams.unread:
             return [*lines, *(f"  {note}" for note in streams.notes)]
-    return lines + [f"  {line}" for line in _describe_moments(found, folder, source_of)]
+    choice = choice_in(folder)
+    return lines + [f"  {line}" for line in [*([choice.note] if choice else []), *_describe_moments(found, folder, source_of)]]
 
 
 def _describe_file(path: Path) -> list[str]:

@@ -53,7 +53,13 @@ class DcpFolder:
     def read_object(self, name: str) -> Any:
         """A pickled object of plain values; its tensors are notes of where they lie."""
         place = self._objects[name]
-        return self._unpickled(place, zipfile.ZipFile(_Window(self._sources[place.file], place)))
+        try:
+            with zipfile.ZipFile(_Window(self._sources[place.file], place)) as archive:
+                return self._unpickled(place, archive)
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(
+                f"{self.path / place.file}: no object as torch.save writes it at byte {place.offset} ({error}); {AGAIN}"
+            ) from None
 
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows start:stop of the matrix of ``blocks.matrix_shape``, in the stored dtype: a view where one box holds them, else joined."""
@@ -102,8 +108,14 @@ class DcpFolder:
             first = chunk.offsets[0] * inner if chunk.offsets else 0
             low, high = max(start * cols - first, 0), min(stop * cols - first, prod(chunk.sizes))
             if low < high:
-                parts.append(self._elements(tensor.dtype, chunk, low, high))
-        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, tensor.dtype.held)])
+                parts.append((chunk, low, high))
+        if len(parts) == 1:
+            return np.require(self._elements(tensor.dtype, *parts[0]), requirements="A")
+        whole, at = np.empty((stop - start) * cols, tensor.dtype.held), 0
+        for chunk, low, high in parts:
+            whole[at : at + high - low] = self._elements(tensor.dtype, chunk, low, high)
+            at += high - low
+        return whole
 
     def _boxes(self, tensor: DcpTensor, start: int, stop: int) -> NDArray[Any]:
         """Rows put together from boxes that hold some of their columns."""
@@ -120,11 +132,12 @@ class DcpFolder:
         return result
 
     def _elements(self, dtype: Dtype, chunk: Chunk, start: int, stop: int) -> NDArray[Any]:
-        """Elements start:stop of a box, in the order of its own rows."""
+        """Elements start:stop of a box, in the order of its own rows. They may lie unaligned: a box begins anywhere in its file."""
         source = self._sources[chunk.place.file]
         offset, saved = self._start(dtype, chunk)
         if saved.stride == _contiguous(saved.shape):
-            return numbers(source, offset + start * dtype.itemsize, stop - start, dtype.held)
+            first = offset + start * dtype.itemsize
+            return np.frombuffer(source.read(first, first + (stop - start) * dtype.itemsize), dtype.held)
         span = 1 + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.stride, strict=True))
         held = numbers(source, offset, span, dtype.held)
         strides = [stride * dtype.itemsize for stride in saved.stride]
@@ -146,7 +159,7 @@ class DcpFolder:
                     needed = (
                         saved.offset + 1 + sum((n - 1) * s for n, s in zip(saved.shape, saved.stride, strict=True))
                     ) * dtype.itemsize
-                    if record.compress_type != zipfile.ZIP_STORED or record.file_size < needed:
+                    if record.compress_type != zipfile.ZIP_STORED or record.file_size < needed or header + needed > place.length:
                         raise ValueError(f"their record of numbers has {record.file_size} bytes, at least {needed} were expected")
                     self._starts[place] = place.offset + header + saved.offset * dtype.itemsize, saved
             except (zipfile.BadZipFile, ValueError, StopIteration, KeyError, pickle.UnpicklingError, EOFError) as error:

@@ -85,6 +85,8 @@ def _place(info: Any) -> Place:
         raise ValueError(f"its files are transformed by {info.transform_descriptors}, plain files are read")
     if Path(info.relative_path).name != info.relative_path:
         raise ValueError(f"it names the file {info.relative_path!r}, one beside it was expected")
+    if int(info.offset) < 0 or int(info.length) < 0:
+        raise ValueError(f"{info.relative_path} is said to hold {info.length} bytes at byte {info.offset}")
     return Place(info.relative_path, int(info.offset), int(info.length))
 
 

@@ -82,7 +82,10 @@ class _Restricted(pickle.Unpickler):
 
 def _tensor(storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> SavedTensor:
     dtype, key, elements = storage
-    return SavedTensor(dtype, key, elements, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+    made = SavedTensor(dtype, key, elements, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+    if min(made.offset, *made.shape, *made.stride, 0) < 0 or len(made.shape) != len(made.stride):
+        raise pickle.UnpicklingError(f"a tensor begins at {offset} with the shape {made.shape} and the strides {made.stride}")
+    return made
 
 
 def _typed_tensor(storage: Any, offset: int, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: str, *_: Any) -> SavedTensor:

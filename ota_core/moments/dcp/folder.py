@@ -11,7 +11,7 @@ from ota_core.files.dcp import METADATA
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
 
-V = b".exp_avg_sq"
+V = b"exp_avg_sq"
 PARTS = "*.distcp"
 
 

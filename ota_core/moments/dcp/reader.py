@@ -13,11 +13,14 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp import DcpFolder
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
+from ota_core.moments.foreign import translated
 from ota_core.moments.match import Layout, match_names
 from ota_core.moments.safetensors_file import DROP_BYTES, as_beta2, as_step
 
 # Under what the state lies differs: optimizer.state (accelerate, torchtitan), optim.state (OLMo-core), state (a bare state_dict).
-STATE = re.compile(r"(?P<top>(?:[^.]+\.)*?)state\.(?P<name>.+)\.exp_avg_sq")
+STATE = re.compile(r"(?:[^.]+\.)*?state\.(?P<name>.+)\.exp_avg_sq")
+MEGATRON = re.compile(r"(?:[^.]+\.)*?optimizer\.state\.exp_avg_sq\.(?P<name>.+)")
+BUCKETS = re.compile(r"(?:[^.]+\.)*?optimizer\.distributed\.dp_group_idx_.*")
 GROUPS = re.compile(r"(?:[^.]+\.)*?param_groups\.(?P<group>.+)\.(?P<key>[^.]+)")
 
 
@@ -69,14 +72,19 @@ def open_folder(path: Path, layout: Layout, source_of: SourceOf | None) -> Momen
     except CheckpointError as error:
         raise MomentsError(str(error)) from None
     try:
-        keys = {match["name"]: key for key in folder.tensors if (match := STATE.fullmatch(key))}
+        keys = {m["name"]: key for key in folder.tensors if (m := STATE.fullmatch(key) or MEGATRON.fullmatch(key))}
+        if not keys and any(BUCKETS.fullmatch(key) for key in (*folder.tensors, *folder.objects())):
+            raise MomentsError(
+                f"{path} is Megatron's in the format dp_reshardable (or an older one): it keeps buckets of many parameters, and only the "
+                "running program knows where each begins. Load it and save it with --dist-ckpt-optim-fully-reshardable"
+            )
         if not keys:
             raise MomentsError(
                 f"{path} holds no tensors named …state.<parameter>.exp_avg_sq; the state of Adam or AdamW was expected"
             )
         if all(name.isdigit() for name in keys):
             keys = _by_number(path, folder, {int(name): key for name, key in keys.items()}, layout)
-        return DcpMoments(path, folder, keys)
+        return translated(path, DcpMoments(path, folder, keys), layout)
     except BaseException:
         folder.close()
         raise

@@ -34,6 +34,9 @@ STAGES: dict[str, str] = {
     "dare_ties": f"ota merge, DARE-TIES, density {DENSITY}",
     "breadcrumbs": f"ota merge, Breadcrumbs, density {DENSITY}, gamma 0.01",
     "fisher": "ota merge, Fisher",
+    "moments-one": "one expert's second moments, read from one safetensors file",
+    "moments-zero3": "the same from four ranks of DeepSpeed's ZeRO 3",
+    "moments-fsdp": "the same from four ranks of FSDP",
     "mergekit-linear": "mergekit, linear",
     "mergekit-ties": f"mergekit, TIES, density {DENSITY}",
     "help": "ota --help",
@@ -52,6 +55,7 @@ _RATIOS = {
 TARGETS = {
     **{name: Target(kind="ratio", limit=limit) for name, limit in _RATIOS.items()},
     **dict.fromkeys(("flow-fresh-temp", "flow-fresh-server"), Target(kind="overhead", limit=10.0)),
+    **dict.fromkeys(("moments-zero3", "moments-fsdp"), Target(kind="against", limit=1.5)),
     "flow-cached-temp": Target(kind="seconds", limit=30.0),
     "flow-cached-server": Target(kind="seconds", limit=12.0),
     "help": Target(kind="seconds", limit=0.5),
@@ -115,8 +119,12 @@ def chosen(stages: Sequence[str] | None, *, flow: bool, mergekit: bool) -> list[
         raise OtaError(f"stages: got {', '.join(unknown)}; expected some of {', '.join(known)}")
     names = [name for name in known if name in (stages or known)]
     names = [name for name in names if (flow or name not in FLOW_STAGES) and (mergekit or not name.startswith("mergekit"))]
-    needs = any(name.startswith("flow-fresh") for name in names)  # its overhead is over the sum of the stages
-    return [name for name in known if name in names or (needs and name == "staged")]
+    needed = set()
+    if any(name.startswith("flow-fresh") for name in names):  # its overhead is over the sum of the stages
+        needed.add("staged")
+    if any(name.startswith("moments-") for name in names):  # shards are compared with the one file
+        needed.add("moments-one")
+    return [name for name in known if name in names or name in needed]
 
 
 def cases_of(
@@ -158,6 +166,8 @@ class _Makers:
             return self._staged(name)
         if kind == "flow":
             return self._flow(name, *variant.split("-"))
+        if kind == "moments":
+            return self._moments(name, variant)
         if kind == "mergekit":
             return self._mergekit(name, variant)
         return self._merge(name, "ota" if kind in {"ota", "mask"} else name)
@@ -196,6 +206,18 @@ class _Makers:
         why = "" if program.is_file() else "mergekit is not installed; it comes with the extra 'dev'"
         inputs = self.weights(base=method != "linear")
         return Case(name=name, what=STAGES[name], command=command, inputs=inputs, output=out, skipped=why)
+
+    def _moments(self, name: str, variant: str) -> Case:
+        source, shards = self.moments[0], self.work / name
+        if variant != "one" and not shards.exists():
+            from tasks.local.speed.shards import write_fsdp, write_zero3
+
+            (write_zero3 if variant == "zero3" else write_fsdp)(source, shards)
+        path = source if variant == "one" else shards
+        inputs = [source] if variant == "one" else sorted(file for file in shards.iterdir())
+        return Case(
+            name=name, what=STAGES[name], command=[sys.executable, "-m", "tasks.local.speed.shards", str(path)], inputs=inputs
+        )
 
     def recipe(self, name: str, method: str, *, base: bool = True, **parameters: Any) -> Path:
         """A recipe file of these experts."""

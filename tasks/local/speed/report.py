@@ -63,7 +63,7 @@ def _row(one: CaseResult) -> dict[str, Any]:
 def _verdict(one: CaseResult) -> str:
     if one.target is None or one.met is None:
         return ""
-    unit = {"ratio": "", "seconds": " s", "overhead": " s more"}[one.target.kind]
+    unit = {"ratio": "", "seconds": " s", "overhead": " s more", "against": " × one file"}[one.target.kind]
     return f"≤{one.target.limit:g}{unit} {'met' if one.met else 'miss'}"
 
 
@@ -73,7 +73,7 @@ def findings(bench: Bench) -> list[str]:
         one
         for c in bench.combinations
         for one in c.cases
-        if one.runs and (one.name in {"mask", *MERGES} or one.name.startswith("compress"))
+        if one.runs and (one.name in {"mask", *MERGES} or one.name.startswith(("compress", "moments")))
     ]
     found = []
     if merges:
@@ -88,6 +88,13 @@ def findings(bench: Bench) -> list[str]:
             found.append(
                 f"{one.name}: {one.runs[0].bytes_per_param:.4f} bytes per parameter, relative error of √v {one.runs[0].sqrt_error:.4f}"
             )
+    for c in bench.combinations:
+        for one in c.cases:
+            if one.one_file_ratio is not None:
+                found.append(
+                    f"{one.name}: {one.stage_seconds:.2f} s of reading, {one.one_file_ratio:.2f} times that of one file "
+                    f"({one.one_file_seconds:.2f} s), peak {(one.peak_bytes or 0) / 2**20:.0f} MiB"
+                )
     copies = bench.machine.gpu_copies
     for one in merges if copies else ():
         if one.planned_read_bytes and one.stage_seconds:

@@ -16,7 +16,7 @@ COLUMNS = {
     "name", "what", "parameters", "experts", "command", "input_bytes", "output_bytes", "planned_read_bytes", "in_page_cache",
     "runs", "floor", "target", "stages_sum", "skipped", "seconds", "cpu_seconds", "stage_seconds", "peak_bytes",
     "command_ratio", "stage_ratio", "stage_ratio_without_fsync",
-    "overhead_seconds", "met",
+    "overhead_seconds", "one_file_seconds", "one_file_ratio", "met",
 }  # fmt: skip
 
 

@@ -1,0 +1,5 @@
+"""Trainers with names and layouts of their own: their second moments under the names and in the order of rows of Hugging Face."""
+
+from ota_core.moments.foreign.translate import translated
+
+__all__ = ["translated"]
