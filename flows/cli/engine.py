@@ -51,7 +51,7 @@ def merge(
         check_free(out, overwrite=overwrite)
         file_size = parse_size(shard_size, "shard size", "1KB")
         load_numba()
-        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
+        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
             report = engine.merge(
                 loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
                 progress=progress,
@@ -141,7 +141,7 @@ def compress(
                 streams.settle(moments_files(path), partial(progress, "fetch"))
         layout = partial(parameter_layout, folder) if (folder / "config.json").is_file() else None
         agreed, started = None, time.perf_counter()
-        with _new_file(out) as temporary:
+        with new_file(out) as temporary:
             report = engine.compress_moments(
                 path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, memory=memory, progress=progress
             )
@@ -180,7 +180,7 @@ def compress(
 
 
 @contextmanager
-def _new_file(out: Path) -> Iterator[Path]:
+def new_file(out: Path) -> Iterator[Path]:
     """A temporary sibling that takes the name ``out`` when the body ends well, and vanishes when it does not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def mask(
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
         load_numba()
-        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
+        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
             started = time.perf_counter()
             check_apart(out, inputs)
             with new_folder(out, overwrite=overwrite) as folder:

@@ -4,9 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+ESTIMATED = "estimated"
+"""Key of a file's metadata: how its v was estimated, as JSON, where no optimizer computed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +28,24 @@ class ParameterLayout:
     """Alias to the parameter that it shares its storage with, for example lm_head.weight to model.embed_tokens.weight."""
 
 
+def how_estimated(said: Mapping[str, Any]) -> str:
+    """What ``Moments.estimated`` holds, in words."""
+    clip = "not clipped" if said.get("clip") is None else f"clipped at {said['clip']:g}"
+    texts = "runs of random tokens" if said.get("random_tokens") else "documents"
+    return (
+        f"estimated: the mean squared gradient over {said.get('samples')} {texts} of at most {said.get('max_length')} tokens in batches of "
+        f"{said.get('batch')}, {clip}"
+    )
+
+
 class Moments(ABC):
     """Second moments v (Adam's ``exp_avg_sq``) of one expert. Values are ≥ 0, float32, and never bias-corrected here."""
 
     path: Path
     beta2: float | None
     """Adam's β₂ where the file says it."""
+    estimated: Mapping[str, Any] | None = None
+    """How v was estimated (``ota estimate``); None where an optimizer left it."""
 
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
