@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,12 +102,12 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
-    from ota_core.compute.stream import Stream, parse_memory
+    from ota_core.compute.stream import parse_memory
     from ota_core.engine import engine
     from ota_core.engine.output import check_free
-    from ota_core.files.checkpoint import Checkpoint, weight_files
-    from ota_core.moments import find_moments, moments_files, none_found, open_moments
-    from ota_core.moments.compression import compression_label, open_compressed
+    from ota_core.files.checkpoint import weight_files
+    from ota_core.moments import find_moments, moments_files, none_found
+    from ota_core.moments.compression import compression_label
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
     from tasks.storage import models as storage
@@ -147,20 +147,20 @@ def compress(
             )
             seconds = {"compress": time.perf_counter() - started}
             if base is not None:
-                from ota_core.analysis.agreement import agreements  # with it comes torch
-
                 reference = bring(base, "fetch base")
                 if streams is not None:
                     streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))
-                with (
-                    closing(open_moments(path, layout=layout, source_of=source_of)) as full,
-                    closing(open_compressed(temporary)) as compressed,
-                    closing(Checkpoint(folder, source_of)) as expert,
-                    closing(Checkpoint(reference, source_of)) as start,
-                ):
-                    droppable = [full.drop_pages, compressed.drop_pages, expert.drop_pages, start.drop_pages]
-                    stream = Stream(memory=budget, progress=progress, droppable=droppable)
-                    [agreed] = agreements(full, [compressed], expert, start, density=density, stream=stream)
+                agreed = agreement(
+                    path,
+                    temporary,
+                    folder,
+                    reference,
+                    density=density,
+                    memory=budget,
+                    layout=layout,
+                    source_of=source_of,
+                    progress=progress,
+                )
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
     if as_json:
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
@@ -173,10 +173,44 @@ def compress(
     )
     typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
     if agreed is not None:
-        typer.echo(
-            f"saliency against the full second moments: rank correlation {agreed.spearman:.4f}, "
-            f"overlap of the masks at density {agreed.density:g}: {agreed.jaccard:.4f} (Jaccard)"
-        )
+        typer.echo(said_of(agreed, "the full second moments"))
+
+
+def agreement(
+    full: Path,
+    form: Path,
+    expert: Path,
+    base: Path,
+    *,
+    density: float,
+    memory: int,
+    progress: Any,
+    layout: Any = None,
+    source_of: Any = None,
+) -> Any:
+    """How far the second moments in the file ``form`` lead to the saliency and the mask of those in ``full`` (ota_core/analysis/agreement.py)."""
+    from ota_core.analysis.agreement import agreements  # with it comes torch
+    from ota_core.compute.stream import Stream
+    from ota_core.files.checkpoint import Checkpoint
+    from ota_core.moments import open_moments
+
+    with (
+        closing(open_moments(full, layout=layout, source_of=source_of)) as one,
+        closing(open_moments(form)) as other,
+        closing(Checkpoint(expert, source_of)) as trained,
+        closing(Checkpoint(base, source_of)) as start,
+    ):
+        droppable = [one.drop_pages, other.drop_pages, trained.drop_pages, start.drop_pages]
+        stream = Stream(memory=memory, progress=progress, droppable=droppable)
+        return agreements(one, [other], trained, start, density=density, stream=stream)[0]
+
+
+def said_of(agreed: Any, what: str) -> str:
+    """The agreement in a line; ``what`` it is with."""
+    return (
+        f"saliency against {what}: rank correlation {agreed.spearman:.4f}, overlap of the masks at density {agreed.density:g}: "
+        f"{agreed.jaccard:.4f} (Jaccard)"
+    )
 
 
 @contextmanager

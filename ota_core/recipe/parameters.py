@@ -96,7 +96,9 @@ class EstimateSettings(Strict):
     max_length: Annotated[int, BeforeValidator(_no_switch), Field(ge=2)] = Field(
         512, description="Tokens of a document at most; never more than the model takes."
     )
-    clip: Positive | None = Field(None, description="Largest norm of a batch's gradient, as in training; none: not clipped.")
+    clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value == "none" else value)] = Field(
+        1.0, description="Largest norm of a batch's gradient, as in training; none: not clipped."
+    )
     random_tokens: bool = Field(False, description="Random tokens instead of texts.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Decides which documents are taken.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(

@@ -16,13 +16,19 @@ from tasks.evaluation.gradients.documents import Block
 def loaded(folder: Path, dtype: torch.dtype | None, device: str) -> Iterator[Any]:
     """A checkpoint as a network that draws nothing at random, let go of afterwards. dtype None: as it is stored. Raises CheckpointError."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    drawn = logging.is_progress_bar_enabled()
     try:
+        logging.disable_progress_bar()  # who calls has bars of its own
         network = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the architectures' own code runs here and raises what it likes
         raise unusable(folder, error) from error
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
     try:
         yield cast(Any, network).to(device).eval()
     finally:
