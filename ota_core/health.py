@@ -108,7 +108,7 @@ class _Scan:
     def __init__(self, base: Checkpoint, expert: Checkpoint, moments: Moments | None, stream: Stream, watched: bool) -> None:
         """``watched``: whether it matters which tensors without second moments were changed."""
         self._base, self._expert, self._moments, self._stream = base, expert, moments, stream
-        names = [name for file in expert.files for name in file.infos]  # in the order of their bytes
+        names = expert.names_by_place()
         self._floats = [name for name in names if expert.info(name).dtype.is_floating_point]
         self.same_form = {n for n in self._floats if n in base and base.info(n).shape == expert.info(n).shape}
         self.moved: set[str] = {name for name in self._floats if name in base} - self.same_form

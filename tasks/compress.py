@@ -7,6 +7,7 @@ from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import Progress, parse_memory
 from ota_core.engine import engine
 from ota_core.plan.inputs import ExpertInput, optimizer_facts
+from ota_core.plan.vocabulary import names_in
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult
@@ -35,7 +36,7 @@ class CompressJob(Stage):
                 assert expert.moments is not None
                 report = engine.compress_moments(
                     expert.moments, folder / MOMENTS_FILE, method=config["method"], rank=config.get("rank"), layout=expert.layout,
-                    source_of=expert.source_of, memory=self.memory, progress=progress,
+                    source_of=expert.source_of, tensors=names_in(expert.path, expert.source_of), memory=self.memory, progress=progress,
                 )  # fmt: skip
             return BuildResult(results=report.model_dump(), provenance={"source": expert.source, "expert": expert.name})
 

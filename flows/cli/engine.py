@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from flows.cli.common import (
     recipe_inputs,
     user_errors,
 )
-from ota_core.errors import MomentsError, OtaError
+from ota_core.errors import CheckpointError, MomentsError, OtaError
 
 
 def merge(
@@ -92,7 +92,11 @@ def compress(
     method: Annotated[str, typer.Option(help="rank1, log8, rank_k or none.")] = "rank1",
     rank: Annotated[int | None, typer.Option(help="Rank of rank_k.", show_default="4")] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model, to compare saliency and FFG mask with those of the full second moments.")
+        str | None,
+        typer.Option(
+            help="The base model: to tell trained parameters from frozen ones, and to compare saliency and FFG mask with those of the "
+            "full second moments."
+        ),
     ] = None,
     density: Annotated[float, typer.Option(help="Density of the compared masks.")] = 0.4,
     memory: Memory = "2GiB",
@@ -106,8 +110,9 @@ def compress(
     from ota_core.engine import engine
     from ota_core.engine.output import check_free
     from ota_core.files.checkpoint import weight_files
-    from ota_core.moments import find_moments, moments_files, none_found
+    from ota_core.moments import choice_in, find_moments, moments_files, none_found
     from ota_core.moments.compression import compression_label
+    from ota_core.plan.vocabulary import names_in
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
     from tasks.storage import models as storage
@@ -130,43 +135,41 @@ def compress(
             return storage.fetch(model, cache=cache, progress=partial(progress, what)).path
 
         path = Path(source).expanduser()
-        folder = path.parent
+        folder, choice = path.parent, None
         if not path.is_file():
             folder = bring(source, "fetch")
             found = find_moments(folder)
             if found is None:
                 raise MomentsError(none_found(source))
-            path = found
+            path, choice = found, choice_in(folder)
             if streams is not None:
                 streams.settle(moments_files(path), partial(progress, "fetch"))
-        layout = partial(parameter_layout, folder) if (folder / "config.json").is_file() else None
+        reference = bring(base, "fetch base") if base is not None else None
+        layout = partial(parameter_layout, folder, reference, source_of) if (folder / "config.json").is_file() else None
+        if streams is not None:
+            with suppress(CheckpointError):  # a folder without weights: the names of v are then taken as they are
+                streams.settle(weight_files(folder), partial(progress, "fetch"))
+        tensors = names_in(folder, source_of)
         agreed, started = None, time.perf_counter()
         with new_file(out) as temporary:
             report = engine.compress_moments(
-                path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, memory=memory, progress=progress
-            )
+                path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, tensors=tensors, memory=memory,
+                progress=progress,
+            )  # fmt: skip
             seconds = {"compress": time.perf_counter() - started}
-            if base is not None:
-                reference = bring(base, "fetch base")
+            if reference is not None:
                 if streams is not None:
                     streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))
                 agreed = agreement(
-                    path,
-                    temporary,
-                    folder,
-                    reference,
-                    density=density,
-                    memory=budget,
-                    layout=layout,
-                    source_of=source_of,
+                    path, temporary, folder, reference, density=density, memory=budget, layout=layout, source_of=source_of, tensors=tensors,
                     progress=progress,
-                )
+                )  # fmt: skip
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
     if as_json:
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
         typer.echo(json.dumps({**report.model_dump(), "agreement": compared, "seconds": seconds}))
         return
-    for note in streams.notes if streams else []:
+    for note in [*([choice.note] if choice else []), *(streams.notes if streams else [])]:
         typer.echo(f"note: {note}")
     typer.echo(
         f"{out}: {compression_label(report.method, report.rank)}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
@@ -177,17 +180,9 @@ def compress(
 
 
 def agreement(
-    full: Path,
-    form: Path,
-    expert: Path,
-    base: Path,
-    *,
-    density: float,
-    memory: int,
-    progress: Any,
-    layout: Any = None,
-    source_of: Any = None,
-) -> Any:
+    full: Path, form: Path, expert: Path, base: Path, *, density: float, memory: int, progress: Any, layout: Any = None, source_of: Any = None,
+    tensors: Any = None,
+) -> Any:  # fmt: skip
     """How far the second moments in the file ``form`` lead to the saliency and the mask of those in ``full`` (ota_core/analysis/agreement.py)."""
     from ota_core.analysis.agreement import agreements  # with it comes torch
     from ota_core.compute.stream import Stream
@@ -195,8 +190,8 @@ def agreement(
     from ota_core.moments import open_moments
 
     with (
-        closing(open_moments(full, layout=layout, source_of=source_of)) as one,
-        closing(open_moments(form)) as other,
+        closing(open_moments(full, layout=layout, source_of=source_of, tensors=tensors)) as one,
+        closing(open_moments(form, layout=layout, tensors=tensors)) as other,
         closing(Checkpoint(expert, source_of)) as trained,
         closing(Checkpoint(base, source_of)) as start,
     ):

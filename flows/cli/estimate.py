@@ -70,10 +70,10 @@ def estimate(
     from ota_core.engine import engine
     from ota_core.moments import find_moments, none_found
     from ota_core.plan.inputs import expert_name
+    from ota_core.plan.vocabulary import names_in
     from ota_core.recipe.parameters import EstimateSettings
     from tasks.artifacts.store import store_of
     from tasks.evaluation.gradients.job import EstimateJob, Texts
-    from tasks.evaluation.subject import fetched_subject
     from tasks.merging.architecture import parameter_layout
     from tasks.merging.recipes import parse_config
     from tasks.settings import places
@@ -95,20 +95,19 @@ def estimate(
         own = capability or (fetched.expert or {}).get("capability")
         name = expert_name(model, own, None)
         texts = Texts.of(settings, where, name=name, capability=own)
-        subject = fetched_subject(name, "expert", fetched, own)
-        job = EstimateJob.of(subject, fetched_subject("base", "base", start) if start else None, settings, texts)
+        job = EstimateJob.of(fetched, start, settings, texts, name=name, capability=own)
         ref = job.run(where, device, progress)
         made, file = store_of(where).read_record(ref).results, job.located(ref, where).path
+        names: dict[str, Any] = {"layout": partial(parameter_layout, fetched.path), "tensors": names_in(fetched.path)}
         if out is not None:
             load_numba()
             with new_file(out) as temporary:
-                engine.compress_moments(file, temporary, method=method, progress=progress)
+                engine.compress_moments(file, temporary, method=method, progress=progress, **names)
         agreed = None
         if kept is not None and start is not None:
-            layout, budget = partial(parameter_layout, fetched.path), parse_memory("2GiB")
-            agreed = agreement(
-                kept, file, fetched.path, start.path, density=density, memory=budget, progress=progress, layout=layout
-            )  # fmt: skip
+            names["layout"] = partial(parameter_layout, fetched.path, start.path)
+            budget = parse_memory("2GiB")
+            agreed = agreement(kept, file, fetched.path, start.path, density=density, memory=budget, progress=progress, **names)
     if as_json:
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
         typer.echo(json.dumps({"path": str(out or file), "fingerprint": ref.fingerprint, **made, "agreement": compared}))

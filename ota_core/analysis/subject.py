@@ -20,6 +20,7 @@ from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import Curvature, prepare_curvature
 from ota_core.plan.roles import Place, place_of
 from ota_core.plan.views import ExpertView, TensorJob
+from ota_core.plan.vocabulary import names_in, tensor_names
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 
 DENSITY = 0.4
@@ -170,7 +171,8 @@ def _readable(inputs: MergeInputs) -> tuple[MergeInputs, dict[str, str]]:
     for expert in inputs.experts:
         if expert.moments is not None:
             try:
-                with closing(open_moments(expert.moments, layout=expert.layout, source_of=expert.source_of)):
+                names = names_in(expert.path, expert.source_of)
+                with closing(open_moments(expert.moments, layout=expert.layout, source_of=expert.source_of, tensors=names)):
                     pass
             except (
                 MomentsError,
@@ -234,7 +236,8 @@ def _open_full(plan: MergePlan, expert: ExpertView, item: ExpertInput, stack: Ex
     if not is_compressed(expert.moments):
         expert.full_moments = expert.moments
     elif item.full_moments is not None:
-        expert.full_moments = open_moments(item.full_moments, layout=item.layout, source_of=item.source_of)
+        names = tensor_names(expert.checkpoint)
+        expert.full_moments = open_moments(item.full_moments, layout=item.layout, source_of=item.source_of, tensors=names)
         stack.callback(expert.full_moments.close)
         plan.stream.droppable.append(expert.full_moments.drop_pages)
 

@@ -5,7 +5,7 @@ merge: recipe and inputs → a complete Hugging Face folder. mask: recipe and in
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -250,6 +250,7 @@ def compress_moments(
     rank: int | None = None,
     layout: Layout = None,
     source_of: SourceOf | None = None,
+    tensors: Collection[str] | None = None,
     memory: str | int = "2GiB",
     progress: Progress | None = None,
 ) -> CompressionReport:
@@ -257,9 +258,10 @@ def compress_moments(
 
     rank: of ``rank_k``, 4 by default; ``none`` writes v under the model's names.
     layout: the model's parameters, or a function that builds them, for optimizer states that number them.
-    source_of: where the bytes of v come from, if not from the files themselves. Raises MomentsError.
+    source_of: where the bytes of v come from, if not from the files themselves.
+    tensors: the names of the weights, which v gets, too. Raises MomentsError.
     """
-    moments = open_moments(source, layout=layout, source_of=source_of)
+    moments = open_moments(source, layout=layout, source_of=source_of, tensors=tensors)
     try:
         stream = Stream(memory=parse_memory(memory), progress=progress, droppable=[moments.drop_pages])
         if is_compressed(moments):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.prefixes import plain_names, twice
 from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
 
@@ -34,20 +35,31 @@ class Checkpoint:
         """``source_of`` says where the weights' bytes come from; configuration, index and file names are always the folder's own."""
         self.path = Path(path)
         self.files = [_open(file, source_of) for file in weight_files(self.path)]
-        self._where: dict[str, WeightFile] = {}
+        where: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.infos:
-                if name in self._where:
+                if name in where:
                     raise CheckpointError(
-                        f"{self.path}: tensor '{name}' is in both {self._where[name].path.name} and {file.path.name}; expected it once"
+                        f"{self.path}: tensor '{name}' is in both {where[name].path.name} and {file.path.name}; expected it once"
                     )
-                self._where[name] = file
-        _check_index(self.path, self._where)
+                where[name] = file
+        _check_index(self.path, where)
+        plain = plain_names(where)
+        if double := twice(plain):
+            raise CheckpointError(
+                f"{self.path}: tensor '{double[0]}' and another one are both '{plain[double[0]]}' without the prefixes that wrappers "
+                "of a model leave in names; keep one of them"
+            )
+        self._where = {plain[name]: (file, name) for name, file in where.items()}
         self.config = read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
 
     def names(self) -> list[str]:
-        """All tensor names, sorted."""
+        """All tensor names, sorted, without what ``torch.compile``, FSDP and other wrappers put into them."""
         return sorted(self._where)
+
+    def names_by_place(self) -> list[str]:
+        """The same in the order of the tensors in their files."""
+        return list(self._where)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -56,15 +68,18 @@ class Checkpoint:
         """Dtype, shape and place of one tensor."""
         if name not in self._where:
             raise CheckpointError(f"{self.path} holds no tensor '{name}'")
-        return self._where[name].infos[name]
+        file, stored = self._where[name]
+        return file.infos[stored]
 
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows start:stop of the matrix of ``blocks.matrix_shape``, in the stored dtype; a view of the file, not to be written to."""
-        return self._where[name].read_rows(name, start, stop)
+        file, stored = self._where[name]
+        return file.read_rows(stored, start, stop)
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """The same rows are read soon: a hint that costs little and may be repeated."""
-        self._where[name].prefetch(name, start, stop)
+        file, stored = self._where[name]
+        file.prefetch(stored, start, stop)
 
     def drop_pages(self) -> None:
         """Give the mapped pages that were read back to the kernel; what is read again comes from its page cache."""

@@ -1,16 +1,39 @@
 """What every reader of second moments offers: one v per parameter name, in blocks of rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 ESTIMATED = "estimated"
 """Key of a file's metadata: how its v was estimated, as JSON, where no optimizer computed it."""
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """Elements of one parameter, in the order in which a tensor of the checkpoint holds them; shape and strides as torch has them."""
+
+    parameter: str
+    offset: int
+    """Of the first element, in elements of the parameter."""
+    shape: Shape
+    """At least one axis; not always the tensor's own shape, only its number of elements."""
+    strides: tuple[int, ...]
+    """In elements; none is negative."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a tensor of the checkpoint comes from the model's parameters: an expert from a stack, one of two halves, q, k and v in one."""
+
+    shape: Shape
+    views: tuple[View, ...]
+    """One, or several whose elements follow one another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +43,18 @@ class ParameterLayout:
     Built from a model's configuration outside ota_core (transformers knows the architectures, ota_core does not).
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, Shape]
     """Name to shape, in the model's order, tied parameters once."""
     decayed: frozenset[str]
     """Names that the Hugging Face Trainer puts into its first group, the one with weight decay."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Alias to the parameter that it shares its storage with, for example lm_head.weight to model.embed_tokens.weight."""
+    rules: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """What else decides which names decay in other trainers, where it takes the model itself to know: a description to those names."""
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    """Tensors of the checkpoint that are not a parameter under its own name: what the model's library renames, fuses or stacks on loading."""
+    changed: Callable[[], frozenset[str]] | None = None
+    """Which parameters differ from the base's, None where no base is known: it compares weights, so that it is asked only when needed."""
 
 
 def how_estimated(said: Mapping[str, Any]) -> str:
@@ -41,6 +70,8 @@ def how_estimated(said: Mapping[str, Any]) -> str:
 class Moments(ABC):
     """Second moments v (Adam's ``exp_avg_sq``) of one expert. Values are ≥ 0, float32, and never bias-corrected here."""
 
+    compressed: ClassVar[bool] = False
+    """Whether this is what ``ota_core.moments.compression`` wrote, under the names of the weights."""
     path: Path
     beta2: float | None
     """Adam's β₂ where the file says it."""
@@ -48,7 +79,7 @@ class Moments(ABC):
     """How v was estimated (``ota estimate``); None where an optimizer left it."""
 
     @abstractmethod
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self) -> Mapping[str, Shape]:
         """Parameter name to the shape of the parameter (not of a compressed form)."""
 
     @abstractmethod

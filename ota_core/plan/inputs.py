@@ -16,8 +16,8 @@ from ota_core.moments.match import Layout
 from ota_core.plan.expert_scales import find_scales, scales_digest
 from ota_core.recipe.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
 
-LayoutOf = Callable[[Path], ParameterLayout]
-"""Gives the parameter layout of the model in a folder; needed for optimizer states that number their parameters."""
+LayoutOf = Callable[[Path, Path | None], ParameterLayout]
+"""Gives the parameter layout of the model in a folder, with the folder of its base; needed for optimizer states that number parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,9 @@ def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of
     experts = []
     for i, (folder, name) in enumerate(zip(found, unique_names(labels), strict=True)):
         expert = ExpertInput(name=name, path=folder, source=recipe.models[i].model, capability=capabilities[i])
+        layout = partial(layout_of, folder, base.path if base else None) if layout_of else None
         try:
-            experts.append(with_moments(recipe, i, expert, recipe_dir, layout_of))
+            experts.append(with_moments(recipe, i, expert, recipe_dir, layout))
         except OtaError as error:
             problems.append(str(error))
     raise_all(problems, MomentsError)
@@ -152,9 +153,7 @@ def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of
     return MergeInputs(base=base, experts=tuple(experts), scales=scales)
 
 
-def with_moments(
-    recipe: MergeRecipe, index: int, expert: ExpertInput, recipe_dir: Path | None, layout_of: LayoutOf | None
-) -> ExpertInput:
+def with_moments(recipe: MergeRecipe, index: int, expert: ExpertInput, recipe_dir: Path | None, layout: Layout) -> ExpertInput:
     """The expert with the file of its second moments, as the recipe names it or as its folder holds it. Raises MomentsError."""
     if recipe.merge_method not in NEEDS_MOMENTS:
         return expert
@@ -166,7 +165,7 @@ def with_moments(
         )
     if path is None:
         raise MomentsError(f"expert '{expert.name}': {none_found(expert.path)}. Name the file with preconditioner_path")
-    return replace(expert, moments=path, layout=partial(layout_of, expert.path) if layout_of else None)
+    return replace(expert, moments=path, layout=layout)
 
 
 def merge_identity(

@@ -13,14 +13,14 @@ from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
-from ota_core.moments import Moments, open_moments
+from ota_core.moments import Moments, choice_in, open_moments
 from ota_core.moments.compression import compression_label, compression_of, is_compressed, label_of, rank_of
 from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob, bias_factor
-from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
+from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
@@ -190,9 +190,19 @@ def open_plan(
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
         if (note := unlike(experts)) is not None:
             plan.notes.append(note)
+        plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
         yield plan
+
+
+def _choice(item: ExpertInput) -> str | None:
+    """Which of several checkpoint-* an expert's second moments are from."""
+    if item.moments is None or not item.moments.is_relative_to(item.path):
+        return None
+    first, *_ = (*item.moments.relative_to(item.path).parts, "")
+    choice = choice_in(item.path) if first.startswith("checkpoint-") else None
+    return choice.note if choice and choice.name == first else None
 
 
 def compiled(recipe: MergeRecipe) -> bool:
@@ -278,7 +288,7 @@ def _open_moments(
         if item.moments is None:
             problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")
             return
-        expert.moments = _open_one(item.moments, item, stack)
+        expert.moments = _open_one(item.moments, expert, item, stack)
         compressed, held = is_compressed(expert.moments), compression_of(expert.moments)
         if compressed and (held, rank_of(expert.moments)) != (asked, rank):
             problems.append(
@@ -287,7 +297,7 @@ def _open_moments(
             )
         if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
             if item.full_moments is not None:
-                expert.full_moments = _open_one(item.full_moments, item, stack)
+                expert.full_moments = _open_one(item.full_moments, expert, item, stack)
             elif not compressed:
                 expert.full_moments = expert.moments
             else:
@@ -301,8 +311,8 @@ def _open_moments(
         problems.append(f"expert '{expert.name}': {error}")
 
 
-def _open_one(path: Path, item: ExpertInput, stack: contextlib.ExitStack) -> Moments:
-    moments = open_moments(path, layout=item.layout, source_of=item.source_of)
+def _open_one(path: Path, expert: ExpertView, item: ExpertInput, stack: contextlib.ExitStack) -> Moments:
+    moments = open_moments(path, layout=item.layout, source_of=item.source_of, tensors=tensor_names(expert.checkpoint))
     stack.callback(moments.close)
     return moments
 

@@ -5,6 +5,7 @@ The rows of θ and of v go through the same map, so that curvature stays with it
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.errors import CheckpointError
-from ota_core.files.checkpoint import Checkpoint, read_json
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.checkpoint import Checkpoint, read_json, weight_files
 
 _INPUT = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
 _OUTPUT = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
@@ -35,6 +37,21 @@ def tied_tensors(checkpoint: Checkpoint) -> dict[str, str]:
         if len(inputs) == 1
         else {}
     )
+
+
+def tensor_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """The names of the weights, and those of what is tied to them: what second moments of this checkpoint may be called."""
+    return frozenset(checkpoint.names()) | tied_tensors(checkpoint).keys()
+
+
+def names_in(folder: Path, source_of: SourceOf | None = None) -> frozenset[str] | None:
+    """The same of the weights in a folder, None where it holds none. Raises CheckpointError for damaged ones."""
+    try:
+        weight_files(folder)
+    except CheckpointError:
+        return None
+    with closing(Checkpoint(folder, source_of)) as checkpoint:
+        return tensor_names(checkpoint)
 
 
 def tokens_of(folder: Path) -> dict[str, int] | None:

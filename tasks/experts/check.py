@@ -14,10 +14,10 @@ from ota_core.compute.stream import Progress, Stream, parse_memory
 from ota_core.errors import CheckpointError, MomentsError, StorageError
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.health import check_expert
-from ota_core.moments import Moments, find_moments, open_moments
+from ota_core.moments import Moments, find_moments
 from ota_core.plan.inputs import optimizer_facts
 from tasks.artifacts.store import BuildResult, store_of
-from tasks.merging.architecture import parameter_layout
+from tasks.merging.architecture import expert_moments
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.cache import HASH_THREADS
@@ -56,7 +56,7 @@ def check(
         with ExitStack() as stack:
             base_tensors = stack.enter_context(closing(Checkpoint(trusted.path)))
             try:
-                tensors, moments = _opened(fetched, stack)
+                tensors, moments = _opened(fetched, trusted.path, stack)
             except (CheckpointError, MomentsError) as error:
                 return [placeless(problem) for problem in error.problems]
 
@@ -125,10 +125,10 @@ def _damaged(folder: Path, sums: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _opened(fetched: Fetched, stack: ExitStack) -> tuple[Checkpoint, Moments | None]:
+def _opened(fetched: Fetched, base: Path, stack: ExitStack) -> tuple[Checkpoint, Moments | None]:
     """Raises CheckpointError or MomentsError."""
     tensors = stack.enter_context(closing(Checkpoint(fetched.path)))
     path = find_moments(fetched.path)
     if path is None:
         return tensors, None
-    return tensors, stack.enter_context(closing(open_moments(path, layout=partial(parameter_layout, fetched.path))))
+    return tensors, stack.enter_context(closing(expert_moments(path, fetched.path, base)))

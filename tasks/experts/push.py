@@ -15,11 +15,12 @@ from ota_core.artifact import CARD
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.frozen import Frozen
-from ota_core.moments import find_moments, none_found, open_moments
+from ota_core.moments import find_moments, none_found
 from ota_core.moments.safetensors_file import as_beta2, as_step
 from ota_core.plan.inputs import expert_facts
 from tasks.experts.find import utc_time
-from tasks.merging.architecture import parameter_layout
+from tasks.merging.architecture import expert_moments
+from tasks.settings import places
 from tasks.storage import models as storage
 from tasks.storage.download import Progress
 from tasks.storage.layout import expert_manifest, folder_model_files, manifest_sha256, model_files, parse_expert_json
@@ -94,14 +95,18 @@ def _examined(folder: Path, capability: str, base_model: str, name: str | None, 
         problems += error.problems
     try:
         problems += _contradictions(folder, capability, base_model)
-        facts = _optimizer_facts(folder, needs_moments)
+        facts = _optimizer_facts(folder, base_model, needs_moments)
     except OtaError as error:
         problems += error.problems
     raise_all(problems)
     return facts
 
 
-def _optimizer_facts(folder: Path, needs_moments: bool) -> dict[str, Any]:
+def _fetched(base_model: str) -> Path:
+    return storage.fetch(base_model, cache=places().cache).path
+
+
+def _optimizer_facts(folder: Path, base_model: str, needs_moments: bool) -> dict[str, Any]:
     """step, beta2 and optimizer where they are known: the optimizer's own file is believed first, then what training wrote beside it.
 
     Training may count steps that the optimizer skipped (an overflow in float16); for bias correction the optimizer's count is the right one.
@@ -110,7 +115,7 @@ def _optimizer_facts(folder: Path, needs_moments: bool) -> dict[str, Any]:
     known: dict[str, Any] = {}
     path = find_moments(folder) if folder.is_dir() else None
     if path is not None:
-        with closing(open_moments(path, layout=partial(parameter_layout, folder))) as moments:
+        with closing(expert_moments(path, folder, partial(_fetched, base_model))) as moments:
             steps = [step for name in moments.shapes() if (step := moments.step(name)) is not None]
             known = {"step": max(steps, default=None), "beta2": moments.beta2}
     elif needs_moments and folder.is_dir():

@@ -1,7 +1,6 @@
 """What ``ota inspect`` says. Nothing here reads weights."""
 
 from collections import Counter
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
-from ota_core.moments import Moments, find_moments, how_estimated, moments_files, open_moments
+from ota_core.moments import choice_in, find_moments, how_estimated, moments_files
 from ota_core.moments.compression import compression_of, label_of
 from ota_core.plan.masks import MaskFile
-from tasks.merging.architecture import parameter_layout
+from tasks.merging.architecture import expert_moments
 from tasks.settings import places
 from tasks.storage.models import fetch, is_s3
 from tasks.storage.streaming.streams import Streams
@@ -117,7 +116,8 @@ def _describe_checkpoint(folder: Path, streams: Streams | None = None) -> list[s
         streams.settle(moments_files(found))
         if streams.unread:
             return [*lines, *(f"  {note}" for note in streams.notes)]
-    return lines + [f"  {line}" for line in _describe_moments(found, folder, source_of)]
+    choice = choice_in(folder)
+    return lines + [f"  {line}" for line in [*([choice.note] if choice else []), *_describe_moments(found, folder, source_of)]]
 
 
 def _describe_file(path: Path) -> list[str]:
@@ -143,9 +143,8 @@ def _is_weights(path: Path) -> bool:
 
 
 def _describe_moments(path: Path, folder: Path, source_of: SourceOf | None = None) -> list[str]:
-    layout = partial(parameter_layout, folder) if (folder / "config.json").exists() else None
     try:
-        moments: Moments = open_moments(path, layout=layout, source_of=source_of)
+        moments = expert_moments(path, folder, source_of=source_of)
     except OtaError as error:
         raise type(error)(f"{path} is neither a mask file nor second moments that can be read: {error}") from None
     shapes = moments.shapes()

@@ -129,7 +129,7 @@ def assemble(
     for i, (one, (name, capability)) in enumerate(zip(models, expert_labels(recipe, models), strict=True)):
         expert = ExpertInput(
             name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capability,
-            layout=partial(parameter_layout, one.path), source_of=source_of,
+            layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
         )  # fmt: skip
         if estimated and i in estimated:
             made = estimated[i]

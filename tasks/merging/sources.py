@@ -64,13 +64,15 @@ class ExpertSource(ModelSource):
     """The same on the machine that fetched the expert."""
     moments_digest: str | None = None
     needs_moments: bool = False
+    base: ModelSource | None = None
+    """What it was trained from: where training froze parameters, the weights that differ say which have second moments."""
     compressed: ArtifactRef | None = None
     """The second moments as the merge reads them; None before the compression."""
     masks: ArtifactRef | None = None
 
     def abroad(self) -> Self:
         """The same for another machine."""
-        return self.model_copy(update={"path": None, "moments_path": None})
+        return self.model_copy(update={"path": None, "moments_path": None, "base": self.base and self.base.abroad()})
 
     @contextmanager
     def opened(self, where: Places, memory: int) -> Iterator[ExpertInput]:
@@ -121,7 +123,8 @@ class MergeSources(Frozen):
             experts.append(
                 ExpertSource(
                     name=expert.name, source=expert.source, digest=expert.digest, capability=expert.capability, moments=moments,
-                    moments_path=None if streamed else expert.moments, moments_digest=expert.moments_digest, needs_moments=expert.moments is not None, **place,
+                    moments_path=None if streamed else expert.moments, moments_digest=expert.moments_digest, needs_moments=expert.moments is not None,
+                    base=base if expert.moments is not None else None, **place,
                 )
             )  # fmt: skip
         scales = None
@@ -179,7 +182,8 @@ class _Opening:
         return ExpertInput(
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._streams.source_of, capability=one.capability,
             moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
-            masks=self._artifact(one, one.masks, MASK_FILE), layout=partial(parameter_layout, folder),
+            masks=self._artifact(one, one.masks, MASK_FILE),
+            layout=partial(parameter_layout, folder, partial(self._folder, one.base) if one.base else None, self._streams.source_of),
         )  # fmt: skip
 
     def scales(self, one: ScalesSource | None) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from tasks.storage.cache import HASH_THREADS
+from tasks.storage.states import CHECKPOINT, OPTIMIZERS, POINTERS, STATE_FOLDERS, Taken, belonging, is_state_folder, taken_in
 
 BESIDE = (EXPERT_JSON, CARD)
 """Files that are brought with a checkpoint, and are no part of it: they say what it is, and enter no digest."""
@@ -26,7 +27,7 @@ MODEL_FILES = (
 NOT_MODEL_FILES = ("training_args.bin", "scheduler.pt", "rng_state*", "scaler.pt", "*.lock", "*.part", "*.tmp")
 # Subfolders of trainers that keep optimizer state there; everything in any other subfolder is somebody else's.
 _SUBFOLDERS = (
-    "optimizer*", "global_step*", "pytorch_model_fsdp*", "exp_avg_sq*", "moments", "preconditioner*", "additional_chat_templates",
+    *STATE_FOLDERS, "pytorch_model_fsdp*", "exp_avg_sq*", "moments", "preconditioner*", "additional_chat_templates",
 )  # fmt: skip
 _SUBFOLDER_FILES = ("*.distcp", ".metadata", "*.jinja", *MODEL_FILES)
 
@@ -37,19 +38,25 @@ def is_model_file(name: str) -> bool:
     if any(fnmatchcase(base, pattern) for pattern in NOT_MODEL_FILES):
         return False
     if not folders:
-        return not base.startswith(".") and any(fnmatchcase(base, pattern) for pattern in MODEL_FILES)
-    if len(folders) == 1 and fnmatchcase(folders[0], "checkpoint-*"):
-        return base == "optimizer.pt"
+        return base in POINTERS or (not base.startswith(".") and any(fnmatchcase(base, pattern) for pattern in MODEL_FILES))
+    if fnmatchcase(folders[0], CHECKPOINT):
+        if len(folders) == 1:
+            return base in (*OPTIMIZERS, *POINTERS)
+        return is_state_folder(folders[1]) and is_model_file("/".join([*folders[1:], base]))
     return (
-        len(folders) <= 2
+        len(folders) <= 3
         and any(fnmatchcase(folders[0], pattern) for pattern in _SUBFOLDERS)
         and any(fnmatchcase(base, pattern) for pattern in _SUBFOLDER_FILES)
     )
 
 
-def model_files(names: Iterable[str]) -> list[str]:
-    """The files of the model among these, sorted. Where weights are there in both formats, the pickled ones are left out."""
-    chosen = sorted(name for name in names if is_model_file(name))
+def model_files(names: Iterable[str], taken: Taken = None) -> list[str]:
+    """The files of the model among these, sorted. Where weights are there in both formats, the pickled ones are left out.
+
+    Optimizer states belong to it when its second moments come from there, and only then (``states.belonging``); ``taken``: the checkpoint-*
+    that fits the weights, where there are several.
+    """
+    chosen = belonging(sorted(name for name in names if is_model_file(name)), taken)
     if any(fnmatchcase(name, "model*.safetensors") for name in chosen):
         chosen = [name for name in chosen if not fnmatchcase(name, "pytorch_model*.bin*")]
     return chosen
@@ -59,9 +66,9 @@ def folder_model_files(folder: Path) -> list[str]:
     """The model's files in a local folder, named relative to it."""
     found = [path.name for path in folder.iterdir() if path.is_file()]
     for sub in folder.iterdir():
-        if sub.is_dir() and any(fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, "checkpoint-*")):
+        if sub.is_dir() and any(fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT)):
             found += [path.relative_to(folder).as_posix() for path in sub.rglob("*") if path.is_file()]
-    return model_files(found)
+    return model_files(found, taken_in(folder))
 
 
 def expert_manifest(

@@ -35,6 +35,7 @@ from tasks.storage.s3 import (
     read_bytes,
     write_bytes,
 )
+from tasks.storage.states import Taken, checkpoint_of, taken_of
 from tasks.storage.transfers import copy_objects, upload_files
 
 __all__ = [
@@ -171,7 +172,8 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
     found = {one.uri.removeprefix(uri + "/"): one for one in list_objects(uri)}
     if not found:
         raise _nothing_there(uri)
-    names = model_files(found)
+    contents = {name: f"{one.size}:{one.etag}" for name, one in found.items()}
+    names = model_files(found, taken_of(contents, lambda name: read_bytes(found[name].uri, etag=found[name].etag)))
     if not names:
         folders = sorted({name.split("/")[0] for name in found if "/" in name})[:8]
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
@@ -278,7 +280,8 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
             "%s: the hub does not answer (%s); the snapshot %s in the local cache is used", source, _said(error), folder.name
         )
     else:
-        wanted = [*model_files(sibling.rfilename for sibling in info.siblings or []), *BESIDE]
+        listed = [sibling.rfilename for sibling in info.siblings or []]
+        wanted = [*model_files(listed, _taken_on_hub(repo, info.sha, listed)), *BESIDE]
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
         except Exception as error:  # the hub, its store of large files, the disk: each fails with classes of its own
@@ -291,6 +294,17 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
         source=source, resolved=f"{repo}@{folder.name}", path=folder, digest=combined_digest(files), files=files,
         expert=_local_expert(folder, source, require_expert_json),
     )  # fmt: skip
+
+
+def _taken_on_hub(repo: str, revision: str | None, listed: list[str]) -> Taken:
+    """The checkpoint-* that fits the weights, where a repository holds several: the hub knows the digest of every large file."""
+    if len({one for name in listed if (one := checkpoint_of(name))}) < 2:
+        return None
+    from huggingface_hub import HfApi, hf_hub_download
+
+    siblings = HfApi().model_info(repo, revision=revision, timeout=15, files_metadata=True).siblings or []
+    contents = {one.rfilename: str(one.lfs.sha256 if one.lfs else one.blob_id) for one in siblings}
+    return taken_of(contents, lambda name: Path(hf_hub_download(repo, name, revision=revision)).read_bytes())
 
 
 def _hub_error(source: str, repo: str, revision: str | None, error: Exception) -> StorageError:

@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,8 @@ def _ratio(lost: float, total: float) -> float:
 
 class CompressedMoments(Moments):
     """Second moments in one of the forms of this package."""
+
+    compressed: ClassVar[bool] = True
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header

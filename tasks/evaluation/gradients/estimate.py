@@ -2,20 +2,16 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from ota_core.compute.blocks import row_blocks
-from ota_core.compute.stream import BLOCK_ELEMENTS, Progress
+from ota_core.compute.stream import Progress
 from ota_core.errors import CheckpointError
-from ota_core.files.checkpoint import Checkpoint
 from ota_core.recipe.parameters import EstimateSettings
 from tasks.evaluation.gradients.documents import Block
 from tasks.evaluation.in_memory import few_threads
+from tasks.merging.architecture import parameter_layout
 
 SAVE_SECONDS = 60.0
 """Between two copies of what was added so far."""
@@ -85,42 +81,23 @@ def estimate(
 
 
 def trained_parameters(network: Any, model: Path, base: Path | None) -> dict[str, Any]:
-    """The network's floating-point parameters by their names in the checkpoint, each once; with a base, those that differ from it.
+    """The network's floating-point parameters by their names, each once; with a base, those that differ from it.
 
-    Raises CheckpointError where the checkpoint has other names, or nothing differs.
+    Readers of second moments bring the checkpoint's own names. Raises CheckpointError where the checkpoint does not become this network, or
+    nothing differs.
     """
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    floating = {name: one for name, one in network.named_parameters() if one.is_floating_point()}
-    with closing(Checkpoint(model)) as expert:
-        held = {name: [alias for alias in aliases[id(one)] if alias in expert] for name, one in floating.items()}
-        unknown = [name for name, found in held.items() if not found]
-        if unknown:
-            raise CheckpointError(
-                f"{model} does not name {len(unknown)} of the model's parameters, such as {unknown[0]}: transformers converts such weights on loading, so "
-                "that their second moments cannot be given the checkpoint's names"
-            )
-        if base is None:
-            return floating
-        with closing(Checkpoint(base)) as start:
-            moved = {name: one for name, one in floating.items() if any(_differs(expert, start, alias) for alias in held[name])}
-    if not moved:
+    layout = parameter_layout(model, base)
+    found = dict(network.named_parameters())
+    if odd := sorted(found.keys() ^ layout.shapes.keys()):
         raise CheckpointError(
-            f"{model}: every weight equals that of the base in {base}; an expert that training changed was expected"
+            f"{model}: its config.json names a model with other parameters than {type(network).__name__} ({', '.join(odd[:3])}, …); gradients are taken of "
+            "causal language models"
         )
-    return moved
-
-
-def _differs(expert: Checkpoint, base: Checkpoint, name: str) -> bool:
-    """Whether a tensor is not the base's to the value. What the base lacks, or has in another shape, counts as trained."""
-    if name not in base or base.info(name).shape != expert.info(name).shape:
-        return True
-    return any(_rows_differ(expert, base, name, *rows) for rows in row_blocks(expert.info(name).shape, BLOCK_ELEMENTS))
-
-
-def _rows_differ(expert: Checkpoint, base: Checkpoint, name: str, start: int, stop: int) -> bool:
-    one, other = (checkpoint.read_rows(name, start, stop) for checkpoint in (expert, base))
-    if one.dtype == other.dtype:
-        return not np.array_equal(one.held, other.held)
-    return not np.array_equal(one.to_float32(), other.to_float32())
+    if layout.changed is not None:
+        changed = layout.changed()
+        if not changed:
+            raise CheckpointError(
+                f"{model}: every weight equals that of the base in {base}; an expert that training changed was expected"
+            )
+        found = {name: one for name, one in found.items() if name in changed}
+    return {name: one for name, one in found.items() if one.is_floating_point()}

@@ -1,6 +1,7 @@
 """Estimating: the second moments of one model that were not kept, by a job that finds what was estimated alike before."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -9,6 +10,7 @@ from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import Progress
 from ota_core.engine.engine import environment
 from ota_core.errors import OtaError, RecipeError, StorageError, raise_all
+from ota_core.files.checkpoint import weight_files
 from ota_core.frozen import Frozen
 from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.parameters import EstimateSettings
@@ -23,12 +25,23 @@ from tasks.evaluation.suites import Suite, digest_data, load_suite, needs_data, 
 from tasks.merging.inputs import Estimate, assemble, estimated_ones, expert_labels
 from tasks.settings import Places
 from tasks.storage import models as storage
-from tasks.storage.cache import digest_file
+from tasks.storage.cache import combined_digest, digest_file
 from tasks.storage.models import Fetched
 
 VERSION = 1
 """Raised when a change to the code changes the numbers: estimates from before then count as stale."""
 FILE = "exp_avg_sq.safetensors"
+
+
+_TENSORS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "optimizer*", "exp_avg_sq*")
+"""Files beside the weights that hold tensors: second moments, which decide no gradient."""
+
+
+def weights_digest(model: Fetched) -> str:
+    """Of a checkpoint without the second moments beside it: to add some makes no other model."""
+    weights = {file.relative_to(model.path).as_posix() for file in weight_files(model.path)}
+    beside = {name for name in model.files if "/" not in name and not any(fnmatchcase(name, one) for one in _TENSORS)}
+    return combined_digest({name: info for name, info in model.files.items() if name in weights | beside})
 
 
 class Texts(Frozen):
@@ -118,11 +131,16 @@ class EstimateJob(Stage):
     texts: Texts
 
     @classmethod
-    def of(cls, subject: Subject, base: Subject | None, settings: EstimateSettings, texts: Texts) -> Self:
+    def of(
+        cls, model: Fetched, base: Fetched | None, settings: EstimateSettings, texts: Texts, *, name: str, capability: str | None = None
+    ) -> Self:  # fmt: skip
         """What it will leave follows from the weights, those of the base, the texts and the settings."""
         config: dict[str, Any] = {"estimate": VERSION, **settings.decisive(), "capability": texts.capability}
-        inputs = {"weights": subject.digest, "texts": texts.digest} | ({"base": base.digest} if base else {})
-        return cls(step=Step.of("moments", config, inputs), subject=subject, base=base, settings=settings, texts=texts)
+        inputs = {"weights": weights_digest(model), "texts": texts.digest}
+        inputs |= {"base": weights_digest(base)} if base else {}
+        subject = fetched_subject(name, "expert", model, capability)
+        start = fetched_subject("base", "base", base) if base else None
+        return cls(step=Step.of("moments", config, inputs), subject=subject, base=start, settings=settings, texts=texts)
 
     @property
     def name(self) -> str:
@@ -150,7 +168,7 @@ class EstimateJob(Stage):
     @property
     def said(self) -> dict[str, Any]:
         """How it is estimated, for the file of second moments, and for the records of merges with them."""
-        return {**self.settings.decisive(), "texts": self.texts.digest, "weights": self.subject.digest}
+        return {**self.settings.decisive(), **{key: self.step.inputs[key] for key in ("texts", "weights")}}
 
     def located(self, ref: ArtifactRef, where: Places) -> Estimate:
         """What it left, as a merge takes it."""
@@ -167,16 +185,16 @@ def estimate_jobs(
     if settings is None:
         return {}
     models = list(fetched)
-    base = fetched_subject("base", "base", models.pop(0)) if recipe.base_model is not None else None
+    base = models.pop(0) if recipe.base_model is not None else None
     labels, found, problems = expert_labels(recipe, models), dict[int, EstimateJob](), list[str]()
     for i in estimated_ones(recipe, models):
-        (name, capability), one = labels[i], models[i]
+        name, capability = labels[i]
         try:
             texts = Texts.of(settings, where, recipe_dir, name=name, capability=capability)
         except OtaError as error:
             problems += [f"expert '{name}': {problem}" for problem in error.problems]
             continue
-        found[i] = EstimateJob.of(fetched_subject(name, "expert", one, capability), base, settings, texts)
+        found[i] = EstimateJob.of(models[i], base, settings, texts, name=name, capability=capability)
     if found:  # what is wrong with the checkpoints, before gradients are taken of any
         inputs = assemble(recipe, fetched, cache=where.cache, recipe_dir=recipe_dir, estimated=dict.fromkeys(found))
         problems += checkpoint_problems(recipe, inputs)

@@ -40,7 +40,6 @@ def test_each_known_file_is_found_and_opened(tmp_path, name):
     [
         ("exp_avg_sq.safetensors", "optimizer.pt"),
         ("exp_avg_sq.safetensors", "exp_avg_sq-00001-of-00001.safetensors"),
-        ("optimizer.pt", "checkpoint-20/optimizer.pt"),
         ("checkpoint-10/optimizer.pt", "checkpoint-20/optimizer.pt"),
     ],
 )

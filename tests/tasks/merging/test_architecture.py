@@ -160,12 +160,21 @@ def test_a_checkpoint_that_names_the_tied_alias_is_accepted(trained, tmp_path):
     assert parameter_layout(folder).tied == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def test_names_that_transformers_converts_on_loading_are_refused(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
+def test_parameters_that_no_tensor_becomes_are_named(trained, tmp_path):
+    folder = shutil.copytree(trained("untied")[0], tmp_path / "expert")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["other.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors")
+    message = r"has 1 parameters that no tensor .*\(model\.layers\.1\.mlp\.up_proj\.weight\); the checkpoint holds 1 others \(other\.weight\)"
+    with pytest.raises(CheckpointError, match=message):
+        parameter_layout(folder)
 
-    MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=2)).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"MixtralForCausalLM has .*experts\.gate_up_proj.*save the second moments"):
-        parameter_layout(tmp_path)
+
+def test_a_class_that_transformers_does_not_have_is_named(trained, tmp_path):
+    folder = shutil.copytree(trained("untied")[0], tmp_path / "expert")
+    edit_config(folder, architectures=["NoSuchModel"])
+    with pytest.raises(CheckpointError, match=r"architectures names NoSuchModel, which is no model of transformers"):
+        parameter_layout(folder)
 
 
 def test_bad_configurations_are_named(trained, tmp_path):
