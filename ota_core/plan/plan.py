@@ -188,7 +188,7 @@ def open_plan(
         )  # fmt: skip
         if scales is not None and (other := scales.learned_for_other(recipe)):
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
-        if (note := unlike(experts)) is not None:
+        if (note := unlike(experts, recipe)) is not None:
             plan.notes.append(note)
         plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):

@@ -172,7 +172,7 @@ class MergeParameters(ExpertParameters):
         "What becomes of tensors that moved but have no curvature: an error, or the mean; estimate: where an expert has no second moments, those of "
         "all are estimated",
     )
-    estimate: EstimateSettings | None = Field(None, description="How, with missing_curvature: estimate.")
+    estimate: EstimateSettings | None = _own("estimate", "How second moments are estimated, with missing_curvature: estimate")
     normalize: bool | None = _own("normalize", "Divide by the sum of the weights (all methods but ota, fisher and slerp)")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = _own("seed", "Seed of DARE's random masks")
     t: Annotated[Number, Field(ge=0, le=1)] | None = Field(

@@ -81,7 +81,9 @@ def spell_estimate(settings: EstimateSettings) -> str:
         mode="json", exclude_defaults=True, exclude={"data", "data_dir", "samples", "random_tokens", "replace"}
     )
     what = "random" if settings.random_tokens else Path(settings.data or "").name.removesuffix(".jsonl")
-    return "/".join([str(settings.samples), what, *(f"{key}:{spell(value)}" for key, value in given.items())])
+    return "/".join(
+        [str(settings.samples), what, *(f"{key}:{'none' if value is None else spell(value)}" for key, value in given.items())]
+    )
 
 
 def unusual(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:

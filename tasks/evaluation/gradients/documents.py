@@ -61,10 +61,10 @@ def _document(task: Any, document: Any) -> Document:
 
 def in_template(document: Document, tokenizer: Any) -> Document:
     """A prompt as a user's message, its answer as what the model says then. Raises SuiteError where the tokenizer has no chat template."""
-    if not document.prompt:
-        return document
     if not getattr(tokenizer, "chat_template", None):
         raise SuiteError("the suite sets apply_chat_template, but the model's tokenizer has no chat template")
+    if not document.prompt:
+        return document
     asked = [{"role": "user", "content": document.prompt}]
     prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     return Document(prompt.removeprefix(tokenizer.bos_token or ""), document.text.lstrip(" "))
