@@ -18,7 +18,7 @@ from ota_core.errors import MomentsError, OtaError, StorageError
 from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.frozen import Frozen
-from ota_core.moments import Moments, find_moments, moments_files, none_found, open_moments
+from ota_core.moments import Moments, find_moments, how_estimated, moments_files, none_found, open_moments
 from ota_core.moments.belongs import WEIGHTS, weights_digest
 from ota_core.moments.compression import (
     CompressionReport,
@@ -196,8 +196,8 @@ def _facts(found: Path, folder: Path, owner: Path, source: str, moments: Moments
     steps = sorted({step for name in moments.shapes() if (step := moments.step(name)) is not None})
     said["step"] = " to ".join(map(str, dict.fromkeys((steps[0], steps[-1])))) if steps else None
     said["beta2"] = moments.beta2
-    if estimated := getattr(moments, "estimated", None):
-        said["origin"] = "estimated: " + ", ".join(f"{key} {value}" for key, value in estimated.items())
+    if moments.estimated is not None:
+        said["origin"] = how_estimated(moments.estimated)
     return {key: str(value) for key, value in said.items() if value not in (None, "")}
 
 

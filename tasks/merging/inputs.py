@@ -1,8 +1,8 @@
 """From a recipe to a merge's inputs: fetch or stream every model, find every expert's second moments, know every digest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,18 @@ from tasks.storage.cache import FileInfo, combined_digest, digest_files
 from tasks.storage.layout import folder_model_files, parse_expert_json
 from tasks.storage.models import Fetched
 from tasks.storage.streaming.streams import Streams
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Second moments that were estimated (tasks/evaluation/gradients/job.py)."""
+
+    path: Path
+    """Their file on this machine."""
+    address: str
+    """Where other machines find it."""
+    digest: str
+    """What they are known by: of weights, texts and settings."""
 
 
 def locate(source: str, recipe_dir: Path | None) -> str:
@@ -96,10 +108,11 @@ def assemble(
     recipe_dir: Path | None,
     streams: Streams | None = None,
     digests: bool = True,
+    estimated: Mapping[int, Estimate | None] | None = None,
 ) -> MergeInputs:
     """The inputs of a merge from its fetched models, base first; ``streams`` as for ``fetch_all``.
 
-    ``digests=False`` leaves the digests of second moments out: planning reads none. Raises MomentsError that lists every expert without
+    estimated: position to the second moments that were estimated, None where they are yet to be. ``digests=False`` leaves the digests of second moments out: planning reads none. Raises MomentsError that lists every expert without
     second moments, and what is wrong with the checkpoints beside that.
     """
     models = list(fetched)
@@ -113,17 +126,17 @@ def assemble(
     if recipe.base_model is not None:
         first = models.pop(0)
         base = ModelInput(name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of)
-    capabilities = [
-        entry.capability or (one.expert or {}).get("capability") for entry, one in zip(recipe.models, models, strict=True)
-    ]
-    labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
     experts: list[ExpertInput] = []
     problems: list[str] = []
-    for i, (one, name) in enumerate(zip(models, unique_names(labels), strict=True)):
+    for i, (one, (name, capability)) in enumerate(zip(models, expert_labels(recipe, models), strict=True)):
         expert = ExpertInput(
-            name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capabilities[i],
+            name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capability,
             layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
         )  # fmt: skip
+        if estimated and i in estimated:
+            made = estimated[i]
+            experts.append(expert if made is None else replace(expert, moments=made.path, moments_digest=made.digest))
+            continue
         try:
             experts.append(_with_moments(recipe, i, expert, one, cache, recipe_dir, digests, streams))
         except OtaError as error:
@@ -133,6 +146,27 @@ def assemble(
     if problems:
         raise_all([*problems, *checkpoint_problems(recipe, inputs)], MomentsError)
     return inputs
+
+
+def expert_labels(recipe: MergeRecipe, models: Sequence[Fetched]) -> list[tuple[str, str | None]]:
+    """Name and capability of every expert, in the recipe's order. models: the experts as they were fetched."""
+    capabilities = [
+        entry.capability or (one.expert or {}).get("capability") for entry, one in zip(recipe.models, models, strict=True)
+    ]
+    labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
+    return list(zip(unique_names(labels), capabilities, strict=True))
+
+
+def estimated_ones(recipe: MergeRecipe, models: Sequence[Fetched]) -> list[int]:
+    """Positions of the experts whose second moments are to be estimated. models: the experts as they were fetched.
+
+    Those of all experts that name no file of their own, as soon as one has none: what was estimated and what training left do not
+    compare. Nobody's where the recipe does not ask for it. Raises MomentsError for a folder with several second moments.
+    """
+    if recipe.estimates is None:
+        return []
+    unnamed = [i for i, entry in enumerate(recipe.models) if entry.parameters.preconditioner_path is None]
+    return unnamed if recipe.estimates.replace or any(find_moments(models[i].path) is None for i in unnamed) else []
 
 
 def scales_file(recipe: MergeRecipe, cache: Path, recipe_dir: Path | None, streams: Streams | None = None) -> Path | None:
@@ -163,7 +197,10 @@ def _with_moments(
     path = _named_moments(named, expert, cache, recipe_dir, streams) if named else find_moments(expert.path)
     if path is None:
         where = expert.source if storage.is_s3(expert.source) else expert.path
-        raise MomentsError(f"expert '{expert.name}': {none_found(where)}. Name the file with preconditioner_path")
+        raise MomentsError(
+            f"expert '{expert.name}': {none_found(where)}. Name the file with preconditioner_path, or have second moments estimated: missing_curvature: "
+            "estimate"
+        )
     if streams is not None:
         streams.settle(moments_files(path))
     if digests:  # planning reads no weights
