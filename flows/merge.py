@@ -1,4 +1,5 @@
 """The main path, top to bottom: fetch → compress → mask → merge → smoke test → benchmark → log; every stage a job that is cached (tasks/job.py).
+Second moments that training did not keep are estimated after the fetch, where the recipe asks for it.
 
 With several output files, or another runner than threads, compress, mask and merge are parts that machines share out (flows/part.py).
 With a GPU pool, merge and benchmark run there, also when this flow runs on a machine without a GPU.
@@ -21,7 +22,7 @@ from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.analyse import analyse_job, analysis_options, preflight_job
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import merged_subject, subjects_of
-from tasks.job import fetch_models, run_here, run_jobs, score_all, second_moments, smoke_test
+from tasks.job import estimates, fetch_models, run_here, run_jobs, score_all, second_moments, smoke_test
 from tasks.log import Merged, finish
 from tasks.merge import merge_job, output_files
 from tasks.merging.labels import merge_label, merge_name
@@ -106,14 +107,16 @@ def merge_flow(
 
     with ExitStack() as stack:
         # Where nothing here reads a whole model, headers are enough.
-        outlines = runner.kind != "threads" and benchmark is None
+        outlines = runner.kind != "threads" and benchmark is None and recipe.estimates is None
         streams = stack.enter_context(Streams(cache=where.cache, memory=budget)) if outlines else None
         fetched = fetch_models(recipe, recipe_dir, where, streams)
-        plan = planned(recipe, fetched, where, recipe_dir, memory=memory, streams=streams)
+        estimated, left = estimates(recipe, fetched, where, recipe_dir, heavy)
+        plan = planned(recipe, fetched, where, recipe_dir, memory=memory, streams=streams, estimated=estimated)
         if runner.kind == "threads" and (gpu or len(output_files(recipe, plan.inputs, file_size)) == 1):
             merged, stages = merge_at_once(plan, file_size, where, heavy)
         else:
             merged, stages = merge_in_parts(plan, file_size, where, runner, device)
+        stages |= {"estimate": left} if left else {}
         analysis, unanalysed = analysed(plan, where) if report == "full" else (None, "")
         before = preflighted(plan, where) if report == "full" else None
 

@@ -20,8 +20,9 @@ from tasks.experiments.preflight import page
 from tasks.experiments.preflight.history import examples, known_of, shipped
 from tasks.experiments.preflight.outlook import Outlook, outlook
 from tasks.experiments.preflight.predict import Example
-from tasks.job import fetch_models, run_here
+from tasks.job import estimates, fetch_models, run_here
 from tasks.merging.sources import planned
+from tasks.orchestration.executors import executor_of, gpu_deployment
 from tasks.pages import markdown
 from tasks.pages.analysis import read_settings, read_tables
 from tasks.pages.outcome import MergeOutcome
@@ -88,7 +89,9 @@ def look_ahead(config: NightlyConfig, suite: Suite, recipes: Mapping[str, MergeR
         return ahead
     for name, recipe in recipes.items():
         try:
-            plan = planned(recipe, fetch_models(recipe, None, where), where, memory=config.memory)
+            fetched = fetch_models(recipe, None, where)
+            estimated, _ = estimates(recipe, fetched, where, None, executor_of(gpu_deployment(), config.device))
+            plan = planned(recipe, fetched, where, memory=config.memory, estimated=estimated)
             ahead.measured[name] = run_here(preflight_job(plan), where)
         except OtaError as error:
             get_run_logger().warning("nothing is known of candidate %s before it is merged: %s", name, error)

@@ -26,7 +26,7 @@ from tasks.experiments.search.references import floors_at, identity_of
 from tasks.experiments.search.result import files, markdown, recipe_text, verdict
 from tasks.experiments.search.search import Budget, Search, Tuned
 from tasks.experiments.search.steps import log_trial, run_trial
-from tasks.job import fetch_models, second_moments
+from tasks.job import estimates, fetch_models, second_moments
 from tasks.merge import output_files
 from tasks.merging.labels import merge_label, merge_name
 from tasks.merging.sources import Planned, planned
@@ -108,7 +108,8 @@ def search_flow(
         check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data, config.overlap)
 
     fetched = fetch_models(recipe, recipe_dir, where)
-    plan = planned(recipe, fetched, where, recipe_dir, memory=memory)
+    estimated, _ = estimates(recipe, fetched, where, recipe_dir, executor)
+    plan = planned(recipe, fetched, where, recipe_dir, memory=memory, estimated=estimated)
     output_files(recipe, plan.inputs, 2**62)  # what is wrong with the checkpoints, before anything is scored
     plan, _ = second_moments(plan, where, device, masks=False)  # every trial reads these
     subjects = subjects_of(plan.inputs, fetched)

@@ -25,12 +25,13 @@ from tasks.experiments.tune.config import ScalesConfig, load_tuning, recipe_of
 from tasks.experiments.tune.learn import Learned
 from tasks.experiments.tune.result import files, markdown, verdict, write_result
 from tasks.experiments.tune.steps import learn_scales
-from tasks.job import fetch_models, second_moments
+from tasks.job import estimates, fetch_models, second_moments
 from tasks.merge import output_files
 from tasks.merging.labels import merge_name
 from tasks.merging.recipes import read_recipe
 from tasks.merging.sources import Planned, planned
 from tasks.orchestration.deployed import cancel_children
+from tasks.orchestration.executors import Here
 from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
@@ -103,7 +104,8 @@ def tune_flow(
         check_apart(benchmark.tests, benchmark.data, judge.tests, judge.data, config.overlap)
 
     fetched = fetch_models(recipe, recipe_dir, where)
-    plan = planned(recipe, fetched, where, recipe_dir, memory=memory)
+    estimated, _ = estimates(recipe, fetched, where, recipe_dir, Here(device))
+    plan = planned(recipe, fetched, where, recipe_dir, memory=memory, estimated=estimated)
     output_files(recipe, plan.inputs, 2**62)  # what is wrong with the checkpoints, before anything is computed
     plan, _ = second_moments(plan, where, device, masks=False)
     benchmark = benchmark.asked_alike(subjects_of(plan.inputs, fetched).values())

@@ -21,7 +21,7 @@ from tasks.evaluation.harness import score_model
 from tasks.evaluation.in_memory import MergedModel
 from tasks.evaluation.kept import SCORES_FILE, SMOKE_FILE
 from tasks.evaluation.scores import ModelScores
-from tasks.evaluation.subject import Subject, bring_model
+from tasks.evaluation.subject import Subject, bring_data, bring_model
 from tasks.evaluation.suites import (
     Suite,
     SuiteError,
@@ -37,7 +37,7 @@ from tasks.merge import MergeJob, merge_job
 from tasks.merging.labels import merge_label
 from tasks.merging.sources import Planned
 from tasks.settings import Places
-from tasks.storage.models import download_folder, is_s3
+from tasks.storage.models import is_s3
 
 log = logging.getLogger(__name__)
 
@@ -292,10 +292,3 @@ class Benchmark:
     def data_digest(self) -> str | None:
         """Of all files of the data."""
         return digest_data(self.data) if self.data else None
-
-
-def bring_data(data: str | None, places: Places) -> Path | None:
-    """A suite's data as a folder of this machine. Raises StorageError."""
-    if data is None or not is_s3(data):
-        return Path(data).expanduser() if data else None
-    return download_folder(data, cache=places.cache)[0]

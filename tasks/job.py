@@ -17,13 +17,14 @@ from tasks.analyse import AnalyseJob, PreflightJob
 from tasks.artifacts.step import Stage, Work
 from tasks.benchmark import Benchmark, ScoreJob, SmokeJob, TrialJob
 from tasks.compress import CompressJob, compress_jobs
+from tasks.evaluation.gradients.job import EstimateJob, estimate_jobs
 from tasks.evaluation.kept import read_smoke
 from tasks.evaluation.smoke import Smoke, judge
 from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
 from tasks.mask import MaskJob, mask_jobs
 from tasks.merge import AssembleJob, FactsJob, MergeJob, ScaledFactsJob, ScalesJob, ShardJob, SurveyJob
-from tasks.merging.inputs import fetch_all, model_sources
+from tasks.merging.inputs import Estimate, fetch_all, model_sources
 from tasks.merging.sources import Planned
 from tasks.orchestration.credentials import block_credentials
 from tasks.orchestration.executors import Executor, Here
@@ -36,6 +37,7 @@ T = TypeVar("T")
 
 Job = Annotated[
     FetchJob
+    | EstimateJob
     | CompressJob
     | MaskJob
     | SurveyJob
@@ -120,6 +122,18 @@ def fetch(sources: Sequence[str], where: Places) -> list[Fetched]:
     damaged = {i: again.submit(jobs[i], where, Here()) for i, one in enumerate(found) if not is_intact(one)}
     repaired = dict(zip(damaged, results(damaged.values()), strict=True))
     return [repaired.get(i, one) for i, one in enumerate(found)]
+
+
+def estimates(
+    recipe: MergeRecipe, fetched: Sequence[Fetched], where: Places, recipe_dir: Path | None, executor: Executor
+) -> tuple[dict[int, Estimate], list[ArtifactRef]]:
+    """Second moments that training did not keep, by the experts' positions: estimated, where the recipe asks for it, and what that left.
+
+    fetched: base first, each with all of its bytes. Raises OtaError.
+    """
+    jobs = estimate_jobs(recipe, fetched, where, recipe_dir)
+    made = dict(zip(jobs, run_jobs(list(jobs.values()), where, executor), strict=True))
+    return {i: job.located(made[i], where) for i, job in jobs.items()}, list(made.values())
 
 
 def second_moments(

@@ -8,6 +8,7 @@ import typer
 from flows.cli import analysis as cli_analysis
 from flows.cli import compare as cli_compare
 from flows.cli import engine as cli_engine
+from flows.cli import estimate as cli_estimate
 from flows.cli import experts as cli_experts
 from flows.cli import flows as cli_flows
 from flows.cli import registry as cli_registry
@@ -78,10 +79,11 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
 
 
 for command in (
-    cli_experts.init, cli_engine.merge, cli_engine.plan, cli_engine.compress, cli_engine.mask, cli_engine.inspect,
+    cli_experts.init, cli_engine.merge, cli_engine.plan, cli_engine.compress, cli_estimate.estimate, cli_engine.mask,
+    cli_engine.inspect,
     cli_flows.run, demo, bench, cli_analysis.analyse, cli_analysis.preflight, cli_flows.nightly, cli_flows.study,
     cli_flows.study_real, cli_flows.benchmark, cli_compare.compare, cli_search.search, cli_tune.tune,
     cli_registry.promote, cli_registry.rollback, cli_registry.champion,
-    cli_experts.push, cli_experts.experts, cli_retention.gc,
+    cli_experts.push, cli_experts.harvest, cli_experts.experts, cli_retention.gc,
 ):  # fmt: skip
     app.command()(command)

@@ -111,24 +111,40 @@ def table_width() -> int | None:
 
 @contextmanager
 def recipe_inputs(
-    recipe: Any, recipe_file: Path, *, home: Path | None, memory: str, fetch: bool, optional_moments: bool = False
+    recipe: Any,
+    recipe_file: Path,
+    *,
+    home: Path | None,
+    memory: str,
+    fetch: bool,
+    optional_moments: bool = False,
+    device: str = "cpu",
 ) -> Iterator[Any]:
     """(every model of a recipe with second moments and digests, notes, what draws progress bars). What lies in S3 is read by ranges, or
-    ``fetch``ed first.
+    ``fetch``ed first. Second moments are estimated where the recipe asks for it, on the ``device``.
 
     ``optional_moments``: second moments that lie beside the experts of a merge that needs none are made ready, too.
     """
-    from ota_core.compute.stream import parse_memory
+    from ota_core.compute.stream import parse_memory, pick_device
     from ota_core.moments import find_moments, moments_files
     from tasks.merging.inputs import assemble, fetch_all
     from tasks.settings import places
     from tasks.storage.streaming.streams import Streams
 
-    options: dict[str, Any] = {"cache": places(home).cache, "recipe_dir": recipe_file.resolve().parent}
+    where = places(home)
+    options: dict[str, Any] = {"cache": where.cache, "recipe_dir": recipe_file.resolve().parent}
     with progress_bars() as progress, ExitStack() as stack:
-        streams = None if fetch else stack.enter_context(Streams(cache=options["cache"], memory=parse_memory(memory)))
+        # Gradients are of whole models.
+        whole = fetch or recipe.estimates is not None
+        streams = None if whole else stack.enter_context(Streams(cache=options["cache"], memory=parse_memory(memory)))
         fetched = fetch_all(recipe, **options, progress=progress, streams=streams)
-        inputs = assemble(recipe, fetched, **options, streams=streams)
+        estimated = {}
+        if recipe.estimates is not None:
+            from tasks.evaluation.gradients.job import estimate_jobs
+
+            for i, job in estimate_jobs(recipe, fetched, where, options["recipe_dir"]).items():
+                estimated[i] = job.located(job.run(where, pick_device(device), progress), where)
+        inputs = assemble(recipe, fetched, **options, streams=streams, estimated=estimated)
         if optional_moments and streams is not None:
             for expert in inputs.experts:
                 with suppress(MomentsError):  # the analysis says what is wrong with them

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,7 @@ def merge(
         check_free(out, overwrite=overwrite)
         file_size = parse_size(shard_size, "shard size", "1KB")
         load_numba()
-        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
+        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
             report = engine.merge(
                 loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
                 progress=progress,
@@ -106,12 +106,12 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress the second moments of SOURCE into one safetensors file OUT."""
-    from ota_core.compute.stream import Stream, parse_memory
+    from ota_core.compute.stream import parse_memory
     from ota_core.engine import engine
     from ota_core.engine.output import check_free
-    from ota_core.files.checkpoint import Checkpoint, weight_files
-    from ota_core.moments import choice_in, find_moments, moments_files, none_found, open_moments
-    from ota_core.moments.compression import compression_label, open_compressed
+    from ota_core.files.checkpoint import weight_files
+    from ota_core.moments import choice_in, find_moments, moments_files, none_found
+    from ota_core.moments.compression import compression_label
     from ota_core.plan.vocabulary import names_in
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
@@ -151,26 +151,19 @@ def compress(
                 streams.settle(weight_files(folder), partial(progress, "fetch"))
         tensors = names_in(folder, source_of)
         agreed, started = None, time.perf_counter()
-        with _new_file(out) as temporary:
+        with new_file(out) as temporary:
             report = engine.compress_moments(
                 path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, tensors=tensors, memory=memory,
                 progress=progress,
             )  # fmt: skip
             seconds = {"compress": time.perf_counter() - started}
             if reference is not None:
-                from ota_core.analysis.agreement import agreements  # with it comes torch
-
                 if streams is not None:
                     streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))
-                with (
-                    closing(open_moments(path, layout=layout, source_of=source_of, tensors=tensors)) as full,
-                    closing(open_compressed(temporary)) as compressed,
-                    closing(Checkpoint(folder, source_of)) as expert,
-                    closing(Checkpoint(reference, source_of)) as start,
-                ):
-                    droppable = [full.drop_pages, compressed.drop_pages, expert.drop_pages, start.drop_pages]
-                    stream = Stream(memory=budget, progress=progress, droppable=droppable)
-                    [agreed] = agreements(full, [compressed], expert, start, density=density, stream=stream)
+                agreed = agreement(
+                    path, temporary, folder, reference, density=density, memory=budget, layout=layout, source_of=source_of, tensors=tensors,
+                    progress=progress,
+                )  # fmt: skip
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
     if as_json:
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
@@ -183,14 +176,40 @@ def compress(
     )
     typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
     if agreed is not None:
-        typer.echo(
-            f"saliency against the full second moments: rank correlation {agreed.spearman:.4f}, "
-            f"overlap of the masks at density {agreed.density:g}: {agreed.jaccard:.4f} (Jaccard)"
-        )
+        typer.echo(said_of(agreed, "the full second moments"))
+
+
+def agreement(
+    full: Path, form: Path, expert: Path, base: Path, *, density: float, memory: int, progress: Any, layout: Any = None, source_of: Any = None,
+    tensors: Any = None,
+) -> Any:  # fmt: skip
+    """How far the second moments in the file ``form`` lead to the saliency and the mask of those in ``full`` (ota_core/analysis/agreement.py)."""
+    from ota_core.analysis.agreement import agreements  # with it comes torch
+    from ota_core.compute.stream import Stream
+    from ota_core.files.checkpoint import Checkpoint
+    from ota_core.moments import open_moments
+
+    with (
+        closing(open_moments(full, layout=layout, source_of=source_of, tensors=tensors)) as one,
+        closing(open_moments(form, layout=layout, tensors=tensors)) as other,
+        closing(Checkpoint(expert, source_of)) as trained,
+        closing(Checkpoint(base, source_of)) as start,
+    ):
+        droppable = [one.drop_pages, other.drop_pages, trained.drop_pages, start.drop_pages]
+        stream = Stream(memory=memory, progress=progress, droppable=droppable)
+        return agreements(one, [other], trained, start, density=density, stream=stream)[0]
+
+
+def said_of(agreed: Any, what: str) -> str:
+    """The agreement in a line; ``what`` it is with."""
+    return (
+        f"saliency against {what}: rank correlation {agreed.spearman:.4f}, overlap of the masks at density {agreed.density:g}: "
+        f"{agreed.jaccard:.4f} (Jaccard)"
+    )
 
 
 @contextmanager
-def _new_file(out: Path) -> Iterator[Path]:
+def new_file(out: Path) -> Iterator[Path]:
     """A temporary sibling that takes the name ``out`` when the body ends well, and vanishes when it does not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +242,7 @@ def mask(
         loaded = load_recipe(recipe)
         check_free(out, overwrite=overwrite)
         load_numba()
-        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
+        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
             started = time.perf_counter()
             check_apart(out, inputs)
             with new_folder(out, overwrite=overwrite) as folder:

@@ -1,11 +1,12 @@
-"""The commands about experts: ``ota init`` writes a recipe for some, ``ota push`` publishes one, ``ota experts`` lists what lies below a prefix."""
+"""The commands about experts: ``ota init`` writes a recipe for some, ``ota push`` publishes one, ``ota harvest`` its second moments alone,
+``ota experts`` lists what lies below a prefix."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.common import Home, progress_bars, show, user_errors
+from flows.cli.common import AsJson, Home, Memory, load_numba, progress_bars, show, user_errors
 from ota_core.errors import OtaError
 
 Prefix = Annotated[
@@ -85,6 +86,64 @@ def push(
         typer.echo(f"{pushed.uri}: {'was there already, with the same content' if pushed.was_there else 'pushed'}")
         typer.echo(f"trained at {pushed.trained_at.isoformat()}")
         typer.echo(_announce(pushed.uri, pushed.capability, pushed.name))
+
+
+def harvest(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="What training left: a folder, s3://…, org/name, or a file of second moments.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT",
+            help="A new folder, s3://…, or org/name on the Hugging Face hub (where no folder org is here).",
+            show_default=False,
+        ),
+    ],
+    method: Annotated[str, typer.Option(help="rank1, log8, rank_k or none.")] = "rank1",
+    rank: Annotated[int | None, typer.Option(help="Rank of rank_k.", show_default="4")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="The weights that they belong to: a folder, s3://… or org/name.", show_default="CHECKPOINT")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The model that training began with; for the card, and where parameters were frozen.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="What it was trained on, for the card; may be repeated.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence, for the card.", show_default="that of the weights")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository of the hub a private one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies there.")] = False,
+    memory: Memory = "2GiB",
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a small folder of the second moments in CHECKPOINT that can be published: one file, and a card that says of which weights."""
+    from tasks.experts.harvest import harvest as run
+    from tasks.settings import places
+
+    with user_errors():
+        load_numba()
+        with progress_bars() as progress:
+            made = run(
+                checkpoint, out, cache=places(home).cache, method=method, rank=rank, weights=weights, base=base, data=data or (),
+                licence=licence, private=private, overwrite=overwrite, memory=memory, progress=progress,
+            )  # fmt: skip
+    if as_json:
+        typer.echo(made.model_dump_json())
+        return
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+    lost = "" if made.sqrt_error is None else f", relative error of the square root of v {made.sqrt_error:.4f}"
+    typer.echo(f"{made.uri}: {made.label}, {made.parameters:,} parameters in {made.bytes:,} bytes{lost}")
+    for key, value in made.facts.items():
+        typer.echo(f"{key}: {value}")
+    typer.echo(f"belongs to the weights {made.weights}")
 
 
 def _announce(uri: str, capability: str, name: str) -> str:

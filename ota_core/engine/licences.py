@@ -48,7 +48,7 @@ def card_head(folder: Path) -> dict[str, Any]:
 
 def licences(inputs: MergeInputs) -> Licences:
     """The licences of base and experts, each by its card's head or, in ``expert.json``, the key ``license``."""
-    found = {model.name: _stated(model.path) for model in inputs.models}
+    found = {model.name: stated_licence(model.path) for model in inputs.models}
     stated = {name: _shown(one) for name, one in found.items()}
     silent = [name for name, text in stated.items() if text is None]
     kinds = sorted({text for text in stated.values() if text is not None})
@@ -69,8 +69,8 @@ def licences(inputs: MergeInputs) -> Licences:
     return Licences(head={}, stated=stated, warning=warning)
 
 
-def _stated(folder: Path) -> dict[str, str | list[str]]:
-    """The keys on the licence that may stand in another model's head; none where no licence is stated, or one that says nothing.
+def stated_licence(folder: Path) -> dict[str, str | list[str]]:
+    """Of a checkpoint's folder the keys on the licence that may stand in another model's head; none where no licence is stated, or one that says nothing.
 
     A link into the input's own folder is left out: the file that it names does not lie beside the merge.
     """

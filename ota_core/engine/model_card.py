@@ -6,6 +6,7 @@ from typing import Any
 
 from ota_core.engine.licences import card_head, licences
 from ota_core.engine.markdown import table
+from ota_core.moments import how_estimated
 from ota_core.plan.inputs import MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 
@@ -69,6 +70,10 @@ def model_card(
         if e.moments is not None and e.moments_digest is not None
     ]
     lines += ["## Inputs", "", table(["role", "source", "licence", "digest"], rows)]
+    if estimated := results.get("estimated"):
+        lines += ["", "## Second moments", "", *(f"- {name}: {how_estimated(said)}." for name, said in estimated.items())]
+        trained = [expert.name for expert in inputs.experts if expert.name not in estimated]
+        lines += [f"- {', '.join(trained)}: from training."] if trained else []
     if scale := results.get("lambda"):
         each = list(scale["per_tensor"].values())
         lines += [

@@ -1,15 +1,17 @@
 """A model in memory whose weights are a merge with scales, and the gradient of a loss with respect to the scales.
 
-With θ_n = θ₀ + Σ_m s[m, n]·E[m, n] the gradient is ∂L/∂s[m, n] = ⟨∂L/∂θ_n, E[m, n]⟩: one backward pass of the merged model. A hook on
-every parameter takes the products as soon as its gradient is complete and frees it, so that at most about one layer's are in memory.
+With θ_n = θ₀ + Σ_m s[m, n]·E[m, n] the gradient is ∂L/∂s[m, n] = ⟨∂L/∂θ_n, E[m, n]⟩: one backward pass of the merged model. The products
+are taken as soon as a parameter's gradient is complete, and it is freed, so that at most about one layer's are in memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 
 from ota_core.errors import CheckpointError
 from ota_core.learn.edits import Edits
+from ota_core.learn.gradients import each_gradient
 from ota_core.learn.groups import Per, group_of
 from ota_core.plan.expert_scales import some
 
@@ -34,21 +36,15 @@ class ScaledModel:
             )
         self.gradient = torch.zeros_like(self.scales)
         """∂L/∂s of the backward passes since it was last set to zero, float64 (G, M)."""
-        self._targets, self._handles = _targets(network, edits), list[torch.utils.hooks.RemovableHandle]()
+        self._targets, self._stack = _targets(network, edits), ExitStack()
 
     def __enter__(self) -> "ScaledModel":
-        trained = {id(target): name for name, target in self._targets.items()}
-        for parameter in self.network.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
-            if id(parameter) in trained:
-                hook = self._hook(trained[id(parameter)])
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        self._stack.enter_context(each_gradient(self.network, self._targets, self._take))
         self.write()
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._stack.close()
 
     def by_tensor(self) -> dict[str, list[float]]:
         """Tensor to its M coefficients."""
@@ -58,14 +54,8 @@ class ScaledModel:
         """Bring the network's weights up to the scales."""
         self.edits.write(self.by_tensor(), self._targets)
 
-    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
-        def take(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            self.gradient[self._places[name]] += self.edits.products(name, gradient)
-            parameter.grad = None
-
-        return take
+    def _take(self, name: str, gradient: torch.Tensor) -> None:
+        self.gradient[self._places[name]] += self.edits.products(name, gradient)
 
 
 def _targets(network: torch.nn.Module, edits: Edits) -> dict[str, torch.Tensor]:

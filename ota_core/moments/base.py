@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+ESTIMATED = "estimated"
+"""Key of a file's metadata: how its v was estimated, as JSON, where no optimizer computed it."""
 Shape = tuple[int, ...]
 
 
@@ -57,6 +59,16 @@ class ParameterLayout:
     """Which parameters differ from the base's, None where no base is known: it compares weights, so that it is asked only when needed."""
 
 
+def how_estimated(said: Mapping[str, Any]) -> str:
+    """What ``Moments.estimated`` holds, in words."""
+    clip = "not clipped" if said.get("clip") is None else f"clipped at {said['clip']:g}"
+    texts = "runs of random tokens" if said.get("random_tokens") else "documents"
+    return (
+        f"estimated: the mean squared gradient over {said.get('samples')} {texts} of at most {said.get('max_length')} tokens in batches of "
+        f"{said.get('batch')}, {clip}"
+    )
+
+
 class Moments(ABC):
     """Second moments v (Adam's ``exp_avg_sq``) of one expert. Values are ≥ 0, float32, and never bias-corrected here."""
 
@@ -65,6 +77,8 @@ class Moments(ABC):
     path: Path
     beta2: float | None
     """Adam's β₂ where the file says it."""
+    estimated: Mapping[str, Any] | None = None
+    """How v was estimated (``ota estimate``); None where an optimizer left it."""
 
     @abstractmethod
     def shapes(self) -> Mapping[str, Shape]:

@@ -13,7 +13,7 @@ from ota_core.artifact import EXPERT_JSON
 from ota_core.errors import CheckpointError, MomentsError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
-from ota_core.moments.base import Moments
+from ota_core.moments.base import ESTIMATED, Moments
 from ota_core.moments.check import checked
 
 SUFFIX = ".exp_avg_sq"
@@ -45,6 +45,7 @@ class SafetensorsMoments(Moments):
         facts = _facts(path, self._files)
         self.beta2 = facts.get("beta2")
         self._step: int | None = facts.get("step")
+        self.estimated = _estimated(self._files)
         self._unreleased = 0
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -177,6 +178,19 @@ def _facts(path: Path, files: Sequence[SafetensorsFile]) -> dict[str, Any]:
                 raise MomentsError(f"{key} is {facts[key]} in {origin[key]} and {value} in {source}; correct one of them")
             origin.setdefault(key, source)
     return facts
+
+
+def _estimated(files: Sequence[SafetensorsFile]) -> dict[str, Any] | None:
+    """How v was estimated, where the files say so. Raises MomentsError for what cannot be read."""
+    for file in files:
+        if (text := file.metadata.get(ESTIMATED)) is not None:
+            try:
+                return dict(json.loads(text))
+            except (ValueError, TypeError):
+                raise MomentsError(
+                    f"{file.path}: its metadata '{ESTIMATED}' is {text!r}, JSON was expected; estimate again"
+                ) from None
+    return None
 
 
 def as_beta2(value: Any, where: str) -> float:

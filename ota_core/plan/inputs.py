@@ -12,6 +12,7 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import read_json
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.moments import ParameterLayout, find_moments, none_found
+from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.plan.expert_scales import find_scales, scales_digest
 from ota_core.recipe.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
@@ -165,6 +166,7 @@ def with_moments(recipe: MergeRecipe, index: int, expert: ExpertInput, recipe_di
         )
     if path is None:
         raise MomentsError(f"expert '{expert.name}': {none_found(expert.path)}. Name the file with preconditioner_path")
+    check_belongs(path, expert.path)
     return replace(expert, moments=path, layout=layout)
 
 

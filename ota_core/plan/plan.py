@@ -15,6 +15,7 @@ from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in, open_moments
 from ota_core.moments.compression import compression_label, compression_of, is_compressed, label_of, rank_of
+from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
@@ -192,6 +193,8 @@ def open_plan(
         )  # fmt: skip
         if scales is not None and (other := scales.learned_for_other(recipe)):
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
+        if (note := unlike(experts, recipe)) is not None:
+            plan.notes.append(note)
         plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")

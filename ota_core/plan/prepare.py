@@ -97,7 +97,7 @@ def _without_curvature(plan: MergePlan) -> set[str]:
             assert expert.moments is not None
             problems.append(
                 f"expert '{expert.name}': {len(bad)} tensors changed in training but have no second moments in {expert.moments.path}: {', '.join(bad)}. "
-                "Give the complete optimizer state, or set missing_curvature: mean to average these tensors"
+                "Give the complete optimizer state, set missing_curvature: mean to average these tensors, or estimate second moments (ota estimate)"
             )
     raise_all(problems, MomentsError)
     return averaged

@@ -1,9 +1,9 @@
 """The parameters of merge recipes: their types, defaults and descriptions, and which of them a method uses."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -80,6 +80,47 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+class EstimateSettings(Strict):
+    """How second moments are estimated where training kept none: the mean squared gradient of the loss over batches of documents."""
+
+    data: str | None = Field(
+        None,
+        description="Texts: JSON lines or plain text (a file or s3://…), or a suite, of which each expert has its own capability's documents. "
+        "{capability} and {expert} stand for the expert's own.",
+    )
+    data_dir: str | None = Field(None, description="Data of a local suite: a folder or s3://….")
+    samples: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] = Field(256, description="Documents.")
+    batch: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] = Field(
+        8, description="Documents of a batch, as in training; a divisor of samples."
+    )
+    max_length: Annotated[int, BeforeValidator(_no_switch), Field(ge=2)] = Field(
+        512, description="Tokens of a document at most; never more than the model takes."
+    )
+    clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value == "none" else value)] = Field(
+        1.0, description="Largest norm of a batch's gradient, as in training; none: not clipped."
+    )
+    random_tokens: bool = Field(False, description="Random tokens instead of texts.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Decides which documents are taken.")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="Of the model in memory; by default as it is stored."
+    )
+    replace: bool = Field(False, description="In a recipe: estimate also where second moments were kept.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if (self.data is None) is not self.random_tokens:
+            raise ValueError("estimate: expected either data, the texts, or random_tokens: true")
+        if self.samples % self.batch:
+            raise ValueError(
+                f"estimate: samples {self.samples} is no multiple of batch {self.batch}; batches are full, as in training"
+            )
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides an estimate's numbers beside the model and the texts themselves."""
+        return self.model_dump(mode="json", exclude={"data", "data_dir", "replace"})
+
+
 class ExpertParameters(Strict):
     """Parameters that may differ between experts. Each may also be given once for all in the recipe's ``parameters``."""
 
@@ -126,9 +167,12 @@ class MergeParameters(ExpertParameters):
     fallback: Literal["base", "mean"] | None = _own("fallback", "Value of elements that no expert keeps")
     masked_merge: Literal["precond", "linear", "ties"] | None = _own("masked_merge", "How masked task vectors combine")
     rescale: bool | None = _own("rescale", "Scale masked task vectors back: to their norm (ota), by 1/density (dare)")
-    missing_curvature: Literal["error", "mean"] | None = _own(
-        "missing_curvature", "What becomes of tensors that moved but have no curvature: an error, or the mean"
+    missing_curvature: Literal["error", "mean", "estimate"] | None = _own(
+        "missing_curvature",
+        "What becomes of tensors that moved but have no curvature: an error, or the mean; estimate: where an expert has no second moments, those of "
+        "all are estimated",
     )
+    estimate: EstimateSettings | None = _own("estimate", "How second moments are estimated, with missing_curvature: estimate")
     normalize: bool | None = _own("normalize", "Divide by the sum of the weights (all methods but ota, fisher and slerp)")
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = _own("seed", "Seed of DARE's random masks")
     t: Annotated[Number, Field(ge=0, le=1)] | None = Field(
@@ -138,7 +182,7 @@ class MergeParameters(ExpertParameters):
 
 _REFINE = {"refine", "ridge"}
 _FFG = {"density", "precond_threshold", "scope", "metric", "mask_curvature"}
-_CURVATURE = {"compression", "rank", "bias_correction", "missing_curvature"}
+_CURVATURE = {"compression", "rank", "bias_correction", "missing_curvature", "estimate"}
 USED: dict[str, set[str]] = {
     "ota": _FFG | _CURVATURE | {"scaling_factor", "power", "normalise", "epsilon", "denominator", "fallback", "masked_merge",
                                 "rescale", "lambda", "preconditioner_path", "input_curvature"} | _REFINE,

@@ -11,7 +11,16 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
-from ota_core.recipe.parameters import AUTO, USED, ExpertParameters, MergeParameters, ModelParameters, Strict, default
+from ota_core.recipe.parameters import (
+    AUTO,
+    USED,
+    EstimateSettings,
+    ExpertParameters,
+    MergeParameters,
+    ModelParameters,
+    Strict,
+    default,
+)
 from ota_core.recipe.yaml_text import dump_yaml, load_yaml, nearest
 
 Method = Literal[
@@ -119,7 +128,7 @@ class MergeRecipe(Strict):
 
     def effective(self) -> dict[str, Any]:
         """Every parameter in force, defaults included: two recipes that say the same in different words are equal here."""
-        used = USED[self.merge_method] - {"preconditioner_path"}
+        used = USED[self.merge_method] - {"preconditioner_path", "estimate"}  # known by the digests of second moments
         own = {key for key in used if key in ExpertParameters.model_fields}
         return {
             "merge_method": self.merge_method,
@@ -140,6 +149,11 @@ class MergeRecipe(Strict):
             return False
         density = self.setting("density", expert)
         return self.setting("precond_threshold", expert) is not None or (density is not None and density < 1)
+
+    @property
+    def estimates(self) -> EstimateSettings | None:
+        """How second moments are estimated where training kept none; None where they are not."""
+        return self.parameters.estimate if self.merge_method in NEEDS_MOMENTS else None
 
     @property
     def adds_up(self) -> bool:
@@ -206,6 +220,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         for key in OF_REFINE
         if key in used and getattr(recipe.parameters, key) is not None and not recipe.refined
     ]
+    if "estimate" in used and (recipe.setting("missing_curvature") == "estimate") is (recipe.parameters.estimate is None):
+        problems.append(
+            "parameters: missing_curvature: estimate and estimate, which says how, go together: expected both, such as estimate: {data: texts.jsonl}, or "
+            "neither"
+        )
     for i in range(len(recipe.models)):
         if method == "ota" and recipe.setting("density", i) is not None and recipe.setting("precond_threshold", i) is not None:
             problems.append(
@@ -253,8 +272,10 @@ def _base_contradictions(recipe: MergeRecipe) -> list[str]:
         problems.append("base_model is missing: scales act on task vectors, which need the base")
     if any(recipe.ffg(i) for i in range(len(recipe.models))):
         problems.append("base_model is missing: FFG (density or precond_threshold) needs the base to know each expert's edits")
-    for key, neutral in (("lambda", 1.0), ("masked_merge", "precond"), ("rescale", False), ("missing_curvature", "error")):
-        if recipe.setting(key) != neutral:
+    for key, neutral in (
+        ("lambda", (1.0,)), ("masked_merge", ("precond",)), ("rescale", (False,)), ("missing_curvature", ("error", "estimate"))
+    ):  # fmt: skip
+        if recipe.setting(key) not in neutral:
             problems.append(f"base_model is missing: parameters.{key} acts on task vectors, which need the base")
     return problems
 
@@ -312,5 +333,7 @@ def _known_keys(location: tuple[Any, ...]) -> set[str]:
         level = ModelParameters if location[0] == "models" else MergeParameters
     elif location[0] == "models":
         level = ModelEntry
+    if "estimate" in location[:-1]:
+        level = EstimateSettings
     spellings = set(_SPELLINGS) | {"rank1_approx", "fallback_to_base"} if level is MergeParameters else set()
     return {"lambda" if name == "lambda_" else name for name in level.model_fields} | spellings

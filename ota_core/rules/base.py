@@ -9,6 +9,7 @@ import numpy as np
 
 from ota_core.files.rows import Rows
 from ota_core.fused.sources import rounded
+from ota_core.plan.estimated import estimates_of
 from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
@@ -167,6 +168,8 @@ class Rule:
     def results(self, found: Found) -> dict[str, Any]:
         """What the record says of this merge, from what all its parts found."""
         results: dict[str, Any] = {}
+        if estimated := estimates_of(self._plan.experts):
+            results["estimated"] = estimated
         if found.scale is not None:
             results["lambda"] = {"value": found.scale, "per_tensor": dict(sorted(found.scales.items()))}
         if found.residuals:

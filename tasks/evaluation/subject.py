@@ -61,6 +61,13 @@ def bring_model(subject: Subject, places: Places) -> Path:
     return fetched.path
 
 
+def bring_data(data: str | None, places: Places) -> Path | None:
+    """A suite's data as a folder of this machine. Raises StorageError."""
+    if data is None or not is_s3(data):
+        return Path(data).expanduser() if data else None
+    return storage.download_folder(data, cache=places.cache)[0]
+
+
 def merged_subject(places: Places, name: str, merged: ArtifactRef, *, benchmark: bool = True) -> Subject:
     """A merged model as something to benchmark; its digest is of its weights, configuration and tokenizer.
 

@@ -10,7 +10,7 @@ from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
-from ota_core.moments import choice_in, find_moments, moments_files
+from ota_core.moments import choice_in, find_moments, how_estimated, moments_files
 from ota_core.moments.compression import compression_of, label_of
 from ota_core.plan.masks import MaskFile
 from tasks.merging.architecture import expert_moments
@@ -150,9 +150,10 @@ def _describe_moments(path: Path, folder: Path, source_of: SourceOf | None = Non
     shapes = moments.shapes()
     steps = sorted({step for name in shapes if (step := moments.step(name)) is not None})
     total = sum(prod(shape) for shape in shapes.values())
-    how = label_of(moments) if compression_of(moments) else "as the trainer left them"
+    how = label_of(moments) if compression_of(moments) else "in full" if moments.estimated else "as the trainer left them"
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
     known = f"β₂ {moments.beta2 if moments.beta2 is not None else 'unknown'}, step {'–'.join(map(str, steps)) or 'unknown'}"
+    known = how_estimated(moments.estimated) if moments.estimated else known
     line = f"{path.name}: second moments of {total:,} parameters in {counted(len(shapes), 'tensor')}, {how}, {binary_size(size)}, {known}"
     moments.close()
     return [line]

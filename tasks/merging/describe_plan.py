@@ -19,7 +19,7 @@ from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.merging.describe import LITTLE, binary_size, counted
-from tasks.merging.inputs import assemble, fetch_all
+from tasks.merging.inputs import assemble, estimated_ones, fetch_all
 from tasks.settings import places
 from tasks.storage.models import is_s3
 from tasks.storage.streaming.streams import Streams
@@ -36,9 +36,16 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
     budget, cache = parse_memory(memory), places(home).cache
     with Streams(cache=cache, memory=LITTLE, may_download=False) as streams:
         fetched = fetch_all(recipe, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False)
-        inputs = assemble(recipe, fetched, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False)
+        models = fetched[1:] if recipe.base_model is not None else fetched
+        todo = dict.fromkeys(estimated_ones(recipe, models))
+        inputs = assemble(
+            recipe, fetched, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False, estimated=todo
+        )  # fmt: skip
         notes = list(streams.notes)
-        pending = bool(streams.unread)
+        pending = bool(streams.unread or todo)
+        if todo:
+            names = ", ".join(inputs.experts[i].name for i in todo)
+            notes.append(f"the second moments of {names} are estimated first: gradients of each model in memory (ota estimate)")
         if pending:
             notes.append("the second moments are not counted in the figures above")
         with open_plan(recipe, inputs, memory=budget, with_moments=not pending) as plan:

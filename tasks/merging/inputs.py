@@ -1,8 +1,9 @@
 """From a recipe to a merge's inputs: fetch or stream every model, find every expert's second moments, know every digest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -10,17 +11,30 @@ from ota_core.compute.stream import Progress
 from ota_core.errors import CheckpointError, MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import weight_files
 from ota_core.moments import find_moments, moments_files, none_found
+from ota_core.moments.belongs import check_belongs
 from ota_core.plan.expert_scales import find_scales
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.merging.architecture import parameter_layout
+from tasks.storage import hub, s3
 from tasks.storage import models as storage
-from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
 from tasks.storage.layout import folder_model_files, parse_expert_json
 from tasks.storage.models import Fetched
 from tasks.storage.streaming.streams import Streams
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Second moments that were estimated (tasks/evaluation/gradients/job.py)."""
+
+    path: Path
+    """Their file on this machine."""
+    address: str
+    """Where other machines find it."""
+    digest: str
+    """What they are known by: of weights, texts and settings."""
 
 
 def locate(source: str, recipe_dir: Path | None) -> str:
@@ -94,10 +108,11 @@ def assemble(
     recipe_dir: Path | None,
     streams: Streams | None = None,
     digests: bool = True,
+    estimated: Mapping[int, Estimate | None] | None = None,
 ) -> MergeInputs:
     """The inputs of a merge from its fetched models, base first; ``streams`` as for ``fetch_all``.
 
-    ``digests=False`` leaves the digests of second moments out: planning reads none. Raises MomentsError that lists every expert without
+    estimated: position to the second moments that were estimated, None where they are yet to be. ``digests=False`` leaves the digests of second moments out: planning reads none. Raises MomentsError that lists every expert without
     second moments, and what is wrong with the checkpoints beside that.
     """
     models = list(fetched)
@@ -111,17 +126,17 @@ def assemble(
     if recipe.base_model is not None:
         first = models.pop(0)
         base = ModelInput(name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of)
-    capabilities = [
-        entry.capability or (one.expert or {}).get("capability") for entry, one in zip(recipe.models, models, strict=True)
-    ]
-    labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
     experts: list[ExpertInput] = []
     problems: list[str] = []
-    for i, (one, name) in enumerate(zip(models, unique_names(labels), strict=True)):
+    for i, (one, (name, capability)) in enumerate(zip(models, expert_labels(recipe, models), strict=True)):
         expert = ExpertInput(
-            name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capabilities[i],
+            name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capability,
             layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
         )  # fmt: skip
+        if estimated and i in estimated:
+            made = estimated[i]
+            experts.append(expert if made is None else replace(expert, moments=made.path, moments_digest=made.digest))
+            continue
         try:
             experts.append(_with_moments(recipe, i, expert, one, cache, recipe_dir, digests, streams))
         except OtaError as error:
@@ -131,6 +146,27 @@ def assemble(
     if problems:
         raise_all([*problems, *checkpoint_problems(recipe, inputs)], MomentsError)
     return inputs
+
+
+def expert_labels(recipe: MergeRecipe, models: Sequence[Fetched]) -> list[tuple[str, str | None]]:
+    """Name and capability of every expert, in the recipe's order. models: the experts as they were fetched."""
+    capabilities = [
+        entry.capability or (one.expert or {}).get("capability") for entry, one in zip(recipe.models, models, strict=True)
+    ]
+    labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
+    return list(zip(unique_names(labels), capabilities, strict=True))
+
+
+def estimated_ones(recipe: MergeRecipe, models: Sequence[Fetched]) -> list[int]:
+    """Positions of the experts whose second moments are to be estimated. models: the experts as they were fetched.
+
+    Those of all experts that name no file of their own, as soon as one has none: what was estimated and what training left do not
+    compare. Nobody's where the recipe does not ask for it. Raises MomentsError for a folder with several second moments.
+    """
+    if recipe.estimates is None:
+        return []
+    unnamed = [i for i, entry in enumerate(recipe.models) if entry.parameters.preconditioner_path is None]
+    return unnamed if recipe.estimates.replace or any(find_moments(models[i].path) is None for i in unnamed) else []
 
 
 def scales_file(recipe: MergeRecipe, cache: Path, recipe_dir: Path | None, streams: Streams | None = None) -> Path | None:
@@ -161,9 +197,14 @@ def _with_moments(
     path = _named_moments(named, expert, cache, recipe_dir, streams) if named else find_moments(expert.path)
     if path is None:
         where = expert.source if storage.is_s3(expert.source) else expert.path
-        raise MomentsError(f"expert '{expert.name}': {none_found(where)}. Name the file with preconditioner_path")
+        raise MomentsError(
+            f"expert '{expert.name}': {none_found(where)}. Name the file with preconditioner_path, or have second moments estimated: missing_curvature: "
+            "estimate"
+        )
     if streams is not None:
         streams.settle(moments_files(path))
+    if digests:  # planning reads no weights
+        check_belongs(path, expert.path, expert.source_of)
     inside = path.is_relative_to(expert.path) and path.relative_to(expert.path).as_posix() in fetched.files
     if (inside and named is None) or not digests:
         return replace(expert, moments=path)
@@ -171,37 +212,37 @@ def _with_moments(
 
 
 def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None, streams: Streams | None) -> Path | None:
-    """The file that ``preconditioner_path`` means: S3, a local file, or, as published recipes write it, ``org/name/path/in/repo``."""
+    """What ``preconditioner_path`` means: a file or folder in S3 or here, ``org/name`` or, as published recipes have it, ``org/name/path``."""
     if storage.is_s3(named):
-        parent, _, name = named.rpartition("/")
-        if streams is not None:
-            return streams.files(parent, [name]) / name
-        folder, _ = storage.download_folder(parent, cache=cache, names=[name])
-        return folder / name
+        return s3_moments(named, cache, streams)
     found = find_preconditioner(named, expert.path, recipe_dir)
     if found is not None:
-        return found
-    parts = named.split("/")
-    if len(parts) < 3 or parts[0] in {"", ".", ".."}:
+        return find_moments(found) if found.is_dir() else found
+    repository = hub.repository_in(named)
+    if repository is None:
         raise MomentsError(
             f"expert '{expert.name}': preconditioner_path '{named}' does not exist (looked in {expert.path}, beside the recipe and in {Path.cwd()})"
         )
-    file = _hub_file(named, "/".join(parts[:2]), "/".join(parts[2:]))
+    file = hub.fetch_moments(named, *repository)
     if streams is not None:
-        streams.notes.append(f"{named} is a file of the Hugging Face hub: downloaded to {file}")
+        streams.notes.append(f"{named} lies on the Hugging Face hub: downloaded to {file}")
     return file
 
 
-def _hub_file(named: str, repo: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
+def s3_moments(address: str, cache: Path, streams: Streams | None) -> Path | None:
+    """A file of second moments in S3, or what a prefix there holds, as a file of this machine; with ``streams`` an outline of it.
 
-    try:
-        return Path(hf_hub_download(repo, file))
-    except Exception as error:  # no answer at all; which class says so depends on the hub's HTTP library
-        raise StorageError(
-            f"preconditioner_path '{named}' is no file here, and {file} of the Hugging Face repository {repo} could not be downloaded "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Check the spelling and the network, or name a local file"
-        ) from error
+    None where the prefix holds none. Raises StorageError where there is nothing.
+    """
+    parent, _, name = address.rstrip("/").rpartition("/")
+    names = [name]
+    if Path(name).suffix not in hub.FILES:
+        parent = address.rstrip("/")
+        names = [one for one in storage.find_objects(parent) if fnmatchcase(one, hub.MOMENTS)]
+        if not names:
+            return None
+    folder = streams.files(parent, names) if streams is not None else storage.download_folder(parent, cache=cache, names=names)[0]
+    return folder / name if names == [name] else find_moments(folder)
 
 
 def moments_digest(path: Path, cache: Path, streams: Streams | None = None) -> str:

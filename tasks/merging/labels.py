@@ -1,9 +1,10 @@
 """How merges are called: by their method and every setting that is not its default."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ota_core.recipe.parameters import default
+from ota_core.recipe.parameters import EstimateSettings, default
 from ota_core.recipe.recipe import MergeRecipe
 
 FFG_SETTINGS = ("density", "precond_threshold", "metric", "scope", "mask_curvature")
@@ -69,7 +70,20 @@ def settings_of(recipe: MergeRecipe) -> dict[str, Any]:
         for key in FFG_SETTINGS:
             found.pop(key, None)
         found["density"] = 1.0
+    if recipe.estimates is not None:
+        found["missing_curvature"], found["estimate"] = None, spell_estimate(recipe.estimates)
     return {key: value for key, value in found.items() if value is not None}
+
+
+def spell_estimate(settings: EstimateSettings) -> str:
+    """How second moments are estimated, in a word for labels: the number of documents, and what else is not the default."""
+    given = settings.model_dump(
+        mode="json", exclude_defaults=True, exclude={"data", "data_dir", "samples", "random_tokens", "replace"}
+    )
+    what = "random" if settings.random_tokens else Path(settings.data or "").name.removesuffix(".jsonl")
+    return "/".join(
+        [str(settings.samples), what, *(f"{key}:{'none' if value is None else spell(value)}" for key, value in given.items())]
+    )
 
 
 def unusual(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:

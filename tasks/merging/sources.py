@@ -24,7 +24,7 @@ from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
 from tasks.merging.architecture import parameter_layout
-from tasks.merging.inputs import assemble
+from tasks.merging.inputs import Estimate, assemble, s3_moments
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.models import Fetched
@@ -103,7 +103,10 @@ class MergeSources(Frozen):
     scales: ScalesSource | None = None
 
     @staticmethod
-    def of(recipe: MergeRecipe, inputs: MergeInputs, fetched: Sequence[Fetched], *, streamed: bool = False) -> "MergeSources":
+    def of(
+        recipe: MergeRecipe, inputs: MergeInputs, fetched: Sequence[Fetched], *, streamed: bool = False,
+        estimated: Mapping[int, Estimate] | None = None,
+    ) -> "MergeSources":  # fmt: skip
         """``fetched``: base first, what the inputs were assembled from; ``streamed``: of what lies in S3 there are only outlines here."""
         places = [
             {"location": one.resolved, "listing": _listing(one.resolved), "path": None if streamed else one.path}
@@ -113,9 +116,10 @@ class MergeSources(Frozen):
         if inputs.base is not None:
             base = ModelSource(name=inputs.base.name, source=inputs.base.source, digest=inputs.base.digest, **places.pop(0))
         experts = []
-        for entry, expert, place in zip(recipe.models, inputs.experts, places, strict=True):
+        for i, (entry, expert, place) in enumerate(zip(recipe.models, inputs.experts, places, strict=True)):
             named = entry.parameters.preconditioner_path
             moments = named if named is None or storage.is_s3(named) else str(expert.moments)
+            moments = estimated[i].address if estimated and i in estimated else moments
             experts.append(
                 ExpertSource(
                     name=expert.name, source=expert.source, digest=expert.digest, capability=expert.capability, moments=moments,
@@ -220,8 +224,7 @@ class _Opening:
         if one.moments is None:
             path = find_moments(folder)
         elif storage.is_s3(one.moments):
-            parent, _, name = one.moments.rpartition("/")
-            path = self._streams.files(parent, [name]) / name
+            path = s3_moments(one.moments, self._where.cache, self._streams)
         else:
             path = Path(one.moments)
         if path is None or not path.exists():
@@ -271,11 +274,11 @@ class Planned:
 
 def planned(
     recipe: MergeRecipe, fetched: Sequence[Fetched], where: Places, recipe_dir: Path | None = None, *, memory: str = "2GiB",
-    streams: Streams | None = None,
+    streams: Streams | None = None, estimated: Mapping[int, Estimate] | None = None,
 ) -> Planned:  # fmt: skip
-    """A merge of models that were fetched, base first; ``streams`` as for ``fetch_all``. Raises OtaError."""
-    inputs = assemble(recipe, fetched, cache=where.cache, recipe_dir=recipe_dir, streams=streams)
-    sources = MergeSources.of(recipe, inputs, fetched, streamed=streams is not None)
+    """A merge of models that were fetched, base first; ``streams`` as for ``fetch_all``, ``estimated`` as for ``assemble``. Raises OtaError."""
+    inputs = assemble(recipe, fetched, cache=where.cache, recipe_dir=recipe_dir, streams=streams, estimated=estimated)
+    sources = MergeSources.of(recipe, inputs, fetched, streamed=streams is not None, estimated=estimated)
     return Planned(recipe=recipe, inputs=inputs, sources=sources, memory=memory)
 
 

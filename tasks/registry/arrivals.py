@@ -30,9 +30,10 @@ def check(expert: ExpertFound, config: NightlyConfig, where: Places) -> list[str
         one.parameters.missing_curvature or default(one.merge_method, "missing_curvature")
         for one in config.candidates if one.merge_method in NEEDS_MOMENTS
     ]  # fmt: skip
+    # Where second moments are estimated, an expert is sound without any.
     with TURNS["engine"], Progress() as progress:
         return expert_check.check(
-            where, expert.uri, config.base_model, needs_moments=bool(reading),
+            where, expert.uri, config.base_model, needs_moments=bool(set(reading) - {"estimate"}),
             missing_curvature="error" if "error" in reading else "mean", memory=config.memory, progress=progress,
         )  # fmt: skip
 

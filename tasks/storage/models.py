@@ -14,6 +14,7 @@ from ota_core.frozen import Frozen
 from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
+from tasks.storage.hub import said
 from tasks.storage.layout import (
     BESIDE,
     MODEL_FILES,
@@ -277,7 +278,7 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
             raise _hub_error(source, repo, revision, error) from error
         # A branch may have moved on since; who merges from a copy of unknown age has to know.
         log.warning(
-            "%s: the hub does not answer (%s); the snapshot %s in the local cache is used", source, _said(error), folder.name
+            "%s: the hub does not answer (%s); the snapshot %s in the local cache is used", source, said(error), folder.name
         )
     else:
         listed = [sibling.rfilename for sibling in info.siblings or []]
@@ -310,13 +311,9 @@ def _taken_on_hub(repo: str, revision: str | None, listed: list[str]) -> Taken:
 def _hub_error(source: str, repo: str, revision: str | None, error: Exception) -> StorageError:
     return StorageError(
         f"{source!r} is no folder here, and as a Hugging Face id ({repo}, revision {revision or 'main'}) "
-        f"it could not be downloaded: {_said(error)}. Check the spelling, the network and the token, "
+        f"it could not be downloaded: {said(error)}. Check the spelling, the network and the token, "
         "or name a local folder"
     )
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def upload_folder(

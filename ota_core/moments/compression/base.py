@@ -57,7 +57,7 @@ class CompressedMoments(Moments):
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
-        self.method, self.rank, self.beta2 = header.method, header.rank, header.beta2
+        self.method, self.rank, self.beta2, self.estimated = header.method, header.rank, header.beta2, header.estimated
 
     @staticmethod
     @abstractmethod

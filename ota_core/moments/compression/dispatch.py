@@ -10,7 +10,7 @@ from ota_core.errors import OtaError
 from ota_core.moments.base import Moments
 from ota_core.moments.compression.base import DEFAULT_RANK, CompressedMoments, CompressionReport, FactoredMoments
 from ota_core.moments.compression.file import FORMS, open_compressed, save_compressed, save_full
-from ota_core.moments.compression.header import METHODS
+from ota_core.moments.compression.header import METHODS, Facts
 from ota_core.moments.compression.log8 import CODE, write_log8
 from ota_core.moments.compression.rank1 import compress_rank1
 from ota_core.moments.compression.rank_k import compress_rank_k, stored_whole
@@ -49,8 +49,10 @@ def compress(
     return compressed, report
 
 
-def write_compressed(moments: Moments, path: Path, *, method: str, rank: int | None = None, stream: Stream) -> CompressionReport:
-    """Write the file ``path`` by any of ``METHODS``. Raises MomentsError on bad values, OtaError for a method or rank that is none."""
+def write_compressed(
+    moments: Moments, path: Path, *, method: str, rank: int | None = None, stream: Stream, facts: Facts = None
+) -> CompressionReport:
+    """Write the file ``path`` by any of ``METHODS``. facts: what else its metadata say, by keys of their own. Raises MomentsError on bad values, OtaError for a method or rank that is none."""
     if method not in METHODS:
         raise OtaError(f"compression method '{method}' is not known; expected one of {', '.join(METHODS)}")
     if rank is not None and method != "rank_k":
@@ -58,12 +60,12 @@ def write_compressed(moments: Moments, path: Path, *, method: str, rank: int | N
     if rank is not None and rank < 1:
         raise OtaError(f"rank: got {rank}, expected a whole number of at least 1")
     if method == "none":
-        return save_full(moments, path, stream=stream)
+        return save_full(moments, path, stream=stream, facts=facts)
     if method == "log8":
-        return write_log8(moments, path, stream=stream, what="compress")
+        return write_log8(moments, path, stream=stream, what="compress", facts=facts)
     factors, report = compress(moments, method=method, rank=rank, stream=stream)
     assert isinstance(factors, FactoredMoments)
-    save_compressed(factors, path)
+    save_compressed(factors, path, facts)
     return report
 
 

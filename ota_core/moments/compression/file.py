@@ -16,7 +16,7 @@ from ota_core.files.writer import SafetensorsWriter, TensorSpec
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
 from ota_core.moments.compression.base import CompressedMoments, CompressionReport, FactoredMoments, MappedMoments
-from ota_core.moments.compression.header import Header, read_header
+from ota_core.moments.compression.header import Facts, Header, read_header
 from ota_core.moments.compression.log8 import CODE, Log8Moments
 from ota_core.moments.compression.rank1 import RankOneMoments
 from ota_core.moments.compression.rank_k import RankKMoments
@@ -46,16 +46,16 @@ FORMS: dict[str, type[CompressedMoments]] = {
 }
 
 
-def save_compressed(moments: FactoredMoments, path: Path) -> None:
-    """Write factors to ``path``."""
+def save_compressed(moments: FactoredMoments, path: Path, facts: Facts = None) -> None:
+    """Write factors to ``path``; ``facts`` as for ``write_compressed``."""
     stored = moments.tensors()
     specs = [TensorSpec(name, values.shape, F32) for name, values in stored.items()]
-    with SafetensorsWriter(path, specs, moments.header.metadata()) as writer:
+    with SafetensorsWriter(path, specs, moments.header.metadata(facts)) as writer:
         for name, values in stored.items():
             writer.write_rows(name, 0, values.reshape(matrix_shape(values.shape)))
 
 
-def save_full(moments: Moments, path: Path, *, stream: Stream) -> CompressionReport:
+def save_full(moments: Moments, path: Path, *, stream: Stream, facts: Facts = None) -> CompressionReport:
     """Write v uncompressed, float32, under the parameters' names: one format whatever the trainer left."""
     header = Header.of(moments, "none")
     shapes = header.shapes
@@ -65,7 +65,7 @@ def save_full(moments: Moments, path: Path, *, stream: Stream) -> CompressionRep
         stream.count_read(rows.nbytes)
         writer.write_rows(block[0], block[1], rows)
 
-    with SafetensorsWriter(path, [TensorSpec(n, s, F32) for n, s in sorted(shapes.items())], header.metadata()) as writer:
+    with SafetensorsWriter(path, [TensorSpec(n, s, F32) for n, s in sorted(shapes.items())], header.metadata(facts)) as writer:
         blocks = [(name, a, b) for name in sorted(shapes) for a, b in row_blocks(shapes[name], stream.block_elements)]
         stream.map(copy, blocks, what="copy moments")
     parameters = sum(math.prod(shape) for shape in shapes.values())

@@ -13,6 +13,7 @@ from ota_core.frozen import Frozen
 from ota_core.moments.base import Moments
 
 Method = Literal["none", "rank1", "log8", "rank_k"]
+Facts = Mapping[str, str] | None
 METHODS: tuple[Method, ...] = ("none", "rank1", "log8", "rank_k")
 FORMAT = "moments/1"
 _AGAIN = "Compress the second moments again with this version"
@@ -27,20 +28,25 @@ class Header(Frozen):
     """Parameter name to the shape of the parameter."""
     steps: dict[str, int]
     beta2: float | None
+    estimated: dict[str, Any] | None = None
+    """How v was estimated; None where an optimizer left it."""
 
     @classmethod
     def of(cls, moments: Moments, method: Method, rank: int | None = None) -> "Header":
         """The header of what a method makes of these moments."""
         shapes = {name: tuple(shape) for name, shape in moments.shapes().items()}
         steps = {name: step for name in shapes if (step := moments.step(name)) is not None}
-        return cls(method=method, rank=rank, shapes=shapes, steps=steps, beta2=moments.beta2)
+        estimated = None if moments.estimated is None else dict(moments.estimated)
+        return cls(method=method, rank=rank, shapes=shapes, steps=steps, beta2=moments.beta2, estimated=estimated)
 
-    def metadata(self) -> dict[str, str]:
-        """The header as safetensors metadata, one spelling for one content."""
+    def metadata(self, others: Facts = None) -> dict[str, str]:
+        """The header as safetensors metadata, one spelling for one content. others: facts that no reader of v needs."""
         facts: dict[str, Any] = {"shapes": {n: list(s) for n, s in self.shapes.items()}, "steps": self.steps, "beta2": self.beta2}
         if self.rank is not None:
             facts["rank"] = self.rank
-        return {FORMAT_KEY: FORMAT, "method": self.method, "header": json.dumps(facts, sort_keys=True)}
+        if self.estimated is not None:
+            facts["estimated"] = self.estimated
+        return {**(others or {}), FORMAT_KEY: FORMAT, "method": self.method, "header": json.dumps(facts, sort_keys=True)}
 
 
 def read_header(path: Path, metadata: Mapping[str, str]) -> Header:

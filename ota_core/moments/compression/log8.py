@@ -22,7 +22,7 @@ from ota_core.files.writer import SafetensorsWriter, TensorSpec
 from ota_core.moments.base import Moments
 from ota_core.moments.compression.base import CompressionReport, MappedMoments
 from ota_core.moments.compression.cuts import BLOCK, CHUNK, refuse
-from ota_core.moments.compression.header import Header
+from ota_core.moments.compression.header import Facts, Header
 
 CODE, RANGE = "#code", "#range"
 
@@ -58,7 +58,7 @@ class Log8Moments(MappedMoments):
         self._file.prefetch(name + RANGE, start * width // BLOCK, -(-stop * width // BLOCK))
 
 
-def write_log8(moments: Moments, path: Path, *, stream: Stream, what: str) -> CompressionReport:
+def write_log8(moments: Moments, path: Path, *, stream: Stream, what: str, facts: Facts = None) -> CompressionReport:
     """Code one expert's second moments into the file ``path``, in one pass. Raises MomentsError on bad values; no file is left then."""
     from ota_core.moments.compression.log8_codec import encode
 
@@ -82,7 +82,7 @@ def write_log8(moments: Moments, path: Path, *, stream: Stream, what: str) -> Co
         return float(sums[0]), float(sums[1])
 
     parts = [(name, a, b) for name, shape in sorted(shapes.items()) for a, b in _whole_blocks(shape)]
-    with SafetensorsWriter(path, specs, header.metadata()) as writer:
+    with SafetensorsWriter(path, specs, header.metadata(facts)) as writer:
         found = stream.map(work, parts, what=what, size=lambda part: part[2] - part[1])
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in shapes}
     for part, both in zip(parts, found, strict=True):

@@ -4,12 +4,14 @@ import math
 from pathlib import Path
 from statistics import fmean
 
+from ota_core.artifact import ArtifactRef
 from ota_core.errors import ArtifactError
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.artifacts.store import store_of
 from tasks.benchmark import Benchmark
 from tasks.compress import moments_step
+from tasks.evaluation.gradients.job import EstimateJob, estimate_jobs
 from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import merged_subject, subjects_of
@@ -18,6 +20,7 @@ from tasks.experiments.study.study import Replicate
 from tasks.merge import merge_step
 from tasks.merging.inputs import assemble, fetch_all, locate
 from tasks.merging.sources import Planned, planned
+from tasks.orchestration.executors import Executor
 from tasks.settings import Places
 from tasks.storage.models import Fetched
 
@@ -43,17 +46,33 @@ class Models:
         return [self._fetched[self._source(source)] for source in named]
 
     def inputs_of(self, recipe: MergeRecipe) -> MergeInputs:
-        """The inputs of a merge of some of these models."""
-        return assemble(recipe, self.fetched(recipe), cache=self.where.cache, recipe_dir=self.recipe_dir)
+        """The inputs of a merge of some of these models; second moments that are yet to be estimated are missing."""
+        fetched = self.fetched(recipe)
+        estimated = {
+            i: job.located(ref, self.where) if ref else None for i, (job, ref) in self._estimates(recipe, fetched).items()
+        }
+        return assemble(recipe, fetched, cache=self.where.cache, recipe_dir=self.recipe_dir, estimated=estimated)
 
-    def plan(self, recipe: MergeRecipe, memory: str) -> Planned:
-        """A merge of some of these models."""
-        return planned(recipe, self.fetched(recipe), self.where, self.recipe_dir, memory=memory)
+    def plan(self, recipe: MergeRecipe, memory: str, executor: Executor) -> Planned:
+        """A merge of some of these models, with second moments estimated where the recipe asks for it: in a task. Raises OtaError."""
+        fetched = self.fetched(recipe)
+        estimated = {
+            i: job.located(ref or executor.run(job, self.where), self.where)
+            for i, (job, ref) in self._estimates(recipe, fetched).items()
+        }
+        return planned(recipe, fetched, self.where, self.recipe_dir, memory=memory, estimated=estimated)
+
+    def _estimates(self, recipe: MergeRecipe, fetched: list[Fetched]) -> dict[int, tuple[EstimateJob, ArtifactRef | None]]:
+        jobs = estimate_jobs(recipe, fetched, self.where, self.recipe_dir)
+        return {i: (job, job.find(self.where)) for i, job in jobs.items()}
 
     def find(self, recipe: MergeRecipe) -> tuple[str, ModelScores] | None:
         """(fingerprint of the merge, its scores) where both are there. The merged model must be there as well: its digest names the scores."""
         store = store_of(self.where)
-        merged = store.find("merged", merge_step(recipe, self.inputs_of(recipe)).fingerprint)
+        inputs = self.inputs_of(recipe)
+        if recipe.estimates is not None and any(expert.moments is None for expert in inputs.experts):
+            return None
+        merged = store.find("merged", merge_step(recipe, inputs).fingerprint)
         if merged is None:
             return None
         digest = merged_subject(self.where, "", merged, benchmark=False).digest

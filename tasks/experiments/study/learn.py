@@ -31,7 +31,7 @@ def learn_cell(cell: Cell, recipe: MergeRecipe, models: Models, memory: str, dev
     tune, benchmark, where = models.replicate.tune, chooses(models), models.where
     assert tune is not None and cell.learn is not None, "checked with the study"
     config = tune.scales(cell.learn, recipe)
-    plan = models.plan(recipe, memory)
+    plan = models.plan(recipe, memory, Here(device))
     decides = config.model_dump(mode="json", exclude={"recipe", "suite", "data_dir", "test", "test_data_dir", "overlap"})
     inputs = {"merge": merge_step(plan.recipe, plan.inputs).fingerprint, "suite": benchmark.wanted}
     step = Step.of("scales", {"learning": decides, "version": _VERSION}, inputs)

@@ -57,16 +57,17 @@ def on_all(results: StudyResults) -> list[Cell]:
 
 
 def methods_of(results: StudyResults) -> list[Cell]:
-    """Of each method the first untuned cell on all experts in the grid's order, with and without FFG and row-space regression, and every
-    tuned or learned one.
+    """Of each method the first untuned cell on all experts in the grid's order, with and without FFG, row-space regression and estimated second
+    moments, and every tuned or learned one.
 
     What was tuned was chosen on other documents, so that all may stand beside each other; of a sweep the best would be chosen by
     the scores that it is compared on.
     """
-    chosen: dict[tuple[str, bool, bool, str], Cell] = {}
+    chosen: dict[tuple[str, bool, bool, bool, str], Cell] = {}
     for cell in on_all(results):
         refined = "refine" in cell.settings
-        chosen.setdefault((cell.method, is_ffg(cell), refined, cell.label if cell.chosen else ""), cell)
+        estimated = "estimate" in cell.settings
+        chosen.setdefault((cell.method, is_ffg(cell), refined, estimated, cell.label if cell.chosen else ""), cell)
     return list(chosen.values())
 
 

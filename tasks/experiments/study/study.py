@@ -21,6 +21,8 @@ from tasks.storage.models import is_s3
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _TUNABLE = ("lambda", "density")
+OF_EXPERTS = ("capability", "expert")
+"""Placeholders that stand for each expert's own, in the texts of an estimate."""
 
 
 class GridEntry(Frozen):
@@ -124,6 +126,8 @@ class Replicate(Frozen):
     suite: str
     data_dir: str | None
     tune: TuneConfig | None
+    values: dict[str, str] = Field({})
+    """Placeholder to its value."""
 
 
 class StudyConfig(Frozen):
@@ -175,6 +179,7 @@ class StudyConfig(Frozen):
                     suite=_fill(self.suite, values),
                     data_dir=_fill(self.data_dir, values) if self.data_dir else None,
                     tune=self.tune and _fill_tune(self.tune, values, self.data_dir),
+                    values=values,
                 )
             )
         return tuple(found)
@@ -188,21 +193,21 @@ class StudyConfig(Frozen):
         problems: list[str] = []
         names, replicates = expert_names(self.models), self.all_replicates()
         for number, entry in enumerate(self.grid):
-            values = [value if isinstance(value, list) else [value] for value in entry.parameters.values()]
+            values = [_listed(value) for value in entry.parameters.values()]
             for chosen, subset in product(product(*values), subsets_of(entry.experts, self.models, names)):
                 parameters = dict(zip(entry.parameters, chosen, strict=True))
                 words = [
                     entry.merge_method,
                     *(["tuned"] if entry.tune else [f"learned per {entry.learn}"] if entry.learn else []),
                 ]
-                words += [f"{key}={spell(value)}" for key, value in parameters.items()]
+                words += [f"{key}={_spelled(key, value)}" for key, value in parameters.items()]
                 label = " ".join([*words, *subset_label(subset, names)])
                 recipes = []
                 for one in replicates:
                     models = [one.models[i].model_dump(mode="json", by_alias=True, exclude_none=True) for i in subset]
                     raw: dict[str, Any] = {
                         "merge_method": entry.merge_method, "base_model": one.base_model, "models": models, "dtype": self.dtype,
-                        "parameters": parameters,
+                        "parameters": _filled(parameters, one),
                     }  # fmt: skip
                     try:
                         recipes.append(parse_recipe(raw, f"study '{self.name}', grid[{number}] ({label})"))
@@ -233,6 +238,11 @@ class StudyConfig(Frozen):
         return tuple(expert_names(self.models))
 
 
+def _listed(value: Any) -> list[Any]:
+    """The values that a parameter of the grid takes."""
+    return value if isinstance(value, list) else [value]
+
+
 def _tunable(recipe: MergeRecipe, given: dict[str, Any]) -> tuple[str, ...]:
     """Which of λ and density this method uses and the grid leaves open."""
     effective = recipe.effective()
@@ -242,6 +252,26 @@ def _tunable(recipe: MergeRecipe, given: dict[str, Any]) -> tuple[str, ...]:
 
 def _fill(text: str, values: dict[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
+
+
+def _filled(parameters: dict[str, Any], replicate: Replicate) -> dict[str, Any]:
+    """A cell's parameters with the replicate's own texts for an estimate; {capability} and {expert} there are each expert's."""
+    estimate = parameters.get("estimate")
+    if not isinstance(estimate, dict):
+        return parameters
+    own = {key: key.join("{}") for key in OF_EXPERTS} | replicate.values
+    texts = {key: _fill(estimate[key], own) for key in ("data", "data_dir") if isinstance(estimate.get(key), str)}
+    return {**parameters, "estimate": {**estimate, **texts}}
+
+
+def _spelled(key: str, value: Any) -> str:
+    """A value of the grid in a label."""
+    if key == "estimate" and isinstance(value, dict):
+        return (
+            ",".join(f"{name}:{spell(one)}" for name, one in value.items() if name not in {"data", "data_dir", "replace"})
+            or "yes"
+        )
+    return spell(value)
 
 
 def _fill_model(model: ModelEntry, values: dict[str, str]) -> ModelEntry:
@@ -271,6 +301,9 @@ def _replicate_problems(study: StudyConfig) -> list[str]:
     if study.tune is not None:
         addresses += [study.tune.suite, study.tune.data_dir]
     used = {match for text in addresses if text for match in _PLACEHOLDER.findall(text)}
+    for one in (estimate for entry in study.grid for estimate in _listed(entry.parameters.get("estimate"))):
+        texts = [one[key] for key in ("data", "data_dir") if isinstance(one, dict) and isinstance(one.get(key), str)]
+        used |= {match for text in texts for match in _PLACEHOLDER.findall(text)} - set(OF_EXPERTS)
     problems += [
         f"replicates: {{{key}}} has no values; write replicates: {{{key}: [...]}}" for key in sorted(used - set(study.replicates))
     ]

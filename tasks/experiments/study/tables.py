@@ -28,6 +28,7 @@ from tasks.experiments.study.rows import (
 from tasks.experiments.study.scores import AVERAGE, BELOW, RETENTION, StudyResults
 from tasks.merging.labels import FFG_SETTINGS, spell
 
+_ESTIMATE = ("estimate", "missing_curvature")
 _NAMES = {"none": "full", "rank1": "rank 1", "log8": "log8"}
 CHOSEN = (
     "Of each method the first untuned merge of all experts in the grid, with and without FFG and row-space regression: not the best one, which would be chosen by the scores "
@@ -38,7 +39,7 @@ CHOSEN = (
 def all_tables(results: StudyResults) -> list[StudyTable]:
     """Every table that the grid has cells for, in the order of docs/methods.md section 7."""
     builders: list[Callable[[StudyResults], list[StudyTable]]] = [
-        methods_table, losses_table, ffg_table, refine_table, density_table, grafting_table, compression_table, combination_table, sweep_tables, subsets_table,
+        methods_table, losses_table, ffg_table, refine_table, density_table, grafting_table, compression_table, estimate_table, combination_table, sweep_tables, subsets_table,
         tuning_table,
     ]  # fmt: skip
     return [table for build in builders for table in build(results)]
@@ -169,6 +170,25 @@ def grafting_table(results: StudyResults) -> list[StudyTable]:
     return _tables(results, "grafting", "Single experts grafted onto the base", caption, [*rows, last], only=tuple(cells))
 
 
+def estimate_table(results: StudyResults) -> list[StudyTable]:
+    """The same recipe with second moments as training left them, and with estimated ones."""
+    rows: list[Row] = []
+    for group in families(on_all(results), _ESTIMATE):
+        kept = next((cell for cell in group if "estimate" not in cell.settings), None)
+        if kept is None:
+            continue
+        recipe = words(kept)
+        rows.append({"recipe": recipe, "second moments": "from training"} | _merge(results, kept))
+        for cell in (one for one in group if one is not kept):
+            row = {"recipe": recipe, "second moments": f"estimated, {cell.settings['estimate']}"} | _merge(results, cell)
+            rows.append(row | numbers(DIFFERENCE, results.difference(cell, kept)))
+    caption = (
+        f"Estimated: the mean squared gradient of each expert's loss over so many documents. {DIFFERENCE}: of the average to the same recipe with "
+        f"the second moments from training{_paired(results)}. {_explained(results)}"
+    )
+    return _tables(results, "estimate", "Second moments from training and estimated", caption, rows)
+
+
 def compression_table(results: StudyResults) -> list[StudyTable]:
     """The same recipe on full and on compressed second moments."""
     rows: list[Row] = []
@@ -203,7 +223,7 @@ def combination_table(results: StudyResults) -> list[StudyTable]:
 
 def sweep_tables(results: StudyResults) -> list[StudyTable]:
     """Each other parameter that the grid varies alone: λ, power, the density of methods without FFG, …"""
-    covered = {"merge_method", "compression", "rank", "masked_merge", *FFG_SETTINGS}
+    covered = {"merge_method", *_ESTIMATE, "compression", "rank", "masked_merge", *FFG_SETTINGS}
     keys = dict.fromkeys(key for cell in on_all(results) for key in cell.settings)
     found: list[StudyTable] = []
     for key in [*(key for key in keys if key not in covered), "density"]:

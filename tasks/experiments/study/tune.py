@@ -35,7 +35,7 @@ def tune_cell(
     """
     config, benchmark, where = models.replicate.tune, chooses(models), models.where
     assert config is not None, "checked with the study"
-    plan = models.plan(_beginning(recipe) if "lambda" in cell.tune else recipe, memory)
+    plan = models.plan(_beginning(recipe) if "lambda" in cell.tune else recipe, memory, executor)
     merge = merge_step(plan.recipe, plan.inputs).fingerprint
     # Second moments are compressed once for all trials.
     plan = plan.with_artifacts([Here().run(one, where) for one in compress_jobs(plan)])

@@ -16,10 +16,12 @@ from ota_core.errors import OtaError, raise_all
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.recipe.yaml_text import nearest
+from tasks.evaluation.gradients.documents import Block
+from tasks.evaluation.gradients.network import loaded
 from tasks.experiments.search.config import DEFAULT
 from tasks.experiments.tune.config import ScalesConfig
-from tasks.experiments.tune.documents import Block, Blocks
-from tasks.experiments.tune.network import Teacher, answered, loaded, losses_of, teacher_of
+from tasks.experiments.tune.documents import Blocks
+from tasks.experiments.tune.network import Teacher, answered, losses_of, teacher_of
 
 SHARPNESS = 50.0
 """Per bit per byte: how much more a capability that lies higher above its limit weighs in the soft maximum of objective ``worst``."""

@@ -1,11 +1,9 @@
-"""Models in memory: an empty one for the merge that is learned, base and experts to measure against, and what a block of text costs them."""
+"""An empty model in memory for the merge that is learned, and what a block of text costs it, or base and experts to measure against."""
 
-import gc
 import math
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +11,9 @@ from typing import Any, cast
 import torch
 
 from ota_core.engine.output import copy_companions
-from ota_core.errors import CheckpointError
 from ota_core.plan.plan import MergePlan
-from tasks.experiments.tune.documents import Block
+from tasks.evaluation.gradients.documents import Block
+from tasks.evaluation.gradients.network import tokenizer_of, unusable
 
 # What leaves a network's weights unset, and the default type while it is built, hold for the whole process.
 _ONE_AT_A_TIME = threading.Lock()
@@ -36,46 +34,20 @@ def empty_network(plan: MergePlan, dtype: torch.dtype, device: str) -> tuple[Any
 
     Code that a model's folder brings along does not run. Raises CheckpointError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with tempfile.TemporaryDirectory(prefix="ota-tune-") as temporary:
         copy_companions(plan, Path(temporary))
         try:
             config = AutoConfig.from_pretrained(temporary, local_files_only=True, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(temporary, local_files_only=True, trust_remote_code=False)
             with _ONE_AT_A_TIME, no_init_weights(), torch.device(device):
                 network = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype, trust_remote_code=False)
         except Exception as error:  # the architectures' own code runs here and raises what it likes
-            raise _unusable(plan.source_folder(), error) from error
+            raise unusable(plan.source_folder(), error) from error
+        tokenizer = tokenizer_of(Path(temporary), plan.source_folder())
     network.tie_weights()
     return network.eval(), tokenizer
-
-
-@contextmanager
-def loaded(folder: Path, dtype: torch.dtype, device: str) -> Iterator[Any]:
-    """A checkpoint as a network for measuring, let go of afterwards. Raises CheckpointError."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise _unusable(folder, error) from error
-    try:
-        yield cast(Any, network).to(device).eval()
-    finally:
-        del network
-        gc.collect()
-        if device != "cpu":
-            torch.cuda.empty_cache()
-
-
-def _unusable(folder: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines() or ["no reason given"]
-    return CheckpointError(
-        f"{folder} cannot be used as a causal language model with its tokenizer: {type(error).__name__}: {reason[0]:.300} Correct its files; scales are "
-        "learned for models that transformers loads"
-    )
 
 
 def loss_of(network: Any, block: Block, teacher: Teacher | None = None) -> torch.Tensor:

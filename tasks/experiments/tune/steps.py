@@ -17,9 +17,10 @@ from ota_core.plan.expert_scales import scales_for
 from ota_core.plan.plan import open_plan
 from ota_core.rules.rule import rule_of
 from tasks.benchmark import Benchmark
+from tasks.evaluation.gradients.documents import documents_of
 from tasks.evaluation.in_memory import few_threads
 from tasks.experiments.tune.config import ScalesConfig
-from tasks.experiments.tune.documents import blocks_of, documents_of
+from tasks.experiments.tune.documents import blocks_of
 from tasks.experiments.tune.result import Found
 from tasks.merging.sources import Planned
 from tasks.orchestration.budget_bar import BudgetBar

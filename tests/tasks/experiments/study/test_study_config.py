@@ -207,3 +207,26 @@ def test_families_differ_in_nothing_else() -> None:
         ["ota density=0.5 masked_merge=precond power=0.5", "ota density=0.5 masked_merge=linear power=0.5"],
         ["ota density=0.5 masked_merge=precond power=1", "ota density=0.5 masked_merge=linear power=1"],
     ]
+
+
+ESTIMATE = {"data": "data/seed{seed}/{capability}.jsonl", "samples": 64, "replace": True}
+
+
+def test_an_estimate_has_the_replicate_s_texts_and_each_expert_s_own() -> None:
+    entry = {
+        "merge_method": "ota",
+        "parameters": {"density": 0.4, "missing_curvature": "estimate", "estimate": [ESTIMATE, ESTIMATE | {"clip": "none"}]},
+    }
+    plain = {"merge_method": "ota", "parameters": {"density": 0.4}}
+    models = [{"model": f"./{name}/{{seed}}", "capability": name} for name in EXPERTS]
+    first, other, kept = study(entry, plain, models=models, replicates={"seed": [1, 2]}).cells()
+    assert [one.parameters.estimate.data for one in first.recipes if one.parameters.estimate] == [
+        "data/seed1/{capability}.jsonl", "data/seed2/{capability}.jsonl",
+    ]  # fmt: skip
+    assert first.label == "ota density=0.4 missing_curvature=estimate estimate=samples:64"
+    assert [cell.settings.get("estimate") for cell in (first, other, kept)] == [
+        "64/{capability}", "64/{capability}/clip:none", None,
+    ]  # fmt: skip
+    assert families([first, other, kept], ("estimate", "missing_curvature")) == [[first, other, kept]]
+    lacking = entry | {"parameters": {"missing_curvature": "estimate", "estimate": {"data": "{sed}"}}}
+    assert "replicates: {sed} has no values" in problem(lacking)

@@ -380,3 +380,13 @@ def test_words_name_what_is_not_the_default() -> None:
     (cell,) = study(grid, of=flat).cells
     assert words(cell) == "ota compression=rank1 lambda=1.5 density=0.5"
     assert words(cell, skip=("compression", "density")) == "ota lambda=1.5"
+
+
+def test_estimated_second_moments_stand_beside_those_from_training() -> None:
+    how = {"missing_curvature": "estimate", "estimate": {"data": "train.jsonl", "replace": True}}
+    grid = [{"merge_method": "ota", "parameters": {"density": 0.4} | more} for more in ({}, how)]
+    made = study(*grid, of=lambda label, i: {"math": 0.3 if "estimate" in label else 0.5, "code": 0.2 + 0.1 * i})
+    found = {one.key: one for one in all_tables(made)}["estimate"].frame
+    assert list(found["second moments"]) == ["from training", "estimated, 256/train"]
+    assert found[DIFFERENCE][1] == pytest.approx(-0.1) and found[f"{DIFFERENCE}{ERROR}"][1] == pytest.approx(0)
+    assert [words(cell) for cell in methods_of(made)] == ["ota density=0.4", "ota density=0.4 estimate=256/train"]

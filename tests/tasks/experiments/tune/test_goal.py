@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.evaluation.gradients.documents import Document, documents_of
 from tasks.evaluation.harness import score_model
 from tasks.evaluation.suites import SuiteError, load_suite
 from tasks.experiments.tune.config import ScalesConfig
-from tasks.experiments.tune.documents import Blocks, Document, blocks_of, documents_of
+from tasks.experiments.tune.documents import Blocks, blocks_of
 from tasks.experiments.tune.goal import MEMORY, Goal
 from tasks.experiments.tune.network import Teacher, answered, loss_of, teacher_of
 from tests.tasks.local.real.test_real_losses import LOSSES, PASSAGES, TEXT

@@ -1,0 +1,1 @@
+"""Losses and gradients of models in memory: texts as blocks of tokens, networks, and second moments estimated from both."""
