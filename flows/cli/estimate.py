@@ -33,6 +33,9 @@ def estimate(
             help="Largest norm of a batch's gradient, as in training (Trainer: 1.0), or none. A number takes 5/3 of the time."
         ),
     ] = "1.0",
+    points: Annotated[
+        int, typer.Option(help="Points on the way from --base to MODEL, MODEL the last of them, that share the batches.")
+    ] = 1,
     random_tokens: Annotated[bool, typer.Option("--random-tokens", help="Random tokens, where there are no texts.")] = False,
     seed: Annotated[int, typer.Option(help="Decides which documents are taken.")] = 0,
     dtype: Annotated[
@@ -83,7 +86,7 @@ def estimate(
         _check(out, method, overwrite=overwrite, compare=compare, base=base, density=density)
         given: dict[str, Any] = {
             "data": data, "data_dir": data_dir, "samples": samples, "batch": batch, "max_length": max_length, "clip": _clip(clip),
-            "random_tokens": random_tokens, "seed": seed, "dtype": dtype,
+            "points": points, "random_tokens": random_tokens, "seed": seed, "dtype": dtype,
         }  # fmt: skip
         settings = parse_config(EstimateSettings, given, "ota estimate", OtaError)
         where, device = places(home, artifacts), pick_device(device)

@@ -62,10 +62,11 @@ class ParameterLayout:
 def how_estimated(said: Mapping[str, Any]) -> str:
     """What ``Moments.estimated`` holds, in words."""
     clip = "not clipped" if said.get("clip") is None else f"clipped at {said['clip']:g}"
+    points = int(said.get("points", 1))
     texts = "runs of random tokens" if said.get("random_tokens") else "documents"
     return (
         f"estimated: the mean squared gradient over {said.get('samples')} {texts} of at most {said.get('max_length')} tokens in batches of "
-        f"{said.get('batch')}, {clip}"
+        f"{said.get('batch')}, {clip}" + (f", at {points} points from the base to the expert" if points > 1 else "")
     )
 
 

@@ -30,9 +30,10 @@ def unlike(experts: Sequence[ExpertView], recipe: MergeRecipe) -> str | None:
         return (
             f"the second moments of {', '.join(found)} are estimated with different settings; estimate those of all experts alike"
         )
-    if len(found) > 1 and recipe.merge_method == "ota" and recipe.setting("normalise") == "none":
+    at_the_end = [said for said in found.values() if said.get("points", 1) == 1]
+    if len(at_the_end) > 1 and recipe.merge_method == "ota" and recipe.setting("normalise") == "none":
         return (
-            "the second moments are estimated: an expert that has fitted its data has small gradients left, and weighs little for that alone; "
-            "normalise: global weighs the experts alike"
+            "the second moments are estimated at the trained weights alone: an expert that has fitted its data has small gradients left, and weighs "
+            "little for that alone; take points: 2, or normalise: global, which weighs the experts alike"
         )
     return None

@@ -99,6 +99,10 @@ class EstimateSettings(Strict):
     clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value == "none" else value)] = Field(
         1.0, description="Largest norm of a batch's gradient, as in training; none: not clipped."
     )
+    points: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] = Field(
+        1,
+        description="Points on the way from the base to the expert, the expert the last of them, that share the batches: what Adam saw along the way.",
+    )
     random_tokens: bool = Field(False, description="Random tokens instead of texts.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Decides which documents are taken.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
@@ -113,6 +117,10 @@ class EstimateSettings(Strict):
         if self.samples % self.batch:
             raise ValueError(
                 f"estimate: samples {self.samples} is no multiple of batch {self.batch}; batches are full, as in training"
+            )
+        if self.samples // self.batch < self.points:
+            raise ValueError(
+                f"estimate: {self.points} points need as many batches; samples {self.samples} in batches of {self.batch} are fewer"
             )
         return self
 

@@ -54,12 +54,15 @@ def estimate(
         blocks = blocks_of(text.vocab_size, length)
         found = SquaredGradients(network, parameters, settings.clip)
         found.load(partial, identity)
-        total, saved, cost = len(blocks) // settings.batch, time.monotonic(), 0.0
+        total, saved, cost, at = len(blocks) // settings.batch, time.monotonic(), 0.0, settings.points
         for number in range(total):
             if progress:
                 progress(what, number, total)
             if number < found.batches:
                 continue
+            if base is not None and (point := number * settings.points // total + 1) != at:
+                move(parameters, model, base, point / settings.points, network.dtype, back=at != settings.points)
+                at = point
             batch = blocks[number * settings.batch : (number + 1) * settings.batch]
             found.add(lambda: mean_loss(network, batch))  # noqa: B023 - called at once
             if time.monotonic() - saved > max(SAVE_SECONDS, SAVE_SHARE * cost) and number + 1 < total:
@@ -78,6 +81,28 @@ def estimate(
         "tokens": sum(len(one.ids) - one.first for one in blocks), "loss": fmean(found.losses), "gradient_norm": fmean(found.norms),
         "largest_gradient_norm": max(found.norms), "clipped_batches": clipped,
     }  # fmt: skip
+
+
+def move(parameters: Mapping[str, Any], model: Path, base: Path, share: float, dtype: Any, *, back: bool) -> None:
+    """Set parameters to θ₀ + share · (θ − θ₀), θ of the model, θ₀ of the base; one of them at a time is in memory beside them.
+
+    back: the parameters are elsewhere on that way; without it they are the model's. Raises CheckpointError where base and model differ in form.
+    """
+    import torch
+
+    from tasks.evaluation.gradients.network import loaded
+
+    for folder, weight in ((model, 1.0), (base, 1.0 - share)):
+        if weight == 0 or (folder is model and not back):
+            continue
+        with loaded(folder, dtype, "cpu") as other, torch.no_grad():
+            held = dict(other.named_parameters())
+            for name, one in parameters.items():
+                if name not in held or held[name].shape != one.shape:
+                    raise CheckpointError(
+                        f"{folder}: '{name}' has another shape than in the expert, so that nothing lies between them; set points: 1"
+                    )
+                one.lerp_(held[name].to(one.device), weight)
 
 
 def trained_parameters(network: Any, model: Path, base: Path | None) -> dict[str, Any]:

@@ -134,7 +134,11 @@ class EstimateJob(Stage):
     def of(
         cls, model: Fetched, base: Fetched | None, settings: EstimateSettings, texts: Texts, *, name: str, capability: str | None = None
     ) -> Self:  # fmt: skip
-        """What it will leave follows from the weights, those of the base, the texts and the settings."""
+        """What it will leave follows from the weights, those of the base, the texts and the settings. Raises OtaError."""
+        if base is None and settings.points > 1:
+            raise OtaError(
+                f"estimate: {settings.points} points lie on the way from the base, which is not known; name it, or set points: 1"
+            )
         config: dict[str, Any] = {"estimate": VERSION, **settings.decisive(), "capability": texts.capability}
         inputs = {"weights": weights_digest(model), "texts": texts.digest}
         inputs |= {"base": weights_digest(base)} if base else {}
@@ -191,10 +195,9 @@ def estimate_jobs(
         name, capability = labels[i]
         try:
             texts = Texts.of(settings, where, recipe_dir, name=name, capability=capability)
+            found[i] = EstimateJob.of(models[i], base, settings, texts, name=name, capability=capability)
         except OtaError as error:
             problems += [f"expert '{name}': {problem}" for problem in error.problems]
-            continue
-        found[i] = EstimateJob.of(models[i], base, settings, texts, name=name, capability=capability)
     if found:  # what is wrong with the checkpoints, before gradients are taken of any
         inputs = assemble(recipe, fetched, cache=where.cache, recipe_dir=recipe_dir, estimated=dict.fromkeys(found))
         problems += checkpoint_problems(recipe, inputs)

@@ -19,6 +19,7 @@ from tasks.artifacts.store import store_of
 from tasks.evaluation.gradients import estimate as estimating
 from tasks.evaluation.gradients.estimate import estimate, trained_parameters
 from tasks.evaluation.gradients.job import EstimateJob, Texts, estimate_jobs
+from tasks.evaluation.gradients.network import mean_loss
 from tasks.evaluation.gradients.texts import file_blocks
 from tasks.merge import merge_job
 from tasks.merging.inputs import fetch_all
@@ -97,6 +98,43 @@ def test_a_bfloat16_model_is_taken_as_it_is_stored(tmp_path: Path, texts: Path) 
         torch.testing.assert_close(v.double(), wanted[name], rtol=0.05, atol=0.01 * float(wanted[name].max()))
     wide = estimated(model, tmp_path / "wide", given.model_copy(update={"dtype": "float32"}))
     assert any(not torch.equal(wide[name], v) for name, v in found.items())
+
+
+def test_points_between_base_and_expert_share_the_batches(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_tiny_llama(tmp_path / "base")
+    expert = perturb(base, tmp_path / "expert", seed=1, scale=0.2)
+    given = settings(texts, clip=None, points=3)
+    found = estimated(expert, tmp_path / "v", given, base=base)
+    tokenizer = AutoTokenizer.from_pretrained(expert)
+    blocks = file_blocks(texts, tokenizer, given, 64)
+    end, start = ({k: torch.from_numpy(v).double() for k, v in read_tensors(folder).items()} for folder in (expert, base))
+    wanted = {name: torch.zeros(one.shape, dtype=torch.float64) for name, one in found.items()}
+    for i in range(3):
+        network = AutoModelForCausalLM.from_pretrained(expert, dtype=torch.float64)
+        with torch.no_grad():
+            for name, one in network.named_parameters():
+                one.copy_(start[name] + (i + 1) / 3 * (end[name] - start[name]))
+        mean_loss(network, blocks[4 * i : 4 * i + 4]).backward()
+        for name, one in network.named_parameters():
+            assert one.grad is not None
+            wanted[name] += one.grad.double() ** 2 / 3
+    for name, v in found.items():
+        torch.testing.assert_close(v.double(), wanted[name], rtol=2e-3, atol=1e-5 * float(wanted[name].max()))
+    # To the same bytes also where a kill fell between two points.
+    monkeypatch.setattr(estimating, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(estimating, "SAVE_SHARE", 0)
+
+    def progress(_: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        estimated(expert, tmp_path / "again", given, base=base, progress=progress)
+    estimated(expert, tmp_path / "again", given, base=base)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "v").read_bytes()
+    wide = write_tiny_llama(tmp_path / "wide", vocab=130)
+    with pytest.raises(CheckpointError, match="another shape than in the expert"):
+        estimated(expert, tmp_path / "w", given, base=wide)
 
 
 class Killed(Exception):
@@ -227,6 +265,8 @@ def test_what_decides_an_estimate_is_in_its_fingerprint(models: Path, texts: Pat
     moved = texts.with_name("moved.jsonl")
     shutil.copy(texts, moved)
     assert step(data=str(moved)) == first, "where the texts lie decides nothing"
+    with pytest.raises(OtaError, match="2 points lie on the way from the base, which is not known"):
+        EstimateJob.of(fetched, None, settings(texts, points=2), Texts.of(settings(texts), where), name="m")
     moved.write_text(moved.read_text() + '{"text": "more"}\n')
     assert step(data=str(moved)) != first
     given = settings(moved)
