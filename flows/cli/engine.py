@@ -106,8 +106,10 @@ def compress(
     from ota_core.engine import engine
     from ota_core.engine.output import check_free
     from ota_core.files.checkpoint import Checkpoint, weight_files
-    from ota_core.moments import find_moments, moments_files, none_found, open_moments
+    from ota_core.files.safetensors_io import SafetensorsFile
+    from ota_core.moments import find_moments, moments_files, none_found, open_moments, steps_in_words
     from ota_core.moments.compression import compression_label, open_compressed
+    from ota_core.moments.compression.header import read_header
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
     from tasks.storage import models as storage
@@ -146,6 +148,8 @@ def compress(
                 path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, memory=memory, progress=progress
             )
             seconds = {"compress": time.perf_counter() - started}
+            with SafetensorsFile(temporary) as made:
+                header = read_header(temporary, made.metadata)
             if base is not None:
                 from ota_core.analysis.agreement import agreements  # with it comes torch
 
@@ -170,6 +174,9 @@ def compress(
         typer.echo(f"note: {note}")
     typer.echo(
         f"{out}: {compression_label(report.method, report.rank)}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
+    )
+    typer.echo(
+        f"β₂ {'unknown' if header.beta2 is None else format(header.beta2, '.6g')}, {steps_in_words(header.steps.values())}"
     )
     typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
     if agreed is not None:

@@ -1,6 +1,6 @@
 """Second moments from what trainers leave behind: one v per parameter name, a reader per format."""
 
-from ota_core.moments.base import Moments, ParameterLayout
+from ota_core.moments.base import Moments, ParameterLayout, steps_in_words
 from ota_core.moments.find import find_moments, moments_files, none_found, open_moments
 
-__all__ = ["Moments", "ParameterLayout", "find_moments", "moments_files", "none_found", "open_moments"]
+__all__ = ["Moments", "ParameterLayout", "find_moments", "moments_files", "none_found", "open_moments", "steps_in_words"]

@@ -1,7 +1,7 @@
 """What every reader of second moments offers: one v per parameter name, in blocks of rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,12 +24,22 @@ class ParameterLayout:
     """Alias to the parameter that it shares its storage with, for example lm_head.weight to model.embed_tokens.weight."""
 
 
+def steps_in_words(steps: Iterable[int]) -> str:
+    """The steps of all parameters as messages say them: ``step 7``, ``steps 3 to 7 (4 different ones)``, ``step unknown``."""
+    found = sorted(set(steps))
+    if len(found) < 2:
+        return f"step {found[0] if found else 'unknown'}"
+    return f"steps {found[0]} to {found[-1]} ({len(found)} different ones: parameters were updated unequally often)"
+
+
 class Moments(ABC):
     """Second moments v (Adam's ``exp_avg_sq``) of one expert. Values are ≥ 0, float32, and never bias-corrected here."""
 
     path: Path
     beta2: float | None
     """Adam's β₂ where the file says it."""
+    unbiased: bool = False
+    """Whether v needs no bias correction: its weights add up to 1, as those of Adafactor or of a plain mean do."""
 
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -92,9 +92,9 @@ def open_moments(path: Path, *, layout: Layout = None, source_of: SourceOf | Non
         return SafetensorsMoments(path, files[1:], source_of)
     # A safetensors file begins with the length of its header, which could by chance begin with the byte of a pickle.
     if first.startswith(ZIP) or (first.startswith(b"\x80") and int.from_bytes(first, "little") > MAX_HEADER):
-        from ota_core.moments.trainer import TrainerMoments  # it needs torch
+        from ota_core.moments.trainer import open_optimizer  # it needs torch
 
-        return TrainerMoments(path, layout, source_of)
+        return open_optimizer(path, layout, source_of)
     shard = SHARD_NAME.fullmatch(path.name)
     if shard and int(shard["count"]) > 1:
         raise MomentsError(f"{path} is one shard of {int(shard['count'])}; name their index or folder instead: {path.parent}")

@@ -170,7 +170,9 @@ class ExpertView(ModelView):
 
 
 def bias_factor(moments: Moments, name: str) -> float:
-    """1 / (1 − β₂^t) (Kingma & Ba 2015, arXiv 1412.6980, section 3). Raises MomentsError when β₂ or t is not known."""
+    """1 / (1 − β₂^t) (Kingma & Ba 2015, arXiv 1412.6980, section 3), or 1 where v is unbiased. Raises MomentsError when β₂ or t is not known."""
+    if moments.unbiased:
+        return 1.0
     step = moments.step(name)
     if moments.beta2 is None or not step:
         raise MomentsError(

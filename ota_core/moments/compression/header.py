@@ -27,19 +27,23 @@ class Header(Frozen):
     """Parameter name to the shape of the parameter."""
     steps: dict[str, int]
     beta2: float | None
+    unbiased: bool = False
+    """Whether v needs no bias correction; left out of the file where it does."""
 
     @classmethod
     def of(cls, moments: Moments, method: Method, rank: int | None = None) -> "Header":
         """The header of what a method makes of these moments."""
         shapes = {name: tuple(shape) for name, shape in moments.shapes().items()}
         steps = {name: step for name in shapes if (step := moments.step(name)) is not None}
-        return cls(method=method, rank=rank, shapes=shapes, steps=steps, beta2=moments.beta2)
+        return cls(method=method, rank=rank, shapes=shapes, steps=steps, beta2=moments.beta2, unbiased=moments.unbiased)
 
     def metadata(self) -> dict[str, str]:
         """The header as safetensors metadata, one spelling for one content."""
         facts: dict[str, Any] = {"shapes": {n: list(s) for n, s in self.shapes.items()}, "steps": self.steps, "beta2": self.beta2}
         if self.rank is not None:
             facts["rank"] = self.rank
+        if self.unbiased:
+            facts["unbiased"] = True
         return {FORMAT_KEY: FORMAT, "method": self.method, "header": json.dumps(facts, sort_keys=True)}
 
 
