@@ -5,5 +5,6 @@ numbers their names. ``stored`` reads v in full or in 8 and 4 bits, ``adafactor`
 """
 
 from ota_core.moments.trainer.load import open_optimizer, open_state
+from ota_core.moments.trainer.moments import TrainerMoments
 
-__all__ = ["open_optimizer", "open_state"]
+__all__ = ["TrainerMoments", "open_optimizer", "open_state"]
