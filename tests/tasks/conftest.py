@@ -1,8 +1,8 @@
 """Fixtures of the tasks' tests."""
 
-from tests.retention_fixture import either as either
-from tests.retention_fixture import ground as ground
-from tests.retention_fixture import lived as lived
-from tests.retention_fixture import quick as quick
-from tests.retention_fixture import settled as settled
-from tests.retention_fixture import shop as shop
+from tests.fixtures.retention import either as either
+from tests.fixtures.retention import ground as ground
+from tests.fixtures.retention import lived as lived
+from tests.fixtures.retention import quick as quick
+from tests.fixtures.retention import settled as settled
+from tests.fixtures.retention import shop as shop

@@ -13,8 +13,8 @@ import pytest
 from flows.cli.retention import age_text, size_text
 from tasks.registry.retention.listing import list_root
 from tasks.tracking.run import TAG_LOGGED
+from tests.fixtures.retention import Shop, empty_database, keys, open_shop, quick_scores, write_models
 from tests.flows.cli.typed import refused, said
-from tests.retention_fixture import Shop, empty_database, keys, open_shop, quick_scores, write_models
 
 
 def ota_gc(shop: Shop, *arguments: object, width: int = 100, run: Callable[..., str] = said) -> str:

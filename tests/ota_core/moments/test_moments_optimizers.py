@@ -22,19 +22,21 @@ from ota_core.moments.trainer.kinds import NoSecondMoment, second_moment
 from ota_core.moments.trainer.stored import Coded
 from tests.fixtures.optimizers.make import HERE, READ, REFUSED, STEPS
 
-BETA2 = {"rmsprop": 0.95, "stable_adamw": 0.99} | {name: 1 - STEPS**-0.8 for name in READ if name.startswith("adafactor")}
+BETA2 = {"kept/rmsprop": 0.95, "kept/stable_adamw": 0.99} | {
+    name: 1 - STEPS**-0.8 for name in READ if name.startswith("kept/adafactor")
+}
 REASONS = {
-    "lion": "is Lion's, which keeps a momentum",
-    "bnb_lion8bit": "state1 and no state2: .*the file does not tell which",
-    "sgd": "has an empty state: SGD without momentum keeps none",
-    "sgd_momentum": "is SGD's, which keeps a momentum",
-    "schedulefree_sgd": "is that of schedule-free SGD",
-    "adagrad": "is Adagrad's, which adds squared gradients up",
-    "muon": "is Muon's, which keeps a momentum",
-    "galore": "has a projector: GaLore and APOLLO",
-    "apollo": "has a projector: GaLore and APOLLO",
-    "layerwise": "is the stand-in that the Trainer saves of layer-wise optimizers",
-    "lomo": "has an empty state: LOMO keeps none, and AdaLomo keeps its own outside",
+    "refused/lion": "is Lion's, which keeps a momentum",
+    "refused/bnb_lion8bit": "state1 and no state2: .*the file does not tell which",
+    "refused/sgd": "has an empty state: SGD without momentum keeps none",
+    "refused/sgd_momentum": "is SGD's, which keeps a momentum",
+    "refused/schedulefree_sgd": "is that of schedule-free SGD",
+    "refused/adagrad": "is Adagrad's, which adds squared gradients up",
+    "refused/muon": "is Muon's, which keeps a momentum",
+    "refused/galore": "has a projector: GaLore and APOLLO",
+    "refused/apollo": "has a projector: GaLore and APOLLO",
+    "refused/layerwise": "is the stand-in that the Trainer saves of layer-wise optimizers",
+    "refused/lomo": "has an empty state: LOMO keeps none, and AdaLomo keeps its own outside",
 }
 
 
@@ -62,9 +64,9 @@ def assert_equal(moments: Moments, name: str, v: dict[str, torch.Tensor]) -> Non
             else:
                 assert np.array_equal(got, want[a:b]), (key, a, b)
     assert moments.beta2 == pytest.approx(BETA2.get(name, 0.999), rel=1e-12)
-    assert moments.unbiased == name.startswith(("adafactor", "stable"))
+    assert moments.unbiased == name.startswith(("kept/adafactor", "kept/stable"))
     steps = {key: moments.step(key) for key in v}
-    if name == "unequal_steps":
+    if name == "kept/unequal_steps":
         assert steps == {"embed": STEPS + 1, "q": STEPS, "norm": STEPS, "experts": STEPS + 1}
     else:
         assert set(steps.values()) == {STEPS}
@@ -84,7 +86,7 @@ def test_v_is_that_of_the_live_optimizer(name: str, legacy: bool, tmp_path: Path
     library, make = READ[name]
     if library and importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed (extra 'trainers')")
-    if legacy and name == "torchao_adamw_fp8":
+    if legacy and name == "torchao/adamw_fp8":
         pytest.skip("torch cannot load float8 from its old format")
     state, v = make()
     torch.save(state, tmp_path / "optimizer.bin", _use_new_zipfile_serialization=not legacy)
@@ -102,9 +104,9 @@ def test_the_refused_state_is_that_of_the_live_optimizer(name: str, tmp_path: Pa
     library, make = REFUSED[name]
     if library and importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed (extra 'trainers')")
-    torch.save(make()[0], tmp_path / f"{name}.pt")
+    torch.save(make()[0], tmp_path / "optimizer.pt")
     with pytest.raises(MomentsError, match=REASONS[name]):
-        open_moments(tmp_path / f"{name}.pt")
+        open_moments(tmp_path / "optimizer.pt")
 
 
 def entry_of(name: str, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -123,22 +125,22 @@ def refusal(state: Any, folder: Path, shapes: dict[str, tuple[int, ...]] | None 
 
 
 def test_codes_that_do_not_fit_their_scales_are_refused(tmp_path: Path) -> None:
-    state, entry = entry_of("bnb_adamw8bit", 0)
+    state, entry = entry_of("bitsandbytes/adamw8bit", 0)
     entry["absmax2"] = entry["absmax2"][:17].clone()
     assert "17 scales absmax2 for 5120 codes; no block size gives that" in refusal(state, tmp_path)
     entry["absmax2"], entry["qmap2"] = torch.ones(20), torch.ones(255)
     assert "not the 256 values qmap2" in refusal(state, tmp_path)
-    state, entry = entry_of("bnb_adamw8bit", 0)
+    state, entry = entry_of("bitsandbytes/adamw8bit", 0)
     entry["max2"] = entry.pop("absmax2")[:1]
     assert "one scale for the whole tensor (block_wise=False" in refusal(state, tmp_path)
-    state, entry = entry_of("bnb_adamw8bit", 0)
+    state, entry = entry_of("bitsandbytes/adamw8bit", 0)
     entry["state2"] = entry["state2"].T
     assert "transposed state2" in refusal(state, tmp_path)
 
 
 @pytest.mark.parametrize("block", [256, 2048])
 def test_the_block_size_comes_from_the_number_of_scales(tmp_path: Path, block: int) -> None:
-    state, entry = entry_of("bnb_adamw8bit_flat", 1)
+    state, entry = entry_of("bitsandbytes/adamw8bit_flat", 1)
     blocks = -(-67 * 64 // block)
     entry["absmax2"] = torch.arange(1, blocks + 1) / 7
     kept = {"state": {1: state["state"][1]}, "param_groups": [{"params": [1], "param_names": ["q"]}]}
@@ -162,7 +164,7 @@ def test_the_block_size_comes_from_the_number_of_scales(tmp_path: Path, block: i
     ],
 )
 def test_a_tensor_subclass_with_parts_that_do_not_fit_is_refused(change: dict[str, Any]) -> None:
-    tensor = load(HERE / "torchao_adamw8bit.pt", "cpu")["state"][0]["exp_avg_sq"]
+    tensor = load(HERE / "torchao/adamw8bit.pt", "cpu")["state"][0]["exp_avg_sq"]
     assert isinstance(second_moment({"exp_avg_sq": tensor}, {}), Coded)
     tensor.__dict__.update(change)
     with pytest.raises(
@@ -173,7 +175,7 @@ def test_a_tensor_subclass_with_parts_that_do_not_fit_is_refused(change: dict[st
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_classes_beside_the_known_ones_stay_refused_and_are_named(tmp_path: Path, zipped: bool) -> None:
-    state = torch.load(HERE / "amsgrad.pt", weights_only=True) | {"when": fractions.Fraction(1, 3)}
+    state = torch.load(HERE / "kept/amsgrad.pt", weights_only=True) | {"when": fractions.Fraction(1, 3)}
     torch.save(state, tmp_path / "optimizer.pt", _use_new_zipfile_serialization=zipped)
     before = set(torch.serialization.get_safe_globals())
     with pytest.raises(MomentsError, match=r"fractions\.Fraction.* refused because loading it could run code"):
@@ -192,22 +194,22 @@ def test_a_tensor_that_exceeds_its_storage_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), -1e-9, float("inf"), 3e38])
 def test_bad_means_of_an_adafactor_are_refused(tmp_path: Path, value: float) -> None:
-    state = torch.load(HERE / "adafactor_transformers.pt", weights_only=True)
+    state = torch.load(HERE / "kept/adafactor_transformers.pt", weights_only=True)
     state["state"][0]["exp_avg_sq_row"][3] = value
-    v = in_order("", load_file(HERE / "adafactor_transformers.safetensors"))
+    v = in_order("", load_file(HERE / "kept/adafactor_transformers.safetensors"))
     torch.save(state, tmp_path / "optimizer.pt")
     with pytest.raises(MomentsError, match=r"the second moment of 'embed#row' is .* at index \[3\], a finite value"):
         open_moments(tmp_path / "optimizer.pt", layout=layout_of(v))
 
 
 def test_means_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
-    state = torch.load(HERE / "adafactor_transformers.pt", weights_only=True)
+    state = torch.load(HERE / "kept/adafactor_transformers.pt", weights_only=True)
     state["state"][3]["exp_avg_sq_col"] = torch.ones(3, 4)
     assert "of the shapes [2, 3] and [3, 4], which do not fit together" in refusal(state, tmp_path)
-    state = torch.load(HERE / "adafactor_torch.pt", weights_only=True)
+    state = torch.load(HERE / "kept/adafactor_torch.pt", weights_only=True)
     state["state"][3]["row_var"] = torch.ones(2, 3)
     assert "of the shapes [2, 3] and [2, 1, 4], which do not fit together" in refusal(state, tmp_path)
-    state = torch.load(HERE / "adafactor_transformers.pt", weights_only=True)
+    state = torch.load(HERE / "kept/adafactor_transformers.pt", weights_only=True)
     state["state"][0] = {"step": 4, "exp_avg_sq": torch.ones(6, 5)}
     shapes = {"embed": (6, 5), "q": (5, 5), "norm": (5,), "experts": (2, 3, 4)}
     assert "'embed' of the shape [6, 5] has a full second moment while others have row and column means" in refusal(
@@ -216,7 +218,7 @@ def test_means_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
 
 
 def test_different_decays_are_refused(tmp_path: Path) -> None:
-    state = torch.load(HERE / "adafactor_transformers.pt", weights_only=True)
+    state = torch.load(HERE / "kept/adafactor_transformers.pt", weights_only=True)
     group = state["param_groups"][0]
     state["param_groups"] = [{**group, "params": [0, 1]}, {**group, "params": [2, 3], "decay_rate": -0.9}]
     for part, names in zip(state["param_groups"], (["embed", "q"], ["norm", "experts"]), strict=True):

@@ -20,7 +20,7 @@ from tasks.storage import s3
 from tasks.tracking.names import REGISTERED_MODEL
 from tasks.tracking.registered import TAG_WEIGHTS_DELETED
 from tasks.tracking.run import TAG_LOGGED
-from tests.retention_fixture import Shop, keys, names, why
+from tests.fixtures.retention import Shop, keys, names, why
 
 pytestmark = pytest.mark.usefixtures("quick")
 

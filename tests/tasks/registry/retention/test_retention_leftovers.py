@@ -13,7 +13,7 @@ from tasks.registry.retention.listing import list_root
 from tasks.storage import s3
 from tasks.tracking.names import REGISTERED_MODEL
 from tasks.tracking.registered import TAG_WEIGHTS_DELETED
-from tests.retention_fixture import Shop, keys, names, why
+from tests.fixtures.retention import Shop, keys, names, why
 from tests.s3_requests import requests
 from tests.servers import S3Test
 
