@@ -5,7 +5,7 @@ Codes: Dettmers et al. 2022, arXiv 2110.02861 (bitsandbytes, torchao); Li et al.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -80,16 +80,22 @@ class Coded:
         yield from (self.codes, self.scale) if self.table is None else (self.codes, self.scale, self.table)
 
     def read(self, file: TorchFile, start: int, stop: int) -> F32:
+        from ota_core.moments.trainer.code_loops import (
+            decode,
+            decode_halves,
+        )  # numba takes long to import; `ota inspect` reads nothing
+
         columns = matrix_shape(self.shape)[1]
         a, b = start * columns, stop * columns
-        if a == b:
-            return np.empty((stop - start, columns), np.float32)
-        values = self._values(file, a, b)
-        first, last = a // self.block, (b - 1) // self.block
-        scale = file.read_flat(self.scale, first, last + 1).float().numpy()
-        edges = np.clip(np.arange(first, last + 2) * self.block, a, b)
-        values *= np.repeat(scale, np.diff(edges))
-        return values.reshape(stop - start, columns)
+        out = np.empty(b - a, np.float32)
+        if a < b:
+            first, last = a // self.block, (b - 1) // self.block
+            blocks = _numpy(file, self.scale, first, last + 1), self.block, a - first * self.block
+            if self._packed:
+                decode_halves(_numpy(file, self.codes, a // 2, -(-b // 2)), a % 2, self._values(file), *blocks, out)
+            else:
+                decode(_numpy(file, self.codes, a, b), self._values(file), *blocks, out)
+        return out.reshape(stop - start, columns)
 
     def prefetch(self, file: TorchFile, start: int, stop: int) -> None:
         columns = matrix_shape(self.shape)[1]
@@ -102,13 +108,15 @@ class Coded:
     def _packed(self) -> bool:
         return self.table is not None and self.table.numel() == 16
 
-    def _values(self, file: TorchFile, a: int, b: int) -> F32:
-        """What the codes a:b stand for, without the scale: float32 (b − a,), writable."""
+    def _values(self, file: TorchFile) -> F32:
+        """What each code stands for."""
         if self.table is None:
-            return np.array(file.read_flat(self.codes, a, b).float().numpy())
-        table = file.read_flat(self.table, 0, self.table.numel()).float().numpy()
-        if not self._packed:
-            return np.take(table, file.read_flat(self.codes, a, b).numpy())
-        held = file.read_flat(self.codes, a // 2, -(-b // 2)).numpy()
-        codes = np.stack([held >> 4, held & 15], axis=-1).reshape(-1)
-        return np.take(table, codes[a % 2 : a % 2 + b - a])
+            return torch.arange(256, dtype=torch.uint8).view(self.codes.dtype).float().numpy()
+        return _numpy(file, self.table, 0, self.table.numel())
+
+
+def _numpy(file: TorchFile, tensor: torch.Tensor, start: int, stop: int) -> NDArray[Any]:
+    """Elements start:stop of a contiguous tensor; of float8 its bits."""
+    found = file.read_flat(tensor, start, stop)
+    held: NDArray[Any] = (found if found.dtype == torch.float32 else found.view(torch.uint8)).numpy()
+    return held

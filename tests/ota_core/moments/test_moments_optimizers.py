@@ -21,6 +21,7 @@ from ota_core.moments.compression import RankOneMoments
 from ota_core.moments.trainer.kinds import NoSecondMoment, second_moment
 from ota_core.moments.trainer.stored import Coded
 from tests.fixtures.optimizers.make import HERE, READ, REFUSED, STEPS
+from tests.ota_core.files.test_byte_source import elsewhere
 
 BETA2 = {"kept/rmsprop": 0.95, "kept/stable_adamw": 0.99} | {
     name: 1 - STEPS**-0.8 for name in READ if name.startswith("kept/adafactor")
@@ -224,3 +225,25 @@ def test_different_decays_are_refused(tmp_path: Path) -> None:
     for part, names in zip(state["param_groups"], (["embed", "q"], ["norm", "experts"]), strict=True):
         part["param_names"] = names
     assert "different decays of β₂ (-0.9, -0.8)" in refusal(state, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes/adamw8bit", "torchao/adamw4bit", "torchao/adamw_fp8", "kept/adafactor_torch"])
+def test_v_comes_from_the_source_in_the_ranges_that_are_asked(tmp_path: Path, name: str) -> None:
+    v = in_order(name, load_file(HERE / f"{name}.safetensors"))
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes((HERE / f"{name}.pt").read_bytes())
+    sources = elsewhere(path)
+    moments = open_moments(path, layout=layout_of(v), source_of=sources.get)
+    if name != "kept/adafactor_torch":
+        sources[path].reads.clear()
+        moments.prefetch("embed", 8, 12)  # 256 elements from element 512 on: one block of 256, or two of 128
+        hinted = set(sources[path].hints)
+        moments.read("embed", 8, 12)
+        codes = 128 if "4bit" in name else 256
+        sizes = sorted(stop - start for start, stop in hinted)
+        assert hinted <= set(sources[path].reads) and sizes == sorted([codes, 8 if "4bit" in name else 4])
+        assert sum(stop - start for start, stop in sources[path].reads) <= sum(sizes) + 1024, (
+            "the table of values, and nothing else"
+        )
+    moments.prefetch("embed", 79, 90)  # the next block may not exist
+    assert_equal(moments, name, v)
