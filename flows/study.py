@@ -23,6 +23,7 @@ from tasks.evaluation.kept import read_all
 from tasks.evaluation.scores import ModelScores
 from tasks.experiments.study.cells import Cell
 from tasks.experiments.study.found import Models
+from tasks.experiments.study.learn import learn_cell
 from tasks.experiments.study.log import log_study, logged_merges
 from tasks.experiments.study.losses import ranked
 from tasks.experiments.study.report import RESULTS, write_results, write_study
@@ -164,10 +165,12 @@ class _Run:
         )  # fmt: skip
 
     def _cell(self, cell: Cell, recipe: MergeRecipe, models: Models, logged: set[str]) -> CellResult:
-        """One cell on one replicate, tuned if it is to be: read where it is there, else merged. Raises OtaError."""
+        """One cell on one replicate, tuned or with learned scales if it is to be: read where it is there, else merged. Raises OtaError."""
         values: dict[str, float] = {}
         if cell.tune:
             recipe, values = tune_cell(cell, recipe, models, self.executor, self.memory)
+        elif cell.learn:
+            recipe, values = learn_cell(cell, recipe, models, self.memory, self.device)
         known = models.find(recipe)
         if known is None or known[0] not in logged:
             # The study's own heartbeat tells whether this process lives. Ending that of a flow run takes up to a second.

@@ -112,7 +112,7 @@ def tune_flow(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ota-tune-")))
         logged = tune_log.begin(_run_name(), _params(config, plan), store)
         stack.push(fails_with(partial(tune_log.fail, logged, store)))
-        found = learn_scales(plan, config, benchmark, where, device, logged, store)
+        found = learn_scales(plan, config, benchmark, where, device, partial(tune_log.log_step, logged, store=store))
         text = write_result(found, recipe, config, recipe_dir, out, scratch)
         tune_log.finish(logged, found.learned, scratch / "scales.safetensors", files(found, text, _run_name()), store)
     for note in found.notes:

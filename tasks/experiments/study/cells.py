@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from ota_core.artifact import canonical_json
+from ota_core.learn.groups import Per
 from ota_core.recipe.recipe import MergeRecipe, ModelEntry
 from tasks.merging.labels import settings_of, spell
 
@@ -25,8 +26,15 @@ class Cell:
     """One for each replicate."""
     tune: tuple[str, ...] = ()
     """Parameters that are searched for on a validation suite: lambda, density."""
+    learn: Per | None = None
+    """What shares a learned scale of each expert, where the recipe's scales are learned on that suite."""
     equal: tuple[str, ...] = ()
     """Labels of the grid that mean the same merge, and are not run again."""
+
+    @property
+    def chosen(self) -> str:
+        """How data chose for it, for names: tuned, learned per tensor; empty where none did."""
+        return "tuned" if self.tune else f"learned per {self.learn}" if self.learn else ""
 
     @property
     def method(self) -> str:
@@ -52,7 +60,7 @@ def canonical(cell: Cell, *, without: Iterable[str] = (), experts: bool = True) 
     rest = {
         key: list(value) if isinstance(value, tuple) else value for key, value in cell.settings.items() if key not in left_out
     }
-    return canonical_json([list(cell.experts) if experts else [], list(cell.tune), rest])
+    return canonical_json([list(cell.experts) if experts else [], list(cell.tune), cell.learn, rest])
 
 
 def join_equal(cells: Iterable[Cell]) -> tuple[Cell, ...]:
@@ -68,10 +76,10 @@ def join_equal(cells: Iterable[Cell]) -> tuple[Cell, ...]:
 def families(cells: Sequence[Cell], vary: Iterable[str]) -> list[list[Cell]]:
     """Groups of at least two cells that merge the same experts and differ in no setting but those of ``vary``, in the grid's order.
 
-    Tuned cells belong to none: what they differ in is decided by a search.
+    Tuned and learned cells belong to none: what they differ in is decided by data.
     """
     groups: dict[str, list[Cell]] = {}
-    for cell in (one for one in cells if not one.tune):
+    for cell in (one for one in cells if not one.chosen):
         groups.setdefault(canonical(cell, without=vary), []).append(cell)
     return [group for group in groups.values() if len(group) > 1]
 

@@ -58,7 +58,7 @@ def on_all(results: StudyResults) -> list[Cell]:
 
 def methods_of(results: StudyResults) -> list[Cell]:
     """Of each method the first untuned cell on all experts in the grid's order, with and without FFG and row-space regression, and every
-    tuned one.
+    tuned or learned one.
 
     What was tuned was chosen on other documents, so that all may stand beside each other; of a sweep the best would be chosen by
     the scores that it is compared on.
@@ -66,7 +66,7 @@ def methods_of(results: StudyResults) -> list[Cell]:
     chosen: dict[tuple[str, bool, bool, str], Cell] = {}
     for cell in on_all(results):
         refined = "refine" in cell.settings
-        chosen.setdefault((cell.method, is_ffg(cell), refined, cell.label if cell.tune else ""), cell)
+        chosen.setdefault((cell.method, is_ffg(cell), refined, cell.label if cell.chosen else ""), cell)
     return list(chosen.values())
 
 
@@ -76,7 +76,7 @@ def words(cell: Cell, skip: Sequence[str] = ()) -> str:
     if cell.method == "ota" and cell.tune and "density" not in cell.tune:
         said.add("density")  # also one of 1: it says something where others of the method search theirs
     settings = [f"{key}={spell(value)}" for key, value in cell.settings.items() if key in said - set(skip)]
-    return " ".join([cell.method, *(["tuned"] if cell.tune else []), *settings])
+    return " ".join([cell.method, *([cell.chosen] if cell.chosen else []), *settings])
 
 
 def words_of_subset(results: StudyResults, cell: Cell) -> str:

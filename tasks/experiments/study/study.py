@@ -9,10 +9,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ota_core.errors import RecipeError, raise_all
 from ota_core.frozen import Frozen
+from ota_core.learn.groups import Per
 from ota_core.recipe.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
 from tasks.experiments.search.overlap import OnOverlap
 from tasks.experiments.search.space import Range, expert_names
 from tasks.experiments.study.cells import Cell, as_subsets, join_equal, subset_label, subset_problems, subsets_of
+from tasks.experiments.tune.config import SCALED, ScalesConfig
 from tasks.merging.labels import spell
 from tasks.merging.recipes import find_file, parse_config, read_yaml
 from tasks.storage.models import is_s3
@@ -36,6 +38,11 @@ class GridEntry(Frozen):
         description="Search its lambda and density, where the entry gives none, within the budget of the study's tune section.",
     )
 
+    learn: Per | None = Field(
+        None,
+        description="Learn a scale of each expert per tensor, layer, role or expert, by gradient on the suite of the study's tune section (`ota tune`).",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _subsets(cls, raw: Any) -> Any:
@@ -47,6 +54,12 @@ class GridEntry(Frozen):
         if empty:
             raise ValueError(
                 f"grid: {self.merge_method} has no value for {', '.join(empty)}; give at least one, or leave the key out"
+            )
+        if self.tune and self.learn:
+            raise ValueError(f"grid: {self.merge_method} has both tune and learn; write an entry for each")
+        if self.learn and self.merge_method not in SCALED:
+            raise ValueError(
+                f"grid: {self.merge_method} has no merged edit that could be scaled; expected learn with one of {', '.join(SCALED)}"
             )
         return self
 
@@ -68,7 +81,11 @@ class TuneConfig(Frozen):
         Range(low=0.05, high=1, log=True),
         description="Lowest and highest density within (0, 1]; in a list on a scale of equal ratios.",
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the search.")
+    learning: dict[str, Any] = Field(
+        {},
+        description="For entries with learn: steps, blocks, held_out, length, batch, rate, penalty, objective, … as a tuning has them.",
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the search, and of the documents that are learned from.")
     overlap: OnOverlap = Field(
         "refuse",
         description="Where this suite and the study's share documents, or much of their text: refuse the study, or warn.",
@@ -81,8 +98,17 @@ class TuneConfig(Frozen):
             return {"low": raw[0], "high": raw[1], "log": info.field_name == "density"}
         return raw
 
+    def scales(self, per: Per, recipe: MergeRecipe) -> ScalesConfig:
+        """How an entry that says ``learn`` learns."""
+        given = {"seed": self.seed, **self.learning, "recipe": recipe, "suite": self.suite, "data_dir": self.data_dir, "per": per}
+        return ScalesConfig.model_validate(given)
+
     @model_validator(mode="after")
     def _possible(self) -> "TuneConfig":
+        own = sorted({"recipe", "suite", "data_dir", "per", "test", "test_data_dir", "overlap"} & set(self.learning))
+        if own:
+            raise ValueError(f"tune.learning: {', '.join(own)}: the study says that elsewhere; remove it here")
+        ScalesConfig.model_validate({**self.learning, "recipe": "-", "suite": self.suite})
         if self.density.low <= 0 or self.density.high > 1:
             raise ValueError(f"tune.density: got {self.density}, expected a range within (0, 1]")
         return self
@@ -126,10 +152,11 @@ class StudyConfig(Frozen):
         problems = [*_replicate_problems(self)]
         for number, entry in enumerate(self.grid):
             problems += [f"grid[{number}].{line}" for line in subset_problems(entry.experts, self.models, names)]
-            if entry.tune and self.tune is None:
-                problems.append(f"grid[{number}].tune: the study has no section 'tune' with the suite and the number of trials")
-        if self.tune is not None and not any(entry.tune for entry in self.grid):
-            problems.append("tune: no entry of the grid says tune: true; remove the section, or tune an entry")
+            if (entry.tune or entry.learn) and self.tune is None:
+                key = "tune" if entry.tune else "learn"
+                problems.append(f"grid[{number}].{key}: the study has no section 'tune' with the suite and the number of trials")
+        if self.tune is not None and not any(entry.tune or entry.learn for entry in self.grid):
+            problems.append("tune: no entry of the grid says tune: true, or learn; remove the section, or tune an entry")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -164,7 +191,10 @@ class StudyConfig(Frozen):
             values = [value if isinstance(value, list) else [value] for value in entry.parameters.values()]
             for chosen, subset in product(product(*values), subsets_of(entry.experts, self.models, names)):
                 parameters = dict(zip(entry.parameters, chosen, strict=True))
-                words = [entry.merge_method, *(["tuned"] if entry.tune else [])]
+                words = [
+                    entry.merge_method,
+                    *(["tuned"] if entry.tune else [f"learned per {entry.learn}"] if entry.learn else []),
+                ]
                 words += [f"{key}={spell(value)}" for key, value in parameters.items()]
                 label = " ".join([*words, *subset_label(subset, names)])
                 recipes = []
@@ -186,7 +216,15 @@ class StudyConfig(Frozen):
                             f"study '{self.name}', grid[{number}] ({label}): there is nothing to tune; {entry.merge_method} needs lambda or density "
                             "that the entry does not give; remove tune"
                         )
-                    found.append(Cell(label=label, experts=tuple(names[i] for i in subset), recipes=tuple(recipes), tune=tunable))
+                    found.append(
+                        Cell(
+                            label=label,
+                            experts=tuple(names[i] for i in subset),
+                            recipes=tuple(recipes),
+                            tune=tunable,
+                            learn=entry.learn,
+                        )
+                    )
         raise_all(list(dict.fromkeys(problems)), RecipeError)
         return join_equal(found)
 

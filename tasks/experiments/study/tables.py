@@ -55,14 +55,14 @@ def methods_table(results: StudyResults) -> list[StudyTable]:
 
 def density_families(cells: Sequence[Cell]) -> list[tuple[Cell | None, list[Cell]]]:
     """(cell without FFG, if the grid has it; cells that differ in density and metric alone), of each merge that FFG masks."""
-    masked = [cell for cell in cells if is_ffg(cell) and "density" in cell.settings and not cell.tune]
+    masked = [cell for cell in cells if is_ffg(cell) and "density" in cell.settings and not cell.chosen]
     groups: dict[str, list[Cell]] = {}
     for cell in masked:
         groups.setdefault(canonical(cell, without=("density", "metric")), []).append(cell)
     off = {
         canonical(cell, without=FFG_SETTINGS): cell
         for cell in cells
-        if cell.method == "ota" and not is_ffg(cell) and not cell.tune
+        if cell.method == "ota" and not is_ffg(cell) and not cell.chosen
     }
     return [(off.get(canonical(group[0], without=FFG_SETTINGS)), group) for group in groups.values()]
 
@@ -263,7 +263,7 @@ def subsets_table(results: StudyResults) -> list[StudyTable]:
     """The same recipe on different subsets of at least two experts."""
     groups: dict[str, list[Cell]] = {}
     for cell in results.cells:
-        if len(cell.experts) > 1 and not cell.tune:
+        if len(cell.experts) > 1 and not cell.chosen:
             groups.setdefault(canonical(cell, experts=False), []).append(cell)
     rows: list[Row] = []
     for group in (found for found in groups.values() if len(found) > 1):
@@ -287,7 +287,24 @@ def tuning_table(results: StudyResults) -> list[StudyTable]:
                 | {key: one.chosen.get(key) for key in cell.tune}
             )
     caption = "λ and density that each tuned method found on the validation suite, all with the same number of trials."
-    return [study_table("tuning", "What tuning found", caption, pd.DataFrame(rows))] if rows else []
+    found = [study_table("tuning", "What tuning found", caption, pd.DataFrame(rows))] if rows else []
+    return found + _learned_table(results)
+
+
+def _learned_table(results: StudyResults) -> list[StudyTable]:
+    """How far the learning of scales came, on each replicate."""
+    rows = [
+        {
+            "model": words_of_subset(results, cell), "replicate": one.replicate or "–", "step": one.chosen["step"],
+            "as given": one.chosen["held_out_before"], "learned": one.chosen["held_out"],
+        }
+        for cell in results.cells if cell.learn for one in results.of(cell)
+    ]  # fmt: skip
+    caption = (
+        "The step whose scales are kept, and the objective on validation documents that were held out of the learning: "
+        "with the recipe as given, and with the scales."
+    )
+    return [study_table("learned", "What learning found", caption, pd.DataFrame(rows))] if rows else []
 
 
 def _scores(results: StudyResults, models: Sequence[Any]) -> Row:

@@ -33,7 +33,7 @@ def tune_cell(
     One rung: nothing is stopped early, every method has the same number of merges scored on the same documents. The trials are kept: a
     search that is finished is read, one that was interrupted goes on. Raises OtaError.
     """
-    config, benchmark, where = models.replicate.tune, _chooses(models), models.where
+    config, benchmark, where = models.replicate.tune, chooses(models), models.where
     assert config is not None, "checked with the study"
     plan = models.plan(_beginning(recipe) if "lambda" in cell.tune else recipe, memory)
     merge = merge_step(plan.recipe, plan.inputs).fingerprint
@@ -56,12 +56,12 @@ def tune_cell(
 def check_splits(models: Models) -> None:
     """Raises SearchError when the validation suite shares documents with the suite that judges, SuiteError for what cannot be loaded."""
     if models.replicate.tune is not None:
-        chooses, judges = _chooses(models), models.benchmark
-        check_apart(chooses.tests, chooses.data, judges.tests, judges.data, models.replicate.tune.overlap)
+        trials, judges = chooses(models), models.benchmark
+        check_apart(trials.tests, trials.data, judges.tests, judges.data, models.replicate.tune.overlap)
 
 
-def _chooses(models: Models) -> Benchmark:
-    """What trials are scored on."""
+def chooses(models: Models) -> Benchmark:
+    """What trials are scored on, and scales are learned from."""
     config = models.replicate.tune
     assert config is not None, "checked with the study"
     return Benchmark.of(config.suite, config.data_dir, config.limit, models.where).check().asked_alike(models.subjects.values())

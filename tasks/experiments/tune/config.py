@@ -17,6 +17,8 @@ from tasks.merging.recipes import read_recipe
 Objective = Literal["mean", "worst", "floors", "kl"]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SCALED = tuple(sorted(name for name, keys in USED.items() if "lambda" in keys))
+"""Methods with a merged edit that can be scaled."""
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -102,10 +104,9 @@ def load_tuning(uri: str) -> ScalesConfig:
 def recipe_of(config: ScalesConfig) -> tuple[MergeRecipe, Path | None]:
     """The recipe to begin with and the folder that its relative paths start from. Raises RecipeError where it has nothing to scale."""
     recipe, folder = read_recipe(config.recipe) if isinstance(config.recipe, str) else (config.recipe, None)
-    able = sorted(name for name, keys in USED.items() if "lambda" in keys)
-    if recipe.merge_method not in able:
+    if recipe.merge_method not in SCALED:
         raise RecipeError(
-            f"ota tune: {recipe.merge_method} has no merged edit of the base that could be scaled; expected a recipe with one of: {', '.join(able)}"
+            f"ota tune: {recipe.merge_method} has no merged edit of the base that could be scaled; expected a recipe with one of: {', '.join(SCALED)}"
         )
     if recipe.base_model is None:
         raise RecipeError("ota tune: the recipe names no base_model; scales act on the experts' edits of one")

@@ -1,8 +1,12 @@
 """The learning of scales as a Prefect task: from a planned merge and a suite to the scales, told of step by step."""
 
+from __future__ import annotations
+
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -16,26 +20,26 @@ from tasks.benchmark import Benchmark
 from tasks.evaluation.in_memory import few_threads
 from tasks.experiments.tune.config import ScalesConfig
 from tasks.experiments.tune.documents import blocks_of, documents_of
-from tasks.experiments.tune.log import log_step
 from tasks.experiments.tune.result import Found
 from tasks.merging.sources import Planned
 from tasks.orchestration.budget_bar import BudgetBar
 from tasks.settings import Places
-from tasks.tracking.run import LoggedRun
-from tasks.tracking.store import Store
+
+if TYPE_CHECKING:
+    from tasks.experiments.tune.learn import Step
 
 
 @task(name="learn", task_run_name="learn scales per {config.per}", cache_policy=NO_CACHE, persist_result=False)
 def learn_scales(
-    plan: Planned, config: ScalesConfig, benchmark: Benchmark, where: Places, device: str, logged: LoggedRun, store: Store
+    plan: Planned, config: ScalesConfig, benchmark: Benchmark, where: Places, device: str, tell: Callable[[Step], None]
 ) -> Found:
-    """Learn the scales on this machine. Raises OtaError."""
+    """Learn the scales on this machine; every step is told. Raises OtaError."""
     import torch
 
     from ota_core.learn.edits import Edits
     from ota_core.learn.model import ScaledModel
     from tasks.experiments.tune.goal import check_goal, goal_of
-    from tasks.experiments.tune.learn import Step, learn
+    from tasks.experiments.tune.learn import learn
     from tasks.experiments.tune.network import empty_network
 
     log, device, memory = get_run_logger(), pick_device(device), parse_memory(plan.memory)
@@ -64,8 +68,8 @@ def learn_scales(
         edits = Edits(merge, rule, memory)
         looks: list[float] = []
 
-        def tell(step: Step) -> None:
-            log_step(logged, step, store)
+        def show(step: Step) -> None:
+            tell(step)
             if step.value is not None:
                 looks.append(step.value)
                 log.info(
@@ -84,7 +88,7 @@ def learn_scales(
                     "%.1f of %.1f GiB of the experts' parts are kept in memory; the rest is computed again for every block of text. --memory %dGiB keeps all",
                     edits.kept_bytes / 2**30, edits.bytes / 2**30, edits.bytes // 2**30 + 1,
                 )  # fmt: skip
-            learned = learn(model, goal, config, tell)
+            learned = learn(model, goal, config, show)
             bar.show(100, f"held out {learned.kept.value:.4f} (as given {looks[0]:.4f})")
             shapes = {name: job.shape for name, job in edits.jobs.items()}
             return Found(

@@ -1,6 +1,8 @@
 """Fine-tunes the real base on one domain of ``tasks.local.real.corpus``: an expert with the optimizer state that the Trainer leaves."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -34,6 +36,20 @@ class RealTrainSettings(TrainSettings):
     autocast: bool = False
     """Products in bfloat16: half the time on processors with matrix units for it, twice the time on others. Weights, gradients, AdamW's
     moments and what is written are float32 all the same."""
+
+
+Setting = Literal["short", "long"]
+SETTINGS: Mapping[Setting, RealTrainSettings] = {
+    "short": RealTrainSettings(),
+    # Twice the tokens at twice the rate, in mixed precision, with the β₂ and the weight decay of large runs: experts that went further
+    # from the base and disagree more.
+    "long": RealTrainSettings(steps=160, learning_rate=4e-4, beta2=0.95, weight_decay=0.1, autocast=True),
+}
+
+
+def models_folder(setting: Setting) -> str:
+    """Where the home folder's ``real`` has the base and the experts of a setting by their names."""
+    return "models" if setting == "short" else f"models-{setting}"
 
 
 def train_real(

@@ -185,6 +185,12 @@ def test_ranges_are_lists_or_as_the_search_has_them() -> None:
             "tune.density: got 0:1, expected a range within (0, 1]",
         ),
         ({"merge_method": "ties", "tune": True}, TUNE | {"lambda": [2, 1]}, "the range 2:1 is empty"),
+        ({"merge_method": "ties", "learn": "tensor"}, None, "the study has no section 'tune'"),
+        ({"merge_method": "ties", "learn": "tensor", "tune": True}, TUNE, "ties has both tune and learn"),
+        ({"merge_method": "linear", "learn": "layer"}, TUNE, "linear has no merged edit that could be scaled"),
+        ({"merge_method": "ties", "learn": "block"}, TUNE, "learn"),
+        ({"merge_method": "ties", "learn": "role"}, TUNE | {"learning": {"stepps": 3}}, "stepps"),
+        ({"merge_method": "ties", "learn": "role"}, TUNE | {"learning": {"suite": "demo"}}, "the study says that elsewhere"),
     ],
 )
 def test_tuning_that_cannot_be(grid: dict[str, Any], tune: Any, told: str) -> None:
