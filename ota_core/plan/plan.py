@@ -278,10 +278,10 @@ def _open_moments(
         expert.moments = _open_one(item.moments, item, stack)
         compressed, held = is_compressed(expert.moments), compression_of(expert.moments)
         if compressed and (held, rank_of(expert.moments)) != (asked, rank):
-            what = f"second moments compressed with {label_of(expert.moments)}"
+            what = f"holds second moments compressed with {label_of(expert.moments)}"
             if kept_as_trained(expert.moments):
-                what = f"row and column means, all that Adafactor keeps, which are read with compression: {held}"
-            problems.append(f"{item.moments} holds {what}; the recipe asks for compression: {compression_label(asked, rank)}")
+                what = f"holds row and column means, all that Adafactor keeps, which are read with compression: {held}"
+            problems.append(f"{item.moments} {what}; the recipe asks for compression: {compression_label(asked, rank)}")
         if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
             if item.full_moments is not None:
                 expert.full_moments = _open_one(item.full_moments, item, stack)

@@ -139,3 +139,13 @@ def test_a_state_without_second_moments_is_refused_by_every_command(tmp_path: Pa
         ["merge", recipe, tmp_path / "out"],
     ):
         assert reason in refused(*words)
+
+
+def test_parameters_of_different_steps_are_said(tmp_path: Path) -> None:
+    steps = {"a": 3, "b": 5, "c": 5}
+    state = {name: {"step": torch.tensor(float(step)), "exp_avg_sq": torch.rand(4, 4)} for name, step in steps.items()}
+    torch.save({"state": state, "param_groups": [{"params": list(steps), "betas": (0.9, 0.999)}]}, tmp_path / "optimizer.pt")
+    said = "β₂ 0.999, steps 3 to 5 (2 different ones: parameters were updated unequally often)"
+    assert said in ota("inspect", tmp_path / "optimizer.pt").stdout
+    assert said in ota("compress", tmp_path / "optimizer.pt", tmp_path / "v.safetensors").stdout
+    assert said in ota("inspect", tmp_path / "v.safetensors").stdout
