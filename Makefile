@@ -17,11 +17,11 @@ study: $(READY)
 	mkdir -p $(DEMO)/prefect
 	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study deployments/studies/demo.yaml --demo --write docs/results.md $(ARGS)
 
-# The same on a real language model, SmolLM2-135M, in two settings of the training: some hours on two cores. Rewrites docs/results-real*.md.
+# The same on a real language model, SmolLM2-135M, in two settings of the training: some hours on two cores. Rewrites docs/results/real*.md.
 study-real: $(READY)
 	mkdir -p $(DEMO)/prefect
-	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study-real --write docs/results-real.md $(ARGS)
-	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study-real deployments/studies/real-long.yaml --write docs/results-real-long.md $(ARGS)
+	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study-real --write docs/results/real.md $(ARGS)
+	OTA_HOME=$(DEMO) PREFECT_HOME=$(DEMO)/prefect $(BIN)/ota study-real deployments/studies/real-long.yaml --write docs/results/real-long.md $(ARGS)
 
 # Prefect, MLflow, S3 and two workers, in the background; their data lie in $(DEMO)/stack.
 stack: $(READY)

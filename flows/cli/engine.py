@@ -110,8 +110,10 @@ def compress(
     from ota_core.engine import engine
     from ota_core.engine.output import check_free
     from ota_core.files.checkpoint import weight_files
-    from ota_core.moments import choice_in, find_moments, moments_files, none_found
+    from ota_core.files.safetensors_io import SafetensorsFile
+    from ota_core.moments import choice_in, find_moments, moments_files, none_found, steps_in_words
     from ota_core.moments.compression import compression_label
+    from ota_core.moments.compression.header import read_header
     from ota_core.plan.vocabulary import names_in
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
@@ -157,6 +159,8 @@ def compress(
                 progress=progress,
             )  # fmt: skip
             seconds = {"compress": time.perf_counter() - started}
+            with SafetensorsFile(temporary) as made:
+                header = read_header(temporary, made.metadata)
             if reference is not None:
                 if streams is not None:
                     streams.settle([*weight_files(folder), *weight_files(reference)], partial(progress, "fetch"))
@@ -173,6 +177,9 @@ def compress(
         typer.echo(f"note: {note}")
     typer.echo(
         f"{out}: {compression_label(report.method, report.rank)}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
+    )
+    typer.echo(
+        f"β₂ {'unknown' if header.beta2 is None else format(header.beta2, '.6g')}, {steps_in_words(header.steps.values())}"
     )
     typer.echo(f"relative error of the square root of v: {report.sqrt_error:.4f}")
     if agreed is not None:

@@ -32,7 +32,7 @@ from ota_core.errors import OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
 from ota_core.moments import open_moments
-from ota_core.moments.compression import CompressionReport, is_compressed, label_of, write_compressed
+from ota_core.moments.compression import CompressionReport, is_compressed, kept_as_trained, label_of, write_compressed
 from ota_core.moments.match import Layout
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
@@ -264,7 +264,7 @@ def compress_moments(
     moments = open_moments(source, layout=layout, source_of=source_of, tensors=tensors)
     try:
         stream = Stream(memory=parse_memory(memory), progress=progress, droppable=[moments.drop_pages])
-        if is_compressed(moments):
+        if is_compressed(moments) and not kept_as_trained(moments):
             raise OtaError(f"{source} is compressed with {label_of(moments)} already; compress the full second moments instead")
         return write_compressed(moments, out, method=method, rank=rank, stream=stream)
     finally:

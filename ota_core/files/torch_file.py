@@ -2,7 +2,7 @@
 
 Format: a zip file that stores ``data.pkl`` and each storage's bytes uncompressed. torch.load with ``map_location="meta"`` unpickles
 the structure alone and notes in each storage where its bytes lie (``torch.load`` documents this as ``_checkpoint_offset``).
-torch's old format, which is no zip, is loaded whole.
+torch's old format, which is no zip, is loaded whole. Tensor subclasses that are known come as stand-ins (``torch_subclasses``).
 """
 
 import sys
@@ -33,7 +33,7 @@ class TorchFile:
 
         Raises whatever torch.load raises for a damaged or hostile file, OSError, or ValueError for a zip file that torch did not write.
         """
-        import torch
+        from ota_core.files.torch_subclasses import load  # it needs torch
 
         self.path = path
         source = open_source(path, source_of)
@@ -41,9 +41,9 @@ class TorchFile:
         if bytes(source.read(0, min(4, source.size))) != ZIP:
             source.close()
             self._source = None
-            self.saved = torch.load(path, map_location="cpu", weights_only=True)
+            self.saved = load(path, "cpu")
             return
-        self.saved = torch.load(path, map_location="meta", weights_only=True)
+        self.saved = load(path, "meta")
         self._records = _records(path, source)
 
     def check(self, tensors: "Iterable[torch.Tensor]") -> None:
@@ -71,6 +71,21 @@ class TorchFile:
         """All numbers of one of the file's tensors, in its shape; read-only."""
         return self.read_rows(tensor, 0, matrix_shape(tensor.shape)[0]).reshape(tensor.shape)
 
+    def read_flat(self, tensor: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
+        """Elements start:stop of one of the file's contiguous tensors, shape (stop − start,), in its dtype; read-only."""
+        assert tensor.is_contiguous() and 0 <= start <= stop <= tensor.numel()
+        if self._source is None:
+            return tensor.reshape(-1)[start:stop]
+        if start == stop:
+            return tensor.new_empty(0, device="cpu")
+        return _numbers(self._source, self._offset(tensor) + start * tensor.itemsize, stop - start, tensor)
+
+    def prefetch_flat(self, tensor: "torch.Tensor", start: int, stop: int) -> None:
+        """The same elements are read soon: a hint, see ``ByteSource.prefetch``."""
+        if self._source is not None and start < min(stop, tensor.numel()):
+            offset, stop = self._offset(tensor), min(stop, tensor.numel())
+            self._source.prefetch(offset + start * tensor.itemsize, offset + stop * tensor.itemsize)
+
     def prefetch(self, tensor: "torch.Tensor", start: int, stop: int) -> None:
         """The same rows are read soon: a hint, see ``ByteSource.prefetch``."""
         if self._source is None or tensor.numel() == 0:
@@ -97,7 +112,14 @@ class TorchFile:
         """Where a tensor's first element lies in the file. torch computes it from sizes; the zip's own directory must agree."""
         storage = tensor.untyped_storage()
         offset = getattr(storage, "_checkpoint_offset", None)
-        if offset is None or self._records.get(offset) != storage.nbytes():
+        held = -1 if offset is None else self._records.get(offset, -1)
+        # On the device meta torch widens a storage that is too small for its tensors, rather than to raise.
+        if 0 <= held < storage.nbytes():
+            raise ValueError(
+                f"a tensor of the shape {list(tensor.shape)} reaches to byte {storage.nbytes()} of its storage, which has {held} bytes in "
+                "the file: it is damaged"
+            )
+        if offset is None or held != storage.nbytes():
             raise ValueError(
                 f"torch looks for a storage of {storage.nbytes()} bytes at byte {offset}, where the zip file has no such record: it was "
                 "not written by torch.save"
@@ -129,5 +151,10 @@ def _records(path: Path, source: ByteSource) -> dict[int, int]:
                 raise ValueError(f"it was saved on a machine of another byte order than this one ({sys.byteorder} endian)")
             header = bytes(source.read(info.header_offset, info.header_offset + LOCAL_HEADER))
             name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-            found[info.header_offset + LOCAL_HEADER + name + extra] = info.file_size
+            start = info.header_offset + LOCAL_HEADER + name + extra
+            if start + info.file_size > source.size:
+                raise ValueError(
+                    f"its record {info.filename} ends at byte {start + info.file_size}, the file has {source.size} bytes"
+                )
+            found[start] = info.file_size
     return found

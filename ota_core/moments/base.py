@@ -1,7 +1,7 @@
 """What every reader of second moments offers: one v per parameter name, in blocks of rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,6 +70,14 @@ def how_estimated(said: Mapping[str, Any]) -> str:
     )
 
 
+def steps_in_words(steps: Iterable[int]) -> str:
+    """The steps of all parameters as messages say them: ``step 7``, ``steps 3 to 7 (4 different ones)``, ``step unknown``."""
+    found = sorted(set(steps))
+    if len(found) < 2:
+        return f"step {found[0] if found else 'unknown'}"
+    return f"steps {found[0]} to {found[-1]} ({len(found)} different ones: parameters were updated unequally often)"
+
+
 class Moments(ABC):
     """Second moments v (Adam's ``exp_avg_sq``) of one expert. Values are ≥ 0, float32, and never bias-corrected here."""
 
@@ -80,6 +88,8 @@ class Moments(ABC):
     """Adam's β₂ where the file says it."""
     estimated: Mapping[str, Any] | None = None
     """How v was estimated (``ota estimate``); None where an optimizer left it."""
+    unbiased: bool = False
+    """Whether v needs no bias correction: its weights add up to 1, as those of Adafactor or of a plain mean do."""
 
     @abstractmethod
     def shapes(self) -> Mapping[str, Shape]:

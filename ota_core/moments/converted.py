@@ -31,7 +31,7 @@ class ConvertedMoments(Moments):
     def __init__(self, moments: Moments, stored: Mapping[str, Stored]) -> None:
         """stored: every tensor that has v, by its name in the checkpoint."""
         self.path, self.beta2, self._moments, self._stored = moments.path, moments.beta2, moments, stored
-        self.estimated = moments.estimated
+        self.estimated, self.unbiased = moments.estimated, moments.unbiased
         self._columns = {name: matrix_shape(shape)[1] for name, shape in moments.shapes().items()}
 
     def shapes(self) -> Mapping[str, Shape]:

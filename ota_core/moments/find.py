@@ -189,9 +189,9 @@ def _is_torch_file(path: Path) -> bool:
 
 
 def _open_optimizer(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments:
-    from ota_core.moments.trainer import TrainerMoments  # it needs torch
+    from ota_core.moments.trainer import open_optimizer  # it needs torch
 
-    return TrainerMoments(path, layout, source_of)
+    return open_optimizer(path, layout, source_of)
 
 
 FORMATS: tuple[Format, ...] = (

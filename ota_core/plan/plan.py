@@ -14,7 +14,7 @@ from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in, open_moments
-from ota_core.moments.compression import compression_label, compression_of, is_compressed, label_of, rank_of
+from ota_core.moments.compression import compression_label, compression_of, is_compressed, kept_as_trained, label_of, rank_of
 from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
@@ -296,10 +296,10 @@ def _open_moments(
         expert.moments = _open_one(item.moments, expert, item, stack)
         compressed, held = is_compressed(expert.moments), compression_of(expert.moments)
         if compressed and (held, rank_of(expert.moments)) != (asked, rank):
-            problems.append(
-                f"{item.moments} holds second moments compressed with {label_of(expert.moments)}; "
-                f"the recipe asks for compression: {compression_label(asked, rank)}"
-            )
+            what = f"holds second moments compressed with {label_of(expert.moments)}"
+            if kept_as_trained(expert.moments):
+                what = f"holds row and column means, all that Adafactor keeps, which are read with compression: {held}"
+            problems.append(f"{item.moments} {what}; the recipe asks for compression: {compression_label(asked, rank)}")
         if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
             if item.full_moments is not None:
                 expert.full_moments = _open_one(item.full_moments, expert, item, stack)

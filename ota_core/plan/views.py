@@ -170,9 +170,9 @@ class ExpertView(ModelView):
 
 
 def bias_factor(moments: Moments, name: str) -> float:
-    """1 / (1 − β₂^t) (Kingma & Ba 2015, arXiv 1412.6980, section 3), 1 of an estimate, which is a plain mean already. Raises MomentsError when
-    β₂ or t is not known."""
-    if moments.estimated is not None:
+    """1 / (1 − β₂^t) (Kingma & Ba 2015, arXiv 1412.6980, section 3), or 1 where v is unbiased: a plain mean, such as an estimate. Raises
+    MomentsError when β₂ or t is not known."""
+    if moments.unbiased or moments.estimated is not None:
         return 1.0
     step = moments.step(name)
     if moments.beta2 is None or not step:

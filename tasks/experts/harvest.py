@@ -17,7 +17,6 @@ from ota_core.engine.output import check_free, new_folder
 from ota_core.errors import MomentsError, OtaError, StorageError
 from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.files.safetensors_io import SafetensorsFile
-from ota_core.frozen import Frozen
 from ota_core.moments import Moments, find_moments, how_estimated, moments_files, none_found, open_moments
 from ota_core.moments.belongs import WEIGHTS, weights_digest
 from ota_core.moments.compression import (
@@ -30,7 +29,7 @@ from ota_core.moments.compression import (
     write_compressed,
 )
 from ota_core.moments.compression.base import FactoredMoments
-from tasks.experts.moments_card import moments_card
+from tasks.experts.moments_card import Harvested, moments_card
 from tasks.merging.architecture import BaseFolder, expert_moments
 from tasks.storage import hub
 from tasks.storage import models as storage
@@ -39,25 +38,6 @@ from tasks.storage.streaming.streams import Streams
 FILE = "exp_avg_sq.safetensors"
 # What training leaves beside the weights, and the optimizer's name in it.
 _RECORDS = (EXPERT_JSON, "training.json")
-
-
-class Harvested(Frozen):
-    """Second moments that were harvested."""
-
-    uri: str
-    """The folder, the address in S3 or that of the repository on the hub."""
-    label: str
-    """The method, such as rank1."""
-    weights: str
-    """The digest of the weights that they belong to."""
-    parameters: int
-    bytes: int
-    """Size of the file."""
-    sqrt_error: float | None
-    """‖√v − √ṽ‖ / ‖√v‖; None where they were compressed before."""
-    facts: dict[str, str]
-    """What the file says of the training."""
-    notes: list[str]
 
 
 def harvest(

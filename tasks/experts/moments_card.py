@@ -1,12 +1,10 @@
 """The card (README.md) of harvested second moments: what they are of, and how they are used."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ota_core.engine.markdown import table
-
-if TYPE_CHECKING:
-    from tasks.experts.harvest import Harvested
+from ota_core.frozen import Frozen
 
 _FACTS = {
     "base_model": "trained from",
@@ -20,7 +18,26 @@ _FACTS = {
 }
 
 
-def moments_card(harvested: "Harvested", *, source: str, licence: Mapping[str, Any], address: str) -> str:
+class Harvested(Frozen):
+    """Second moments that were harvested."""
+
+    uri: str
+    """The folder, the address in S3 or that of the repository on the hub."""
+    label: str
+    """The method, such as rank1."""
+    weights: str
+    """The digest of the weights that they belong to."""
+    parameters: int
+    bytes: int
+    """Size of the file."""
+    sqrt_error: float | None
+    """‖√v − √ṽ‖ / ‖√v‖; None where they were compressed before."""
+    facts: dict[str, str]
+    """What the file says of the training."""
+    notes: list[str]
+
+
+def moments_card(harvested: Harvested, *, source: str, licence: Mapping[str, Any], address: str) -> str:
     """Markdown with the metadata head that the hub reads. source: the weights, as the user named them. address: as a recipe names the file."""
     kept = f"{harvested.parameters:,} parameters in {harvested.bytes / 2**20:.2f} MiB, {harvested.bytes / max(1, harvested.parameters):.4f} bytes each"
     lost = "" if harvested.sqrt_error is None else f"; ‖√v − √ṽ‖ / ‖√v‖ = {harvested.sqrt_error:.4f}"

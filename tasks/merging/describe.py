@@ -10,8 +10,8 @@ from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
-from ota_core.moments import choice_in, find_moments, how_estimated, moments_files
-from ota_core.moments.compression import compression_of, label_of
+from ota_core.moments import choice_in, find_moments, how_estimated, moments_files, steps_in_words
+from ota_core.moments.compression import compression_of, kept_as_trained, label_of
 from ota_core.plan.masks import MaskFile
 from tasks.merging.architecture import expert_moments
 from tasks.settings import places
@@ -148,11 +148,14 @@ def _describe_moments(path: Path, folder: Path, source_of: SourceOf | None = Non
     except OtaError as error:
         raise type(error)(f"{path} is neither a mask file nor second moments that can be read: {error}") from None
     shapes = moments.shapes()
-    steps = sorted({step for name in shapes if (step := moments.step(name)) is not None})
+    steps = steps_in_words(step for name in shapes if (step := moments.step(name)) is not None)
     total = sum(prod(shape) for shape in shapes.values())
     how = label_of(moments) if compression_of(moments) else "in full" if moments.estimated else "as the trainer left them"
+    if kept_as_trained(moments):
+        how = f"as the trainer left them: row and column means alone ({label_of(moments)})"
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.iterdir())
-    known = f"β₂ {moments.beta2 if moments.beta2 is not None else 'unknown'}, step {'–'.join(map(str, steps)) or 'unknown'}"
+    known = f"β₂ {'unknown' if moments.beta2 is None else format(moments.beta2, '.6g')}, {steps}"
+    known += ", needs no bias correction" if moments.unbiased else ""
     known = how_estimated(moments.estimated) if moments.estimated else known
     line = f"{path.name}: second moments of {total:,} parameters in {counted(len(shapes), 'tensor')}, {how}, {binary_size(size)}, {known}"
     moments.close()

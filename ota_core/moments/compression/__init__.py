@@ -16,6 +16,7 @@ from ota_core.moments.compression.base import (
     compression_label,
     compression_of,
     is_compressed,
+    kept_as_trained,
     label_of,
     rank_of,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "compression_label",
     "compression_of",
     "is_compressed",
+    "kept_as_trained",
     "label_of",
     "open_compressed",
     "passes",

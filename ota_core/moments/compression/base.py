@@ -54,10 +54,13 @@ class CompressedMoments(Moments):
     """Second moments in one of the forms of this package."""
 
     compressed: ClassVar[bool] = True
+    as_trained: bool = False
+    """Whether the optimizer itself kept no more than this form, as Adafactor does: nothing was lost since, and there is no full v."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
-        self.method, self.rank, self.beta2, self.estimated = header.method, header.rank, header.beta2, header.estimated
+        self.method, self.rank, self.beta2 = header.method, header.rank, header.beta2
+        self.estimated, self.unbiased = header.estimated, header.unbiased
 
     @staticmethod
     @abstractmethod
@@ -116,6 +119,11 @@ def rank_of(moments: Moments) -> int | None:
 def is_compressed(moments: Moments) -> bool:
     """Whether opened moments stand for v in fewer bytes, rather than being v itself."""
     return compression_of(moments) not in {None, "none"}
+
+
+def kept_as_trained(moments: Moments) -> bool:
+    """Whether opened moments have a compressed form because their optimizer (Adafactor) kept no other."""
+    return isinstance(moments, CompressedMoments) and moments.as_trained
 
 
 def compression_label(method: str, rank: int | None) -> str:

@@ -52,13 +52,18 @@ def compress(
 def write_compressed(
     moments: Moments, path: Path, *, method: str, rank: int | None = None, stream: Stream, facts: Facts = None
 ) -> CompressionReport:
-    """Write the file ``path`` by any of ``METHODS``. facts: what else its metadata say, by keys of their own. Raises MomentsError on bad values, OtaError for a method or rank that is none."""
+    """Write the file ``path`` by any of ``METHODS``. facts: what else its metadata say, by keys of their own.
+
+    Raises MomentsError on bad values, OtaError for a method or rank that is none.
+    """
     if method not in METHODS:
         raise OtaError(f"compression method '{method}' is not known; expected one of {', '.join(METHODS)}")
     if rank is not None and method != "rank_k":
         raise OtaError(f"rank: {rank} has no effect with the method {method}; remove it, or choose rank_k")
     if rank is not None and rank < 1:
         raise OtaError(f"rank: got {rank}, expected a whole number of at least 1")
+    if isinstance(moments, FactoredMoments) and moments.as_trained:
+        return _write_as_trained(moments, path, method, facts)
     if method == "none":
         return save_full(moments, path, stream=stream, facts=facts)
     if method == "log8":
@@ -67,6 +72,17 @@ def write_compressed(
     assert isinstance(factors, FactoredMoments)
     save_compressed(factors, path, facts)
     return report
+
+
+def _write_as_trained(moments: FactoredMoments, path: Path, method: str, facts: Facts) -> CompressionReport:
+    """Write factors that an optimizer kept in the place of v. Nothing is lost by that: the errors are 0."""
+    if method != moments.method:
+        raise OtaError(
+            f"{moments.path}: the optimizer (Adafactor) kept row and column means and no full second moments, which is the form {moments.method}; "
+            f"{method} cannot be made of it: choose {moments.method}"
+        )
+    save_compressed(moments, path, facts)
+    return CompressionReport.of(moments, moments.size, dict.fromkeys(moments.shapes(), (0.0, 0.0)))
 
 
 def compressed_bytes(shape: tuple[int, ...], method: str, rank: int | None = None) -> int:

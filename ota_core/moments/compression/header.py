@@ -30,6 +30,8 @@ class Header(Frozen):
     beta2: float | None
     estimated: dict[str, Any] | None = None
     """How v was estimated; None where an optimizer left it."""
+    unbiased: bool = False
+    """Whether v needs no bias correction; left out of the file where it does."""
 
     @classmethod
     def of(cls, moments: Moments, method: Method, rank: int | None = None) -> "Header":
@@ -37,7 +39,15 @@ class Header(Frozen):
         shapes = {name: tuple(shape) for name, shape in moments.shapes().items()}
         steps = {name: step for name in shapes if (step := moments.step(name)) is not None}
         estimated = None if moments.estimated is None else dict(moments.estimated)
-        return cls(method=method, rank=rank, shapes=shapes, steps=steps, beta2=moments.beta2, estimated=estimated)
+        return cls(
+            method=method,
+            rank=rank,
+            shapes=shapes,
+            steps=steps,
+            beta2=moments.beta2,
+            estimated=estimated,
+            unbiased=moments.unbiased,
+        )
 
     def metadata(self, others: Facts = None) -> dict[str, str]:
         """The header as safetensors metadata, one spelling for one content. others: facts that no reader of v needs."""
@@ -46,6 +56,8 @@ class Header(Frozen):
             facts["rank"] = self.rank
         if self.estimated is not None:
             facts["estimated"] = self.estimated
+        if self.unbiased:
+            facts["unbiased"] = True
         return {**(others or {}), FORMAT_KEY: FORMAT, "method": self.method, "header": json.dumps(facts, sort_keys=True)}
 
 
