@@ -1,5 +1,6 @@
 """A model's parameters in its own order, from its configuration alone: what turns an optimizer's numbers into names."""
 
+import re
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -94,9 +95,10 @@ def _skeleton(folder: Path) -> Any:
                 raise ValueError(f"architectures names {named}, which is no model of transformers {transformers.__version__}.")
             return cast(Any, made)._from_config(config)
     except Exception as error:  # the architectures' own code runs here and raises what it likes
-        reason = str(error).strip().splitlines() or ["no reason given"]
+        # transformers puts one error into another: their names say nothing to who reads the end.
+        reason = re.sub(r"\w+Error: ", "", " ".join(str(error).split())).rstrip(".") or "no reason given"
         raise CheckpointError(
-            f"{folder / 'config.json'} cannot be built as a model: {type(error).__name__}: {reason[0]:.300} "
+            f"{folder / 'config.json'} cannot be built as a model ({type(error).__name__}, {reason:.300}). "
             "Correct the configuration, or save the second moments by name as exp_avg_sq.safetensors, which needs none"
         ) from error
 

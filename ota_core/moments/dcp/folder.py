@@ -31,9 +31,7 @@ def is_dcp(path: Path) -> bool:
     if not path.is_dir():
         return path.name == METADATA or path.suffix == ".distcp"
     try:
-        return V in (path / METADATA).read_bytes()
-    except FileNotFoundError:
-        return False
+        return (path / METADATA).is_file() and V in (path / METADATA).read_bytes()
     except OSError as error:
         raise MomentsError(f"{path / METADATA} cannot be opened ({error.strerror}): check its permissions") from None
 

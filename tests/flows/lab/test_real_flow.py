@@ -94,7 +94,7 @@ def test_everything_is_made_once(home: Places, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_names_in_the_home_folder(home: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = settings_of(home)
-    monkeypatch.setattr(real, "RealSettings", lambda: mine)
+    monkeypatch.setattr(real, "RealSettings", lambda base, training: mine)
     names = real_study.make_models(home.home)
     assert (names["models"] / "code" / "model.safetensors").is_file()
     assert (names["data"] / "german" / "test-questions.jsonl").is_file()
@@ -116,7 +116,7 @@ def test_the_base_may_come_from_the_hub(home: Places, monkeypatch: pytest.Monkey
     asked: list[str] = []
     monkeypatch.setattr(steps, "fetch", lambda source, cache: asked.append(source) or fetch(str(snapshot), cache=cache))
     ours, hub = settings_of(home), HubSettings()
-    monkeypatch.setattr(real, "RealSettings", lambda base: RealSettings(**dict(ours) | {"base": base}))
+    monkeypatch.setattr(real, "RealSettings", lambda base, training: RealSettings(**dict(ours) | {"base": base}))
     names = real_study.make_models(home.home, "hub")
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct@main"] == [hub.source]
     assert names["models"] == home.home / "real-hub" / "models"

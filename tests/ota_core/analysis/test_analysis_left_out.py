@@ -172,8 +172,8 @@ def sgd(folder: Path) -> str:
     """What SGD leaves beside an expert, in place of its second moments; what is wrong with it."""
     (folder / "exp_avg_sq.safetensors").unlink()
     state = {0: {"momentum_buffer": torch.zeros(2)}}
-    torch.save({"state": state, "param_groups": [{"params": [0]}]}, folder / "optimizer.pt")
-    return "lacks the key exp_avg_sq"
+    torch.save({"state": state, "param_groups": [{"params": [0], "momentum": 0.9, "dampening": 0}]}, folder / "optimizer.pt")
+    return "keeps a momentum and no second moments"
 
 
 def truncated(folder: Path) -> str:
@@ -186,8 +186,7 @@ def truncated(folder: Path) -> str:
 
 def several(folder: Path) -> str:
     """More than one set of second moments."""
-    (folder / "checkpoint-1").mkdir()
-    (folder / "checkpoint-1" / "optimizer.pt").write_bytes(b"x")
+    (folder / "optimizer.pt").write_bytes(b"PK\x03\x04")
     return "holds several second moments"
 
 
