@@ -16,6 +16,7 @@ from tasks.experiments.study.rows import (
     methods_of,
     model_rows,
     numbers,
+    on_all,
     study_table,
     words,
 )
@@ -61,6 +62,20 @@ def losses_table(results: StudyResults) -> list[StudyTable]:
         )
     bits = (*results.lossy, AVERAGE, *([DIFFERENCE] if best is not None else []))
     return [study_table("losses", "Loss on held-out text", " ".join(parts), pd.DataFrame(rows), percent=(RECOVERED,), bits=bits)]
+
+
+def every_loss_table(results: StudyResults) -> list[StudyTable]:
+    """The average loss of every merge of all experts, lowest first, where the methods' table leaves some out: the sweeps by their losses."""
+    cells = on_all(results) if results.lossy else []
+    if len(cells) <= len(methods_of(results)):
+        return []
+    rows = [
+        {"model": words(cell)} | numbers(AVERAGE, results.loss(results.models(cell), *results.lossy)) | numbers(RECOVERED, results.recovered(cell))
+        for cell in cells
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows).sort_values(AVERAGE, kind="stable", ignore_index=True)
+    caption = f"{errors_over(results, 'Bits per byte of held-out text, average over the capabilities, less is better;')} {RECOVERED}: as above."
+    return [study_table("every_loss", "Loss of every merge", caption, frame, percent=(RECOVERED,), bits=(AVERAGE,))]
 
 
 def _losses(results: StudyResults, models: Sequence[ModelScores]) -> Row:

@@ -10,7 +10,7 @@ import pandas as pd
 from ota_core.recipe.parameters import default
 from ota_core.recipe.recipe import OF_REFINE
 from tasks.experiments.study.cells import Cell, canonical, families, spelled
-from tasks.experiments.study.losses import losses_table
+from tasks.experiments.study.losses import every_loss_table, losses_table
 from tasks.experiments.study.rows import (
     DIFFERENCE,
     Row,
@@ -39,7 +39,7 @@ CHOSEN = (
 def all_tables(results: StudyResults) -> list[StudyTable]:
     """Every table that the grid has cells for, in the order of docs/methods.md section 7."""
     builders: list[Callable[[StudyResults], list[StudyTable]]] = [
-        methods_table, losses_table, ffg_table, refine_table, density_table, grafting_table, compression_table, estimate_table, combination_table, sweep_tables, subsets_table,
+        methods_table, losses_table, every_loss_table, ffg_table, refine_table, density_table, grafting_table, compression_table, estimate_table, combination_table, sweep_tables, subsets_table,
         tuning_table,
     ]  # fmt: skip
     return [table for build in builders for table in build(results)]

@@ -239,3 +239,18 @@ def test_lambda_in_words_stands_beside_numbers(tmp_path: Path) -> None:
     assert cells["lambda"].tolist() == ["1", "1", "2", "2", *["auto"] * 4]
     sweep = pd.read_parquet(tmp_path / "tables" / "lambda.parquet")
     assert set(sweep["lambda"]) == {"1", "2", "auto"}
+
+
+def test_the_losses_of_a_sweep_are_all_told_lowest_first(tmp_path: Path) -> None:
+    loss = {"base": {"math": 2.0}, "math": {"math": 1.0}, "code": {"math": 2.0}}
+    rates = {"ties density=0.2": 1.5, "ties density=0.5": 1.25, "ties density=0.9": 1.75}
+    results = study(
+        {"merge_method": "ties", "parameters": {"density": [0.2, 0.5, 0.9]}}, of=lambda *_: {"math": 0.5, "code": 0.5}, replicates=1,
+        loss=lambda label, i: loss.get(label) or {"math": rates[label]},
+    )  # fmt: skip
+    tables = {one.key: one for one in write_study(results, tmp_path, command="c")}
+    assert list(cells_of(tables["losses"]))[-1] == "ties density=0.2"
+    assert cells_of(tables["every_loss"]) == {
+        "ties density=0.5": ["1.250 ± 0.020", "75.0"], "ties density=0.2": ["1.500 ± 0.020", "50.0"], "ties density=0.9": ["1.750 ± 0.020", "25.0"],
+    }  # fmt: skip
+    assert list(cells_of(tables["every_loss"])) == ["ties density=0.5", "ties density=0.2", "ties density=0.9"]
