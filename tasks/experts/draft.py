@@ -295,6 +295,7 @@ _LAMBDA = "  lambda: auto         # the scale of the merged edit, computed from 
 _REFINE = (
     "  refine: rowspace     # each matrix is then drawn towards what every expert does on its own inputs; none leaves it out"
 )
+_INPUTS = "  input_curvature: 0.1 # of those inputs the second moments tell a little more"
 
 
 def _text(found: Draft, file: str) -> Iterator[str]:
@@ -320,7 +321,7 @@ def _text(found: Draft, file: str) -> Iterator[str]:
     if found.curved:
         method, rank = found.compression
         yield f"  density: {DENSITY}         # FFG: the share of each expert's edits that is kept"
-        yield from [_LAMBDA, _REFINE]
+        yield from [_LAMBDA, _REFINE, _INPUTS]
         if method != "none":
             yield f"  compression: {method}   # as the second moments are stored already"
             yield from [f"  rank: {rank}"] if rank else []
