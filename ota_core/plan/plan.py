@@ -13,15 +13,15 @@ from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
-from ota_core.moments import Moments, choice_in, open_moments
-from ota_core.moments.compression import compression_label, compression_of, is_compressed, kept_as_trained, label_of, rank_of
+from ota_core.moments import Moments, choice_in
 from ota_core.plan.estimated import unlike
+from ota_core.plan.expert_moments import check_moments, moments_problems, open_expert
 from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
-from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob, bias_factor
-from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
+from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
+from ota_core.recipe.recipe import MergeRecipe
 
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
 SHOWN = 8
@@ -150,7 +150,7 @@ def open_plan(
         problems: list[str] = []
         opened = [_open(item, problems, stack) for item in inputs.models]
         if problems and with_moments:
-            problems += [problem for item in inputs.experts for problem in _moments_problems(recipe, item)]
+            problems += [problem for item in inputs.experts for problem in moments_problems(recipe, item)]
         raise_all(problems, CheckpointError)
         checkpoints = [checkpoint for checkpoint in opened if checkpoint is not None]
         for checkpoint in checkpoints:
@@ -173,11 +173,11 @@ def open_plan(
         for expert, item in zip(experts, inputs.experts if with_moments else (), strict=with_moments):
             if item.moments is None and not need_moments:
                 continue
-            _open_moments(recipe, expert, item, problems, stack)
+            open_expert(recipe, expert, item, problems, stack)
         first = views[vocabulary.source if vocabulary else 0]
         jobs = _jobs(recipe, views, first, vocabulary, problems)
         for expert in experts:
-            _check_moments(recipe, expert, jobs, problems)
+            check_moments(recipe, expert, jobs, problems)
         scales = None
         if inputs.scales is not None:
             tensors = [job.name for job in jobs if not job.copy and job.name == job.canonical]
@@ -272,56 +272,6 @@ def checkpoint_problems(recipe: MergeRecipe, inputs: MergeInputs) -> list[str]:
         return list(error.problems)
 
 
-def _moments_problems(recipe: MergeRecipe, item: ExpertInput) -> list[str]:
-    """What opening an expert's second moments finds wrong; nothing where none are given or needed."""
-    if recipe.merge_method not in NEEDS_MOMENTS or item.moments is None:
-        return []
-    try:
-        open_moments(item.moments, layout=item.layout, source_of=item.source_of).close()
-    except OtaError as error:
-        return [f"expert '{item.name}': {problem}" for problem in error.problems]
-    return []
-
-
-def _open_moments(
-    recipe: MergeRecipe, expert: ExpertView, item: ExpertInput, problems: list[str], stack: contextlib.ExitStack
-) -> None:
-    if recipe.merge_method not in NEEDS_MOMENTS:
-        return
-    asked, rank = recipe.setting("compression"), recipe.setting("rank")
-    try:
-        if item.moments is None:
-            problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")
-            return
-        expert.moments = _open_one(item.moments, expert, item, stack)
-        compressed, held = is_compressed(expert.moments), compression_of(expert.moments)
-        if compressed and (held, rank_of(expert.moments)) != (asked, rank):
-            what = f"holds second moments compressed with {label_of(expert.moments)}"
-            if kept_as_trained(expert.moments):
-                what = f"holds row and column means, all that Adafactor keeps, which are read with compression: {held}"
-            problems.append(f"{item.moments} {what}; the recipe asks for compression: {compression_label(asked, rank)}")
-        if recipe.ffg(expert.index) and recipe.setting("mask_curvature") == "full" and item.masks is None:
-            if item.full_moments is not None:
-                expert.full_moments = _open_one(item.full_moments, expert, item, stack)
-            elif not compressed:
-                expert.full_moments = expert.moments
-            else:
-                problems.append(
-                    f"expert '{expert.name}': mask_curvature: full needs uncompressed second moments, {item.moments} is compressed with {held}"
-                )
-        if item.masks is not None:
-            expert.masks = MaskFile(item.masks, item.source_of)
-            stack.callback(expert.masks.close)
-    except OtaError as error:
-        problems.append(f"expert '{expert.name}': {error}")
-
-
-def _open_one(path: Path, expert: ExpertView, item: ExpertInput, stack: contextlib.ExitStack) -> Moments:
-    moments = open_moments(path, layout=item.layout, source_of=item.source_of, tensors=tensor_names(expert.checkpoint))
-    stack.callback(moments.close)
-    return moments
-
-
 def _jobs(
     recipe: MergeRecipe, views: list[ModelView], first: ModelView, vocabulary: Vocabulary | None, problems: list[str]
 ) -> list[TensorJob]:
@@ -389,34 +339,3 @@ def _some(items: list[str]) -> str:
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key in which layer 2 comes before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _check_moments(recipe: MergeRecipe, expert: ExpertView, jobs: list[TensorJob], problems: list[str]) -> None:
-    """v must have the shapes of the expert's own tensors; bias correction must know its numbers."""
-    for moments in {id(m): m for m in (expert.moments, expert.full_moments) if m is not None}.values():
-        shapes = moments.shapes()
-        for job in jobs:
-            stored = expert.stored_name(job.canonical)
-            if job.copy or job.canonical not in shapes or stored not in expert.checkpoint:
-                continue
-            seen, expected = tuple(shapes[job.canonical]), expert.checkpoint.info(stored).shape
-            if seen != expected and job.name == job.canonical:
-                hint = (
-                    "was the vocabulary changed after training?"
-                    if is_vocabulary_tensor(job.name)
-                    else "do they belong to this checkpoint?"
-                )
-                problems.append(
-                    f"{moments.path}: second moments of '{job.canonical}' have shape {list(seen)}, the expert '{expert.name}' has {list(expected)} there; "
-                    f"{hint}"
-                )
-        if not any(job.canonical in shapes for job in jobs):
-            problems.append(
-                f"{moments.path} ({expert.name}): none of its names ({', '.join(sorted(shapes)[:3])}, …) is a tensor of the model; expected the model's names"
-            )
-        if recipe.setting("bias_correction"):
-            try:
-                for name in sorted(set(shapes) & {job.canonical for job in jobs})[:1]:
-                    bias_factor(moments, name)
-            except OtaError as error:
-                problems.append(str(error))
