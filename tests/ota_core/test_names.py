@@ -14,7 +14,23 @@ from ota_core.names import as_name, why_unsafe
 from ota_core.plan.inputs import expert_name
 from ota_core.recipe.recipe import parse_recipe
 
-BAD = ["", "/etc/passwd", "../up", "a/../../up", "a//b", "a/./b", "a/", ".", "..", "a\\b", "a\0b", "a\nb", "x" * 256, "\ud800", "\x7f"]
+BAD = [
+    "",
+    "/etc/passwd",
+    "../up",
+    "a/../../up",
+    "a//b",
+    "a/./b",
+    "a/",
+    ".",
+    "..",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    "x" * 256,
+    "\ud800",
+    "\x7f",
+]
 GOOD = ["a", "a/b.safetensors", "..a", "a..b", ".hidden", "数学 (final) @v1,+x=2", "é" * 127, "~", "-rf", "a b"]
 
 
