@@ -27,8 +27,19 @@ Artifacts = Annotated[
     str | None,
     typer.Option(help="Root of the artifacts: a folder or s3://….", show_default="$OTA_ARTIFACTS or inside the home folder"),
 ]
+
+
+def _without_password(address: str | None) -> str | None:
+    if address and "@" in address:
+        raise typer.BadParameter(
+            "it holds a user name or a password, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return address
+
+
 TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
+    str | None,
+    typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database", callback=_without_password),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]

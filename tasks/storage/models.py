@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.frozen import Frozen
+from tasks.settings import allow_path
 from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
@@ -136,6 +137,7 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
     if not folder.is_dir():
         raise StorageError(f"{folder} is a file; name the checkpoint's folder")
     folder = folder.resolve()
+    allow_path(folder, "the model")
     digest, files = digest_folder(folder, cache=cache)
     expert = _local_expert(folder, str(folder), require_expert_json)
     return Fetched(source=source, resolved=str(folder), path=folder, digest=digest, files=files, expert=expert)
