@@ -10,11 +10,16 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.views import Block, ModelView, TensorJob, parts
 from ota_core.rules.base import Rule
+from ota_core.rules.edits import FusionRule, NearswapRule, RamRule, SceRule
 from ota_core.rules.ota import FisherRule, OtaRule
+from ota_core.rules.spans import SpanRule
 from ota_core.rules.task_vectors import TaskVectorRule
 
 if TYPE_CHECKING:
     import torch
+
+
+_EDITS = {"nearswap": NearswapRule, "arcee_fusion": FusionRule, "ram": RamRule, "ramplus_tl": RamRule, "sce": SceRule}
 
 
 def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
@@ -32,6 +37,10 @@ def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
         return LinearRule(plan, whole)
     if method == "slerp":
         return SlerpRule(plan, whole)
+    if method in _EDITS:
+        return _EDITS[method](plan, whole)
+    if method in {"multislerp", "nuslerp", "karcher", "model_stock"}:
+        return SpanRule(plan, whole)
     return TaskVectorRule(plan, whole)
 
 
