@@ -67,7 +67,7 @@ def sce(deltas: Sequence[torch.Tensor], *, threshold: float, weights: Sequence[f
     for delta, weight in zip(deltas, weights, strict=True):
         agrees = torch.where(elected >= 0, delta > 0, delta < 0)
         parts.append(torch.where(agrees, weight * delta, 0.0))
-        divisor += torch.where(agrees, weight, 0.0)
+        divisor += weight * agrees.double()
     return parts, torch.where(divisor > 0, divisor, 1.0)
 
 

@@ -21,7 +21,7 @@ from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
-from ota_core.recipe.recipe import MergeRecipe
+from ota_core.recipe.recipe import WITHOUT_BASE, MergeRecipe
 
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
 SHOWN = 8
@@ -102,7 +102,7 @@ class MergePlan:
 
     def needs_torch(self) -> bool:
         """Whether some block goes through tensors, because no compiled pass covers the method, its options, a type or a vocabulary."""
-        base, setting = self.base is not None and self.recipe.merge_method != "linear", self.recipe.setting
+        base, setting = self.base is not None and self.recipe.merge_method not in WITHOUT_BASE, self.recipe.setting
         means = self.recipe.merge_method == "ota" and setting("normalise") == "global"
         fused = all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
         if self.scales is not None or self.recipe.auto or self.recipe.refined:

@@ -28,3 +28,17 @@ def columns_bytes(job: TensorJob) -> int:
 def is_whole(recipe: MergeRecipe, job: TensorJob) -> bool:
     """Whether a tensor is merged as one block, refined or not."""
     return recipe.merge_method == "nuslerp" and scope_of(recipe, job) == "column" and not job.copy
+
+
+def surveys(recipe: MergeRecipe) -> int:
+    """Passes over all models that come before the merge's own, for facts of whole tensors, rows or columns."""
+    method, setting = recipe.merge_method, recipe.setting
+    if method in {"slerp", "ramplus_tl", "multislerp", "karcher"}:
+        return 1
+    if method == "nuslerp":  # columns are looked at in the merge itself, twice
+        return 1 if setting("nuslerp_flatten") or setting("nuslerp_row_wise") else 0
+    if method == "model_stock":
+        return 0 if setting("filter_wise") else 1
+    if method == "sce":  # the weights, and two passes for an exact threshold
+        return 3 if setting("density") < 1 else 1
+    return 3 if method == "arcee_fusion" else 0

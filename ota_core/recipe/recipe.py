@@ -55,6 +55,8 @@ NEEDS_BASE = {
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace", "slerp", "nearswap", "arcee_fusion",
     "ram", "ramplus_tl", "sce", "della", "della_linear", "model_stock",
 }  # fmt: skip
+WITHOUT_BASE = {"linear", "karcher", "passthrough"}
+"""Methods in which a base takes no part, even where one is named."""
 _EXPERTS = {"passthrough": (1, 1), "nuslerp": (2, 2), "nearswap": (1, 2), "arcee_fusion": (1, 2), "model_stock": (2, math.inf)}
 """How many models a method takes, beside a base; of two that it interpolates between, the base may be one."""
 NEEDS_MOMENTS = {"ota", "fisher"}

@@ -23,7 +23,7 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.views import Block, TensorJob, block_elements, parts
 from ota_core.plan.whole import columns_bytes, is_vector, scope_of
-from ota_core.recipe.recipe import MergeRecipe
+from ota_core.recipe.recipe import WITHOUT_BASE, MergeRecipe
 from ota_core.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ class SpanRule(Rule):
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
         super().__init__(plan, whole)
         self._method = plan.recipe.merge_method
-        # The base takes no part in a Karcher mean.
-        self._base = None if self._method == "karcher" else plan.base
+        self._base = None if self._method in WITHOUT_BASE else plan.base
         self._weights = [plan.recipe.setting("weight", i) for i in range(len(plan.experts))]
         self._sums: dict[str, list[float]] = {}
         self._factors: dict[str, list[float]] = {}
