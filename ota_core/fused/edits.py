@@ -217,7 +217,8 @@ def _divergence(base: Any, theta: Any) -> float:
         total += share
         total0 += math.exp(base[j] - top0)
         mean += share * (theta[j] - base[j])
-    return max(0.0, mean / total - ((top + math.log(total)) - (top0 + math.log(total0))))
+    found: float = mean / total - ((top + math.log(total)) - (top0 + math.log(total0)))
+    return max(0.0, found)
 
 
 @compiled

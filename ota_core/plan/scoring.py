@@ -117,7 +117,7 @@ class Scoring:
 class BlockScoring(Scoring):
     """Scores that no single expert has, such as a deviation between experts: one score for each element, under the number 0."""
 
-    of: Callable[[Block], NDArray[np.float32]]
+    scores_of: Callable[[Block], NDArray[np.float32]]
     """The scores of a block, float32 ≥ 0, (r·C,)."""
     ahead: Callable[[Block], None]
     """A hint that this block is next."""
@@ -129,7 +129,7 @@ class BlockScoring(Scoring):
         return True
 
     def scores(self, experts: Iterable[int], block: Block) -> "Iterator[tuple[int, NDArray[np.float32]]]":
-        yield 0, self.of(block)
+        yield 0, self.scores_of(block)
 
     def prefetch(self, experts: Iterable[int], block: Block) -> None:
         self.ahead(block)

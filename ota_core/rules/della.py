@@ -24,13 +24,13 @@ class DellaRule(TaskVectorRule):
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
         super().__init__(plan, whole)
         self._elects = self._method == "della"
-        self._ranks: dict[str, NDArray[np.int32]] = {}
+        self._vectors: dict[str, NDArray[np.int32]] = {}
 
     def _prepare(self) -> None:
         """The ranks of all edits of every vector: it is one row, and may be cut into blocks."""
         jobs = [job for job in self._plan.merged_jobs() if is_vector(job)]
         found = self._plan.stream.map(self._ranks_of, jobs, what="ranks")
-        self._ranks = {job.name: ranks for job, ranks in zip(jobs, found, strict=True)}
+        self._vectors = {job.name: ranks for job, ranks in zip(jobs, found, strict=True)}
 
     def _ranks_of(self, job: TensorJob) -> NDArray[np.int32]:
         """int32 (M, n)"""
@@ -66,7 +66,7 @@ class DellaRule(TaskVectorRule):
             shares,
             out,
             columns=out.held.shape[1],
-            ranks=self._ranks.get(job.name),
+            ranks=self._vectors.get(job.name),
             elect=self._elects,
             normalize=setting("normalize"),
             rescale=setting("rescale"),
@@ -88,8 +88,8 @@ class DellaRule(TaskVectorRule):
         random = uniform(setting("seed"), expert.index, job.canonical, start * cols, rows * cols, self._plan.device).view(
             rows, cols
         )
-        if job.name in self._ranks and job.elements > 1:
-            ranks = torch.from_numpy(self._ranks[job.name][self._plan.experts.index(expert)][start:stop].astype(np.float64))
+        if job.name in self._vectors and job.elements > 1:
+            ranks = torch.from_numpy(self._vectors[job.name][self._plan.experts.index(expert)][start:stop].astype(np.float64))
             chance = (density - epsilon) + ranks.to(difference.device)[:, None] * (2.0 * epsilon / (job.elements - 1))
         else:
             chance = chances(difference, density=density, epsilon=epsilon)

@@ -130,7 +130,7 @@ class FusionRule(OtherRule):
             rows.setdefault(block[0].name, []).append(one)
         self._divergences = {name: np.concatenate(one) for name, one in rows.items()}
         groups = [Group(jobs=[job], experts=[0], ranks={0: _quartiles(job.elements)}) for job in jobs]
-        scoring = BlockScoring(plan, False, everywhere=True, of=self._importances, ahead=self.prefetch)
+        scoring = BlockScoring(plan, False, everywhere=True, scores_of=self._importances, ahead=self.prefetch)
         for job, scores in zip(jobs, kth_largest(scoring, groups, what="importances"), strict=True):
             upper, middle, lower = scores[0]
             self._thresholds[job.name] = middle + 1.5 * (upper - lower)
@@ -199,11 +199,12 @@ class RamRule(EditsRule):
             return
         from ota_core.methods.edits import ram_boost
 
-        setting, counts = self._plan.recipe.setting, {}
+        setting = self._plan.recipe.setting
+        counts: dict[str, NDArray[np.int64]] = {}
         cut = self._plan.blocks(self._plan.merged_jobs())
         found = self._plan.stream.map(self._count, cut, what="overlaps", size=block_elements, ahead=self.prefetch)
         for block, one in zip(cut, found, strict=True):
-            counts[block[0].name] = counts.get(block[0].name, 0) + one
+            counts[block[0].name] = counts.get(block[0].name, np.zeros_like(one)) + one
         for name, total in counts.items():
             self._boosts[name] = [
                 ram_boost(int(shared), int(unique), r=setting("r"), alpha=setting("alpha")) for shared, unique in total
@@ -248,7 +249,7 @@ class SceRule(EditsRule):
         share = plan.recipe.setting("density")
         if share < 1:
             groups = [Group(jobs=[job], experts=[0], ranks={}, share=share) for job in jobs]
-            scoring = BlockScoring(plan, False, everywhere=True, of=self._deviations, ahead=self.prefetch)
+            scoring = BlockScoring(plan, False, everywhere=True, scores_of=self._deviations, ahead=self.prefetch)
             for job, scores in zip(jobs, kth_largest(scoring, groups, what="deviations"), strict=True):
                 self._thresholds[job.name] = scores[0][0] if scores[0] else math.inf
         cut = self._by_row(jobs)

@@ -46,7 +46,7 @@ def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
         raise RecipeError(
             f"scales: the recipe names {plan.recipe.scales}, which was not looked up when its inputs were assembled"
         )
-    rules = {**_RULES, "linear": LinearRule, "slerp": SlerpRule}
+    rules: dict[str, type[Rule]] = {**_RULES, "linear": LinearRule, "slerp": SlerpRule}
     return rules.get(plan.recipe.merge_method, TaskVectorRule)(plan, whole)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ota_core.errors import OtaError
+from ota_core.recipe.recipe import WITHOUT_BASE
 from tasks.local.speed.models import MOMENTS, Models
 from tasks.local.speed.results import Target
 
@@ -17,6 +18,20 @@ OTA = [sys.executable, "-m", "flows.cli"]
 DENSITY = 0.4
 MEMORY_TARGET = 2**30  # bytes resident at the default --memory, mapped pages included
 
+OTHERS: dict[str, str] = {
+    "passthrough": "passthrough, one model",
+    "multislerp": "multislerp",
+    "nuslerp": "nuslerp, two experts",
+    "karcher": "Karcher mean",
+    "model_stock": "Model Stock",
+    "nearswap": "nearswap, one expert, t 0.0001",
+    "arcee_fusion": "Arcee Fusion, one expert",
+    "ram": "RAM",
+    "ramplus_tl": "RAM+, tensor by tensor",
+    "sce": f"SCE, density {DENSITY}",
+    "della": f"DELLA, density {DENSITY}",
+}
+"""Methods that are measured beside mergekit's own."""
 STAGES: dict[str, str] = {
     "compress": "ota compress, rank1, one expert's second moments",
     "compress-log8": "ota compress, log8, the same",
@@ -34,11 +49,13 @@ STAGES: dict[str, str] = {
     "dare_ties": f"ota merge, DARE-TIES, density {DENSITY}",
     "breadcrumbs": f"ota merge, Breadcrumbs, density {DENSITY}, gamma 0.01",
     "fisher": "ota merge, Fisher",
+    **{name: f"ota merge, {what}" for name, what in OTHERS.items()},
     "moments-one": "one expert's second moments, read from one safetensors file",
     "moments-zero3": "the same from four ranks of DeepSpeed's ZeRO 3",
     "moments-fsdp": "the same from four ranks of FSDP",
     "mergekit-linear": "mergekit, linear",
     "mergekit-ties": f"mergekit, TIES, density {DENSITY}",
+    **{f"mergekit-{name}": f"mergekit, {what}" for name, what in OTHERS.items()},
     "help": "ota --help",
 }
 MERGES = tuple(name for name, what in STAGES.items() if what.startswith("ota merge"))
@@ -70,10 +87,22 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"density": DENSITY},
     "dare_ties": {"density": DENSITY, "seed": 0},
     "breadcrumbs": {"density": DENSITY, "gamma": 0.01},
+    "nearswap": {"t": 1e-4},
+    "sce": {"density": DENSITY},
+    "della": {"density": DENSITY},
+    "mergekit-multislerp": {"weight": 1.0},
+    "mergekit-nuslerp": {"weight": 1.0},
+    "mergekit-nearswap": {"t": 1e-4},
+    "mergekit-sce": {"select_topk": DENSITY},
+    "mergekit-della": {"weight": 1.0, "density": DENSITY},
     "mergekit-linear": {"weight": 1.0},
     "mergekit-ties": {"weight": 1.0, "density": DENSITY},
 }
 """Of the recipes; a name that is not here has none."""
+_WITHOUT_BASE = {*WITHOUT_BASE, "fisher", "multislerp", "nuslerp"}
+"""Methods whose recipes name no base: averages of the experts need none."""
+_MODELS = {"passthrough": 1, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
+"""Experts that a method takes, where it does not take any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,17 +207,17 @@ class _Makers:
         return Case(name=name, what=STAGES[name], command=command, inputs=[source], output=out)
 
     def _merge(self, name: str, method: str) -> Case:
-        base, out = method not in {"linear", "fisher"}, self.work / name  # averages of the experts need no base
+        base, out = method not in _WITHOUT_BASE, self.work / name
         own = {"precond_threshold": self.models.threshold} if name == "ota-threshold" else _PARAMETERS.get(name, {})
         recipe = self.recipe(name, method, base=base, **own)
-        inputs = [*self.weights(base=base), *(self.moments if method in {"ota", "fisher"} else [])]
+        inputs = [*self.weights(method, base=base), *(self.moments if method in {"ota", "fisher"} else [])]
         command = ["mask" if name == "mask" else "merge", str(recipe), str(out), "--json", "--device", self.device]
         return Case(name=name, what=STAGES[name], command=[*OTA, *command, *self.home], inputs=inputs, output=out, recipe=recipe)
 
     def _staged(self, name: str) -> Case:
         recipe, home = self.recipe("flow", "ota", **_PARAMETERS["flow"]), self.work / name
         command = [sys.executable, "-m", "tasks.local.speed.staged", str(recipe), str(home), self.device]
-        inputs = [*self.weights(base=True), *self.moments]
+        inputs = [*self.weights("ota", base=True), *self.moments]
         return Case(name=name, what=STAGES[name], command=command, inputs=inputs, output=home, recipe=recipe)
 
     def _flow(self, name: str, age: str, server: str) -> Case:
@@ -200,11 +229,12 @@ class _Makers:
         return Case(name=name, what=FLOW_STAGES[name], command=command, environment=environment, recipe=recipe, output=out)
 
     def _mergekit(self, name: str, method: str) -> Case:
-        recipe = self.recipe(name, method, base=method != "linear", **_PARAMETERS[name])
+        base = method not in _WITHOUT_BASE
+        recipe = self.recipe(name, method, base=base, **_PARAMETERS.get(name, {}))
         out, program = self.work / name, Path(sys.executable).with_name("mergekit-yaml")
         command = [str(program), str(recipe), str(out), "--no-copy-tokenizer", "--quiet"]
         why = "" if program.is_file() else "mergekit is not installed; it comes with the extra 'dev'"
-        inputs = self.weights(base=method != "linear")
+        inputs = self.weights(method, base=base)
         return Case(name=name, what=STAGES[name], command=command, inputs=inputs, output=out, skipped=why)
 
     def _moments(self, name: str, variant: str) -> Case:
@@ -224,7 +254,7 @@ class _Makers:
         content = {
             "merge_method": method,
             **({"base_model": str(self.models.base)} if base else {}),
-            "models": [{"model": str(folder)} for folder in self.folders],
+            "models": [{"model": str(folder)} for folder in self.folders[: _MODELS.get(method)]],
             "parameters": parameters,
             "dtype": "bfloat16",
         }
@@ -232,7 +262,7 @@ class _Makers:
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return path
 
-    def weights(self, *, base: bool) -> list[Path]:
-        """Weight files of the models."""
-        folders = [*([self.models.base] if base else []), *self.folders]
+    def weights(self, method: str, *, base: bool) -> list[Path]:
+        """Weight files of the models that a method takes."""
+        folders = [*([self.models.base] if base else []), *self.folders[: _MODELS.get(method)]]
         return [file for folder in folders for file in sorted(folder.glob("model*.safetensors"))]
