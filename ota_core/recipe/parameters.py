@@ -79,7 +79,10 @@ def _word(value: Any) -> str:
     """A value as YAML and the form spell it, none where there is none."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:g}"
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text  # 1e-08 is a word to YAML 1.1
 
 
 class Strict(BaseModel):
@@ -200,7 +203,7 @@ class MergeParameters(ExpertParameters):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = _own("seed", "Seed of the random masks of DARE and DELLA")
     t: NonNegative | None = Field(
         None,
-        description="Position between the two models, at most 1 (slerp), or the largest change of a weight (nearswap); both need it.",
+        description="Position between the two models, at most 1 (slerp, which needs it), or the largest change of a weight (nearswap, which needs it too).",
     )
     normalize_weights: bool | None = _own("normalize_weights", "Divide the weights by their sum (multislerp)")
     eps: NonNegative | None = _own("eps", "Keeps divisions by norms finite (multislerp)")
