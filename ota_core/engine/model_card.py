@@ -22,6 +22,18 @@ PAPERS = {
     "linear": "[a weighted mean](https://arxiv.org/abs/2203.05482)",
     "slerp": "spherical interpolation",
     "rowspace": "the mean of their edits",
+    "passthrough": "copying its weights",
+    "nearswap": "[NearSwap](https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001)",
+    "arcee_fusion": "[Arcee Fusion](https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration)",
+    "ram": "[Reinforced Agent Merging](https://arxiv.org/abs/2601.13572)",
+    "ramplus_tl": "[Reinforced Agent Merging](https://arxiv.org/abs/2601.13572) with rescaling in each tensor",
+    "sce": "[SCE](https://arxiv.org/abs/2408.07990)",
+    "della": "[DELLA](https://arxiv.org/abs/2406.11617) with [TIES](https://arxiv.org/abs/2306.01708)",
+    "della_linear": "[DELLA](https://arxiv.org/abs/2406.11617)",
+    "multislerp": "a weighted spherical mean",
+    "nuslerp": "spherical interpolation of two",
+    "karcher": "the [Karcher mean](https://arxiv.org/abs/2603.04972) on the sphere",
+    "model_stock": "[Model Stock](https://arxiv.org/abs/2403.19522)",
 }
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@[\w./-]+)?")
 

@@ -53,26 +53,32 @@ def _trimmed(count: int, base: Any, theta: Any, lowest: np.float32, highest: np.
 
 
 @compiled
-def _dropped(count: int, base: Any, theta: Any, key: np.uint64, start: int, density: float, divisor: float, left: Any) -> None:
-    gamma, mix1, mix2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-    for i in range(count):
-        bits = np.uint64(start + i + 1) * gamma + key
-        bits = (bits ^ (bits >> np.uint64(30))) * mix1
-        bits = (bits ^ (bits >> np.uint64(27))) * mix2
-        bits = bits ^ (bits >> np.uint64(31))
-        random = np.float64(bits >> np.uint64(11)) * 2.0**-53
-        delta = np.float64(theta[i]) - np.float64(base[i])
-        left[i] = delta / divisor if random < density else 0.0
+def uniform(key: np.uint64, element: int) -> float:
+    """The random number in [0, 1) of one element of a tensor: ``methods.dare.uniform``."""
+    bits = np.uint64(element + 1) * np.uint64(0x9E3779B97F4A7C15) + key
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits = bits ^ (bits >> np.uint64(31))
+    return np.float64(bits >> np.uint64(11)) * 2.0**-53
 
 
 @compiled
-def _add(count: int, left: Any, weight: float, total: Any) -> None:
+def _dropped(count: int, base: Any, theta: Any, key: np.uint64, start: int, density: float, divisor: float, left: Any) -> None:
+    for i in range(count):
+        delta = np.float64(theta[i]) - np.float64(base[i])
+        left[i] = delta / divisor if uniform(key, start + i) < density else 0.0
+
+
+@compiled
+def add(count: int, left: Any, weight: float, total: Any) -> None:
+    """Add w·Δ of a tile."""
     for i in range(count):
         total[i] += weight * left[i]
 
 
 @compiled
-def _add_agreeing(count: int, left: Any, weight: float, elected: Any, total: Any, divisor: Any) -> None:
+def add_agreeing(count: int, left: Any, weight: float, elected: Any, total: Any, divisor: Any) -> None:
+    """The same where it has the elected sign, and its weight to the divisor."""
     for i in range(count):
         weighted = weight * left[i]
         agrees = (weighted > 0) if elected[i] >= 0 else (weighted < 0)
@@ -81,7 +87,8 @@ def _add_agreeing(count: int, left: Any, weight: float, elected: Any, total: Any
 
 
 @compiled
-def _finish(count: int, base: Any, total: Any, divisor: Any, least: float, lam: float, out: Any) -> None:
+def finish(count: int, base: Any, total: Any, divisor: Any, least: float, lam: float, out: Any) -> None:
+    """θ₀ + λ·total/divisor of a tile; a divisor smaller than ``least`` divides by 1."""
     for i in range(count):
         merged = total[i] / divisor[i] if abs(divisor[i]) >= least else total[i]
         out[i] = np.float64(base[i]) + lam * merged
@@ -107,17 +114,17 @@ def _combine(
             else:
                 _trimmed(count, base, theta, part.lowest, part.highest, left)
             clear_absent(part.theta, first, count, has, left)
-            _add(count, left, part.weight, total)
+            add(count, left, part.weight, total)
         divisor[:] = sum_of_weights if normalize else 1.0
         if elect:
             elected[:] = total
             total[:] = 0.0
             divisor[:] = 0.0
             for m in range(parts.shape[0]):
-                _add_agreeing(count, lefts[m], parts[m].weight, elected, total, divisor)
+                add_agreeing(count, lefts[m], parts[m].weight, elected, total, divisor)
             if not normalize:
                 divisor[:] = 1.0
-        _finish(count, base, total, divisor, least, lam, total)
+        finish(count, base, total, divisor, least, lam, total)
         store(total, count, kind, address, first, theta)
 
 

@@ -15,11 +15,34 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.views import Block, ModelView, TensorJob, block_elements, parts
 from ota_core.rules.base import Rule
+from ota_core.rules.della import DellaRule
+from ota_core.rules.edits import FusionRule, NearswapRule, RamRule, SceRule
 from ota_core.rules.ota import FisherRule, OtaRule
+from ota_core.rules.passthrough import PassthroughRule
+from ota_core.rules.spans import SpanRule
 from ota_core.rules.task_vectors import TaskVectorRule
 
 if TYPE_CHECKING:
     import torch
+
+
+_RULES: dict[str, type[Rule]] = {
+    "ota": OtaRule,
+    "fisher": FisherRule,
+    "passthrough": PassthroughRule,
+    "nearswap": NearswapRule,
+    "arcee_fusion": FusionRule,
+    "ram": RamRule,
+    "ramplus_tl": RamRule,
+    "sce": SceRule,
+    "della": DellaRule,
+    "della_linear": DellaRule,
+    "multislerp": SpanRule,
+    "nuslerp": SpanRule,
+    "karcher": SpanRule,
+    "model_stock": SpanRule,
+}
+"""Method to its rule, but for those below and for the methods that add up task vectors."""
 
 
 def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
@@ -28,16 +51,8 @@ def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
         raise RecipeError(
             f"scales: the recipe names {plan.recipe.scales}, which was not looked up when its inputs were assembled"
         )
-    method = plan.recipe.merge_method
-    if method == "ota":
-        return OtaRule(plan, whole)
-    if method == "fisher":
-        return FisherRule(plan, whole)
-    if method == "linear":
-        return LinearRule(plan, whole)
-    if method == "slerp":
-        return SlerpRule(plan, whole)
-    return TaskVectorRule(plan, whole)
+    rules: dict[str, type[Rule]] = {**_RULES, "linear": LinearRule, "slerp": SlerpRule}
+    return rules.get(plan.recipe.merge_method, TaskVectorRule)(plan, whole)
 
 
 class LinearRule(Rule):

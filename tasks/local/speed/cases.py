@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ota_core.errors import OtaError
+from ota_core.recipe.recipe import WITHOUT_BASE
 from tasks.local.speed.models import MOMENTS, Models, with_vocabularies
 from tasks.local.speed.results import Target
 
@@ -17,6 +18,20 @@ OTA = [sys.executable, "-m", "flows.cli"]
 DENSITY = 0.4
 MEMORY_TARGET = 2**30  # bytes resident at the default --memory, mapped pages included
 
+OTHERS: dict[str, str] = {
+    "passthrough": "passthrough, one model",
+    "multislerp": "multislerp",
+    "nuslerp": "nuslerp, two experts",
+    "karcher": "Karcher mean",
+    "model_stock": "Model Stock",
+    "nearswap": "nearswap, one expert, t 0.0001",
+    "arcee_fusion": "Arcee Fusion, one expert",
+    "ram": "RAM",
+    "ramplus_tl": "RAM+, tensor by tensor",
+    "sce": f"SCE, density {DENSITY}",
+    "della": f"DELLA, density {DENSITY}",
+}
+"""Methods that are measured beside mergekit's own."""
 STAGES: dict[str, str] = {
     "compress": "ota compress, rank1, one expert's second moments",
     "compress-log8": "ota compress, log8, the same",
@@ -41,6 +56,7 @@ STAGES: dict[str, str] = {
     "union-linear": "ota merge, linear, vocabularies that differ, tokenizer_source: union",
     "union-ties": f"ota merge, TIES, density {DENSITY}, the same",
     "union-ota": f"ota merge, OTA, exact global density {DENSITY}, the same",
+    **{name: f"ota merge, {what}" for name, what in OTHERS.items()},
     "moments-one": "one expert's second moments, read from one safetensors file",
     "moments-zero3": "the same from four ranks of DeepSpeed's ZeRO 3",
     "moments-fsdp": "the same from four ranks of FSDP",
@@ -48,6 +64,7 @@ STAGES: dict[str, str] = {
     "mergekit-ties": f"mergekit, TIES, density {DENSITY}",
     "mergekit-slerp": "mergekit, slerp of the base and one expert",
     "mergekit-union": "mergekit, linear, vocabularies that differ, tokenizer_source: union",
+    **{f"mergekit-{name}": f"mergekit, {what}" for name, what in OTHERS.items()},
     "help": "ota --help",
 }
 MERGES = tuple(name for name, what in STAGES.items() if what.startswith("ota merge"))
@@ -87,10 +104,22 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "union-ota": {"density": DENSITY},
     "mergekit-slerp": {"t": 0.4},
     "mergekit-union": {"weight": 1.0},
+    "nearswap": {"t": 1e-4},
+    "sce": {"density": DENSITY},
+    "della": {"density": DENSITY},
+    "mergekit-multislerp": {"weight": 1.0},
+    "mergekit-nuslerp": {"weight": 1.0},
+    "mergekit-nearswap": {"t": 1e-4},
+    "mergekit-sce": {"select_topk": DENSITY},
+    "mergekit-della": {"weight": 1.0, "density": DENSITY},
     "mergekit-linear": {"weight": 1.0},
     "mergekit-ties": {"weight": 1.0, "density": DENSITY},
 }
 """Of the recipes; a name that is not here has none."""
+_WITHOUT_BASE = {*WITHOUT_BASE, "fisher", "multislerp", "nuslerp"}
+"""Methods whose recipes name no base: averages of the experts need none."""
+_MODELS = {"slerp": 1, "passthrough": 1, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
+"""Experts that a method takes, where it does not take any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +247,7 @@ class _Makers:
         return Case(name=name, what=FLOW_STAGES[name], command=command, environment=environment, recipe=recipe, output=out)
 
     def _mergekit(self, name: str, method: str) -> Case:
-        recipe = self.recipe(name, "linear" if method == "union" else method, **_PARAMETERS[name])
+        recipe = self.recipe(name, "linear" if method == "union" else method, **_PARAMETERS.get(name, {}))
         out, program = self.work / name, Path(sys.executable).with_name("mergekit-yaml")
         command = [str(program), str(recipe), str(out), "--no-copy-tokenizer", "--quiet"]
         why = "" if program.is_file() else "mergekit is not installed; it comes with the extra 'dev'"
@@ -239,7 +268,7 @@ class _Makers:
     def recipe(self, name: str, method: str, **parameters: Any) -> Path:
         """A recipe file of these experts."""
         base, *others = self.folders_of(name)
-        averages = method in {"linear", "fisher"}  # of the experts alone
+        averages = method in _WITHOUT_BASE
         content = {
             "merge_method": method,
             **({} if averages else {"base_model": str(base)}),
@@ -256,10 +285,10 @@ class _Makers:
         """The base and the experts of a case: those with vocabularies of their own, one expert, or all."""
         if "union" in name.split("-"):
             return with_vocabularies(self.models, self.work / "vocabularies", len(self.folders))
-        return [self.models.base, *(self.folders[:1] if "slerp" in name.split("-") else self.folders)]
+        return [self.models.base, *self.folders[: _MODELS.get(name.rpartition("-")[2])]]
 
     def weights(self, name: str) -> list[Path]:
         """Weight files that a case reads."""
-        averages = name.split("-")[-1] in {"linear", "fisher", "union"}
+        averages = name.rpartition("-")[2] in {*_WITHOUT_BASE, "union"}
         folders = self.folders_of(name)[1 if averages else 0 :]
         return [file for folder in folders for file in sorted(folder.glob("model*.safetensors"))]
