@@ -41,7 +41,7 @@ from tasks.storage.transfers import copy_objects, upload_files
 
 __all__ = [
     "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "upload_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_hub_id", "is_s3", "join", "list_objects", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -93,6 +93,15 @@ class Fetched(Frozen):
     """The model's files by their name relative to the folder."""
     expert: dict[str, Any] | None = None
     """Content of ``expert.json``, which is no part of the digest."""
+    under: "Fetched | None" = None
+    """What this is an adapter of; ``digest`` is then of both, and ``files`` the adapter's alone."""
+    own_digest: str | None = None
+    """Of the adapter alone, where it is one."""
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source reads as a Hugging Face id, org/name or org/name@revision."""
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def fetch(
