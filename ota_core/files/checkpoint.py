@@ -17,6 +17,7 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 """The weights of an adapter as PEFT names them."""
+GGUF = ".gguf"
 # Files beside the weights that belong to a model. What matches is copied from the source of the output's tokenizer and config.
 CONFIG_FILES = ("config.json", "generation_config.json")
 # One of these is there where a folder holds a tokenizer.
@@ -30,8 +31,9 @@ TOKENIZER_PATTERNS = (
 if TYPE_CHECKING:
     from ota_core.files.bin_file import BinFile  # it needs torch
     from ota_core.files.dcp.weights import DcpWeights
+    from ota_core.files.gguf.file import GgufFile  # it needs gguf
 
-WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights"
+WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | GgufFile"
 """One file of tensors."""
 
 
@@ -75,7 +77,7 @@ class Checkpoint:
         self._where = {plain[name]: (file, name) for name, file in where.items()}
         # Trainers write it into the folder of the run, where a sharded checkpoint's own folder has none.
         configs = [folder / "config.json" for folder in ((self.path, self.path.parent) if self.sharded else (self.path,))]
-        self.config = next((read_json(config) for config in configs if config.exists()), {})
+        self.config = next((read_json(config) for config in configs if config.exists()), getattr(self.files[0], "config", {}))
 
     def names(self) -> list[str]:
         """All tensor names, sorted, without what ``torch.compile``, FSDP and other wrappers put into them."""
@@ -97,7 +99,8 @@ class Checkpoint:
 
     def kept_dtype(self, name: str) -> Dtype:
         """The type that the tensor has in a model like this one: as it is stored, where reading it does not make another of it."""
-        return self.info(name).dtype
+        dtype = self.info(name).dtype
+        return getattr(self.files[0], "kept", dtype) if dtype.is_floating_point else dtype
 
     @property
     def config_folder(self) -> Path:
@@ -135,6 +138,10 @@ def open_weights(path: Path, source_of: SourceOf | None = None) -> WeightFile:
         from ota_core.files.dcp.weights import DcpWeights
 
         return DcpWeights(path.parent, source_of)
+    if path.suffix == GGUF:
+        from ota_core.files.gguf.file import GgufFile
+
+        return GgufFile(path, source_of)
     if path.suffix != ".safetensors":
         from ota_core.files.bin_file import BinFile  # it needs torch
 
@@ -176,6 +183,12 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds {len(candidates)} safetensors files and no {SAFETENSORS_INDEX} "
             f"({', '.join(p.name for p in candidates[:4])}, …); expected the index that says which belong to the model"
         )
+    if ggufs := sorted(folder.glob(f"*{GGUF}")):
+        if len(ggufs) > 1:
+            raise CheckpointError(
+                f"{folder} holds {len(ggufs)} GGUF files ({', '.join(path.name for path in ggufs[:6])}); name the one that is meant, {ggufs[0]}"
+            )
+        return ggufs
     from ota_core.files.dcp.weights import dcp_files, weights_folder
 
     if (sharded := weights_folder(folder)) is not None:

@@ -35,6 +35,8 @@ class ModelInput:
     """Where the bytes of weights and second moments come from, if not from the files themselves."""
     under: "ModelInput | None" = None
     """What the weights in ``path`` are an adapter of; None for a whole model."""
+    companions: Path | None = None
+    """A folder with the configuration and tokenizer that ``path`` lacks: those that a GGUF file holds itself."""
 
     @property
     def folders(self) -> list[Path]:
@@ -46,6 +48,9 @@ class ModelInput:
         if self.under is None:
             checkpoint = Checkpoint(self.path, self.source_of)
             checkpoint.known_as = (self.source,)
+            if self.companions is not None:
+                checkpoint.folders = (self.path, self.companions)
+                checkpoint.config = read_json(self.companions / "config.json")
             return checkpoint
         from ota_core.files.lora.adapted import AdaptedCheckpoint
 

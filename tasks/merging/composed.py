@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ota_core.errors import CheckpointError, OtaError, raise_all
-from ota_core.files.checkpoint import adapter_of
+from ota_core.files.checkpoint import GGUF, adapter_of
 from ota_core.files.lora.config import AdapterConfig, read_config
 from ota_core.plan.inputs import find_model
 from tasks.storage import models as storage
@@ -31,6 +31,9 @@ def _located(source: str, recipe_dir: Path | None) -> str:
     if storage.is_s3(source) or Path(source).is_absolute():
         return source
     expanded = Path(source).expanduser()
+    if expanded.suffix == GGUF and not expanded.is_absolute():
+        file = next((place / source for place in (recipe_dir, Path.cwd()) if place and (place / source).is_file()), None)
+        return source if file is None else str(file.absolute())
     if expanded.is_absolute() or any((place / source).is_dir() for place in (recipe_dir, Path.cwd()) if place):
         return str(expanded if expanded.is_absolute() else find_model(source, recipe_dir).absolute())
     return source

@@ -20,6 +20,7 @@ from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.merging.architecture import parameter_layout
 from tasks.merging.composed import composed, parts_of
+from tasks.merging.gguf_companions import gguf_companions
 from tasks.storage import hub, s3
 from tasks.storage import models as storage
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
@@ -130,7 +131,7 @@ def assemble(
         first = models.pop(0)
         base = ModelInput(
             name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of,
-            under=_under(first.under, source_of),
+            under=_under(first.under, source_of, cache), companions=gguf_companions(first.path, cache),
         )  # fmt: skip
     experts: list[ExpertInput] = []
     problems: list[str] = []
@@ -138,7 +139,7 @@ def assemble(
         expert = ExpertInput(
             name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capability,
             layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
-            under=_under(one.under, source_of),
+            under=_under(one.under, source_of, cache), companions=gguf_companions(one.path, cache),
         )  # fmt: skip
         if estimated and i in estimated:
             made = estimated[i]
@@ -160,17 +161,13 @@ def parts_in(model: Fetched) -> list[Fetched]:
     return [model, *(parts_in(model.under) if model.under else [])]
 
 
-def _under(model: Fetched | None, source_of: SourceOf | None) -> ModelInput | None:
+def _under(model: Fetched | None, source_of: SourceOf | None, cache: Path) -> ModelInput | None:
     if model is None:
         return None
     return ModelInput(
-        name="base",
-        path=model.path,
-        source=model.source,
-        digest=model.digest,
-        source_of=source_of,
-        under=_under(model.under, source_of),
-    )
+        name="base", path=model.path, source=model.source, digest=model.digest, source_of=source_of,
+        under=_under(model.under, source_of, cache), companions=gguf_companions(model.path, cache),
+    )  # fmt: skip
 
 
 def own_moments(model: Fetched) -> Path | None:

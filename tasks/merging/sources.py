@@ -15,7 +15,7 @@ from typing import Any, Self
 from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import parse_memory
 from ota_core.errors import ArtifactError, CheckpointError, MomentsError, StorageError
-from ota_core.files.checkpoint import weight_files
+from ota_core.files.checkpoint import GGUF, weight_files
 from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, moments_files
 from ota_core.plan.expert_scales import scales_digest
@@ -24,6 +24,7 @@ from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
 from tasks.merging.architecture import parameter_layout
+from tasks.merging.gguf_companions import gguf_companions
 from tasks.merging.inputs import Estimate, assemble, s3_moments
 from tasks.settings import Places
 from tasks.storage import models as storage
@@ -183,9 +184,11 @@ class _Opening:
     def model(self, one: ModelSource) -> ModelInput:
         source_of = self._streams.source_of
         under = self.model(one.under) if one.under else None
+        folder = self._folder(one)
         return ModelInput(
-            name=one.name, path=self._folder(one), source=one.source, digest=one.digest, source_of=source_of, under=under
-        )
+            name=one.name, path=folder, source=one.source, digest=one.digest, source_of=source_of, under=under,
+            companions=gguf_companions(folder, self._where.cache),
+        )  # fmt: skip
 
     def expert(self, one: ExpertSource) -> ExpertInput:
         folder = self._folder(one)
@@ -194,6 +197,7 @@ class _Opening:
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._streams.source_of, capability=one.capability,
             moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
             masks=self._artifact(one, one.masks, MASK_FILE), under=self.model(one.under) if one.under else None,
+            companions=gguf_companions(folder, self._where.cache),
             layout=partial(parameter_layout, folder, partial(self._folder, one.base) if one.base else None, self._streams.source_of),
         )  # fmt: skip
 
@@ -219,7 +223,7 @@ class _Opening:
             path = self._streams.model(one.location).path
             self._streams.settle(weight_files(path))
             return path
-        if not Path(one.location).is_absolute():
+        if not Path(one.location).is_absolute() or (Path(one.location).is_file() and one.location.endswith(GGUF)):
             return storage.fetch(one.location, cache=self._where.cache).path
         if not Path(one.location).is_dir():
             raise CheckpointError(

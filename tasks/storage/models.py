@@ -1,8 +1,10 @@
 """Where checkpoints come from and go to: ``s3://bucket/prefix``, a folder, or a Hugging Face id ``org/name@revision``."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
+from ota_core.files.checkpoint import GGUF
 from ota_core.frozen import Frozen
 from tasks.storage import s3
-from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
+from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, note_use
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
 from tasks.storage.hub import said
 from tasks.storage.layout import (
@@ -122,6 +125,8 @@ def fetch(
     if is_s3(source):
         return _fetch_s3(source, cache, require_expert_json, threads, part_size, progress)
     folder = Path(source).expanduser()
+    if folder.is_file() and folder.suffix == GGUF:
+        return _fetch_gguf(source, folder.resolve(), cache)
     if folder.exists():
         return _fetch_folder(source, folder, cache, require_expert_json)
     hub_id = _HUB_ID.fullmatch(source)
@@ -147,6 +152,19 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
     digest, files = digest_folder(folder, cache=cache)
     expert = _local_expert(folder, str(folder), require_expert_json)
     return Fetched(source=source, resolved=str(folder), path=folder, digest=digest, files=files, expert=expert)
+
+
+def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
+    """One GGUF file of a folder: a folder of the cache that holds nothing but a link to it."""
+    folder = cache / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / file.name
+    if not link.is_symlink():
+        with suppress(FileExistsError):
+            link.symlink_to(file)
+    note_use(folder)
+    digest, files = digest_folder(folder, cache=cache)
+    return Fetched(source=source, resolved=str(file), path=folder, digest=digest, files=files)
 
 
 def _local_expert(folder: Path, where: str, required: bool) -> dict[str, Any] | None:

@@ -16,8 +16,8 @@ from ota_core.files.rows import Rows
 
 _SHOWN = 8
 # Layers whose class stores weights as (in, out); the configuration says so, unless layers of both kinds were trained.
-_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 # Models that store their experts' stacks as (E, in, out).
 _STACKS_BY_INPUT = frozenset({"gpt_oss", "llama4", "llama4_text"})
 
@@ -147,8 +147,8 @@ class _Finder:
             return False
         if shape == (ins, outs) != (outs, ins):
             return True
-        conv1d = inner.rsplit(".", 1)[-1] in _CONV1D and self._model in _CONV1D_MODELS
-        return conv1d or (self._config.fan_in_fan_out and self._model not in _CONV1D_MODELS)
+        conv1d = inner.rsplit(".", 1)[-1] in CONV1D and self._model in CONV1D_MODELS
+        return conv1d or (self._config.fan_in_fan_out and self._model not in CONV1D_MODELS)
 
     def _take_rows(self, inner: str, place: str, shape: tuple[int, ...], stored: str) -> None:
         indices, seen = self._config.tokens_of(inner), self._tensors.shape(stored)
