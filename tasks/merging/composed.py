@@ -93,6 +93,15 @@ def composed(
     return found
 
 
+def one_model(source: str, fetch: Fetch, base: Fetched | None = None) -> Fetched:
+    """A single model from wherever its parts lie; an adapter that is named alone lies on ``base``, where that is given. Raises OtaError."""
+    places = parts_of(source, None)
+    found = [fetch(place) for place in places]
+    if base is not None and len(places) == 1 and _adapter(found[0]) is not None:
+        return on(found[0], base)
+    return composed([places], found, fetch, None, has_base=False)[0]
+
+
 def _adapter(one: Fetched) -> AdapterConfig | None:
     """The configuration of what was fetched, where that is an adapter. What is wrong with other models is said when they are opened."""
     adapter = None

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import Checkpoint
-from tests.tiny_gguf import tiny, write_gguf
+from tests.ota_core.files.tiny_gguf import tiny, write_gguf
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.plan.inputs import ModelInput
-from tests.tiny_adapters import tiny_base, write_adapter
+from tests.ota_core.files.tiny_adapters import tiny_base, write_adapter
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 5}),
