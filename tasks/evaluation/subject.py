@@ -5,16 +5,18 @@ from pathlib import Path
 
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import StorageError
+from ota_core.files.checkpoint import GGUF
 from ota_core.frozen import Frozen
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from tasks.artifacts.store import store_of
+from tasks.merging.gguf_companions import gguf_companions
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.cache import appearing, locked, note_use
 from tasks.storage.models import Fetched, digest_folder, is_s3
 
-ADAPTED = "adapted"
-"""Folder of the cache with adapters merged into their bases, to be loaded and scored."""
+WRITTEN = "written"
+"""Folder of the cache with models that transformers cannot load as they are: adapters merged into their bases, GGUF files."""
 
 
 class Subject(Frozen):
@@ -31,7 +33,7 @@ class Subject(Frozen):
     artifact: ArtifactRef | None = None
     """A model that this tool merged."""
     under: "Subject | None" = None
-    """What it is an adapter of; ``digest`` is then of both, and ``path`` None: it is merged when it is to be scored."""
+    """What it is an adapter of; ``digest`` is then of both, and ``path`` None, as of a GGUF file: it is written when it is to be scored."""
     own_digest: str | None = None
     """Of the adapter alone, where it is one."""
 
@@ -51,7 +53,7 @@ def fetched_subject(name: str, role: str, fetched: Fetched, capability: str | No
     """A checkpoint that was fetched as something to benchmark."""
     under = fetched.under and fetched_subject("base", "base", fetched.under)
     return Subject(
-        name=name, role=role, capability=capability, path=None if under else fetched.path, digest=fetched.digest,
+        name=name, role=role, capability=capability, path=None if under or _is_gguf(fetched.path) else fetched.path, digest=fetched.digest,
         location=fetched.resolved, under=under, own_digest=fetched.own_digest,
     )  # fmt: skip
 
@@ -69,23 +71,28 @@ def bring_model(subject: Subject, places: Places) -> Path:
             f"{subject.location} ({subject.name}) is not what it was when the run began: its digest is {fetched.digest}, expected "
             f"{expected}; run again"
         )
-    if subject.under is None:
+    if subject.under is None and not _is_gguf(fetched.path):
         return fetched.path
-    base = subject.under.path or bring_model(subject.under, places)
+    base = None if subject.under is None else subject.under.path or bring_model(subject.under, places)
     return whole_model(fetched.path, base, subject.digest, places)
 
 
-def whole_model(adapter: Path, base: Path, digest: str, places: Places) -> Path:
-    """A base with an adapter on it as a folder of the cache that transformers loads, in the base's own types. digest: of both."""
+def _is_gguf(folder: Path) -> bool:
+    return not (folder / "model.safetensors").is_file() and any(folder.glob(f"*{GGUF}"))
+
+
+def whole_model(path: Path, base: Path | None, digest: str, places: Places) -> Path:
+    """A base with an adapter on it, or a GGUF file, as a folder of the cache that transformers loads, in the base's own types. digest: of all."""
     from ota_core.engine.engine import merge_into
     from ota_core.recipe.recipe import parse_recipe
 
-    folder = places.cache / ADAPTED / digest.rpartition(":")[2]
-    with locked(places.cache, f"adapted {folder.name}"):
+    folder = places.cache / WRITTEN / digest.rpartition(":")[2]
+    with locked(places.cache, f"written {folder.name}"):
         if not folder.is_dir():
-            under = ModelInput(name="base", path=base)
-            model = ExpertInput(name="model", path=adapter, under=under)
-            recipe = parse_recipe({"merge_method": "linear", "models": [{"model": str(adapter)}]})
+            under = None if base is None else ModelInput(name="base", path=base)
+            companions = gguf_companions(path, places.cache) if base is None else None
+            model = ExpertInput(name="model", path=path, under=under, companions=companions)
+            recipe = parse_recipe({"merge_method": "linear", "models": [{"model": str(path)}]})
             with appearing(folder) as temporary:
                 merge_into(temporary, recipe, MergeInputs(base=None, experts=(model,)))
         note_use(folder)

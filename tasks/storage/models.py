@@ -206,6 +206,7 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
         folders = sorted({name.split("/")[0] for name in found if "/" in name})[:8]
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
+    _check_one_gguf(source, names)
     wanted, expert, sums = {name: found[name] for name in names}, None, {}
     if CARD in found:
         wanted[CARD] = found[CARD]
@@ -229,6 +230,15 @@ def _fetch_s3(
     path, all_files = _bring(found.objects, expected, cache, threads, part_size, progress)
     files = {name: info for name, info in all_files.items() if name not in BESIDE}
     return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
+
+
+def _check_one_gguf(source: str, names: Iterable[str]) -> None:
+    """Raises StorageError where several GGUF files are all the weights there are, before one is downloaded."""
+    found = [name for name in names if name.endswith(GGUF)]
+    if len(found) > 1:
+        raise StorageError(
+            f"{source} holds {len(found)} GGUF files ({', '.join(found[:4])}, …); download the one that is meant, and name that file"
+        )
 
 
 def _nothing_there(uri: str) -> StorageError:
@@ -310,6 +320,7 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
     else:
         listed = [sibling.rfilename for sibling in info.siblings or []]
         wanted = [*model_files(listed, _taken_on_hub(repo, info.sha, listed)), *BESIDE]
+        _check_one_gguf(source, wanted)
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
         except Exception as error:  # the hub, its store of large files, the disk: each fails with classes of its own
