@@ -8,6 +8,7 @@ from tasks.evaluation.kept import read_scores
 from tasks.evaluation.subject import fetched_subject
 from tasks.job import fetch, score_all
 from tasks.log import log_scores
+from tasks.merging.composed import one_model
 from tasks.merging.labels import short_name
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import executor_of, gpu_deployment
@@ -48,7 +49,7 @@ def benchmark_flow(
     where, gpu = places(), gpu or gpu_deployment()
     benchmark = Benchmark.of(suite, data_dir, limit, where, server).check()
     executor = executor_of(gpu, device)
-    (fetched,) = fetch([model], where)
+    fetched = one_model(model, lambda source: fetch([source], where)[0])
     subject = fetched_subject(short_name(model), "model", fetched)
     (ref,) = score_all({"model": subject}, benchmark, where, executor).values()
     scores = read_scores(where, ref)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli import adapters as cli_adapters
 from flows.cli import analysis as cli_analysis
 from flows.cli import compare as cli_compare
 from flows.cli import engine as cli_engine
@@ -80,7 +81,7 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
 
 for command in (
     cli_experts.init, cli_engine.merge, cli_engine.plan, cli_engine.compress, cli_estimate.estimate, cli_engine.mask,
-    cli_engine.inspect,
+    cli_engine.inspect, cli_adapters.extract_lora,
     cli_flows.run, demo, bench, cli_analysis.analyse, cli_analysis.preflight, cli_flows.nightly, cli_flows.study,
     cli_flows.study_real, cli_flows.benchmark, cli_compare.compare, cli_search.search, cli_tune.tune,
     cli_registry.promote, cli_registry.rollback, cli_registry.champion,

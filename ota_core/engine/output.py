@@ -28,7 +28,7 @@ def check_apart(out: Path, inputs: MergeInputs) -> None:
     """Raise OtaError when writing ``out`` would replace an input."""
     target = out.resolve()
     for item in inputs.models:
-        held = [item.path, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
+        held = [*item.folders, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
         if any(path.resolve().is_relative_to(target) for path in held):
             raise OtaError(f"{out} is, or holds, an input of the merge ({item.name}: {item.path}); choose another output")
 
@@ -125,11 +125,12 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configuration, tokenizer and chat template, from the base or from the model of ``tokenizer_source``."""
-    source = plan.source_folder()
-    for path in companion_files(source, (*CONFIG_FILES, *TOKENIZER_PATTERNS)):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+    source = plan.source()
+    for held, patterns in ((source.config_folder, CONFIG_FILES), (source.tokenizer_folder, TOKENIZER_PATTERNS)):
+        for path in companion_files(held, patterns):
+            target = folder / path.relative_to(held)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
     config = folder / "config.json"
     if config.exists():
         settings = read_json(config)

@@ -127,9 +127,13 @@ class MergePlan:
         room = self.stream.memory // 4 // self.stream.threads // tensor_bytes_per_element(len(self.experts))
         return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
 
-    def source_folder(self) -> Path:
+    def source(self) -> Checkpoint:
         """The model whose configuration and tokenizer the output takes."""
-        return self.models[self.vocabulary.source if self.vocabulary else 0].checkpoint.path
+        return self.models[self.vocabulary.source if self.vocabulary else 0].checkpoint
+
+    def source_folder(self) -> Path:
+        """The folder of that configuration."""
+        return self.source().config_folder
 
 
 @contextmanager
@@ -205,6 +209,7 @@ def open_plan(
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
         if (note := unlike(experts, recipe)) is not None:
             plan.notes.append(note)
+        plan.notes += [f"{view.name}: {note}" for view in views for note in view.checkpoint.notes]
         plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
@@ -236,7 +241,7 @@ def _block_elements(memory: int, threads: int, experts: int, most: int) -> int:
 
 def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:
     try:
-        checkpoint = Checkpoint(item.path, item.source_of)
+        checkpoint = item.opened()
     except CheckpointError as error:
         problems.append(f"{item.name}: {error}")
         return None
@@ -250,7 +255,7 @@ def _vocabulary(recipe: MergeRecipe, names: list[str], checkpoints: list[Checkpo
         embeddings = [n for n in checkpoint.names() if is_vocabulary_tensor(n)]
         if not embeddings:
             return None
-        models.append((name, checkpoint.path, checkpoint.info(embeddings[0]).shape[0]))
+        models.append((name, checkpoint.tokenizer_folder, checkpoint.info(embeddings[0]).shape[0]))
     source = recipe.tokenizer_source
     if source == "union":
         return match(models, source)
@@ -292,7 +297,11 @@ def _jobs(
                 differing[view.name].append(f"tensor '{name}' {difference}")
         jobs.append(
             TensorJob(
-                name, first.tied.get(name, name), shape, (out_dtype or info.dtype) if floating else info.dtype, not floating
+                name,
+                first.tied.get(name, name),
+                shape,
+                (out_dtype or first.checkpoint.kept_dtype(name)) if floating else info.dtype,
+                not floating,
             )
         )
     known = {job.name for job in jobs}

@@ -22,7 +22,7 @@ from ota_core.recipe.recipe import NEEDS_MOMENTS, WITHOUT_BASE, MergeRecipe
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, estimated_ones, fetch_all
 from tasks.settings import places
-from tasks.storage.models import is_s3
+from tasks.storage.models import Fetched, is_s3
 from tasks.storage.streaming.streams import Streams
 
 GIB = 2**30
@@ -54,14 +54,17 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
                 f"{recipe.merge_method} of {', '.join(expert.name for expert in plan.experts)}"
                 + (f" over {recipe.base_model}" if recipe.base_model else "")
             ]
-            lines += [
-                f"  {view.name}: {model.source if is_s3(model.source) else view.checkpoint.path}"
-                for view, model in zip(plan.models, fetched, strict=True)
-            ]
+            lines += [f"  {view.name}: {_place(model, view)}" for view, model in zip(plan.models, fetched, strict=True)]
             notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
             return [
                 *lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"
             ]  # fmt: skip
+
+
+def _place(model: Fetched, view: ModelView) -> str:
+    """Where a model lies, and what an adapter lies on."""
+    place = model.source if is_s3(model.source) else str(view.checkpoint.path)
+    return place if model.under is None else f"{place}, a LoRA adapter on {model.under.source}"
 
 
 def _without_moments(plan: MergePlan) -> list[str]:

@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import parse_memory
 from ota_core.errors import ArtifactError, CheckpointError, MomentsError, StorageError
-from ota_core.files.checkpoint import weight_files
+from ota_core.files.checkpoint import GGUF, weight_files
 from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, moments_files
 from ota_core.plan.expert_scales import scales_digest
@@ -24,6 +24,7 @@ from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
 from tasks.merging.architecture import parameter_layout
+from tasks.merging.gguf_companions import gguf_companions
 from tasks.merging.inputs import Estimate, assemble, s3_moments
 from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
@@ -48,10 +49,12 @@ class ModelSource(Frozen):
     digest: str | None = None
     path: Path | None = None
     """The model's folder on the machine that fetched it; None elsewhere."""
+    under: "ModelSource | None" = None
+    """What it is an adapter of."""
 
     def abroad(self) -> Self:
         """The same for another machine."""
-        return self.model_copy(update={"path": None})
+        return self.model_copy(update={"path": None, "under": self.under and self.under.abroad()})
 
 
 class ExpertSource(ModelSource):
@@ -72,7 +75,8 @@ class ExpertSource(ModelSource):
 
     def abroad(self) -> Self:
         """The same for another machine."""
-        return self.model_copy(update={"path": None, "moments_path": None, "base": self.base and self.base.abroad()})
+        there = super().abroad()
+        return there.model_copy(update={"moments_path": None, "base": self.base and self.base.abroad()})
 
     @contextmanager
     def opened(self, where: Places, memory: int) -> Iterator[ExpertInput]:
@@ -108,10 +112,7 @@ class MergeSources(Frozen):
         estimated: Mapping[int, Estimate] | None = None,
     ) -> "MergeSources":  # fmt: skip
         """``fetched``: base first, what the inputs were assembled from; ``streamed``: of what lies in S3 there are only outlines here."""
-        places = [
-            {"location": one.resolved, "listing": _listing(one.resolved), "path": None if streamed else one.path}
-            for one in fetched
-        ]
+        places = [_place(one, streamed) for one in fetched]
         base = None
         if inputs.base is not None:
             base = ModelSource(name=inputs.base.name, source=inputs.base.source, digest=inputs.base.digest, **places.pop(0))
@@ -162,6 +163,14 @@ class MergeSources(Frozen):
             yield MergeInputs(base=base, experts=experts, scales=opening.scales(self.scales))
 
 
+def _place(one: Fetched, streamed: bool) -> dict[str, Any]:
+    """Where a model lies, as fields of ``ModelSource``."""
+    under = one.under and ModelSource(
+        name="base", source=one.under.source, digest=one.under.digest, **_place(one.under, streamed)
+    )
+    return {"location": one.resolved, "listing": _listing(one.resolved), "path": None if streamed else one.path, "under": under}
+
+
 def _listing(location: str) -> str | None:
     return identity_of_source(location) if storage.is_s3(location) else None
 
@@ -174,7 +183,12 @@ class _Opening:
 
     def model(self, one: ModelSource) -> ModelInput:
         source_of = self._streams.source_of
-        return ModelInput(name=one.name, path=self._folder(one), source=one.source, digest=one.digest, source_of=source_of)
+        under = self.model(one.under) if one.under else None
+        folder = self._folder(one)
+        return ModelInput(
+            name=one.name, path=folder, source=one.source, digest=one.digest, source_of=source_of, under=under,
+            companions=gguf_companions(folder, self._where.cache),
+        )  # fmt: skip
 
     def expert(self, one: ExpertSource) -> ExpertInput:
         folder = self._folder(one)
@@ -182,7 +196,8 @@ class _Opening:
         return ExpertInput(
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._streams.source_of, capability=one.capability,
             moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
-            masks=self._artifact(one, one.masks, MASK_FILE),
+            masks=self._artifact(one, one.masks, MASK_FILE), under=self.model(one.under) if one.under else None,
+            companions=gguf_companions(folder, self._where.cache),
             layout=partial(parameter_layout, folder, partial(self._folder, one.base) if one.base else None, self._streams.source_of),
         )  # fmt: skip
 
@@ -208,7 +223,7 @@ class _Opening:
             path = self._streams.model(one.location).path
             self._streams.settle(weight_files(path))
             return path
-        if not Path(one.location).is_absolute():
+        if not Path(one.location).is_absolute() or (Path(one.location).is_file() and one.location.endswith(GGUF)):
             return storage.fetch(one.location, cache=self._where.cache).path
         if not Path(one.location).is_dir():
             raise CheckpointError(

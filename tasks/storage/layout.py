@@ -23,7 +23,7 @@ BESIDE = (EXPERT_JSON, CARD)
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json", "generation_config.json",
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "optimizer*", "exp_avg_sq*", "*.pt", "*.pth",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "optimizer*", "exp_avg_sq*", "*.pt", "*.pth", "adapter_config.json", "*.gguf",
 )  # fmt: skip
 NOT_MODEL_FILES = ("training_args.bin", "scheduler.pt", "rng_state*", "scaler.pt", "*.lock", "*.part", "*.tmp")
 # Subfolders of trainers that keep optimizer state there; everything in any other subfolder is somebody else's.
@@ -60,6 +60,8 @@ def model_files(names: Iterable[str], taken: Taken = None) -> list[str]:
     chosen = belonging(sorted(name for name in names if is_model_file(name)), taken)
     if any(fnmatchcase(name, "model*.safetensors") for name in chosen):
         chosen = [name for name in chosen if not fnmatchcase(name, "pytorch_model*.bin*")]
+    if any(fnmatchcase(name, "model*.safetensors") or fnmatchcase(name, "pytorch_model*.bin*") for name in chosen):
+        chosen = [name for name in chosen if name != "adapter_config.json" and not name.endswith(".gguf")]
     return chosen
 
 

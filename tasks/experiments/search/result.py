@@ -11,7 +11,7 @@ from ota_core.recipe.yaml_text import as_comment, dump_yaml
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.search import Trial, Tuned
 from tasks.experiments.search.space import CHOICES, Dimension
-from tasks.merging.inputs import locate
+from tasks.merging.composed import locate
 from tasks.pages import terminal
 from tasks.pages.markdown import captioned
 from tasks.pages.tables import NUMBER, PERCENT, TEXT, Column, Table, Unit
