@@ -169,6 +169,8 @@ def compress(
                     progress=progress,
                 )  # fmt: skip
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
+            if streams is not None:
+                streams.verify()
     if as_json:
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
         typer.echo(json.dumps({**report.model_dump(), "agreement": compared, "seconds": seconds}))
@@ -254,6 +256,8 @@ def mask(
             check_apart(out, inputs)
             with new_folder(out, overwrite=overwrite) as folder:
                 found = engine.mask(loaded, folder, inputs=inputs, device=device, memory=memory, progress=progress)
+                if inputs.check is not None:
+                    inputs.check()
                 (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
             seconds = {"mask": time.perf_counter() - started}
         if as_json:

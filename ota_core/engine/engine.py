@@ -87,6 +87,8 @@ def merge(
     check_apart(out, inputs)
     with new_folder(out, overwrite=overwrite) as folder:
         report = merge_into(folder, recipe, inputs, shard_size=shard_size, **limits)
+        if inputs.check is not None:
+            inputs.check()
         identity, config, digests = merge_identity(recipe, inputs, shard_size)
         provenance = {
             **environment(limits.get("device", "cpu")),
