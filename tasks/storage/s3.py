@@ -21,6 +21,7 @@ from botocore import exceptions as boto_errors
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
+from ota_core.names import why_unsafe
 from tasks.settings import exchanged
 from tasks.storage.s3_answers import answered, check_listing, check_range, judge_answers
 from tasks.storage.s3_errors import BODY_ERRORS as BODY_ERRORS
@@ -195,6 +196,20 @@ def new_client(credentials: Credentials | None = None, *, patient: bool = False)
 
 def _is_aws(url: str) -> bool:
     return (urlsplit(url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def objects_below(uri: str) -> dict[str, S3Object]:
+    """Every object below a prefix by its name relative to that, which may be joined to a folder.
+
+    Raises StorageError as ``list_objects``, and for a key whose name would lead out of a folder.
+    """
+    found = {}
+    for one in list_objects(uri):
+        name = one.uri.removeprefix(uri.rstrip("/") + "/")
+        if why := why_unsafe(name):
+            raise StorageError(f"{uri} holds the key {name[:80]!r}, which is refused: {why}; remove that object")
+        found[name] = one
+    return found
 
 
 def list_objects(uri: str) -> list[S3Object]:
