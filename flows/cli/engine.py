@@ -25,6 +25,7 @@ from flows.cli.common import (
     user_errors,
 )
 from ota_core.errors import CheckpointError, MomentsError, OtaError
+from ota_core.files.room import full_disk
 
 
 def merge(
@@ -149,7 +150,7 @@ def compress(
                 streams.settle(weight_files(folder), partial(progress, "fetch"))
         tensors = names_in(folder, source_of)
         agreed, started = None, time.perf_counter()
-        with new_file(out, overwrite=overwrite) as temporary:
+        with full_disk(out), new_file(out, overwrite=overwrite) as temporary:
             report = engine.compress_moments(
                 path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, tensors=tensors, memory=memory,
                 progress=progress,

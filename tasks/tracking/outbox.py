@@ -23,7 +23,7 @@ from tasks.evaluation.scores import ModelScores
 from tasks.tracking.merge import log_benchmark, log_merge
 from tasks.tracking.patience import LOGGING_SECONDS, within
 from tasks.tracking.run import InputRef, LoggedRun, MergeRun
-from tasks.tracking.store import embedded, resolve_store, same_address
+from tasks.tracking.store import embedded, noted_address, resolve_store
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Unsent(BaseModel):
 
     def log(self, root: Path, tracking_uri: str | None = None) -> LoggedRun:
         """Tell MLflow. Raises StorageError."""
-        uri = tracking_uri or same_address(self.store)
+        uri = tracking_uri or noted_address(self.store, root)
         if isinstance(self.what, KeptMerge):
             return log_merge(self.what.run, tracking_uri=uri, root=root)
         one = self.what

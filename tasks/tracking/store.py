@@ -95,10 +95,12 @@ def embedded(root: Path) -> Store:
     return Store(uri=f"sqlite:///{root / DATABASE}", artifacts=root / ARTIFACTS)
 
 
-def same_address(shown: str | None) -> str | None:
-    """The address of a store that was noted without its password: that of the environment where it is the same but for that."""
+def noted_address(shown: str | None, root: Path) -> str | None:
+    """The ``tracking_uri`` for a store that was noted by ``shown`` (None: the embedded one): None where the environment names the same one, with a password."""
+    if shown is None:
+        return embedded(root).uri
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    return given if shown and given and _without_password(given) == shown else shown
+    return None if given and _without_password(given) == shown else shown
 
 
 def connect(store: Store) -> MlflowClient:

@@ -40,11 +40,12 @@ def test_what_is_logged_leaves_nothing(tracking: Path) -> None:
     assert logged.model_version == "1" and waiting(home) == [] and runs(tracking) == [("one", "FINISHED")]
 
 
-def test_a_server_that_is_away_gets_it_later(tracking: Path) -> None:
-    home, away = tracking.parent, f"http://me:secret@127.0.0.1:{free_port()}"
+def test_a_server_that_is_away_gets_it_later(tracking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tracking.parent
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"merged model lies at s3://models/merged/one.*kept in .*unsent.*ota sync") as seen:
-        tell(a_merge("one"), home=home, root=tracking, tracking_uri=away)
+        tell(a_merge("one"), home=home, root=tracking)
     assert time.monotonic() - began < 60
     (path,) = (home / FOLDER).iterdir()
     assert "secret" not in path.read_text() and "secret" not in str(seen.value)
