@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from botocore import exceptions as boto_errors
+from botocore.parsers import ResponseParserError
 
 from ota_core.errors import StorageError, StorageReason
 
@@ -86,7 +87,7 @@ def s3_errors(action: str, uri: str, s3: Any, asked: Asked | None = None) -> Ite
         raise StorageError(
             f"{_where(action, uri, s3)}: no complete S3 credentials were found ({error}); {hint}", reason="unavailable"
         ) from error
-    except (boto_errors.HTTPClientError, boto_errors.BotoCoreError) as error:
+    except (boto_errors.HTTPClientError, boto_errors.BotoCoreError, ResponseParserError) as error:
         hint = "check that the server runs and that AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) is its address"
         reason: StorageReason = "unavailable"
         if isinstance(error, boto_errors.ParamValidationError):

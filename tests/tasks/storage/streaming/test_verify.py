@@ -36,7 +36,10 @@ def test_a_flipped_byte_ends_the_merge(tmp_path: Path, proxy: Proxy, s3_server: 
     recipe = remote(llama_experts(tmp_path, hidden=256, layers=2), s3_server.uri, manifest=manifest)
     (tmp_path / "out").mkdir()
     proxy.change = flip(name, times=1)
-    with pytest.raises(StorageError, match=rf"{name} is damaged: .*(expert.json, by SHA-256|stored with the object)"):
+    # Bytes that are read twice are compared before the whole is.
+    with pytest.raises(
+        StorageError, match=rf"{name}( is damaged: .*(expert.json, by SHA-256|stored with)|: the bytes .* were others)"
+    ):
         merge(recipe, tmp_path / "new", tmp_path / "cache", stream=True)
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".new*"))
     _, notes = merge(recipe, tmp_path / "new", tmp_path / "cache", stream=True)
@@ -50,7 +53,9 @@ def test_a_flipped_byte_of_an_optimizer_state(tmp_path: Path, proxy: Proxy, s3_s
         write_optimizer(tmp_path / f"expert{i}")
     there = remote(recipe, s3_server.uri)
     proxy.change = flip("expert1/optimizer.pt", times=1, behind=70_000)
-    with pytest.raises(StorageError, match=r"optimizer\.pt is damaged: the CRC-32 in the file itself says"):
+    with pytest.raises(
+        StorageError, match=r"optimizer\.pt( is damaged: the CRC-32 in the file itself says|: the bytes .* were others)"
+    ):
         merge(there, tmp_path / "out", tmp_path / "cache", stream=True)
     assert not (tmp_path / "out").exists()
     _, notes = merge(there, tmp_path / "out", tmp_path / "cache", stream=True)
@@ -91,7 +96,7 @@ def test_what_only_s3_knows(tmp_path: Path, proxy: Proxy, s3_server: S3Test, par
     if parts and s3.part_size(one, s3.head(one.uri) or {}, client) is None:
         pytest.skip("this server does not tell the size of parts")
     proxy.change = flip("expert0/model.safetensors", times=1)
-    with pytest.raises(StorageError, match=r"is damaged: its ETag, by"):
+    with pytest.raises(StorageError, match=r"is damaged: its ETag, by|were others when"):
         merge(there, tmp_path / "out", tmp_path / "cache", stream=True)
     _, notes = merge(there, tmp_path / "out", tmp_path / "cache", stream=True)
     assert notes == []
@@ -183,7 +188,10 @@ def test_an_overwritten_output_stays_where_the_new_one_is_damaged(tmp_path: Path
     before = weights(tmp_path / "out")
     proxy.change = flip("expert0/model.safetensors")
     parsed = MergeRecipe.model_validate(recipe)
-    with Streams(cache=tmp_path / "cache", memory=MEMORY) as streams, pytest.raises(StorageError, match="is damaged"):
+    with (
+        Streams(cache=tmp_path / "cache", memory=MEMORY) as streams,
+        pytest.raises(StorageError, match=r"is damaged: its manifest"),
+    ):
         fetched = fetch_all(parsed, cache=tmp_path / "cache", recipe_dir=None, streams=streams)
         inputs = assemble(parsed, fetched, cache=tmp_path / "cache", recipe_dir=None, streams=streams)
         engine.merge(parsed, tmp_path / "out", inputs=inputs, memory=MEMORY, overwrite=True)
