@@ -74,7 +74,9 @@ def user_errors() -> Iterator[None]:
             typer.echo(f"Error: {_unforeseen(error)}", err=True)
         raise typer.Exit(2) from None
     except Exception as error:
-        typer.echo(f"Error: {_unforeseen(error)}", err=True)
+        from tasks.orchestration.prepare import lost_server
+
+        typer.echo(f"Error: {lost_server(error) or _unforeseen(error)}", err=True)
         raise typer.Exit(2) from None
 
 

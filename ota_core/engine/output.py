@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ import numpy as np
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.files.room import Need
 from ota_core.files.rows import Rows
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
+from ota_core.moments.compression import compressed_bytes, compression_of
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
 from ota_core.plan.vocabulary import add_tokens
+from ota_core.recipe.recipe import NEEDS_MOMENTS
 
 if TYPE_CHECKING:
     from ota_core.rules.base import Rule
@@ -33,6 +37,10 @@ def check_apart(out: Path, inputs: MergeInputs) -> None:
             raise OtaError(f"{out} is, or holds, an input of the merge ({item.name}: {item.path}); choose another output")
 
 
+ASIDE = 4 * 2**20
+"""Bytes that are kept free for what is written beside weights and tokenizer."""
+
+
 Shards = list[tuple[str, list[TensorSpec]]]
 """Weight files by name, and the tensors of each."""
 
@@ -40,6 +48,24 @@ Shards = list[tuple[str, list[TensorSpec]]]
 def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> Shards:
     """The output's weight files and the tensors of each."""
     return plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
+
+
+def needs(plan: MergePlan, folder: Path, *, whole: bool = True) -> list[Need]:
+    """What a merge into ``folder`` takes of its disk; of a part of one its weights alone. Nothing is estimated: the sizes are known."""
+    wanted = [
+        Need(folder, sum(job.elements * job.dtype.itemsize for job in plan.jobs if plan.is_here(job)), "the merged weights")
+    ]
+    if not whole:
+        return wanted
+    beside = sum(path.stat().st_size for path in companion_files(plan.source_folder(), (*CONFIG_FILES, *TOKENIZER_PATTERNS)))
+    wanted.append(Need(folder, beside + ASIDE, "tokenizer, record, card and page"))
+    if plan.recipe.merge_method in NEEDS_MOMENTS and plan.recipe.setting("compression") == "log8":
+        codes = sum(compressed_bytes(job.shape, "log8") for job in plan.merged_jobs())
+        raw = [one for one in plan.experts if one.moments is not None and compression_of(one.moments) is None]
+        wanted.append(
+            Need(plan.scratch or Path(tempfile.gettempdir()), codes * len(raw), "log8 of the second moments, meanwhile")
+        )
+    return wanted
 
 
 def write_weights(plan: MergePlan, rule: "Rule", folder: Path, shards: Shards) -> None:

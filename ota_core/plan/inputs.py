@@ -87,6 +87,8 @@ class MergeInputs:
     experts: tuple[ExpertInput, ...]
     scales: Path | None = None
     """The file of scales, where the recipe names one."""
+    check: Callable[[], None] | None = None
+    """To be called when everything is read, before what was made of it takes its name: raises OtaError where the bytes were not the inputs'."""
 
     @property
     def models(self) -> list[ModelInput]:

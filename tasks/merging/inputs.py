@@ -151,7 +151,12 @@ def assemble(
         except OtaError as error:
             problems += error.problems
             experts.append(expert)
-    inputs = MergeInputs(base=base, experts=tuple(experts), scales=scales_file(recipe, cache, recipe_dir, streams))
+    inputs = MergeInputs(
+        base=base,
+        experts=tuple(experts),
+        scales=scales_file(recipe, cache, recipe_dir, streams),
+        check=streams.verify if streams else None,
+    )
     if problems:
         raise_all([*problems, *checkpoint_problems(recipe, inputs)], MomentsError)
     return inputs

@@ -161,6 +161,7 @@ class MergeSources(Frozen):
             base = opening.model(self.base) if self.base else None
             experts = tuple(opening.expert(one) for one in self.experts)
             yield MergeInputs(base=base, experts=experts, scales=opening.scales(self.scales))
+            streams.verify()  # before who opened them publishes what they made
 
 
 def _place(one: Fetched, streamed: bool) -> dict[str, Any]:
