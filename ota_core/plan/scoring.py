@@ -104,7 +104,7 @@ class Scoring:
         self.plan.base.prefetch(*block)
         for expert in (self.plan.expert(i) for i in experts):
             expert.prefetch(*block)
-            if self.curvature:
+            if self.curvature and expert.masks is None:  # a mask from a file is read, no score is computed
                 expert.prefetch_curvature(*block, full=self.full)
 
     def refuse_bad(self, experts: Iterable[int], block: Block, bad: int | None) -> None:

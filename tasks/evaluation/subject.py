@@ -8,7 +8,7 @@ from ota_core.errors import StorageError
 from ota_core.frozen import Frozen
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from tasks.artifacts.store import store_of
-from tasks.settings import Places
+from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
 from tasks.storage.models import Fetched, digest_folder, is_s3
 
@@ -64,6 +64,8 @@ def bring_model(subject: Subject, places: Places) -> Path:
 def bring_data(data: str | None, places: Places) -> Path | None:
     """A suite's data as a folder of this machine. Raises StorageError."""
     if data is None or not is_s3(data):
+        if data:
+            allow_path(data, "data_dir")
         return Path(data).expanduser() if data else None
     return storage.download_folder(data, cache=places.cache)[0]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ota_core.errors import StorageError
 from ota_core.frozen import Frozen
+from tasks.settings import allow_server
 from tasks.storage import s3
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.view import VIEW, VIEW_KEY
@@ -71,6 +72,13 @@ def resolve_store(*, tracking_uri: str | None = None, root: Path | None = None) 
     An empty address counts as none: pools of type docker hand on what their worker lacks as an empty variable.
     Raises StorageError when none of the three is given.
     """
+    if tracking_uri:
+        if _without_password(tracking_uri) != tracking_uri:
+            raise StorageError(
+                f"tracking_uri {_without_password(tracking_uri)} held a user name or a password, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                "or in the address in MLFLOW_TRACKING_URI"
+            )
+        allow_server(tracking_uri, "tracking_uri", os.environ.get("MLFLOW_TRACKING_URI"))
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         if root is None:

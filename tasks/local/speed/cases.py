@@ -11,7 +11,7 @@ import yaml
 
 from ota_core.errors import OtaError
 from ota_core.recipe.recipe import WITHOUT_BASE
-from tasks.local.speed.models import MOMENTS, Models
+from tasks.local.speed.models import MOMENTS, Models, with_vocabularies
 from tasks.local.speed.results import Target
 
 OTA = [sys.executable, "-m", "flows.cli"]
@@ -50,12 +50,21 @@ STAGES: dict[str, str] = {
     "breadcrumbs": f"ota merge, Breadcrumbs, density {DENSITY}, gamma 0.01",
     "fisher": "ota merge, Fisher",
     **{name: f"ota merge, {what}" for name, what in OTHERS.items()},
+    "slerp": "ota merge, slerp of the base and one expert",
+    "ota-ties": f"ota merge, OTA, exact global density {DENSITY}, masked_merge: ties",
+    "ota-rescale": f"ota merge, OTA, exact global density {DENSITY}, rescale: true, fallback: mean",
+    "ota-normalise": "ota merge, OTA, normalise: global",
+    "union-linear": "ota merge, linear, vocabularies that differ, tokenizer_source: union",
+    "union-ties": f"ota merge, TIES, density {DENSITY}, the same",
+    "union-ota": f"ota merge, OTA, exact global density {DENSITY}, the same",
     "moments-one": "one expert's second moments, read from one safetensors file",
     "moments-zero3": "the same from four ranks of DeepSpeed's ZeRO 3",
     "moments-fsdp": "the same from four ranks of FSDP",
     "mergekit-linear": "mergekit, linear",
     "mergekit-ties": f"mergekit, TIES, density {DENSITY}",
     **{f"mergekit-{name}": f"mergekit, {what}" for name, what in OTHERS.items()},
+    "mergekit-slerp": "mergekit, slerp of the base and one expert",
+    "mergekit-union": "mergekit, linear, vocabularies that differ, tokenizer_source: union",
     "help": "ota --help",
 }
 MERGES = tuple(name for name, what in STAGES.items() if what.startswith("ota merge"))
@@ -95,13 +104,21 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "mergekit-nearswap": {"t": 1e-4},
     "mergekit-sce": {"select_topk": DENSITY},
     "mergekit-della": {"weight": 1.0, "density": DENSITY},
+    "slerp": {"t": 0.4},
+    "ota-ties": {"density": DENSITY, "masked_merge": "ties"},
+    "ota-rescale": {"density": DENSITY, "rescale": True, "fallback": "mean"},
+    "ota-normalise": {"normalise": "global"},
+    "union-ties": {"density": DENSITY},
+    "union-ota": {"density": DENSITY},
+    "mergekit-slerp": {"t": 0.4},
+    "mergekit-union": {"weight": 1.0},
     "mergekit-linear": {"weight": 1.0},
     "mergekit-ties": {"weight": 1.0, "density": DENSITY},
 }
 """Of the recipes; a name that is not here has none."""
 _WITHOUT_BASE = {*WITHOUT_BASE, "fisher", "multislerp", "nuslerp"}
 """Methods whose recipes name no base: averages of the experts need none."""
-_MODELS = {"passthrough": 1, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
+_MODELS = {"slerp": 1, "passthrough": 1, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
 """Experts that a method takes, where it does not take any number."""
 
 
@@ -199,6 +216,8 @@ class _Makers:
             return self._moments(name, variant)
         if kind == "mergekit":
             return self._mergekit(name, variant)
+        if kind == "union":
+            return self._merge(name, variant)
         return self._merge(name, "ota" if kind in {"ota", "mask"} else name)
 
     def _compress(self, name: str, method: str) -> Case:
@@ -207,17 +226,16 @@ class _Makers:
         return Case(name=name, what=STAGES[name], command=command, inputs=[source], output=out)
 
     def _merge(self, name: str, method: str) -> Case:
-        base, out = method not in _WITHOUT_BASE, self.work / name
         own = {"precond_threshold": self.models.threshold} if name == "ota-threshold" else _PARAMETERS.get(name, {})
-        recipe = self.recipe(name, method, base=base, **own)
-        inputs = [*self.weights(method, base=base), *(self.moments if method in {"ota", "fisher"} else [])]
+        recipe, out = self.recipe(name, method, **own), self.work / name
+        inputs = [*self.weights(name), *(self.moments if method in {"ota", "fisher"} else [])]
         command = ["mask" if name == "mask" else "merge", str(recipe), str(out), "--json", "--device", self.device]
         return Case(name=name, what=STAGES[name], command=[*OTA, *command, *self.home], inputs=inputs, output=out, recipe=recipe)
 
     def _staged(self, name: str) -> Case:
         recipe, home = self.recipe("flow", "ota", **_PARAMETERS["flow"]), self.work / name
         command = [sys.executable, "-m", "tasks.local.speed.staged", str(recipe), str(home), self.device]
-        inputs = [*self.weights("ota", base=True), *self.moments]
+        inputs = [*self.weights("flow"), *self.moments]
         return Case(name=name, what=STAGES[name], command=command, inputs=inputs, output=home, recipe=recipe)
 
     def _flow(self, name: str, age: str, server: str) -> Case:
@@ -229,13 +247,11 @@ class _Makers:
         return Case(name=name, what=FLOW_STAGES[name], command=command, environment=environment, recipe=recipe, output=out)
 
     def _mergekit(self, name: str, method: str) -> Case:
-        base = method not in _WITHOUT_BASE
-        recipe = self.recipe(name, method, base=base, **_PARAMETERS.get(name, {}))
+        recipe = self.recipe(name, "linear" if method == "union" else method, **_PARAMETERS.get(name, {}))
         out, program = self.work / name, Path(sys.executable).with_name("mergekit-yaml")
         command = [str(program), str(recipe), str(out), "--no-copy-tokenizer", "--quiet"]
         why = "" if program.is_file() else "mergekit is not installed; it comes with the extra 'dev'"
-        inputs = self.weights(method, base=base)
-        return Case(name=name, what=STAGES[name], command=command, inputs=inputs, output=out, skipped=why)
+        return Case(name=name, what=STAGES[name], command=command, inputs=self.weights(name), output=out, skipped=why)
 
     def _moments(self, name: str, variant: str) -> Case:
         source, shards = self.moments[0], self.work / name
@@ -249,20 +265,29 @@ class _Makers:
             name=name, what=STAGES[name], command=[sys.executable, "-m", "tasks.local.speed.shards", str(path)], inputs=inputs
         )
 
-    def recipe(self, name: str, method: str, *, base: bool = True, **parameters: Any) -> Path:
+    def recipe(self, name: str, method: str, **parameters: Any) -> Path:
         """A recipe file of these experts."""
+        base, *others = self.folders_of(name)
         content = {
             "merge_method": method,
-            **({"base_model": str(self.models.base)} if base else {}),
-            "models": [{"model": str(folder)} for folder in self.folders[: _MODELS.get(method)]],
+            **({} if method in _WITHOUT_BASE else {"base_model": str(base)}),
+            "models": [{"model": str(folder)} for folder in ([base, *others] if method == "slerp" else others)],
             "parameters": parameters,
             "dtype": "bfloat16",
+            **({"tokenizer_source": "union"} if "union" in name.split("-") else {}),
         }
         path = self.work / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return path
 
-    def weights(self, method: str, *, base: bool) -> list[Path]:
-        """Weight files of the models that a method takes."""
-        folders = [*([self.models.base] if base else []), *self.folders[: _MODELS.get(method)]]
+    def folders_of(self, name: str) -> list[Path]:
+        """The base and the experts of a case: those with vocabularies of their own, one expert, or all."""
+        if "union" in name.split("-"):
+            return with_vocabularies(self.models, self.work / "vocabularies", len(self.folders))
+        return [self.models.base, *self.folders[: _MODELS.get(name.split("-")[-1])]]
+
+    def weights(self, name: str) -> list[Path]:
+        """Weight files that a case reads."""
+        averages = name.split("-")[-1] in {*_WITHOUT_BASE, "union"}
+        folders = self.folders_of(name)[1 if averages else 0 :]
         return [file for folder in folders for file in sorted(folder.glob("model*.safetensors"))]
