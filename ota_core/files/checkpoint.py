@@ -23,7 +23,7 @@ TOKENIZER_PATTERNS = (
 
 
 if TYPE_CHECKING:
-    from ota_core.files.bin_file import BinFile  # it needs torch
+    from ota_core.files.bin_file import BinFile
     from ota_core.files.dcp.weights import DcpWeights
 
 WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights"
@@ -105,7 +105,7 @@ def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
 
         return DcpWeights(path.parent, source_of)
     if path.suffix != ".safetensors":
-        from ota_core.files.bin_file import BinFile  # it needs torch
+        from ota_core.files.bin_file import BinFile
 
         return BinFile(path, source_of)
     return SafetensorsFile(path, source_of(path) if source_of else None)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import MomentsError
-from ota_core.files.torch_subclasses import load
+from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import SavedTensor
 from ota_core.moments import Moments, ParameterLayout, open_moments
 from ota_core.moments.compression import RankOneMoments
 from ota_core.moments.trainer.kinds import NoSecondMoment, second_moment
@@ -154,20 +155,20 @@ def test_the_block_size_comes_from_the_number_of_scales(tmp_path: Path, block: i
 @pytest.mark.parametrize(
     "change",
     [
-        {"scale": torch.ones(7)},
-        {"scale": torch.ones(0)},
+        {"scale": SavedTensor("float32", "0", 7, 0, (7,), (1,))},
+        {"scale": SavedTensor("float32", "0", 0, 0, (0,), (1,))},
         {"scale": 3},
-        {"codes": torch.zeros(9, dtype=torch.uint8)},
-        {"codes": torch.zeros(80, 64)},
-        {"qmap": torch.ones(17)},
-        {"qmap": torch.ones(16)},
+        {"codes": SavedTensor("uint8", "0", 9, 0, (9,), (1,))},
+        {"codes": SavedTensor("float32", "0", 80 * 64, 0, (80, 64), (64, 1))},
+        {"qmap": SavedTensor("float32", "0", 17, 0, (17,), (1,))},
+        {"qmap": SavedTensor("float32", "0", 16, 0, (16,), (1,))},
         {"qmap": None},
     ],
 )
 def test_a_tensor_subclass_with_parts_that_do_not_fit_is_refused(change: dict[str, Any]) -> None:
-    tensor = load(HERE / "torchao/adamw8bit.pt", "cpu")["state"][0]["exp_avg_sq"]
+    tensor = TorchFile(HERE / "torchao/adamw8bit.pt").saved["state"][0]["exp_avg_sq"]
     assert isinstance(second_moment({"exp_avg_sq": tensor}, {}), Coded)
-    tensor.__dict__.update(change)
+    tensor.parts.update(change)
     with pytest.raises(
         NoSecondMoment, match=r"shape \[80, 64\] as a OptimState8bit whose codes, scales and table of values do not fit"
     ):
