@@ -129,7 +129,7 @@ def test_types_that_are_not_read_are_said(tmp_path: Path) -> None:
 
 def test_an_old_file_that_is_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(pickle.dumps({"w": np.float64(3).item()}, 2))
-    with pytest.raises(ValueError, match="does not begin as torch.save begins a file"):
+    with pytest.raises(ValueError, match=r"does not begin as torch\.save begins a file"):
         TorchFile(tmp_path / "a.pt")
     torch.save({"w": torch.ones(300)}, tmp_path / "b.pt", _use_new_zipfile_serialization=False)
     os.truncate(tmp_path / "b.pt", (tmp_path / "b.pt").stat().st_size - 5)
