@@ -68,6 +68,9 @@ class PiecedMoments(Moments):
     def step(self, name: str) -> int | None:
         return self._steps.get(name)
 
+    def stored_bytes(self, name: str) -> int:
+        return sum(len(run) * NAMED[run.tensor.dtype].itemsize for run in self._runs[name])
+
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         shape = self._shapes[name]
         rows, cols = matrix_shape(shape)

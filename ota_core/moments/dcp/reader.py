@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class DcpMoments(Moments):
             return as_step(_rows(self._folder, key, 0, 1).item(), f"{self.path}: {key}")
         found = _object(self._folder, key)
         return None if found is None else as_step(found, f"{self.path}: {key}")
+
+    def stored_bytes(self, name: str) -> int:
+        tensor = self._folder.tensors[self._names[name]]
+        return prod(tensor.shape) * tensor.dtype.itemsize
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         if self._unreleased > DROP_BYTES:

@@ -91,6 +91,14 @@ def beta2_of(groups: Any, where: str) -> float | None:
     return found.pop() if found else None
 
 
+def beta2_set(settings: Any, where: str) -> float | None:
+    """β₂ of the optimizer that DeepSpeed's settings name; None where the training program made it itself."""
+    optimizer = settings.get("optimizer") if isinstance(settings, Mapping) else None
+    given = optimizer.get("params") if isinstance(optimizer, Mapping) else None
+    betas = given.get("betas") if isinstance(given, Mapping) else None
+    return as_beta2(betas[1], f"{where}: β₂ in ds_config") if isinstance(betas, (list, tuple)) and len(betas) == 2 else None
+
+
 def count(shape: tuple[int, ...]) -> int:
     """Elements of a parameter."""
     return prod(shape)

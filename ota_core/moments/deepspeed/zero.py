@@ -15,7 +15,18 @@ from ota_core.errors import MomentsError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.torch_file import TorchFile
 from ota_core.files.unpickle import SavedTensor
-from ota_core.moments.deepspeed.saved import V, beta2_of, count, flat, mapping, open_saved, shapes_of, stage_of, step_of
+from ota_core.moments.deepspeed.saved import (
+    V,
+    beta2_of,
+    beta2_set,
+    count,
+    flat,
+    mapping,
+    open_saved,
+    shapes_of,
+    stage_of,
+    step_of,
+)
 from ota_core.moments.pieces import PiecedMoments, Run, check_places
 
 Shape = tuple[int, ...]
@@ -64,7 +75,8 @@ class _Rank:
         # Where an optimizer wants its parameters aligned, each is followed by this many zeros; newer files say so.
         self.gaps: Any = saved.get("param_alignment_paddings")
         groups = base.get("param_groups") if isinstance(base, dict) else None
-        self.beta2 = beta2_of(groups, where)
+        # Elastic checkpoints keep no groups; where DeepSpeed itself made the optimizer, its settings have β₂.
+        self.beta2 = beta2_of(groups, where) if groups is not None else beta2_set(file.saved.get("ds_config"), where)
         self.step = step_of(
             file, *(state.get("step") for state in states), *(group.get("step") for group in groups or ()),
             saved.get("base_optimizer_state_step"),

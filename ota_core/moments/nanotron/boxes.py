@@ -95,6 +95,9 @@ class JoinedMoments(Moments):
     def step(self, name: str) -> int | None:
         return self._inner.step(self._parameters[name].boxes[0].source)
 
+    def stored_bytes(self, name: str) -> int:
+        return sum(self._inner.stored_bytes(source) for source in {box.source for box in self._parameters[name].boxes})
+
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         one = self._parameters[name]
         rows, cols = _matrix(one.shape)

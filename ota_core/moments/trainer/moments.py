@@ -38,6 +38,9 @@ class TrainerMoments(Moments):
     def step(self, name: str) -> int | None:
         return step_of(self.path, self._file, name, *self._places[name])
 
+    def stored_bytes(self, name: str) -> int:
+        return sum(tensor.numel * (tensor.known.itemsize if tensor.known else 4) for tensor in self._v[name].tensors())
+
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         if self._unreleased > DROP_BYTES:
             self._unreleased = 0

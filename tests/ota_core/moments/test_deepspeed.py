@@ -34,7 +34,7 @@ def test_v_is_the_live_optimizer_s(tmp_path, case):
     moments = open_(folder)
     assert_same(moments, expected(f"deepspeed/{case}"))
     assert {moments.step(name) for name in moments.shapes()} == {3}
-    assert moments.beta2 == (None if "elastic" in case else 0.95)  # elastic checkpoints do not keep it
+    assert moments.beta2 == (None if "elastic" in case else 0.95)  # no settings of DeepSpeed made this optimizer
     moments.close()
 
 
@@ -154,6 +154,19 @@ def test_another_optimizer_is_said(tmp_path):
         }
         torch.save({"optimizer_state_dict": states}, file)
     assert "holds no flat exp_avg_sq (it holds: momentum_buffer)" in refused(folder)
+
+
+def test_an_elastic_checkpoint_has_its_beta2_in_the_settings_of_deepspeed(tmp_path):
+    v = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4.0)}
+    flat = torch.cat([v["a"].reshape(-1), v["b"]])
+    for rank, part in enumerate(flat.split(5)):
+        states = {"zero_stage": 2, "partition_count": [2], "base_optimizer_state": [{"step": 7, "exp_avg_sq": part.clone()}]}
+        made = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.97]}}}
+        torch.save({"optimizer_state_dict": states, "ds_config": made}, tmp_path / RANK1.replace("rank_1", f"rank_{rank}"))
+    torch.save({"param_shapes": [{name: one.shape for name, one in v.items()}]}, tmp_path / "mp_rank_00_model_states.pt")
+    moments = open_(tmp_path)
+    assert_same(moments, v)
+    assert moments.beta2 == 0.97 and moments.step("a") == 7
 
 
 def test_a_universal_checkpoint_lacks_a_parameter(tmp_path):

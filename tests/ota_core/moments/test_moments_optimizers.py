@@ -248,3 +248,20 @@ def test_v_comes_from_the_source_in_the_ranges_that_are_asked(tmp_path: Path, na
         )
     moments.prefetch("embed", 79, 90)  # the next block may not exist
     assert_equal(moments, name, v)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("bitsandbytes/adamw8bit", 0.5), ("torchao/adamw8bit", 0.5), ("torchao/adamw4bit", 0.3), ("kept/amsgrad", 1)],
+)
+def test_the_bytes_that_are_counted_are_those_that_are_read(tmp_path: Path, name: str, share: float) -> None:
+    v = in_order(name, load_file(HERE / f"{name}.safetensors"))
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes((HERE / f"{name}.pt").read_bytes())
+    sources = elsewhere(path)
+    moments = open_moments(path, layout=layout_of(v), source_of=sources.get)
+    for key, tensor in v.items():
+        sources[path].reads.clear()
+        moments.read(key, 0, matrix_shape(tensor.shape)[0])
+        assert sum(stop - start for start, stop in sources[path].reads) == moments.stored_bytes(key) <= 4 * tensor.numel()
+    assert moments.stored_bytes("embed") <= share * 4 * v["embed"].numel()
