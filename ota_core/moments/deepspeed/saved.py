@@ -16,17 +16,17 @@ MODULES = ("deepspeed.", "argparse.Namespace", "megatron.")
 V = "exp_avg_sq"
 
 
-def open_saved(path: Path, source_of: SourceOf | None) -> TorchFile:
-    """A file of torch.save, opened. Raises MomentsError that names it when it is truncated, damaged or could run code."""
+def open_saved(path: Path, source_of: SourceOf | None, records: tuple[str, ...] = ()) -> TorchFile:
+    """A file of torch.save, opened; classes whose names begin as ``records`` or ``MODULES`` say are not run. Raises MomentsError that names it when it is truncated, damaged or could run code."""
     try:
-        return TorchFile(path, source_of, MODULES)
+        return TorchFile(path, source_of, (*MODULES, *records))
     except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed
         if isinstance(error, OtaError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise MomentsError(
             f"{path} ({path.stat().st_size if path.exists() else 0} bytes) cannot be read: {type(error).__name__}: {reason:.300} "
-            "It is truncated, damaged, or holds more than tensors, plain containers and DeepSpeed's own settings, which is refused "
+            "It is truncated, damaged, or holds more than tensors, plain containers and the trainer's own settings, which is refused "
             "because loading it could run code. Fetch it again"
         ) from None
 
