@@ -36,6 +36,13 @@ Artifacts = Annotated[
 class Commands(TyperGroup):
     """Commands whose help is plain text: rich would take as long to import as everything else together."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Without arguments the help is what was asked for: on stdout, with the exit code of a command that did nothing."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            ctx.exit(2)
+        return list(super().parse_args(ctx, args))
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Name and purpose of every command, whole rather than cut to a line."""
         named = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
