@@ -17,8 +17,8 @@ import yaml
 from ota_core.errors import OtaError
 from tasks.orchestration import prepare
 from tests.ota_core.engine.test_output import llama_experts
-from tests.s3_proxy import Answer, Proxy
 from tests.servers import S3Test, free_port, wait_until
+from tests.tasks.storage.s3_proxy import Answer, Proxy
 from tests.tasks.storage.streaming.test_streaming import remote
 
 REPOSITORY = Path(__file__).parents[2]

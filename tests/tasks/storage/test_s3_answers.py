@@ -10,8 +10,8 @@ from ota_core.errors import StorageError
 from tasks.storage import models as storage
 from tasks.storage import s3, s3_answers
 from tasks.storage.models import fetch, upload_folder
-from tests.s3_proxy import HTML, SLOW_DOWN, Answer, Proxy
 from tests.servers import S3Test
+from tests.tasks.storage.s3_proxy import HTML, SLOW_DOWN, Answer, Proxy
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from ota_core.errors import StorageError
 from tasks.storage import s3
 from tasks.storage.streaming import verify
 from tests.ota_core.engine.test_output import llama_experts
-from tests.s3_proxy import Answer, Proxy
 from tests.s3_requests import Requests
 from tests.servers import S3Test
+from tests.tasks.storage.s3_proxy import Answer, Proxy
 from tests.tasks.storage.streaming.test_streaming import MEMORY, MIB, merge, remote, weights, write_optimizer
 
 
