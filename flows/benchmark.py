@@ -16,7 +16,7 @@ from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_mlflow, show_table
 from tasks.pages.scores import of_one
-from tasks.settings import Device, places
+from tasks.settings import Address, Device, places
 
 
 @for_users
@@ -30,9 +30,9 @@ def benchmark_flow(
     data_dir: str | None = None,
     limit: int | None = None,
     device: Device = "auto",
-    tracking_uri: str | None = None,
+    tracking_uri: Address | None = None,
     gpu: str | None = None,
-    server: str | None = None,
+    server: Address | None = None,
 ) -> dict[str, float | None]:
     """Score one model on every capability of a suite.
 

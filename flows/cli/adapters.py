@@ -37,8 +37,9 @@ def extract_lora(
 ) -> None:
     """Write the difference of MERGED from its base as a LoRA adapter into the folder OUT, with what it lacks of each tensor."""
     from ota_core.compute.stream import parse_memory, pick_device
-    from ota_core.engine.output import check_apart, check_free, new_folder
+    from ota_core.engine.output import check_apart
     from ota_core.extract.extract import ExtractOptions
+    from ota_core.files.place import check_free, new_folder
     from tasks.merging.extract import extract_adapter, opened_pair
 
     with user_errors():

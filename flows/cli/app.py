@@ -16,6 +16,7 @@ from flows.cli import registry as cli_registry
 from flows.cli import retention as cli_retention
 from flows.cli import search as cli_search
 from flows.cli import stack as cli_stack
+from flows.cli import sync as cli_sync
 from flows.cli import tune as cli_tune
 from flows.cli import webhooks as cli_webhooks
 from flows.cli.common import Device, Home, progress_bars, show, user_errors
@@ -85,6 +86,6 @@ for command in (
     cli_flows.run, demo, bench, cli_analysis.analyse, cli_analysis.preflight, cli_flows.nightly, cli_flows.study,
     cli_flows.study_real, cli_flows.benchmark, cli_compare.compare, cli_search.search, cli_tune.tune,
     cli_registry.promote, cli_registry.rollback, cli_registry.champion,
-    cli_experts.push, cli_experts.harvest, cli_experts.experts, cli_retention.gc,
+    cli_experts.push, cli_experts.harvest, cli_experts.experts, cli_sync.sync, cli_retention.gc,
 ):  # fmt: skip
     app.command()(command)

@@ -10,7 +10,7 @@ from ota_core.frozen import Frozen
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from tasks.artifacts.store import store_of
 from tasks.merging.gguf_companions import gguf_companions
-from tasks.settings import Places
+from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
 from tasks.storage.cache import appearing, locked, note_use
 from tasks.storage.models import Fetched, digest_folder, is_s3
@@ -102,6 +102,8 @@ def whole_model(path: Path, base: Path | None, digest: str, places: Places) -> P
 def bring_data(data: str | None, places: Places) -> Path | None:
     """A suite's data as a folder of this machine. Raises StorageError."""
     if data is None or not is_s3(data):
+        if data:
+            allow_path(data, "data_dir")
         return Path(data).expanduser() if data else None
     return storage.download_folder(data, cache=places.cache)[0]
 

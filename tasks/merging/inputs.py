@@ -21,6 +21,7 @@ from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.merging.architecture import parameter_layout
 from tasks.merging.composed import composed, parts_of
 from tasks.merging.gguf_companions import gguf_companions
+from tasks.settings import allow_path
 from tasks.storage import hub, s3
 from tasks.storage import models as storage
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
@@ -150,7 +151,12 @@ def assemble(
         except OtaError as error:
             problems += error.problems
             experts.append(expert)
-    inputs = MergeInputs(base=base, experts=tuple(experts), scales=scales_file(recipe, cache, recipe_dir, streams))
+    inputs = MergeInputs(
+        base=base,
+        experts=tuple(experts),
+        scales=scales_file(recipe, cache, recipe_dir, streams),
+        check=streams.verify if streams else None,
+    )
     if problems:
         raise_all([*problems, *checkpoint_problems(recipe, inputs)], MomentsError)
     return inputs
@@ -203,7 +209,9 @@ def scales_file(recipe: MergeRecipe, cache: Path, recipe_dir: Path | None, strea
     if recipe.scales is None:
         return None
     if not storage.is_s3(recipe.scales):
-        return find_scales(recipe.scales, recipe_dir)
+        found = find_scales(recipe.scales, recipe_dir)
+        allow_path(found, "the file of scales")
+        return found
     parent, _, name = recipe.scales.rpartition("/")
     if streams is not None:
         return streams.files(parent, [name]) / name
@@ -267,6 +275,8 @@ def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Pat
         return s3_moments(named, cache, streams)
     found = find_preconditioner(named, expert.path, recipe_dir)
     if found is not None:
+        if not found.is_relative_to(expert.path):
+            allow_path(found, "preconditioner_path")
         return find_moments(found) if found.is_dir() else found
     repository = hub.repository_in(named)
     if repository is None:

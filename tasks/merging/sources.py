@@ -26,7 +26,7 @@ from tasks.artifacts.store import store_of
 from tasks.merging.architecture import parameter_layout
 from tasks.merging.gguf_companions import gguf_companions
 from tasks.merging.inputs import Estimate, assemble, s3_moments
-from tasks.settings import Places
+from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
 from tasks.storage.models import Fetched
 from tasks.storage.streaming.streams import Streams
@@ -161,6 +161,7 @@ class MergeSources(Frozen):
             base = opening.model(self.base) if self.base else None
             experts = tuple(opening.expert(one) for one in self.experts)
             yield MergeInputs(base=base, experts=experts, scales=opening.scales(self.scales))
+            streams.verify()  # before who opened them publishes what they made
 
 
 def _place(one: Fetched, streamed: bool) -> dict[str, Any]:
@@ -230,6 +231,7 @@ class _Opening:
                 f"{one.location} ({one.name}) is no folder on this machine; machines that share a merge must see its models in the same "
                 "place: a shared folder or s3://…"
             )
+        allow_path(one.location, "the model")
         return Path(one.location)
 
     def _raw_moments(self, one: ExpertSource, folder: Path) -> Path:
@@ -242,6 +244,7 @@ class _Opening:
             path = s3_moments(one.moments, self._where.cache, self._streams)
         else:
             path = Path(one.moments)
+            allow_path(path, "the second moments")
         if path is None or not path.exists():
             raise MomentsError(
                 f"expert '{one.name}': {path or folder} holds no second moments on this machine; machines that share a merge must see them "

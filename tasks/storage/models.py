@@ -14,6 +14,7 @@ from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.files.checkpoint import GGUF
 from ota_core.frozen import Frozen
+from tasks.settings import allow_path
 from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, note_use
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
@@ -36,6 +37,7 @@ from tasks.storage.s3 import (
     is_s3,
     join,
     list_objects,
+    objects_below,
     read_bytes,
     write_bytes,
 )
@@ -44,7 +46,7 @@ from tasks.storage.transfers import copy_objects, upload_files
 
 __all__ = [
     "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_hub_id", "is_s3", "join", "list_objects", "read_bytes", "upload_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_hub_id", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -149,6 +151,7 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
     if not folder.is_dir():
         raise StorageError(f"{folder} is a file; name the checkpoint's folder")
     folder = folder.resolve()
+    allow_path(folder, "the model")
     digest, files = digest_folder(folder, cache=cache)
     expert = _local_expert(folder, str(folder), require_expert_json)
     return Fetched(source=source, resolved=str(folder), path=folder, digest=digest, files=files, expert=expert)
@@ -197,7 +200,7 @@ class FoundModel(BaseModel):
 def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
     """What makes the checkpoint below a prefix in S3. Raises StorageError where there is none, or ``expert.json`` lists what is not there."""
     uri = source.rstrip("/")
-    found = {one.uri.removeprefix(uri + "/"): one for one in list_objects(uri)}
+    found = objects_below(uri)
     if not found:
         raise _nothing_there(uri)
     contents = {name: f"{one.size}:{one.etag}" for name, one in found.items()}
@@ -261,7 +264,7 @@ def _bring(
 
 def find_objects(uri: str, names: Sequence[str] | None = None) -> dict[str, S3Object]:
     """The objects of these names below a prefix (all of them by default). Raises StorageError when there is none, or one is missing."""
-    found = {one.uri.removeprefix(uri.rstrip("/") + "/"): one for one in list_objects(uri)}
+    found = objects_below(uri)
     if not found:
         raise _nothing_there(uri)
     if names is not None:

@@ -23,7 +23,7 @@ from tasks.evaluation.gradients.texts import TextError, file_blocks, random_bloc
 from tasks.evaluation.subject import Subject, bring_data, bring_model, fetched_subject
 from tasks.evaluation.suites import Suite, digest_data, load_suite, needs_data, suite_digest
 from tasks.merging.inputs import Estimate, assemble, estimated_ones, expert_labels
-from tasks.settings import Places
+from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
 from tasks.storage.cache import FileInfo, combined_digest, digest_file
 from tasks.storage.models import Fetched
@@ -112,6 +112,8 @@ def _file(source: str, where: Places) -> tuple[Path, str]:
     if storage.is_s3(source):
         parent, _, name = source.rpartition("/")
         path = storage.download_folder(parent, cache=where.cache, names=[name])[0] / name
+    else:
+        allow_path(path, "the texts")
     return path, digest_file(path, cache=where.cache)
 
 
