@@ -159,6 +159,7 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
 
 def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
     """One GGUF file of a folder: a folder of the cache that holds nothing but a link to it."""
+    allow_path(file, "the model")
     folder = cache / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / file.name
