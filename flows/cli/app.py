@@ -19,10 +19,12 @@ from flows.cli import stack as cli_stack
 from flows.cli import sync as cli_sync
 from flows.cli import tune as cli_tune
 from flows.cli import webhooks as cli_webhooks
-from flows.cli.common import Device, Home, progress_bars, show, user_errors
+from flows.cli.common import Commands, Device, Home, progress_bars, show, user_errors
 from ota_core.errors import OtaError
 
 app = typer.Typer(
+    cls=Commands,
+    rich_markup_mode=None,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import click
 import typer
+from typer.core import TyperGroup
 
 from ota_core.errors import MomentsError, OtaError
 
@@ -30,6 +31,25 @@ Artifacts = Annotated[
     str | None,
     typer.Option(help="Root of the artifacts: a folder or s3://….", show_default="$OTA_ARTIFACTS or inside the home folder"),
 ]
+
+
+class Commands(TyperGroup):
+    """Commands whose help is plain text: rich would take as long to import as everything else together."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Without arguments the help is what was asked for: on stdout, with the exit code of a command that did nothing."""
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            ctx.exit(2)
+        return list(super().parse_args(ctx, args))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Name and purpose of every command, whole rather than cut to a line."""
+        named = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, (one.help or "").split("\n\n")[0]) for name, one in named.items() if one and not one.hidden]
+            )
 
 
 def _without_password(address: str | None) -> str | None:
