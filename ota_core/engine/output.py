@@ -184,9 +184,11 @@ def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
 
 
 def _copied(plan: MergePlan, block: Block) -> Rows:
-    """Rows of a tensor that is not of floating point: every model must hold the same."""
+    """Rows of a tensor that is not of floating point: every model must hold the same. What one model alone holds is its own."""
     job, start, stop = block
     first, *others = plan.models
+    if job.alone:
+        return plan.source.stored(job.name, start, stop)
     rows = first.stored(job.name, start, stop)
     for view in others:
         if not np.array_equal(rows.held, view.stored(job.name, start, stop).held):

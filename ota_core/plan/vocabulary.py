@@ -14,30 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.errors import CheckpointError
+from ota_core.files.architecture import is_vocabulary, tied_names
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, read_json, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 
-_INPUT = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
-_OUTPUT = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
-
 
 def is_vocabulary_tensor(name: str) -> bool:
     """Whether the rows of this tensor stand for tokens."""
-    return name.endswith(_INPUT + _OUTPUT)
+    return is_vocabulary(name)
 
 
 def tied_tensors(checkpoint: Checkpoint) -> dict[str, str]:
-    """Alias to the tensor it is tied to, from ``tie_word_embeddings`` of the configuration."""
-    if not checkpoint.config.get("tie_word_embeddings", False):
-        return {}
-    names = checkpoint.names()
-    inputs = [name for name in names if name.endswith(_INPUT)]
-    return (
-        {name: inputs[0] for name in (*names, "lm_head.weight") if name.endswith(_OUTPUT) and name.endswith(".weight")}
-        if len(inputs) == 1
-        else {}
-    )
+    """Alias to the tensor it is tied to, by the configuration and what is known of its class (``files/architecture.py``)."""
+    return tied_names(checkpoint.config, checkpoint.names())
 
 
 def tensor_names(checkpoint: Checkpoint) -> frozenset[str]:

@@ -65,6 +65,20 @@ def parameter_layout(folder: Path, base: BaseFolder = None, source_of: SourceOf 
     )  # fmt: skip
 
 
+def parameters_of(folder: Path, source_of: SourceOf | None = None) -> dict[str, str]:
+    """Tensor of the checkpoint in ``folder`` to the parameter that it is as transformers loads it. Raises CheckpointError.
+
+    What becomes a part of a parameter, or several, is left out. The configuration alone is read, and the headers of the weights.
+    """
+    held = _held(folder, source_of)
+    with _ONE_AT_A_TIME:
+        from tasks.merging.conversion import conversion_of  # with it comes torch
+
+        model = _skeleton(folder)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return conversion_of(model, held, shapes, _tied(model)).own
+
+
 def _changed(
     folder: Path, base: BaseFolder, tensors: Mapping[str, list[str]], source_of: SourceOf | None
 ) -> Callable[[], frozenset[str]] | None:

@@ -16,7 +16,7 @@ from ota_core.plan.expert_scales import find_scales
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
-from tasks.merging.architecture import parameter_layout
+from tasks.merging.architecture import parameter_layout, parameters_of
 from tasks.storage import hub, s3
 from tasks.storage import models as storage
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
@@ -125,13 +125,17 @@ def assemble(
     base = None
     if recipe.base_model is not None:
         first = models.pop(0)
-        base = ModelInput(name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of)
+        base = ModelInput(
+            name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of,
+            parameters=partial(parameters_of, first.path, source_of),
+        )  # fmt: skip
     experts: list[ExpertInput] = []
     problems: list[str] = []
     for i, (one, (name, capability)) in enumerate(zip(models, expert_labels(recipe, models), strict=True)):
         expert = ExpertInput(
             name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capability,
             layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
+            parameters=partial(parameters_of, one.path, source_of),
         )  # fmt: skip
         if estimated and i in estimated:
             made = estimated[i]

@@ -23,7 +23,7 @@ from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
-from tasks.merging.architecture import parameter_layout
+from tasks.merging.architecture import parameter_layout, parameters_of
 from tasks.merging.inputs import Estimate, assemble, s3_moments
 from tasks.settings import Places
 from tasks.storage import models as storage
@@ -174,7 +174,11 @@ class _Opening:
 
     def model(self, one: ModelSource) -> ModelInput:
         source_of = self._streams.source_of
-        return ModelInput(name=one.name, path=self._folder(one), source=one.source, digest=one.digest, source_of=source_of)
+        folder = self._folder(one)
+        return ModelInput(
+            name=one.name, path=folder, source=one.source, digest=one.digest, source_of=source_of,
+            parameters=partial(parameters_of, folder, source_of),
+        )  # fmt: skip
 
     def expert(self, one: ExpertSource) -> ExpertInput:
         folder = self._folder(one)
@@ -184,6 +188,7 @@ class _Opening:
             moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
             masks=self._artifact(one, one.masks, MASK_FILE),
             layout=partial(parameter_layout, folder, partial(self._folder, one.base) if one.base else None, self._streams.source_of),
+            parameters=partial(parameters_of, folder, self._streams.source_of),
         )  # fmt: skip
 
     def scales(self, one: ScalesSource | None) -> Path | None:
