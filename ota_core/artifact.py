@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from ota_core.errors import ArtifactError
 from ota_core.frozen import Frozen
+from ota_core.names import why_unsafe
 
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
@@ -107,6 +108,15 @@ class Record(Frozen):
     """What does not decide the bytes: host, device, seconds, versions, sources."""
     results: dict[str, Any] = Field(default_factory=dict)
     """What the stage measured: densities, thresholds, compression errors, scores."""
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, int]) -> dict[str, int]:
+        """They are joined to a folder, and the record may be anybody's."""
+        for name in files:
+            if why := why_unsafe(name):
+                raise ValueError(f"the file name {name[:80]!r} is refused: {why}")
+        return files
 
 
 def folder_files(folder: Path) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flows.cli.common import Artifacts, AsJson, DataDir, Device, Home, Overwrite, load_numba, progress_bars, user_errors
-from flows.cli.engine import agreement, new_file, said_of
+from flows.cli.engine import agreement, said_of
 from ota_core.errors import MomentsError, OtaError
 
 
@@ -71,6 +71,7 @@ def estimate(
     """
     from ota_core.compute.stream import parse_memory, pick_device
     from ota_core.engine import engine
+    from ota_core.files.place import new_file
     from ota_core.moments import find_moments, none_found
     from ota_core.plan.inputs import expert_name
     from ota_core.plan.vocabulary import names_in
@@ -104,7 +105,7 @@ def estimate(
         names: dict[str, Any] = {"layout": partial(parameter_layout, fetched.path), "tensors": names_in(fetched.path)}
         if out is not None:
             load_numba()
-            with new_file(out) as temporary:
+            with new_file(out, overwrite=overwrite) as temporary:
                 engine.compress_moments(file, temporary, method=method, progress=progress, **names)
         agreed = None
         if kept is not None and start is not None:
@@ -127,7 +128,7 @@ def estimate(
 
 def _check(out: Path | None, method: str, *, overwrite: bool, compare: bool, base: str | None, density: float) -> None:
     """Raises OtaError for options that do not go together, and for an output that is there."""
-    from ota_core.engine.output import check_free
+    from ota_core.files.place import check_file
 
     if out is None and method != "none":
         raise OtaError(f"--method {method} says how --out is written; give --out, or leave it away")
@@ -136,9 +137,7 @@ def _check(out: Path | None, method: str, *, overwrite: bool, compare: bool, bas
     if not 0 < density <= 1:
         raise OtaError(f"density: got {density}, expected a number in (0, 1]")
     if out is not None:
-        check_free(out, overwrite=overwrite)
-        if out.is_dir():
-            raise OtaError(f"{out} is a folder; name a file such as {out / 'exp_avg_sq.safetensors'}")
+        check_file(out, overwrite=overwrite)
 
 
 def _clip(text: str) -> float | None:

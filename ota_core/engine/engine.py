@@ -20,16 +20,15 @@ from ota_core.engine.output import (
     Put,
     Shards,
     check_apart,
-    check_free,
     copy_companions,
     merge_blocks,
-    new_folder,
     plan_files,
     write_holes,
     write_weights,
 )
 from ota_core.errors import OtaError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.place import check_free, new_folder
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
 from ota_core.moments import open_moments
 from ota_core.moments.compression import CompressionReport, is_compressed, kept_as_trained, label_of, write_compressed

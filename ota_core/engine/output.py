@@ -1,16 +1,10 @@
 """The output folder of a merge: weights as they are computed, then everything a Hugging Face folder needs, the record last."""
 
 import contextlib
-import fcntl
-import glob
 import json
-import os
 import shutil
-import time
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,73 +22,6 @@ from ota_core.plan.vocabulary import add_tokens
 
 if TYPE_CHECKING:
     from ota_core.rules.base import Rule
-
-ABANDONED_SECONDS = 60
-
-
-@contextmanager
-def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that takes the name ``out`` when the body ends well, and vanishes when it does not.
-
-    Raises OtaError when ``out`` exists already and is not to be overwritten, or its parent cannot be written to.
-    """
-    check_free(out, overwrite=overwrite)
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        temporary.mkdir()
-        # Held as long as this process lives: says to a later merge that this folder is not abandoned.
-        held = os.open(temporary, os.O_RDONLY)
-        fcntl.flock(held, fcntl.LOCK_EX)
-    except OSError as error:
-        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output folder") from None
-    try:
-        yield temporary
-        _take_place(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        os.close(held)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove temporary siblings of merges to ``out`` that were killed: nobody holds their lock any more."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        with contextlib.suppress(OSError):  # gone already, or somebody else's: not ours to remove
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Younger ones may be between their making and their locking.
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    shutil.rmtree(path)
-            finally:
-                os.close(folder)
-
-
-def _take_place(new: Path, out: Path) -> None:
-    """Give ``new`` the name ``out``; what had it is removed afterwards, and gets it back when the renaming fails."""
-    old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.old")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(out, old)
-    try:
-        os.rename(new, out)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(old, out)
-        raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
-
-
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raise OtaError when ``out`` exists and is not to be overwritten."""
-    if out.exists() and not overwrite:
-        raise OtaError(f"{out} exists already; choose another output or pass --overwrite")
 
 
 def check_apart(out: Path, inputs: MergeInputs) -> None:

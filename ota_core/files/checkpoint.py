@@ -12,6 +12,7 @@ from ota_core.files.dcp.metadata import METADATA
 from ota_core.files.prefixes import plain_names, twice
 from ota_core.files.rows import Rows
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
+from ota_core.names import why_unsafe
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -178,7 +179,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} holds no weight_map; expected tensor names with the file of each")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or "/" in file or why_unsafe(file):
             raise CheckpointError(f"{index}: tensor '{name}' lies in {file!r}; expected the name of a file beside the index")
     return weight_map
 

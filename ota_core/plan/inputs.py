@@ -14,6 +14,7 @@ from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
+from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
 from ota_core.recipe.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
 
@@ -71,9 +72,9 @@ class MergeInputs:
 def expert_name(source: str, capability: str | None, label: str | None) -> str:
     """The label of an expert: the recipe's, else its capability, else the last part of its path without a revision.
 
-    It also names files, so that a slash in a capability becomes a dash.
+    It also names files, so that what no file name may hold, such as a slash in a capability, becomes a dash.
     """
-    return label or (capability or "").replace("/", "-") or source.rstrip("/").rsplit("/", 1)[-1].split("@")[0] or source
+    return label or as_name(capability or "") or as_name(source.rstrip("/").rsplit("/", 1)[-1].split("@")[0]) or as_name(source)
 
 
 def unique_names(names: list[str]) -> list[str]:

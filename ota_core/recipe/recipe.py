@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
+from ota_core.names import why_unsafe
 from ota_core.recipe.parameters import (
     AUTO,
     USED,
@@ -242,6 +243,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
     problems += [
         f"models: the name '{name}' is given twice; names label the results"
         for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+    problems += [
+        f"models: the name {n!r} cannot be a file's name: {why}; choose another label"
+        for n in names
+        if (why := why_unsafe(n) or ("it holds a slash" if "/" in n else None))
     ]
     problems += [f"models: the name '{n}' is kept for another model; choose another label" for n in names if n in RESERVED_NAMES]
     problems += [

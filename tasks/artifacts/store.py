@@ -292,7 +292,7 @@ def _local_record(folder: Path) -> Record | None:
 
 def _remote_record(uri: str) -> Record | None:
     """As ``_local_record``, from one listing."""
-    listed = {one.uri.removeprefix(uri + "/"): one for one in storage.list_objects(uri)}
+    listed = storage.objects_below(uri)
     if RECORD not in listed:
         return None
     try:

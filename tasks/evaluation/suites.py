@@ -71,7 +71,10 @@ class Suite(Frozen):
     name: str
     include_path: Path | None = Field(None, description="Folder of local lm-eval task files, relative to the suite file.")
     include_defaults: bool = Field(False, description="Index the tasks that lm-eval ships (takes seconds).")
-    allow_code_execution: bool = Field(False, description="Run tasks that execute code written by the model. Use a sandbox.")
+    allow_code_execution: bool = Field(
+        False,
+        description="Run tasks that execute code written by the model, and functions that local task files name. Use a sandbox.",
+    )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="For every task whose own file does not say 0.")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents per task, of a group per member.")

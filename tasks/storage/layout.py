@@ -11,6 +11,7 @@ from typing import Any
 
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
+from ota_core.names import why_unsafe
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.states import CHECKPOINT, OPTIMIZERS, POINTERS, STATE_FOLDERS, Taken, belonging, is_state_folder, taken_in
 
@@ -128,6 +129,8 @@ def manifest_sha256(manifest: Mapping[str, Any], where: str) -> dict[str, str]:
         value = entry.get("sha256") if isinstance(entry, dict) else entry
         if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise StorageError(f"{where}: files[{name!r}] holds {entry!r}, expected a sha256 of 64 hex digits; write it again")
+        if why := why_unsafe(name):
+            raise StorageError(f"{where}: the file name {name[:80]!r} is refused: {why}; write it again")
         sums[name] = value.lower()
     return sums
 

@@ -33,6 +33,7 @@ from tasks.storage.s3 import (
     is_s3,
     join,
     list_objects,
+    objects_below,
     read_bytes,
     write_bytes,
 )
@@ -41,7 +42,7 @@ from tasks.storage.transfers import copy_objects, upload_files
 
 __all__ = [
     "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "upload_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -170,7 +171,7 @@ class FoundModel(BaseModel):
 def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
     """What makes the checkpoint below a prefix in S3. Raises StorageError where there is none, or ``expert.json`` lists what is not there."""
     uri = source.rstrip("/")
-    found = {one.uri.removeprefix(uri + "/"): one for one in list_objects(uri)}
+    found = objects_below(uri)
     if not found:
         raise _nothing_there(uri)
     contents = {name: f"{one.size}:{one.etag}" for name, one in found.items()}
@@ -224,7 +225,7 @@ def _bring(
 
 def find_objects(uri: str, names: Sequence[str] | None = None) -> dict[str, S3Object]:
     """The objects of these names below a prefix (all of them by default). Raises StorageError when there is none, or one is missing."""
-    found = {one.uri.removeprefix(uri.rstrip("/") + "/"): one for one in list_objects(uri)}
+    found = objects_below(uri)
     if not found:
         raise _nothing_there(uri)
     if names is not None:

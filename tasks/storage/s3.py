@@ -21,6 +21,7 @@ from botocore import exceptions as boto_errors
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError, StorageReason
+from ota_core.names import why_unsafe
 from tasks.settings import exchanged
 
 MIB = 1024 * 1024
@@ -253,6 +254,20 @@ def _explained(error: boto_errors.ClientError, action: str, uri: str, s3: Any) -
     message = error.response.get("Error", {}).get("Message", "")
     answer = f"{where}: the server answered {code} {message}".rstrip()
     return StorageError(f"{answer}; see the server's log or try again later", reason="unavailable")
+
+
+def objects_below(uri: str) -> dict[str, S3Object]:
+    """Every object below a prefix by its name relative to that, which may be joined to a folder.
+
+    Raises StorageError as ``list_objects``, and for a key whose name would lead out of a folder.
+    """
+    found = {}
+    for one in list_objects(uri):
+        name = one.uri.removeprefix(uri.rstrip("/") + "/")
+        if why := why_unsafe(name):
+            raise StorageError(f"{uri} holds the key {name[:80]!r}, which is refused: {why}; remove that object")
+        found[name] = one
+    return found
 
 
 def list_objects(uri: str) -> list[S3Object]:

@@ -235,6 +235,7 @@ def test_from_s3_to_s3_and_into_a_merge(tmp_path: Path, expert: Path, s3_server:
 
 def test_nothing_is_written_where_something_is_wrong(tmp_path: Path, expert: Path) -> None:
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes").write_text("mine")
     with pytest.raises(OtaError, match="exists already"):
         run(expert, tmp_path / "there")
     with pytest.raises(MomentsError, match="holds no second moments"):
