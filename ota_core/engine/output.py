@@ -1,7 +1,6 @@
 """The output folder of a merge: weights as they are computed, then everything a Hugging Face folder needs, the record last."""
 
 import contextlib
-import json
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -11,14 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ota_core.compute.blocks import matrix_shape
+from ota_core.engine.companions import CODE, bring_template, set_rows, write_json
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.files.rows import Rows
+from ota_core.files.tokens import add_tokens
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
-from ota_core.plan.vocabulary import add_tokens
 
 if TYPE_CHECKING:
     from ota_core.rules.base import Rule
@@ -126,20 +126,23 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
 
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
-    """Configuration, tokenizer and chat template, from the base or from the model of ``tokenizer_source``."""
+    """Configuration, tokenizer, chat template and the code of a model that brings its own, from the base or from the model of ``tokenizer_source``."""
     source = plan.source_folder()
-    for path in companion_files(source, (*CONFIG_FILES, *TOKENIZER_PATTERNS)):
+    for path in companion_files(source, (*CONFIG_FILES, *TOKENIZER_PATTERNS, *CODE)):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    vocabulary = plan.vocabulary
+    if vocabulary and vocabulary.added:
+        add_tokens(folder, vocabulary.added)
+        note = bring_template(folder, [(plan.models[i].name, plan.models[i].checkpoint.path) for i in vocabulary.brought])
+        plan.notes += [note] if note else []
     config = folder / "config.json"
     if config.exists():
         settings = read_json(config)
-        if plan.vocabulary:
-            settings["vocab_size"] = plan.vocabulary.rows
-            if plan.vocabulary.added:
-                add_tokens(folder / "tokenizer.json", plan.vocabulary.added)
+        if vocabulary:
+            set_rows(settings, vocabulary.rows)
         if plan.recipe.output_dtype:
             settings.pop("torch_dtype", None)
             settings["dtype"] = plan.recipe.output_dtype
-        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(config, settings)

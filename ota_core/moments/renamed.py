@@ -13,8 +13,7 @@ def renamed(moments: Moments, names: Mapping[str, str]) -> Moments:
     """The same v; closing it closes ``moments``. names: present name to new one; what is not named keeps its own."""
     if not any(names.get(name, name) != name for name in moments.shapes()):
         return moments
-    kind = _RenamedCompressed if isinstance(moments, CompressedMoments) else RenamedMoments
-    return kind(moments, names)
+    return _RenamedCompressed(moments, names) if isinstance(moments, CompressedMoments) else RenamedMoments(moments, names)
 
 
 class RenamedMoments(Moments):

@@ -14,6 +14,7 @@ from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in
+from ota_core.plan.config import config_problems
 from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_moments import check_moments, moments_problems, open_expert
 from ota_core.plan.expert_scales import ExpertScales, scales_for
@@ -187,6 +188,9 @@ def open_plan(
                 continue
             open_expert(recipe, expert, item, problems, stack)
         first = views[vocabulary.source if vocabulary else 0]
+        configs = [checkpoint.config for checkpoint in checkpoints]
+        source = vocabulary.source if vocabulary else 0
+        problems += config_problems(names, configs, source, recipe.ignore_config_differences or ())
         jobs = _jobs(recipe, views, first, vocabulary, agreed.first_alone, problems)
         for expert in experts:
             check_moments(recipe, expert, jobs, problems)

@@ -79,6 +79,28 @@ def parameters_of(folder: Path, source_of: SourceOf | None = None) -> dict[str, 
         return conversion_of(model, held, shapes, _tied(model)).own
 
 
+def model_problems(folder: Path, held: Mapping[str, Shape]) -> list[str]:
+    """What keeps the class that config.json names from loading tensors of these names and shapes; nothing where it loads them all."""
+    from torch import nn
+
+    try:
+        with _ONE_AT_A_TIME:
+            from tasks.merging.conversion import conversion_of  # with it comes torch
+
+            model = _skeleton(folder)
+            shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            tied = _tied(model)
+            conversion = conversion_of(model, held, shapes, tied)
+            late = {f"{name}.{own}" for name, one in model.named_modules() for own, value in one.named_parameters(recurse=False)
+                    if isinstance(value, nn.parameter.UninitializedParameter)}  # fmt: skip
+        _check(
+            folder, type(model).__name__, conversion, held, {name: shape for name, shape in shapes.items() if name not in late}
+        )
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
 def _changed(
     folder: Path, base: BaseFolder, tensors: Mapping[str, list[str]], source_of: SourceOf | None
 ) -> Callable[[], frozenset[str]] | None:

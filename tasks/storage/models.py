@@ -17,9 +17,11 @@ from tasks.storage.download import PART_SIZE, Progress, Ticker, download
 from tasks.storage.hub import said
 from tasks.storage.layout import (
     BESIDE,
+    CODE,
     MODEL_FILES,
     NOT_MODEL_FILES,
     folder_model_files,
+    is_beside,
     manifest_sha256,
     model_files,
     parse_expert_json,
@@ -41,8 +43,8 @@ from tasks.storage.states import Taken, checkpoint_of, taken_of
 from tasks.storage.transfers import copy_objects, upload_files
 
 __all__ = [
-    "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
+    "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_beside", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -181,6 +183,7 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
     wanted, expert, sums = {name: found[name] for name in names}, None, {}
+    wanted |= {name: one for name, one in found.items() if is_beside(name) and name not in BESIDE}
     if CARD in found:
         wanted[CARD] = found[CARD]
     if EXPERT_JSON in found:
@@ -201,7 +204,7 @@ def _fetch_s3(
     found = find_model(source, require_expert_json=require_expert_json)
     expected = {found.objects[name].uri: value for name, value in found.sha256.items() if name in found.objects}
     path, all_files = _bring(found.objects, expected, cache, threads, part_size, progress)
-    files = {name: info for name, info in all_files.items() if name not in BESIDE}
+    files = {name: info for name, info in all_files.items() if not is_beside(name)}
     return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
 
 
@@ -270,7 +273,7 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
                 snapshot_download(
                     repo,
                     revision=revision,
-                    allow_patterns=[*MODEL_FILES, *BESIDE],
+                    allow_patterns=[*MODEL_FILES, *BESIDE, CODE],
                     ignore_patterns=ignored,
                     local_files_only=True,
                 )
@@ -283,7 +286,11 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
         )
     else:
         listed = [sibling.rfilename for sibling in info.siblings or []]
-        wanted = [*model_files(listed, _taken_on_hub(repo, info.sha, listed)), *BESIDE]
+        wanted = [
+            *model_files(listed, _taken_on_hub(repo, info.sha, listed)),
+            *BESIDE,
+            *(name for name in listed if is_beside(name) and name not in BESIDE),
+        ]
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
         except Exception as error:  # the hub, its store of large files, the disk: each fails with classes of its own
