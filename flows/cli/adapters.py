@@ -70,7 +70,7 @@ def extract_lora(
         from tasks.pages import terminal
         from tasks.pages.adapters import errors_table
 
-        for note in pair.notes:
+        for note in [*pair.notes, *report.notes]:
             typer.echo(f"note: {note}")
         show(terminal.table(errors_table(report)))
         typer.echo(

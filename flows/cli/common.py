@@ -64,6 +64,13 @@ TrackingUri = Annotated[
     str | None,
     typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database", callback=_without_password),
 ]
+IgnoreDifferences = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-config-differences", metavar="KEY", show_default=False,
+        help="A setting of config.json that may differ between the models, such as rope_theta; repeat it for several.",
+    ),
+]  # fmt: skip
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
 DataDir = Annotated[str | None, typer.Option(help="Data of a local suite: a folder or s3://….")]

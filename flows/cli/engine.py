@@ -14,6 +14,7 @@ from flows.cli.common import (
     Device,
     Fetch,
     Home,
+    IgnoreDifferences,
     Memory,
     Out,
     Overwrite,
@@ -36,6 +37,7 @@ def merge(
     overwrite: Overwrite = False,
     fetch: Fetch = False,
     shard_size: ShardSize = "5GB",
+    ignore: IgnoreDifferences = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,16 +46,17 @@ def merge(
     from ota_core.engine import engine
     from ota_core.files.place import check_free
     from ota_core.recipe.recipe import load_recipe
+    from tasks.merging.opened import opens
 
     with user_errors():
-        loaded = load_recipe(recipe)
+        loaded = load_recipe(recipe).ignoring(ignore)
         check_free(out, overwrite=overwrite, keep=[recipe])
         file_size = parse_size(shard_size, "shard size", "1KB")
         load_numba()
         with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
             report = engine.merge(
                 loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
-                progress=progress,
+                progress=progress, opens=opens,
             )  # fmt: skip
         if as_json:
             typer.echo(report.model_dump_json())
@@ -70,13 +73,13 @@ def merge(
         )
 
 
-def plan(recipe: Recipe, memory: Memory = "2GiB", home: Home = None) -> None:
+def plan(recipe: Recipe, memory: Memory = "2GiB", ignore: IgnoreDifferences = None, home: Home = None) -> None:
     """Say what a merge of RECIPE would read and write, its peak memory, and the problems found. Touches no weights."""
     from ota_core.recipe.recipe import load_recipe
     from tasks.merging.describe_plan import describe_plan
 
     with user_errors():
-        for line in describe_plan(load_recipe(recipe), recipe.resolve().parent, memory, home):
+        for line in describe_plan(load_recipe(recipe).ignoring(ignore), recipe.resolve().parent, memory, home):
             typer.echo(line)
 
 

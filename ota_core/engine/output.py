@@ -1,7 +1,6 @@
 """The output folder of a merge: weights as they are computed, then everything a Hugging Face folder needs, the record last."""
 
 import contextlib
-import json
 import shutil
 import tempfile
 import zlib
@@ -12,16 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ota_core.compute.blocks import matrix_shape
+from ota_core.engine.companions import CODE, bring_template, set_rows, write_json
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.files.room import Need
 from ota_core.files.rows import Rows
+from ota_core.files.tokens import add_tokens
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.moments.compression import compressed_bytes, compression_of
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
-from ota_core.plan.vocabulary import add_tokens
 from ota_core.recipe.recipe import NEEDS_MOMENTS
 
 if TYPE_CHECKING:
@@ -137,9 +137,11 @@ def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
 
 
 def _copied(plan: MergePlan, block: Block) -> Rows:
-    """Rows of a tensor that is not of floating point: every model must hold the same."""
+    """Rows of a tensor that is not of floating point: every model must hold the same. What one model alone holds is its own."""
     job, start, stop = block
     first, *others = plan.models
+    if job.alone:
+        return plan.source.stored(job.name, start, stop)
     rows = first.stored(job.name, start, stop)
     for view in others:
         if not np.array_equal(rows.held, view.stored(job.name, start, stop).held):
@@ -150,21 +152,26 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
 
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
-    """Configuration, tokenizer and chat template, from the base or from the model of ``tokenizer_source``."""
-    source = plan.source()
-    for held, patterns in ((source.config_folder, CONFIG_FILES), (source.tokenizer_folder, TOKENIZER_PATTERNS)):
+    """Configuration, tokenizer, chat template and the code of a model that brings its own, from the base or from the model of ``tokenizer_source``."""
+    source = plan.source.checkpoint
+    for held, patterns in ((source.config_folder, (*CONFIG_FILES, *CODE)), (source.tokenizer_folder, TOKENIZER_PATTERNS)):
         for path in companion_files(held, patterns):
             target = folder / path.relative_to(held)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+    vocabulary = plan.vocabulary
+    if vocabulary and vocabulary.added:
+        add_tokens(folder, vocabulary.added)
+        note = bring_template(
+            folder, [(plan.models[i].name, plan.models[i].checkpoint.tokenizer_folder) for i in vocabulary.brought]
+        )
+        plan.notes += [note] if note else []
     config = folder / "config.json"
     if config.exists():
         settings = read_json(config)
-        if plan.vocabulary:
-            settings["vocab_size"] = plan.vocabulary.rows
-            if plan.vocabulary.added:
-                add_tokens(folder / "tokenizer.json", plan.vocabulary.added)
+        if vocabulary:
+            set_rows(settings, vocabulary.rows)
         if plan.recipe.output_dtype:
             settings.pop("torch_dtype", None)
             settings["dtype"] = plan.recipe.output_dtype
-        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(config, settings)

@@ -27,6 +27,11 @@ _FRONT = "base_model.model."
 # Of the budget, for blocks of the difference; the factors and their directions take the rest.
 _SHARE = 4
 
+_EXPERTS = (
+    "experts are held one by one, as the model stores them: this tool reads them so, PEFT does with a version of transformers whose class "
+    "has a module for each expert (before 5)"
+)
+
 
 class ExtractOptions(BaseModel):
     """What decides an adapter's bytes."""
@@ -78,6 +83,7 @@ class ExtractReport(BaseModel):
     parameters: int
     unchanged: int
     exact: bool
+    notes: list[str] = []
 
 
 @dataclass
@@ -139,7 +145,7 @@ def extract_into(
     report = ExtractReport(
         tensors=sorted(found, key=lambda one: (-one.error, one.name)),
         error=sqrt(sum((one.error * one.norm) ** 2 for one in found) / norm2) if norm2 else 0.0,
-        parameters=sum(prod(spec.shape) for spec in kept.specs), unchanged=unchanged, exact=exact,
+        parameters=sum(prod(spec.shape) for spec in kept.specs), unchanged=unchanged, exact=exact, notes=[_EXPERTS] if any(".experts." in name for name in factored) else [],
     )  # fmt: skip
     write_text_atomic(folder / CARD, _card(report, options, base_name or str(base.path)))
     return report

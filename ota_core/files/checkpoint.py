@@ -1,11 +1,12 @@
 """A checkpoint folder as named tensors, read lazily: safetensors, sharded or not, PyTorch's ``.bin``, or the shards of FSDP."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ota_core.errors import CheckpointError, raise_all
+from ota_core.files.architecture import alone
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp.metadata import METADATA
 from ota_core.files.prefixes import plain_names, twice
@@ -79,10 +80,25 @@ class Checkpoint:
         # Trainers write it into the folder of the run, where a sharded checkpoint's own folder has none.
         configs = [folder / "config.json" for folder in ((self.path, self.path.parent) if self.sharded else (self.path,))]
         self.config = next((read_json(config) for config in configs if config.exists()), getattr(self.files[0], "config", {}))
+        self.rename(alone(self.config, self._where))
 
     def names(self) -> list[str]:
         """All tensor names, sorted, without what ``torch.compile``, FSDP and other wrappers put into them."""
         return sorted(self._where)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Know tensors by other names from now on. names: present name to new one. Raises CheckpointError when two would be one."""
+        renamed = {names.get(name, name): place for name, place in self._where.items()}
+        if len(renamed) < len(self._where):
+            (double, *_) = [name for name in names if names[name] in self._where and names[name] not in names]
+            raise CheckpointError(
+                f"{self.path}: '{double}' and '{names[double]}' are the same tensor of the model; keep one of them"
+            )
+        self._where = renamed
+
+    def leave_aside(self, names: Collection[str]) -> None:
+        """Take no notice of these tensors from now on."""
+        self._where = {name: place for name, place in self._where.items() if name not in names}
 
     def names_by_place(self) -> list[str]:
         """The same in the order of the tensors in their files."""

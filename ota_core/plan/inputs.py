@@ -1,6 +1,6 @@
 """What a merge reads, as local files: the base, the experts, their second moments and, in a staged run, their masks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ class ModelInput:
     """Content digest where known."""
     source_of: SourceOf | None = None
     """Where the bytes of weights and second moments come from, if not from the files themselves."""
+    parameters: Callable[[], Mapping[str, str]] | None = None
+    """Tensor to the parameter that it becomes when transformers loads the model: asked for where the names of models differ."""
     under: "ModelInput | None" = None
     """What the weights in ``path`` are an adapter of; None for a whole model."""
     companions: Path | None = None

@@ -33,7 +33,9 @@ class TensorJob:
     shape: tuple[int, ...]
     dtype: Dtype
     copy: bool
-    """Not a floating-point tensor: copied, never merged."""
+    """Copied, never merged: not a floating-point tensor, or one that stands in one model alone."""
+    alone: bool = False
+    """Held by the model whose configuration the output takes, and maybe by no other: its own is copied."""
 
     @property
     def rows(self) -> int:
@@ -155,6 +157,10 @@ class ExpertView(ModelView):
     full_moments: Moments | None = None
     masks: MaskFile | None = None
     bias_correction: bool = False
+    own_tensors: frozenset[str] = frozenset()
+    """What second moments of its checkpoint may be called."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Its own names to the output's, where these differ; ``checkpoint`` and second moments go by the output's."""
     inactive: set[str] = field(default_factory=set)
     """Tensors (canonical names) without curvature that the expert never moved: it takes no part there."""
 

@@ -5,6 +5,7 @@ method does not use is an error, because an option that changes nothing is a mis
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -98,6 +99,9 @@ class MergeRecipe(Strict):
     scales: str | None = Field(
         None, description="File of learned scales (`ota tune`), beside the recipe or s3://…: a factor for each expert and tensor."
     )
+    ignore_config_differences: tuple[str, ...] | None = Field(
+        None, description="Settings of config.json that may differ between the models, such as rope_theta; others are refused."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -145,6 +149,12 @@ class MergeRecipe(Strict):
     def output_dtype(self) -> DType | None:
         """The data type of the output, or None for each tensor's own in the base."""
         return self.out_dtype or self.dtype
+
+    def ignoring(self, keys: Sequence[str] | None) -> "MergeRecipe":
+        """The recipe with further settings of config.json that may differ between the models."""
+        if not keys:
+            return self
+        return self.model_copy(update={"ignore_config_differences": (*(self.ignore_config_differences or ()), *keys)})
 
     def effective(self) -> dict[str, Any]:
         """Every parameter in force, defaults included: two recipes that say the same in different words are equal here."""

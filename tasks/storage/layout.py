@@ -30,6 +30,15 @@ from tasks.storage.states import (
 BESIDE = (EXPERT_JSON, CARD)
 """Files that are brought with a checkpoint, and are no part of it: they say what it is, and enter no digest."""
 
+CODE = "*.py"
+"""Code that a model brings along: brought with it, copied to what is merged, never run, and no part of a digest."""
+
+
+def is_beside(name: str) -> bool:
+    """Whether a file is brought with a checkpoint though it is no part of it."""
+    return name in BESIDE or ("/" not in name and fnmatchcase(name, CODE))
+
+
 # Weights, what is needed to build and feed the model, and second moments as trainers leave them. Nothing else is downloaded
 # or enters a digest: a README or a training log does not make another model.
 MODEL_FILES = (

@@ -21,9 +21,11 @@ from tasks.storage.download import PART_SIZE, Progress, Ticker, download
 from tasks.storage.hub import said
 from tasks.storage.layout import (
     BESIDE,
+    CODE,
     MODEL_FILES,
     NOT_MODEL_FILES,
     folder_model_files,
+    is_beside,
     manifest_sha256,
     model_files,
     parse_expert_json,
@@ -45,8 +47,8 @@ from tasks.storage.states import Taken, checkpoint_of, taken_of
 from tasks.storage.transfers import copy_objects, upload_files
 
 __all__ = [
-    "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_hub_id", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
+    "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_beside", "is_hub_id", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -159,6 +161,7 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
 
 def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
     """One GGUF file of a folder: a folder of the cache that holds nothing but a link to it."""
+    allow_path(file, "the model")
     folder = cache / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / file.name
@@ -211,6 +214,7 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
     _check_one_gguf(source, names)
     wanted, expert, sums = {name: found[name] for name in names}, None, {}
+    wanted |= {name: one for name, one in found.items() if is_beside(name) and name not in BESIDE}
     if CARD in found:
         wanted[CARD] = found[CARD]
     if EXPERT_JSON in found:
@@ -231,7 +235,7 @@ def _fetch_s3(
     found = find_model(source, require_expert_json=require_expert_json)
     expected = {found.objects[name].uri: value for name, value in found.sha256.items() if name in found.objects}
     path, all_files = _bring(found.objects, expected, cache, threads, part_size, progress)
-    files = {name: info for name, info in all_files.items() if name not in BESIDE}
+    files = {name: info for name, info in all_files.items() if not is_beside(name)}
     return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
 
 
@@ -309,7 +313,7 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
                 snapshot_download(
                     repo,
                     revision=revision,
-                    allow_patterns=[*MODEL_FILES, *BESIDE],
+                    allow_patterns=[*MODEL_FILES, *BESIDE, CODE],
                     ignore_patterns=ignored,
                     local_files_only=True,
                 )
@@ -322,7 +326,11 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
         )
     else:
         listed = [sibling.rfilename for sibling in info.siblings or []]
-        wanted = [*model_files(listed, _taken_on_hub(repo, info.sha, listed)), *BESIDE]
+        wanted = [
+            *model_files(listed, _taken_on_hub(repo, info.sha, listed)),
+            *BESIDE,
+            *(name for name in listed if is_beside(name) and name not in BESIDE),
+        ]
         _check_one_gguf(source, wanted)
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))

@@ -89,10 +89,11 @@ def read_config(folder: Path) -> AdapterConfig:
             "Save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT and name the merged model"
         )
     rank, alpha = said.get("r"), said.get("lora_alpha")
+    way_out = "correct it, or merge the adapter into its base with PEFT (merge_and_unload) and name the merged model"
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(f"{path}: r is {rank!r}, expected a whole number of at least 1")
+        problems.append(f"{path} of a LoRA adapter: r is {rank!r}, expected a whole number of at least 1; {way_out}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        problems.append(f"{path}: lora_alpha is {alpha!r}, expected a number")
+        problems.append(f"{path} of a LoRA adapter: lora_alpha is {alpha!r}, expected a number; {way_out}")
     for key in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(path, key, said.get(key))
     raise_all(problems, CheckpointError)

@@ -51,13 +51,22 @@ def find_edits(config: AdapterConfig, tensors: AdapterTensors, base: Checkpoint)
         more = len(finder.problems) - len(shown)
         raise_all(
             [
-                f"{config.folder} does not fit its base {base.path}: {'; '.join(shown)}"
+                f"{config.folder}, a LoRA adapter, does not fit its base {base.path}: {'; '.join(shown)}"
                 + (f"; and {more} more" if more else "")
                 + (f". The adapter says that it was trained on {config.base}" if config.base else "")
             ],
             CheckpointError,
         )
     return finder.found
+
+
+def _gathered(*shapes: tuple[int, ...]) -> str:
+    """Why factors are empty, where they are."""
+    return (
+        " (saved under ZeRO-3 or FSDP without being gathered: save the adapter again)"
+        if any(0 in shape for shape in shapes)
+        else ""
+    )
 
 
 class _Finder:
@@ -103,9 +112,12 @@ class _Finder:
         self, inner: str, place: str, shape: tuple[int, ...], kinds: dict[str, str], a: str, b: str, turned: bool
     ) -> None:
         seen_a, seen_b = self._tensors.shape(kinds[a]), self._tensors.shape(kinds[b])
-        rank, ins, outs = seen_a[0], prod(seen_a[1:]), seen_b[0]
-        if len(seen_a) < 2 or len(seen_b) < 2 or prod(seen_b[1:]) != rank:
-            self._problem(f"the factors of {inner} have the shapes {list(seen_a)} and {list(seen_b)}, which do not multiply")
+        rank, ins, outs = (seen_a or (0,))[0], prod(seen_a[1:]), (seen_b or (0,))[0]
+        if 0 in (*seen_a, *seen_b) or len(seen_a) < 2 or len(seen_b) < 2 or prod(seen_b[1:]) != rank:
+            self._problem(
+                f"the factors of {inner} have the shapes {list(seen_a)} and {list(seen_b)}, which do not multiply"
+                + _gathered(seen_a, seen_b)
+            )
             return
         if not self._rank_fits(inner, rank):
             return

@@ -73,7 +73,7 @@ class Streams:
         found = storage.find_model(source)
         _check_manifest(found)
         folder = self._outlined(found.objects, found.sha256)
-        names = [name for name in found.objects if name not in storage.BESIDE]
+        names = [name for name in found.objects if not storage.is_beside(name)]
         files = {name: self._known[(folder / name).resolve()].info for name in names}
         return Fetched(
             source=source, resolved=found.uri, path=folder, digest=_listing_digest(files), files=files, expert=found.expert
@@ -150,7 +150,7 @@ class Streams:
     def _outlined(self, objects: dict[str, s3.S3Object], sha256: dict[str, str]) -> Path:
         folder, made = outline(objects, cache=self._cache)
         client = s3.client(patient=True)
-        covered = all(name in sha256 for name in objects if name not in storage.BESIDE)
+        covered = all(name in sha256 for name in objects if not storage.is_beside(name))
         for name, one in objects.items():
             digest = f"sha256:{sha256[name]}" if covered and name in sha256 else f"etag:{one.etag}"
             info = FileInfo(size=one.size, digest=digest)

@@ -18,7 +18,7 @@ def test_an_adapter_is_extracted_and_merged_again(tmp_path: Path) -> None:
     told = said("extract-lora", tmp_path / "merged", "--base", base, "--rank", 8, tmp_path / "out", *home)
     assert "model.layers.0.mlp.down_proj.weight" in told and "4 tensors differ" in told
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["kind"] == "adapter" and {one["rank"] for one in record["results"]["tensors"]} == {4}
+    assert record["kind"] == "adapter" and all(4 <= one["rank"] <= 8 for one in record["results"]["tensors"])
     (tmp_path / "recipe.yaml").write_text(json.dumps({"merge_method": "linear", "models": [{"model": "base+out"}]}))
     said("merge", tmp_path / "recipe.yaml", tmp_path / "again", *home)
     expected = load_file(tmp_path / "merged" / "model.safetensors")

@@ -142,6 +142,7 @@ def config_of(adapter: Path, **changes: Any) -> None:
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
         ({"layer_replication": [[0, 1]]}, "passthrough"),
         ({"r": 8}, "the rank 8, its factors have 4"),
+        ({"lora_alpha": None}, "of a LoRA adapter: lora_alpha is None, expected a number; .*merge_and_unload"),
         ({"use_dora": True}, "there is no magnitude"),
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
     ],
@@ -157,6 +158,15 @@ def test_a_base_of_another_shape_is_refused_with_what_the_adapter_says_of_its_ow
     base, other = tiny_base(tmp_path / "base", "llama"), tiny_base(tmp_path / "other", "llama", hidden=32)
     with pytest.raises(CheckpointError, match=r"does not fit its base .*other: the product .* trained on .*base"):
         opened(other, write_adapter(tmp_path / "adapter", base))
+
+
+def test_factors_that_were_never_gathered_are_named(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    adapter = write_adapter(tmp_path / "adapter", base)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: torch.zeros(0) for name in tensors}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"a LoRA adapter, does not fit .* shapes \[0\] and \[0\].* ZeRO-3"):
+        opened(base, adapter)
 
 
 def test_a_base_of_another_name_is_a_note(tmp_path: Path) -> None:
