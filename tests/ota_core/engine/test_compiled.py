@@ -73,7 +73,7 @@ def recipe_of(root: Path, method: str, parameters: dict[str, Any], vocabulary: s
         model(root / name, seed, tokens[seed], own=own[seed], pad=pad[seed], without=without if seed == 2 else ())
         for seed, name in enumerate(("base", "expert0", "expert1", "expert2"))
     ]
-    experts = folders[1:2] if method in {"slerp", "nearswap", "arcee_fusion"} else folders[1:]
+    experts = folders[1 : 1 + EXPERTS.get(method, 3)]
     raw: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": str(folder)} for folder in experts],
@@ -87,6 +87,7 @@ def recipe_of(root: Path, method: str, parameters: dict[str, Any], vocabulary: s
     return MergeRecipe.model_validate(raw | ({"base_model": str(folders[0])} if base else {}) | top)
 
 
+EXPERTS = {"slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2}
 METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("linear", {}, {}),
     ("linear", {}, {"base": False}),
@@ -95,11 +96,15 @@ METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ties", {"density": 0.4}, {}),
     ("dare_ties", {"density": 0.4}, {}),
     ("breadcrumbs", {"density": 0.4, "gamma": 0.1}, {}),
+    ("della", {"density": 0.5, "seed": 5}, {}),
+    ("sce", {"density": 0.3}, {}),
+    ("ramplus_tl", {"epsilon": 0.01, "r": 0.5}, {}),
+    ("model_stock", {"filter_wise": True}, {}),
+    ("multislerp", {"lambda": 1.2}, {}),
+    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}, {}),
     ("nearswap", {"t": 0.01}, {}),
     ("arcee_fusion", {}, {}),
     ("ram", {}, {}),
-    ("sce", {"density": 0.4}, {}),
-    ("della", {"density": 0.4, "epsilon": 0.1}, {}),
     ("fisher", {}, {}),
     ("fisher", {"missing_curvature": "mean"}, {"without": (MATRIX, HEAD)}),
     ("ota", {}, {}),

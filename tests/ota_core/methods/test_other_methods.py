@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from ota_core.errors import RecipeError
+from ota_core.recipe.recipe import parse_recipe
 from tests.checkpoints import ota_recipe, random_base, random_experts, run_merge
 from tests.ota_core.methods.test_limits import same_bits
 from tests.reference import Expert
@@ -95,3 +97,54 @@ def test_della_at_density_one_is_mergekits(tmp_path: Path) -> None:
         for parameters in ({}, {"normalize": method != "della", "lambda": 0.7}):
             folder = tmp_path / method / str(len(parameters))
             compare(folder, method, base, experts, {"weight": [1.0, 0.5, 1.7], "density": [1.0] * 3}, parameters)
+
+
+def raw(method: str, models: int, parameters: dict[str, Any], own: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
+    entries = [{"model": f"m{i}", "parameters": own or {}} for i in range(models)]
+    return {"merge_method": method, "base_model": "b", "models": entries, "parameters": parameters, **top}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (raw("nuslerp", 3, {}), "nuslerp takes 2, the recipe names 3"),
+        (raw("model_stock", 1, {}), "model_stock takes at least 2, the recipe names 1"),
+        (raw("passthrough", 2, {}), "passthrough takes 1, the recipe names 2"),
+        (raw("nearswap", 1, {}), "nearswap needs 't'"),
+        (raw("slerp", 1, {"t": 1.5}), r"slerp needs 't', .* got 1.5"),
+        (raw("della", 2, {"density": 0.9, "epsilon": 0.2}), "must lie between 0 and 1; got density 0.9 and epsilon 0.2"),
+        (raw("sce", 2, {}, {"density": 0.5}), "'density' holds for the whole merge with merge_method sce"),
+        (raw("ota", 2, {}, {"epsilon": 0.5}), "'epsilon' holds for the whole merge with merge_method ota"),
+        (raw("karcher", 2, {"weight": 0.5}), "'weight' has no effect with merge_method karcher"),
+        (raw("multislerp", 2, {"lambda": 0.5}, base_model=None), "base_model is missing: parameters.lambda"),
+        (raw("multislerp", 2, {}, base_model=None, scales="s.safetensors"), "base_model is missing: scales"),
+        (raw("ram", 2, {}, base_model=None), "base_model is missing: ram works on task vectors"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else None,
+)
+def test_what_a_method_cannot_do_is_refused(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(recipe)
+
+
+def test_mergekits_spellings_and_defaults() -> None:
+    assert parse_recipe(raw("sce", 2, {"select_topk": 0.3, "int8_mask": True})).setting("density") == 0.3
+    assert parse_recipe(raw("sce", 2, {})).setting("density") == 1.0
+    della = parse_recipe(raw("della", 2, {"density": 0.5}, {"epsilon": 0.1}))
+    assert della.setting("epsilon", 1) == 0.1 and della.setting("rescale") and della.setting("normalize")
+    assert della.effective()["experts"][0] == {"density": 0.5, "epsilon": 0.1, "weight": 1.0}
+    # Where epsilon is of the whole merge it stands where it stood before: a fingerprint hangs on it.
+    ota = parse_recipe(raw("ota", 2, {"epsilon": 1e-12})).effective()
+    assert ota["parameters"]["epsilon"] == 1e-12 and "epsilon" not in ota["experts"][0]
+    assert parse_recipe(raw("ram", 2, {})).setting("epsilon") == 1e-5
+
+
+def test_two_models_are_the_base_and_one_other(tmp_path: Path) -> None:
+    """mergekit's recipes name the base among the models, or leave it out; two others are one too many."""
+    recipe = ota_recipe(tmp_path, BASE, EXPERTS[:1], {"t": 0.01}, method="nearswap")
+    alone, _ = run_merge(recipe, tmp_path / "alone")
+    both = {**recipe, "models": [{"model": recipe["base_model"], "name": "start"}, *recipe["models"]]}
+    same_bits(run_merge(both, tmp_path / "both")[0], alone)
+    two = ota_recipe(tmp_path / "two", BASE, EXPERTS[:2], {"t": 0.01}, method="nearswap")
+    with pytest.raises(RecipeError, match="nearswap: base_model and 2 other models are named"):
+        run_merge(two, tmp_path / "out")
