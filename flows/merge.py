@@ -35,7 +35,7 @@ from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import Runner, runner_of, several_at_once
 from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import ReportKind
-from tasks.settings import Device, Places, places
+from tasks.settings import Address, Device, Places, places
 from tasks.storage.streaming.streams import Streams
 from tasks.tracking.names import REGISTERED_MODEL
 
@@ -67,13 +67,14 @@ def merge_flow(
     recipe_dir: Path | None = None,
     home: Path | None = None,
     artifacts: str | None = None,
-    tracking_uri: str | None = None,
+    tracking_uri: Address | None = None,
     runner: Runner | None = None,
     gpu: str | None = None,
     registered_model: str | None = REGISTERED_MODEL,
     report: ReportKind = "full",
     chat_template: bool | None = None,
     smoke: bool = True,
+    ignore_config_differences: list[str] | None = None,
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -94,11 +95,13 @@ def merge_flow(
         registered_model: The registered model in MLflow that gains a version; none: no version.
         report: The page beside the model; full: with the analysis of the experts, scores: without it, none: no page.
         chat_template: How models are asked where the suite leaves it to them, if that was decided for more models than these.
+        ignore_config_differences: Settings of config.json that may differ between the models, beside those that the recipe names.
         smoke: Try the merged model first; one that does not load, generate and end as the base does is not benchmarked.
     """
     if isinstance(recipe, str):
         recipe, folder = read_recipe(recipe)
         recipe_dir = recipe_dir or folder
+    recipe = recipe.ignoring(ignore_config_differences)
     where, runner, gpu = places(home, artifacts), runner or runner_of(), gpu or gpu_deployment()
     runner.task_runner()  # says what is not installed
     budget, file_size = parse_memory(memory), parse_size(shard_size, "shard size", "1KB")

@@ -33,6 +33,7 @@ from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult, store_of
 from tasks.merging.labels import merge_label
+from tasks.merging.opened import opens
 from tasks.merging.sources import MergeStage, Planned
 from tasks.settings import Places
 from tasks.storage import models as storage
@@ -59,7 +60,7 @@ class MergeJob(MergeStage):
         def build(folder: Path) -> BuildResult:
             with self.opened(where) as inputs:
                 report = engine.merge_into(
-                    folder, self.recipe, inputs, memory=self.memory, device=device, shard_size=self.shard_size, progress=progress
+                    folder, self.recipe, inputs, memory=self.memory, device=device, shard_size=self.shard_size, progress=progress, opens=opens
                 )  # fmt: skip
                 if report.fingerprint != self.step.fingerprint:  # asked for by another machine
                     raise ArtifactError(
@@ -251,7 +252,9 @@ class AssembleJob(Part):
         def build(folder: Path) -> BuildResult:
             records = {name: store.read_record(ref) for name, ref in self.shards.items()}
             with self.core(where) as job:
-                _, results = shards.finish(job, folder, [Found.model_validate(record.results) for record in records.values()])
+                _, results = shards.finish(
+                    job, folder, [Found.model_validate(record.results) for record in records.values()], opens
+                )
                 provenance = {**engine.environment(device), "sources": engine.sources(job.inputs)}
             files = digest_files(folder, model_files(folder_files(folder)), cache=where.cache) | {
                 name: FileInfo(size=record.files[name], digest=record.provenance["digest"]) for name, record in records.items()

@@ -10,6 +10,7 @@ from flows.cli.common import (
     DataDir,
     Device,
     Home,
+    IgnoreDifferences,
     Limit,
     Memory,
     MergeMemory,
@@ -50,8 +51,12 @@ def run(
         typer.Option(help="Parts at a time on this machine, each with its own memory budget.", show_default="$OTA_RUNNER_PARTS"),
     ] = None,
     shard_size: ShardSize = "5GB",
+    ignore: IgnoreDifferences = None,
     smoke: Annotated[
         bool, typer.Option(help="Try the merged model first, and do not benchmark one that does not load, generate or end.")
+    ] = True,
+    server: Annotated[
+        bool, typer.Option("--server/--no-server", help="Use the Prefect server of PREFECT_API_URL, or none but a temporary one.")
     ] = True,
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, smoke test, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
@@ -62,11 +67,11 @@ def run(
     from tasks.settings import as_device, places
 
     with user_errors():  # what needs no server is checked before one is started
-        loaded, wanted = load_recipe(recipe), None if suite == "none" else suite
+        loaded, wanted = load_recipe(recipe).ignoring(ignore), None if suite == "none" else suite
         if wanted:
             load_suite(wanted)
         parse_memory(memory)
-        prepare_prefect()
+        prepare_prefect(server=server)
         from flows.merge import merge_flow
         from tasks.orchestration.runners import runner_of, server_for
         from tasks.pages.outcome import comparison_table

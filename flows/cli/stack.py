@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import table_width, user_errors
+from flows.cli.common import Commands, table_width, user_errors
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     help="Prefect, MLflow, S3 and workers as processes on this machine (extra 'demo'); `deploy`: for machines of your own.",
 )

@@ -4,12 +4,14 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.common import TrackingUri, user_errors
+from flows.cli.common import Commands, TrackingUri, user_errors
 from flows.cli.registry import Name
 from tasks.tracking.names import REGISTERED_MODEL
 
 app = typer.Typer(
-    no_args_is_help=True, help="Have the MLflow server tell an address of yours when an alias, such as champion, moves."
+    cls=Commands,
+    no_args_is_help=True,
+    help="Have the MLflow server tell an address of yours when an alias, such as champion, moves.",
 )
 
 Which = Annotated[str, typer.Argument(metavar="WEBHOOK", help="Its id or address (ota webhook list).", show_default=False)]

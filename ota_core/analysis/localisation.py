@@ -21,7 +21,7 @@ from ota_core.methods.numbers import kept_count
 from ota_core.moments.compression.cuts import matrices
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import block_mask
-from ota_core.plan.roles import WHOLE, Place, totals
+from ota_core.plan.roles import WHOLE, Place, moe_expert, totals
 from ota_core.plan.scoring import Scoring
 from ota_core.plan.tally import thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements
@@ -45,8 +45,11 @@ class Shape:
     empty_columns: int = 0
     column_bins: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
+    matrices: tuple[int, ...] = ()
+    """Of one tensor that stacks matrices: elements kept of each. Sums over tensors leave it out."""
+
     def __iadd__(self, other: "Shape") -> "Shape":
-        for name in self.__dataclass_fields__:
+        for name in self.__dataclass_fields__.keys() - {"matrices"}:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 
@@ -58,6 +61,8 @@ class _Counting:
         self.shape = Shape(elements=job.elements)
         self._stack, self._height, self._width = matrices(job.shape) if len(job.shape) > 1 else (0, 0, 0)
         self._columns = np.zeros((self._stack, self._width), np.int32)
+        self.matrices = np.zeros(self._stack, np.int64)
+        """Elements kept of each matrix of the stack."""
         self._lock = Lock()
 
     def add(self, first: int, mask: NDArray[np.bool_]) -> None:
@@ -69,12 +74,16 @@ class _Counting:
         bins, empty, columns = np.zeros(BINS, np.int64), np.zeros(1, np.int64), np.zeros_like(self._columns)
         kept = mask.reshape(-1, self._width)
         total = count_mask(kept, first, self._height, bins, empty, columns)
+        matrices = np.bincount((first + np.arange(len(kept))) // self._height, kept.sum(1), minlength=self._stack).astype(
+            np.int64
+        )
         with self._lock:
             self.shape.kept += int(total)
             self.shape.rows += len(kept)
             self.shape.empty_rows += int(empty[0])
             self.shape.row_bins += bins
             self._columns += columns
+            self.matrices += matrices
 
     def done(self) -> Shape:
         """The counts of all rows; those of the columns are let go."""
@@ -83,6 +92,7 @@ class _Counting:
             self.shape.columns, self.shape.empty_columns = counts.size, int((counts == 0).sum())
             self.shape.column_bins = np.bincount(np.minimum(BINS - 1, BINS * counts // self._height), minlength=BINS)
         self._columns = np.zeros((0, 0), np.int32)
+        self.shape.matrices = tuple(self.matrices.tolist()) if self._stack > 1 else ()
         return self.shape
 
 
@@ -199,9 +209,27 @@ def _rows(subject: Subject, variant: str, shapes: Mapping[Key, Shape]) -> Iterat
                 shape.elements,
                 variant=variant,
             )
+        yield from _mixture(subject, expert, variant, shapes)
         for place, shape in places.items():
             if shape.rows and (place == WHOLE or place in subject.places.values()):
                 yield from _sparsity(expert.name, variant, place, shape)
+
+
+def _mixture(subject: Subject, expert: ExpertView, variant: str, shapes: Mapping[Key, Shape]) -> Iterator[Row]:
+    """What the mask keeps of each expert of a mixture of experts, whether a tensor holds one of them or all."""
+    kept: dict[tuple[Place, int], int] = defaultdict(int)
+    elements: dict[tuple[Place, int], int] = defaultdict(int)
+    for job in subject.jobs:
+        number, shape = moe_expert(job.name), shapes.get((expert.index, job.name))
+        if number is None or shape is None:
+            continue
+        stack = shape.matrices if number < 0 else (shape.kept,)
+        for i, count in enumerate(stack):
+            for place in totals(subject.places[job.name]):
+                kept[place, max(number, 0) + i] += count
+                elements[place, max(number, 0) + i] += shape.elements // len(stack)
+    for (place, number), total in elements.items():
+        yield row("moe", expert.name, place, "density", kept[place, number] / max(1, total), total, variant=variant, at=number)
 
 
 def _sparsity(expert: str, variant: str, place: Place, shape: Shape) -> Iterator[Row]:

@@ -126,7 +126,7 @@ def mask_recipe(recipe: MergeRecipe, options: AnalysisOptions) -> MergeRecipe:
     return MergeRecipe.model_validate(
         {
             "merge_method": "ota", "base_model": recipe.base_model, "models": models, "parameters": parameters,
-            "tokenizer_source": recipe.tokenizer_source,
+            "tokenizer_source": recipe.tokenizer_source, "ignore_config_differences": recipe.ignore_config_differences,
         }
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ class Row(NamedTuple):
     """One number."""
 
     analysis: str
-    """localisation, sparsity, curvature_overlap, task_vector, compression or preflight."""
+    """localisation, moe, sparsity, curvature_overlap, task_vector, compression or preflight."""
     expert: str
     other: str | None
     """The other expert of a pair."""
@@ -22,7 +22,8 @@ class Row(NamedTuple):
     """curvature or magnitude (localisation, sparsity), a compression, or empty."""
     measure: str
     at: float | None
-    """Lower edge of a histogram's bin; of a Jaccard, the density of the masks that are compared."""
+    """Lower edge of a histogram's bin; of a Jaccard, the density of the masks that are compared; of ``moe``,
+    the number of the expert of a mixture."""
     value: float
     """NaN where a measure is not defined: the cosine with a vector of zeros, a rank correlation with what is all the same."""
     unit: str

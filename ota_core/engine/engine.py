@@ -5,7 +5,7 @@ merge: recipe and inputs → a complete Hugging Face folder. mask: recipe and in
 
 import platform
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,31 +20,38 @@ from ota_core.engine.output import (
     Put,
     Shards,
     check_apart,
-    check_free,
     copy_companions,
     merge_blocks,
-    new_folder,
+    needs,
     plan_files,
     write_holes,
     write_weights,
 )
 from ota_core.errors import OtaError
+from ota_core.files.architecture import is_embedding
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.place import check_free, new_folder
+from ota_core.files.room import Need, check_room, full_disk
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
 from ota_core.moments import open_moments
 from ota_core.moments.compression import CompressionReport, is_compressed, kept_as_trained, label_of, write_compressed
 from ota_core.moments.match import Layout
+from ota_core.plan.dropped import dropped_notes
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
 from ota_core.plan.masks import MaskWriter
 from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import block_mask, prepare_curvature
 from ota_core.plan.scoring import ffg_scoring
+from ota_core.plan.ties import check_ties
 from ota_core.plan.views import Block, ExpertView, block_elements
 from ota_core.recipe.recipe import MergeRecipe
 from ota_core.rules.base import Rule
 from ota_core.rules.ota import density_report
 from ota_core.rules.rule import rule_of
+
+Opens = Callable[[Path, Path, Mapping[str, tuple[int, ...]], int | None], list[str]]
+"""Looks at a merged folder as who loads it will (``tasks/merging/opened.py``). Raises OtaError, returns notes."""
 
 
 class MergeReport(BaseModel):
@@ -74,19 +81,22 @@ def merge(
     layout_of: LayoutOf | None = None,
     overwrite: bool = False,
     shard_size: int = MAX_SHARD_BYTES,
+    opens: Opens | None = None,
     **limits: Unpack[Limits],
 ) -> MergeReport:
     """Merge and write the folder ``out``: shards, configuration, tokenizer, model card, and ``record.json`` last.
 
     inputs: local files; without them the recipe's models must be folders, looked up beside ``recipe_dir`` and here. Nothing of the result
     depends on ``limits`` (but for one unit in the last place of the output type on a GPU). Raises OtaError, with all problems
-    at once, before anything is written; ``out`` appears complete or not at all.
+    at once, before anything is written; ``opens`` looks at the complete folder before it takes its name; ``out`` appears complete or not at all.
     """
     check_free(out, overwrite=overwrite)
     inputs = inputs or resolve_local(recipe, recipe_dir, layout_of)
     check_apart(out, inputs)
-    with new_folder(out, overwrite=overwrite) as folder:
-        report = merge_into(folder, recipe, inputs, shard_size=shard_size, **limits)
+    with full_disk(out), new_folder(out, overwrite=overwrite) as folder:
+        report = merge_into(folder, recipe, inputs, shard_size=shard_size, opens=opens, **limits)
+        if inputs.check is not None:
+            inputs.check()
         identity, config, digests = merge_identity(recipe, inputs, shard_size)
         provenance = {
             **environment(limits.get("device", "cpu")),
@@ -114,6 +124,7 @@ def merge_into(
     inputs: MergeInputs,
     *,
     shard_size: int = MAX_SHARD_BYTES,
+    opens: Opens | None = None,
     **limits: Unpack[Limits],
 ) -> MergeReport:
     """Write everything of a merged model but its record into an empty folder. Who calls owns the folder: its name, record and removal."""
@@ -121,7 +132,7 @@ def merge_into(
         started = time.perf_counter()
         shards = plan_files(plan, shard_size)
         write_weights(plan, rule, folder, shards)
-        fingerprint, results = complete_folder(plan, rule, rule.found(), folder, shards, shard_size)
+        fingerprint, results = complete_folder(plan, rule, rule.found(), folder, shards, shard_size, opens)
         seconds = {"prepare": prepare, "merge": time.perf_counter() - started}
         return MergeReport(
             fingerprint=fingerprint, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes
@@ -165,17 +176,24 @@ def _prepared(
     started = time.perf_counter()
     with open_plan(recipe, inputs, **limits) as plan:
         plan.scratch = scratch
+        if scratch is not None:
+            check_room(needs(plan, scratch))
+        check_ties(plan)
         rule = rule_of(plan)
         rule.prepare()
         yield plan, rule, time.perf_counter() - started
 
 
 def complete_folder(
-    plan: MergePlan, rule: Rule, found: Found, folder: Path, shards: Shards, shard_size: int
+    plan: MergePlan, rule: Rule, found: Found, folder: Path, shards: Shards, shard_size: int, opens: Opens | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Everything beside the weights but the record: index, configuration, tokenizer, model card. Returns fingerprint and results."""
     write_index(folder, shards)
     copy_companions(plan, folder)
+    plan.notes += dropped_notes(plan)
+    if opens is not None:
+        rows = next((job.shape[0] for job in plan.jobs if is_embedding(job.name)), None)
+        plan.notes += opens(folder, plan.source_folder(), {job.name: job.shape for job in plan.jobs}, rows)
     results = rule.results(found)
     identity, _, _ = merge_identity(plan.recipe, plan.inputs, shard_size)
     write_text_atomic(folder / CARD, model_card(plan.recipe, plan.inputs, results, identity))
@@ -204,6 +222,8 @@ def mask(
     found: dict[str, Any] = {}
     with open_plan(recipe, inputs, **limits) as plan:
         plan.scratch = out
+        bits = sum(-(-job.elements // 8) for job in plan.merged_jobs())
+        check_room([*needs(plan, out)[2:], Need(out, bits * sum(recipe.ffg(i) for i in range(len(recipe.models))), "the masks")])
         if only is not None:
             plan.experts = [expert for expert in plan.experts if expert.name == only]
         plan.experts = [expert for expert in plan.experts if recipe.ffg(expert.index)]

@@ -23,9 +23,10 @@ import numpy as np
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Progress
-from ota_core.engine.engine import complete_folder
-from ota_core.engine.output import Shards, plan_files, write_weights
+from ota_core.engine.engine import Opens, complete_folder
+from ota_core.engine.output import Shards, needs, plan_files, write_weights
 from ota_core.errors import ArtifactError, OtaError, RecipeError
+from ota_core.files.room import check_room
 from ota_core.files.rows import I64
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
@@ -36,6 +37,7 @@ from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import WholeFacts, ffg_group, masked_here, mean_of, weight_sums
 from ota_core.plan.scoring import ffg_scoring
 from ota_core.plan.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off, taus_of
+from ota_core.plan.ties import check_ties
 from ota_core.plan.views import ExpertView
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from ota_core.rules.lambdas import scales_of
@@ -94,7 +96,8 @@ def _check_compressed(plan: MergePlan) -> None:
 
 def shard_files(job: MergeInParts) -> list[str]:
     """The names of the output's weight files, each a part of the merge."""
-    with job.opened() as (_, shards):
+    with job.opened() as (plan, shards):
+        check_ties(plan)
         return [file for file, _ in shards]
 
 
@@ -256,11 +259,12 @@ def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts |
     with job.opened(shard) as (plan, shards):
         rule = rule_of(plan, whole or WholeFacts())
         rule.prepare()
+        check_room(needs(plan, folder, whole=False))
         write_weights(plan, rule, folder, shards)
         return rule.found()
 
 
-def finish(job: MergeInParts, folder: Path, found: Sequence[Found]) -> tuple[str, dict[str, Any]]:
+def finish(job: MergeInParts, folder: Path, found: Sequence[Found], opens: Opens | None = None) -> tuple[str, dict[str, Any]]:
     """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint and results."""
     with job.opened() as (plan, shards):
-        return complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size)
+        return complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens)

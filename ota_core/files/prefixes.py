@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-# Anywhere in a name: torch.compile, FSDP and activation checkpointing wrap single blocks as well as a whole model.
-PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# Anywhere in a name: torch.compile, FSDP, that of XLA, and activation checkpointing wrap single blocks as well as a whole model.
+PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_module"})
 # At the front of every name: DistributedDataParallel and DeepSpeed; PEFT.
 FRONTS = ("module.", "base_model.model.")
 

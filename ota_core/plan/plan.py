@@ -14,14 +14,16 @@ from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in
+from ota_core.plan.config import config_problems
 from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_moments import check_moments, moments_problems, open_expert
 from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
+from ota_core.plan.names import agree, only_prefix
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
-from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
-from ota_core.recipe.recipe import MergeRecipe
+from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
+from ota_core.recipe.recipe import WITHOUT_BASE, MergeRecipe
 
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
 SHOWN = 8
@@ -91,23 +93,27 @@ class MergePlan:
             expert.prefetch_curvature(*block)
 
     def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob, *, base: bool = True) -> bool:
-        """Whether the compiled passes give the same bits for this tensor: on the CPU, rows one to one, types that they load.
+        """Whether the compiled passes give the same bits for this tensor: on the CPU, types that they load.
 
-        ``base``: whether the rule needs the base.
+        ``base``: whether the rule needs the base; rows that an expert lacks are the base's under every rule.
         """
         if self.device != "cpu" or (base and self.base is None):
             return False
-        models = [*([self.base] if base and self.base else []), *experts]
-        return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype in KINDS for m in models)
+        models: list[ModelView] = [*experts]
+        if self.base is not None and (base or self.matched_rows(job)):
+            models.append(self.base)
+        return all(m.checkpoint.info(m.stored_name(job.name)).dtype in KINDS for m in models)
+
+    def matched_rows(self, job: TensorJob) -> bool:
+        """Whether the rows of this tensor are matched by token in some model."""
+        return is_vocabulary_tensor(job.name) and any(view.row_map is not None for view in self.models)
 
     def needs_torch(self) -> bool:
-        """Whether some block goes through tensors, because no compiled pass covers the method, its options, a type or a vocabulary."""
-        base, setting = self.base is not None and self.recipe.merge_method != "linear", self.recipe.setting
-        means = self.recipe.merge_method == "ota" and setting("normalise") == "global"
-        fused = all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
+        """Whether some block goes through tensors: no compiled pass loads its type, or λ, row spaces or learned scales need products of matrices."""
         if self.scales is not None or self.recipe.auto or self.recipe.refined:
             return True
-        return means or not fused or not compiled(self.recipe)
+        base = self.base is not None and self.recipe.merge_method not in WITHOUT_BASE
+        return not all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
 
     @property
     def tensor_elements(self) -> int:
@@ -117,9 +123,14 @@ class MergePlan:
         room = self.stream.memory // 4 // self.stream.threads // tensor_bytes_per_element(len(self.experts))
         return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
 
-    def source_folder(self) -> Path:
+    @property
+    def source(self) -> ModelView:
         """The model whose configuration and tokenizer the output takes."""
-        return self.models[self.vocabulary.source if self.vocabulary else 0].checkpoint.path
+        return self.models[self.vocabulary.source if self.vocabulary else 0]
+
+    def source_folder(self) -> Path:
+        """The folder of that configuration."""
+        return self.source.checkpoint.config_folder
 
 
 @contextmanager
@@ -160,6 +171,8 @@ def open_plan(
                 checkpoint.config = checkpoint.config or checkpoints[0].config
         names = [item.name for item in inputs.models]
         vocabulary = _vocabulary(recipe, names, checkpoints)
+        tensors = [tensor_names(checkpoint) for checkpoint in checkpoints]
+        agreed = agree(names, checkpoints, vocabulary.source if vocabulary else 0, [item.parameters for item in inputs.models])
         maps = vocabulary.maps if vocabulary else (None,) * len(checkpoints)
         machine = {"device": device, "count_read": stream.count_read}
         common: list[dict[str, Any]] = [
@@ -168,20 +181,27 @@ def open_plan(
         ]
         base = ModelView(**common.pop(0)) if inputs.base else None
         correct = bool(recipe.setting("bias_correction"))
-        experts = [ExpertView(**facts, index=i, bias_correction=correct) for i, facts in enumerate(common)]
+        own = list(zip(tensors, agreed.renamed, strict=True))[len(tensors) - len(common) :]
+        experts = [
+            ExpertView(**facts, index=i, bias_correction=correct, own_tensors=held, renamed=renamed)
+            for i, (facts, (held, renamed)) in enumerate(zip(common, own, strict=True))
+        ]
         views: list[ModelView] = [*([base] if base else []), *experts]
         for expert, item in zip(experts, inputs.experts if with_moments else (), strict=with_moments):
             if item.moments is None and not need_moments:
                 continue
             open_expert(recipe, expert, item, problems, stack)
         first = views[vocabulary.source if vocabulary else 0]
-        jobs = _jobs(recipe, views, first, vocabulary, problems)
+        configs = [checkpoint.config for checkpoint in checkpoints]
+        source = vocabulary.source if vocabulary else 0
+        problems += config_problems(names, configs, source, recipe.ignore_config_differences or ())
+        jobs = _jobs(recipe, views, first, vocabulary, agreed.first_alone, problems)
         for expert in experts:
             check_moments(recipe, expert, jobs, problems)
         scales = None
         if inputs.scales is not None:
-            tensors = [job.name for job in jobs if not job.copy and job.name == job.canonical]
-            scales = scales_for(inputs.scales, [expert.name for expert in experts], tensors, problems)
+            parameters = [job.name for job in jobs if not job.copy and job.name == job.canonical]
+            scales = scales_for(inputs.scales, [expert.name for expert in experts], parameters, problems)
         raise_all(problems, OtaError)
         opened_files: list[Checkpoint | Moments | MaskFile | None] = [*checkpoints]
         for expert in experts:
@@ -195,6 +215,8 @@ def open_plan(
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
         if (note := unlike(experts, recipe)) is not None:
             plan.notes.append(note)
+        plan.notes += [f"{view.name}: {note}" for view in views for note in view.checkpoint.notes]
+        plan.notes += agreed.notes
         plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
@@ -208,14 +230,6 @@ def _choice(item: ExpertInput) -> str | None:
     first, *_ = (*item.moments.relative_to(item.path).parts, "")
     choice = choice_in(item.path) if first.startswith("checkpoint-") else None
     return choice.note if choice and choice.name == first else None
-
-
-def compiled(recipe: MergeRecipe) -> bool:
-    """Whether compiled passes cover the recipe's method and options; a block that they do not cover goes through tensors."""
-    if recipe.merge_method == "ota":
-        setting = recipe.setting
-        return bool(setting("masked_merge") == "precond" and setting("fallback") == "base" and not setting("rescale"))
-    return recipe.merge_method != "slerp"
 
 
 def bytes_per_element(experts: int) -> int:
@@ -234,7 +248,7 @@ def _block_elements(memory: int, threads: int, experts: int, most: int) -> int:
 
 def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:
     try:
-        checkpoint = Checkpoint(item.path, item.source_of)
+        checkpoint = item.opened()
     except CheckpointError as error:
         problems.append(f"{item.name}: {error}")
         return None
@@ -248,7 +262,7 @@ def _vocabulary(recipe: MergeRecipe, names: list[str], checkpoints: list[Checkpo
         embeddings = [n for n in checkpoint.names() if is_vocabulary_tensor(n)]
         if not embeddings:
             return None
-        models.append((name, checkpoint.path, checkpoint.info(embeddings[0]).shape[0]))
+        models.append((name, checkpoint.tokenizer_folder, checkpoint.info(embeddings[0]).shape[0]))
     source = recipe.tokenizer_source
     if source == "union":
         return match(models, source)
@@ -273,7 +287,12 @@ def checkpoint_problems(recipe: MergeRecipe, inputs: MergeInputs) -> list[str]:
 
 
 def _jobs(
-    recipe: MergeRecipe, views: list[ModelView], first: ModelView, vocabulary: Vocabulary | None, problems: list[str]
+    recipe: MergeRecipe,
+    views: list[ModelView],
+    first: ModelView,
+    vocabulary: Vocabulary | None,
+    alone: frozenset[str],
+    problems: list[str],
 ) -> list[TensorJob]:
     """The output's tensors, checked against every model."""
     jobs = []
@@ -284,13 +303,20 @@ def _jobs(
         floating = info.dtype.is_floating_point
         token_rows = vocabulary is not None and is_vocabulary_tensor(name)
         shape = (vocabulary.rows, *info.shape[1:]) if vocabulary is not None and token_rows else info.shape
+        if name in alone:
+            jobs.append(TensorJob(name, name, info.shape, info.dtype, copy=True, alone=True))
+            continue
         for view in views:
             difference = _difference(view, first, name, from_axis=1 if token_rows else 0)
             if difference:
                 differing[view.name].append(f"tensor '{name}' {difference}")
         jobs.append(
             TensorJob(
-                name, first.tied.get(name, name), shape, (out_dtype or info.dtype) if floating else info.dtype, not floating
+                name,
+                first.tied.get(name, name),
+                shape,
+                (out_dtype or first.checkpoint.kept_dtype(name)) if floating else info.dtype,
+                not floating,
             )
         )
     known = {job.name for job in jobs}
@@ -317,7 +343,7 @@ def _difference(view: ModelView, first: ModelView, name: str, from_axis: int) ->
 def _grouped(views: list[ModelView], first: ModelView, differing: dict[str, list[str]]) -> list[str]:
     """One problem for each model that differs; where all experts differ from the base in the same way, the base alone is suspected."""
     experts = [view.name for view in views if isinstance(view, ExpertView)]
-    shown = {view.name: _some(differing[view.name]) for view in views}
+    shown = {view.name: _shown(view, first, differing[view.name]) for view in views}
     alike = len(experts) > 1 and len({tuple(differing[name]) for name in experts}) == 1 and differing[experts[0]]
     if alike and first.name not in experts:
         return [
@@ -329,6 +355,16 @@ def _grouped(views: list[ModelView], first: ModelView, differing: dict[str, list
         for view in views
         if differing[view.name]
     ]
+
+
+def _shown(view: ModelView, first: ModelView, differing: list[str]) -> str:
+    """What differs, or that only a prefix does."""
+    alike = only_prefix(view.checkpoint.names(), first.checkpoint.names()) if differing else None
+    return (
+        (alike.format(first.name) + "; rename its tensors, or save it again from the class that config.json names")
+        if alike
+        else _some(differing)
+    )
 
 
 def _some(items: list[str]) -> str:

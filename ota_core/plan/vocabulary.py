@@ -3,8 +3,7 @@
 The rows of θ and of v go through the same map, so that curvature stays with its token.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.errors import CheckpointError
+from ota_core.files.architecture import is_vocabulary, tied_names
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.checkpoint import Checkpoint, read_json, weight_files
+from ota_core.files.checkpoint import Checkpoint, adapter_of, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
-
-_INPUT = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
-_OUTPUT = ("lm_head.weight", "lm_head.bias", "embed_out.weight")
+from ota_core.files.tokens import added_entries, tokens_of
 
 
 def is_vocabulary_tensor(name: str) -> bool:
     """Whether the rows of this tensor stand for tokens."""
-    return name.endswith(_INPUT + _OUTPUT)
+    return is_vocabulary(name)
 
 
 def tied_tensors(checkpoint: Checkpoint) -> dict[str, str]:
-    """Alias to the tensor it is tied to, from ``tie_word_embeddings`` of the configuration."""
-    if not checkpoint.config.get("tie_word_embeddings", False):
-        return {}
-    names = checkpoint.names()
-    inputs = [name for name in names if name.endswith(_INPUT)]
-    return (
-        {name: inputs[0] for name in (*names, "lm_head.weight") if name.endswith(_OUTPUT) and name.endswith(".weight")}
-        if len(inputs) == 1
-        else {}
-    )
+    """Alias to the tensor it is tied to, by the configuration and what is known of its class (``files/architecture.py``)."""
+    return tied_names(checkpoint.config, checkpoint.names())
 
 
 def tensor_names(checkpoint: Checkpoint) -> frozenset[str]:
@@ -51,27 +41,12 @@ def names_in(folder: Path, source_of: SourceOf | None = None) -> frozenset[str] 
         weight_files(folder)
     except CheckpointError:
         return None
+    if adapter_of(folder) is not None:
+        return None
     with closing(Checkpoint(folder, source_of)) as checkpoint:
         # A folder may hold nothing but a file that this project wrote, of second moments or masks.
         ours = any(isinstance(file, SafetensorsFile) and FORMAT_KEY in file.metadata for file in checkpoint.files)
         return None if ours else tensor_names(checkpoint)
-
-
-def tokens_of(folder: Path) -> dict[str, int] | None:
-    """Token to row, from tokenizer.json or vocab.json; None where the folder holds no tokenizer that can be read as a table."""
-    if (folder / "tokenizer.json").exists():
-        tokenizer = read_json(folder / "tokenizer.json")
-        table = _model_vocabulary(tokenizer.get("model", {}))
-        table.update({entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])})
-        return table
-    return dict(read_json(folder / "vocab.json")) if (folder / "vocab.json").exists() else None
-
-
-def _model_vocabulary(model: dict[str, Any]) -> dict[str, int]:
-    vocabulary = model.get("vocab", {})
-    if isinstance(vocabulary, list):  # Unigram: pairs of token and score, in row order
-        return {entry[0]: row for row, entry in enumerate(vocabulary)}
-    return dict(vocabulary)
 
 
 @dataclass(frozen=True)
@@ -85,6 +60,10 @@ class Vocabulary:
     """The model (by position, base first) whose tokenizer files the output takes."""
     added: tuple[dict[str, Any], ...] = ()
     """With ``union``: entries to append to the source's added tokens."""
+    brought: tuple[int, ...] = ()
+    """With ``union``: the models (by position) that brought those."""
+    dropped: tuple[Mapping[str, int], ...] = ()
+    """For each model, base first: its own tokens that the output lacks, with their rows in the model."""
 
 
 def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabulary | None:
@@ -101,13 +80,15 @@ def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabul
     without = [name for (name, _, _), table in zip(models, tables, strict=True) if table is None]
     if without:
         raise CheckpointError(
-            f"the vocabularies differ ({', '.join(f'{name}: {rows} rows' for name, _, rows in models)}) and no tokenizer.json says which row is "
+            f"the vocabularies differ ({', '.join(f'{name}: {rows} rows' for name, _, rows in models)}) and no tokenizer says which row is "
             f"which token in: {', '.join(without)}. Put the tokenizer files beside the weights"
         )
     target = dict(tables[first] or {})
-    count, added = models[first][2], []
+    count = models[first][2]
+    added: list[dict[str, Any]] = []
+    brought: list[int] = []
     if source == "union":
-        added = _extra_tokens(models, tables, target)
+        added, brought = _extra_tokens(models, tables, target)
         for entry in added:
             target[entry["content"]] = entry["id"]
         count = max(count, max(target.values()) + 1)
@@ -117,6 +98,11 @@ def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabul
         tuple(_row_map(count, token_at, table or {}, model[2]) for table, model in zip(tables, models, strict=True)),
         first,
         tuple(added),
+        tuple(brought),
+        tuple(
+            {token: row for token, row in (table or {}).items() if token not in target and row < rows}
+            for table, (_, _, rows) in zip(tables, models, strict=True)
+        ),
     )
 
 
@@ -133,13 +119,18 @@ def _row_map(count: int, token_at: dict[int, str], table: dict[str, int], rows: 
 
 def _extra_tokens(
     models: Sequence[tuple[str, Path, int]], tables: Sequence[dict[str, int] | None], target: dict[str, int]
-) -> list[dict[str, Any]]:
-    """Added-token entries for what later models know and the first does not, in their order, with new rows behind the first's last token."""
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Added-token entries for what later models know and the first does not, in their order, with new rows behind the first's last token.
+
+    And the positions of the models that brought any.
+    """
     extra: dict[str, dict[str, Any]] = {}
+    brought = []
     row = max(target.values(), default=-1) + 1
-    for (name, folder, _), table in zip(models, tables, strict=True):
+    for i, ((name, folder, _), table) in enumerate(zip(models, tables, strict=True)):
         missing = sorted((set(table or {}) - set(target) - set(extra)), key=lambda token: (table or {})[token])
-        entries = {e["content"]: e for e in read_json(folder / "tokenizer.json").get("added_tokens", [])} if missing else {}
+        entries = added_entries(folder) if missing else {}
+        brought += [i] if missing else []
         for token in missing:
             if token not in entries:
                 raise CheckpointError(
@@ -148,11 +139,4 @@ def _extra_tokens(
                 )
             extra[token] = {**entries[token], "id": row}
             row += 1
-    return list(extra.values())
-
-
-def add_tokens(tokenizer_json: Path, added: Sequence[dict[str, Any]]) -> None:
-    """Append entries to the added tokens of a copied tokenizer.json."""
-    tokenizer = read_json(tokenizer_json)
-    tokenizer["added_tokens"] = [*tokenizer.get("added_tokens", []), *added]
-    tokenizer_json.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
+    return list(extra.values()), brought

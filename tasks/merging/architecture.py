@@ -65,6 +65,42 @@ def parameter_layout(folder: Path, base: BaseFolder = None, source_of: SourceOf 
     )  # fmt: skip
 
 
+def parameters_of(folder: Path, source_of: SourceOf | None = None) -> dict[str, str]:
+    """Tensor of the checkpoint in ``folder`` to the parameter that it is as transformers loads it. Raises CheckpointError.
+
+    What becomes a part of a parameter, or several, is left out. The configuration alone is read, and the headers of the weights.
+    """
+    held = _held(folder, source_of)
+    with _ONE_AT_A_TIME:
+        from tasks.merging.conversion import conversion_of  # with it comes torch
+
+        model = _skeleton(folder)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return conversion_of(model, held, shapes, _tied(model)).own
+
+
+def model_problems(folder: Path, held: Mapping[str, Shape]) -> list[str]:
+    """What keeps the class that config.json names from loading tensors of these names and shapes; nothing where it loads them all."""
+    from torch import nn
+
+    try:
+        with _ONE_AT_A_TIME:
+            from tasks.merging.conversion import conversion_of  # with it comes torch
+
+            model = _skeleton(folder)
+            shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            tied = _tied(model)
+            conversion = conversion_of(model, held, shapes, tied)
+            late = {f"{name}.{own}" for name, one in model.named_modules() for own, value in one.named_parameters(recurse=False)
+                    if isinstance(value, nn.parameter.UninitializedParameter)}  # fmt: skip
+        _check(
+            folder, type(model).__name__, conversion, held, {name: shape for name, shape in shapes.items() if name not in late}
+        )
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
 def _changed(
     folder: Path, base: BaseFolder, tensors: Mapping[str, list[str]], source_of: SourceOf | None
 ) -> Callable[[], frozenset[str]] | None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.errors import MomentsError
-from ota_core.moments.dcp.folder import COMMON
 from ota_core.moments.deepspeed.saved import beta2_of, open_saved, step_of
 
 # The training program's arguments and enumerations, which are not read.
 _RECORDS = ("nemo.", "torch.nn.", "transformer_engine.", "pathlib.", "signal.")
+
+COMMON = "common.pt"
+"""Megatron's step and β₂."""
 
 
 def common_facts(folder: Path) -> tuple[float | None, int | None]:

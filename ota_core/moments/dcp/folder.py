@@ -9,11 +9,11 @@ from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp import METADATA
 from ota_core.moments.base import Moments
+from ota_core.moments.dcp.common import COMMON
 from ota_core.moments.match import Layout
 
 V = b"exp_avg_sq"
 PARTS = "*.distcp"
-COMMON = "common.pt"  # Megatron's step and β₂
 
 
 def find_dcp(folder: Path) -> list[Path]:

@@ -3,19 +3,13 @@
 From the public source: nanotron/serialize/optimizer.py. ``latest.txt`` beside the steps' folders holds the newest step's number.
 """
 
-import re
 from pathlib import Path
 
 from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
-
-RANK = re.compile(
-    r"optimizer_pp-(?P<pp>\d+)-of-(?P<pps>\d+)(?:_dp-(?P<dp>\d+)-of-(?P<dps>\d+))?_tp-(?P<tp>\d+)-of-(?P<tps>\d+)"
-    r"(?:[_-]exp-(?P<exp>\d+)-of-(?P<exps>\d+))?\.pt"
-)
-FOLDER, CONFIG, MODEL, MODEL_CONFIG, LATEST = "optimizer", "optimizer_config.json", "model", "model_config.json", "latest.txt"
+from ota_core.moments.nanotron.files import CONFIG, FOLDER, LATEST, MODEL_CONFIG, RANK, rank_files
 
 
 def find_nanotron(folder: Path) -> list[Path]:
@@ -38,11 +32,6 @@ def find_nanotron(folder: Path) -> list[Path]:
 def is_nanotron(path: Path) -> bool:
     """Whether a folder holds the ranks' files, or a file is one of them."""
     return bool(rank_files(path)) if path.is_dir() else RANK.fullmatch(path.name) is not None
-
-
-def rank_files(folder: Path) -> list[Path]:
-    """Every rank's file."""
-    return sorted(path for path in folder.glob("optimizer_pp-*.pt") if RANK.fullmatch(path.name) and path.is_file())
 
 
 def nanotron_files(path: Path) -> list[Path]:

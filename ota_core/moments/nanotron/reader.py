@@ -23,7 +23,7 @@ from ota_core.moments.foreign import renamed
 from ota_core.moments.foreign.model import model_of
 from ota_core.moments.match import Layout
 from ota_core.moments.nanotron.boxes import Joined, JoinedMoments, joined, numbers_in, whole
-from ota_core.moments.nanotron.folder import CONFIG, MODEL, MODEL_CONFIG, RANK, rank_files
+from ota_core.moments.nanotron.files import CONFIG, MODEL, MODEL_CONFIG, RANK, rank_files
 from ota_core.moments.nanotron.names import TITLE, take_all
 from ota_core.moments.pieces import PiecedMoments, Run
 from ota_core.moments.safetensors_file import open_file

@@ -70,6 +70,11 @@ def localisation(name: str, variant: str, masks: Tensors) -> dict[Key, float]:
                 found["sparsity", name, None, layer, role, variant, measure, i / BINS] = count
             empty = np.mean([kept == 0 for kept, _ in lines])
             found["sparsity", name, None, layer, role, variant, f"empty_{measure}", None] = empty
+    for stack in (n for n in masks if ".experts." in n):  # of a mixture: here one tensor with all of them
+        layer, role = PLACES[stack]
+        for i, matrix in enumerate(masks[stack]):
+            for place in ((layer, role), (layer, "all"), (None, "all")):
+                found["moe", name, None, *place, variant, "density", i] = matrix.mean()
     return found
 
 

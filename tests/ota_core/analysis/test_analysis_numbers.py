@@ -98,9 +98,9 @@ def test_numbers_are_those_of_a_plain_computation(tmp_path: Path, parameters: di
     assert_equal(plain.by_key(found.rows), want)
     assert found.settings["density"] == density and found.left_out == []
     assert len(found.notes) == ("precond_threshold" in parameters)
-    assert {r.elements for r in found.rows if (r.role, r.layer, r.measure) == ("all", None, "density")} == {
-        sum(math.prod(s) for s in ALL_SHAPES.values())
-    }
+    assert {
+        r.elements for r in found.rows if (r.analysis, r.role, r.layer, r.measure) == ("localisation", "all", None, "density")
+    } == {sum(math.prod(s) for s in ALL_SHAPES.values())}
 
 
 def test_no_cut_into_blocks_and_no_number_of_threads_changes_a_bit(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import Fetched, fetch, upload_folder
+from tasks.storage.streaming.streams import Streams
 from tests.s3_requests import requests
 from tests.servers import S3Test
 
@@ -257,3 +258,19 @@ def test_hugging_face_id(tmp_path: Path) -> None:
     assert "ERROR 'org/else@main' is no folder here, and as a Hugging Face id (org/else, revision main)" in fetched(
         "org/else@main"
     )
+
+
+def test_code_of_a_model_is_brought_and_is_no_part_of_its_digest(expert: Path, s3_server: S3Test, tmp_path: Path) -> None:
+    """What ``auto_map`` names must lie beside the weights wherever they go; it never decided what a merge computes."""
+    before = fetch(str(expert), cache=tmp_path / "cache").digest
+    (expert / "modeling_mine.py").write_text("raise SystemExit\n")
+    uri = f"{s3_server.uri}/experts/math/coded"
+    upload_folder(expert, uri, last="expert.json")
+    there = fetch(uri, cache=tmp_path / "cache")
+    assert (there.path / "modeling_mine.py").read_text() == "raise SystemExit\n"
+    assert there.digest == fetch(str(expert), cache=tmp_path / "cache").digest == before
+    with Streams(cache=tmp_path / "outlines", memory=1 << 26) as streams:
+        outlined = streams.model(uri)
+        assert (
+            outlined.path / "modeling_mine.py"
+        ).read_text() == "raise SystemExit\n" and "modeling_mine.py" not in outlined.files

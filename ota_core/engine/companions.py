@@ -1,0 +1,55 @@
+"""What stands beside the weights of a merged model: its configuration, tokenizer, chat template and the code that it brings."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ota_core.files.checkpoint import read_json
+
+CODE = ("*.py",)
+"""Code that a model brings along, which ``auto_map`` of its configuration names: copied, never run."""
+_TEXT = ("text_config", "llm_config", "language_config")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+def set_rows(config: dict[str, Any], rows: int) -> None:
+    """Say that the vocabulary has this many rows, where the configuration says how many: at its top, in its language model's part, or both."""
+    parts = [config[key] for key in _TEXT if isinstance(config.get(key), dict)]
+    for part in parts:
+        if "vocab_size" in part or "vocab_size" not in config:
+            set_rows(part, rows)
+    if "vocab_size" in config or not parts:
+        config["vocab_size"] = rows
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template of a model, None where it has none. Raises CheckpointError for damaged files."""
+    for name in _TEMPLATES:
+        file = folder / name
+        if file.is_file():
+            return file.read_text(encoding="utf-8") if file.suffix == ".jinja" else read_json(file).get("chat_template")
+    settings = folder / "tokenizer_config.json"
+    said = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(said, list):  # several by name
+        return next((one["template"] for one in said if one.get("name") == "default"), None)
+    return said if isinstance(said, str) else None
+
+
+def bring_template(folder: Path, others: Sequence[tuple[str, Path]]) -> str | None:
+    """Give a folder without a chat template that of the first model that has one, and say whose it is. others: name and folder.
+
+    For vocabularies that are joined: the tokens that an expert was asked with came with it, and so does its template.
+    """
+    if template_of(folder) is not None:
+        return None
+    for name, other in others:
+        if (found := template_of(other)) is not None:
+            (folder / _TEMPLATES[0]).write_text(found, encoding="utf-8")
+            return f"the chat template is that of {name}, which brought its tokens"
+    return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A configuration as transformers writes it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
