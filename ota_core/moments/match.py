@@ -13,6 +13,7 @@ from typing import Any
 
 from ota_core.errors import MomentsError
 from ota_core.moments.base import ParameterLayout, Shape
+from ota_core.moments.old_experts import with_single_experts
 
 # A function builds the layout when, and only when, numbers have to be matched.
 Layout = ParameterLayout | Callable[[], ParameterLayout] | None
@@ -42,6 +43,8 @@ def match_names(
         changed = layout.changed()
         found = [_fit(rule, groups, shapes, layout, changed) for rule in rules]
     fitting = [fit for fit in found if fit.names is not None]
+    if not fitting and (named := _older(path, groups, shapes, layout)):
+        return named
     if not fitting:
         problems = _worst_first(found)
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
@@ -50,6 +53,27 @@ def match_names(
         raise MomentsError(f"{path}: {_what_is_unclear(fitting, layout)}")
     assert fitting[0].names is not None
     return fitting[0].names
+
+
+def _older(
+    path: Path, groups: Sequence[Mapping[str, Any]], shapes: Mapping[int, Shape], layout: ParameterLayout
+) -> dict[int, str] | None:
+    """The names of a mixture of experts that transformers 4 trained; None where that fits no better."""
+    found: list[dict[int, str]] = []
+    for older in with_single_experts(layout):
+        try:
+            names = match_names(path, groups, shapes, older)
+        except MomentsError:
+            continue  # what does not fit today's model is told instead
+        if names not in found:
+            found.append(names)
+    if len(found) > 1:
+        key = next(key for key in found[0] if found[0][key] != found[1][key])
+        raise MomentsError(
+            f"{path}: parameter {key} may be {found[0][key]} or {found[1][key]}, since transformers 4 had the router before the experts in some "
+            "classes and after them in others; save the second moments by name as exp_avg_sq.safetensors"
+        )
+    return found[0] if found else None
 
 
 @dataclass(frozen=True)

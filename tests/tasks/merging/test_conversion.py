@@ -326,3 +326,45 @@ def test_every_class_that_transformers_converts(tmp_path):
     assert seen > 60
     # The first joins along an inner axis; of the second, transformers itself does not read one tensor under the name that it wrote.
     assert wrong.keys() <= {"InklingForConditionalGeneration", "DeepseekV4ForCausalLM"}, wrong
+
+
+# The parameters of one layer in the order in which transformers 4 defined them: modeling_mixtral.py and modeling_qwen3_moe.py of 4.57.
+ATTENTION = [f"self_attn.{key}_proj.weight" for key in "qkvo"]
+NORMS = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+OLDER = {
+    "mixtral": [
+        *ATTENTION, "block_sparse_moe.gate.weight",
+        *(f"block_sparse_moe.experts.{e}.{part}.weight" for e in range(4) for part in ("w1", "w2", "w3")), *NORMS,
+    ],
+    "qwen3_moe": [
+        *ATTENTION, "self_attn.q_norm.weight", "self_attn.k_norm.weight", "mlp.gate.weight",
+        *(f"mlp.experts.{e}.{part}_proj.weight" for e in range(4) for part in ("gate", "up", "down")), *NORMS,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("one_group", [False, True])
+@pytest.mark.parametrize("kind", OLDER)
+def test_experts_that_transformers_4_kept_apart_are_named_as_in_the_checkpoint(
+    tmp_path: Path, kind: str, one_group: bool
+) -> None:
+    model = MODELS[kind]()
+    model.save_pretrained(tmp_path)
+    layers = [f"model.layers.{layer}.{part}" for layer in range(2) for part in OLDER[kind]]
+    names = ["model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight"]
+    with closing(Checkpoint(tmp_path)) as weights:
+        assert set(names) == set(weights.names())
+        shapes = {name: weights.info(name).shape for name in names}
+    generator = torch.Generator().manual_seed(2)
+    v = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    groups = [names] if one_group else [[n for n in names if "norm" not in n], [n for n in names if "norm" in n]]
+    number = {name: i for i, name in enumerate(name for group in groups for name in group)}
+    state = {number[name]: {"step": torch.tensor(2.0), "exp_avg_sq": own} for name, own in v.items()}
+    made = [
+        {"params": [number[n] for n in group], "betas": (0.9, 0.98), "weight_decay": decay}
+        for group, decay in zip(groups, (0.1, 0.0), strict=False)
+    ]
+    torch.save({"state": state, "param_groups": made}, tmp_path / "optimizer.pt")
+    with closing(expert_moments(tmp_path / "optimizer.pt", tmp_path)) as moments:
+        found = read(moments, 3)
+    assert found.keys() == v.keys() and all(torch.equal(found[name], own) for name, own in v.items())
