@@ -1,5 +1,6 @@
 """Models and second moments in S3 as inputs of a merge without downloading them: outlines here, tensors by ranges."""
 
+import hashlib
 import os
 import threading
 import uuid
@@ -16,7 +17,7 @@ from tasks.storage.cache import FileInfo, blob_path, combined_digest, find_objec
 from tasks.storage.download import Progress, download
 from tasks.storage.models import Fetched
 from tasks.storage.streaming.chunk_cache import ChunkCache
-from tasks.storage.streaming.outline import OutlineFile, outline
+from tasks.storage.streaming.outline import MANIFEST, OutlineFile, outline
 from tasks.storage.streaming.remote_file import RemoteFile
 from tasks.storage.streaming.verify import Room, Verifier
 
@@ -107,7 +108,7 @@ class Streams:
                 path.resolve(),
                 Verifier(
                     known.one, known.client, outline=path, extents=known.file.extents, cuts=known.file.cuts, sums=known.file.sums,
-                    chunk=self._chunks.chunk, room=self._room, sha256=known.sha256,
+                    chunk=self._chunks.chunk, room=self._room, sha256=known.sha256, ledger=_ledger(path),
                 ),
             )  # fmt: skip
 
@@ -168,6 +169,14 @@ class Streams:
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def _ledger(outline: Path) -> Path | None:
+    """Where digests of a checked file's blocks are kept, beside its outline."""
+    for folder in outline.resolve().parents:
+        if (folder / MANIFEST).is_file():
+            return folder / "sums" / hashlib.sha256(str(outline.resolve().relative_to(folder)).encode()).hexdigest()[:16]
+    return None
 
 
 def _listing_digest(files: dict[str, FileInfo]) -> str:

@@ -3,10 +3,16 @@
 Of a file that is the SHA-256 of ``expert.json``, or that of its uploader, or the MD5 that S3's ETag is, of parts too; of a file of torch the
 CRC-32 that it holds of each tensor, so that a part of it can be checked alone. A digest takes bytes in their order, and chunks arrive nearly so: those that come early
 wait, within a limit of memory. What is left at the end is asked for again. A chunk that is read twice must be the same twice.
+
+Of a file that was found to be right, digests of its blocks are kept beside its outline: whoever reads it later on this machine, in any
+order and any part of it, compares with those and asks for nothing again.
 """
 
 import hashlib
+import logging
+import os
 import threading
+import uuid
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -21,9 +27,13 @@ from tasks.storage import s3
 from tasks.storage.s3_body import read_exactly
 from tasks.storage.streaming.remote_file import chunk_spans
 
+log = logging.getLogger(__name__)
+
 UNREAD = 8
 """A file of which less than this part of its bytes was not asked for is brought to its end; of another one nothing can be said."""
 _READS_AT_ONCE = 8
+_BLOCK = 64 * 1024  # every chunk begins at a multiple of it, and ends at one or with the file
+_DIGEST = 16
 
 
 class Digest(Protocol):
@@ -120,9 +130,9 @@ class Verifier:
 
     def __init__(
         self, one: s3.S3Object, client: Any, *, outline: Path, extents: Sequence[tuple[int, int]], cuts: Sequence[int], sums: Sequence[int],
-        chunk: int, room: Room, sha256: str | None,
+        chunk: int, room: Room, sha256: str | None, ledger: Path | None = None,
     ) -> None:  # fmt: skip
-        """``cuts``: where records of a torch file begin and end, ``sums``: their CRC-32, 0 for one without. ``chunk``: as the file is read in."""
+        """``ledger``: where the digests of the blocks of a file lie that was found to be right. ``cuts``: where records of a torch file begin and end, ``sums``: their CRC-32, 0 for one without. ``chunk``: as the file is read in."""
         self._one, self._client, self._outline, self._extents = one, client, outline, sorted(extents)
         self._cuts, self._chunk, self._room, self._sha256 = sorted({0, *cuts, one.size}), chunk, room, sha256
         self._lock, self._seen = threading.Lock(), dict[int, bytes]()
@@ -131,12 +141,14 @@ class Verifier:
         self._begins = [fold.start for fold in self._folds]
         self._by_record = bool(pairs)
         self._asked = False
+        self._ledger = None if self._by_record else ledger
+        self._right = _read_ledger(self._ledger, one.size) if self._ledger else None
 
     def passed(self, first: int, content: memoryview) -> None:
         """A chunk has arrived. Raises StorageError when it is not what it was before, or the digest that it completes is another one."""
         self._compare(first, content)
         fold = self._fold_of(first)
-        if fold is None:
+        if fold is None or self._right is not None:
             return
         self._know(fold)
         with self._lock:
@@ -151,6 +163,8 @@ class Verifier:
     def finish(self) -> str | None:
         """Bring every digest to its end. Returns what could not be checked, in words; raises StorageError for bytes that are not those stored."""
         unread = 0
+        if self._right is not None:
+            return None
         for fold in self._folds:
             spans = list(chunk_spans(self._cuts, self._chunk, fold.start, fold.stop))
             missing = sum(last - first for first, last in spans if first not in self._seen)
@@ -160,7 +174,9 @@ class Verifier:
                 unread += fold.stop - fold.start - missing
             elif fold.at < fold.stop:
                 self._complete(fold, [span for span in spans if span[0] >= fold.at])
-        self._folds = []
+        (whole, *others), self._folds = self._folds, []
+        if self._ledger is not None and not others and whole.claim is not None and whole.at == self._one.size:
+            _write_ledger(self._ledger, b"".join(self._seen[first] for first in sorted(self._seen)))
         if not unread:
             return None
         why = "nobody keeps a digest of it" if self._asked and not self._sha256 else "only a part of it was read"
@@ -197,9 +213,12 @@ class Verifier:
 
     def _compare(self, first: int, content: memoryview) -> None:
         """With what an earlier read of this chunk brought, and with what the outline holds of it."""
-        digest = xxhash.xxh3_128_digest(content)
+        digest = b"".join(xxhash.xxh3_128_digest(content[i : i + _BLOCK]) for i in range(0, len(content), _BLOCK))
         with self._lock:
             known = self._seen.setdefault(first, digest)
+        if self._right is not None:
+            place = first // _BLOCK * _DIGEST
+            known = self._right[place : place + len(digest)]
         if known != digest:
             raise StorageError(
                 f"{self._one.uri}: the bytes from {first:,} on were others when they were read before, though its ETag is the same; what lies "
@@ -240,6 +259,28 @@ class Verifier:
                 f"{self._one.uri} is damaged: {fold.claim.source} says {fold.claim.value} of {what}its content, what was read has {seen}; "
                 "upload the file and its manifest again, or run again if the way to it is to blame"
             )
+
+
+def _read_ledger(path: Path, size: int) -> bytes | None:
+    """The digests of every block of a file of this size; None where they are not known, or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    held, total = content[:-_DIGEST], content[-_DIGEST:]
+    whole = len(held) == -(-size // _BLOCK) * _DIGEST and xxhash.xxh3_128_digest(held) == total
+    return held if whole else None
+
+
+def _write_ledger(path: Path, digests: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        temporary.write_bytes(digests + xxhash.xxh3_128_digest(digests))
+        os.replace(temporary, path)
+    except OSError as error:  # a full or read-only disk: the next one checks the file itself again
+        temporary.unlink(missing_ok=True)
+        log.warning("the digests of a checked file cannot be kept in %s: %s", path, error)
 
 
 def _crc(value: int) -> Claim | None:

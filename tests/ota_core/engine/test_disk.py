@@ -90,6 +90,7 @@ def test_a_disk_that_becomes_full_leaves_the_old_output(
         engine.merge(recipe, small_disk / "out", overwrite=True)
     assert {path.name: path.read_bytes() for path in (small_disk / "out").iterdir()} == before
     assert sorted(path.name for path in small_disk.iterdir()) == ["other", "out"]
+    (small_disk / "other").unlink()
     with pytest.raises(StorageError, match="became full"):
         engine.merge(recipe, small_disk / "new")
     assert sorted(path.name for path in small_disk.iterdir()) == ["other", "out"]
