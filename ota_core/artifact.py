@@ -23,7 +23,7 @@ from ota_core.names import why_unsafe
 # then counts as stale. "formats" stands for what all stages share.
 ALGORITHM_VERSION: dict[str, int] = {
     "formats": 1, "moments": 2, "masks": 1, "merged": 2, "scores": 1, "checkpoint": 1, "data": 1, "surveys": 1, "facts": 1, "shards": 1, "scales": 1,
-    "checks": 1, "analysis": 2,
+    "checks": 1, "analysis": 2, "adapter": 1,
 }  # fmt: skip
 
 # Stages whose algorithm also decides a stage's bytes: a merge contains compression and masks, whether fused or staged.
@@ -42,6 +42,7 @@ EXPERT_JSON = "expert.json"
 
 Kind = Literal[
     "checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks", "analysis", "scales",
+    "adapter",
 ]  # fmt: skip
 
 

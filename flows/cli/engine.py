@@ -26,6 +26,7 @@ from flows.cli.common import (
     user_errors,
 )
 from ota_core.errors import CheckpointError, MomentsError, OtaError
+from ota_core.files.room import full_disk
 
 
 def merge(
@@ -152,7 +153,7 @@ def compress(
                 streams.settle(weight_files(folder), partial(progress, "fetch"))
         tensors = names_in(folder, source_of)
         agreed, started = None, time.perf_counter()
-        with new_file(out, overwrite=overwrite) as temporary:
+        with full_disk(out), new_file(out, overwrite=overwrite) as temporary:
             report = engine.compress_moments(
                 path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, tensors=tensors, memory=memory,
                 progress=progress,
@@ -168,6 +169,8 @@ def compress(
                     progress=progress,
                 )  # fmt: skip
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
+            if streams is not None:
+                streams.verify()
     if as_json:
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
         typer.echo(json.dumps({**report.model_dump(), "agreement": compared, "seconds": seconds}))
@@ -240,6 +243,8 @@ def mask(
             check_apart(out, inputs)
             with new_folder(out, overwrite=overwrite, is_output=is_masks) as folder:
                 found = engine.mask(loaded, folder, inputs=inputs, device=device, memory=memory, progress=progress)
+                if inputs.check is not None:
+                    inputs.check()
                 (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
             seconds = {"mask": time.perf_counter() - started}
         if as_json:

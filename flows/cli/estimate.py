@@ -13,7 +13,9 @@ from ota_core.errors import MomentsError, OtaError
 
 
 def estimate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, s3://…, or org/name.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Checkpoint folder, s3://…, org/name, or base+adapter.", show_default=False)
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -79,6 +81,7 @@ def estimate(
     from tasks.artifacts.store import store_of
     from tasks.evaluation.gradients.job import EstimateJob, Texts
     from tasks.merging.architecture import parameter_layout
+    from tasks.merging.composed import one_model
     from tasks.merging.recipes import parse_config
     from tasks.settings import places
     from tasks.storage import models as storage
@@ -91,8 +94,9 @@ def estimate(
         }  # fmt: skip
         settings = parse_config(EstimateSettings, given, "ota estimate", OtaError)
         where, device = places(home, artifacts), pick_device(device)
-        fetched = storage.fetch(model, cache=where.cache, progress=partial(progress, "fetch"))
-        start = storage.fetch(base, cache=where.cache, progress=partial(progress, "fetch base")) if base else None
+        bring = partial(storage.fetch, cache=where.cache, progress=partial(progress, "fetch"))
+        start = one_model(base, bring) if base else None
+        fetched = one_model(model, bring, start)
         kept = find_moments(fetched.path) if compare else None
         if compare and kept is None:
             raise MomentsError(f"--compare: {none_found(model)}")

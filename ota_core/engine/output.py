@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ from ota_core.compute.blocks import matrix_shape
 from ota_core.engine.companions import CODE, bring_template, set_rows, write_json
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.files.room import Need
 from ota_core.files.rows import Rows
 from ota_core.files.tokens import add_tokens
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
+from ota_core.moments.compression import compressed_bytes, compression_of
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
+from ota_core.recipe.recipe import NEEDS_MOMENTS
 
 if TYPE_CHECKING:
     from ota_core.rules.base import Rule
@@ -28,9 +32,13 @@ def check_apart(out: Path, inputs: MergeInputs) -> None:
     """Raise OtaError when writing ``out`` would replace an input."""
     target = out.resolve()
     for item in inputs.models:
-        held = [item.path, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
+        held = [*item.folders, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
         if any(path.resolve().is_relative_to(target) for path in held):
             raise OtaError(f"{out} is, or holds, an input of the merge ({item.name}: {item.path}); choose another output")
+
+
+ASIDE = 4 * 2**20
+"""Bytes that are kept free for what is written beside weights and tokenizer."""
 
 
 Shards = list[tuple[str, list[TensorSpec]]]
@@ -40,6 +48,24 @@ Shards = list[tuple[str, list[TensorSpec]]]
 def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> Shards:
     """The output's weight files and the tensors of each."""
     return plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
+
+
+def needs(plan: MergePlan, folder: Path, *, whole: bool = True) -> list[Need]:
+    """What a merge into ``folder`` takes of its disk; of a part of one its weights alone. Nothing is estimated: the sizes are known."""
+    wanted = [
+        Need(folder, sum(job.elements * job.dtype.itemsize for job in plan.jobs if plan.is_here(job)), "the merged weights")
+    ]
+    if not whole:
+        return wanted
+    beside = sum(path.stat().st_size for path in companion_files(plan.source_folder(), (*CONFIG_FILES, *TOKENIZER_PATTERNS)))
+    wanted.append(Need(folder, beside + ASIDE, "tokenizer, record, card and page"))
+    if plan.recipe.merge_method in NEEDS_MOMENTS and plan.recipe.setting("compression") == "log8":
+        codes = sum(compressed_bytes(job.shape, "log8") for job in plan.merged_jobs())
+        raw = [one for one in plan.experts if one.moments is not None and compression_of(one.moments) is None]
+        wanted.append(
+            Need(plan.scratch or Path(tempfile.gettempdir()), codes * len(raw), "log8 of the second moments, meanwhile")
+        )
+    return wanted
 
 
 def write_weights(plan: MergePlan, rule: "Rule", folder: Path, shards: Shards) -> None:
@@ -115,7 +141,7 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
     job, start, stop = block
     first, *others = plan.models
     if job.alone:
-        return plan.source.stored(job.name, start, stop)
+        return plan.source_view.stored(job.name, start, stop)
     rows = first.stored(job.name, start, stop)
     for view in others:
         if not np.array_equal(rows.held, view.stored(job.name, start, stop).held):
@@ -127,15 +153,17 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configuration, tokenizer, chat template and the code of a model that brings its own, from the base or from the model of ``tokenizer_source``."""
-    source = plan.source_folder()
-    for path in companion_files(source, (*CONFIG_FILES, *TOKENIZER_PATTERNS, *CODE)):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+    source = plan.source()
+    for held, patterns in ((source.config_folder, (*CONFIG_FILES, *CODE)), (source.tokenizer_folder, TOKENIZER_PATTERNS)):
+        for path in companion_files(held, patterns):
+            target = folder / path.relative_to(held)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
     vocabulary = plan.vocabulary
     if vocabulary and vocabulary.added:
         add_tokens(folder, vocabulary.added)
-        note = bring_template(folder, [(plan.models[i].name, plan.models[i].checkpoint.path) for i in vocabulary.brought])
+        brought = [plan.models[i] for i in vocabulary.brought]
+        note = bring_template(folder, [(view.name, view.checkpoint.tokenizer_folder) for view in brought])
         plan.notes += [note] if note else []
     config = folder / "config.json"
     if config.exists():

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ota_core.errors import CheckpointError
 from ota_core.files.architecture import is_vocabulary, tied_names
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.checkpoint import Checkpoint, weight_files
+from ota_core.files.checkpoint import Checkpoint, adapter_of, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.tokens import added_entries, tokens_of
 
@@ -40,6 +40,8 @@ def names_in(folder: Path, source_of: SourceOf | None = None) -> frozenset[str] 
     try:
         weight_files(folder)
     except CheckpointError:
+        return None
+    if adapter_of(folder) is not None:
         return None
     with closing(Checkpoint(folder, source_of)) as checkpoint:
         # A folder may hold nothing but a file that this project wrote, of second moments or masks.

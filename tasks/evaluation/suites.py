@@ -15,6 +15,7 @@ from ota_core.recipe.yaml_text import load_yaml, nearest
 from tasks.evaluation.backend import CHAT, SERVERS, Backend
 from tasks.evaluation.tiers import DEVELOPMENT, Tier
 from tasks.merging.recipes import parse_config
+from tasks.settings import allow_path
 
 SUITES = Path(__file__).resolve().parents[2] / "deployments" / "suites"
 
@@ -171,6 +172,7 @@ def load_suite(path_or_name: str) -> Suite:
                 f"there is no suite '{path_or_name}' in {SUITES}, and it is no .yaml file; {nearest(path_or_name, known)}"
             )
         path = SUITES / f"{path_or_name}.yaml"
+    allow_path(path, "the suite")
     suite = parse_config(Suite, load_yaml(path), str(path), SuiteError)
     if suite.include_path is None:
         return suite

@@ -85,6 +85,7 @@ def harvest(
 
         def fill(into: Path) -> Harvested:
             written, report = _write(moments, into / FILE, method, rank, stream, facts | {WEIGHTS: digest})
+            streams.verify()
             done = Harvested(
                 uri=out, label=written, weights=digest, parameters=sum(map(_size, moments.shapes().values())),
                 bytes=(into / FILE).stat().st_size, sqrt_error=report and report.sqrt_error, facts=facts, notes=streams.notes,
