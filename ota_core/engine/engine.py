@@ -176,9 +176,9 @@ def _prepared(
     started = time.perf_counter()
     with open_plan(recipe, inputs, **limits) as plan:
         plan.scratch = scratch
+        check_ties(plan)
         if scratch is not None:
             check_room(needs(plan, scratch))
-        check_ties(plan)
         rule = rule_of(plan)
         rule.prepare()
         yield plan, rule, time.perf_counter() - started

@@ -141,7 +141,7 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
     job, start, stop = block
     first, *others = plan.models
     if job.alone:
-        return plan.source.stored(job.name, start, stop)
+        return plan.source_view.stored(job.name, start, stop)
     rows = first.stored(job.name, start, stop)
     for view in others:
         if not np.array_equal(rows.held, view.stored(job.name, start, stop).held):
@@ -153,7 +153,7 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configuration, tokenizer, chat template and the code of a model that brings its own, from the base or from the model of ``tokenizer_source``."""
-    source = plan.source.checkpoint
+    source = plan.source()
     for held, patterns in ((source.config_folder, (*CONFIG_FILES, *CODE)), (source.tokenizer_folder, TOKENIZER_PATTERNS)):
         for path in companion_files(held, patterns):
             target = folder / path.relative_to(held)
@@ -162,9 +162,8 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
     vocabulary = plan.vocabulary
     if vocabulary and vocabulary.added:
         add_tokens(folder, vocabulary.added)
-        note = bring_template(
-            folder, [(plan.models[i].name, plan.models[i].checkpoint.tokenizer_folder) for i in vocabulary.brought]
-        )
+        brought = [plan.models[i] for i in vocabulary.brought]
+        note = bring_template(folder, [(view.name, view.checkpoint.tokenizer_folder) for view in brought])
         plan.notes += [note] if note else []
     config = folder / "config.json"
     if config.exists():

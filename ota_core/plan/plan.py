@@ -124,13 +124,17 @@ class MergePlan:
         return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
 
     @property
-    def source(self) -> ModelView:
+    def source_view(self) -> ModelView:
         """The model whose configuration and tokenizer the output takes."""
         return self.models[self.vocabulary.source if self.vocabulary else 0]
 
+    def source(self) -> Checkpoint:
+        """Its tensors and folders."""
+        return self.source_view.checkpoint
+
     def source_folder(self) -> Path:
         """The folder of that configuration."""
-        return self.source.checkpoint.config_folder
+        return self.source().config_folder
 
 
 @contextmanager
@@ -215,8 +219,8 @@ def open_plan(
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
         if (note := unlike(experts, recipe)) is not None:
             plan.notes.append(note)
-        plan.notes += [f"{view.name}: {note}" for view in views for note in view.checkpoint.notes]
         plan.notes += agreed.notes
+        plan.notes += [f"{view.name}: {note}" for view in views for note in view.checkpoint.notes]
         plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")

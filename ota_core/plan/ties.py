@@ -15,7 +15,7 @@ def check_ties(plan: MergePlan) -> None:
             if alias in stored and alias not in written and source in stored and not same_tensor(stored, alias, stored, source):
                 problems.append(
                     f"{stored.path} ({view.name}): '{alias}' and '{source}' are one tensor by its configuration, and hold different values, so that "
-                    f"transformers keeps both; {plan.source.name} has one alone. Say tie_word_embeddings: false in the config.json of all models and store "
+                    f"transformers keeps both; {plan.source_view.name} has one alone. Say tie_word_embeddings: false in the config.json of all models and store "
                     "both in each, or remove the one that is not meant"
                 )
     raise_all(problems, CheckpointError)

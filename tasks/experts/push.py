@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import CARD
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.frozen import Frozen
@@ -23,7 +22,7 @@ from tasks.merging.architecture import expert_moments
 from tasks.settings import places
 from tasks.storage import models as storage
 from tasks.storage.download import Progress
-from tasks.storage.layout import expert_manifest, folder_model_files, manifest_sha256, model_files, parse_expert_json
+from tasks.storage.layout import expert_manifest, folder_model_files, is_beside, manifest_sha256, model_files, parse_expert_json
 from tasks.storage.models import EXPERT_JSON
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -159,13 +158,18 @@ def _into_s3(folder: Path, uri: str, manifest: Mapping[str, Any], progress: Prog
             "another --name"
         )
     storage.upload_folder(folder, uri, files=manifest_sha256(manifest, EXPERT_JSON), progress=progress)
-    if (folder / CARD).is_file():  # its licence is what a merge's own card goes by
-        storage.write_bytes(storage.join(uri, CARD), (folder / CARD).read_bytes())
+    for file in _beside(folder):
+        storage.write_bytes(storage.join(uri, file.name), file.read_bytes())
     content = (json.dumps(manifest, indent=2) + "\n").encode()
     if not complete and not storage.write_bytes(storage.join(uri, EXPERT_JSON), content, only_if_absent=True):
         _check_same(_remote_manifest(uri), manifest, uri)  # somebody pushed to this name at the same time
         return True
     return complete
+
+
+def _beside(folder: Path) -> list[Path]:
+    """What goes with the expert and is no part of it: its card, whose licence a merge's own card goes by, and code that it brings along."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != EXPERT_JSON and is_beside(path.name)]
 
 
 def _remote_manifest(uri: str) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def _into_folder(folder: Path, target: Path, manifest: Mapping[str, Any]) -> boo
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        for name in [*manifest["files"], *([CARD] if (folder / CARD).is_file() else [])]:
+        for name in [*manifest["files"], *(file.name for file in _beside(folder))]:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, temporary / name)
         (temporary / EXPERT_JSON).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

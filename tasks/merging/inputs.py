@@ -133,7 +133,7 @@ def assemble(
         base = ModelInput(
             name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of,
             under=_under(first.under, source_of, cache), companions=gguf_companions(first.path, cache),
-            parameters=partial(parameters_of, first.path, source_of),
+            parameters=partial(parameters_of, _whole(first).path, source_of),
         )  # fmt: skip
     experts: list[ExpertInput] = []
     problems: list[str] = []
@@ -142,7 +142,7 @@ def assemble(
             name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capability,
             layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
             under=_under(one.under, source_of, cache), companions=gguf_companions(one.path, cache),
-            parameters=partial(parameters_of, one.path, source_of),
+            parameters=partial(parameters_of, _whole(one).path, source_of),
         )  # fmt: skip
         if estimated and i in estimated:
             made = estimated[i]
@@ -167,6 +167,11 @@ def assemble(
 def parts_in(model: Fetched) -> list[Fetched]:
     """What a model is made of: itself, and what lies under an adapter."""
     return [model, *(parts_in(model.under) if model.under else [])]
+
+
+def _whole(model: Fetched) -> Fetched:
+    """The model itself, or what an adapter, or several, lie on: its names are those of the tensors."""
+    return model if model.under is None else _whole(model.under)
 
 
 def _under(model: Fetched | None, source_of: SourceOf | None, cache: Path) -> ModelInput | None:

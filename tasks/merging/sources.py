@@ -189,19 +189,20 @@ class _Opening:
         return ModelInput(
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=source_of, under=under,
             companions=gguf_companions(folder, self._where.cache),
-            parameters=partial(parameters_of, folder, source_of),
+            parameters=partial(parameters_of, under.folders[-1] if under else folder, source_of),
         )  # fmt: skip
 
     def expert(self, one: ExpertSource) -> ExpertInput:
         folder = self._folder(one)
         raw = self._raw_moments(one, folder) if one.needs_moments and (self._raw or one.compressed is None) else None
+        under = self.model(one.under) if one.under else None
         return ExpertInput(
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._streams.source_of, capability=one.capability,
             moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
-            masks=self._artifact(one, one.masks, MASK_FILE), under=self.model(one.under) if one.under else None,
+            masks=self._artifact(one, one.masks, MASK_FILE), under=under,
             companions=gguf_companions(folder, self._where.cache),
             layout=partial(parameter_layout, folder, partial(self._folder, one.base) if one.base else None, self._streams.source_of),
-            parameters=partial(parameters_of, folder, self._streams.source_of),
+            parameters=partial(parameters_of, under.folders[-1] if under else folder, self._streams.source_of),
         )  # fmt: skip
 
     def scales(self, one: ScalesSource | None) -> Path | None:

@@ -1,7 +1,7 @@
 """A base with an adapter on it, as the tensors of one model: every row is made when it is read, and nothing is kept on the disk."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -54,6 +54,17 @@ class AdaptedCheckpoint(Checkpoint):
 
     def names_by_place(self) -> list[str]:
         return [*self.base.names_by_place(), *(name for name in self._whole if name not in self.base)]
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        self.base.rename({old: new for old, new in names.items() if old in self.base})
+        self._whole = {names.get(name, name): stored for name, stored in self._whole.items()}
+        self._edits = {names.get(name, name): edits for name, edits in self._edits.items()}
+        self._infos = {names.get(name, name): info for name, info in self._infos.items()}
+
+    def leave_aside(self, names: Collection[str]) -> None:
+        self.base.leave_aside(names)
+        self._whole = {name: stored for name, stored in self._whole.items() if name not in names}
+        self._edits = {name: edits for name, edits in self._edits.items() if name not in names}
 
     def __contains__(self, name: str) -> bool:
         return name in self.base or name in self._whole
