@@ -8,7 +8,7 @@ from ota_core.compute.stream import Progress, parse_memory
 from ota_core.engine import engine
 from ota_core.plan.inputs import ExpertInput, optimizer_facts
 from ota_core.plan.vocabulary import names_in
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult
 from tasks.merging.sources import MOMENTS_FILE, ExpertSource, Planned
@@ -45,7 +45,7 @@ class CompressJob(Stage):
 
 def compress_jobs(plan: Planned) -> list[CompressJob]:
     """One for each expert, in their order; none for a method that reads no second moments."""
-    if plan.recipe.merge_method not in NEEDS_MOMENTS:
+    if not plan.recipe.needs_moments:
         return []
     return [
         CompressJob(step=moments_step(plan.recipe, one), expert=source, memory=plan.memory)

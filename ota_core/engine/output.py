@@ -22,6 +22,7 @@ from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companio
 from ota_core.files.rows import Rows
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.plan.inputs import ExpertInput, MergeInputs
+from ota_core.plan.layers import with_layers
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
 from ota_core.plan.vocabulary import add_tokens
@@ -157,7 +158,7 @@ def merge_blocks(plan: MergePlan, rule: "Rule", jobs: Sequence[TensorJob], put: 
     """Merge every block of these tensors and hand it on. The rule is prepared."""
 
     def work(block: Block) -> None:
-        put(block[0].name, block[1], _copied(plan, block) if block[0].copy else _merged(plan, rule, block))
+        put(block[0].name, block[1], _copied(rule.plan_of(block[0]), block) if block[0].copy else _merged(plan, rule, block))
 
     def ahead(block: Block) -> None:
         if not block[0].copy:
@@ -206,6 +207,8 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
     config = folder / "config.json"
     if config.exists():
         settings = read_json(config)
+        if plan.assembly is not None:
+            settings = with_layers(settings, plan.assembly.taken)
         if plan.vocabulary:
             settings["vocab_size"] = plan.vocabulary.rows
             if plan.vocabulary.added:

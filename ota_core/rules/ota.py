@@ -2,6 +2,8 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -9,15 +11,38 @@ from typing import TYPE_CHECKING, Any
 from ota_core.files.rows import Rows
 from ota_core.fused.ota import Vote, ota_block
 from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE
+from ota_core.methods.numbers import kept_count
 from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan, compiled
 from ota_core.plan.prepare import Curvature, WholeFacts, block_mask, mask_of, prepare_curvature
-from ota_core.plan.scoring import delta
+from ota_core.plan.scoring import Scoring, delta
+from ota_core.plan.tally import thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, parts
 from ota_core.rules.base import Rule
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class MaskedMagnitude(Scoring):
+    """|Δ| of what FFG keeps, 0 elsewhere."""
+
+    facts: Curvature = field(default_factory=Curvature)
+
+    def __init__(self, plan: MergePlan, facts: Curvature) -> None:
+        super().__init__(plan, curvature=False, everywhere=True)
+        object.__setattr__(self, "facts", facts)
+
+    def compiled(self, experts: Iterable[int], job: TensorJob) -> bool:
+        return False
+
+    def of(
+        self, expert: ExpertView, block: Block, difference: "torch.Tensor", v_hat: "torch.Tensor | None" = None
+    ) -> "torch.Tensor":
+        scores = super().of(expert, block, difference)
+        mask = mask_of(self.plan, self.facts, expert, block, difference)
+        return scores if mask is None else scores.where(mask, 0.0)
 
 
 class OtaRule(Rule):
@@ -31,6 +56,7 @@ class OtaRule(Rule):
         super().__init__(plan, whole)
         self._facts = Curvature()
         self._scales: dict[tuple[int, str], float] = {}
+        self._trims: dict[tuple[int, str], float] = {}
         self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._lock = Lock()
         setting = plan.recipe.setting
@@ -50,6 +76,15 @@ class OtaRule(Rule):
                         partial(self._scale, expert), jobs, what=f"norms {expert.name}", size=lambda j: j.elements
                     )
                     self._scales |= {(expert.index, job.name): scale for job, scale in zip(jobs, found, strict=True)}
+        if self._masked_merge == "ties" and plan.recipe.setting("ties_density") < 1:
+            self._trims = self._trimmed()
+
+    def _trimmed(self) -> dict[tuple[int, str], float]:
+        """(Expert, tensor) → the smallest masked |Δ| that takes part in the election: TIES' trim, of each tensor (``ties_density``)."""
+        plan, density = self._plan, self._plan.recipe.setting("ties_density")
+        jobs = [job for job in plan.merged_jobs() if job.name not in self._facts.averaged]
+        members = [([job], {expert.index: kept_count(density, job.elements) for expert in plan.experts}) for job in jobs]
+        return thresholds_of(MaskedMagnitude(plan, self._facts), members, what="trim")
 
     def _scale(self, expert: ExpertView, job: TensorJob) -> float:
         """‖Δ‖ / ‖mask·Δ‖ of one tensor; 1 where nothing is left."""
@@ -64,8 +99,10 @@ class OtaRule(Rule):
             squares = difference * difference
             whole += row_sums(squares).tolist()
             kept += row_sums(squares if mask is None else torch.where(mask, squares, 0.0)).tolist()
-        left = math.fsum(kept)
-        return math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
+        left, all_of_it = math.fsum(kept), math.fsum(whole)
+        if left <= (self._plan.recipe.setting("rescale_relative_threshold") or 0.0) ** 2 * all_of_it:
+            return 1.0  # next to nothing is left, which would be blown up
+        return math.sqrt(all_of_it / left)
 
     def _merge_tensors(self, block: Block) -> "torch.Tensor":
         import torch
@@ -80,7 +117,7 @@ class OtaRule(Rule):
         scaled, weights, masks = self._weighed(block, base, thetas)
         if self._masked_merge == "ties":
             assert base is not None
-            merged = base + scale * masked_ties([theta - base for theta in scaled], masks, self._factors())
+            merged = base + scale * masked_ties([theta - base for theta in scaled], masks, self._factors(), self._denominator)
         else:
             merged = ota(scaled, weights, masks, base, lam=scale, denominator=self._denominator)
         if self._fallback == "mean" and base is not None:
@@ -97,11 +134,12 @@ class OtaRule(Rule):
         assert base is not None
         thetas = expert_rows(self._plan, block, base)
         if block[0].name in self._facts.averaged:
-            return base, [scale * (theta - base) / len(thetas) for theta in thetas]
+            plain = self._plain_weights()
+            return base, [scale * weight * (theta - base) / math.fsum(plain) for weight, theta in zip(plain, thetas, strict=True)]
         scaled, weights, masks = self._weighed(block, base, thetas)
         deltas = [theta - base for theta in scaled]
         if self._masked_merge == "ties":
-            found = masked_ties_parts(deltas, masks, self._factors())
+            found = masked_ties_parts(deltas, masks, self._factors(), self._denominator)
         else:
             found = ota_parts(deltas, weights, masks, denominator=self._denominator)
         found = [scale * edit for edit in found]
@@ -120,6 +158,8 @@ class OtaRule(Rule):
         """The experts' weights (θ, rescaled where the recipe asks), their p and their masks in a block."""
         import torch
 
+        from ota_core.methods.saliency import magnitude_scores
+
         plan, job = self._plan, block[0]
         weights, masks = [], []
         for expert, theta in zip(plan.experts, thetas, strict=True):
@@ -127,6 +167,10 @@ class OtaRule(Rule):
             mask = mask_of(plan, self._facts, expert, block, None if base is None else theta - base, v_hat)
             if mask is not None:
                 self._add_count(expert, job, int(mask.sum()))
+            if (least := self._trims.get((expert.index, job.name))) is not None:
+                assert base is not None
+                large = magnitude_scores(theta - base) >= least
+                mask = large if mask is None else mask & large
             masks.append(mask)
             weights.append(self._weight(expert, theta, v_hat))
             present = expert.present(job.name, *block[1:])
@@ -144,7 +188,12 @@ class OtaRule(Rule):
 
         from ota_core.methods.ota import ota
 
-        return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=scale)
+        weights = [torch.full_like(t, share) for t, share in zip(thetas, self._plain_weights(), strict=True)]
+        return ota(thetas, weights, [None] * len(thetas), base, lam=scale)
+
+    def _plain_weights(self) -> list[float]:
+        """What the experts weigh in a tensor without curvature."""
+        return [self._plan.recipe.setting("weight", expert.index) for expert in self._plan.experts]
 
     def _can_fuse(self, job: TensorJob) -> bool:
         fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
@@ -249,6 +298,9 @@ class FisherRule(OtaRule):
         super().__init__(plan, whole)
         self._power, self._lambda = 1.0, 1.0
 
+    def _plain_weights(self) -> list[float]:
+        return [1.0] * len(self._plan.experts)
+
     def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None", scale: float) -> "torch.Tensor":
         from ota_core.methods.ota import mean
 
@@ -256,6 +308,13 @@ class FisherRule(OtaRule):
 
     def results(self, found: Found) -> dict[str, Any]:
         return ({"compression": found.compression} if found.compression else {}) | Rule.results(self, found)
+
+
+class GraftRule(OtaRule):
+    """The masked edit of a single expert on the base (FFG, docs/methods.md section 3): θ₀ + λ·mask·Δ."""
+
+    def _weight(self, expert: ExpertView, theta: "torch.Tensor", v_hat: "torch.Tensor | None") -> "torch.Tensor":
+        return theta.new_ones(theta.shape)  # a lone expert's weight cancels, also where no curvature is known
 
 
 def density_report(plan: MergePlan, expert: ExpertView, taus: dict[str, float], kept: dict[str, int]) -> dict[str, Any]:

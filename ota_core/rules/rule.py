@@ -10,8 +10,9 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.views import Block, ModelView, TensorJob, parts
 from ota_core.rules.base import Rule
-from ota_core.rules.ota import FisherRule, OtaRule
+from ota_core.rules.ota import FisherRule, GraftRule, OtaRule
 from ota_core.rules.task_vectors import TaskVectorRule
+from ota_core.rules.varied import VariedRule
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,12 @@ def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
             f"scales: the recipe names {plan.recipe.scales}, which was not looked up when its inputs were assembled"
         )
     method = plan.recipe.merge_method
+    if plan.recipe.varies:
+        return VariedRule(plan, whole, rule_of)
     if method == "ota":
         return OtaRule(plan, whole)
+    if method == "ffg":
+        return GraftRule(plan, whole)
     if method == "fisher":
         return FisherRule(plan, whole)
     if method == "linear":

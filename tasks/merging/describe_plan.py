@@ -17,7 +17,7 @@ from ota_core.moments.compression import (
 from ota_core.plan.matrices import all_matrices, at_once, bytes_of, operations
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, estimated_ones, fetch_all
 from tasks.settings import places
@@ -65,7 +65,7 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
 
 def _without_moments(plan: MergePlan) -> list[str]:
     """Tensors of which an expert has no second moments: fine where training left them alone, which only the weights tell."""
-    if plan.recipe.merge_method not in NEEDS_MOMENTS or plan.recipe.setting("missing_curvature") == "mean":
+    if not plan.recipe.needs_moments or plan.recipe.setting("missing_curvature") == "mean":
         return []
     notes = []
     for expert in plan.experts:
@@ -147,7 +147,7 @@ def _choices(plan: MergePlan) -> list[str]:
 
 def _compressed(plan: MergePlan, method: str, rank: int | None) -> int:
     """Bytes of all experts' second moments, which the merge may not need at all."""
-    if plan.recipe.merge_method not in NEEDS_MOMENTS:
+    if not plan.recipe.needs_moments:
         return 0
     held = [expert.moments for expert in plan.experts if expert.moments is not None]
     return sum(compressed_bytes(tuple(shape), method, rank) for moments in held for shape in moments.shapes().values())
@@ -209,7 +209,7 @@ def _full_masks(plan: MergePlan, expert: ExpertView) -> int:
 def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
     """Bytes of an expert's second moments that come out of files: v as float32, and the code of ``log8``; factors are in memory."""
     recipe, moments = plan.recipe, expert.moments
-    if recipe.merge_method not in NEEDS_MOMENTS or moments is None:
+    if not recipe.needs_moments or moments is None:
         return 0
     scored = recipe.ffg(expert.index) and recipe.setting("metric") == "curvature"
     scoring = (RANKING if _is_ranked(recipe, expert.index) else 0) + _norms(recipe, expert.index) if scored else 0

@@ -15,7 +15,7 @@ from ota_core.moments.belongs import check_belongs
 from ota_core.plan.expert_scales import find_scales
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.merging.architecture import parameter_layout
 from tasks.storage import hub, s3
 from tasks.storage import models as storage
@@ -191,7 +191,7 @@ def _with_moments(
     digests: bool,
     streams: Streams | None,
 ) -> ExpertInput:
-    if recipe.merge_method not in NEEDS_MOMENTS:
+    if not recipe.needs_moments:
         return expert
     named = recipe.models[index].parameters.preconditioner_path
     path = _named_moments(named, expert, cache, recipe_dir, streams) if named else find_moments(expert.path)
