@@ -22,6 +22,7 @@ PAPERS = {
     "linear": "[a weighted mean](https://arxiv.org/abs/2203.05482)",
     "slerp": "spherical interpolation",
     "rowspace": "the mean of their edits",
+    "ffg": "[Fast Fisher Grafting](https://arxiv.org/abs/2509.11167)",
 }
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@[\w./-]+)?")
 

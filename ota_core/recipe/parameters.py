@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -234,7 +234,7 @@ class ExpertParameters(Strict):
         varying = {key: value for key, value in merged.items() if isinstance(value, Varying)}
         single = {"lambda_" if k == "lambda" else k: v for k, v in merged.items() if k not in varying}
         known = {k: v for k, v in single.items() if k in kind.model_fields}
-        return kind.model_construct(**known, varying=varying)
+        return cast(P, kind.model_construct(**known, varying=varying))
 
     density: Density | None = _own("density", "Fraction of the expert's elements that is kept, in (0, 1]")
     precond_threshold: NonNegative | None = _own("precond_threshold", "FFG threshold in units of v·Δ², instead of a density")

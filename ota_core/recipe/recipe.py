@@ -24,8 +24,8 @@ from ota_core.recipe.parameters import (
 )
 from ota_core.recipe.slices import Module, Slice, base_range, same_model
 from ota_core.recipe.spellings import mergekit_spellings
-from ota_core.recipe.varying import Varying
-from ota_core.recipe.yaml_text import dump_yaml, lines_of, parse_yaml, read_text
+from ota_core.recipe.varying import Varying, least
+from ota_core.recipe.yaml_text import dump_yaml, lines_of, parse_documents, read_text
 
 Method = Literal[
     "ota",
@@ -147,6 +147,14 @@ class MergeRecipe(Strict):
         """Whether tensors differ in what is merged of them, or how: by slices, gradients or filters."""
         return self.sliced or any(one.varying for one in (self.parameters, *(entry.parameters for entry in self.models)))
 
+    def check_uniform(self, what: str) -> None:
+        """Raise RecipeError where ``what`` is asked for, and values differ between tensors."""
+        if self.varies:
+            seen = "slices" if self.sliced else "values that differ between tensors (lists or filters)"
+            raise RecipeError(
+                f"{what} takes whole models and one value for each key, this recipe has {seen}; `ota merge` and `ota plan` take it"
+            )
+
     def at(self, tensor: str, position: float) -> "MergeRecipe":
         """The recipe of one tensor, whose layer lies at this position of its slice (0 … 1): single values everywhere. Not checked again."""
         models = tuple(entry.model_copy(update={"parameters": entry.parameters.at(tensor, position)}) for entry in self.models)
@@ -225,9 +233,8 @@ class MergeRecipe(Strict):
         """Whether Fast Fisher Grafting masks this expert (docs/methods.md section 3: density 1 means no mask)."""
         if self.merge_method not in FFG:
             return False
-        density = self.setting("density", expert)
-        least = min((v for v in density.values() if v is not None), default=1) if isinstance(density, Varying) else density
-        return self.setting("precond_threshold", expert) is not None or (least is not None and least < 1)
+        density = least(self.setting("density", expert))
+        return self.setting("precond_threshold", expert) is not None or (density is not None and density < 1)
 
     @property
     def estimates(self) -> EstimateSettings | None:
@@ -398,5 +405,15 @@ def parse_recipe(raw: Any, where: str = "recipe", *, text: str | None = None, do
 
 def load_recipe(path: Path) -> MergeRecipe:
     """Read and validate a recipe file. Raises RecipeError."""
-    text = read_text(path)
-    return parse_recipe(parse_yaml(text, str(path)), str(path), text=text)
+    return parse_text(read_text(path), str(path))
+
+
+def parse_text(text: str, where: str) -> MergeRecipe:
+    """The recipe in a YAML text, which holds no other. Raises RecipeError."""
+    documents = parse_documents(text, where)
+    if len(documents) > 1:
+        raise RecipeError(
+            f"{where} holds {len(documents)} recipes (---), and this command takes one; `ota merge {where} OUT` carries them all out, or merge the stages "
+            "one by one and name their folders"
+        )
+    return parse_recipe(documents[0] if documents else None, where, text=text)

@@ -47,7 +47,7 @@ def parameter_spellings(raw: Any) -> Any:
     """Parameters of one level in our words."""
     if not isinstance(raw, Mapping):
         return raw
-    parameters: dict[str, Any] = {SPELLINGS.get(key, key): value for key, value in raw.items()}
+    parameters: dict[str, Any] = {str(SPELLINGS.get(key, key)): value for key, value in raw.items()}
     if isinstance(parameters.get("rank1_approx"), bool) and "compression" not in parameters:
         approx = parameters.pop("rank1_approx")
         parameters["compression"] = "rank1" if approx else "rank_k" if _above_one(parameters) else "none"

@@ -11,6 +11,7 @@ A tensor that no filter fits has the value of the next level: of the slice, of t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 
@@ -67,6 +68,19 @@ class Varying:
             | {"value": rule.values[0] if len(rule.values) == 1 else list(rule.values)}
             for rule in self.rules
         ]
+
+
+def least(value: Any) -> Any:
+    """The smallest of the values that are named, or the single one."""
+    return min((one for one in value.values() if one is not None), default=None) if isinstance(value, Varying) else value
+
+
+def middle(value: Any) -> Any:
+    """The mean of the numbers that are named, or the single value: one number for a table, never for a merge."""
+    if not isinstance(value, Varying):
+        return value
+    numbers = [one for one in value.values() if isinstance(one, int | float)]
+    return fmean(numbers) if numbers else None
 
 
 def is_varying(value: Any) -> bool:
