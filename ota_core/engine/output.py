@@ -21,6 +21,7 @@ from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.files.rows import Rows
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
+from ota_core.plan.chat_template import chat_template, write_template
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.layers import with_layers
 from ota_core.plan.plan import MergePlan
@@ -204,6 +205,8 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if plan.recipe.chat_template is not None:
+        write_template(folder, chat_template(plan.recipe, [view.checkpoint.path for view in plan.models]))
     config = folder / "config.json"
     if config.exists():
         settings = read_json(config)

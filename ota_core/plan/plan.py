@@ -15,6 +15,7 @@ from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in
 from ota_core.plan.assembly import Assembly, assemble, natural, own_jobs, sliced_jobs
+from ota_core.plan.chat_template import chat_template
 from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_moments import check_moments, moments_problems, open_expert
 from ota_core.plan.expert_scales import ExpertScales, scales_for
@@ -189,6 +190,11 @@ def open_plan(
             jobs = _jobs(recipe, views, first, vocabulary, problems)
             for expert in experts:
                 check_moments(recipe, expert, jobs, problems)
+        if recipe.chat_template is not None:
+            try:
+                chat_template(recipe, [view.checkpoint.path for view in views])
+            except OtaError as error:
+                problems.append(str(error))
         scales = None
         if inputs.scales is not None:
             tensors = [job.name for job in jobs if not job.copy and job.name == job.canonical]
@@ -204,6 +210,8 @@ def open_plan(
         )  # fmt: skip
         if scales is not None and (other := scales.learned_for_other(recipe)):
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
+        if recipe.parameters.approximate_norm:
+            plan.notes.append("approximate_norm has no effect: norms are exact")
         if (note := unlike(experts, recipe)) is not None:
             plan.notes.append(note)
         plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]

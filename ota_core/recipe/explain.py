@@ -19,6 +19,8 @@ _WORDS = {
     "merge_method": "a slice has the merge_method of the recipe; what is merged otherwise goes into a document of its own (---) with a 'name', whose "
     "result this slice names as its model",
     "residual_weight": "it is not supported: scale the slice with passthrough's scale, or leave it out",
+    "tokenizer": "of tokenizer only 'source' is supported, which is tokenizer_source: base, union or model:<name>; rows are matched by token, so that "
+    "tokens and pad_to_multiple_of are left out",
     "layer_range": "it belongs to a source of a slice: slices: [{sources: [{model: …, layer_range: [0, 8]}]}]",
     "select_topk": "write 'density'",
     "random_seed": "write 'seed'",

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
+from ota_core.recipe.checks import of_one_method, of_slices
 from ota_core.recipe.explain import explain
 from ota_core.recipe.identity import later_keys
 from ota_core.recipe.parameters import (
@@ -94,6 +95,10 @@ class MergeRecipe(Strict):
     )
     out_dtype: DType | None = Field(None, description="Wins over dtype.")
     tokenizer_source: str = Field("base", description="base, model:<name> or union.")
+    chat_template: str | None = Field(
+        None,
+        description="Of the result: auto, the models' most common; chatml, llama3, alpaca or mistral; or a Jinja template. By default the tokenizer's own.",
+    )
     scales: str | None = Field(
         None, description="File of learned scales (`ota tune`), beside the recipe or s3://…: a factor for each expert and tensor."
     )
@@ -227,7 +232,8 @@ class MergeRecipe(Strict):
             },
             "experts": [{key: self.setting(key, i) for key in sorted(own)} for i in range(len(self.models))],
         }
-        return later_keys(found, self.merge_method, self.models, self.places() if self.sliced else None)
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        return later_keys(found | template, self.merge_method, self.models, self.places() if self.sliced else None)
 
     def ffg(self, expert: int) -> bool:
         """Whether Fast Fisher Grafting masks this expert (docs/methods.md section 3: density 1 means no mask)."""
@@ -309,36 +315,14 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         problems.append(f"tokenizer_source: got '{source}', expected base, model:<name> or union")
     if method == "slerp" and len(recipe.models) not in {1, 2}:
         problems.append(f"slerp interpolates between two models, the recipe names {len(recipe.models)}")
-    weights = [recipe.setting("weight", i) for i in range(len(recipe.models))] if method == "ota" else [1.0]
-    single = [weight for weight in weights if not isinstance(weight, Varying)]
-    if min(single, default=1.0) < 0 or (len(single) == len(weights) and sum(single) == 0):
-        problems.append(
-            f"parameters: with ota, 'weight' averages tensors without curvature; got {weights}, expected no negative one, and not all 0"
-        )
-    if method == "ffg" and len(recipe.models) != 1:
-        problems.append(
-            f"ffg grafts the edit of one expert onto the base, the recipe names {len(recipe.models)}; merge several with merge_method: ota"
-        )
-    if method == "ffg" and not recipe.ffg(0):
-        problems.append(
-            "parameters: ffg needs 'density', the fraction of the expert's edits that is grafted, below 1, or precond_threshold"
-        )
-    if method == "ota" and recipe.parameters.given("ties_density") is not None and recipe.setting("masked_merge") != "ties":
-        problems.append(
-            f"parameters: 'ties_density' has no effect with masked_merge {recipe.setting('masked_merge')}; remove it, or set masked_merge: ties"
-        )
     if method == "slerp" and recipe.setting("t") is None:
         problems.append("parameters: slerp needs 't', the position between the two models in [0, 1]")
-    return problems
+    return problems + of_one_method(recipe)
 
 
 def _sliced_contradictions(recipe: MergeRecipe) -> list[str]:
     """What is wrong with slices: each is checked as a recipe of its own."""
-    problems = []
-    if recipe.slices is not None and recipe.modules is not None:
-        problems.append("slices: both slices and modules are given; put the slices under the module that they are of")
-    if recipe.slices is not None and not recipe.slices:
-        problems.append("slices: the list is empty, expected at least one slice with its sources")
+    problems = of_slices(recipe.slices, recipe.modules)
     if recipe.scales is not None:
         problems.append("scales: they are learned for whole experts, and do not go with slices; remove the key")
     for place, one in recipe.places():

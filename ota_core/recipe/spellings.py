@@ -22,6 +22,7 @@ def mergekit_spellings(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("modules", 0) is None:
         del raw["modules"]
     raw = _spelled(raw)
+    _name_tokenizer(raw)
     if isinstance(raw.get("modules"), Mapping):
         raw["modules"] = {name: _spelled(module) for name, module in raw["modules"].items()}
     if "slices" in raw or "modules" in raw:
@@ -29,6 +30,21 @@ def mergekit_spellings(raw: dict[str, Any]) -> dict[str, Any]:
     if raw.get("merge_method") == "ota":
         raw = _of_ota(raw)
     return _one_compression(raw)
+
+
+def _name_tokenizer(raw: dict[str, Any]) -> None:
+    """mergekit names the model of the tokenizer bare; here it is model:<name>, or base."""
+    source = raw.get("tokenizer_source")
+    if not isinstance(source, str) or source in {"base", "union"} or source.startswith("model:"):
+        return
+    if same_model(source, raw.get("base_model")):
+        raw["tokenizer_source"] = "base"
+        return
+    entries = raw.get("models")
+    for entry in entries if isinstance(entries, list | tuple) else ():
+        if isinstance(entry, Mapping) and (entry.get("name") == source or same_model(entry.get("model"), source)):
+            raw["tokenizer_source"] = f"model:{entry['model']}"
+            return
 
 
 def _spelled(value: Any) -> Any:
