@@ -1,5 +1,6 @@
 """Checks of a recipe that concern one method or one key."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,11 @@ class Checked(Protocol):
     def chat_template(self) -> str | None: ...
     def setting(self, key: str, expert: int | None = None) -> Any: ...
     def ffg(self, expert: int) -> bool: ...
+
+
+def as_written(problems: Sequence[str], kept: Sequence[int]) -> list[str]:
+    """Problems that name models by their position in the recipe as it was written. kept: of each model that counts, its position there."""
+    return [re.sub(r"models\[(\d+)\]", lambda found: f"models[{kept[int(found[1])]}]", text) for text in problems]
 
 
 def of_one_method(recipe: Checked) -> list[str]:

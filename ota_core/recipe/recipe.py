@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
-from ota_core.recipe.checks import of_one_method, of_slices
+from ota_core.recipe.checks import as_written, of_one_method, of_slices
 from ota_core.recipe.explain import explain
 from ota_core.recipe.identity import later_keys
 from ota_core.recipe.parameters import (
@@ -110,10 +110,11 @@ class MergeRecipe(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "MergeRecipe":
-        if self.merge_method not in KEEPS_BASE and len(self.models) > 1:
-            others = tuple(entry for entry in self.models if not same_model(entry.model, self.base_model))
-            object.__setattr__(self, "models", others or self.models)  # frozen for everybody else
-        problems = self.problems()
+        places = range(len(self.models))
+        base = self.base_model if self.merge_method not in KEEPS_BASE else None
+        kept = [i for i in places if not same_model(self.models[i].model, base)] or list(places)
+        object.__setattr__(self, "models", tuple(self.models[i] for i in kept))  # frozen for everybody else
+        problems = as_written(self.problems(), kept)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -155,9 +156,9 @@ class MergeRecipe(Strict):
     def check_uniform(self, what: str) -> None:
         """Raise RecipeError where ``what`` is asked for, and values differ between tensors."""
         if self.varies:
-            seen = "slices" if self.sliced else "values that differ between tensors (lists or filters)"
+            seen = "slices" if self.sliced else "values that differ between tensors"
             raise RecipeError(
-                f"{what} takes whole models and one value for each key, this recipe has {seen}; `ota merge` and `ota plan` take it"
+                f"{what} takes whole models and one value for each key, this recipe has {seen}; `ota merge` takes it"
             )
 
     def at(self, tensor: str, position: float) -> "MergeRecipe":
@@ -260,10 +261,6 @@ class MergeRecipe(Strict):
         return dump_yaml(said)
 
 
-def _given(parameters: ExpertParameters) -> set[str]:
-    return parameters.keys()
-
-
 def _contradictions(recipe: MergeRecipe) -> list[str]:
     method = recipe.merge_method
     used = USED[method]
@@ -273,7 +270,7 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
             ("parameters", recipe.parameters),
             *((f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(recipe.models)),
         ]
-        for key in sorted(_given(parameters) - used)
+        for key in sorted(parameters.keys() - used)
     ]
     compression = recipe.setting("compression")
     if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":

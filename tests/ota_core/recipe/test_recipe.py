@@ -245,3 +245,78 @@ def test_a_rank_is_in_force_with_rank_k_alone() -> None:
     for compression in ("none", "rank1", "log8"):
         other = MergeRecipe.model_validate(recipe({"compression": compression}))
         assert other.setting("rank") is None and "rank" not in other.effective()["parameters"]
+
+
+FORMS = """\
+x-own: &own
+  density: 0.4
+merge_method: ota
+base_model: b
+models:
+  - model: b
+  - model: x
+    parameters:
+      <<: *own
+      densty: 0.3
+  - model: y
+    parameters: {gamma: 0.3}
+parameters:
+  power: half
+"""
+
+
+@pytest.mark.parametrize("start, end", [("", "\n"), ("\ufeff", "\r\n")])
+def test_a_refusal_names_the_line(tmp_path: Path, start: str, end: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes((start + FORMS.replace("\n", end)).encode())
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "line 10: unknown key 'models[1].parameters.densty'; did you mean 'density'?" in str(caught.value)
+    assert "line 14: parameters.power: got 'half'" in str(caught.value)
+    path.write_text(FORMS.replace("densty", "density").replace("power: half", "power: 0.5"))
+    with pytest.raises(RecipeError, match=r"line 12: models.*'gamma' has no effect"):
+        load_recipe(path)
+    path.write_text(FORMS.replace("densty", "density").replace("power: half", "power: 0.5").replace("{gamma: 0.3}", "{}"))
+    found = load_recipe(path)
+    assert [entry.model for entry in found.models] == ["x", "y"] and found.setting("density", 0) == 0.3
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        recipe({"density": [0.1, 0.9], "lambda": [{"filter": "mlp", "value": [1, 2]}, {"value": 0.5}]}, {"scaling_factor": [1, 2]}),
+        recipe({"weight": 2}, {"rank1_approx": True}, chat_template="llama3"),
+        {
+            "merge_method": "linear", "parameters": {"weight": [1, 2]},
+            "slices": [{"sources": [{"model": "x", "layer_range": [0, 2], "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}]}],
+        },
+        {
+            "merge_method": "task_arithmetic", "base_model": "b",
+            "modules": {"decoder": {"models": [{"model": "x"}, {"model": "b"}]}, "encoder": {"slices": [{"sources": [{"model": "y", "layer_range": [0, 1]}]}]}},
+        },
+    ],
+)  # fmt: skip
+def test_varied_recipes_come_back_from_yaml_and_json(raw: dict[str, Any]) -> None:
+    read = parse_recipe(raw)
+    assert parse_recipe(parse_yaml(read.to_yaml(), "r.yaml")) == read
+    assert MergeRecipe.model_validate_json(read.model_dump_json(by_alias=True)) == read
+    assert MergeRecipe.model_validate(read.model_dump(mode="json", by_alias=True)).effective() == read.effective()
+
+
+def test_what_decides_nothing_or_is_new_leaves_the_identity_of_old_recipes() -> None:
+    keys = set(parse_recipe(recipe({"density": 0.4})).effective()["parameters"])
+    assert not keys & {"rescale_relative_threshold", "approximate_norm", "ties_density", "slices", "chat_template"}
+    assert parse_recipe(recipe({"density": 0.4})).effective()["experts"][0] == {
+        "density": 0.4, "precond_threshold": None, "scaling_factor": 1.0
+    }  # fmt: skip
+    base = {"model": "b"}
+    assert parse_recipe(recipe(models=[base, {"model": "x"}, {"model": "y"}])).effective() == parse_recipe(recipe()).effective()
+    with_lists, other = (parse_recipe(recipe({"density": value})).effective() for value in ([0.1, 0.2], [0.1, 0.3]))
+    assert with_lists != other
+
+
+def test_values_at_a_tensor() -> None:
+    read = parse_recipe(recipe({"density": [0.2, 0.8]}, {"density": [{"filter": "mlp", "value": [0.1, 0.5, 0.3]}]}))
+    at = read.at("model.layers.1.mlp.up_proj.weight", 0.25)
+    assert (at.setting("density", 0), at.setting("density", 1)) == (pytest.approx(0.3), pytest.approx(0.35))
+    assert read.at("model.norm.weight", 0.0).setting("density", 0) == 0.2
