@@ -23,6 +23,7 @@ from ota_core.engine.shards import (
     with_scales,
 )
 from ota_core.engine.survey import Survey
+from ota_core.methods.numbers import kept_count
 from ota_core.plan.inputs import resolve_local
 from ota_core.plan.layers import numbered, positions, with_layers
 from ota_core.plan.prepare import WholeFacts
@@ -97,7 +98,7 @@ def test_a_density_is_a_rank_among_the_tensors_that_share_it(folder: Path, tmp_p
     for inside, density in ((True, 0.3), (False, 0.5)):
         names = [name for name in BASE if ("mlp" in name) is inside]
         kept = sum(round(report["per_tensor"][name] * BASE[name].size) for name in names)
-        assert kept == round(density * sum(BASE[name].size for name in names))
+        assert kept == kept_count(density, sum(BASE[name].size for name in names))
     merged = read_tensors(tmp_path / "out")
     scores = {name: np.sqrt(EXPERTS[0].v[name]) * np.abs(EXPERTS[0].weights[name] - BASE[name]) for name in BASE}
     for name in BASE:
@@ -121,7 +122,7 @@ def test_a_graft_is_the_expert_where_its_mask_keeps_it(folder: Path, tmp_path: P
     }  # fmt: skip
     report = engine.merge(parse_recipe(raw), tmp_path / "graft")
     merged, total = read_tensors(tmp_path / "graft"), sum(x.size for x in BASE.values())
-    assert report.densities["e0"]["kept"] == round(0.3 * total)
+    assert report.densities["e0"]["kept"] == kept_count(0.3, total)
     taken = {name: merged[name] == EXPERTS[0].weights[name] for name in BASE}
     assert all((taken[name] | (merged[name] == BASE[name])).all() for name in BASE)
     edits = {name: np.abs(EXPERTS[0].weights[name].astype(float) - BASE[name]) for name in BASE}
