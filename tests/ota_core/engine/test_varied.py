@@ -30,6 +30,7 @@ from ota_core.plan.prepare import WholeFacts
 from ota_core.recipe.recipe import MergeRecipe, parse_recipe
 from tests.checkpoints import random_base, random_experts, read_tensors, write_checkpoint
 from tests.reference import Tensors
+from tests.tiny_models import perturb, write_tiny_llama
 
 BASE = random_base()
 EXPERTS = random_experts(BASE, 2)
@@ -180,3 +181,24 @@ def test_an_encoder_keeps_its_layers_where_the_decoder_is_cut(tmp_path: Path) ->
     assert (merged["encoder.block.2.layer.0.q.weight"] == a["encoder.block.2.layer.0.q.weight"]).all()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_layers"], config["num_decoder_layers"]) == (3, 2)
+
+
+@pytest.mark.parametrize("more", [{}, {"compression": "rank1"}, {"lambda": "auto"}, {"rescale": True}])
+def test_slices_that_give_every_layer_are_the_whole_merge(tmp_path: Path, more: dict[str, Any]) -> None:
+    base = write_tiny_llama(tmp_path / "base", layers=4, vocab=104)
+    sources = []
+    for seed in (1, 2):
+        folder = perturb(base, tmp_path / f"e{seed}", seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        v = {name: 1e-20 * torch.rand(x.shape, generator=generator) for name, x in read_tensors(folder).items()}
+        save_file(v, folder / "exp_avg_sq.safetensors")
+        sources.append({"model": str(folder), "parameters": {"density": 0.3 * seed}})
+    common = {"merge_method": "ota", "base_model": str(base), "parameters": {"scope": "per_tensor"} | more}
+    slices = [{"sources": [{**one, "layer_range": [a, a + 2]} for one in sources]} for a in (0, 2)]
+    reports = [
+        engine.merge(parse_recipe(common | {"models": sources}), tmp_path / "whole"),
+        engine.merge(parse_recipe(common | {"slices": slices}), tmp_path / "sliced"),
+    ]
+    whole, sliced = read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "sliced")
+    assert all((whole[name] == sliced[name]).all() for name in whole)
+    assert reports[0].densities == reports[1].densities
