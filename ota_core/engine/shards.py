@@ -23,9 +23,10 @@ import numpy as np
 
 from ota_core.compute.stream import Progress
 from ota_core.engine.engine import complete_folder
-from ota_core.engine.output import Shards, plan_files, write_weights
+from ota_core.engine.output import Shards, needs, plan_files, write_weights
 from ota_core.engine.survey import Survey, bins_varied, facts_varied, survey_varied
 from ota_core.errors import ArtifactError, OtaError, RecipeError
+from ota_core.files.room import check_room
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.moments.compression import compression_of
 from ota_core.plan.found import Found
@@ -188,6 +189,7 @@ def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts |
     with job.opened(shard) as (plan, shards):
         rule = rule_of(plan, whole or WholeFacts())
         rule.prepare()
+        check_room(needs(plan, folder, whole=False))
         write_weights(plan, rule, folder, shards)
         return rule.found()
 

@@ -9,13 +9,20 @@ from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp.metadata import METADATA
 from ota_core.files.prefixes import plain_names, twice
-from ota_core.files.rows import Rows
+from ota_core.files.rows import Dtype, Rows
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
+from ota_core.names import why_unsafe
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+"""The weights of an adapter as PEFT names them."""
+GGUF = ".gguf"
 # Files beside the weights that belong to a model. What matches is copied from the source of the output's tokenizer and config.
 CONFIG_FILES = ("config.json", "generation_config.json")
+# One of these is there where a folder holds a tokenizer.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
@@ -23,10 +30,11 @@ TOKENIZER_PATTERNS = (
 
 
 if TYPE_CHECKING:
-    from ota_core.files.bin_file import BinFile  # it needs torch
+    from ota_core.files.bin_file import BinFile
     from ota_core.files.dcp.weights import DcpWeights
+    from ota_core.files.gguf.file import GgufFile  # it needs gguf
 
-WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights"
+WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | GgufFile"
 """One file of tensors."""
 
 
@@ -37,10 +45,21 @@ class Checkpoint:
         """``source_of`` says where the weights' bytes come from; configuration, index and file names are always the folder's own."""
         self.path = Path(path)
         files = weight_files(self.path)
+        if files[0].name in ADAPTERS:
+            raise CheckpointError(
+                f"{self.path} holds a LoRA adapter, not a whole model; name it together with its base, as base+adapter, or give the recipe "
+                "the base_model that it was trained on"
+            )
+        self.folders: tuple[Path, ...] = (self.path,)
+        """Where configuration and tokenizer are looked for, the first that holds them."""
+        self.known_as: tuple[str, ...] = ()
+        """What else the model is called, beside its folder."""
+        self.notes = _notes(self.path)
+        """What a user should know of how the folder was read."""
         self.sharded = files[0].name == METADATA
         """Whether the weights are the shards of FSDP, whose folder usually holds no configuration."""
         # The ranks' files of a sharded checkpoint are read together, through their description.
-        self.files = [_open(file, source_of) for file in (files[:1] if self.sharded else files)]
+        self.files = [open_weights(file, source_of) for file in (files[:1] if self.sharded else files)]
         where: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.infos:
@@ -59,7 +78,7 @@ class Checkpoint:
         self._where = {plain[name]: (file, name) for name, file in where.items()}
         # Trainers write it into the folder of the run, where a sharded checkpoint's own folder has none.
         configs = [folder / "config.json" for folder in ((self.path, self.path.parent) if self.sharded else (self.path,))]
-        self.config = next((read_json(config) for config in configs if config.exists()), {})
+        self.config = next((read_json(config) for config in configs if config.exists()), getattr(self.files[0], "config", {}))
 
     def names(self) -> list[str]:
         """All tensor names, sorted, without what ``torch.compile``, FSDP and other wrappers put into them."""
@@ -78,6 +97,21 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} holds no tensor '{name}'")
         file, stored = self._where[name]
         return file.infos[stored]
+
+    def kept_dtype(self, name: str) -> Dtype:
+        """The type that the tensor has in a model like this one: as it is stored, where reading it does not make another of it."""
+        dtype = self.info(name).dtype
+        return getattr(self.files[0], "kept", dtype) if dtype.is_floating_point else dtype
+
+    @property
+    def config_folder(self) -> Path:
+        """The folder of the model's configuration."""
+        return next((folder for folder in self.folders if (folder / "config.json").is_file()), self.path)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the model's tokenizer."""
+        return next((folder for folder in self.folders if companion_files(folder, TOKENIZERS)), self.config_folder)
 
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows start:stop of the matrix of ``blocks.matrix_shape``, in the stored dtype; a view of the file, not to be written to."""
@@ -99,13 +133,18 @@ class Checkpoint:
             file.close()
 
 
-def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
+def open_weights(path: Path, source_of: SourceOf | None = None) -> WeightFile:
+    """One file of tensors, of whichever kind. Raises CheckpointError."""
     if path.name == METADATA:
         from ota_core.files.dcp.weights import DcpWeights
 
         return DcpWeights(path.parent, source_of)
+    if path.suffix == GGUF:
+        from ota_core.files.gguf.file import GgufFile
+
+        return GgufFile(path, source_of)
     if path.suffix != ".safetensors":
-        from ota_core.files.bin_file import BinFile  # it needs torch
+        from ota_core.files.bin_file import BinFile
 
         return BinFile(path, source_of)
     return SafetensorsFile(path, source_of(path) if source_of else None)
@@ -135,11 +174,9 @@ def weight_files(folder: Path) -> list[Path]:
         single = folder / index.removesuffix(".index.json")
         if single.exists():
             return [single]
+    if (adapter := _adapter(folder)) is not None:
+        return [adapter]
     candidates = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("exp_avg", "optimizer")))
-    if any(p.name.startswith("adapter_") for p in candidates):
-        raise CheckpointError(
-            f"{folder} holds a LoRA adapter, not a whole model; merge it into its base first (peft: merge_and_unload)"
-        )
     if len(candidates) == 1:
         return candidates
     if candidates:
@@ -147,6 +184,12 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds {len(candidates)} safetensors files and no {SAFETENSORS_INDEX} "
             f"({', '.join(p.name for p in candidates[:4])}, …); expected the index that says which belong to the model"
         )
+    if ggufs := sorted(folder.glob(f"*{GGUF}")):
+        if len(ggufs) > 1:
+            raise CheckpointError(
+                f"{folder} holds {len(ggufs)} GGUF files ({', '.join(path.name for path in ggufs[:6])}); name the one that is meant, {ggufs[0]}"
+            )
+        return ggufs
     from ota_core.files.dcp.weights import dcp_files, weights_folder
 
     if (sharded := weights_folder(folder)) is not None:
@@ -157,12 +200,38 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def adapter_of(folder: Path) -> Path | None:
+    """The file of an adapter's weights, where a folder holds an adapter and no whole model. Raises CheckpointError as ``weight_files``."""
+    if not any((folder / name).exists() for name in (ADAPTER_CONFIG, *ADAPTERS)):
+        return None
+    first = weight_files(folder)[0]
+    return first if first.name in ADAPTERS else None
+
+
+def _adapter(folder: Path) -> Path | None:
+    """The file of an adapter's weights. Raises CheckpointError where it is missing, or lies in subfolders."""
+    if (found := next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)) is not None:
+        return found
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds {ADAPTER_CONFIG} and none of {', '.join(ADAPTERS)}; fetch the adapter again")
+    if inside and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} holds adapters in folders of their own: {', '.join(inside)}; name the one that is meant")
+    return None
+
+
+def _notes(folder: Path) -> list[str]:
+    if any((folder / name).is_file() for name in (ADAPTER_CONFIG, *ADAPTERS)):
+        return [f"{folder} holds a whole model and an adapter; the whole model is read"]
+    return []
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} holds no weight_map; expected tensor names with the file of each")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or "/" in file or why_unsafe(file):
             raise CheckpointError(f"{index}: tensor '{name}' lies in {file!r}; expected the name of a file beside the index")
     return weight_map
 

@@ -70,6 +70,8 @@ class Rows:
     """(n, C), of the type ``dtype.held``, contiguous."""
     _tensor: "torch.Tensor | None" = None
     """What lies in the same memory, where that was a tensor first."""
+    present: NDArray[np.bool_] | None = None
+    """Which rows the model has, bool (n,): the others are zeros, of tokens that its vocabulary lacks. None: all."""
 
     @classmethod
     def of(cls, tensor: "torch.Tensor") -> "Rows":

@@ -1,5 +1,6 @@
 """Checks of a recipe that concern one method or one key."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -31,7 +32,7 @@ def as_written(problems: Sequence[str], kept: Sequence[int]) -> list[str]:
 
 def of_one_method(recipe: Checked) -> list[str]:
     """What is wrong, each in a line that begins with the place."""
-    problems = []
+    problems = _of_numbers(recipe)
     template = recipe.chat_template
     if template is not None and template not in {AUTO_TEMPLATE, *TEMPLATES} and not is_template(template):
         problems.append(
@@ -41,6 +42,37 @@ def of_one_method(recipe: Checked) -> list[str]:
         problems += _of_ota(recipe)
     if recipe.merge_method == "ffg":
         problems += _of_ffg(recipe)
+    return problems
+
+
+EXPERTS = {"passthrough": (1, 1), "nuslerp": (2, 2), "nearswap": (1, 2), "arcee_fusion": (1, 2), "model_stock": (2, math.inf)}
+"""How many models a method takes, beside a base; of two that it interpolates between, the base may be one."""
+
+
+def _of_numbers(recipe: Checked) -> list[str]:
+    """What is wrong with the numbers of models and of parameters that one method alone restricts."""
+    method, count, t = recipe.merge_method, len(recipe.models), recipe.setting("t")
+    largest = max(t.values()) if isinstance(t, Varying) else t
+    problems = []
+    if method == "slerp" and (t is None or largest > 1):
+        problems.append(
+            f"parameters: slerp needs 't', the position between the two models in [0, 1]{'' if t is None else f', got {largest:g}'}"
+        )
+    if method == "nearswap" and t is None:
+        problems.append("parameters: nearswap needs 't', the largest change of a weight, such as 0.0001")
+    fewest, most = EXPERTS.get(method, (1, math.inf))
+    if not fewest <= count <= most:
+        expected = f"{fewest}" if fewest == most else f"{fewest} or {most}" if most < math.inf else f"at least {fewest}"
+        problems.append(f"models: {method} takes {expected}, the recipe names {count}")
+    for i in range(count) if method in {"della", "della_linear"} else ():
+        density, epsilon = recipe.setting("density", i), recipe.setting("epsilon", i)
+        if isinstance(density, Varying) or isinstance(epsilon, Varying):
+            continue  # said of the tensors where they meet
+        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            problems.append(
+                f"models[{i}]: {method} keeps edits with chances from density - epsilon to density + epsilon, which must lie between 0 and 1; got density "
+                f"{density:g} and epsilon {epsilon:g}"
+            )
     return problems
 
 

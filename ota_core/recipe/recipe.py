@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
+from ota_core.names import why_unsafe
 from ota_core.recipe.checks import as_written, of_one_method, of_slices
 from ota_core.recipe.explain import explain
 from ota_core.recipe.identity import later_keys
@@ -17,11 +18,11 @@ from ota_core.recipe.parameters import (
     AUTO,
     USED,
     EstimateSettings,
-    ExpertParameters,
     MergeParameters,
     ModelParameters,
     Strict,
     default,
+    of_experts,
 )
 from ota_core.recipe.slices import Module, Slice, base_range, same_model
 from ota_core.recipe.spellings import mergekit_spellings
@@ -41,23 +42,30 @@ Method = Literal[
     "slerp",
     "rowspace",
     "ffg",
+    "passthrough",
+    "nearswap",
+    "arcee_fusion",
+    "ram",
+    "ramplus_tl",
+    "sce",
+    "della",
+    "della_linear",
+    "multislerp",
+    "nuslerp",
+    "karcher",
+    "model_stock",
 ]
 DType = Literal["float32", "float16", "bfloat16"]
 NEEDS_BASE = {
-    "task_arithmetic",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "rowspace",
-    "slerp",
-    "ffg",
-}
+    "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace", "slerp", "nearswap", "arcee_fusion",
+    "ram", "ramplus_tl", "sce", "della", "della_linear", "model_stock", "ffg",
+}  # fmt: skip
+WITHOUT_BASE = {"linear", "karcher", "passthrough"}
+"""Methods in which a base takes no part, even where one is named."""
 NEEDS_MOMENTS = {"ota", "fisher", "ffg"}
 FFG = {"ota", "ffg"}
 """Methods with Fast Fisher Grafting: ``ffg`` grafts a single expert's masked edit onto the base."""
-KEEPS_BASE = {"linear", "fisher", "slerp", "passthrough", "karcher", "nearswap", "arcee_fusion"}
+KEEPS_BASE = {"fisher", "slerp", "nearswap", "arcee_fusion"} | WITHOUT_BASE
 """Methods in which the base counts when it is listed among the models; all others work on edits of it, and it has none."""
 RESERVED_NAMES = ("base", "merged")
 OF_REFINE = ("ridge", "input_curvature")
@@ -220,7 +228,7 @@ class MergeRecipe(Strict):
     def effective(self) -> dict[str, Any]:
         """Every parameter in force, defaults included: two recipes that say the same in different words are equal here."""
         used = USED[self.merge_method] - {"preconditioner_path", "estimate"}  # known by the digests of second moments
-        own = {key for key in used if key in ExpertParameters.model_fields}
+        own = of_experts(self.merge_method)
         found: dict[str, Any] = {
             "merge_method": self.merge_method,
             "dtype": self.output_dtype,
@@ -272,6 +280,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         ]
         for key in sorted(parameters.keys() - used)
     ]
+    problems += [
+        f"models[{i}].parameters: '{key}' holds for the whole merge with merge_method {method}; move it to the recipe's parameters"
+        for i, entry in enumerate(recipe.models)
+        for key in sorted((entry.parameters.keys() & used) - of_experts(method) - {"preconditioner_path", "compression", "rank"})
+    ]
     compression = recipe.setting("compression")
     if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":
         problems.append(f"parameters: 'rank' has no effect with compression {compression}; remove it, or set compression: rank_k")
@@ -303,6 +316,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         f"models: the name '{name}' is given twice; names label the results"
         for name in sorted({n for n in names if names.count(n) > 1})
     ]
+    problems += [
+        f"models: the name {n!r} cannot be a file's name: {why}; choose another label"
+        for n in names
+        if (why := why_unsafe(n) or ("it holds a slash" if "/" in n else None))
+    ]
     problems += [f"models: the name '{n}' is kept for another model; choose another label" for n in names if n in RESERVED_NAMES]
     problems += [
         f"models: the name '{n}' has a slash; names also label files, write {n.replace('/', '-')!r}" for n in names if "/" in n
@@ -312,8 +330,6 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         problems.append(f"tokenizer_source: got '{source}', expected base, model:<name> or union")
     if method == "slerp" and len(recipe.models) not in {1, 2}:
         problems.append(f"slerp interpolates between two models, the recipe names {len(recipe.models)}")
-    if method == "slerp" and recipe.setting("t") is None:
-        problems.append("parameters: slerp needs 't', the position between the two models in [0, 1]")
     return problems + of_one_method(recipe)
 
 
@@ -350,6 +366,10 @@ def _base_contradictions(recipe: MergeRecipe) -> list[str]:
         return ["base_model is missing: refine: rowspace works on task vectors, the difference of each expert to the base"]
     if method in NEEDS_BASE and not (method == "slerp" and len(recipe.models) == 2):
         return [f"base_model is missing: {method} works on task vectors, the difference of each expert to the base"]
+    if method in {"multislerp", "nuslerp"} and recipe.setting("lambda") != 1.0:
+        return ["base_model is missing: parameters.lambda acts on task vectors, which need the base"]
+    if method in {"multislerp", "nuslerp"} and recipe.scales is not None:
+        return ["base_model is missing: scales act on task vectors, which need the base"]
     if method != "ota":
         return []
     problems = []

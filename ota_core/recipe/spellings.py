@@ -29,6 +29,14 @@ def mergekit_spellings(raw: dict[str, Any]) -> dict[str, Any]:
         raw["models"] = _sliced_models(raw)
     if raw.get("merge_method") == "ota":
         raw = _of_ota(raw)
+    parameters = raw.get("parameters")
+    if (
+        raw.get("merge_method") == "sce"
+        and isinstance(parameters, Mapping)
+        and "select_topk" in parameters
+        and "density" not in parameters
+    ):
+        raw["parameters"] = {"density" if key == "select_topk" else key: value for key, value in parameters.items()}
     return _one_compression(raw)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from ota_core.compute.stream import parse_memory, peak_memory_gib
 from ota_core.engine.engine import outline_into
 from ota_core.engine.output import plan_files
+from ota_core.moments import Moments
 from ota_core.moments.compression import (
     DEFAULT_RANK,
     IN_MEMORY,
@@ -19,12 +20,13 @@ from ota_core.plan.groups import parts_of
 from ota_core.plan.matrices import all_matrices, at_once, bytes_of, operations
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
-from ota_core.recipe.recipe import FFG, MergeRecipe
+from ota_core.plan.whole import columns_bytes, is_whole, surveys
+from ota_core.recipe.recipe import FFG, WITHOUT_BASE, MergeRecipe
 from ota_core.recipe.varying import least
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, estimated_ones, fetch_all
 from tasks.settings import places
-from tasks.storage.models import is_s3
+from tasks.storage.models import Fetched, is_s3
 from tasks.storage.streaming.streams import Streams
 
 GIB = 2**30
@@ -56,10 +58,7 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
                 f"{recipe.merge_method} of {', '.join(expert.name for expert in plan.experts)}"
                 + (f" over {recipe.base_model}" if recipe.base_model else "")
             ]
-            lines += [
-                f"  {view.name}: {model.source if is_s3(model.source) else view.checkpoint.path}"
-                for view, model in zip(plan.models, fetched, strict=True)
-            ]
+            lines += [f"  {view.name}: {_place(model, view)}" for view, model in zip(plan.models, fetched, strict=True)]
             if recipe.varies:
                 lines += _groups(plan)
             notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
@@ -90,6 +89,12 @@ def outline(recipe: MergeRecipe, out: Path, recipe_dir: Path, home: Path | None)
         outline_into(out, recipe, inputs)
 
 
+def _place(model: Fetched, view: ModelView) -> str:
+    """Where a model lies, and what an adapter lies on."""
+    place = model.source if is_s3(model.source) else str(view.checkpoint.path)
+    return place if model.under is None else f"{place}, a LoRA adapter on {model.under.source}"
+
+
 def _without_moments(plan: MergePlan) -> list[str]:
     """Tensors of which an expert has no second moments: fine where training left them alone, which only the weights tell."""
     if not plan.recipe.needs_moments or plan.recipe.setting("missing_curvature") == "mean" or plan.recipe.sliced:
@@ -107,7 +112,7 @@ def _without_moments(plan: MergePlan) -> list[str]:
 
 def _bytes(plan: MergePlan, budget: int) -> list[str]:
     weights = sum(_weight_bytes(view) for view in plan.models)
-    moments = sum(4 * _moments_elements(expert) for expert in plan.experts)
+    moments = sum(_stored(expert.moments) for expert in plan.experts if expert.moments and not is_compressed(expert.moments))
     method, rank = plan.recipe.setting("compression"), plan.recipe.setting("rank")
     factors = _compressed(plan, method, rank) if method in IN_MEMORY else 0
     output = sum(job.elements * job.dtype.itemsize for job in plan.jobs)
@@ -115,12 +120,13 @@ def _bytes(plan: MergePlan, budget: int) -> list[str]:
     # Mapped pages are given back when so much was read; small inputs never reach that.
     mapped = min(plan.stream.mapped_bytes, weights + moments)
     loaded = KERNELS + (TORCH if plan.needs_torch() else 0)
-    peak = peak_memory_gib() + (max(working, _regressions(plan)) + factors + mapped + loaded) / GIB
+    peak = peak_memory_gib() + (max(working, _regressions(plan), _wholes(plan)) + factors + mapped + loaded) / GIB
     return [
         f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
-        f"inputs: {binary_size(weights)} of weights, {binary_size(moments)} of second moments as float32; read in all passes: {binary_size(bytes_read(plan))}",
+        f"inputs: {binary_size(weights)} of weights, {binary_size(moments)} of second moments; read in all passes: {binary_size(bytes_read(plan))}",
         f"output: {binary_size(output)} in {counted(len(plan_files(plan)), 'file')}",
         f"peak memory: about {peak:.2f} GiB (budget {budget / GIB:.2f} GiB for blocks and mapped pages)",
+        *_whole_lines(plan),
         *_row_spaces(plan),
         *_choices(plan),
     ]
@@ -132,6 +138,24 @@ def _regressions(plan: MergePlan) -> int:
         return 0
     found = all_matrices(plan)
     return at_once(plan, found) * max(map(bytes_of, found), default=0)
+
+
+def _wholes(plan: MergePlan) -> int:
+    """Memory of the tensors that are worked on whole at once."""
+    whole = [columns_bytes(job) for job in plan.merged_jobs() if is_whole(plan.recipe, job)]
+    at_once = max(1, min(plan.stream.threads, plan.stream.memory // max(whole, default=1)))
+    return at_once * max(whole, default=0)
+
+
+def _whole_lines(plan: MergePlan) -> list[str]:
+    """The largest tensor that is worked on whole."""
+    whole = [job for job in plan.merged_jobs() if is_whole(plan.recipe, job)]
+    if not whole:
+        return []
+    largest = max(whole, key=columns_bytes)
+    return [
+        f"{counted(len(whole), 'tensor')} worked on whole; the largest, {largest.name}, takes {binary_size(columns_bytes(largest))}"
+    ]
 
 
 def _row_spaces(plan: MergePlan) -> list[str]:
@@ -181,15 +205,15 @@ def _compressed(plan: MergePlan, method: str, rank: int | None) -> int:
 
 
 def bytes_read(plan: MergePlan) -> int:
-    """Bytes of tensors that the merge reads, every pass counted, second moments as float32.
+    """Bytes of tensors that the merge reads, every pass counted.
 
     Exact thresholds take two passes, which all experts share. Of a model large enough the first one only samples; it counts as a
     pass all the same: from S3, what lies between the samples is fetched with them.
     """
     recipe = plan.recipe
-    # Every model once for the merge itself, but the base of a plain average; slerp once more for the angles.
-    merged = plan.experts if recipe.merge_method == "linear" else plan.models
-    total = sum(_weight_bytes(view) for view in merged) * (2 if recipe.merge_method == "slerp" else 1)
+    # Every model once for the merge itself, but the base of a plain average, and as often again as tensors are looked at beforehand.
+    merged = plan.experts if recipe.merge_method in WITHOUT_BASE else plan.models
+    total = sum(_weight_bytes(view) for view in merged) * (1 + surveys(recipe))
     base = _weight_bytes(plan.base) if plan.base else 0
     ranked = [expert for expert in plan.experts if _is_ranked(recipe, expert.index)]
     total += RANKING * (base + sum(_weight_bytes(expert) for expert in ranked)) if ranked else 0
@@ -234,7 +258,7 @@ def _full_masks(plan: MergePlan, expert: ExpertView) -> int:
 
 
 def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
-    """Bytes of an expert's second moments that come out of files: v as float32, and the code of ``log8``; factors are in memory."""
+    """Bytes of an expert's second moments that come out of files: v as it is stored, and the code of ``log8``; factors are in memory."""
     recipe, moments = plan.recipe, expert.moments
     if not recipe.needs_moments or moments is None:
         return 0
@@ -244,11 +268,12 @@ def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
     method, rank = recipe.setting("compression"), recipe.setting("rank")
     shapes = [tuple(shape) for shape in moments.shapes().values()]
     apart = _full_masks(plan, expert)
-    total = 4 * sum(prod(shape) for shape in shapes) * (scoring + (1 if scored else 0)) if apart else 0
+    total = _stored(moments) * (scoring + (1 if scored else 0)) if apart else 0
     if not is_compressed(moments):
-        total += sum(passes(shape, method, rank) * 4 * prod(shape) for shape in shapes)
+        total += sum(passes(tuple(shape), method, rank) * moments.stored_bytes(name) for name, shape in moments.shapes().items())
     if method not in IN_MEMORY:
-        total += (1 + normalising + (0 if apart else scoring)) * sum(compressed_bytes(shape, method, rank) for shape in shapes)
+        held = _stored(moments) if method == "none" else sum(compressed_bytes(shape, method, rank) for shape in shapes)
+        total += (1 + normalising + (0 if apart else scoring)) * held
     return total
 
 
@@ -257,11 +282,9 @@ def _weight_bytes(view: ModelView) -> int:
     return sum(prod(info.shape) * info.dtype.itemsize for info in infos)
 
 
-def _moments_elements(expert: ExpertView) -> int:
-    """Elements of second moments that are not compressed yet."""
-    if expert.moments is None or is_compressed(expert.moments):
-        return 0
-    return sum(prod(shape) for shape in expert.moments.shapes().values())
+def _stored(moments: Moments) -> int:
+    """Bytes of second moments in their files."""
+    return sum(moments.stored_bytes(name) for name in moments.shapes())
 
 
 def _options(plan: MergePlan) -> list[str]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe.recipe import MergeRecipe, parse_text
 from ota_core.recipe.yaml_text import nearest, parse_yaml, read_text
+from tasks.settings import allow_path
 from tasks.storage.models import is_s3, read_bytes
 
 M = TypeVar("M", bound=BaseModel)
@@ -30,7 +31,9 @@ def read_yaml(uri: str) -> Any:
 def yaml_text(uri: str) -> str:
     """The text of a YAML file. Raises RecipeError for what is no text, StorageError for what cannot be read."""
     if not is_s3(uri):
-        return read_text(find_file(uri))
+        path = find_file(uri)
+        allow_path(path, "the file")
+        return read_text(path)
     try:
         return read_bytes(uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -11,8 +11,21 @@ from typing import Any
 
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
+from ota_core.names import why_unsafe
 from tasks.storage.cache import HASH_THREADS
-from tasks.storage.states import CHECKPOINT, OPTIMIZERS, POINTERS, STATE_FOLDERS, Taken, belonging, is_state_folder, taken_in
+from tasks.storage.states import (
+    CHECKPOINT,
+    DCP,
+    OPTIMIZERS,
+    POINTERS,
+    STATE_FOLDERS,
+    Taken,
+    belonging,
+    in_state_folder,
+    is_nanotron_file,
+    is_state_folder,
+    taken_in,
+)
 
 BESIDE = (EXPERT_JSON, CARD)
 """Files that are brought with a checkpoint, and are no part of it: they say what it is, and enter no digest."""
@@ -22,13 +35,14 @@ BESIDE = (EXPERT_JSON, CARD)
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json", "generation_config.json",
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "optimizer*", "exp_avg_sq*", "*.pt", "*.pth",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "optimizer*", "exp_avg_sq*", "*.pt", "*.pth", "adapter_config.json", "*.gguf",
 )  # fmt: skip
 NOT_MODEL_FILES = ("training_args.bin", "scheduler.pt", "rng_state*", "scaler.pt", "*.lock", "*.part", "*.tmp")
 # Subfolders of trainers that keep optimizer state there; everything in any other subfolder is somebody else's.
 _SUBFOLDERS = (
     *STATE_FOLDERS, "pytorch_model_fsdp*", "exp_avg_sq*", "moments", "preconditioner*", "additional_chat_templates",
 )  # fmt: skip
+_OF_NANOTRON = ("model", "[0-9]*")
 _SUBFOLDER_FILES = ("*.distcp", ".metadata", "*.jinja", *MODEL_FILES)
 
 
@@ -37,8 +51,14 @@ def is_model_file(name: str) -> bool:
     *folders, base = name.split("/")
     if any(fnmatchcase(base, pattern) for pattern in NOT_MODEL_FILES):
         return False
+    if is_nanotron_file(name):
+        return True
     if not folders:
-        return base in POINTERS or (not base.startswith(".") and any(fnmatchcase(base, pattern) for pattern in MODEL_FILES))
+        return (
+            base in POINTERS
+            or any(fnmatchcase(base, pattern) for pattern in DCP)
+            or (not base.startswith(".") and any(fnmatchcase(base, pattern) for pattern in MODEL_FILES))
+        )
     if fnmatchcase(folders[0], CHECKPOINT):
         if len(folders) == 1:
             return base in (*OPTIMIZERS, *POINTERS)
@@ -47,6 +67,7 @@ def is_model_file(name: str) -> bool:
         len(folders) <= 3
         and any(fnmatchcase(folders[0], pattern) for pattern in _SUBFOLDERS)
         and any(fnmatchcase(base, pattern) for pattern in _SUBFOLDER_FILES)
+        and in_state_folder(folders[0], base)
     )
 
 
@@ -59,6 +80,8 @@ def model_files(names: Iterable[str], taken: Taken = None) -> list[str]:
     chosen = belonging(sorted(name for name in names if is_model_file(name)), taken)
     if any(fnmatchcase(name, "model*.safetensors") for name in chosen):
         chosen = [name for name in chosen if not fnmatchcase(name, "pytorch_model*.bin*")]
+    if any(fnmatchcase(name, "model*.safetensors") or fnmatchcase(name, "pytorch_model*.bin*") for name in chosen):
+        chosen = [name for name in chosen if name != "adapter_config.json" and not name.endswith(".gguf")]
     return chosen
 
 
@@ -66,7 +89,7 @@ def folder_model_files(folder: Path) -> list[str]:
     """The model's files in a local folder, named relative to it."""
     found = [path.name for path in folder.iterdir() if path.is_file()]
     for sub in folder.iterdir():
-        if sub.is_dir() and any(fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT)):
+        if sub.is_dir() and any(fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT, *_OF_NANOTRON)):
             found += [path.relative_to(folder).as_posix() for path in sub.rglob("*") if path.is_file()]
     return model_files(found, taken_in(folder))
 
@@ -128,6 +151,8 @@ def manifest_sha256(manifest: Mapping[str, Any], where: str) -> dict[str, str]:
         value = entry.get("sha256") if isinstance(entry, dict) else entry
         if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise StorageError(f"{where}: files[{name!r}] holds {entry!r}, expected a sha256 of 64 hex digits; write it again")
+        if why := why_unsafe(name):
+            raise StorageError(f"{where}: the file name {name[:80]!r} is refused: {why}; write it again")
         sums[name] = value.lower()
     return sums
 

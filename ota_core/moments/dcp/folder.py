@@ -9,6 +9,7 @@ from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp import METADATA
 from ota_core.moments.base import Moments
+from ota_core.moments.dcp.common import COMMON
 from ota_core.moments.match import Layout
 
 V = b"exp_avg_sq"
@@ -38,7 +39,8 @@ def is_dcp(path: Path) -> bool:
 
 def dcp_files(path: Path) -> list[Path]:
     """The description and every rank's files."""
-    return [path / METADATA, *sorted(path.glob(PARTS))] if path.is_dir() else [path]
+    common = [path / COMMON] if (path / COMMON).is_file() else []
+    return [path / METADATA, *sorted(path.glob(PARTS)), *common] if path.is_dir() else [path]
 
 
 def open_dcp(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments:
