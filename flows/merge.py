@@ -18,7 +18,7 @@ from flows.part import merge_in_parts
 from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import parse_memory, parse_size
 from ota_core.errors import OtaError
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.analyse import analyse_job, analysis_options, preflight_job
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import merged_subject, subjects_of
@@ -149,7 +149,7 @@ def analysed(plan: Planned, where: Places) -> tuple[ArtifactRef | None, str]:
     Comparing all compressions is half of ``ota analyse``'s work, and says nothing of this merge. The merge is valid without an analysis,
     so that one that cannot be made does not end the run.
     """
-    own = plan.recipe.setting("compression") if plan.recipe.merge_method in NEEDS_MOMENTS else None
+    own = plan.recipe.setting("compression") if plan.recipe.needs_moments else None
     try:
         options = analysis_options(compressions="-" if own in {None, "none"} else own)
         found = run_here(analyse_job(plan, options), where)

@@ -8,7 +8,7 @@ from ota_core.compute.stream import Progress, parse_memory
 from ota_core.engine import engine
 from ota_core.plan.inputs import ExpertInput, optimizer_facts
 from ota_core.plan.vocabulary import names_in
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult
 from tasks.merging.sources import MOMENTS_FILE, ExpertSource, Planned
@@ -45,11 +45,11 @@ class CompressJob(Stage):
 
 def compress_jobs(plan: Planned) -> list[CompressJob]:
     """One for each expert, in their order; none for a method that reads no second moments."""
-    if plan.recipe.merge_method not in NEEDS_MOMENTS:
+    if not plan.recipe.needs_moments:
         return []
     return [
-        CompressJob(step=moments_step(plan.recipe, one), expert=source, memory=plan.memory)
-        for one, source in zip(plan.inputs.experts, plan.sources.experts, strict=True)
+        CompressJob(step=moments_step(plan.recipe, one, i), expert=source, memory=plan.memory)
+        for i, (one, source) in enumerate(zip(plan.inputs.experts, plan.sources.experts, strict=True))
         if one.moments is not None
     ]
 
@@ -59,13 +59,13 @@ def expert_digests(expert: ExpertInput) -> dict[str, str]:
     return {"moments": expert.moments_digest or expert.digest or "unknown"}
 
 
-def moments_step(recipe: MergeRecipe, expert: ExpertInput) -> Step:
-    """Compressed second moments of one expert."""
-    config: dict[str, Any] = {"method": recipe.setting("compression"), "optimizer": optimizer_facts(expert.path)}
-    return Step.of("moments", config | rank_of(recipe), expert_digests(expert))
+def moments_step(recipe: MergeRecipe, expert: ExpertInput, index: int) -> Step:
+    """Compressed second moments of one expert, at this position of the recipe."""
+    config: dict[str, Any] = {"method": recipe.setting("compression", index), "optimizer": optimizer_facts(expert.path)}
+    return Step.of("moments", config | rank_of(recipe, index), expert_digests(expert))
 
 
-def rank_of(recipe: MergeRecipe) -> dict[str, int]:
+def rank_of(recipe: MergeRecipe, index: int) -> dict[str, int]:
     """The rank where the compression has one; elsewhere it decides nothing and stales nothing."""
-    rank = recipe.setting("rank")
+    rank = recipe.setting("rank", index)
     return {} if rank is None else {"rank": rank}

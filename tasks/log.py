@@ -223,10 +223,11 @@ def merge_run(done: Merged, registered_model: str | None) -> MergeRun:
     for key, value in recipe.effective()["parameters"].items():
         if value is not None:
             params[key] = value
-    for key in recipe.effective()["experts"][0]:
-        values = [recipe.setting(key, i) for i in range(len(recipe.models))]
+    effective = recipe.effective()["experts"]
+    for key in dict.fromkeys(key for own in effective for key in own):
+        values = [own.get(key) for own in effective]
         if any(value is not None for value in values):
-            params[key] = values[0] if len(set(values)) == 1 else ",".join(str(value) for value in values)
+            params[key] = values[0] if all(value == values[0] for value in values) else ",".join(str(value) for value in values)
     realised = {k.removeprefix("density/"): v for k, v in metrics.items() if k.startswith("density/")}
     params |= comparable_params(recipe, realised, record.results.get("lambda", {}).get("value"))
     rows = rows_of(comparison(found, subjects)) if found else []

@@ -43,7 +43,12 @@ class MaskJob(MergeStage):
 
 
 def mask_jobs(plan: Planned) -> dict[int, MaskJob]:
-    """By position, one for each expert that FFG masks; of a plan with compressed second moments."""
+    """By position, one for each expert that FFG masks; of a plan with compressed second moments.
+
+    None where values differ between tensors: such masks are made while merging.
+    """
+    if plan.recipe.varies:
+        return {}
     return {
         i: MaskJob(
             step=mask_step(plan.recipe, plan.inputs, i), recipe=plan.recipe, sources=plan.sources, memory=plan.memory, index=i
@@ -64,8 +69,9 @@ def mask_inputs(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> tuple[M
 def mask_step(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> Step:
     """FFG mask of one expert."""
     part, _ = mask_inputs(recipe, inputs, index)
-    keys = ("scope", "metric", "mask_curvature", "compression", "bias_correction")
-    config: dict[str, Any] = {key: recipe.setting(key) for key in keys} | rank_of(recipe)
+    keys = ("scope", "metric", "mask_curvature", "bias_correction")
+    config: dict[str, Any] = {key: recipe.setting(key) for key in keys} | rank_of(recipe, index)
+    config["compression"] = recipe.setting("compression", index)
     config |= {key: recipe.setting(key, index) for key in ("density", "precond_threshold")}
     config |= {"tokenizer_source": recipe.tokenizer_source, "position": part.models.index(recipe.models[index])}
     expert = inputs.experts[index]

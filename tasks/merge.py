@@ -23,6 +23,7 @@ from ota_core.artifact import ArtifactRef, Kind, Record, folder_files
 from ota_core.compute.stream import Progress, peak_memory_gib
 from ota_core.engine import engine, shards
 from ota_core.engine.output import plan_files
+from ota_core.engine.survey import Survey
 from ota_core.errors import ArtifactError
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.plan.found import Found
@@ -332,10 +333,10 @@ def _worker(device: str) -> dict[str, Any]:
     return {**engine.environment(device), "pid": os.getpid(), "peak_memory_gib": peak_memory_gib()}
 
 
-def _sum(where: Places, surveys: Sequence[ArtifactRef]) -> shards.Survey:
+def _sum(where: Places, surveys: Sequence[ArtifactRef]) -> Survey:
     store = store_of(where)
-    loaded = (shards.Survey.load(store.local_path(ref) / SURVEY_FILE) for ref in surveys)
-    return reduce(lambda total, one: shards.Survey.sum([total, one]), loaded)
+    loaded = (Survey.load(store.local_path(ref) / SURVEY_FILE) for ref in surveys)
+    return reduce(lambda total, one: Survey.sum([total, one]), loaded)
 
 
 def _seconds(records: Mapping[str, Record]) -> float:

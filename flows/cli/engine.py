@@ -2,9 +2,11 @@
 
 import json
 import time
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -41,23 +43,41 @@ def merge(
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
-    """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
+    """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed.
+
+    Of a file with several recipes (---), each result that another one names is made in a scratch folder beside OUT and removed at the end.
+    """
     from ota_core.compute.stream import parse_size
     from ota_core.engine import engine
     from ota_core.files.place import check_free
-    from ota_core.recipe.recipe import load_recipe
     from tasks.merging.opened import opens
+    from tasks.merging.stages import read_stages
 
-    with user_errors():
-        loaded = load_recipe(recipe).ignoring(ignore)
+    with user_errors(), ExitStack() as stack:
+        stages = [one.ignoring(ignore) for one in read_stages(recipe)]
         check_free(out, overwrite=overwrite, keep=[recipe])
         file_size = parse_size(shard_size, "shard size", "1KB")
+        if len(stages) > 1:
+            for line in _planned_stages(stages, recipe, memory, home):
+                del line  # raises what is wrong with any stage before the first is merged
         load_numba()
-        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
-            report = engine.merge(
-                loaded, out, inputs=inputs, device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
-                progress=progress, opens=opens,
-            )  # fmt: skip
+        folders: dict[str, Path] = {}
+        for one in stages:
+            target = out
+            if one.name is not None and one is not stages[-1]:
+                target = folders[one.name] = stack.enter_context(_scratch(out)) / "result"
+            located = one.located(folders) if len(stages) > 1 else one.recipe
+            with recipe_inputs(located, recipe, home=home, memory=memory, fetch=fetch, device=device) as (
+                inputs,
+                notes,
+                progress,
+            ):
+                report = engine.merge(
+                    one.recipe, target, inputs=one.named(inputs), device=device, memory=memory, overwrite=overwrite, shard_size=file_size,
+                    progress=progress, opens=opens,
+                )  # fmt: skip
+            if target is not out and not as_json:
+                typer.echo(f"{one.name}: merged, fingerprint {report.fingerprint}")
         if as_json:
             typer.echo(report.model_dump_json())
             return
@@ -75,12 +95,39 @@ def merge(
 
 def plan(recipe: Recipe, memory: Memory = "2GiB", ignore: IgnoreDifferences = None, home: Home = None) -> None:
     """Say what a merge of RECIPE would read and write, its peak memory, and the problems found. Touches no weights."""
-    from ota_core.recipe.recipe import load_recipe
-    from tasks.merging.describe_plan import describe_plan
+    from tasks.merging.stages import read_stages
 
     with user_errors():
-        for line in describe_plan(load_recipe(recipe).ignoring(ignore), recipe.resolve().parent, memory, home):
+        for line in _planned_stages([one.ignoring(ignore) for one in read_stages(recipe)], recipe, memory, home):
             typer.echo(line)
+
+
+def _planned_stages(stages: Sequence[Any], recipe: Path, memory: str, home: Path | None) -> Iterator[str]:
+    """What ``ota plan`` says of every stage; the results that later ones name are outlines without weights."""
+    from tasks.merging.describe_plan import describe_plan, outline
+
+    folders: dict[str, Path] = {}
+    with ExitStack() as stack:
+        for one in stages:
+            located, folder = one.located(folders) if len(stages) > 1 else one.recipe, recipe.resolve().parent
+            if len(stages) > 1:
+                yield f"{'' if one is stages[0] else chr(10)}stage {one.name or 'of the result'}:"
+            yield from describe_plan(located, folder, memory, home)
+            if one is not stages[-1]:
+                target = folders[one.name] = Path(stack.enter_context(TemporaryDirectory(prefix="ota-plan-"))) / "result"
+                outline(located, target, folder, home)
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder beside OUT, on the same disk, for what is needed while a merge runs."""
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(prefix=f".{out.name}.stage.", dir=out.absolute().parent)
+    except OSError as error:
+        raise OtaError(f"{out.absolute().parent} cannot be written to ({error}); choose another output folder") from None
+    with folder as path:
+        yield Path(path)
 
 
 def compress(

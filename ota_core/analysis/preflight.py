@@ -66,6 +66,7 @@ def preflight(recipe: MergeRecipe, inputs: MergeInputs, *, scratch: Path | None 
         raise RecipeError(
             "base_model is missing: whether experts will merge is read from their edits, the difference of each to the base"
         )
+    recipe.check_uniform("a preflight")
     plain = prior_of(recipe)
     with open_plan(plain, inputs, **limits) as plan:
         plan.scratch = scratch

@@ -21,7 +21,7 @@ from ota_core.plan.prepare import Curvature, prepare_curvature
 from ota_core.plan.roles import Place, place_of
 from ota_core.plan.views import ExpertView, TensorJob
 from ota_core.plan.vocabulary import names_in, tensor_names
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 
 DENSITY = 0.4
 """Of masks that neither the recipe nor an option gives a density: the paper's."""
@@ -108,7 +108,7 @@ def mask_recipe(recipe: MergeRecipe, options: AnalysisOptions) -> MergeRecipe:
     ota = recipe.merge_method == "ota"
     keys = ["scope", "metric", "mask_curvature"] if ota else []
     parameters: dict[str, Any] = {}
-    if recipe.merge_method in NEEDS_MOMENTS:
+    if recipe.needs_moments:
         keys += ["compression", "rank", "bias_correction", "missing_curvature"]
     elif recipe.base_model is not None:
         # The merge needs no curvature: a tensor that moved without is no reason to refuse the analysis.
@@ -194,8 +194,9 @@ def open_subject(
     **limits: Unpack[Limits],
 ) -> Iterator[Subject]:
     """Open everything and find the thresholds of the masks. Raises OtaError with all that is wrong."""
+    recipe.check_uniform("an analysis")
     inputs, unusable = with_second_moments(inputs, options)
-    if options.curvature == "auto" and recipe.merge_method not in NEEDS_MOMENTS:
+    if options.curvature == "auto" and not recipe.needs_moments:
         inputs, unreadable = _readable(inputs)
         unusable |= unreadable
     masks = mask_recipe(recipe, options)

@@ -219,6 +219,7 @@ def mask(
     """
     if not any(recipe.ffg(i) for i in range(len(recipe.models))):
         raise OtaError("the recipe has no FFG masks: merge_method must be ota, with a density below 1 or a precond_threshold")
+    recipe.check_uniform("a file of masks")
     found: dict[str, Any] = {}
     with open_plan(recipe, inputs, **limits) as plan:
         plan.scratch = out

@@ -22,6 +22,7 @@ PAPERS = {
     "linear": "[a weighted mean](https://arxiv.org/abs/2203.05482)",
     "slerp": "spherical interpolation",
     "rowspace": "the mean of their edits",
+    "ffg": "[Fast Fisher Grafting](https://arxiv.org/abs/2509.11167)",
     "passthrough": "copying its weights",
     "nearswap": "[NearSwap](https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001)",
     "arcee_fusion": "[Arcee Fusion](https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration)",

@@ -19,10 +19,11 @@ from ota_core.files.rows import Rows
 from ota_core.files.tokens import add_tokens
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.moments.compression import compressed_bytes, compression_of
+from ota_core.plan.chat_template import chat_template, write_template
 from ota_core.plan.inputs import ExpertInput, MergeInputs
+from ota_core.plan.layers import with_layers
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
-from ota_core.recipe.recipe import NEEDS_MOMENTS
 
 if TYPE_CHECKING:
     from ota_core.rules.base import Rule
@@ -59,7 +60,7 @@ def needs(plan: MergePlan, folder: Path, *, whole: bool = True) -> list[Need]:
         return wanted
     beside = sum(path.stat().st_size for path in companion_files(plan.source_folder(), (*CONFIG_FILES, *TOKENIZER_PATTERNS)))
     wanted.append(Need(folder, beside + ASIDE, "tokenizer, record, card and page"))
-    if plan.recipe.merge_method in NEEDS_MOMENTS and plan.recipe.setting("compression") == "log8":
+    if plan.recipe.needs_moments and plan.recipe.setting("compression") == "log8":
         codes = sum(compressed_bytes(job.shape, "log8") for job in plan.merged_jobs())
         raw = [one for one in plan.experts if one.moments is not None and compression_of(one.moments) is None]
         wanted.append(
@@ -110,7 +111,7 @@ def merge_blocks(plan: MergePlan, rule: "Rule", jobs: Sequence[TensorJob], put: 
     """Merge every block of these tensors and hand it on. The rule is prepared."""
 
     def work(block: Block) -> None:
-        put(block[0].name, block[1], _copied(plan, block) if block[0].copy else _merged(plan, rule, block))
+        put(block[0].name, block[1], _copied(rule.plan_of(block[0]), block) if block[0].copy else _merged(plan, rule, block))
 
     def ahead(block: Block) -> None:
         if not block[0].copy:
@@ -165,9 +166,13 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         brought = [plan.models[i] for i in vocabulary.brought]
         note = bring_template(folder, [(view.name, view.checkpoint.tokenizer_folder) for view in brought])
         plan.notes += [note] if note else []
+    if plan.recipe.chat_template is not None:
+        write_template(folder, chat_template(plan.recipe, [view.checkpoint.tokenizer_folder for view in plan.models]))
     config = folder / "config.json"
     if config.exists():
         settings = read_json(config)
+        if plan.assembly is not None:
+            settings = with_layers(settings, plan.assembly.taken)
         if vocabulary:
             set_rows(settings, vocabulary.rows)
         if plan.recipe.output_dtype:

@@ -21,29 +21,25 @@ from typing import Any
 
 import numpy as np
 
-from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Progress
 from ota_core.engine.engine import Opens, complete_folder
 from ota_core.engine.output import Shards, needs, plan_files, write_weights
+from ota_core.engine.survey import Survey, bins_varied, facts_varied, survey_varied
 from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.files.room import check_room
-from ota_core.files.rows import I64
-from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
-from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
+from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.moments.compression import compression_of
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import MergeInputs
 from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import WholeFacts, ffg_group, masked_here, mean_of, weight_sums
 from ota_core.plan.scoring import ffg_scoring
-from ota_core.plan.tally import Brackets, Counts, bins_of, count_brackets, count_high, read_off, taus_of
+from ota_core.plan.tally import Brackets, bins_of, count_brackets, count_high, read_off, taus_of
 from ota_core.plan.ties import check_ties
 from ota_core.plan.views import ExpertView
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import FFG, MergeRecipe
 from ota_core.rules.lambdas import scales_of
 from ota_core.rules.rule import rule_of
-
-FORMAT = "survey/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +78,10 @@ class MergeInParts:
 
 
 def _check_compressed(plan: MergePlan) -> None:
-    wanted = plan.recipe.setting("compression") if plan.recipe.merge_method in NEEDS_MOMENTS else None
-    if wanted in {None, "none"}:
-        return
-    for expert in plan.experts:
+    for expert in plan.experts if plan.recipe.needs_moments else ():
         assert expert.moments is not None
-        if compression_of(expert.moments) != wanted:
+        wanted = plan.recipe.setting("compression", expert.index)
+        if wanted != "none" and compression_of(expert.moments) != wanted:
             raise RecipeError(
                 f"expert '{expert.name}': the recipe says compression: {wanted}, a merge in shards needs its second moments compressed "
                 "before; run `ota compress` on them, or let the flow do it"
@@ -101,80 +95,12 @@ def shard_files(job: MergeInParts) -> list[str]:
         return [file for file, _ in shards]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What a shard adds to the facts of whole experts, which are named by their position in the recipe."""
-
-    experts: tuple[int, ...] = ()
-    """Rows of the counts."""
-    high: Counts | None = None
-    """Round 1: histogram of the scores' upper bits, int64 (M, 65536)."""
-    brackets: Brackets | None = None
-    """Round 2: what lies above and inside the bins of the thresholds."""
-    sums: Mapping[int, Mapping[str, float]]
-    """Round 1: expert → tensor → Σ v̂^power, with ``normalise: global``."""
-
-    @staticmethod
-    def sum(surveys: Sequence["Survey"]) -> "Survey":
-        """The survey of all shards together. Raises ArtifactError when they are not of one merge and round."""
-        first = surveys[0]
-        if any(one._kind() != first._kind() for one in surveys):
-            raise ArtifactError("surveys of different merges or rounds cannot be added up; take one round of one recipe")
-        high = None if first.high is None else np.sum([one.high for one in surveys if one.high is not None], axis=0)
-        brackets = None
-        if first.brackets is not None:
-            brackets = Brackets.empty(first.brackets.bins)
-            for one in surveys:
-                assert one.brackets is not None
-                brackets += one.brackets
-        sums: dict[int, dict[str, float]] = {}
-        for one in surveys:
-            for expert, tensors in one.sums.items():
-                sums.setdefault(expert, {}).update(tensors)
-        return Survey(experts=first.experts, high=high, brackets=brackets, sums=sums)
-
-    def _kind(self) -> tuple[Any, ...]:
-        bins = None if self.brackets is None else self.brackets.bins.tolist()
-        return self.experts, self.high is None, bins
-
-    def save(self, path: Path) -> None:
-        """Write a safetensors file: the counts, int64, and the sums in the metadata (as hexadecimal floats, exact)."""
-        tensors = {} if self.high is None else {"high": self.high}
-        if self.brackets is not None:
-            tensors |= {"bins": self.brackets.bins, "above": self.brackets.above, "inside": self.brackets.inside}
-        metadata = {FORMAT_KEY: FORMAT, "experts": ",".join(map(str, self.experts))}
-        metadata |= {f"sum {m} {name}": value.hex() for m, sums in self.sums.items() for name, value in sums.items()}
-        with SafetensorsWriter(path, [TensorSpec(n, t.shape, I64) for n, t in tensors.items()], metadata) as writer:
-            for name, counts in tensors.items():
-                writer.write_rows(name, 0, counts.reshape(matrix_shape(counts.shape)))
-
-    @staticmethod
-    def load(path: Path) -> "Survey":
-        """Read what ``save`` wrote. Raises ArtifactError for another format."""
-        with SafetensorsFile(path) as file:
-            if file.metadata.get(FORMAT_KEY) != FORMAT:
-                raise ArtifactError(
-                    f"{path}: format {file.metadata.get(FORMAT_KEY)!r}, expected {FORMAT}; survey the shard again"
-                )
-            held = {
-                name: file.read_rows(name, 0, matrix_shape(info.shape)[0]).held.reshape(info.shape).copy()
-                for name, info in file.infos.items()
-            }
-            experts = tuple(int(m) for m in file.metadata["experts"].split(",") if m)
-            sums: dict[int, dict[str, float]] = {}
-            for key, value in file.metadata.items():
-                if key.startswith("sum "):
-                    _, expert, name = key.split(" ", 2)
-                    sums.setdefault(int(expert), {})[name] = float.fromhex(value)
-        brackets = Brackets(held["bins"], held["above"], held["inside"]) if "bins" in held else None
-        return Survey(experts=experts, high=held.get("high"), brackets=brackets, sums=sums)
-
-
 def needs_survey(recipe: MergeRecipe, inputs: MergeInputs) -> bool:
     """Whether a shard of this merge must know facts of whole experts."""
-    if recipe.merge_method != "ota":
+    if recipe.merge_method not in FFG:
         return False
-    ranked = any(
+    # Of slices, the parts say whether they rank anything; a survey of none is cheap.
+    ranked = recipe.sliced or any(
         recipe.ffg(i) and expert.masks is None and recipe.setting("density", i) is not None
         for i, expert in enumerate(inputs.experts)
     )
@@ -184,6 +110,8 @@ def needs_survey(recipe: MergeRecipe, inputs: MergeInputs) -> bool:
 def survey(job: MergeInParts, shard: str, *, opened: Mapping[int, int] | None = None) -> Survey:
     """Count one shard: all upper bits and the sums, or with ``opened`` what lies above and inside each expert's bin. Raises OtaError."""
     with job.opened(shard) as (plan, _):
+        if plan.recipe.varies:
+            return survey_varied(plan, opened, f"survey {shard}")
         experts = _ranked(plan)
         names = tuple(expert.index for expert in experts)
         what = f"survey {shard}"
@@ -200,7 +128,7 @@ def survey(job: MergeInParts, shard: str, *, opened: Mapping[int, int] | None = 
 
 def _ranked(plan: MergePlan) -> list[ExpertView]:
     """The experts whose threshold is a rank among all their scores."""
-    if plan.recipe.merge_method != "ota" or plan.recipe.setting("scope") != "global":
+    if plan.recipe.merge_method not in FFG or plan.recipe.setting("scope") != "global":
         return []
     return [expert for expert in masked_here(plan) if plan.recipe.setting("density", expert.index) is not None]
 
@@ -210,6 +138,8 @@ def opened_bins(job: MergeInParts, first: Survey) -> dict[int, int]:
     if first.high is None:
         return {}
     with job.opened() as (plan, _):
+        if plan.recipe.varies:
+            return bins_varied(plan, first)
         group = ffg_group(plan, _ranked(plan))
         bins = bins_of(group, first.high).max(axis=1, initial=-1).tolist()
     return {expert: bin for expert, bin in zip(group.experts, bins, strict=True) if bin >= 0}
@@ -218,6 +148,8 @@ def opened_bins(job: MergeInParts, first: Survey) -> dict[int, int]:
 def whole_facts(job: MergeInParts, first: Survey, second: Survey | None) -> WholeFacts:
     """Thresholds and means, from both rounds of all shards together (the second one where ``opened_bins`` asked for it)."""
     with job.opened() as (plan, _):
+        if plan.recipe.varies:
+            return facts_varied(plan, first, second)
         means = {expert.index: mean_of(plan, expert, first.sums[expert.index]) for expert in plan.experts} if first.sums else {}
         if first.high is None:
             return WholeFacts(means=means)

@@ -73,10 +73,14 @@ def ota_parts(
     return [weight * delta / total for weight, delta in zip(kept, deltas, strict=True)]
 
 
-def masked_ties(deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]) -> torch.Tensor:
+def masked_ties(
+    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float], denominator: str = "kept"
+) -> torch.Tensor:
     """What TIES makes of masked task vectors (``masked_merge: ties``): the sign elected by Σ mask·s·Δ, then the mean, weighted by s, of the
-    kept Δ of that sign; 0 where the sum is 0 or nobody agrees. factors: s_m ≥ 0, of any size. float64 (r, C)."""
-    agreeing, divisor = _elected(deltas, masks, factors)
+    kept Δ of that sign; 0 where the sum is 0 or nobody agrees. factors: s_m ≥ 0, of any size. float64 (r, C).
+
+    denominator: ``kept`` divides by the s of those that agree, ``all`` by the s of all experts."""
+    agreeing, divisor = _elected(deltas, masks, factors, denominator)
     total = torch.zeros_like(divisor)
     for part in agreeing:
         total += part
@@ -84,16 +88,16 @@ def masked_ties(deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | N
 
 
 def masked_ties_parts(
-    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]
+    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float], denominator: str = "kept"
 ) -> list[torch.Tensor]:
     """The summands of ``masked_ties``, one for each expert: 0 where it does not agree."""
-    agreeing, divisor = _elected(deltas, masks, factors)
+    agreeing, divisor = _elected(deltas, masks, factors, denominator)
     divisor = torch.where(divisor > 0, divisor, 1.0)
     return [part / divisor for part in agreeing]
 
 
 def _elected(
-    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float]
+    deltas: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], factors: Sequence[float], denominator: str
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """(s·Δ of each expert where it is kept and agrees with the elected sign, the sum of s of those that agree)."""
     left = [delta if mask is None else torch.where(mask, delta, 0.0) for delta, mask in zip(deltas, masks, strict=True)]
@@ -105,7 +109,8 @@ def _elected(
     for delta, factor in zip(left, factors, strict=True):
         agrees = (delta.sign() == elected) & (elected != 0)
         agreeing.append(torch.where(agrees, factor * delta, 0.0))
-        divisor += agrees.double() * factor  # ``where`` of two numbers would be float32
+        # ``where`` of two numbers would be float32
+        divisor += agrees.double() * factor if denominator == "kept" else factor
     return agreeing, divisor
 
 

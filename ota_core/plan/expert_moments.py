@@ -11,12 +11,12 @@ from ota_core.plan.inputs import ExpertInput
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.views import ExpertView, TensorJob, bias_factor
 from ota_core.plan.vocabulary import is_vocabulary_tensor
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 
 
 def moments_problems(recipe: MergeRecipe, item: ExpertInput) -> list[str]:
     """What opening an expert's second moments finds wrong; nothing where none are given or needed."""
-    if recipe.merge_method not in NEEDS_MOMENTS or item.moments is None:
+    if not recipe.needs_moments or item.moments is None:
         return []
     try:
         open_moments(item.moments, layout=item.layout, source_of=item.source_of).close()
@@ -27,9 +27,9 @@ def moments_problems(recipe: MergeRecipe, item: ExpertInput) -> list[str]:
 
 def open_expert(recipe: MergeRecipe, expert: ExpertView, item: ExpertInput, problems: list[str], stack: ExitStack) -> None:
     """Give an expert its second moments and masks, as far as the recipe needs them; ``stack`` closes them. Problems are added."""
-    if recipe.merge_method not in NEEDS_MOMENTS:
+    if not recipe.needs_moments:
         return
-    asked, rank = recipe.setting("compression"), recipe.setting("rank")
+    asked, rank = recipe.setting("compression", expert.index), recipe.setting("rank", expert.index)
     try:
         if item.moments is None:
             problems.append(f"expert '{expert.name}': no second moments given; {recipe.merge_method} needs them")

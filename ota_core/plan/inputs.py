@@ -16,7 +16,7 @@ from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
-from ota_core.recipe.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
+from ota_core.recipe.recipe import RESERVED_NAMES, MergeRecipe
 
 LayoutOf = Callable[[Path, Path | None], ParameterLayout]
 """Gives the parameter layout of the model in a folder, with the folder of its base; needed for optimizer states that number parameters."""
@@ -189,7 +189,7 @@ def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of
 
 def with_moments(recipe: MergeRecipe, index: int, expert: ExpertInput, recipe_dir: Path | None, layout: Layout) -> ExpertInput:
     """The expert with the file of its second moments, as the recipe names it or as its folder holds it. Raises MomentsError."""
-    if recipe.merge_method not in NEEDS_MOMENTS:
+    if not recipe.needs_moments:
         return expert
     named = recipe.models[index].parameters.preconditioner_path
     path = find_preconditioner(named, expert.path, recipe_dir) if named else find_moments(expert.path)

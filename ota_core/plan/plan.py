@@ -14,6 +14,8 @@ from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in
+from ota_core.plan.assembly import Assembly, assemble, natural, own_jobs, sliced_jobs
+from ota_core.plan.chat_template import chat_template
 from ota_core.plan.config import config_problems
 from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_moments import check_moments, moments_problems, open_expert
@@ -23,7 +25,7 @@ from ota_core.plan.masks import MaskFile
 from ota_core.plan.names import agree, only_prefix
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
-from ota_core.recipe.recipe import WITHOUT_BASE, MergeRecipe
+from ota_core.recipe.recipe import FFG, WITHOUT_BASE, MergeRecipe
 
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
 SHOWN = 8
@@ -48,6 +50,8 @@ class MergePlan:
     """By what each expert's part of the merged edit is multiplied, where the recipe names a file of scales."""
     part: frozenset[str] | None = None
     """The tensors that are worked on here, where a merge is spread over machines; None: all."""
+    assembly: Assembly | None = None
+    """What each tensor is merged of, where the recipe has slices."""
 
     @property
     def models(self) -> list[ModelView]:
@@ -73,7 +77,9 @@ class MergePlan:
 
     def curved(self, expert: ExpertView) -> list[TensorJob]:
         """The tensors that carry curvature in an expert, here or elsewhere, each parameter once: what N of docs/methods.md section 3 counts."""
-        return [job for job in self.jobs if not job.copy and job.name == job.canonical and expert.has_curvature(job.name)]
+        every = not self.recipe.needs_moments and self.recipe.merge_method in FFG  # ranked by magnitude alone
+        own = [job for job in self.jobs if not job.copy and job.name == job.canonical]
+        return [job for job in own if every or expert.has_curvature(job.name)]
 
     def blocks(self, jobs: Sequence[TensorJob], multiple: int = 1) -> list[Block]:
         """Every block of these tensors. ``multiple``: rows of a block, but a tensor's last, are a multiple of this."""
@@ -199,9 +205,20 @@ def open_plan(
         configs = [checkpoint.config for checkpoint in checkpoints]
         source = vocabulary.source if vocabulary else 0
         problems += config_problems(names, configs, source, recipe.ignore_config_differences or ())
-        jobs = _jobs(recipe, views, first, vocabulary, agreed.first_alone, problems)
-        for expert in experts:
-            check_moments(recipe, expert, jobs, problems)
+        assembly = assemble(recipe, base, experts, first) if recipe.sliced else None
+        if assembly is not None:
+            jobs = sliced_jobs(recipe, assembly, first, vocabulary, problems)
+            for expert in experts:
+                check_moments(recipe, expert, own_jobs(expert), problems)
+        else:
+            jobs = _jobs(recipe, views, first, vocabulary, agreed.first_alone, problems)
+            for expert in experts:
+                check_moments(recipe, expert, jobs, problems)
+        if recipe.chat_template is not None:
+            try:
+                chat_template(recipe, [view.checkpoint.tokenizer_folder for view in views])
+            except OtaError as error:
+                problems.append(str(error))
         scales = None
         if inputs.scales is not None:
             parameters = [job.name for job in jobs if not job.copy and job.name == job.canonical]
@@ -213,10 +230,12 @@ def open_plan(
         stream.droppable = [item.drop_pages for item in opened_files if item is not None]
         plan = MergePlan(
             recipe=recipe, inputs=inputs, base=base, experts=experts, jobs=jobs,
-            vocabulary=vocabulary, stream=stream, device=device, scales=scales,
+            vocabulary=vocabulary, stream=stream, device=device, scales=scales, assembly=assembly,
         )  # fmt: skip
         if scales is not None and (other := scales.learned_for_other(recipe)):
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
+        if recipe.parameters.approximate_norm:
+            plan.notes.append("approximate_norm has no effect: norms are exact")
         if (note := unlike(experts, recipe)) is not None:
             plan.notes.append(note)
         plan.notes += agreed.notes
@@ -374,8 +393,3 @@ def _shown(view: ModelView, first: ModelView, differing: list[str]) -> str:
 def _some(items: list[str]) -> str:
     more = len(items) - SHOWN
     return "; ".join(items[:SHOWN]) + (f"; and {more} more tensors like these" if more > 0 else "")
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key in which layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -18,6 +18,7 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.scoring import delta, ffg_scoring
 from ota_core.plan.tally import Group, kth_largest, taus_of, thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts, tensor_on
+from ota_core.recipe.recipe import FFG
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,8 @@ class WholeFacts(BaseModel):
     """λ, where the recipe leaves it to the row spaces."""
     scales: dict[str, float] = {}
     """λ of each tensor that holds matrices."""
+    groups: list[dict[int, float]] = []
+    """Where values differ between tensors: τ of each group that is ranked together, in their order (``plan.groups``)."""
 
 
 def prepare_curvature(plan: MergePlan, whole: WholeFacts | None = None) -> Curvature:
@@ -58,21 +61,29 @@ def prepare_curvature(plan: MergePlan, whole: WholeFacts | None = None) -> Curva
     ``whole``: what was found out before of whole experts, for a part of a merge.
     """
     facts = Curvature()
-    facts.averaged = _without_curvature(plan)
-    for expert in plan.experts:
-        assert expert.moments is not None
-        method = plan.recipe.setting("compression")
-        if method != (compression_of(expert.moments) or "none"):
-            expert.moments, facts.reports[expert.name] = compress(
-                expert.moments, method=method, rank=plan.recipe.setting("rank"), stream=plan.stream, scratch=plan.scratch,
-                what=f"compress {expert.name}",
-            )  # fmt: skip
-    if plan.recipe.merge_method != "ota":
+    if plan.recipe.needs_moments:
+        facts.averaged = _without_curvature(plan)
+        facts.reports = compress_experts(plan)
+    if plan.recipe.merge_method not in FFG:
         return facts
     if plan.recipe.setting("normalise") == "global":
         facts.means = whole.means if whole else {e.index: mean_of(plan, e, weight_sums(plan, e)) for e in plan.experts}
     facts.thresholds = thresholds(plan, masked_here(plan), whole)
     return facts
+
+
+def compress_experts(plan: MergePlan) -> dict[str, CompressionReport]:
+    """Compress the second moments that the recipe wants compressed and that are not yet: expert's name → what that lost."""
+    reports: dict[str, CompressionReport] = {}
+    for expert in plan.experts:
+        assert expert.moments is not None
+        method = plan.recipe.setting("compression", expert.index)
+        if method != (compression_of(expert.moments) or "none"):
+            expert.moments, reports[expert.name] = compress(
+                expert.moments, method=method, rank=plan.recipe.setting("rank", expert.index), stream=plan.stream, scratch=plan.scratch,
+                what=f"compress {expert.name}",
+            )  # fmt: skip
+    return reports
 
 
 def masked_here(plan: MergePlan) -> list[ExpertView]:
@@ -91,7 +102,7 @@ def _without_curvature(plan: MergePlan) -> set[str]:
         else:
             moved = plan.stream.map(partial(_moved, plan, expert), lacking, what=f"check {expert.name}")
         bad = [job.name for job, did in zip(lacking, moved, strict=True) if did]
-        expert.inactive = {job.canonical for job, did in zip(lacking, moved, strict=True) if not did}
+        expert.inactive = expert.inactive | {job.canonical for job, did in zip(lacking, moved, strict=True) if not did}
         if bad and plan.recipe.setting("missing_curvature") == "mean":
             averaged.update(bad)
         elif bad:
@@ -201,8 +212,9 @@ def thresholds(plan: MergePlan, experts: Sequence[ExpertView], whole: WholeFacts
 
 def _thresholds_per_tensor(plan: MergePlan, experts: Sequence[ExpertView]) -> dict[int, dict[str, float]]:
     density = {expert.index: plan.recipe.setting("density", expert.index) for expert in experts}
+    curved = {expert.index: {job.name for job in plan.curved(expert)} for expert in experts}
     members = [
-        ([job], {e.index: kept_count(density[e.index], job.elements) for e in experts if e.has_curvature(job.canonical)})
+        ([job], {e.index: kept_count(density[e.index], job.elements) for e in experts if job.name in curved[e.index]})
         for job in plan.canonical_jobs()
     ]
     found: dict[int, dict[str, float]] = {expert.index: {} for expert in experts}

@@ -138,4 +138,5 @@ class BlockScoring(Scoring):
 def ffg_scoring(plan: MergePlan) -> Scoring:
     """How the recipe's FFG ranks."""
     setting = plan.recipe.setting
-    return Scoring(plan, setting("metric") == "curvature", full=setting("mask_curvature") == "full")
+    everywhere = not plan.recipe.needs_moments  # a graft that ranks by magnitude
+    return Scoring(plan, setting("metric") == "curvature", full=setting("mask_curvature") == "full", everywhere=everywhere)

@@ -88,9 +88,16 @@ class ModelView:
     device: str
     """As torch names it: ``cpu``, ``cuda`` or one of several GPUs."""
     count_read: Callable[[int], None]
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """Name in the output → the model's own, where they differ: of layers that stand elsewhere in the output."""
+
+    def own_name(self, name: str) -> str:
+        """What the model calls a tensor of the output."""
+        return self.renames.get(name, name)
 
     def stored_name(self, name: str) -> str:
         """The name under which the checkpoint holds a tensor, or the one it is tied to."""
+        name = self.own_name(name)
         return name if name in self.checkpoint else self.tied.get(name, name)
 
     def gather(self, read: ReadRows, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -166,11 +173,12 @@ class ExpertView(ModelView):
 
     def has_curvature(self, canonical: str) -> bool:
         """Whether v is known for this tensor."""
-        return self.moments is not None and canonical in self.moments.shapes()
+        return self.moments is not None and self.own_name(canonical) in self.moments.shapes()
 
     def v_hat(self, canonical: str, start: int, stop: int, *, full: bool = False) -> "torch.Tensor":
         """Rows start:stop of v̂, float32 (stop − start, C), on the device. ``full``: from the uncompressed moments."""
         moments = self._moments(full)
+        canonical = self.own_name(canonical)
         factors = moments.factors(canonical) if isinstance(moments, RankOneMoments) else None
         if self.device != "cpu" and factors is not None and factors[1].ndim == 1 and self.row_map is None:
             # Two vectors go to the GPU, not their product.
@@ -184,14 +192,14 @@ class ExpertView(ModelView):
 
     def v_source(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> VSource:
         """Rows start:stop of v for a compiled pass, on the CPU, unchecked: the pass tells of a bad entry, ``refuse`` names it."""
-        moments = self._moments(full)
-        factor = bias_factor(moments, job.canonical) if self.bias_correction else 1.0
-        if isinstance(moments, RankOneMoments) and (factors := moments.factors(job.canonical)) is not None:
-            if self.row_map is None or not is_vocabulary_tensor(job.canonical):
+        moments, name = self._moments(full), self.own_name(job.canonical)
+        factor = bias_factor(moments, name) if self.bias_correction else 1.0
+        if isinstance(moments, RankOneMoments) and (factors := moments.factors(name)) is not None:
+            if self.row_map is None or not is_vocabulary_tensor(name):
                 return VSource(rank1_source(*factors, start), factor, factors)
-            share = self.gather(lambda _, *rows: factors[0][slice(*rows)], job.canonical, start, stop)
+            share = self.gather(lambda _, *rows: factors[0][slice(*rows)], name, start, stop)
             return VSource(rank1_source(share, factors[1], 0), factor, (share, factors[1]))
-        v = self.gather(lambda *rows: moments.read(*rows, check=False), job.canonical, start, stop)
+        v = self.gather(lambda *rows: moments.read(*rows, check=False), name, start, stop)
         self.count_read(v.nbytes)
         return VSource(source_of(Rows.float32(v)), factor, v)
 
@@ -199,13 +207,13 @@ class ExpertView(ModelView):
         """Raise the MomentsError that names the bad entry of v, merged or full, in these rows."""
         for moments in (self.moments, self.full_moments):
             if moments is not None:
-                self.gather(moments.read, job.canonical, start, stop)
+                self.gather(moments.read, self.own_name(job.canonical), start, stop)
         raise AssertionError(f"{job.canonical}: a compiled pass found a bad second moment, the check of its file did not")
 
     def prefetch_curvature(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> None:
         """A hint that these rows of v are asked for soon."""
         if self.has_curvature(job.canonical):
-            self.hint(lambda *rows: self._moments(full).prefetch(job.canonical, *rows), job.canonical, start, stop)
+            self.hint(lambda *rows: self._moments(full).prefetch(self.own_name(job.canonical), *rows), job.canonical, start, stop)
 
     def _moments(self, full: bool) -> Moments:
         moments = self.full_moments if full else self.moments

@@ -2,6 +2,7 @@
 
 from ota_core.plan.views import TensorJob
 from ota_core.recipe.recipe import MergeRecipe
+from ota_core.recipe.varying import least
 
 
 def is_vector(job: TensorJob) -> bool:
@@ -40,5 +41,5 @@ def surveys(recipe: MergeRecipe) -> int:
     if method == "model_stock":
         return 0 if setting("filter_wise") else 1
     if method == "sce":  # the weights, and two passes for an exact threshold
-        return 3 if setting("density") < 1 else 1
+        return 3 if least(setting("density")) < 1 else 1
     return 3 if method == "arcee_fusion" else 0

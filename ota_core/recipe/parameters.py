@@ -1,10 +1,23 @@
 """The parameters of merge recipes: their types, defaults and descriptions, and which of them a method uses."""
 
 import math
-from typing import Annotated, Any, Literal, Self
+from functools import partial
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
+
+from ota_core.recipe.varying import Varying, is_varying, read
 
 
 def _no_switch(value: Any) -> Any:
@@ -33,6 +46,7 @@ NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 Scale = Annotated[float | Literal["auto", "auto_per_tensor"], BeforeValidator(_scale)]
 Density = Annotated[Number, Field(gt=0, le=1)]
+Compression = Literal["none", "rank1", "log8", "rank_k"]
 
 _DEFAULTS: dict[str, Any] = {
     "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none", "rank": 4,
@@ -40,9 +54,12 @@ _DEFAULTS: dict[str, Any] = {
     "masked_merge": "precond", "rescale": False, "missing_curvature": "error", "seed": 0, "scaling_factor": 1.0, "weight": 1.0,
     "gamma": 0.01, "density": 1.0, "normalize": False, "refine": "none", "ridge": 0.3, "input_curvature": 0.0, "normalize_weights": True,
     "eps": 1e-8, "nuslerp_row_wise": False, "nuslerp_flatten": True, "max_iter": 10, "tol": 1e-5, "filter_wise": False, "r": 0.1, "alpha": 0.2,
+    "rescale_relative_threshold": 0.0, "approximate_norm": False, "ties_density": 1.0,
 }  # fmt: skip
 _METHOD_DEFAULTS: dict[tuple[str, str], Any] = {
     ("ota", "density"): None,
+    ("ffg", "density"): None,
+    ("ffg", "masked_merge"): "linear",
     ("linear", "normalize"): True,
     ("ties", "normalize"): True,
     ("dare_linear", "rescale"): True,
@@ -83,6 +100,9 @@ def _word(value: Any) -> str:
         return str(value)
     text = f"{value:g}"
     return text.replace("e", ".0e") if "e" in text and "." not in text else text  # 1e-08 is a word to YAML 1.1
+
+
+P = TypeVar("P", bound="ExpertParameters")
 
 
 class Strict(BaseModel):
@@ -140,13 +160,100 @@ class EstimateSettings(Strict):
         return self.model_dump(mode="json", exclude={"data", "data_dir", "replace"})
 
 
+UNIFORM = {
+    "preconditioner_path", "compression", "rank", "bias_correction", "missing_curvature", "estimate", "refine", "scope", "metric",
+    "mask_curvature", "normalise", "seed", "masked_merge", "rank1_approx", "input_curvature",
+}  # fmt: skip
+"""What holds for whole models, so that it cannot differ between tensors."""
+
+
 class ExpertParameters(Strict):
     """Parameters that may differ between experts. Each may also be given once for all in the recipe's ``parameters``."""
+
+    varying: SkipJsonSchema[dict[str, Varying]] = Field({}, exclude=True, repr=False)
+    """The parameters whose values differ between tensors, by the names of the recipe; those fields are None."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, raw: Any) -> Any:
+        """Gradients and filters go into ``varying``, each of their values checked as a single one would be."""
+        if not isinstance(raw, dict):
+            return raw
+        names = {(field.alias or name): name for name, field in cls.model_fields.items()} | {n: n for n in cls.model_fields}
+        found: dict[str, Varying] = dict(raw.get("varying") or {})
+        problems: list[str] = []
+        for key, value in raw.items():
+            if key == "varying" or key not in names or not is_varying(value):
+                continue
+            key = "lambda" if names[key] == "lambda_" else key
+            if key in UNIFORM:
+                problems.append(f"{{at}}.{key}: got a list; {key} holds for whole models and takes one value")
+                continue
+            try:
+                found[key] = read(value, partial(cls._one, key))
+            except ValueError as error:
+                problems += [f"{{at}}.{key}: {line}" for line in str(error).split("\n")]
+        if problems:
+            raise PydanticCustomError("varying", "{problems}", {"problems": "\n".join(problems)})
+        left = {k: v for k, v in raw.items() if k not in found and not (k == "lambda_" and "lambda" in found) and k != "varying"}
+        return left | ({"varying": found} if found else {})
+
+    @classmethod
+    def _one(cls, key: str, value: Any) -> Any:
+        """A single value as the field takes it. Raises ValueError in words that go on behind the key."""
+        if value is None:
+            raise ValueError("got nothing where a value stands in a list, expected a number")
+        try:
+            checked = cls.model_validate({key: value})
+        except ValidationError as error:
+            raise ValueError(
+                "; ".join(f"got {value!r}, {one['msg'][0].lower()}{one['msg'][1:]}" for one in error.errors())
+            ) from None
+        return getattr(checked, "lambda_" if key == "lambda" else key)
+
+    @model_serializer(mode="wrap")
+    def _joined(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = handler(self)
+        return dumped | {key: value.dump() for key, value in self.varying.items()}
+
+    def given(self, key: str) -> Any:
+        """What stands under a key: a single value, a ``Varying``, or None."""
+        return self.varying.get(key, getattr(self, "lambda_" if key == "lambda" else key, None))
+
+    def keys(self) -> set[str]:
+        """The keys that are given, as a recipe spells them."""
+        names = {name for name in type(self).model_fields if name != "varying" and getattr(self, name) is not None}
+        return {"lambda" if name == "lambda_" else name for name in names} | set(self.varying)
+
+    def at(self, tensor: str, position: float) -> Self:
+        """The single values of a tensor at this position of its slice (0 … 1)."""
+        if not self.varying:
+            return self
+        values = {key: value.at(tensor, position) for key, value in self.varying.items()}
+        fields = {"lambda_" if key == "lambda" else key: value for key, value in values.items()}
+        return self.model_copy(update=fields | {"varying": {}})
+
+    def over(self, below: "ExpertParameters", kind: type[P]) -> P:
+        """These before those of the next level: filters that fit nothing, and keys that are not given, fall to it."""
+        merged: dict[str, Any] = {}
+        for key in self.keys() | below.keys():
+            own, other = self.given(key), below.given(key)
+            merged[key] = other if own is None else own.before(other) if isinstance(own, Varying) else own
+        # One of the two thresholds overrides both of the next level.
+        if {"density", "precond_threshold"} & self.keys():
+            merged = {k: v for k, v in merged.items() if k not in {"density", "precond_threshold"} or k in self.keys()}
+        varying = {key: value for key, value in merged.items() if isinstance(value, Varying)}
+        single = {"lambda_" if k == "lambda" else k: v for k, v in merged.items() if k not in varying}
+        known = {k: v for k, v in single.items() if k in kind.model_fields}
+        return cast(P, kind.model_construct(**known, varying=varying))
 
     density: Density | None = _own("density", "Fraction of the expert's elements that is kept, in (0, 1]")
     precond_threshold: NonNegative | None = _own("precond_threshold", "FFG threshold in units of v·Δ², instead of a density")
     scaling_factor: NonNegative | None = _own("scaling_factor", "Factor on this expert's curvature weight (ota)")
-    weight: Finite | None = _own("weight", "Weight of this expert, in the methods that weigh experts by a number")
+    weight: Finite | None = _own(
+        "weight",
+        "Weight of this expert, in the methods that weigh experts by a number; with ota of its tensors without curvature alone",
+    )
     gamma: Annotated[Number, Field(ge=0, lt=1)] | None = _own("gamma", "Fraction of largest edits dropped (breadcrumbs)")
     epsilon: NonNegative | None = _own(
         "epsilon",
@@ -161,6 +268,12 @@ class ModelParameters(ExpertParameters):
 
     preconditioner_path: str | None = Field(
         None, description="File with this expert's second moments; by default the one found in its folder."
+    )
+    compression: Compression | None = Field(
+        None, description="Compression of this expert's second moments; by default as for all."
+    )
+    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = Field(
+        None, description="Rank of its compression rank_k."
     )
 
 
@@ -183,7 +296,7 @@ class MergeParameters(ExpertParameters):
     mask_curvature: Literal["merge", "full"] | None = _own(
         "mask_curvature", "Second moments that FFG scores with: those of the merge, or in full"
     )
-    compression: Literal["none", "rank1", "log8", "rank_k"] | None = _own("compression", "Compression of the second moments")
+    compression: Compression | None = _own("compression", "Compression of the second moments")
     rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = _own("rank", "Rank of compression rank_k")
     bias_correction: bool | None = _own("bias_correction", "Divide v by 1 − β₂^t")
     normalise: Literal["none", "global"] | None = _own("normalise", "Divide curvature weights by the expert's mean")
@@ -191,6 +304,17 @@ class MergeParameters(ExpertParameters):
     fallback: Literal["base", "mean"] | None = _own("fallback", "Value of elements that no expert keeps")
     masked_merge: Literal["precond", "linear", "ties"] | None = _own("masked_merge", "How masked task vectors combine")
     rescale: bool | None = _own("rescale", "Scale masked task vectors back: to their norm (ota), by 1/density (dare)")
+    rescale_relative_threshold: Annotated[Number, Field(ge=0, le=1)] | None = _own(
+        "rescale_relative_threshold",
+        "With rescale: a masked task vector whose norm is at most this share of the whole one's is left as it is (ota)",
+    )
+    approximate_norm: bool | None = _own(
+        "approximate_norm", "Accepted from published recipes and without effect: norms are exact (ota)"
+    )
+    ties_density: Density | None = _own(
+        "ties_density",
+        "With masked_merge ties: share of each tensor's elements, by their masked edit, that takes part in the election (ota)",
+    )
     missing_curvature: Literal["error", "mean", "estimate"] | None = _own(
         "missing_curvature",
         "What becomes of tensors that moved but have no curvature: an error, or the mean; estimate: where an expert has no second moments, those of "
@@ -224,8 +348,10 @@ _REFINE = {"refine", "ridge"}
 _FFG = {"density", "precond_threshold", "scope", "metric", "mask_curvature"}
 _CURVATURE = {"compression", "rank", "bias_correction", "missing_curvature", "estimate"}
 USED: dict[str, set[str]] = {
-    "ota": _FFG | _CURVATURE | {"scaling_factor", "power", "normalise", "epsilon", "denominator", "fallback", "masked_merge",
-                                "rescale", "lambda", "preconditioner_path", "input_curvature"} | _REFINE,
+    "ota": _FFG | _CURVATURE | {"scaling_factor", "weight", "power", "normalise", "epsilon", "denominator", "fallback", "masked_merge",
+                                "rescale", "rescale_relative_threshold", "approximate_norm", "ties_density", "lambda", "preconditioner_path",
+                                "input_curvature"} | _REFINE,
+    "ffg": _FFG | _CURVATURE | {"lambda", "preconditioner_path"},
     "fisher": _CURVATURE | {"weight", "preconditioner_path", "input_curvature"} | _REFINE,
     "linear": {"weight", "normalize"} | _REFINE,
     "task_arithmetic": {"weight", "normalize", "lambda"} | _REFINE,

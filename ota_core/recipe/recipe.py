@@ -4,15 +4,17 @@ Two levels hold parameters: ``parameters`` of the recipe and ``parameters`` of a
 method does not use is an error, because an option that changes nothing is a mistake in the recipe.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
 from ota_core.names import why_unsafe
+from ota_core.recipe.checks import as_written, of_one_method, of_slices
+from ota_core.recipe.explain import explain
+from ota_core.recipe.identity import later_keys
 from ota_core.recipe.parameters import (
     AUTO,
     USED,
@@ -23,7 +25,10 @@ from ota_core.recipe.parameters import (
     default,
     of_experts,
 )
-from ota_core.recipe.yaml_text import dump_yaml, load_yaml, nearest
+from ota_core.recipe.slices import Module, Slice, base_range, same_model
+from ota_core.recipe.spellings import mergekit_spellings
+from ota_core.recipe.varying import Varying, least
+from ota_core.recipe.yaml_text import dump_yaml, lines_of, parse_documents, read_text
 
 Method = Literal[
     "ota",
@@ -37,6 +42,7 @@ Method = Literal[
     "fisher",
     "slerp",
     "rowspace",
+    "ffg",
     "passthrough",
     "nearswap",
     "arcee_fusion",
@@ -51,17 +57,17 @@ Method = Literal[
     "model_stock",
 ]
 DType = Literal["float32", "float16", "bfloat16"]
-# mergekit's and mergekit-OTA's spellings, and what they are called here.
-_SPELLINGS = {"masked_task_vector_merge_method": "masked_merge"}
 NEEDS_BASE = {
     "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace", "slerp", "nearswap", "arcee_fusion",
-    "ram", "ramplus_tl", "sce", "della", "della_linear", "model_stock",
+    "ram", "ramplus_tl", "sce", "della", "della_linear", "model_stock", "ffg",
 }  # fmt: skip
 WITHOUT_BASE = {"linear", "karcher", "passthrough"}
 """Methods in which a base takes no part, even where one is named."""
-_EXPERTS = {"passthrough": (1, 1), "nuslerp": (2, 2), "nearswap": (1, 2), "arcee_fusion": (1, 2), "model_stock": (2, math.inf)}
-"""How many models a method takes, beside a base; of two that it interpolates between, the base may be one."""
-NEEDS_MOMENTS = {"ota", "fisher"}
+NEEDS_MOMENTS = {"ota", "fisher", "ffg"}
+FFG = {"ota", "ffg"}
+"""Methods with Fast Fisher Grafting: ``ffg`` grafts a single expert's masked edit onto the base."""
+KEEPS_BASE = {"fisher", "slerp", "nearswap", "arcee_fusion"} | WITHOUT_BASE
+"""Methods in which the base counts when it is listed among the models; all others work on edits of it, and it has none."""
 RESERVED_NAMES = ("base", "merged")
 OF_REFINE = ("ridge", "input_curvature")
 """Parameters of the row-space regression."""
@@ -88,6 +94,8 @@ class MergeRecipe(Strict):
     merge_method: Method = Field(description="How the experts' edits of the base are combined.")
     base_model: str | None = Field(None, description="The model that all experts were fine-tuned from.")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="The experts.")
+    slices: tuple[Slice, ...] | None = Field(None, description="Ranges of layers that the result is put together from.")
+    modules: dict[str, Module] | None = Field(None, description="The same for each part of a model with layers of its own.")
     parameters: MergeParameters = Field(
         MergeParameters(), description="Of the method, for all experts; what is left out has its default."
     )
@@ -96,6 +104,10 @@ class MergeRecipe(Strict):
     )
     out_dtype: DType | None = Field(None, description="Wins over dtype.")
     tokenizer_source: str = Field("base", description="base, model:<name> or union.")
+    chat_template: str | None = Field(
+        None,
+        description="Of the result: auto, the models' most common; chatml, llama3, alpaca or mistral; or a Jinja template. By default the tokenizer's own.",
+    )
     scales: str | None = Field(
         None, description="File of learned scales (`ota tune`), beside the recipe or s3://…: a factor for each expert and tensor."
     )
@@ -106,34 +118,101 @@ class MergeRecipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _understand(cls, raw: Any) -> Any:
-        return _mergekit_spellings(raw) if isinstance(raw, dict) else raw
+        return mergekit_spellings(raw) if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
     def _fits_together(self) -> "MergeRecipe":
-        problems = _contradictions(self)
+        places = range(len(self.models))
+        base = self.base_model if self.merge_method not in KEEPS_BASE else None
+        kept = [i for i in places if not same_model(self.models[i].model, base)] or list(places)
+        object.__setattr__(self, "models", tuple(self.models[i] for i in kept))  # frozen for everybody else
+        problems = as_written(self.problems(), kept)
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def setting(self, key: str, expert: int | None = None) -> Any:
-        """The value of a parameter for one expert (by position) or, without one, for the whole merge."""
-        field = "lambda_" if key == "lambda" else key
+        """The value of a parameter for one expert (by position) or, without one, for the whole merge; a ``Varying`` where it differs between tensors."""
+        if key == "rank" and self.setting("compression", expert) != "rank_k":
+            return None
         if expert is not None:
             parameters = self.models[expert].parameters
-            own = getattr(parameters, field, None)
+            own = parameters.given(key)
             if own is not None:
-                return own
+                return own.before(self._common(key)) if isinstance(own, Varying) else own
             # An expert that names one of the two thresholds overrides both of the recipe's.
-            if key in {"density", "precond_threshold"} and (parameters.density, parameters.precond_threshold) != (None, None):
+            if key in {"density", "precond_threshold"} and {"density", "precond_threshold"} & parameters.keys():
                 return None
-        if key == "rank" and self.setting("compression") != "rank_k":
-            return None
+        return self._common(key)
+
+    def _common(self, key: str) -> Any:
+        """The value of a parameter for all experts that name none of their own."""
         if key in OF_REFINE and not self.refined:
             return None
-        value = getattr(self.parameters, field, None)
+        value = self.parameters.given(key)
         if value is None and key == "lambda" and self.refined and key in USED[self.merge_method]:
             return "auto"
-        return default(self.merge_method, key) if value is None else value
+        own = default(self.merge_method, key)
+        return own if value is None else value.before(own) if isinstance(value, Varying) else value
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the result is put together from ranges of layers."""
+        return self.slices is not None or self.modules is not None
+
+    @property
+    def varies(self) -> bool:
+        """Whether tensors differ in what is merged of them, or how: by slices, gradients or filters."""
+        return self.sliced or any(one.varying for one in (self.parameters, *(entry.parameters for entry in self.models)))
+
+    def check_uniform(self, what: str) -> None:
+        """Raise RecipeError where ``what`` is asked for, and values differ between tensors."""
+        if self.varies:
+            seen = "slices" if self.sliced else "values that differ between tensors"
+            raise RecipeError(
+                f"{what} takes whole models and one value for each key, this recipe has {seen}; `ota merge` takes it"
+            )
+
+    def at(self, tensor: str, position: float) -> "MergeRecipe":
+        """The recipe of one tensor, whose layer lies at this position of its slice (0 … 1): single values everywhere. Not checked again."""
+        models = tuple(entry.model_copy(update={"parameters": entry.parameters.at(tensor, position)}) for entry in self.models)
+        return self.model_copy(update={"parameters": self.parameters.at(tensor, position), "models": models})
+
+    def of_slice(self, one: Slice) -> "MergeRecipe":
+        """The recipe of a slice: its sources are the models, its parameters come before the recipe's. Not checked again."""
+        base = one.base_model or self.base_model
+        skip = self.merge_method not in KEEPS_BASE
+        sources = [source for source in one.sources if not (skip and same_model(source.model, base))]
+        models = tuple(
+            ModelEntry.model_construct(model=s.model, name=None, capability=None, parameters=s.parameters) for s in sources
+        )
+        parameters = one.parameters.over(self.parameters, MergeParameters)
+        return self.model_copy(
+            update={
+                "models": models,
+                "base_model": base,
+                "parameters": parameters,
+                "slices": None,
+                "modules": None,
+                "scales": None,
+            }
+        )
+
+    def problems(self) -> list[str]:
+        """What contradicts itself, of a recipe that was made of a checked one."""
+        return _sliced_contradictions(self) if self.sliced else _contradictions(self)
+
+    def places(self) -> list[tuple[str, Slice]]:
+        """Every slice and where the recipe has it, such as ``slices[0]`` and ``modules.encoder[1]``."""
+        found = [(f"slices[{i}]", one) for i, one in enumerate(self.slices or ())]
+        for name, module in (self.modules or {}).items():
+            found += [(f"modules.{name}[{i}]", one) for i, one in enumerate(module.as_slices())]
+        return found
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether second moments are read: also of ``ffg`` only where it ranks by curvature."""
+        return self.merge_method in NEEDS_MOMENTS and not (self.merge_method == "ffg" and self.setting("metric") == "magnitude")
 
     @property
     def refined(self) -> bool:
@@ -160,7 +239,7 @@ class MergeRecipe(Strict):
         """Every parameter in force, defaults included: two recipes that say the same in different words are equal here."""
         used = USED[self.merge_method] - {"preconditioner_path", "estimate"}  # known by the digests of second moments
         own = of_experts(self.merge_method)
-        return {
+        found: dict[str, Any] = {
             "merge_method": self.merge_method,
             "dtype": self.output_dtype,
             "parameters": {
@@ -172,18 +251,20 @@ class MergeRecipe(Strict):
             },
             "experts": [{key: self.setting(key, i) for key in sorted(own)} for i in range(len(self.models))],
         }
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        return later_keys(found | template, self.merge_method, self.models, self.places() if self.sliced else None)
 
     def ffg(self, expert: int) -> bool:
         """Whether Fast Fisher Grafting masks this expert (docs/methods.md section 3: density 1 means no mask)."""
-        if self.merge_method != "ota":
+        if self.merge_method not in FFG:
             return False
-        density = self.setting("density", expert)
+        density = least(self.setting("density", expert))
         return self.setting("precond_threshold", expert) is not None or (density is not None and density < 1)
 
     @property
     def estimates(self) -> EstimateSettings | None:
         """How second moments are estimated where training kept none; None where they are not."""
-        return self.parameters.estimate if self.merge_method in NEEDS_MOMENTS else None
+        return self.parameters.estimate if self.needs_moments else None
 
     @property
     def adds_up(self) -> bool:
@@ -192,45 +273,10 @@ class MergeRecipe(Strict):
 
     def to_yaml(self) -> str:
         """The recipe as YAML, with only what it says; ``load_recipe`` reads it back to an equal recipe."""
-        return dump_yaml(self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))
-
-
-def _mergekit_spellings(raw: dict[str, Any]) -> dict[str, Any]:
-    """Translate what mergekit and mergekit-OTA spell otherwise."""
-    raw = dict(raw)
-    tokenizer = raw.pop("tokenizer", None)
-    if isinstance(tokenizer, dict) and set(tokenizer) == {"source"} and "tokenizer_source" not in raw:
-        raw["tokenizer_source"] = tokenizer["source"]
-    elif tokenizer is not None:
-        raw["tokenizer"] = tokenizer
-    if isinstance(raw.get("parameters"), dict):
-        raw["parameters"] = _parameter_spellings(raw["parameters"])
-        if raw.get("merge_method") == "sce" and "density" not in raw["parameters"] and "select_topk" in raw["parameters"]:
-            raw["parameters"]["density"] = raw["parameters"].pop("select_topk")
-    if isinstance(raw.get("models"), list | tuple):
-        raw["models"] = [
-            {**entry, "parameters": _parameter_spellings(entry["parameters"])}
-            if isinstance(entry, dict) and isinstance(entry.get("parameters"), dict)
-            else entry
-            for entry in raw["models"]
-        ]
-    return raw
-
-
-def _parameter_spellings(raw: dict[str, Any]) -> dict[str, Any]:
-    parameters = {_SPELLINGS.get(key, key): value for key, value in raw.items()}
-    if isinstance(parameters.get("rank1_approx"), bool) and "compression" not in parameters:
-        parameters["compression"] = "rank1" if parameters.pop("rank1_approx") else "none"
-    if isinstance(parameters.get("fallback_to_base"), bool) and "fallback" not in parameters:
-        parameters["fallback"] = "base" if parameters.pop("fallback_to_base") else "mean"
-    # int8_mask only chooses how mergekit stores its masks; it never changes a result.
-    parameters.pop("int8_mask", None)
-    return parameters
-
-
-def _given(parameters: BaseModel) -> set[str]:
-    names = {name for name, value in parameters if value is not None}
-    return {"lambda" if name == "lambda_" else name for name in names}
+        said = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+        if self.sliced and not any(set(entry) - {"model"} for entry in said["models"]):
+            del said["models"]  # the slices name them
+        return dump_yaml(said)
 
 
 def _contradictions(recipe: MergeRecipe) -> list[str]:
@@ -242,12 +288,12 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
             ("parameters", recipe.parameters),
             *((f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(recipe.models)),
         ]
-        for key in sorted(_given(parameters) - used)
+        for key in sorted(parameters.keys() - used)
     ]
     problems += [
         f"models[{i}].parameters: '{key}' holds for the whole merge with merge_method {method}; move it to the recipe's parameters"
         for i, entry in enumerate(recipe.models)
-        for key in sorted((_given(entry.parameters) & used) - of_experts(method) - {"preconditioner_path"})
+        for key in sorted((entry.parameters.keys() & used) - of_experts(method) - {"preconditioner_path", "compression", "rank"})
     ]
     compression = recipe.setting("compression")
     if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":
@@ -263,11 +309,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
             "neither"
         )
     for i in range(len(recipe.models)):
-        if method == "ota" and recipe.setting("density", i) is not None and recipe.setting("precond_threshold", i) is not None:
+        if method in FFG and recipe.setting("density", i) is not None and recipe.setting("precond_threshold", i) is not None:
             problems.append(
                 f"models[{i}] ({recipe.models[i].model}): both density and precond_threshold are given; they set the same threshold, keep one"
             )
-        if method == "ota" and recipe.setting("metric") == "magnitude" and recipe.setting("precond_threshold", i) is not None:
+        if method in FFG and recipe.setting("metric") == "magnitude" and recipe.setting("precond_threshold", i) is not None:
             problems.append(f"models[{i}]: precond_threshold is in units of v·Δ²; with metric magnitude give a density instead")
     if recipe.scales is not None and "lambda" not in used:
         able = ", ".join(sorted(name for name, keys in USED.items() if "lambda" in keys))
@@ -294,31 +340,32 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         problems.append(f"tokenizer_source: got '{source}', expected base, model:<name> or union")
     if method == "slerp" and len(recipe.models) not in {1, 2}:
         problems.append(f"slerp interpolates between two models, the recipe names {len(recipe.models)}")
-    return problems + _number_problems(recipe)
+    return problems + of_one_method(recipe)
 
 
-def _number_problems(recipe: MergeRecipe) -> list[str]:
-    """What is wrong with the numbers of models and of parameters that one method alone restricts."""
-    method, count, t = recipe.merge_method, len(recipe.models), recipe.parameters.t
-    problems = []
-    if method == "slerp" and (t is None or t > 1):
-        problems.append(
-            f"parameters: slerp needs 't', the position between the two models in [0, 1]{'' if t is None else f', got {t:g}'}"
-        )
-    if method == "nearswap" and t is None:
-        problems.append("parameters: nearswap needs 't', the largest change of a weight, such as 0.0001")
-    least, most = _EXPERTS.get(method, (1, math.inf))
-    if not least <= count <= most:
-        expected = f"{least}" if least == most else f"{least} or {most}" if most < math.inf else f"at least {least}"
-        problems.append(f"models: {method} takes {expected}, the recipe names {count}")
-    for i in range(count) if method in {"della", "della_linear"} else ():
-        density, epsilon = recipe.setting("density", i), recipe.setting("epsilon", i)
-        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+def _sliced_contradictions(recipe: MergeRecipe) -> list[str]:
+    """What is wrong with slices: each is checked as a recipe of its own."""
+    problems = of_slices(recipe.slices, recipe.modules)
+    if recipe.scales is not None:
+        problems.append("scales: they are learned for whole experts, and do not go with slices; remove the key")
+    for place, one in recipe.places():
+        own = recipe.of_slice(one)
+        if not own.models:
+            problems.append(f"{place}: its only source is the base; name an expert, or merge_method: passthrough to copy layers")
+            continue
+        problems += [f"{place}: {text}" if text.startswith(("models", "base_model")) else text for text in _contradictions(own)]
+        if (
+            own.base_model is not None
+            and recipe.merge_method not in {"linear", "passthrough"}
+            and base_range(own.base_model, one) == "unclear"
+        ):
             problems.append(
-                f"models[{i}]: {method} keeps edits with chances from density - epsilon to density + epsilon, which must lie between 0 and 1; got density "
-                f"{density:g} and epsilon {epsilon:g}"
+                f"{place}: its sources give different layers, so that it is not clear which of the base {own.base_model} belong to them; name the base "
+                "among the sources, with its layer_range"
             )
-    return problems
+    names = [entry.name for entry in recipe.models if entry.name]
+    problems += [f"models: the name '{name}' is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    return list(dict.fromkeys(problems))
 
 
 def _base_contradictions(recipe: MergeRecipe) -> list[str]:
@@ -341,15 +388,18 @@ def _base_contradictions(recipe: MergeRecipe) -> list[str]:
     if any(recipe.ffg(i) for i in range(len(recipe.models))):
         problems.append("base_model is missing: FFG (density or precond_threshold) needs the base to know each expert's edits")
     for key, neutral in (
-        ("lambda", (1.0,)), ("masked_merge", ("precond",)), ("rescale", (False,)), ("missing_curvature", ("error", "estimate"))
+        ("lambda", (1.0,)), ("masked_merge", ("precond",)), ("rescale", (False,)), ("missing_curvature", ("error", "estimate", "mean"))
     ):  # fmt: skip
         if recipe.setting(key) not in neutral:
             problems.append(f"base_model is missing: parameters.{key} acts on task vectors, which need the base")
     return problems
 
 
-def parse_recipe(raw: Any, where: str = "recipe") -> MergeRecipe:
-    """Validate a recipe. Raises RecipeError that lists every problem: unknown keys with the nearest known, values out of range."""
+def parse_recipe(raw: Any, where: str = "recipe", *, text: str | None = None, document: int = 0) -> MergeRecipe:
+    """Validate a recipe. Raises RecipeError that lists every problem: unknown keys with the nearest known, values out of range.
+
+    text: the YAML that ``raw`` is a document of, for the lines of what is wrong.
+    """
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: expected a mapping with merge_method, base_model and models, got {type(raw).__name__}")
     try:
@@ -357,51 +407,24 @@ def parse_recipe(raw: Any, where: str = "recipe") -> MergeRecipe:
     except ValidationError as error:
         problems: list[str] = []
         items = [item for item in error.errors() if not (item["type"] == "too_short" and item["input"])]
+        lines = lines_of(text, document) if text is not None else {}
         for item in items:
-            problems += [f"{where}: {line}" for line in _explain(dict(item))]
-        raise_all(problems, RecipeError)
+            problems += [f"{where}: {line}" for line in explain(dict(item), MergeRecipe, ModelEntry, get_args(Method), lines)]
+        raise_all(list(dict.fromkeys(problems)), RecipeError)
         raise
 
 
 def load_recipe(path: Path) -> MergeRecipe:
     """Read and validate a recipe file. Raises RecipeError."""
-    return parse_recipe(load_yaml(path), str(path))
+    return parse_text(read_text(path), str(path))
 
 
-def _explain(item: dict[str, Any]) -> list[str]:
-    """One pydantic problem in the recipe's own words."""
-    location = item["loc"]
-    where = (
-        "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-        .lstrip(".")
-        .replace("lambda_", "lambda")
-    )
-    if item["type"] == "extra_forbidden":
-        key = str(location[-1])
-        if key in {"slices", "modules"}:
-            return [f"{where}: layer-wise assembly is not supported; name whole models under 'models'"]
-        return [f"unknown key '{where}'; {nearest(key, _known_keys(location))}"]
-    if item["type"] == "missing":
-        return [f"the key '{where}' is missing"]
-    if item["type"] == "literal_error" and where == "merge_method":
-        return [f"unknown merge_method {item['input']!r}; {nearest(str(item['input']), get_args(Method))}"]
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"]).split("\n")
-    if isinstance(item["input"], float) and math.isnan(item["input"]):
-        return [f"{where}: got NaN, expected a number"]
-    if isinstance(item["input"], list) and where.rpartition(".")[0].endswith("parameters"):
-        return [f"{where}: got a list; per-layer lists and filters are not supported, give one value"]
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return [f"{where}: got {item['input']!r}; {message}"]
-
-
-def _known_keys(location: tuple[Any, ...]) -> set[str]:
-    level: type[BaseModel] = MergeRecipe
-    if "parameters" in location[:-1]:
-        level = ModelParameters if location[0] == "models" else MergeParameters
-    elif location[0] == "models":
-        level = ModelEntry
-    if "estimate" in location[:-1]:
-        level = EstimateSettings
-    spellings = set(_SPELLINGS) | {"rank1_approx", "fallback_to_base", "select_topk"} if level is MergeParameters else set()
-    return {"lambda" if name == "lambda_" else name for name in level.model_fields} | spellings
+def parse_text(text: str, where: str) -> MergeRecipe:
+    """The recipe in a YAML text, which holds no other. Raises RecipeError."""
+    documents = parse_documents(text, where)
+    if len(documents) > 1:
+        raise RecipeError(
+            f"{where} holds {len(documents)} recipes (---), and this command takes one; `ota merge {where} OUT` carries them all out, or merge the stages "
+            "one by one and name their folders"
+        )
+    return parse_recipe(documents[0] if documents else None, where, text=text)

@@ -1,8 +1,9 @@
 """YAML as recipes use it: numbers such as 1e-26 are numbers, a key written twice is an error."""
 
 import difflib
+import io
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen: set[Hashable] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # <<: what it brings may be given again
+            continue
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, f"a key is {key!r}, expected a word", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
         seen.add(key)
@@ -35,23 +40,84 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value that a YAML text holds. Raises RecipeError with line and column when it is not YAML."""
+    documents = parse_documents(text, where)
+    if len(documents) > 1:
+        raise RecipeError(f"{where} holds {len(documents)} documents (---), expected one")
+    return documents[0] if documents else None
+
+
+def parse_documents(text: str, where: str) -> list[Any]:
+    """The values of all documents (``---``) that a YAML text holds, empty ones left out. Raises RecipeError with line and column."""
     try:
-        loader = _Loader(text)
-        loader.name = where  # what PyYAML's messages call the text
-        return loader.get_single_data()
+        found = list(yaml.load_all(_stream(text, where), _Loader))
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not valid YAML: {error}") from None
+        raise RecipeError(f"{where} is not valid YAML: {error}{_hint(text)}") from None
+    return [one for one in found if one is not None]
+
+
+def _stream(text: str, where: str) -> io.StringIO:
+    """The text under the name that PyYAML's messages call it by."""
+    stream = io.StringIO(text.removeprefix("\ufeff"))
+    stream.name = where
+    return stream
+
+
+def _hint(text: str) -> str:
+    if any(line.lstrip(" ").startswith("\t") or line.startswith("\t") for line in text.splitlines()):
+        return "; a line begins with a tab, YAML takes spaces"
+    return ""
+
+
+def lines_of(text: str, document: int = 0) -> dict[tuple[Any, ...], int]:
+    """The line, from 1, of every key and entry of a document: the keys and positions that lead to it → its line."""
+    nodes = list(yaml.compose_all(text.removeprefix("\ufeff"), _Loader))
+    nodes = [node for node in nodes if not (isinstance(node, yaml.ScalarNode) and node.value == "")]
+    found: dict[tuple[Any, ...], int] = {}
+    if document < len(nodes):
+        _walk(nodes[document], (), found)
+    return found
+
+
+def _walk(node: Any, path: tuple[Any, ...], found: dict[tuple[Any, ...], int]) -> None:
+    if len(path) > 32:  # an anchor may hold itself
+        return
+    if isinstance(node, yaml.MappingNode):
+        # What << brings stands where its anchor does; a key beside it wins.
+        merged = [pair for pair in node.value if pair[0].value == "<<"]
+        for key, value in [*merged, *(pair for pair in node.value if pair[0].value != "<<")]:
+            if key.value == "<<":
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    _walk(one, path, found)
+                continue
+            found[*path, key.value] = key.start_mark.line + 1
+            _walk(value, (*path, key.value), found)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, one in enumerate(node.value):
+            found[*path, i] = one.start_mark.line + 1
+            _walk(one, (*path, i), found)
+
+
+def line_of(path: tuple[Any, ...], lines: Mapping[tuple[Any, ...], int]) -> int | None:
+    """The line of a place, or of what holds it where the file spells it otherwise; None where the file has neither."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in lines:
+            return lines[path[:end]]
+    return None
 
 
 def load_yaml(path: Path) -> Any:
     """The value that a YAML file holds. Raises RecipeError when the file is missing or not YAML."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a YAML file. Raises RecipeError when it is missing or no text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist; expected a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as text: {error}") from None
-    return parse_yaml(text, str(path))
 
 
 def dump_yaml(value: Any) -> str:

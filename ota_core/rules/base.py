@@ -102,6 +102,10 @@ class Rule:
         """How many whole matrices are worked on at once within the budget."""
         return self._refine.at_once if self._refine else self._plan.stream.threads
 
+    def plan_of(self, job: TensorJob) -> MergePlan:
+        """The plan that reads a tensor: its models call it by the output's name."""
+        return self._plan
+
     def prefetch(self, block: Block) -> None:
         """A hint that this block is merged next."""
         self._plan.prefetch(block, curvature=self._curvature)

@@ -2,6 +2,8 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -10,15 +12,38 @@ from ota_core.files.rows import Rows
 from ota_core.fused.ota import Vote, ota_block
 from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE
 from ota_core.fused.sums import squares_of
+from ota_core.methods.numbers import kept_count
 from ota_core.plan.found import Found
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import Curvature, WholeFacts, block_mask, mask_of, prepare_curvature
-from ota_core.plan.scoring import delta, ffg_scoring
+from ota_core.plan.scoring import Scoring, delta, ffg_scoring
+from ota_core.plan.tally import thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts
 from ota_core.rules.base import Rule
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class MaskedMagnitude(Scoring):
+    """|Δ| of what FFG keeps, 0 elsewhere."""
+
+    facts: Curvature = field(default_factory=Curvature)
+
+    def __init__(self, plan: MergePlan, facts: Curvature) -> None:
+        super().__init__(plan, curvature=False, everywhere=True)
+        object.__setattr__(self, "facts", facts)
+
+    def compiled(self, experts: Iterable[int], job: TensorJob) -> bool:
+        return False
+
+    def of(
+        self, expert: ExpertView, block: Block, difference: "torch.Tensor", v_hat: "torch.Tensor | None" = None
+    ) -> "torch.Tensor":
+        scores = super().of(expert, block, difference)
+        mask = mask_of(self.plan, self.facts, expert, block, difference)
+        return scores if mask is None else scores.where(mask, 0.0)
 
 
 class OtaRule(Rule):
@@ -32,6 +57,7 @@ class OtaRule(Rule):
         super().__init__(plan, whole)
         self._facts = Curvature()
         self._scales: dict[tuple[int, str], float] = {}
+        self._trims: dict[tuple[int, str], float] = {}
         self._kept: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._lock = Lock()
         setting = plan.recipe.setting
@@ -47,6 +73,15 @@ class OtaRule(Rule):
             for expert in plan.experts:
                 if plan.recipe.ffg(expert.index):
                     self._find_scales(expert)
+        if self._masked_merge == "ties" and plan.recipe.setting("ties_density") < 1:
+            self._trims = self._trimmed()
+
+    def _trimmed(self) -> dict[tuple[int, str], float]:
+        """(Expert, tensor) → the smallest masked |Δ| that takes part in the election: TIES' trim, of each tensor (``ties_density``)."""
+        plan, density = self._plan, self._plan.recipe.setting("ties_density")
+        jobs = [job for job in plan.merged_jobs() if job.name not in self._facts.averaged]
+        members = [([job], {expert.index: kept_count(density, job.elements) for expert in plan.experts}) for job in jobs]
+        return thresholds_of(MaskedMagnitude(plan, self._facts), members, what="trim")
 
     def _find_scales(self, expert: ExpertView) -> None:
         """‖Δ‖ / ‖mask·Δ‖ of every tensor of an expert; 1 where nothing is left."""
@@ -62,8 +97,10 @@ class OtaRule(Rule):
             for total, part in zip(sums[block[0].name], squares, strict=True):
                 total += part
         for name, (whole, kept) in sums.items():
-            left = math.fsum(kept)
-            self._scales[expert.index, name] = math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
+            left, norm = math.fsum(kept), math.fsum(whole)
+            # Of next to nothing that is left, the rounding would be blown up.
+            enough = left > (plan.recipe.setting("rescale_relative_threshold") or 0.0) ** 2 * norm
+            self._scales[expert.index, name] = math.sqrt(norm / left) if enough else 1.0
 
     def _squares(self, expert: ExpertView, block: Block) -> tuple[list[float], list[float]]:
         """Σ Δ² and Σ mask·Δ² of every row of a block."""
@@ -102,7 +139,7 @@ class OtaRule(Rule):
         scaled, weights, masks = self._weighed(block, base, thetas)
         if self._masked_merge == "ties":
             assert base is not None
-            merged = base + scale * masked_ties([theta - base for theta in scaled], masks, self._factors())
+            merged = base + scale * masked_ties([theta - base for theta in scaled], masks, self._factors(), self._denominator)
         else:
             merged = ota(scaled, weights, masks, base, lam=scale, denominator=self._denominator)
         if self._fallback == "mean" and base is not None:
@@ -119,11 +156,12 @@ class OtaRule(Rule):
         assert base is not None
         thetas = expert_rows(self._plan, block, base)
         if block[0].name in self._facts.averaged:
-            return base, [scale * (theta - base) / len(thetas) for theta in thetas]
+            plain = self._plain_weights()
+            return base, [scale * weight * (theta - base) / math.fsum(plain) for weight, theta in zip(plain, thetas, strict=True)]
         scaled, weights, masks = self._weighed(block, base, thetas)
         deltas = [theta - base for theta in scaled]
         if self._masked_merge == "ties":
-            found = masked_ties_parts(deltas, masks, self._factors())
+            found = masked_ties_parts(deltas, masks, self._factors(), self._denominator)
         else:
             found = ota_parts(deltas, weights, masks, denominator=self._denominator)
         found = [scale * edit for edit in found]
@@ -142,6 +180,8 @@ class OtaRule(Rule):
         """The experts' weights (θ, rescaled where the recipe asks), their p and their masks in a block."""
         import torch
 
+        from ota_core.methods.saliency import magnitude_scores
+
         plan, job = self._plan, block[0]
         weights, masks = [], []
         for expert, theta in zip(plan.experts, thetas, strict=True):
@@ -149,6 +189,10 @@ class OtaRule(Rule):
             mask = mask_of(plan, self._facts, expert, block, None if base is None else theta - base, v_hat)
             if mask is not None:
                 self._add_count(expert, job, int(mask.sum()))
+            if (least := self._trims.get((expert.index, job.name))) is not None:
+                assert base is not None
+                large = magnitude_scores(theta - base) >= least
+                mask = large if mask is None else mask & large
             masks.append(mask)
             weights.append(self._weight(expert, theta, v_hat))
             present = expert.present(job.name, *block[1:])
@@ -166,9 +210,18 @@ class OtaRule(Rule):
 
         from ota_core.methods.ota import ota
 
-        return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=scale)
+        weights = [torch.full_like(t, share) for t, share in zip(thetas, self._plain_weights(), strict=True)]
+        return ota(thetas, weights, [None] * len(thetas), base, lam=scale)
+
+    def _plain_weights(self) -> list[float]:
+        """What the experts weigh in a tensor without curvature."""
+        return [self._plan.recipe.setting("weight", expert.index) for expert in self._plan.experts]
 
     def _can_fuse(self, job: TensorJob) -> bool:
+        if self._masked_merge == "ties" and (self._trims or self._denominator == "all"):
+            return False
+        if job.name in self._facts.averaged and len(set(self._plain_weights())) > 1:
+            return False
         return self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
 
     def _exact_edit(self, job: TensorJob) -> bool:
@@ -289,6 +342,9 @@ class FisherRule(OtaRule):
         super().__init__(plan, whole)
         self._power, self._lambda = 1.0, 1.0
 
+    def _plain_weights(self) -> list[float]:
+        return [1.0] * len(self._plan.experts)
+
     def _average_fused(self, block: Block, base: Rows | None, out: Rows) -> None:
         votes = [Vote(theta=expert.stored(block[0].name, *block[1:]), v=None, takes_part=False) for expert in self._plan.experts]
         ota_block(base, votes, out, power=1.0, epsilon=0.0, lam=1.0, denominator="kept", fallback="mean")
@@ -300,6 +356,16 @@ class FisherRule(OtaRule):
 
     def results(self, found: Found) -> dict[str, Any]:
         return ({"compression": found.compression} if found.compression else {}) | Rule.results(self, found)
+
+
+class GraftRule(OtaRule):
+    """The masked edit of a single expert on the base (FFG, docs/methods.md section 3): θ₀ + λ·mask·Δ."""
+
+    def _can_fuse(self, job: TensorJob) -> bool:
+        return self._plan.recipe.needs_moments and super()._can_fuse(job)
+
+    def _weight(self, expert: ExpertView, theta: "torch.Tensor", v_hat: "torch.Tensor | None") -> "torch.Tensor":
+        return theta.new_ones(theta.shape)  # a lone expert's weight cancels, also where no curvature is known
 
 
 def density_report(plan: MergePlan, expert: ExpertView, taus: dict[str, float], kept: dict[str, int]) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from ota_core.plan.views import Block, ModelView, TensorJob, block_elements, par
 from ota_core.rules.base import Rule
 from ota_core.rules.della import DellaRule
 from ota_core.rules.edits import FusionRule, NearswapRule, RamRule, SceRule
-from ota_core.rules.ota import FisherRule, OtaRule
+from ota_core.rules.ota import FisherRule, GraftRule, OtaRule
 from ota_core.rules.passthrough import PassthroughRule
 from ota_core.rules.spans import SpanRule
 from ota_core.rules.task_vectors import TaskVectorRule
+from ota_core.rules.varied import VariedRule
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ _RULES: dict[str, type[Rule]] = {
     "sce": SceRule,
     "della": DellaRule,
     "della_linear": DellaRule,
+    "ffg": GraftRule,
     "multislerp": SpanRule,
     "nuslerp": SpanRule,
     "karcher": SpanRule,
@@ -51,6 +53,8 @@ def rule_of(plan: MergePlan, whole: WholeFacts | None = None) -> Rule:
         raise RecipeError(
             f"scales: the recipe names {plan.recipe.scales}, which was not looked up when its inputs were assembled"
         )
+    if plan.recipe.varies:
+        return VariedRule(plan, whole, rule_of)
     rules: dict[str, type[Rule]] = {**_RULES, "linear": LinearRule, "slerp": SlerpRule}
     return rules.get(plan.recipe.merge_method, TaskVectorRule)(plan, whole)
 

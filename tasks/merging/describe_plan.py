@@ -4,6 +4,7 @@ from math import prod
 from pathlib import Path
 
 from ota_core.compute.stream import parse_memory, peak_memory_gib
+from ota_core.engine.engine import outline_into
 from ota_core.engine.output import plan_files
 from ota_core.moments import Moments
 from ota_core.moments.compression import (
@@ -15,11 +16,13 @@ from ota_core.moments.compression import (
     is_compressed,
     passes,
 )
+from ota_core.plan.groups import parts_of
 from ota_core.plan.matrices import all_matrices, at_once, bytes_of, operations
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
 from ota_core.plan.whole import columns_bytes, is_whole, surveys
-from ota_core.recipe.recipe import NEEDS_MOMENTS, WITHOUT_BASE, MergeRecipe
+from ota_core.recipe.recipe import FFG, WITHOUT_BASE, MergeRecipe
+from ota_core.recipe.varying import least
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, estimated_ones, fetch_all
 from tasks.settings import places
@@ -56,10 +59,34 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
                 + (f" over {recipe.base_model}" if recipe.base_model else "")
             ]
             lines += [f"  {view.name}: {_place(model, view)}" for view, model in zip(plan.models, fetched, strict=True)]
+            if recipe.varies:
+                lines += _groups(plan)
             notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
             return [
                 *lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"
             ]  # fmt: skip
+
+
+def _groups(plan: MergePlan) -> list[str]:
+    """How many different sets of values there are, and the layers of a result with slices. Raises RecipeError for values that contradict each other."""
+    groups = sum(len(part.groups) for part in parts_of(plan))
+    lines = [f"values differ between tensors: {counted(groups, 'group')} of tensors that share theirs"]
+    if plan.assembly is not None:
+        lines += [f"layers of the result in {stack}: {len(layers)}" for stack, layers in plan.assembly.taken.items()]
+    return lines
+
+
+def outline(recipe: MergeRecipe, out: Path, recipe_dir: Path, home: Path | None) -> None:
+    """The folder that the merge would write, with holes for weights. Raises OtaError."""
+    cache = places(home).cache
+    with Streams(cache=cache, memory=LITTLE, may_download=False) as streams:
+        fetched = fetch_all(recipe, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False)
+        todo = dict.fromkeys(estimated_ones(recipe, fetched[1:] if recipe.base_model is not None else fetched))
+        inputs = assemble(
+            recipe, fetched, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False, estimated=todo
+        )  # fmt: skip
+        out.mkdir(parents=True)
+        outline_into(out, recipe, inputs)
 
 
 def _place(model: Fetched, view: ModelView) -> str:
@@ -70,7 +97,7 @@ def _place(model: Fetched, view: ModelView) -> str:
 
 def _without_moments(plan: MergePlan) -> list[str]:
     """Tensors of which an expert has no second moments: fine where training left them alone, which only the weights tell."""
-    if plan.recipe.merge_method not in NEEDS_MOMENTS or plan.recipe.setting("missing_curvature") == "mean":
+    if not plan.recipe.needs_moments or plan.recipe.setting("missing_curvature") == "mean" or plan.recipe.sliced:
         return []
     notes = []
     for expert in plan.experts:
@@ -171,7 +198,7 @@ def _choices(plan: MergePlan) -> list[str]:
 
 def _compressed(plan: MergePlan, method: str, rank: int | None) -> int:
     """Bytes of all experts' second moments, which the merge may not need at all."""
-    if plan.recipe.merge_method not in NEEDS_MOMENTS:
+    if not plan.recipe.needs_moments:
         return 0
     held = [expert.moments for expert in plan.experts if expert.moments is not None]
     return sum(compressed_bytes(tuple(shape), method, rank) for moments in held for shape in moments.shapes().values())
@@ -211,11 +238,11 @@ def mask_bytes_read(plan: MergePlan) -> int:
 
 def _is_ranked(recipe: MergeRecipe, expert: int) -> bool:
     """Whether a threshold of this expert is a rank among its scores."""
-    if recipe.merge_method == "ota":
+    if recipe.merge_method in FFG:
         return recipe.ffg(expert) and recipe.setting("density", expert) is not None
     if recipe.merge_method in {"breadcrumbs", "breadcrumbs_ties"}:
         return True
-    return recipe.merge_method == "ties" and recipe.setting("density", expert) < 1
+    return recipe.merge_method == "ties" and least(recipe.setting("density", expert)) < 1
 
 
 def _norms(recipe: MergeRecipe, expert: int) -> int:
@@ -233,7 +260,7 @@ def _full_masks(plan: MergePlan, expert: ExpertView) -> int:
 def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
     """Bytes of an expert's second moments that come out of files: v as it is stored, and the code of ``log8``; factors are in memory."""
     recipe, moments = plan.recipe, expert.moments
-    if recipe.merge_method not in NEEDS_MOMENTS or moments is None:
+    if not recipe.needs_moments or moments is None:
         return 0
     scored = recipe.ffg(expert.index) and recipe.setting("metric") == "curvature"
     scoring = (RANKING if _is_ranked(recipe, expert.index) else 0) + _norms(recipe, expert.index) if scored else 0

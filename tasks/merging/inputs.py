@@ -17,7 +17,7 @@ from ota_core.moments.safetensors_file import open_file
 from ota_core.plan.expert_scales import find_scales
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.merging.architecture import parameter_layout, parameters_of
 from tasks.merging.composed import composed, parts_of
 from tasks.merging.gguf_companions import gguf_companions
@@ -235,7 +235,7 @@ def _with_moments(
     digests: bool,
     streams: Streams | None,
 ) -> ExpertInput:
-    if recipe.merge_method not in NEEDS_MOMENTS:
+    if not recipe.needs_moments:
         return expert
     named = recipe.models[index].parameters.preconditioner_path
     path = _named_moments(named, expert, cache, recipe_dir, streams) if named else own_moments(fetched)

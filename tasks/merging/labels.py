@@ -63,9 +63,9 @@ def settings_of(recipe: MergeRecipe) -> dict[str, Any]:
     """See ``Cell.settings``."""
     effective = recipe.effective()
     found: dict[str, Any] = {"merge_method": recipe.merge_method, **effective["parameters"]}
-    for key in effective["experts"][0]:
-        values = tuple(expert[key] for expert in effective["experts"])
-        found[key] = values[0] if len(set(values)) == 1 else values
+    for key in dict.fromkeys(key for expert in effective["experts"] for key in expert):
+        values = tuple(expert.get(key) for expert in effective["experts"])
+        found[key] = values[0] if all(value == values[0] for value in values) else values
     if recipe.merge_method == "ota" and not any(recipe.ffg(i) for i in range(len(recipe.models))):
         for key in FFG_SETTINGS:
             found.pop(key, None)

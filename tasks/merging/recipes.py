@@ -7,8 +7,8 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ota_core.errors import OtaError, RecipeError, raise_all
-from ota_core.recipe.recipe import MergeRecipe, parse_recipe
-from ota_core.recipe.yaml_text import load_yaml, nearest, parse_yaml
+from ota_core.recipe.recipe import MergeRecipe, parse_text
+from ota_core.recipe.yaml_text import nearest, parse_yaml, read_text
 from tasks.settings import allow_path
 from tasks.storage.models import is_s3, read_bytes
 
@@ -25,15 +25,19 @@ def find_file(path: str) -> Path:
 
 def read_yaml(uri: str) -> Any:
     """The content of a YAML file. Raises RecipeError for what is no YAML, StorageError for what cannot be read."""
+    return parse_yaml(yaml_text(uri), uri)
+
+
+def yaml_text(uri: str) -> str:
+    """The text of a YAML file. Raises RecipeError for what is no text, StorageError for what cannot be read."""
     if not is_s3(uri):
         path = find_file(uri)
         allow_path(path, "the file")
-        return load_yaml(path)
+        return read_text(path)
     try:
-        text = read_bytes(uri).decode()
+        return read_bytes(uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{uri} is no text ({error}); expected YAML in UTF-8") from None
-    return parse_yaml(text, uri)
 
 
 def parse_config(kind: type[M], raw: Any, where: str, error: type[OtaError] = RecipeError) -> M:
@@ -88,4 +92,4 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 def read_recipe(uri: str) -> tuple[MergeRecipe, Path | None]:
     """A recipe, and the folder that its relative paths start from (none in S3). Raises RecipeError, StorageError."""
     folder = None if is_s3(uri) else find_file(uri).resolve().parent
-    return parse_recipe(read_yaml(uri), uri), folder
+    return parse_text(yaml_text(uri), uri), folder

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from ota_core.errors import ArtifactError
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
+from ota_core.recipe.varying import middle
 
 UNUSED = "unused"
 """``compression`` of a method that reads no second moments."""
@@ -27,7 +28,7 @@ def comparable_params(
     curvature 0 for a mean that asks no curvature, 1 for Fisher merging. The density is one number: the mean over the experts, of
     what was asked for, or of what was realised under a threshold. Where experts differ, ``density_per_expert`` lists them.
     """
-    asked = [recipe.setting("density", i) for i in range(len(recipe.models))]
+    asked = [middle(recipe.setting("density", i)) for i in range(len(recipe.models))]
     thresholds = [recipe.setting("precond_threshold", i) for i in range(len(recipe.models))]
     if recipe.merge_method in {"linear", "task_arithmetic", "fisher", "slerp"}:
         asked = [1.0] * len(asked)
@@ -37,20 +38,20 @@ def comparable_params(
                 for r, t, d in zip(realised, thresholds, asked, strict=True)]  # fmt: skip
     else:
         each = [1.0 if density is None else float(density) for density in asked]
-    power = {"ota": recipe.setting("power"), "fisher": 1.0}.get(recipe.merge_method, 0.0)
+    power = {"ota": middle(recipe.setting("power")), "fisher": 1.0}.get(recipe.merge_method, 0.0)
     if recipe.auto and scale is None:
         raise ArtifactError("the record of this merge holds no λ, though its recipe leaves it to the merge; merge it again")
     uses_lambda = "lambda" in recipe.effective()["parameters"]
-    given = scale if recipe.auto else recipe.setting("lambda") if uses_lambda else 1.0
+    given = scale if recipe.auto else middle(recipe.setting("lambda")) if uses_lambda else 1.0
     params: dict[str, str | int | float] = {
         "density": each[0] if len(set(each)) == 1 else fmean(each),
         "power": float(power),
-        "compression": recipe.setting("compression") if recipe.merge_method in NEEDS_MOMENTS else UNUSED,
+        "compression": recipe.setting("compression") if recipe.needs_moments else UNUSED,
         "lambda": float(given if given is not None else 1.0),
         "expert_count": len(recipe.models),
     }
     if recipe.auto:
-        params["lambda_rule"] = recipe.setting("lambda")
+        params["lambda_rule"] = str(recipe.setting("lambda"))
     if len(set(each)) > 1:
         params["density_per_expert"] = ",".join(f"{density:g}" for density in each)
     return params

@@ -270,6 +270,7 @@ def apply(recipe: MergeRecipe, dimensions: Sequence[Dimension], values: Values) 
 
 def point(space: Space, recipe: MergeRecipe, names: Sequence[str] | None, values: Values) -> MergeRecipe:
     """The recipe at these values of the space. Raises RecipeError."""
+    recipe.check_uniform("a search")
     chosen, found = space.walk(recipe, names, partial(_named, values))
     return apply(chosen, space.ranges(chosen, names), found)
 
@@ -301,7 +302,7 @@ def values_of(recipe: MergeRecipe, dimensions: Sequence[Dimension]) -> dict[str,
         settings = [recipe.setting(one.key, i) for i in places]
         held = {1.0 if value is None and one.key == "density" else value for value in settings}
         value = held.pop()
-        if held or value is None or isinstance(value, str) or value not in one.within:
+        if held or not isinstance(value, int | float) or value not in one.within:
             return None
         found[one.name] = value
     return found

@@ -7,7 +7,7 @@ from statistics import fmean
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import ArtifactError
 from ota_core.plan.inputs import MergeInputs
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.store import store_of
 from tasks.benchmark import Benchmark
 from tasks.compress import moments_step
@@ -93,10 +93,10 @@ class Models:
 
     def _moments(self, recipe: MergeRecipe) -> tuple[float, float]:
         """(mean bytes per parameter, largest relative error of √v) of the second moments as merged; NaN without any."""
-        if recipe.merge_method not in NEEDS_MOMENTS:
+        if not recipe.needs_moments:
             return math.nan, math.nan
         store = store_of(self.where)
-        steps = [moments_step(recipe, expert) for expert in self.inputs_of(recipe).experts]
+        steps = [moments_step(recipe, expert, i) for i, expert in enumerate(self.inputs_of(recipe).experts)]
         refs = [store.find("moments", step.fingerprint) for step in steps]
         records = [store.read_record(ref).results for ref in refs if ref is not None]
         if len(records) < len(refs):

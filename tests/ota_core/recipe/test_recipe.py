@@ -91,7 +91,12 @@ def test_a_models_parameters_win_and_one_threshold_replaces_the_other() -> None:
         ({}, {"rank1_approx": False}),
         ({"fallback": "mean"}, {"fallback_to_base": False}),
         ({}, {"fallback_to_base": True}),
-        ({"masked_merge": "ties"}, {"masked_task_vector_merge_method": "ties"}),
+        ({"masked_merge": "ties", "denominator": "all"}, {"masked_task_vector_merge_method": "ties"}),
+        ({"masked_merge": "linear"}, {"masked_task_vector_merge_method": "linear", "denominator": "kept"}),
+        ({}, {"masked_task_vector_merge_method": "precond"}),
+        ({"compression": "rank_k", "rank": 16}, {"rank": 16}),
+        ({"compression": "rank1"}, {"rank": 1}),
+        ({"rescale": True}, {"rescale": True, "approximate_norm": True}),
         ({}, {"int8_mask": True}),
         ({"power": 0.5, "lambda": 1.0, "epsilon": 0, "denominator": "kept"}, {}),
         ({"lambda": 2}, {"lambda": 2.0}),
@@ -151,7 +156,7 @@ def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dic
         (recipe({}, {"preconditioner_path": "v"}, merge_method="ties"), "'preconditioner_path' has no effect with merge_method ties"),
         (recipe({"rank1_approx": True}, merge_method="dare_ties"), "'compression' has no effect"),
         (recipe({"rank": 2}, merge_method="ties"), "'rank' has no effect with merge_method ties"),
-        (recipe({"rank": 2}), "'rank' has no effect with compression none; remove it, or set compression: rank_k"),
+        (recipe({"rank": 2, "compression": "none"}), "'rank' has no effect with compression none; remove it, or set compression: rank_k"),
         (recipe({"rank": 2, "compression": "rank1"}), "'rank' has no effect with compression rank1"),
         (recipe({"rank": 0, "compression": "rank_k"}), "parameters.rank: got 0"),
         (recipe({"rank": True, "compression": "rank_k"}), "parameters.rank: got True"),
@@ -179,8 +184,25 @@ def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dic
             ("fallback", "bass", "'base' or 'mean'"), ("scope", "global_", "'global' or 'per_tensor'"))),
         (recipe({"masked_merg": "linear"}), "unknown key 'parameters.masked_merg'; did you mean 'masked_merge'?"),
         (recipe(merge_method="tis"), "unknown merge_method 'tis'; did you mean 'ties'?"),
-        (recipe(slices=[]), "layer-wise assembly is not supported"),
-        (recipe({"density": [0.1, 0.9]}), "per-layer lists and filters are not supported"),
+        (recipe(slices=[]), "slices: the list is empty, expected at least one slice"),
+        (recipe({"density": [0.1, 1.9]}), "parameters.density: got 1.9, input should be less than or equal to 1"),
+        (recipe({"density": []}), "parameters.density: got an empty list, expected a number, a gradient such as"),
+        (recipe({"density": [{"filter": "mlp"}]}), "parameters.density: got {'filter': 'mlp'} without 'value'"),
+        (recipe({"density": [{"fliter": "mlp", "value": 0.1}]}), "parameters.density: got the keys fliter in a list of filters"),
+        (recipe({"compression": ["none", "rank1"]}), "parameters.compression: got a list; compression holds for whole models"),
+        (recipe(slices=[{"sources": [{"model": "x", "layer_range": [4, 2]}]}]), "slices[0].sources[0].layer_range: got [4, 2]; expected two layers"),
+        (recipe(slices=[{"sources": [{"model": "x", "layer_range": [0, 2]}], "merge_method": "ties"}]), "a document of its own (---)"),
+        (
+            recipe(slices=[{"sources": [{"model": "x", "layer_range": [0, 2]}, {"model": "y", "layer_range": [0, 3]}]}]),
+            "slices[0]: the sources of a slice give different numbers of layers",
+        ),
+        (
+            recipe(slices=[{"sources": [{"model": "x", "layer_range": [0, 2]}, {"model": "y", "layer_range": [1, 3]}]}]),
+            "name the base among the sources, with its layer_range",
+        ),
+        (recipe(merge_method="ffg"), "ffg grafts the edit of one expert onto the base, the recipe names 2"),
+        (recipe(merge_method="DARE-TIES"), "unknown merge_method 'DARE-TIES'; write dare_ties"),
+        (recipe({"ties_density": 0.2}), "'ties_density' has no effect with masked_merge precond"),
         (recipe({"power": float("nan")}), "parameters.power"),
         (recipe({"lambda": float("inf")}), "parameters.lambda"),
         (recipe({"power": "half"}), "parameters.power: got 'half'"),
@@ -223,3 +245,78 @@ def test_a_rank_is_in_force_with_rank_k_alone() -> None:
     for compression in ("none", "rank1", "log8"):
         other = MergeRecipe.model_validate(recipe({"compression": compression}))
         assert other.setting("rank") is None and "rank" not in other.effective()["parameters"]
+
+
+FORMS = """\
+x-own: &own
+  density: 0.4
+merge_method: ota
+base_model: b
+models:
+  - model: b
+  - model: x
+    parameters:
+      <<: *own
+      densty: 0.3
+  - model: y
+    parameters: {gamma: 0.3}
+parameters:
+  power: half
+"""
+
+
+@pytest.mark.parametrize("start, end", [("", "\n"), ("\ufeff", "\r\n")])
+def test_a_refusal_names_the_line(tmp_path: Path, start: str, end: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes((start + FORMS.replace("\n", end)).encode())
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "line 10: unknown key 'models[1].parameters.densty'; did you mean 'density'?" in str(caught.value)
+    assert "line 14: parameters.power: got 'half'" in str(caught.value)
+    path.write_text(FORMS.replace("densty", "density").replace("power: half", "power: 0.5"))
+    with pytest.raises(RecipeError, match=r"line 12: models.*'gamma' has no effect"):
+        load_recipe(path)
+    path.write_text(FORMS.replace("densty", "density").replace("power: half", "power: 0.5").replace("{gamma: 0.3}", "{}"))
+    found = load_recipe(path)
+    assert [entry.model for entry in found.models] == ["x", "y"] and found.setting("density", 0) == 0.3
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        recipe({"density": [0.1, 0.9], "lambda": [{"filter": "mlp", "value": [1, 2]}, {"value": 0.5}]}, {"scaling_factor": [1, 2]}),
+        recipe({"weight": 2}, {"rank1_approx": True}, chat_template="llama3"),
+        {
+            "merge_method": "linear", "parameters": {"weight": [1, 2]},
+            "slices": [{"sources": [{"model": "x", "layer_range": [0, 2], "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}]}],
+        },
+        {
+            "merge_method": "task_arithmetic", "base_model": "b",
+            "modules": {"decoder": {"models": [{"model": "x"}, {"model": "b"}]}, "encoder": {"slices": [{"sources": [{"model": "y", "layer_range": [0, 1]}]}]}},
+        },
+    ],
+)  # fmt: skip
+def test_varied_recipes_come_back_from_yaml_and_json(raw: dict[str, Any]) -> None:
+    read = parse_recipe(raw)
+    assert parse_recipe(parse_yaml(read.to_yaml(), "r.yaml")) == read
+    assert MergeRecipe.model_validate_json(read.model_dump_json(by_alias=True)) == read
+    assert MergeRecipe.model_validate(read.model_dump(mode="json", by_alias=True)).effective() == read.effective()
+
+
+def test_what_decides_nothing_or_is_new_leaves_the_identity_of_old_recipes() -> None:
+    keys = set(parse_recipe(recipe({"density": 0.4})).effective()["parameters"])
+    assert not keys & {"rescale_relative_threshold", "approximate_norm", "ties_density", "slices", "chat_template"}
+    assert parse_recipe(recipe({"density": 0.4})).effective()["experts"][0] == {
+        "density": 0.4, "precond_threshold": None, "scaling_factor": 1.0
+    }  # fmt: skip
+    base = {"model": "b"}
+    assert parse_recipe(recipe(models=[base, {"model": "x"}, {"model": "y"}])).effective() == parse_recipe(recipe()).effective()
+    with_lists, other = (parse_recipe(recipe({"density": value})).effective() for value in ([0.1, 0.2], [0.1, 0.3]))
+    assert with_lists != other
+
+
+def test_values_at_a_tensor() -> None:
+    read = parse_recipe(recipe({"density": [0.2, 0.8]}, {"density": [{"filter": "mlp", "value": [0.1, 0.5, 0.3]}]}))
+    at = read.at("model.layers.1.mlp.up_proj.weight", 0.25)
+    assert (at.setting("density", 0), at.setting("density", 1)) == (pytest.approx(0.3), pytest.approx(0.35))
+    assert read.at("model.norm.weight", 0.0).setting("density", 0) == 0.2
