@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ota_core.errors import MomentsError, OtaError
+from tasks.orchestration.prepare import end_in_order
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
@@ -19,6 +20,9 @@ Fetch = Annotated[
     bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Merge infinite numbers and NaN as they are, instead of refusing them.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Home = Annotated[
     Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota")
@@ -45,7 +49,8 @@ _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake ends with its message and exit code 2, without a traceback."""
+    """A user's mistake ends with its message and exit code 2, without a traceback. SIGTERM ends the command in order."""
+    end_in_order()
     try:
         yield
     except OtaError as error:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.common import (
+    AllowNonfinite,
     AsJson,
     Device,
     Fetch,
@@ -37,6 +38,7 @@ def merge(
     overwrite: Overwrite = False,
     fetch: Fetch = False,
     shard_size: ShardSize = "5GB",
+    allow_nonfinite: AllowNonfinite = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -47,7 +49,7 @@ def merge(
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
-        loaded = load_recipe(recipe)
+        loaded = load_recipe(recipe).allowing_nonfinite(allow_nonfinite)
         check_free(out, overwrite=overwrite)
         file_size = parse_size(shard_size, "shard size", "1KB")
         load_numba()

@@ -19,8 +19,10 @@ import numpy as np
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.files.quantised.settings import without_quantisation
 from ota_core.files.rows import Rows
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
+from ota_core.plan.guard import check_written
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
@@ -180,6 +182,9 @@ def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
         rows = Rows.of(gpu.output_rows(*shape, job.dtype.name))
         rule.merge(block, rows)
         gpu.wait()
+    if plan.guard is not None:
+        plan.guard.settle()
+        check_written(job.name, start, rows)
     return rows
 
 
@@ -205,7 +210,7 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         shutil.copyfile(path, target)
     config = folder / "config.json"
     if config.exists():
-        settings = read_json(config)
+        settings = without_quantisation(read_json(config))
         if plan.vocabulary:
             settings["vocab_size"] = plan.vocabulary.rows
             if plan.vocabulary.added:

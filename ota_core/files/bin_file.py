@@ -8,6 +8,7 @@ import torch
 
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.descriptors import check_limit
 from ota_core.files.rows import Rows, dtype_of
 from ota_core.files.safetensors_io import TensorInfo
 from ota_core.files.torch_file import TorchFile
@@ -26,6 +27,8 @@ class BinFile:
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; the index lists it: fetch the checkpoint again") from None
         except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
+            if isinstance(error, OSError):
+                check_limit(error)
             raise CheckpointError(
                 f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}); expected a zip file of torch.save with tensors "
                 "only. Save the model as safetensors, or fetch the file again"

@@ -1,19 +1,21 @@
 """A checkpoint folder as named tensors, read lazily: safetensors, sharded or not, PyTorch's ``.bin``, or the shards of FSDP."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from ota_core.errors import CheckpointError, raise_all
+from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp.metadata import METADATA
+from ota_core.files.not_models import check_gathered
 from ota_core.files.prefixes import plain_names, twice
-from ota_core.files.rows import Rows
+from ota_core.files.rows import NUMBERS, Rows
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
+from ota_core.files.weight_sets import SAFETENSORS_INDEX as SAFETENSORS_INDEX
+from ota_core.files.weight_sets import check_index, passed_over
+from ota_core.files.weight_sets import read_json as read_json
+from ota_core.files.weight_sets import weight_files as weight_files
 
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-BIN_INDEX = "pytorch_model.bin.index.json"
 # Files beside the weights that belong to a model. What matches is copied from the source of the output's tokenizer and config.
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_PATTERNS = (
@@ -25,8 +27,9 @@ TOKENIZER_PATTERNS = (
 if TYPE_CHECKING:
     from ota_core.files.bin_file import BinFile  # it needs torch
     from ota_core.files.dcp.weights import DcpWeights
+    from ota_core.files.quantised.model import QuantisedWeights  # it needs numba
 
-WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights"
+WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | QuantisedWeights"
 """One file of tensors."""
 
 
@@ -49,17 +52,41 @@ class Checkpoint:
                         f"{self.path}: tensor '{name}' is in both {where[name].path.name} and {file.path.name}; expected it once"
                     )
                 where[name] = file
-        _check_index(self.path, where)
         plain = plain_names(where)
         if double := twice(plain):
             raise CheckpointError(
                 f"{self.path}: tensor '{double[0]}' and another one are both '{plain[double[0]]}' without the prefixes that wrappers "
                 "of a model leave in names; keep one of them"
             )
-        self._where = {plain[name]: (file, name) for name, file in where.items()}
         # Trainers write it into the folder of the run, where a sharded checkpoint's own folder has none.
         configs = [folder / "config.json" for folder in ((self.path, self.path.parent) if self.sharded else (self.path,))]
         self.config = next((read_json(config) for config in configs if config.exists()), {})
+        check_index(self.path, files, {name: file.path.name for name, file in where.items()}, self.config)
+        self._where = {plain[name]: (file, name) for name, file in where.items()}
+        check_gathered(self.path, {name: file.infos[stored] for name, (file, stored) in self._where.items()})
+        self.quantised = self._read_codes()
+        """The weights that are stored as codes and read as the numbers that they stand for; None where all are plain."""
+        self.notes = [*passed_over(self.path, files)]
+        """What a user should know of how the folder was understood."""
+        if self.quantised is not None:
+            self.notes.append(
+                f"{self.quantised.label}: dequantised with their own scales as they are read; the output is not quantised"
+            )
+
+    def _read_codes(self) -> "QuantisedWeights | None":
+        """Put the weights that are stored as codes in the place of the codes; scales are no tensors of the model."""
+        if all(file.infos[held].dtype in NUMBERS for file, held in self._where.values()):
+            return None
+        from ota_core.files.quantised.model import quantised_weights
+        from ota_core.files.quantised.stored import Stored
+
+        stored = {name: Stored(file, held) for name, (file, held) in self._where.items()}
+        found = quantised_weights(self.path, self.config, stored)
+        if found is not None:
+            at = {found.place(name): name for name in found.infos}
+            places = {at.get(name, name): place for name, place in self._where.items() if name not in found.parts}
+            self._where = {name: (found, name) if name in found.infos else place for name, place in places.items()}
+        return found
 
     def names(self) -> list[str]:
         """All tensor names, sorted, without what ``torch.compile``, FSDP and other wrappers put into them."""
@@ -109,80 +136,6 @@ def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
 
         return BinFile(path, source_of)
     return SafetensorsFile(path, source_of(path) if source_of else None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError when it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; expected a JSON file") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights. Raises CheckpointError when there are none, or it is unclear which."""
-    if not folder.is_dir():
-        seen = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {seen}; expected a checkpoint folder with config.json and *.safetensors")
-    for index in (SAFETENSORS_INDEX, BIN_INDEX):
-        if (folder / index).exists():
-            return [folder / name for name in sorted(set(_weight_map(folder / index).values()))]
-        single = folder / index.removesuffix(".index.json")
-        if single.exists():
-            return [single]
-    candidates = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("exp_avg", "optimizer")))
-    if any(p.name.startswith("adapter_") for p in candidates):
-        raise CheckpointError(
-            f"{folder} holds a LoRA adapter, not a whole model; merge it into its base first (peft: merge_and_unload)"
-        )
-    if len(candidates) == 1:
-        return candidates
-    if candidates:
-        raise CheckpointError(
-            f"{folder} holds {len(candidates)} safetensors files and no {SAFETENSORS_INDEX} "
-            f"({', '.join(p.name for p in candidates[:4])}, …); expected the index that says which belong to the model"
-        )
-    from ota_core.files.dcp.weights import dcp_files, weights_folder
-
-    if (sharded := weights_folder(folder)) is not None:
-        return dcp_files(sharded)
-    held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    raise CheckpointError(
-        f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, pytorch_model.bin, or pytorch_model_fsdp_0/ of FSDP"
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} holds no weight_map; expected tensor names with the file of each")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index}: tensor '{name}' lies in {file!r}; expected the name of a file beside the index")
-    return weight_map
-
-
-def _check_index(folder: Path, where: dict[str, WeightFile]) -> None:
-    for name in (SAFETENSORS_INDEX, BIN_INDEX):
-        if (folder / name).exists():
-            listed = _weight_map(folder / name)
-            problems = [
-                f"{folder / name} says that tensor '{tensor}' lies in {file}, "
-                + (f"it lies in {where[tensor].path.name}" if tensor in where else "but no file holds it")
-                for tensor, file in sorted(listed.items())
-                if tensor not in where or where[tensor].path.name != file
-            ]
-            problems += [
-                f"{where[tensor].path} holds tensor '{tensor}', which {name} does not list"
-                for tensor in sorted(set(where) - set(listed))
-            ]
-            raise_all(problems, CheckpointError)
-            return
 
 
 def companion_files(folder: Path, patterns: Iterable[str]) -> list[Path]:

@@ -29,6 +29,7 @@ SOURCE = np.dtype(
         ("width", np.int64),  # RANK1: columns of a matrix
         ("height", np.int64),  # RANK1: rows of a matrix
         ("row", np.int64),  # RANK1: the block's first row
+        ("bad", np.uint64),  # of an int64 that becomes 1 where a number is not finite; 0: nobody asks
     ]
 )
 """Where a block's elements come from."""
@@ -39,6 +40,8 @@ def source_of(block: Rows) -> NDArray[Any]:
     assert block.held.flags.c_contiguous, "compiled loops walk through a block by address"
     found = np.zeros((), SOURCE)
     found["kind"], found["address"] = KINDS[block.dtype], block.address
+    if block.watch is not None:
+        found["bad"] = block.watch.ctypes.data
     return found
 
 
@@ -63,7 +66,8 @@ def rounded(out: Rows) -> Iterator[Rows]:
         return
     single = Rows.float32(np.empty(out.held.shape, np.float32))
     yield single
-    out.held[:] = single.held
+    with np.errstate(over="ignore"):  # what overflows is infinite: who checks what is written says so
+        out.held[:] = single.held
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,10 @@ class MergeRecipe(Strict):
         None, description="File of learned scales (`ota tune`), beside the recipe or s3://…: a factor for each expert and tensor."
     )
 
+    allow_nonfinite: bool = Field(
+        False, description="Merge models that hold infinite numbers or NaN (`--allow-nonfinite`); by default they are an error."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _understand(cls, raw: Any) -> Any:
@@ -126,6 +130,10 @@ class MergeRecipe(Strict):
         """The data type of the output, or None for each tensor's own in the base."""
         return self.out_dtype or self.dtype
 
+    def allowing_nonfinite(self, allow: bool) -> "MergeRecipe":
+        """The same recipe, which with ``allow`` merges infinite numbers and NaN, too."""
+        return self.model_copy(update={"allow_nonfinite": True}) if allow else self
+
     def effective(self) -> dict[str, Any]:
         """Every parameter in force, defaults included: two recipes that say the same in different words are equal here."""
         used = USED[self.merge_method] - {"preconditioner_path", "estimate"}  # known by the digests of second moments
@@ -141,7 +149,7 @@ class MergeRecipe(Strict):
                 and (key, value) != ("refine", "none")
             },
             "experts": [{key: self.setting(key, i) for key in sorted(own)} for i in range(len(self.models))],
-        }
+        } | ({"allow_nonfinite": True} if self.allow_nonfinite else {})
 
     def ffg(self, expert: int) -> bool:
         """Whether Fast Fisher Grafting masks this expert (docs/methods.md section 3: density 1 means no mask)."""
