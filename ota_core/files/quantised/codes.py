@@ -65,9 +65,10 @@ def scale_flat(
     """table[code] · absmax of its block, codes of 4 bits, the high half of a byte first. out: (n,), flat; ``odd``: 1 where the first element is a
     low half; ``skipped``: elements of the first block that come before."""
     for i in range(out.size):
-        byte = packed[(i + odd) >> 1]
-        code = byte & 15 if (i + odd) & 1 else byte >> 4
-        out[i] = table[code] * absmax[(i + skipped) // block]
+        place = np.int64(i) + odd
+        byte = np.int64(packed[place >> 1])
+        code = byte & 15 if place & 1 else byte >> 4
+        out[i] = table[code] * absmax[(np.int64(i) + skipped) // block]
 
 
 @compiled
