@@ -65,7 +65,11 @@ class TorchFile:
             first = offset + start * cols * tensor.itemsize
             return _numbers(self._source, first, (stop - start) * cols, tensor).view(stop - start, cols)
         held = _numbers(self._source, offset, _span(tensor), tensor)
-        return held.as_strided(tensor.shape, tensor.stride(), 0).reshape(rows, cols)[start:stop]
+        # Of a tensor that was saved transposed or as a slice, only the planes that hold the rows are put in order.
+        plane = rows // tensor.shape[0]
+        first, last = start // plane, -(-stop // plane)
+        found = held.as_strided(tensor.shape, tensor.stride(), 0)[first:last].reshape((last - first) * plane, cols)
+        return found[start - first * plane : stop - first * plane]
 
     def read(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """All numbers of one of the file's tensors, in its shape; read-only."""
