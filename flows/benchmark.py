@@ -8,6 +8,7 @@ from tasks.evaluation.kept import read_scores
 from tasks.evaluation.subject import fetched_subject
 from tasks.job import fetch, score_all
 from tasks.log import log_scores
+from tasks.merging.composed import one_model
 from tasks.merging.labels import short_name
 from tasks.orchestration.deployed import cancel_children
 from tasks.orchestration.executors import executor_of, gpu_deployment
@@ -15,7 +16,7 @@ from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_mlflow, show_table
 from tasks.pages.scores import of_one
-from tasks.settings import Device, places
+from tasks.settings import Address, Device, places
 
 
 @for_users
@@ -29,9 +30,9 @@ def benchmark_flow(
     data_dir: str | None = None,
     limit: int | None = None,
     device: Device = "auto",
-    tracking_uri: str | None = None,
+    tracking_uri: Address | None = None,
     gpu: str | None = None,
-    server: str | None = None,
+    server: Address | None = None,
 ) -> dict[str, float | None]:
     """Score one model on every capability of a suite.
 
@@ -48,7 +49,7 @@ def benchmark_flow(
     where, gpu = places(), gpu or gpu_deployment()
     benchmark = Benchmark.of(suite, data_dir, limit, where, server).check()
     executor = executor_of(gpu, device)
-    (fetched,) = fetch([model], where)
+    fetched = one_model(model, lambda source: fetch([source], where)[0])
     subject = fetched_subject(short_name(model), "model", fetched)
     (ref,) = score_all({"model": subject}, benchmark, where, executor).values()
     scores = read_scores(where, ref)

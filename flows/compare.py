@@ -13,7 +13,7 @@ from tasks.experiments.leaderboard.steps import log, rank
 from tasks.experiments.leaderboard.text import ranking, write_files
 from tasks.orchestration.run_log import for_users
 from tasks.orchestration.shown import show_mlflow, show_table
-from tasks.settings import places
+from tasks.settings import Address, places
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
@@ -44,7 +44,7 @@ def compare_flow(
     last: int | None = None,
     since: str | None = None,
     home: Path | None = None,
-    tracking_uri: str | None = None,
+    tracking_uri: Address | None = None,
     out: Path | None = None,
 ) -> Comparison:
     """Rank the merges of an MLflow experiment, and log table, picture and page to a summary run in it.

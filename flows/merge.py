@@ -35,7 +35,7 @@ from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import Runner, runner_of, several_at_once
 from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import ReportKind
-from tasks.settings import Device, Places, places
+from tasks.settings import Address, Device, Places, places
 from tasks.storage.streaming.streams import Streams
 from tasks.tracking.names import REGISTERED_MODEL
 
@@ -67,7 +67,7 @@ def merge_flow(
     recipe_dir: Path | None = None,
     home: Path | None = None,
     artifacts: str | None = None,
-    tracking_uri: str | None = None,
+    tracking_uri: Address | None = None,
     runner: Runner | None = None,
     gpu: str | None = None,
     registered_model: str | None = REGISTERED_MODEL,

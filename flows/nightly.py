@@ -29,6 +29,7 @@ from tasks.orchestration.executors import executor_of, gpu_deployment
 from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow, show_scores
+from tasks.pages.markdown import cell
 from tasks.pages.outcome import MergeOutcome, comparison_table
 from tasks.registry.arrivals import choose, look, seen_of
 from tasks.registry.nightly import NightlyConfig, NightlyError, find_config, last_night, load_nightly, remember
@@ -91,7 +92,7 @@ def nightly_flow(config: NightlyConfig | str | None = None, force: bool = False)
     log.info("tonight's set: %s", ", ".join(f"{one.capability}/{one.name}" for one in chosen.values()))
 
     if left_out:  # on a page of its own, and now: the night may end before it has a verdict to show
-        show_markdown("left-out", "\n".join(f"- {line}" for line in left_out), "Left out of tonight's merges")
+        show_markdown("left-out", "\n".join(f"- {cell(line)}" for line in left_out), "Left out of tonight's merges")
     try:
         recipes, failures = _recipes(config, chosen)
         ahead = look_ahead(config, benchmark.tests, recipes, where)
@@ -183,11 +184,21 @@ def _show(
         show_scores(table, title="Tonight's candidates")
     pages: list[str] = []  # the headline stands above the page
     if problems:
-        pages += ["## Left out", "", *(f"- **{one.capability}/{one.name}**: {one.problem}" for one in problems), ""]
+        pages += [
+            "## Left out",
+            "",
+            *(f"- **{cell(one.capability)}/{cell(one.name)}**: {cell(one.problem)}" for one in problems),
+            "",
+        ]
     if verdict.refused:
-        pages += ["## Refused before the benchmark", "", *(f"- **{name}**: {why}" for name, why in verdict.refused.items()), ""]
+        pages += [
+            "## Refused before the benchmark",
+            "",
+            *(f"- **{cell(name)}**: {cell(why)}" for name, why in verdict.refused.items()),
+            "",
+        ]
     if failures:
-        pages += ["## Failed", "", *(f"- **{name}**: {reason}" for name, reason in failures.items()), ""]
+        pages += ["## Failed", "", *(f"- **{cell(name)}**: {cell(reason)}" for name, reason in failures.items()), ""]
     show_markdown("gate", "\n".join([*pages, *verdict.pages(night), *ahead.pages(night.outcomes)]), verdict.headline)
 
 

@@ -37,7 +37,7 @@ from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.pages.outcome import MergeOutcome
-from tasks.settings import Device, places
+from tasks.settings import Address, Device, places
 from tasks.storage.models import write_note
 from tasks.tracking.merge import LoggedRun
 from tasks.tracking.store import resolve_store
@@ -79,7 +79,7 @@ def search_flow(
     recipe_dir: Path | None = None,
     home: Path | None = None,
     artifacts: str | None = None,
-    tracking_uri: str | None = None,
+    tracking_uri: Address | None = None,
     gpu: str | None = None,
 ) -> SearchOutcome:
     """Find the densities and λ with the best average under a floor for each capability, within a budget of evaluations.

@@ -144,7 +144,7 @@ def _client(stack: Stack, secret_key: str) -> Iterator[None]:
     foreign = {name: None for name in os.environ if name.startswith(FOREIGN)}
     quiet = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with environment({**foreign, **quiet, **stack.client_environment(secret_key), **prefect_environment(stack)}):
-        prepare_prefect()
+        prepare_prefect(check=False)
         yield
 
 

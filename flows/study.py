@@ -36,7 +36,7 @@ from tasks.orchestration.executors import Executor, executor_of, gpu_deployment
 from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
-from tasks.settings import Device, Places, places
+from tasks.settings import Address, Device, Places, places
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
 
@@ -73,7 +73,7 @@ def study_flow(
     write: Path | None = None,
     recipe_dir: Path | None = None,
     home: Path | None = None,
-    tracking_uri: str | None = None,
+    tracking_uri: Address | None = None,
     command: str | None = None,
 ) -> StudyOutcome:
     """Merge and benchmark every cell of a grid on every replicate, and write the tables and figures of all.

@@ -36,7 +36,7 @@ from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.pages.outcome import MergeOutcome
-from tasks.settings import Device, places
+from tasks.settings import Address, Device, places
 from tasks.tracking.merge import LoggedRun
 from tasks.tracking.store import resolve_store
 from tasks.tracking.write import fails_with
@@ -77,7 +77,7 @@ def tune_flow(
     recipe_dir: Path | None = None,
     home: Path | None = None,
     artifacts: str | None = None,
-    tracking_uri: str | None = None,
+    tracking_uri: Address | None = None,
 ) -> TuneOutcome:
     """Learn by what each expert's part of a merged edit is to be multiplied, by gradient on validation documents.
 

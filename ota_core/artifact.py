@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from ota_core.errors import ArtifactError
 from ota_core.frozen import Frozen
+from ota_core.names import why_unsafe
 
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
 ALGORITHM_VERSION: dict[str, int] = {
     "formats": 1, "moments": 2, "masks": 1, "merged": 2, "scores": 1, "checkpoint": 1, "data": 1, "surveys": 1, "facts": 1, "shards": 1, "scales": 1,
-    "checks": 1, "analysis": 2,
+    "checks": 1, "analysis": 2, "adapter": 1,
 }  # fmt: skip
 
 # Stages whose algorithm also decides a stage's bytes: a merge contains compression and masks, whether fused or staged.
@@ -41,6 +42,7 @@ EXPERT_JSON = "expert.json"
 
 Kind = Literal[
     "checkpoint", "data", "moments", "masks", "merged", "scores", "surveys", "facts", "shards", "checks", "analysis", "scales",
+    "adapter",
 ]  # fmt: skip
 
 
@@ -107,6 +109,15 @@ class Record(Frozen):
     """What does not decide the bytes: host, device, seconds, versions, sources."""
     results: dict[str, Any] = Field(default_factory=dict)
     """What the stage measured: densities, thresholds, compression errors, scores."""
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, int]) -> dict[str, int]:
+        """They are joined to a folder, and the record may be anybody's."""
+        for name in files:
+            if why := why_unsafe(name):
+                raise ValueError(f"the file name {name[:80]!r} is refused: {why}")
+        return files
 
 
 def folder_files(folder: Path) -> dict[str, int]:

@@ -36,7 +36,7 @@ from tasks.evaluation.template import decided
 from tasks.merge import MergeJob, merge_job
 from tasks.merging.labels import merge_label
 from tasks.merging.sources import Planned
-from tasks.settings import Places
+from tasks.settings import Places, allow_server
 from tasks.storage.models import is_s3
 
 log = logging.getLogger(__name__)
@@ -225,6 +225,8 @@ class Benchmark:
     ) -> Self:  # fmt: skip
         """``chat_template``: what was decided, where the suite says ``auto``. Raises SuiteError, StorageError for a suite or data that
         cannot be had."""
+        if server:
+            allow_server(server, "server", None)
         tests = at_server(load_suite(suite), server) if server else load_suite(suite)
         found = cls(suite, data_dir, limit, tests, bring_data(data_dir, where), server)
         return found.asked(chat_template)

@@ -23,7 +23,7 @@ class FetchJob(Work):
         return f"fetch {self.source}"
 
     def key(self, where: Places) -> str | None:
-        return f"ota-fetch2-{self.identity}-{place(where.cache)}" if self.identity else None
+        return f"ota-fetch3-{self.identity}-{place(where.cache)}" if self.identity else None
 
     def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> Fetched:
         """The checkpoint in this machine's cache. Raises StorageError."""

@@ -24,6 +24,7 @@ from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
 from tasks.mask import MaskJob, mask_jobs
 from tasks.merge import AssembleJob, FactsJob, MergeJob, ScaledFactsJob, ScalesJob, ShardJob, SurveyJob
+from tasks.merging.composed import composed
 from tasks.merging.inputs import Estimate, fetch_all, model_sources
 from tasks.merging.sources import Planned
 from tasks.orchestration.credentials import block_credentials
@@ -111,7 +112,9 @@ def fetch_models(recipe: MergeRecipe, recipe_dir: Path | None, where: Places, st
     """
     if streams is not None:
         return fetch_all(recipe, cache=where.cache, recipe_dir=recipe_dir, streams=streams)
-    return fetch(model_sources(recipe, recipe_dir), where)
+    asked = model_sources(recipe, recipe_dir)
+    parts = fetch([part for parts in asked for part in parts], where)
+    return composed(asked, parts, lambda source: fetch([source], where)[0], recipe_dir, has_base=recipe.base_model is not None)
 
 
 def fetch(sources: Sequence[str], where: Places) -> list[Fetched]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ from prefect.runtime import flow_run
 
 from ota_core.artifact import ArtifactRef
 from ota_core.engine.model_card import model_card
+from ota_core.errors import StorageError
 from ota_core.plan.inputs import MergeInputs
 from tasks.artifacts.store import store_of
 from tasks.artifacts.system_metrics import SystemPoint, points_of
 from tasks.evaluation.answers import documents_table
 from tasks.evaluation.comparison import comparison, experts_of, own_capability, tier_rows
+from tasks.evaluation.gate import GateDecision
 from tasks.evaluation.kept import read_all, read_documents
 from tasks.evaluation.scores import ModelScores, negative_transfer, retention, rows_of
 from tasks.evaluation.smoke import Smoke
@@ -30,13 +33,24 @@ from tasks.merging.labels import merge_label, merge_name
 from tasks.merging.sources import Planned
 from tasks.orchestration.shown import show_mlflow, show_scores, show_table
 from tasks.pages.outcome import MergeOutcome
-from tasks.pages.report_page import ReportKind, keeping_scores, page_of, put_beside_the_model, with_report
+from tasks.pages.report_page import (
+    MergePage,
+    ReportKind,
+    keep_decision,
+    keeping_scores,
+    kept_decision,
+    page_of,
+    put_beside_the_model,
+    with_report,
+)
 from tasks.pages.scores import of_card, tiers
 from tasks.registry import promotion
 from tasks.settings import Places
 from tasks.storage.models import Fetched
-from tasks.tracking.merge import ChildRun, InputRef, LoggedRun, MergeRun, log_benchmark, log_merge, suite_data
+from tasks.tracking.merge import ChildRun, InputRef, LoggedRun, MergeRun, suite_data
+from tasks.tracking.outbox import BenchmarkRun, tell
 from tasks.tracking.params import comparable_params
+from tasks.tracking.patience import ASKING_SECONDS, within
 from tasks.tracking.run import (
     DOCUMENTS_HTML,
     DOCUMENTS_JSON,
@@ -91,50 +105,56 @@ class Merged:
         return documents_table(self.found, self.subjects, answers)
 
 
-@task(name="log", task_run_name="log {run.name}", retries=2, retry_delay_seconds=10)
+def _soon(_: Any, run: Any, __: Any) -> bool:
+    """A server that refuses at once may be back in a moment; one that has stalled for so long already is not waited for again."""
+    return run.start_time is None or (datetime.now(UTC) - run.start_time).total_seconds() < RETRY_SECONDS
+
+
+RETRY_SECONDS = 30
+LOGGING: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": _soon}
+
+
+@task(name="log", task_run_name="log {run.name}", **LOGGING)
 def log(run: MergeRun, where: Places, tracking_uri: str | None) -> LoggedRun:
-    """Log the merge to MLflow. Finds the run that an earlier try or an equal merge logged, so that it can be repeated."""
-    return log_merge(run, tracking_uri=tracking_uri, root=where.tracking)
+    """Log the merge to MLflow, and what earlier runs could not. Finds the run that an earlier try or an equal merge logged: it can be repeated."""
+    return tell(run, home=where.home, root=where.tracking, tracking_uri=tracking_uri)
 
 
-@task(name="log", task_run_name="log {subject.name}", retries=2, retry_delay_seconds=10)
+@task(name="log", task_run_name="log {subject.name}", **LOGGING)
 def log_scores(
     subject: Subject, fingerprint: str, scores: ModelScores, where: Places, tracking_uri: str | None, data_digest: str | None = None,
     data_dir: str | None = None,
 ) -> LoggedRun:  # fmt: skip
     """Log the scores of one model to MLflow; finds the run of an earlier try."""
-    return log_benchmark(
-        subject.name, source=subject.location or "", digest=subject.digest, fingerprint=fingerprint, scores=scores,
-        data=suite_data(scores, data_digest, data_dir), tracking_uri=tracking_uri, root=where.tracking,
+    run = BenchmarkRun(
+        name=subject.name, source=subject.location or "", digest=subject.digest, fingerprint=fingerprint, scores=scores,
+        data=suite_data(scores, data_digest, data_dir),
     )  # fmt: skip
+    return tell(run, home=where.home, root=where.tracking, tracking_uri=tracking_uri)
 
 
 def finish(
     done: Merged, report: ReportKind, analysis: ArtifactRef | None, unanalysed: str, registered_model: str | None, tracking_uri: str | None
 ) -> MergeOutcome:  # fmt: skip
     """In a flow: the merge's page and card beside the model, its run in MLflow, its scores and links in the Prefect UI. Raises OtaError."""
-    where, result = done.where, done.subjects["merged"]
-    run, page = merge_run(done, registered_model), None
-    if report != "none":
-        page = page_of(run, done.merged, done.found, done.subjects, analysis, unanalysed, done.smoke, done.answered)
-        # What a gate decided of this merge before stays in the page: a champion is merged again by every night that finds it standing.
-        decision = promotion.logged_decision(run.fingerprint, run.model_digest, tracking_uri=tracking_uri, root=where.tracking)
-        run = with_report(run, page, where, decision)
-        if done.answered is not None:
-            from tasks.pages.documents import documents_html
-
-            run = run.model_copy(update={"tables": run.tables | {DOCUMENTS_HTML: documents_html(run.name, done.answered)}})
-    run = keeping_scores(run, done.merged)
-    put_beside_the_model(run, done.merged, where)
-    logged = log(run, where, tracking_uri)
+    where, result, plain, page = done.where, done.subjects["merged"], merge_run(done, registered_model), None
     path = str(result.path or done.merged.uri)
+    if report != "none":
+        page = page_of(plain, done.merged, done.found, done.subjects, analysis, unanalysed, done.smoke, done.answered)
+    # Everything that needs no server comes first: where one is away, the model lies there with its page and its card.
+    run = _beside_the_model(plain, page, done, kept_decision(done.merged) if page else None)
+    get_run_logger().info("merged model: %s", path)
     if done.smoke and not done.smoke.passed:
         get_run_logger().error("%s is not benchmarked. %s", run.name, done.smoke.said)
-    get_run_logger().info("merged model: %s; MLflow run %s", path, logged.url or logged.run_id)
     if done.found:
         show_scores(comparison(done.found, done.subjects), title=run.name)
         if done.found["merged"].tiers:
             show_table(tiers(tier_rows(done.found, done.subjects)), "tiers")
+    if page is not None and kept_decision(done.merged) is None and (decision := _logged_decision(run, where, tracking_uri)):
+        keep_decision(done.merged, decision, where)
+        run = _beside_the_model(plain, page, done, decision)
+    logged = log(run, where, tracking_uri)
+    get_run_logger().info("MLflow run %s", logged.url or logged.run_id)
     show_mlflow(run.name, logged.url)
     return MergeOutcome(
         name=merge_label(done.plan.recipe), merged=done.merged, path=path, digest=result.digest, scores=done.scores,
@@ -142,6 +162,35 @@ def finish(
         densities={key.removeprefix("density/"): value for key, value in run.metrics.items() if key.startswith("density/")},
         logged=logged, page=page, smoke=done.smoke,
     )  # fmt: skip
+
+
+def _beside_the_model(run: MergeRun, page: MergePage | None, done: Merged, decision: GateDecision | None) -> MergeRun:
+    """Put the model's card and page beside it; returns the run with them.
+
+    What a gate decided of this merge before stays in the page: a champion is merged again by every night that finds it standing.
+    """
+    if page is not None:
+        run = with_report(run, page, done.where, decision)
+        if done.answered is not None:
+            from tasks.pages.documents import documents_html
+
+            run = run.model_copy(update={"tables": run.tables | {DOCUMENTS_HTML: documents_html(run.name, done.answered)}})
+    run = keeping_scores(run, done.merged)
+    put_beside_the_model(run, done.merged, done.where)
+    return run
+
+
+def _logged_decision(run: MergeRun, where: Places, tracking_uri: str | None) -> GateDecision | None:
+    """What a gate decided of this merge before its decisions lay beside the model. One that cannot be read is a warning: the page goes without."""
+    try:
+        return within(
+            ASKING_SECONDS,
+            "reading the gate's decision",
+            lambda: promotion.logged_decision(run.fingerprint, run.model_digest, tracking_uri=tracking_uri, root=where.tracking),
+        )
+    except StorageError as error:
+        get_run_logger().warning("the page goes without an earlier decision of the gate: %s", error)
+        return None
 
 
 def merge_run(done: Merged, registered_model: str | None) -> MergeRun:

@@ -7,4 +7,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-pytest_plugins = ["tests.servers", "tests.s3_requests"]
+pytest_plugins = ["tests.servers", "tests.s3_requests", "tests.s3_proxy"]

@@ -38,10 +38,11 @@ def analyse(
     """Analyse the experts of RECIPE as its merge would see them, and write tables and pictures into the folder OUT. No server is needed."""
     from ota_core.analysis import analyse as analyse_models
     from ota_core.compute.stream import parse_memory
-    from ota_core.engine.output import check_apart, check_free, new_folder
+    from ota_core.engine.output import check_apart
+    from ota_core.files.place import check_free, made_of, new_folder
     from ota_core.recipe.recipe import load_recipe
     from tasks.analyse import analysis_options
-    from tasks.pages.analysis import PICTURES, write_tables
+    from tasks.pages.analysis import CSV, PARQUET, PICTURES, SETTINGS, write_tables
     from tasks.pages.html import Section, to_html
     from tasks.pages.pictures.analysis import pictures_of
     from tasks.pages.terminal import table as drawn
@@ -50,7 +51,8 @@ def analyse(
         options = analysis_options(density=density, compressions=compressions, curvature=curvature)
         loaded = load_recipe(recipe)
         parse_memory(memory)
-        check_free(out, overwrite=overwrite)
+        is_analysis = made_of(SETTINGS, PARQUET, CSV, PICTURES)
+        check_free(out, overwrite=overwrite, is_output=is_analysis, keep=[recipe])
         started = time.perf_counter()
         wanted = options.curvature != "off"
         with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, optional_moments=wanted) as (
@@ -59,7 +61,7 @@ def analyse(
             progress,
         ):
             check_apart(out, inputs)
-            with new_folder(out, overwrite=overwrite) as folder:
+            with new_folder(out, overwrite=overwrite, is_output=is_analysis) as folder:
                 found = analyse_models(loaded, inputs, options, memory=memory, scratch=folder, progress=progress)
                 table = write_tables(folder, found)
                 pictures = [*pictures_of(table).values()]

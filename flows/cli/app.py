@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli import adapters as cli_adapters
 from flows.cli import analysis as cli_analysis
 from flows.cli import compare as cli_compare
 from flows.cli import engine as cli_engine
@@ -15,6 +16,7 @@ from flows.cli import registry as cli_registry
 from flows.cli import retention as cli_retention
 from flows.cli import search as cli_search
 from flows.cli import stack as cli_stack
+from flows.cli import sync as cli_sync
 from flows.cli import tune as cli_tune
 from flows.cli import webhooks as cli_webhooks
 from flows.cli.common import Device, Home, progress_bars, show, user_errors
@@ -80,10 +82,10 @@ def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:
 
 for command in (
     cli_experts.init, cli_engine.merge, cli_engine.plan, cli_engine.compress, cli_estimate.estimate, cli_engine.mask,
-    cli_engine.inspect,
+    cli_engine.inspect, cli_adapters.extract_lora,
     cli_flows.run, demo, bench, cli_analysis.analyse, cli_analysis.preflight, cli_flows.nightly, cli_flows.study,
     cli_flows.study_real, cli_flows.benchmark, cli_compare.compare, cli_search.search, cli_tune.tune,
     cli_registry.promote, cli_registry.rollback, cli_registry.champion,
-    cli_experts.push, cli_experts.harvest, cli_experts.experts, cli_retention.gc,
+    cli_experts.push, cli_experts.harvest, cli_experts.experts, cli_sync.sync, cli_retention.gc,
 ):  # fmt: skip
     app.command()(command)

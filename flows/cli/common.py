@@ -1,12 +1,15 @@
 """What the files of the command ``ota`` share: options, how a user's mistake ends, progress bars."""
 
 import errno
+import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import typer
 
 from ota_core.errors import MomentsError, OtaError
@@ -31,8 +34,19 @@ Artifacts = Annotated[
     str | None,
     typer.Option(help="Root of the artifacts: a folder or s3://….", show_default="$OTA_ARTIFACTS or inside the home folder"),
 ]
+
+
+def _without_password(address: str | None) -> str | None:
+    if address and "@" in address:
+        raise typer.BadParameter(
+            "it holds a user name or a password, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return address
+
+
 TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database")
+    str | None,
+    typer.Option(help="MLflow server.", show_default="$MLFLOW_TRACKING_URI or an embedded database", callback=_without_password),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was done as one line of JSON.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of the merged model, for example 2GB.")]
@@ -49,18 +63,49 @@ _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake ends with its message and exit code 2, without a traceback. SIGTERM ends the command in order."""
+    """A user's mistake ends with its message and exit code 2, without a traceback. So does what nobody foresaw: its traceback is in a file. SIGTERM ends the
+    command in order."""
     end_in_order()
     try:
         yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
     except OtaError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-        typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
+        if error.errno in _REFUSALS:
+            typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
+        else:
+            typer.echo(f"Error: {_unforeseen(error)}", err=True)
         raise typer.Exit(2) from None
+    except Exception as error:
+        from tasks.orchestration.prepare import lost_server
+
+        typer.echo(f"Error: {lost_server(error) or _unforeseen(error)}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _unforeseen(error: Exception) -> str:
+    """What is said of an error that no part of the program has foreseen. Its traceback goes to a file in the home folder, or a temporary one."""
+    import tempfile
+    import traceback
+
+    from tasks.settings import home_folder
+
+    text = "".join(traceback.format_exception(error))
+    first = next(iter(str(error).strip().splitlines()), "")
+    said = f"{type(error).__name__}{f': {first[:200]}' if first else ''}"
+    folders: list[Callable[[], Path]] = [lambda: home_folder() / "logs", lambda: Path(tempfile.gettempdir())]
+    for find in folders:
+        with suppress(OSError, RuntimeError):
+            folder = find()
+            folder.mkdir(parents=True, exist_ok=True)
+            file, name = tempfile.mkstemp(prefix=time.strftime("ota-%Y%m%d-%H%M%S-"), suffix=".log", dir=folder, text=True)
+            with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write(f"{shlex.join(sys.argv)}\n\n{text}")
+            return f"{said} (this is a fault of the program; the details are in {name}, please report it with that file)"
+    return f"{said} (this is a fault of the program, and no file could be written: please report what follows)\n{text}"
 
 
 def load_numba() -> None:

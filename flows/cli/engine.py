@@ -1,10 +1,8 @@
 """The commands that work on files alone: ``ota merge``, ``plan``, ``compress``, ``mask``, ``inspect``. No server is needed."""
 
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +26,7 @@ from flows.cli.common import (
     user_errors,
 )
 from ota_core.errors import CheckpointError, MomentsError, OtaError
+from ota_core.files.room import full_disk
 
 
 def merge(
@@ -45,12 +44,12 @@ def merge(
     """Merge the experts of RECIPE into the checkpoint folder OUT. No server is needed."""
     from ota_core.compute.stream import parse_size
     from ota_core.engine import engine
-    from ota_core.engine.output import check_free
+    from ota_core.files.place import check_free
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
         loaded = load_recipe(recipe).allowing_nonfinite(allow_nonfinite)
-        check_free(out, overwrite=overwrite)
+        check_free(out, overwrite=overwrite, keep=[recipe])
         file_size = parse_size(shard_size, "shard size", "1KB")
         load_numba()
         with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
@@ -110,8 +109,8 @@ def compress(
     """Compress the second moments of SOURCE into one safetensors file OUT."""
     from ota_core.compute.stream import parse_memory
     from ota_core.engine import engine
-    from ota_core.engine.output import check_free
     from ota_core.files.checkpoint import weight_files
+    from ota_core.files.place import check_file, new_file
     from ota_core.files.safetensors_io import SafetensorsFile
     from ota_core.moments import choice_in, find_moments, moments_files, none_found, steps_in_words
     from ota_core.moments.compression import compression_label
@@ -126,9 +125,7 @@ def compress(
         load_numba()
         if not 0 < density <= 1:
             raise OtaError(f"density: got {density}, expected a number in (0, 1]")
-        check_free(out, overwrite=overwrite)
-        if out.is_dir():
-            raise OtaError(f"{out} is a folder; name a file such as moments.safetensors")
+        check_file(out, overwrite=overwrite)
         budget, cache = parse_memory(memory), places(home).cache
         streams = None if fetch else stack.enter_context(Streams(cache=cache, memory=budget))
         source_of = streams.source_of if streams else None
@@ -155,7 +152,7 @@ def compress(
                 streams.settle(weight_files(folder), partial(progress, "fetch"))
         tensors = names_in(folder, source_of)
         agreed, started = None, time.perf_counter()
-        with new_file(out) as temporary:
+        with full_disk(out), new_file(out, overwrite=overwrite) as temporary:
             report = engine.compress_moments(
                 path, temporary, method=method, rank=rank, layout=layout, source_of=source_of, tensors=tensors, memory=memory,
                 progress=progress,
@@ -171,6 +168,8 @@ def compress(
                     progress=progress,
                 )  # fmt: skip
                 seconds["compare"] = time.perf_counter() - started - seconds["compress"]
+            if streams is not None:
+                streams.verify()
     if as_json:
         compared = None if agreed is None else {"spearman": agreed.spearman, "jaccard": agreed.jaccard}
         typer.echo(json.dumps({**report.model_dump(), "agreement": compared, "seconds": seconds}))
@@ -217,21 +216,6 @@ def said_of(agreed: Any, what: str) -> str:
     )
 
 
-@contextmanager
-def new_file(out: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the name ``out`` when the body ends well, and vanishes when it does not."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def mask(
     recipe: Recipe,
     out: Out,
@@ -244,18 +228,22 @@ def mask(
 ) -> None:
     """Write the FFG mask of every expert of RECIPE into the folder OUT, and print the realised densities."""
     from ota_core.engine import engine
-    from ota_core.engine.output import check_apart, check_free, new_folder
+    from ota_core.engine.output import check_apart
+    from ota_core.files.place import check_free, made_of, new_folder
     from ota_core.recipe.recipe import load_recipe
 
     with user_errors():
         loaded = load_recipe(recipe)
-        check_free(out, overwrite=overwrite)
+        is_masks = made_of("densities.json", "*.safetensors")
+        check_free(out, overwrite=overwrite, is_output=is_masks, keep=[recipe])
         load_numba()
         with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
             started = time.perf_counter()
             check_apart(out, inputs)
-            with new_folder(out, overwrite=overwrite) as folder:
+            with new_folder(out, overwrite=overwrite, is_output=is_masks) as folder:
                 found = engine.mask(loaded, folder, inputs=inputs, device=device, memory=memory, progress=progress)
+                if inputs.check is not None:
+                    inputs.check()
                 (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
             seconds = {"mask": time.perf_counter() - started}
         if as_json:

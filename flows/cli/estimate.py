@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 from flows.cli.common import Artifacts, AsJson, DataDir, Device, Home, Overwrite, load_numba, progress_bars, user_errors
-from flows.cli.engine import agreement, new_file, said_of
+from flows.cli.engine import agreement, said_of
 from ota_core.errors import MomentsError, OtaError
 
 
 def estimate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, s3://…, or org/name.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Checkpoint folder, s3://…, org/name, or base+adapter.", show_default=False)
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -71,6 +73,7 @@ def estimate(
     """
     from ota_core.compute.stream import parse_memory, pick_device
     from ota_core.engine import engine
+    from ota_core.files.place import new_file
     from ota_core.moments import find_moments, none_found
     from ota_core.plan.inputs import expert_name
     from ota_core.plan.vocabulary import names_in
@@ -78,6 +81,7 @@ def estimate(
     from tasks.artifacts.store import store_of
     from tasks.evaluation.gradients.job import EstimateJob, Texts
     from tasks.merging.architecture import parameter_layout
+    from tasks.merging.composed import one_model
     from tasks.merging.recipes import parse_config
     from tasks.settings import places
     from tasks.storage import models as storage
@@ -90,8 +94,9 @@ def estimate(
         }  # fmt: skip
         settings = parse_config(EstimateSettings, given, "ota estimate", OtaError)
         where, device = places(home, artifacts), pick_device(device)
-        fetched = storage.fetch(model, cache=where.cache, progress=partial(progress, "fetch"))
-        start = storage.fetch(base, cache=where.cache, progress=partial(progress, "fetch base")) if base else None
+        bring = partial(storage.fetch, cache=where.cache, progress=partial(progress, "fetch"))
+        start = one_model(base, bring) if base else None
+        fetched = one_model(model, bring, start)
         kept = find_moments(fetched.path) if compare else None
         if compare and kept is None:
             raise MomentsError(f"--compare: {none_found(model)}")
@@ -104,7 +109,7 @@ def estimate(
         names: dict[str, Any] = {"layout": partial(parameter_layout, fetched.path), "tensors": names_in(fetched.path)}
         if out is not None:
             load_numba()
-            with new_file(out) as temporary:
+            with new_file(out, overwrite=overwrite) as temporary:
                 engine.compress_moments(file, temporary, method=method, progress=progress, **names)
         agreed = None
         if kept is not None and start is not None:
@@ -127,7 +132,7 @@ def estimate(
 
 def _check(out: Path | None, method: str, *, overwrite: bool, compare: bool, base: str | None, density: float) -> None:
     """Raises OtaError for options that do not go together, and for an output that is there."""
-    from ota_core.engine.output import check_free
+    from ota_core.files.place import check_file
 
     if out is None and method != "none":
         raise OtaError(f"--method {method} says how --out is written; give --out, or leave it away")
@@ -136,9 +141,7 @@ def _check(out: Path | None, method: str, *, overwrite: bool, compare: bool, bas
     if not 0 < density <= 1:
         raise OtaError(f"density: got {density}, expected a number in (0, 1]")
     if out is not None:
-        check_free(out, overwrite=overwrite)
-        if out.is_dir():
-            raise OtaError(f"{out} is a folder; name a file such as {out / 'exp_avg_sq.safetensors'}")
+        check_file(out, overwrite=overwrite)
 
 
 def _clip(text: str) -> float | None:

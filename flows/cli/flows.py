@@ -55,6 +55,9 @@ def run(
     smoke: Annotated[
         bool, typer.Option(help="Try the merged model first, and do not benchmark one that does not load, generate or end.")
     ] = True,
+    server: Annotated[
+        bool, typer.Option("--server/--no-server", help="Use the Prefect server of PREFECT_API_URL, or none but a temporary one.")
+    ] = True,
 ) -> None:
     """Run the whole flow: fetch, compress, mask, merge, smoke test, benchmark, log. Uses a Prefect server where PREFECT_API_URL names one."""
     from ota_core.compute.stream import parse_memory, pick_device
@@ -68,7 +71,7 @@ def run(
         if wanted:
             load_suite(wanted)
         parse_memory(memory)
-        prepare_prefect()
+        prepare_prefect(server=server)
         from flows.merge import merge_flow
         from tasks.orchestration.runners import runner_of, server_for
         from tasks.pages.outcome import comparison_table

@@ -194,7 +194,7 @@ def _row_spaces(plan: MergePlan, rule: Rule, recipe: MergeRecipe, left_out: list
     """The measures of every matrix, and their means. Matrices that nobody moved are in none of them."""
     names, experts = [expert.name for expert in plan.experts], len(plan.experts)
     rules = [rule]
-    if experts > 2 and recipe.merge_method != "slerp":
+    if experts > 2 and {"weight", "scaling_factor"} & USED[recipe.merge_method]:
         rules += [rule.reweighted(without(plan.recipe, i)) for i in range(experts)]
     single = [(matrices, index) for matrices in all_matrices(plan) for index in range(matrices.count)]
     single.sort(key=lambda one: -one[0].rows * one[0].columns)

@@ -36,6 +36,18 @@ def count_low(bits: NDArray[np.uint32], high: int, counts: NDArray[np.int64]) ->
 
 
 @compiled
+def count_inside(bits: NDArray[np.uint32], bottom: int, inside: NDArray[np.int64]) -> int:
+    """How many patterns (n,) lie above the W from ``bottom`` on; those inside are added to their counts, int64 (W,)."""
+    above = np.int64(0)
+    for value in bits:
+        place = np.int64(value) - bottom
+        above += np.int64(place >= inside.shape[0])
+        if 0 <= place < inside.shape[0]:
+            inside[place] += 1
+    return int(above)
+
+
+@compiled
 def row_sum(row: NDArray[np.floating[Any]], lanes: NDArray[np.float64]) -> float:
     """Σ of one row, in float64; ``lanes``: float64 (16,), overwritten. A part of other compiled loops.
 

@@ -20,16 +20,17 @@ from ota_core.engine.output import (
     Put,
     Shards,
     check_apart,
-    check_free,
     copy_companions,
     merge_blocks,
-    new_folder,
+    needs,
     plan_files,
     write_holes,
     write_weights,
 )
 from ota_core.errors import OtaError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.place import check_free, new_folder
+from ota_core.files.room import Need, check_room, full_disk
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
 from ota_core.moments import open_moments
 from ota_core.moments.compression import CompressionReport, is_compressed, kept_as_trained, label_of, write_compressed
@@ -85,8 +86,10 @@ def merge(
     check_free(out, overwrite=overwrite)
     inputs = inputs or resolve_local(recipe, recipe_dir, layout_of)
     check_apart(out, inputs)
-    with new_folder(out, overwrite=overwrite) as folder:
+    with full_disk(out), new_folder(out, overwrite=overwrite) as folder:
         report = merge_into(folder, recipe, inputs, shard_size=shard_size, **limits)
+        if inputs.check is not None:
+            inputs.check()
         identity, config, digests = merge_identity(recipe, inputs, shard_size)
         provenance = {
             **environment(limits.get("device", "cpu")),
@@ -165,6 +168,8 @@ def _prepared(
     started = time.perf_counter()
     with open_plan(recipe, inputs, **limits) as plan:
         plan.scratch = scratch
+        if scratch is not None:
+            check_room(needs(plan, scratch))
         rule = rule_of(plan)
         rule.prepare()
         yield plan, rule, time.perf_counter() - started
@@ -204,6 +209,8 @@ def mask(
     found: dict[str, Any] = {}
     with open_plan(recipe, inputs, **limits) as plan:
         plan.scratch = out
+        bits = sum(-(-job.elements // 8) for job in plan.merged_jobs())
+        check_room([*needs(plan, out)[2:], Need(out, bits * sum(recipe.ffg(i) for i in range(len(recipe.models))), "the masks")])
         if only is not None:
             plan.experts = [expert for expert in plan.experts if expert.name == only]
         plan.experts = [expert for expert in plan.experts if recipe.ffg(expert.index)]

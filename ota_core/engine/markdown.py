@@ -1,11 +1,22 @@
-"""Tables in GitHub-flavoured Markdown: the one place that writes them, and that keeps text inside of its cell."""
+"""Text and tables in GitHub-flavoured Markdown: the one place that keeps what others have named from being read as Markdown or HTML."""
 
+import re
 from collections.abc import Collection, Sequence
 
 
 def cell(text: object) -> str:
-    """Text that opens no column and no line of its own."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """Text as it reads: on one line, in one column, without links, pictures, code or HTML of its own.
+
+    Underscores and stars stay: within words they mean nothing, and names are full of them.
+    """
+    line = " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", str(text)).split())
+    return re.sub(r"([\\`\[\]<>|])", r"\\\1", line)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """A block of code; its fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def table(

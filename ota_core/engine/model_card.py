@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ota_core.engine.licences import card_head, licences
-from ota_core.engine.markdown import table
+from ota_core.engine.markdown import cell, fenced, table
 from ota_core.moments import how_estimated
 from ota_core.plan.inputs import MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
@@ -22,6 +22,18 @@ PAPERS = {
     "linear": "[a weighted mean](https://arxiv.org/abs/2203.05482)",
     "slerp": "spherical interpolation",
     "rowspace": "the mean of their edits",
+    "passthrough": "copying its weights",
+    "nearswap": "[NearSwap](https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001)",
+    "arcee_fusion": "[Arcee Fusion](https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration)",
+    "ram": "[Reinforced Agent Merging](https://arxiv.org/abs/2601.13572)",
+    "ramplus_tl": "[Reinforced Agent Merging](https://arxiv.org/abs/2601.13572) with rescaling in each tensor",
+    "sce": "[SCE](https://arxiv.org/abs/2408.07990)",
+    "della": "[DELLA](https://arxiv.org/abs/2406.11617) with [TIES](https://arxiv.org/abs/2306.01708)",
+    "della_linear": "[DELLA](https://arxiv.org/abs/2406.11617)",
+    "multislerp": "a weighted spherical mean",
+    "nuslerp": "spherical interpolation of two",
+    "karcher": "the [Karcher mean](https://arxiv.org/abs/2603.04972) on the sphere",
+    "model_stock": "[Model Stock](https://arxiv.org/abs/2403.19522)",
 }
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@[\w./-]+)?")
 
@@ -52,14 +64,14 @@ def model_card(
     names = ", ".join(e.name for e in inputs.experts)
     title = f"Merge: {recipe.merge_method} of {names}"
     head = _head(recipe, inputs, terms.head, measured or {}, suite, title)
-    lines = ["---", head, "---", "", f"# {title}", ""]
+    lines = ["---", head, "---", "", f"# {cell(title)}", ""]
     lines += [
-        f"{len(inputs.experts)} fine-tuned models ({names}) of one base, merged by {PAPERS[recipe.merge_method]}{_refinement(recipe)}. Fingerprint "
+        f"{len(inputs.experts)} fine-tuned models ({cell(names)}) of one base, merged by {PAPERS[recipe.merge_method]}{_refinement(recipe)}. Fingerprint "
         f"`{fingerprint}`. Arithmetic in float64, stored as {recipe.output_dtype or 'the base model’s data types'}.",
         "",
     ]
     if terms.warning:
-        lines += [f"> **Licence:** {terms.warning}.", ""]
+        lines += [f"> **Licence:** {cell(terms.warning)}.", ""]
     rows = [
         [role, model.source, terms.stated[model.name] or "not stated", model.digest or "not computed"]
         for role, model in _models(inputs)
@@ -71,9 +83,14 @@ def model_card(
     ]
     lines += ["## Inputs", "", table(["role", "source", "licence", "digest"], rows)]
     if estimated := results.get("estimated"):
-        lines += ["", "## Second moments", "", *(f"- {name}: {how_estimated(said)}." for name, said in estimated.items())]
+        lines += [
+            "",
+            "## Second moments",
+            "",
+            *(f"- {cell(name)}: {cell(how_estimated(said))}." for name, said in estimated.items()),
+        ]
         trained = [expert.name for expert in inputs.experts if expert.name not in estimated]
-        lines += [f"- {', '.join(trained)}: from training."] if trained else []
+        lines += [f"- {cell(', '.join(trained))}: from training."] if trained else []
     if scale := results.get("lambda"):
         each = list(scale["per_tensor"].values())
         lines += [
@@ -89,7 +106,7 @@ def model_card(
         lines += ["", "## Realised densities", "", table(["expert", "kept", "of", "density"], kept, numbers=range(1, 4))]
     if scores:
         lines += ["", SCORES, "", scores]
-    lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml().rstrip(), "```", ""]
+    lines += ["", "## Recipe", "", fenced(recipe.to_yaml(), "yaml"), ""]
     return "\n".join(lines)
 
 

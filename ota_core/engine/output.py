@@ -1,16 +1,11 @@
 """The output folder of a merge: weights as they are computed, then everything a Hugging Face folder needs, the record last."""
 
 import contextlib
-import fcntl
-import glob
 import json
-import os
 import shutil
-import time
-import uuid
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,92 +15,32 @@ from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.files.quantised.settings import without_quantisation
+from ota_core.files.room import Need
 from ota_core.files.rows import Rows
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
+from ota_core.moments.compression import compressed_bytes, compression_of
 from ota_core.plan.guard import check_written
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import Block, TensorJob, block_elements
 from ota_core.plan.vocabulary import add_tokens
+from ota_core.recipe.recipe import NEEDS_MOMENTS
 
 if TYPE_CHECKING:
     from ota_core.rules.base import Rule
-
-ABANDONED_SECONDS = 60
-
-
-@contextmanager
-def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that takes the name ``out`` when the body ends well, and vanishes when it does not.
-
-    Raises OtaError when ``out`` exists already and is not to be overwritten, or its parent cannot be written to.
-    """
-    check_free(out, overwrite=overwrite)
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        temporary.mkdir()
-        # Held as long as this process lives: says to a later merge that this folder is not abandoned.
-        held = os.open(temporary, os.O_RDONLY)
-        fcntl.flock(held, fcntl.LOCK_EX)
-    except OSError as error:
-        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output folder") from None
-    try:
-        yield temporary
-        _take_place(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        os.close(held)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove temporary siblings of merges to ``out`` that were killed: nobody holds their lock any more."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        with contextlib.suppress(OSError):  # gone already, or somebody else's: not ours to remove
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Younger ones may be between their making and their locking.
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    shutil.rmtree(path)
-            finally:
-                os.close(folder)
-
-
-def _take_place(new: Path, out: Path) -> None:
-    """Give ``new`` the name ``out``; what had it is removed afterwards, and gets it back when the renaming fails."""
-    old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.old")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(out, old)
-    try:
-        os.rename(new, out)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(old, out)
-        raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
-
-
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raise OtaError when ``out`` exists and is not to be overwritten."""
-    if out.exists() and not overwrite:
-        raise OtaError(f"{out} exists already; choose another output or pass --overwrite")
 
 
 def check_apart(out: Path, inputs: MergeInputs) -> None:
     """Raise OtaError when writing ``out`` would replace an input."""
     target = out.resolve()
     for item in inputs.models:
-        held = [item.path, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
+        held = [*item.folders, *([item.moments] if isinstance(item, ExpertInput) and item.moments else [])]
         if any(path.resolve().is_relative_to(target) for path in held):
             raise OtaError(f"{out} is, or holds, an input of the merge ({item.name}: {item.path}); choose another output")
+
+
+ASIDE = 4 * 2**20
+"""Bytes that are kept free for what is written beside weights and tokenizer."""
 
 
 Shards = list[tuple[str, list[TensorSpec]]]
@@ -115,6 +50,24 @@ Shards = list[tuple[str, list[TensorSpec]]]
 def plan_files(plan: MergePlan, max_shard_bytes: int = MAX_SHARD_BYTES) -> Shards:
     """The output's weight files and the tensors of each."""
     return plan_shards([TensorSpec(job.name, job.shape, job.dtype) for job in plan.jobs], max_shard_bytes)
+
+
+def needs(plan: MergePlan, folder: Path, *, whole: bool = True) -> list[Need]:
+    """What a merge into ``folder`` takes of its disk; of a part of one its weights alone. Nothing is estimated: the sizes are known."""
+    wanted = [
+        Need(folder, sum(job.elements * job.dtype.itemsize for job in plan.jobs if plan.is_here(job)), "the merged weights")
+    ]
+    if not whole:
+        return wanted
+    beside = sum(path.stat().st_size for path in companion_files(plan.source_folder(), (*CONFIG_FILES, *TOKENIZER_PATTERNS)))
+    wanted.append(Need(folder, beside + ASIDE, "tokenizer, record, card and page"))
+    if plan.recipe.merge_method in NEEDS_MOMENTS and plan.recipe.setting("compression") == "log8":
+        codes = sum(compressed_bytes(job.shape, "log8") for job in plan.merged_jobs())
+        raw = [one for one in plan.experts if one.moments is not None and compression_of(one.moments) is None]
+        wanted.append(
+            Need(plan.scratch or Path(tempfile.gettempdir()), codes * len(raw), "log8 of the second moments, meanwhile")
+        )
+    return wanted
 
 
 def write_weights(plan: MergePlan, rule: "Rule", folder: Path, shards: Shards) -> None:
@@ -203,11 +156,12 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configuration, tokenizer and chat template, from the base or from the model of ``tokenizer_source``."""
-    source = plan.source_folder()
-    for path in companion_files(source, (*CONFIG_FILES, *TOKENIZER_PATTERNS)):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+    source = plan.source()
+    for held, patterns in ((source.config_folder, CONFIG_FILES), (source.tokenizer_folder, TOKENIZER_PATTERNS)):
+        for path in companion_files(held, patterns):
+            target = folder / path.relative_to(held)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
     config = folder / "config.json"
     if config.exists():
         settings = without_quantisation(read_json(config))

@@ -24,8 +24,9 @@ import numpy as np
 from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Progress
 from ota_core.engine.engine import complete_folder
-from ota_core.engine.output import Shards, plan_files, write_weights
+from ota_core.engine.output import Shards, needs, plan_files, write_weights
 from ota_core.errors import ArtifactError, OtaError, RecipeError
+from ota_core.files.room import check_room
 from ota_core.files.rows import I64
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec
@@ -256,6 +257,7 @@ def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts |
     with job.opened(shard) as (plan, shards):
         rule = rule_of(plan, whole or WholeFacts())
         rule.prepare()
+        check_room(needs(plan, folder, whole=False))
         write_weights(plan, rule, folder, shards)
         return rule.found()
 

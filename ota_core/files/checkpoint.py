@@ -9,15 +9,21 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp.metadata import METADATA
 from ota_core.files.not_models import check_gathered
 from ota_core.files.prefixes import plain_names, twice
-from ota_core.files.rows import NUMBERS, Rows
+from ota_core.files.rows import NUMBERS, Dtype, Rows
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
+from ota_core.files.weight_sets import ADAPTER_CONFIG as ADAPTER_CONFIG
+from ota_core.files.weight_sets import ADAPTERS as ADAPTERS
+from ota_core.files.weight_sets import GGUF as GGUF
 from ota_core.files.weight_sets import SAFETENSORS_INDEX as SAFETENSORS_INDEX
+from ota_core.files.weight_sets import adapter_of as adapter_of
 from ota_core.files.weight_sets import check_index, passed_over
 from ota_core.files.weight_sets import read_json as read_json
 from ota_core.files.weight_sets import weight_files as weight_files
 
 # Files beside the weights that belong to a model. What matches is copied from the source of the output's tokenizer and config.
 CONFIG_FILES = ("config.json", "generation_config.json")
+# One of these is there where a folder holds a tokenizer.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
@@ -27,9 +33,10 @@ TOKENIZER_PATTERNS = (
 if TYPE_CHECKING:
     from ota_core.files.bin_file import BinFile  # it needs torch
     from ota_core.files.dcp.weights import DcpWeights
+    from ota_core.files.gguf.file import GgufFile  # it needs gguf
     from ota_core.files.quantised.model import QuantisedWeights  # it needs numba
 
-WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | QuantisedWeights"
+WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | GgufFile | QuantisedWeights"
 """One file of tensors."""
 
 
@@ -40,10 +47,21 @@ class Checkpoint:
         """``source_of`` says where the weights' bytes come from; configuration, index and file names are always the folder's own."""
         self.path = Path(path)
         files = weight_files(self.path)
+        if files[0].name in ADAPTERS:
+            raise CheckpointError(
+                f"{self.path} holds a LoRA adapter, not a whole model; name it together with its base, as base+adapter, or give the recipe "
+                "the base_model that it was trained on"
+            )
+        self.folders: tuple[Path, ...] = (self.path,)
+        """Where configuration and tokenizer are looked for, the first that holds them."""
+        self.known_as: tuple[str, ...] = ()
+        """What else the model is called, beside its folder."""
+        self.notes = passed_over(self.path, files)
+        """What a user should know of how the folder was read."""
         self.sharded = files[0].name == METADATA
         """Whether the weights are the shards of FSDP, whose folder usually holds no configuration."""
         # The ranks' files of a sharded checkpoint are read together, through their description.
-        self.files = [_open(file, source_of) for file in (files[:1] if self.sharded else files)]
+        self.files = [open_weights(file, source_of) for file in (files[:1] if self.sharded else files)]
         where: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.infos:
@@ -60,14 +78,12 @@ class Checkpoint:
             )
         # Trainers write it into the folder of the run, where a sharded checkpoint's own folder has none.
         configs = [folder / "config.json" for folder in ((self.path, self.path.parent) if self.sharded else (self.path,))]
-        self.config = next((read_json(config) for config in configs if config.exists()), {})
+        self.config = next((read_json(config) for config in configs if config.exists()), getattr(self.files[0], "config", {}))
         check_index(self.path, files, {name: file.path.name for name, file in where.items()}, self.config)
         self._where = {plain[name]: (file, name) for name, file in where.items()}
         check_gathered(self.path, {name: file.infos[stored] for name, (file, stored) in self._where.items()})
         self.quantised = self._read_codes()
         """The weights that are stored as codes and read as the numbers that they stand for; None where all are plain."""
-        self.notes = [*passed_over(self.path, files)]
-        """What a user should know of how the folder was understood."""
         if self.quantised is not None:
             self.notes.append(
                 f"{self.quantised.label}: dequantised with their own scales as they are read; the output is not quantised"
@@ -106,6 +122,21 @@ class Checkpoint:
         file, stored = self._where[name]
         return file.infos[stored]
 
+    def kept_dtype(self, name: str) -> Dtype:
+        """The type that the tensor has in a model like this one: as it is stored, where reading it does not make another of it."""
+        dtype = self.info(name).dtype
+        return getattr(self.files[0], "kept", dtype) if dtype.is_floating_point else dtype
+
+    @property
+    def config_folder(self) -> Path:
+        """The folder of the model's configuration."""
+        return next((folder for folder in self.folders if (folder / "config.json").is_file()), self.path)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the model's tokenizer."""
+        return next((folder for folder in self.folders if companion_files(folder, TOKENIZERS)), self.config_folder)
+
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """Rows start:stop of the matrix of ``blocks.matrix_shape``, in the stored dtype; a view of the file, not to be written to."""
         file, stored = self._where[name]
@@ -126,11 +157,16 @@ class Checkpoint:
             file.close()
 
 
-def _open(path: Path, source_of: SourceOf | None) -> WeightFile:
+def open_weights(path: Path, source_of: SourceOf | None = None) -> WeightFile:
+    """One file of tensors, of whichever kind. Raises CheckpointError."""
     if path.name == METADATA:
         from ota_core.files.dcp.weights import DcpWeights
 
         return DcpWeights(path.parent, source_of)
+    if path.suffix == GGUF:
+        from ota_core.files.gguf.file import GgufFile
+
+        return GgufFile(path, source_of)
     if path.suffix != ".safetensors":
         from ota_core.files.bin_file import BinFile  # it needs torch
 

@@ -27,28 +27,6 @@ def check_gathered(folder: Path, infos: Mapping[str, TensorInfo]) -> None:
         )
 
 
-def _adapter(folder: Path, names: list[str]) -> str | None:
-    held = [name for name in names if name in {"adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"}]
-    if not held:
-        return None
-    return (
-        f"holds a LoRA adapter, not a whole model ({', '.join(held)}); merge it into its base first (peft: AutoPeftModelForCausalLM."
-        f"from_pretrained({folder.name!r}).merge_and_unload().save_pretrained({folder.name + '-merged'!r}))"
-    )
-
-
-def _gguf(folder: Path, names: list[str]) -> str | None:
-    held = [name for name in names if name.lower().endswith(".gguf")]
-    if not held:
-        return None
-    return (
-        f"holds a model in llama.cpp's format GGUF ({', '.join(held[:SHOWN])}), not one in Hugging Face's; write it as one first: "
-        f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; a = dict(pretrained_model_name_or_path='
-        f"{folder.name!r}, gguf_file={held[0]!r}); M.from_pretrained(**a).save_pretrained({folder.name + '-plain'!r}); "
-        f'T.from_pretrained(**a).save_pretrained({folder.name + "-plain"!r})"'
-    )
-
-
 def _deepspeed(folder: Path, names: list[str]) -> str | None:
     steps = [name for name in names if name.startswith("global_step") and (folder / name).is_dir()]
     if not steps and not any(name.endswith(("_model_states.pt", "_optim_states.pt")) for name in names):
@@ -133,5 +111,5 @@ _FORMATS = (
 )  # fmt: skip
 
 _LOOKS: tuple[Callable[[Path, list[str]], str | None], ...] = (
-    _unfinished, _adapter, _gguf, _cache, _deepspeed, _distributed, _run, _pipeline, _elsewhere, _training_only,
+    _unfinished, _cache, _deepspeed, _distributed, _run, _pipeline, _elsewhere, _training_only,
 )  # fmt: skip

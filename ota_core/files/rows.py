@@ -76,6 +76,8 @@ class Rows:
     """What lies in the same memory, where that was a tensor first."""
     watch: NDArray[np.int64] | None = None
     """Where a compiled pass notes that one of the numbers is not finite, int64 (1,); None where nobody asks."""
+    present: NDArray[np.bool_] | None = None
+    """Which rows the model has, bool (n,): the others are zeros, of tokens that its vocabulary lacks. None: all."""
 
     @classmethod
     def of(cls, tensor: "torch.Tensor") -> "Rows":

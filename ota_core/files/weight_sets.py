@@ -8,9 +8,14 @@ from typing import Any
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.dcp.metadata import METADATA
 from ota_core.files.not_models import what_it_is
+from ota_core.names import why_unsafe
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+"""The weights of an adapter as PEFT names them."""
+GGUF = ".gguf"
 # In the order of transformers (modeling_utils._get_resolved_checkpoint_files): a single file wins over an index, safetensors over a pickle.
 SETS = ("model.safetensors", SAFETENSORS_INDEX, "pytorch_model.bin", BIN_INDEX)
 NAMED = "transformers_weights"
@@ -48,9 +53,17 @@ def weight_files(folder: Path) -> list[Path]:
     sets = _sets(folder)
     if sets:
         return _files_of(folder / sets[0])
-    candidates = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("exp_avg", "optimizer", "adapter_")))
+    if (adapter := _adapter(folder)) is not None:
+        return [adapter]
+    candidates = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("exp_avg", "optimizer")))
     if len(candidates) == 1:
         return candidates
+    if not candidates and (ggufs := sorted(folder.glob(f"*{GGUF}"))):
+        if len(ggufs) > 1:
+            raise CheckpointError(
+                f"{folder} holds {len(ggufs)} GGUF files ({', '.join(path.name for path in ggufs[:6])}); name the one that is meant, {ggufs[0]}"
+            )
+        return ggufs
     if not candidates:
         from ota_core.files.dcp.weights import dcp_files, weights_folder
 
@@ -70,6 +83,26 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def adapter_of(folder: Path) -> Path | None:
+    """The file of an adapter's weights, where a folder holds an adapter and no whole model. Raises CheckpointError as ``weight_files``."""
+    if not any((folder / name).exists() for name in (ADAPTER_CONFIG, *ADAPTERS)):
+        return None
+    first = weight_files(folder)[0]
+    return first if first.name in ADAPTERS else None
+
+
+def _adapter(folder: Path) -> Path | None:
+    """The file of an adapter's weights. Raises CheckpointError where it is missing, or lies in subfolders."""
+    if (found := next((folder / name for name in ADAPTERS if (folder / name).is_file()), None)) is not None:
+        return found
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds {ADAPTER_CONFIG} and none of {', '.join(ADAPTERS)}; fetch the adapter again")
+    if inside and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} holds adapters in folders of their own: {', '.join(inside)}; name the one that is meant")
+    return None
+
+
 def _sets(folder: Path) -> list[str]:
     """The sets of weights in a folder, the one that transformers loads first."""
     return [*_named(folder), *(name for name in SETS if (folder / name).exists())]
@@ -84,7 +117,7 @@ def _named(folder: Path) -> list[str]:
     )
     if name is None or name == "adapter_model.bin":
         return []
-    if not isinstance(name, str) or Path(name).name != name or not (folder / name).exists():
+    if not isinstance(name, str) or "/" in name or why_unsafe(name) or not (folder / name).exists():
         raise CheckpointError(f"{config} names the weights' file {name!r} ({NAMED}); expected a file beside it")
     return [name]
 
@@ -102,7 +135,7 @@ def weight_map(index: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{index} holds no weight_map; expected tensor names with the file of each")
     for name, file in listed.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or "/" in file or why_unsafe(file):
             raise CheckpointError(f"{index}: tensor '{name}' lies in {file!r}; expected the name of a file beside the index")
     return listed
 
@@ -111,10 +144,8 @@ def passed_over(folder: Path, files: Sequence[Path]) -> list[str]:
     """A note on each further set of weights in the folder, which is not read."""
     sets = _sets(folder) if files[0].name != METADATA else []
     notes = []
-    if sets and (folder / "adapter_config.json").exists():
-        notes.append(
-            f"{folder} holds a LoRA adapter beside {sets[0]}; the whole model is read, and the adapter is not applied to it"
-        )
+    if files[0].name not in ADAPTERS and any((folder / name).is_file() for name in (ADAPTER_CONFIG, *ADAPTERS)):
+        notes.append(f"{folder} holds a whole model and an adapter; the whole model is read")
     for name in sets[1:]:
         others = [file for file in _listed(folder / name) if file not in files]
         # An index that lists nothing but the files that are read describes the same set.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ota_core.compute.loops import compiled
 from ota_core.files.rows import Rows
-from ota_core.fused.memory import load
+from ota_core.fused.memory import clear_absent, load
 from ota_core.fused.ota import load_v_hat, scores
 from ota_core.fused.sources import BY_MAGNITUDE, SOURCE, TILE, VSource, source_of
 
@@ -30,12 +30,16 @@ class Candidate:
 
 
 @compiled
-def _tile_scores(one: Any, base: Any, first: int, count: int, theta: Any, v_hat: Any, out: Any) -> bool:
-    """Scores of a tile; True when its v holds a bad entry."""
+def _tile_scores(
+    one: Any, base_source: Any, base: Any, first: int, count: int, theta: Any, v_hat: Any, out: Any, has: Any
+) -> bool:
+    """Scores of a tile, 0 in rows that the expert or the base lacks; True when its v holds a bad entry. ``has``: a tile, overwritten."""
     load(one.theta, first, count, theta)
     if one.metric != BY_MAGNITUDE and load_v_hat(one.v, one.factor, first, count, v_hat):
         return True
     scores(count, base, theta, v_hat, one.metric, out)
+    clear_absent(base_source, first, count, has, out)
+    clear_absent(one.theta, first, count, has, out)
     return False
 
 
@@ -43,12 +47,13 @@ def _tile_scores(one: Any, base: Any, first: int, count: int, theta: Any, v_hat:
 def _count_high(base_source: Any, table: Any, n: int, piece: int, stride: int, high: Any) -> int:
     """Counts of pieces of ``piece`` elements that begin ``stride`` apart; returns the first expert with a bad v, or −1."""
     base, theta, v_hat, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
+    has = np.empty(TILE, np.bool_)
     bits = found.view(np.uint32)
     for first in range(0, n, stride):
         count = min(piece, n - first)
         load(base_source, first, count, base)
         for m in range(table.shape[0]):
-            if _tile_scores(table[m], base, first, count, theta, v_hat, found):
+            if _tile_scores(table[m], base_source, base, first, count, theta, v_hat, found, has):
                 return m
             row = table[m].row
             for i in range(count):
@@ -60,12 +65,13 @@ def _count_high(base_source: Any, table: Any, n: int, piece: int, stride: int, h
 def _count_brackets(base_source: Any, table: Any, n: int, lowest: Any, width: int, above: Any, inside: Any) -> int:
     """The same for what lies above and inside brackets of bit patterns, ``width`` from ``lowest`` on."""
     base, theta, v_hat, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
+    has = np.empty(TILE, np.bool_)
     bits, places = found.view(np.uint32), np.empty(TILE + 1, np.uint32)
     for first in range(0, n, TILE):
         count = min(TILE, n - first)
         load(base_source, first, count, base)
         for m in range(table.shape[0]):
-            if _tile_scores(table[m], base, first, count, theta, v_hat, found):
+            if _tile_scores(table[m], base_source, base, first, count, theta, v_hat, found, has):
                 return m
             row = table[m].row
             for r in range(lowest.shape[1]):
@@ -91,11 +97,12 @@ def _count_brackets(base_source: Any, table: Any, n: int, lowest: Any, width: in
 def _keep(base_source: Any, one: Any, n: int, threshold: np.float32, kept: Any) -> int:
     """Whether each of n scores is at least the threshold and above 0; returns how many are, or −1 for a bad v."""
     base, theta, v_hat, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
+    has = np.empty(TILE, np.bool_)
     total = 0
     for first in range(0, n, TILE):
         count = min(TILE, n - first)
         load(base_source, first, count, base)
-        if _tile_scores(one, base, first, count, theta, v_hat, found):
+        if _tile_scores(one, base_source, base, first, count, theta, v_hat, found, has):
             return -1
         for i in range(count):
             keeps = (found[i] >= threshold) & (found[i] > 0)

@@ -4,6 +4,7 @@ A tile is what ``load`` and ``store`` move: up to 1,024 elements as float32 or f
 Addresses are valid as long as the tensors behind them live; who calls a compiled loop holds them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -15,7 +16,9 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ota_core.compute.loops import compiled
-from ota_core.fused.sources import BF16, F16, F32
+from ota_core.files import rows
+from ota_core.files.rows import Rows
+from ota_core.fused.sources import BF16, F16, F32, F64, TILE
 
 
 @intrinsic
@@ -115,6 +118,69 @@ def _load_rank1(source: Any, first: int, count: int, out: NDArray[np.float32]) -
 
 
 @compiled
+def load_base(source: Any, first: int, count: int, out: NDArray[Any]) -> None:
+    """The same for θ₀ into a tile of float32, or of float64 where its source is (``start_of``)."""
+    if source.kind == F64:
+        double = _array(source.address + np.uint64(8 * first), count, np.float64)
+        for i in range(count):
+            out[i] = double[i]
+    else:
+        load(source, first, count, out)
+
+
+def tile_of(base: Rows | None) -> NDArray[Any]:
+    """A tile that ``load_base`` takes for this base. Loops are compiled once for each of the two types."""
+    return np.empty(TILE, np.float32 if base is None or base.dtype != rows.F64 else np.float64)
+
+
+@compiled
+def lacks(source: Any, first: int, count: int, has: NDArray[np.bool_]) -> bool:
+    """Whether the model lacks rows of the block; then the tile ``has`` tells of each element whether the model has it."""
+    if source.present == 0:
+        return False
+    width, done = source.columns_of_rows, 0
+    while done < count:
+        row, column = (first + done) // width, (first + done) % width
+        size = min(width - column, count - done)
+        here = _array(source.present + np.uint64(row), 1, np.bool_)[0]
+        for i in range(done, done + size):
+            has[i] = here
+        done += size
+    return True
+
+
+@compiled
+def clear_absent(source: Any, first: int, count: int, has: NDArray[np.bool_], values: NDArray[Any]) -> None:
+    """Set to 0 what stands in rows that the model lacks. ``has``: a tile, overwritten."""
+    if lacks(source, first, count, has):
+        for i in range(count):
+            if not has[i]:
+                values[i] = 0
+
+
+def start_of(base: Rows | None, thetas: Sequence[Rows]) -> Rows | None:
+    """θ₀ of a block with the mean of the experts that have it in every row that the base lacks, as ``rules.rows.base_rows`` makes it.
+
+    base, thetas: as stored, n elements. The base itself where it lacks no row. Without a base: the rows that stand in for those of experts
+    that lack some; None where none does. Else float64, with the base's ``present``.
+    """
+    absent = [theta.present for theta in thetas if theta.present is not None]
+    if (base.present is None) if base is not None else not absent:
+        return base
+    present = base.present if base is not None else np.logical_and.reduce(absent)
+    assert present is not None
+    filled = np.zeros(thetas[0].held.shape) if base is None else base.to_float32().astype(np.float64)
+    places = np.flatnonzero(~present)
+    total, count = np.zeros((len(places), *filled.shape[1:])), np.zeros((len(places), 1))
+    for theta in thetas:
+        # Where a model lacks a row, its rows are zeros.
+        total += Rows(theta.dtype, theta.held[places]).to_float32()
+        count += 1.0 if theta.present is None else theta.present[places, None]
+    filled[places] = total / np.maximum(count, 1.0)
+    return Rows(rows.F64, filled, present=present)
+
+
+@compiled
 def load_bytes(address: int, first: int, count: int, out: NDArray[np.bool_]) -> None:
     """The same for a mask, one byte an element."""
     kept = _array(np.uint64(address) + np.uint64(first), count, np.bool_)
@@ -124,8 +190,12 @@ def load_bytes(address: int, first: int, count: int, out: NDArray[np.bool_]) -> 
 
 @compiled
 def store(values: NDArray[np.float64], count: int, kind: int, address: int, first: int, scratch: NDArray[np.float32]) -> None:
-    """Write a tile as elements first … of an output block: float32 by one rounding, bfloat16 from that float32, as torch rounds."""
-    if kind == F32:
+    """Write a tile as elements first … of an output block: float32 by one rounding, bfloat16 from that float32, as torch rounds; float64."""
+    if kind == F64:
+        double = _array(np.uint64(address) + np.uint64(8 * first), count, np.float64)
+        for i in range(count):
+            double[i] = values[i]
+    elif kind == F32:
         single = _array(np.uint64(address) + np.uint64(4 * first), count, np.float32)
         for i in range(count):
             single[i] = np.float32(values[i])

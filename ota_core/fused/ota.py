@@ -9,22 +9,44 @@ from numpy.typing import NDArray
 
 from ota_core.compute.loops import compiled
 from ota_core.files.rows import Rows
-from ota_core.fused.memory import load, load_bytes, store
+from ota_core.fused.memory import clear_absent, lacks, load, load_base, load_bytes, start_of, store, tile_of
 from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE, SOURCE, TILE, WRITTEN, VSource, source_of
 
-ALL, ABOVE, GIVEN = 0, 1, 2  # what an expert keeps: everything, scores from τ on, or a mask made before
+ALL, ABOVE, GIVEN, NOTHING = (
+    0,
+    1,
+    2,
+    3,
+)  # what an expert keeps: everything, scores from τ on, a mask made before; it takes no part
 
 VOTE = np.dtype(
     [
         ("theta", SOURCE),
+        ("has_v", np.bool_),
         ("v", SOURCE),
         ("factor", np.float32),
         ("mean", np.float64),
         ("scale", np.float64),
+        ("stretch", np.float64),
         ("keeps", np.int64),
         ("metric", np.int64),
         ("threshold", np.float32),
         ("mask", np.uint64),
+    ]
+)
+
+HOW = np.dtype(
+    [
+        ("has_base", np.bool_),
+        ("filled", np.bool_),  # without a base: rows that stand in for absent ones are given
+        ("power", np.float64),
+        ("epsilon", np.float64),
+        ("lam", np.float64),
+        ("kept_only", np.bool_),
+        ("constant", np.bool_),
+        ("stretched", np.bool_),
+        ("elect", np.bool_),
+        ("mean_where_nobody", np.bool_),
     ]
 )
 
@@ -35,9 +57,14 @@ class Vote:
 
     theta: Rows
     """The weights as they are stored: float32, bfloat16 or float16, n elements."""
-    v: VSource
-    """The second moments, and the factor that makes them v̂."""
+    v: VSource | None
+    """The second moments, and the factor that makes them v̂. None: the weight is ``scale``, and with ``denominator: all`` an
+    expert votes for θ₀ in rows that it lacks."""
+    takes_part: bool = True
+    """Whether it votes; where it does not, it counts in the plain mean alone."""
     scale: float = 1.0
+    stretch: float = 1.0
+    """By what the task vector is multiplied (``rescale``)."""
     mean: float = 1.0
     threshold: float | None = None
     """τ on the score; None where FFG is off or ``kept`` is given."""
@@ -51,7 +78,8 @@ def score(v_hat: np.float32, theta: np.float32, base: np.float32, metric: int) -
     """√v̂·|Δ|, or |Δ|: what ``saliency.curvature_scores`` and ``magnitude_scores`` compute."""
     # The same bits as a difference in float64 that is rounded to float32: double rounding is harmless where the wider format has more
     # than twice the digits and two more (Figueroa 1995).
-    delta = theta - base
+    # Where the base is float64, its numbers are those of float32 too, but in rows that the base lacks, which are not ranked.
+    delta = np.float32(theta - base)
     if metric == BY_MAGNITUDE:
         return abs(delta)
     return abs(np.sqrt(v_hat) * delta)
@@ -138,9 +166,41 @@ def _finish(count: int, base: Any, numerator: Any, total: Any, somebody: Any, la
 
 
 @compiled
-def _add_plain(count: int, theta: Any, first: bool, plain: Any) -> None:
+def _add_plain(count: int, theta: Any, base: Any, lacking: bool, has: Any, first: bool, plain: Any) -> None:
+    if lacking:
+        for i in range(count):
+            value = np.float64(theta[i]) if has[i] else np.float64(base[i])
+            plain[i] = value if first else plain[i] + value
+    else:
+        for i in range(count):
+            plain[i] = np.float64(theta[i]) if first else plain[i] + np.float64(theta[i])
+
+
+@compiled
+def _leave(count: int, base: Any, theta: Any, kept: Any, scale: float, left: Any, elected: Any, somebody: Any) -> int:
+    """The masked task vector of an expert, and what it adds to the election of the signs."""
+    found = 0
     for i in range(count):
-        plain[i] = np.float64(theta[i]) if first else plain[i] + np.float64(theta[i])
+        left[i] = np.float64(theta[i]) - np.float64(base[i]) if kept[i] else 0.0
+        elected[i] += scale * left[i]
+        somebody[i] |= kept[i]
+        found += kept[i]
+    return found
+
+
+@compiled
+def _add_elected(count: int, left: Any, scale: float, elected: Any, total: Any, divisor: Any) -> None:
+    for i in range(count):
+        agrees = ((left[i] > 0) & (elected[i] > 0)) | ((left[i] < 0) & (elected[i] < 0))
+        total[i] += scale * left[i] if agrees else 0.0
+        divisor[i] += scale if agrees else 0.0
+
+
+@compiled
+def _finish_elected(count: int, base: Any, total: Any, divisor: Any, lam: float, out: Any) -> None:
+    for i in range(count):
+        edit = total[i] / divisor[i] if divisor[i] > 0 else 0.0
+        out[i] = np.float64(base[i]) + lam * edit
 
 
 @compiled
@@ -150,48 +210,96 @@ def _finish_without_base(count: int, plain: Any, experts: int, numerator: Any, t
 
 
 @compiled
-def _merge(
-    has_base: bool, base_source: Any, votes: Any, n: int, power: float, epsilon: float, lam: float, kept_only: bool, kind: int, address: int,
-    counts: Any,
-) -> int:  # fmt: skip
-    """Merge n elements to an address; returns the first expert whose v holds a bad entry, or −1."""
-    base, theta, v_hat, score_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)  # fmt: skip
-    numerator, total, weights, plain = np.empty(TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE)
-    somebody, kept = np.empty(TILE, np.bool_), np.empty(TILE, np.bool_)
+def _stretch(count: int, base: Any, theta: Any, stretch: float, out: Any) -> None:
+    for i in range(count):
+        start = np.float64(base[i])
+        out[i] = start + stretch * (np.float64(theta[i]) - start)
+
+
+@compiled
+def _keep(
+    vote: Any, base_source: Any, base: Any, theta: Any, v_hat: Any, first: int, count: int, found: Any, has: Any, kept: Any
+) -> None:
+    """What an expert keeps of a tile. ``found`` and ``has``: tiles, overwritten."""
+    if vote.keeps == ALL:
+        kept[:] = True
+    elif vote.keeps == GIVEN:
+        load_bytes(vote.mask, first, count, kept)
+    else:
+        scores(count, base, theta, v_hat, vote.metric, found)
+        for i in range(count):
+            kept[i] = (found[i] >= vote.threshold) & (found[i] > 0)
+        clear_absent(base_source, first, count, has, kept)
+    clear_absent(vote.theta, first, count, has, kept)
+
+
+@compiled
+def _merge(how: Any, base_source: Any, base: Any, votes: Any, n: int, kind: int, address: int, counts: Any) -> int:
+    theta, v_hat, score_tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    numerator, total, weights, plain, stretched = np.empty(TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE)
+    somebody, kept, has = np.empty(TILE, np.bool_), np.empty(TILE, np.bool_), np.empty(TILE, np.bool_)
+    lefts, elected = np.empty((votes.shape[0] if how.elect else 0, TILE)), np.empty(TILE)
+    has_plain = how.mean_where_nobody or not how.has_base
     for first in range(0, n, TILE):
         count = min(TILE, n - first)
-        if has_base:
-            load(base_source, first, count, base)
+        if how.has_base or how.filled:
+            load_base(base_source, first, count, base)
         numerator[:] = 0.0
         total[:] = 0.0
         somebody[:] = False
+        if how.elect:
+            elected[:] = 0.0
+            lefts[:] = 0.0
         for m in range(votes.shape[0]):
             vote = votes[m]
             load(vote.theta, first, count, theta)
-            if not has_base:
-                _add_plain(count, theta, m == 0, plain)
-            if load_v_hat(vote.v, vote.factor, first, count, v_hat):
+            if has_plain:
+                lacking = lacks(vote.theta, first, count, has)
+                _add_plain(count, theta, base, lacking, has, m == 0, plain)
+            if vote.keeps == NOTHING:
+                continue
+            if vote.has_v and load_v_hat(vote.v, vote.factor, first, count, v_hat):
                 return m
-            if vote.keeps == ALL:
-                kept[:] = True
-            elif vote.keeps == GIVEN:
-                load_bytes(vote.mask, first, count, kept)
-            else:
-                scores(count, base, theta, v_hat, vote.metric, score_tile)
-                for i in range(count):
-                    kept[i] = (score_tile[i] >= vote.threshold) & (score_tile[i] > 0)
-            if power == 0.5 and vote.mean == 1.0 and vote.scale == 1.0 and epsilon == 0.0:
+            _keep(vote, base_source, base, theta, v_hat, first, count, score_tile, has, kept)
+            if how.stretched:
+                _stretch(count, base, theta, vote.stretch, stretched)
+            if how.elect:
+                if how.stretched:
+                    counts[m] += _leave(count, base, stretched, kept, vote.scale, lefts[m], elected, somebody)
+                else:
+                    counts[m] += _leave(count, base, theta, kept, vote.scale, lefts[m], elected, somebody)
+                continue
+            if how.constant or not vote.has_v:
+                weights[:] = vote.scale
+            elif how.power == 0.5 and vote.mean == 1.0 and vote.scale == 1.0 and how.epsilon == 0.0:
                 _plain_weights(count, v_hat, weights)
             else:
-                _weights(count, v_hat, power, vote.mean, vote.scale, epsilon, weights)
-            if kept_only:
-                counts[m] += _add(count, theta, weights, kept, numerator, total, somebody)
+                _weights(count, v_hat, how.power, vote.mean, vote.scale, how.epsilon, weights)
+            if vote.has_v:
+                clear_absent(vote.theta, first, count, has, weights)
+            else:
+                somebody[:] = True
+            if how.kept_only:
+                if how.stretched:
+                    counts[m] += _add(count, stretched, weights, kept, numerator, total, somebody)
+                else:
+                    counts[m] += _add(count, theta, weights, kept, numerator, total, somebody)
+            elif how.stretched:
+                counts[m] += _add_all(count, base, stretched, weights, kept, numerator, total, somebody)
             else:
                 counts[m] += _add_all(count, base, theta, weights, kept, numerator, total, somebody)
-        if has_base:
-            _finish(count, base, numerator, total, somebody, lam, weights)
+        if how.elect:
+            for m in range(votes.shape[0]):
+                _add_elected(count, lefts[m], votes[m].scale, elected, numerator, total)
+            _finish_elected(count, base, numerator, total, how.lam, weights)
+        elif how.has_base:
+            _finish(count, base, numerator, total, somebody, how.lam, weights)
         else:
             _finish_without_base(count, plain, votes.shape[0], numerator, total, weights)
+        if how.mean_where_nobody and how.has_base:
+            for i in range(count):
+                if not somebody[i]:
+                    weights[i] = plain[i] / votes.shape[0]
         store(weights, count, kind, address, first, theta)
     return -1
 
@@ -205,25 +313,38 @@ def ota_block(
     epsilon: float,
     lam: float,
     denominator: str,
+    masked_merge: str = "precond",
+    fallback: str = "base",
+    rescale: bool = False,
 ) -> tuple[list[int], int | None]:
-    """``methods.ota.ota`` with its masks and weights, rounded into ``out``.
+    """What ``methods.ota`` makes of a block with its masks and weights, rounded into ``out``.
 
-    base: n elements as stored, or None where there is none and every vote keeps everything; out: float32 or bfloat16, n elements,
-    contiguous. Returns how many elements each expert kept, and the
-    position of the first expert whose v holds a negative, NaN or infinite entry (``out`` is then incomplete), else None.
+    base: n elements as stored, or ``memory.start_of`` them; None where there is none and every vote keeps everything. out: float32,
+    bfloat16 or float64, n elements, contiguous. masked_merge, fallback: as recipes have them; rescale: whether task vectors are multiplied
+    by their ``stretch``. Returns how many elements each expert kept, and the position of the first expert whose v holds a negative, NaN or
+    infinite entry (``out`` is then incomplete), else None.
     """
+    filled = start_of(base, [vote.theta for vote in votes])
     table = np.zeros(len(votes), VOTE)
     for row, vote in zip(table, votes, strict=True):
-        row["theta"], row["v"], row["factor"] = source_of(vote.theta), vote.v.source, vote.v.factor
-        row["mean"], row["scale"], row["metric"] = vote.mean, vote.scale, vote.metric
-        if vote.kept is not None:
+        row["theta"], row["mean"], row["scale"] = source_of(vote.theta), vote.mean, vote.scale
+        row["stretch"], row["metric"] = vote.stretch, vote.metric
+        if vote.v is not None:
+            row["has_v"], row["v"], row["factor"] = True, vote.v.source, vote.v.factor
+        if not vote.takes_part:
+            row["keeps"] = NOTHING
+        elif vote.kept is not None:
             assert vote.kept.flags.c_contiguous and vote.kept.dtype == np.bool_
             row["keeps"], row["mask"] = GIVEN, vote.kept.ctypes.data
         elif vote.threshold is not None:
             row["keeps"], row["threshold"] = ABOVE, vote.threshold
+    how = np.zeros((), HOW)
+    how["has_base"], how["filled"] = base is not None, filled is not None
+    how["power"], how["epsilon"], how["lam"], how["kept_only"] = power, epsilon, lam, denominator == "kept"
+    how["constant"], how["elect"] = masked_merge == "linear", masked_merge == "ties"
+    how["stretched"], how["mean_where_nobody"] = rescale, fallback == "mean"
+    assert base is not None or not np.isin(table["keeps"], (ABOVE, GIVEN)).any()
     counts = np.zeros(len(votes), np.int64)
-    kind = WRITTEN[out.dtype]
-    assert base is not None or not (table["keeps"] != ALL).any()
-    start = source_of(base if base is not None else votes[0].theta)[()]
-    bad = _merge(base is not None, start, table, out.size, power, epsilon, lam, denominator == "kept", kind, out.address, counts)
+    start = source_of(filled if filled is not None else votes[0].theta)[()]
+    bad = _merge(how[()], start, tile_of(filled), table, out.size, WRITTEN[out.dtype], out.address, counts)
     return counts.tolist(), None if bad < 0 else bad

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ota_core.compute.loops import compiled
 from ota_core.compute.subspace import dot, mix
 from ota_core.files.rows import Rows
-from ota_core.fused.memory import load
+from ota_core.fused.memory import clear_absent, load
 from ota_core.fused.sources import TILE, source_of
 
 _SEED = 1
@@ -26,6 +26,7 @@ def signs(first: int, count: int) -> NDArray[np.float64]:
 @compiled
 def _sketch(base_source: Any, theta_source: Any, columns: int, first: int, flips: Any, sums: Any, squares: Any) -> None:
     base, theta, delta = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
+    has = np.empty(TILE, np.bool_)
     for i in range(flips.shape[0]):
         bucket = (first + i) % sums.shape[0]
         for start in range(0, columns, TILE):
@@ -34,6 +35,8 @@ def _sketch(base_source: Any, theta_source: Any, columns: int, first: int, flips
             load(theta_source, i * columns + start, count, theta)
             for j in range(count):
                 delta[j] = np.float64(theta[j]) - np.float64(base[j])
+            clear_absent(base_source, i * columns + start, count, has, delta)
+            clear_absent(theta_source, i * columns + start, count, has, delta)
             squares[0] += dot(delta[:count], delta[:count])
             for j in range(count):
                 sums[bucket, start + j] += flips[i] * delta[j]

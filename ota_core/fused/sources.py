@@ -12,10 +12,11 @@ from ota_core.files import rows
 from ota_core.files.rows import Rows
 
 TILE = 1024
-F32, BF16, F16, RANK1 = 0, 1, 2, 3
+F32, BF16, F16, RANK1, F64 = 0, 1, 2, 3, 4
 KINDS = {rows.F32: F32, rows.BF16: BF16, rows.F16: F16}
-"""Types that are loaded."""
-WRITTEN = {rows.F32: F32, rows.BF16: BF16}
+"""Types that a checkpoint's tensors may have."""
+_LOADED = {**KINDS, rows.F64: F64}
+WRITTEN = {rows.F32: F32, rows.BF16: BF16, rows.F64: F64}
 """Types that are stored."""
 
 BY_CURVATURE, BY_MAGNITUDE = 0, 1
@@ -30,18 +31,23 @@ SOURCE = np.dtype(
         ("height", np.int64),  # RANK1: rows of a matrix
         ("row", np.int64),  # RANK1: the block's first row
         ("bad", np.uint64),  # of an int64 that becomes 1 where a number is not finite; 0: nobody asks
+        ("present", np.uint64),  # one byte for each row, whether the model has it; 0: it has all
+        ("columns_of_rows", np.int64),  # with ``present``: elements of a row
     ]
 )
 """Where a block's elements come from."""
 
 
 def source_of(block: Rows) -> NDArray[Any]:
-    """A SOURCE, shape (), for a contiguous block of a type in ``KINDS``. The block must outlive it."""
+    """A SOURCE, shape (), for a contiguous block of a type in ``KINDS``, or of float64 (``fused.memory.load_base``). The block must outlive it."""
     assert block.held.flags.c_contiguous, "compiled loops walk through a block by address"
     found = np.zeros((), SOURCE)
-    found["kind"], found["address"] = KINDS[block.dtype], block.address
+    found["kind"], found["address"] = _LOADED[block.dtype], block.address
     if block.watch is not None:
         found["bad"] = block.watch.ctypes.data
+    if block.present is not None:
+        assert block.present.flags.c_contiguous and block.present.shape == block.held.shape[:1]
+        found["present"], found["columns_of_rows"] = block.present.ctypes.data, block.held.size // max(1, len(block.present))
     return found
 
 

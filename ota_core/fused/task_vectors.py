@@ -9,7 +9,7 @@ import numpy as np
 
 from ota_core.compute.loops import compiled
 from ota_core.files.rows import Rows
-from ota_core.fused.memory import load, store
+from ota_core.fused.memory import clear_absent, lacks, load, load_base, start_of, store, tile_of
 from ota_core.fused.sources import SOURCE, TILE, WRITTEN, source_of
 from ota_core.methods.numbers import key_of
 
@@ -53,26 +53,32 @@ def _trimmed(count: int, base: Any, theta: Any, lowest: np.float32, highest: np.
 
 
 @compiled
-def _dropped(count: int, base: Any, theta: Any, key: np.uint64, start: int, density: float, divisor: float, left: Any) -> None:
-    gamma, mix1, mix2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-    for i in range(count):
-        bits = np.uint64(start + i + 1) * gamma + key
-        bits = (bits ^ (bits >> np.uint64(30))) * mix1
-        bits = (bits ^ (bits >> np.uint64(27))) * mix2
-        bits = bits ^ (bits >> np.uint64(31))
-        random = np.float64(bits >> np.uint64(11)) * 2.0**-53
-        delta = np.float64(theta[i]) - np.float64(base[i])
-        left[i] = delta / divisor if random < density else 0.0
+def uniform(key: np.uint64, element: int) -> float:
+    """The random number in [0, 1) of one element of a tensor: ``methods.dare.uniform``."""
+    bits = np.uint64(element + 1) * np.uint64(0x9E3779B97F4A7C15) + key
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits = bits ^ (bits >> np.uint64(31))
+    return np.float64(bits >> np.uint64(11)) * 2.0**-53
 
 
 @compiled
-def _add(count: int, left: Any, weight: float, total: Any) -> None:
+def _dropped(count: int, base: Any, theta: Any, key: np.uint64, start: int, density: float, divisor: float, left: Any) -> None:
+    for i in range(count):
+        delta = np.float64(theta[i]) - np.float64(base[i])
+        left[i] = delta / divisor if uniform(key, start + i) < density else 0.0
+
+
+@compiled
+def add(count: int, left: Any, weight: float, total: Any) -> None:
+    """Add w·Δ of a tile."""
     for i in range(count):
         total[i] += weight * left[i]
 
 
 @compiled
-def _add_agreeing(count: int, left: Any, weight: float, elected: Any, total: Any, divisor: Any) -> None:
+def add_agreeing(count: int, left: Any, weight: float, elected: Any, total: Any, divisor: Any) -> None:
+    """The same where it has the elected sign, and its weight to the divisor."""
     for i in range(count):
         weighted = weight * left[i]
         agrees = (weighted > 0) if elected[i] >= 0 else (weighted < 0)
@@ -81,7 +87,8 @@ def _add_agreeing(count: int, left: Any, weight: float, elected: Any, total: Any
 
 
 @compiled
-def _finish(count: int, base: Any, total: Any, divisor: Any, least: float, lam: float, out: Any) -> None:
+def finish(count: int, base: Any, total: Any, divisor: Any, least: float, lam: float, out: Any) -> None:
+    """θ₀ + λ·total/divisor of a tile; a divisor smaller than ``least`` divides by 1."""
     for i in range(count):
         merged = total[i] / divisor[i] if abs(divisor[i]) >= least else total[i]
         out[i] = np.float64(base[i]) + lam * merged
@@ -89,15 +96,15 @@ def _finish(count: int, base: Any, total: Any, divisor: Any, least: float, lam: 
 
 @compiled
 def _combine(
-    base_source: Any, parts: Any, n: int, elect: bool, normalize: bool, sum_of_weights: float, lam: float, least: float, kind: int,
+    base_source: Any, base: Any, parts: Any, n: int, elect: bool, normalize: bool, sum_of_weights: float, lam: float, least: float, kind: int,
     address: int,
 ) -> None:  # fmt: skip
-    base, theta = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    theta, has = np.empty(TILE, np.float32), np.empty(TILE, np.bool_)
     total, divisor, elected = np.empty(TILE), np.empty(TILE), np.empty(TILE)
     lefts = np.empty((parts.shape[0], TILE))
     for first in range(0, n, TILE):
         count = min(TILE, n - first)
-        load(base_source, first, count, base)
+        load_base(base_source, first, count, base)
         total[:] = 0.0
         for m in range(parts.shape[0]):
             part, left = parts[m], lefts[m]
@@ -106,17 +113,18 @@ def _combine(
                 _dropped(count, base, theta, part.key, part.start + first, part.density, part.divisor, left)
             else:
                 _trimmed(count, base, theta, part.lowest, part.highest, left)
-            _add(count, left, part.weight, total)
+            clear_absent(part.theta, first, count, has, left)
+            add(count, left, part.weight, total)
         divisor[:] = sum_of_weights if normalize else 1.0
         if elect:
             elected[:] = total
             total[:] = 0.0
             divisor[:] = 0.0
             for m in range(parts.shape[0]):
-                _add_agreeing(count, lefts[m], parts[m].weight, elected, total, divisor)
+                add_agreeing(count, lefts[m], parts[m].weight, elected, total, divisor)
             if not normalize:
                 divisor[:] = 1.0
-        _finish(count, base, total, divisor, least, lam, total)
+        finish(count, base, total, divisor, least, lam, total)
         store(total, count, kind, address, first, theta)
 
 
@@ -125,8 +133,10 @@ def combine_block(
 ) -> None:
     """θ₀ + λ · what ``add_up`` or, with ``elect``, ``elect_and_add`` makes of the parts, rounded into ``out``.
 
-    base: n elements as stored; out: float32 or bfloat16, n elements, contiguous. nothing: a divisor smaller than this divides by 1.
+    base: n elements as stored; out: float32, bfloat16 or float64, n elements, contiguous. nothing: a divisor smaller than this divides by 1.
     """
+    start = start_of(base, [part.theta for part in parts])
+    assert start is not None
     table = np.zeros(len(parts), PART)
     for row, part in zip(table, parts, strict=True):
         row["theta"], row["weight"] = source_of(part.theta), part.weight
@@ -135,28 +145,75 @@ def combine_block(
         if part.random is not None:
             row["random"], row["key"], row["start"] = 1, key_of(*part.random[:3]), part.random[3]
     weights = sum(part.weight for part in parts)
-    _combine(source_of(base)[()], table, base.size, elect, normalize, weights, lam, nothing, WRITTEN[out.dtype], out.address)
+    where = WRITTEN[out.dtype], out.address
+    _combine(source_of(start)[()], tile_of(start), table, base.size, elect, normalize, weights, lam, nothing, *where)
 
 
 @compiled
-def _average(thetas: Any, weights: Any, n: int, divisor: float, kind: int, address: int) -> None:
-    theta, total = np.empty(TILE, np.float32), np.empty(TILE)
+def _average(
+    filled: bool, base_source: Any, base: Any, thetas: Any, weights: Any, n: int, divisor: float, kind: int, address: int
+) -> None:
+    theta, total, has = np.empty(TILE, np.float32), np.empty(TILE), np.empty(TILE, np.bool_)
     for first in range(0, n, TILE):
         count = min(TILE, n - first)
+        if filled:
+            load_base(base_source, first, count, base)
         total[:] = 0.0
         for m in range(thetas.shape[0]):
             load(thetas[m], first, count, theta)
             weight = weights[m]
-            for i in range(count):
-                total[i] += weight * np.float64(theta[i])
+            if lacks(thetas[m], first, count, has):
+                for i in range(count):
+                    total[i] += weight * (np.float64(theta[i]) if has[i] else np.float64(base[i]))
+            else:
+                for i in range(count):
+                    total[i] += weight * np.float64(theta[i])
         if divisor != 1.0:
             for i in range(count):
                 total[i] = total[i] / divisor
         store(total, count, kind, address, first, theta)
 
 
-def linear_block(thetas: Sequence[Rows], weights: Sequence[float], out: Rows, *, normalize: bool) -> None:
-    """``methods.averages.linear`` of blocks of n elements as stored, rounded into ``out``: float32 or bfloat16, contiguous."""
+def linear_block(
+    thetas: Sequence[Rows], weights: Sequence[float], out: Rows, *, normalize: bool, base: Rows | None = None
+) -> None:
+    """``methods.averages.linear`` of blocks of n elements as stored, rounded into ``out``: float32, bfloat16 or float64, contiguous.
+
+    base: n elements as stored, which stand in for rows that an expert lacks; without it that is the mean of those that have them.
+    """
+    start = start_of(base, thetas)
     table = np.array([source_of(theta)[()] for theta in thetas], SOURCE)
     divisor = float(sum(weights)) if normalize else 1.0
-    _average(table, np.array(weights, np.float64), out.size, divisor, WRITTEN[out.dtype], out.address)
+    source = source_of(start if start is not None else thetas[0])[()]
+    where = WRITTEN[out.dtype], out.address
+    _average(start is not None, source, tile_of(start), table, np.array(weights, np.float64), out.size, divisor, *where)
+
+
+@compiled
+def _slerp(first_source: Any, second_source: Any, n: int, factor0: float, factor1: float, kind: int, address: int) -> None:
+    a, b, out, has = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE), np.empty(TILE, np.bool_)
+    for first in range(0, n, TILE):
+        count = min(TILE, n - first)
+        load_ends(first_source, second_source, first, count, a, b, has)
+        for i in range(count):
+            out[i] = factor0 * np.float64(a[i]) + factor1 * np.float64(b[i])
+        store(out, count, kind, address, first, a)
+
+
+@compiled
+def load_ends(first_source: Any, second_source: Any, first: int, count: int, a: Any, b: Any, has: Any) -> None:
+    """A tile of two models; a row that one of them lacks is the other's. ``has``: a tile, overwritten."""
+    load(first_source, first, count, a)
+    load(second_source, first, count, b)
+    if lacks(first_source, first, count, has):
+        for i in range(count):
+            a[i] = a[i] if has[i] else b[i]
+    if lacks(second_source, first, count, has):
+        for i in range(count):
+            b[i] = b[i] if has[i] else a[i]
+
+
+def slerp_block(ends: tuple[Rows, Rows], factors: tuple[float, float], out: Rows) -> None:
+    """``methods.averages.slerp`` of blocks of n elements as stored, rounded into ``out``: float32, bfloat16 or float64, contiguous."""
+    first, second = (source_of(end)[()] for end in ends)
+    _slerp(first, second, out.size, *factors, WRITTEN[out.dtype], out.address)

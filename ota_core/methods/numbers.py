@@ -34,6 +34,19 @@ def threshold_of_product(x: float) -> float:
     return float(np.float32(math.sqrt(x)))
 
 
+def slerp_factors(norm0: float, norm1: float, dot: float, t: float) -> tuple[float, float]:
+    """The factors of two vectors at position t of the arc between them (Shoemake 1985). norm0, norm1: their norms; dot: their product.
+
+    Nearly parallel or opposite vectors interpolate linearly: the arc has no direction there. A vector of zeros counts as orthogonal to
+    every other. Both as mergekit does.
+    """
+    cosine = dot / (norm0 * norm1) if norm0 > 0 and norm1 > 0 else 0.0
+    if abs(cosine) >= 0.9995:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
 def locate(counts: NDArray[np.int64], k: int) -> tuple[int, int]:
     """The place that holds the k-th largest (1 ≤ k ≤ all), and how many lie in the places above it. counts: int64 (N,), by rising score."""
     from_top = np.cumsum(counts[::-1])

@@ -105,7 +105,7 @@ def _elected(
     for delta, factor in zip(left, factors, strict=True):
         agrees = (delta.sign() == elected) & (elected != 0)
         agreeing.append(torch.where(agrees, factor * delta, 0.0))
-        divisor += torch.where(agrees, factor, 0.0)
+        divisor += agrees.double() * factor  # ``where`` of two numbers would be float32
     return agreeing, divisor
 
 

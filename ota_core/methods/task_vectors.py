@@ -57,7 +57,7 @@ def _elected(
         agrees = torch.where(positive, weighted > 0, weighted < 0)
         agreeing.append(torch.where(agrees, weighted, 0.0))
         if normalize:
-            divisor += torch.where(agrees, weight, 0.0)
+            divisor += agrees.double() * weight  # ``where`` of two numbers would be float32
     return agreeing, torch.where(divisor.abs() >= NOTHING, divisor, 1.0) if normalize else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.checkpoint import Checkpoint, adapter_of
 from ota_core.files.safetensors_io import FORMAT_KEY
 from ota_core.moments.compression.header import read_header
 from ota_core.moments.safetensors_file import open_file
@@ -47,7 +47,7 @@ def check_belongs(moments: Path, expert: Path, source_of: SourceOf | None = None
 
     source_of: where the bytes of v and weights come from, if not from the files themselves.
     """
-    if moments.suffix != ".safetensors" or not moments.is_file():
+    if moments.suffix != ".safetensors" or not moments.is_file() or adapter_of(expert) is not None:
         return
     with open_file(moments, source_of) as file:
         said = file.metadata.get(WEIGHTS)

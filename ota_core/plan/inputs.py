@@ -9,11 +9,12 @@ from typing import Any
 from ota_core.artifact import EXPERT_JSON, fingerprint
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.checkpoint import read_json
+from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
+from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
 from ota_core.recipe.recipe import NEEDS_MOMENTS, RESERVED_NAMES, MergeRecipe
 
@@ -33,6 +34,33 @@ class ModelInput:
     """Content digest where known."""
     source_of: SourceOf | None = None
     """Where the bytes of weights and second moments come from, if not from the files themselves."""
+    under: "ModelInput | None" = None
+    """What the weights in ``path`` are an adapter of; None for a whole model."""
+    companions: Path | None = None
+    """A folder with the configuration and tokenizer that ``path`` lacks: those that a GGUF file holds itself."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """The model's own, and those of what lies under it."""
+        return [self.path, *(self.under.folders if self.under else [])]
+
+    def opened(self) -> Checkpoint:
+        """The model's tensors, with an adapter's edits made. Raises CheckpointError."""
+        if self.under is None:
+            checkpoint = Checkpoint(self.path, self.source_of)
+            checkpoint.known_as = (self.source,)
+            if self.companions is not None:
+                checkpoint.folders = (self.path, self.companions)
+                checkpoint.config = read_json(self.companions / "config.json")
+            return checkpoint
+        from ota_core.files.lora.adapted import AdaptedCheckpoint
+
+        base = self.under.opened()
+        try:
+            return AdaptedCheckpoint(base, self.path, self.source_of)
+        except BaseException:
+            base.close()
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +87,8 @@ class MergeInputs:
     experts: tuple[ExpertInput, ...]
     scales: Path | None = None
     """The file of scales, where the recipe names one."""
+    check: Callable[[], None] | None = None
+    """To be called when everything is read, before what was made of it takes its name: raises OtaError where the bytes were not the inputs'."""
 
     @property
     def models(self) -> list[ModelInput]:
@@ -69,9 +99,9 @@ class MergeInputs:
 def expert_name(source: str, capability: str | None, label: str | None) -> str:
     """The label of an expert: the recipe's, else its capability, else the last part of its path without a revision.
 
-    It also names files, so that a slash in a capability becomes a dash.
+    It also names files, so that what no file name may hold, such as a slash in a capability, becomes a dash.
     """
-    return label or (capability or "").replace("/", "-") or source.rstrip("/").rsplit("/", 1)[-1].split("@")[0] or source
+    return label or as_name(capability or "") or as_name(source.rstrip("/").rsplit("/", 1)[-1].split("@")[0]) or as_name(source)
 
 
 def unique_names(names: list[str]) -> list[str]:
@@ -143,7 +173,8 @@ def resolve_local(recipe: MergeRecipe, recipe_dir: Path | None = None, layout_of
     labels = [expert_name(entry.model, cap, entry.name) for entry, cap in zip(recipe.models, capabilities, strict=True)]
     experts = []
     for i, (folder, name) in enumerate(zip(found, unique_names(labels), strict=True)):
-        expert = ExpertInput(name=name, path=folder, source=recipe.models[i].model, capability=capabilities[i])
+        under = base if adapter_of(folder) is not None else None
+        expert = ExpertInput(name=name, path=folder, source=recipe.models[i].model, capability=capabilities[i], under=under)
         layout = partial(layout_of, folder, base.path if base else None) if layout_of else None
         try:
             experts.append(with_moments(recipe, i, expert, recipe_dir, layout))

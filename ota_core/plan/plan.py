@@ -24,10 +24,14 @@ from ota_core.plan.masks import MaskFile
 from ota_core.plan.quantised import quantised_problems
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
-from ota_core.recipe.recipe import MergeRecipe
+from ota_core.recipe.recipe import NEEDS_MOMENTS, WITHOUT_BASE, MergeRecipe
 
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
 SHOWN = 8
+_FUSE_MATCHED = NEEDS_MOMENTS | {
+    "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace",
+}  # fmt: skip
+"""Methods whose compiled passes know rows that are matched by token; tensors merge those of the others."""
 
 
 @dataclass(kw_only=True)
@@ -96,23 +100,29 @@ class MergePlan:
             expert.prefetch_curvature(*block)
 
     def can_fuse(self, experts: Sequence[ExpertView], job: TensorJob, *, base: bool = True) -> bool:
-        """Whether the compiled passes give the same bits for this tensor: on the CPU, rows one to one, types that they load.
+        """Whether the compiled passes give the same bits for this tensor: on the CPU, types that they load.
 
-        ``base``: whether the rule needs the base.
+        ``base``: whether the rule needs the base; rows that an expert lacks are the base's under every rule.
         """
         if self.device != "cpu" or (base and self.base is None):
             return False
-        models = [*([self.base] if base and self.base else []), *experts]
-        return all(m.row_map is None and m.checkpoint.info(m.stored_name(job.name)).dtype in KINDS for m in models)
+        if self.recipe.merge_method not in _FUSE_MATCHED and self.matched_rows(job):
+            return False
+        models: list[ModelView] = [*experts]
+        if self.base is not None and (base or self.matched_rows(job)):
+            models.append(self.base)
+        return all(m.checkpoint.info(m.stored_name(job.name)).dtype in KINDS for m in models)
+
+    def matched_rows(self, job: TensorJob) -> bool:
+        """Whether the rows of this tensor are matched by token in some model."""
+        return is_vocabulary_tensor(job.name) and any(view.row_map is not None for view in self.models)
 
     def needs_torch(self) -> bool:
-        """Whether some block goes through tensors, because no compiled pass covers the method, its options, a type or a vocabulary."""
-        base, setting = self.base is not None and self.recipe.merge_method != "linear", self.recipe.setting
-        means = self.recipe.merge_method == "ota" and setting("normalise") == "global"
-        fused = all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
+        """Whether some block goes through tensors: no compiled pass loads its type, or λ, row spaces or learned scales need products of matrices."""
         if self.scales is not None or self.recipe.auto or self.recipe.refined:
             return True
-        return means or not fused or not compiled(self.recipe)
+        base = self.base is not None and self.recipe.merge_method not in WITHOUT_BASE
+        return not all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
 
     @property
     def tensor_elements(self) -> int:
@@ -122,9 +132,13 @@ class MergePlan:
         room = self.stream.memory // 4 // self.stream.threads // tensor_bytes_per_element(len(self.experts))
         return max(1, min(CACHE_ELEMENTS, room, self.stream.block_elements))
 
-    def source_folder(self) -> Path:
+    def source(self) -> Checkpoint:
         """The model whose configuration and tokenizer the output takes."""
-        return self.models[self.vocabulary.source if self.vocabulary else 0].checkpoint.path
+        return self.models[self.vocabulary.source if self.vocabulary else 0].checkpoint
+
+    def source_folder(self) -> Path:
+        """The folder of that configuration."""
+        return self.source().config_folder
 
 
 @contextmanager
@@ -205,10 +219,8 @@ def open_plan(
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
         if (note := unlike(experts, recipe)) is not None:
             plan.notes.append(note)
+        plan.notes += [f"{view.name}: {note}" for view in views for note in view.checkpoint.notes]
         plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
-        plan.notes += [
-            f"{name}: {note}" for name, checkpoint in zip(names, checkpoints, strict=True) for note in checkpoint.notes
-        ]
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
         yield plan
@@ -221,14 +233,6 @@ def _choice(item: ExpertInput) -> str | None:
     first, *_ = (*item.moments.relative_to(item.path).parts, "")
     choice = choice_in(item.path) if first.startswith("checkpoint-") else None
     return choice.note if choice and choice.name == first else None
-
-
-def compiled(recipe: MergeRecipe) -> bool:
-    """Whether compiled passes cover the recipe's method and options; a block that they do not cover goes through tensors."""
-    if recipe.merge_method == "ota":
-        setting = recipe.setting
-        return bool(setting("masked_merge") == "precond" and setting("fallback") == "base" and not setting("rescale"))
-    return recipe.merge_method != "slerp"
 
 
 def bytes_per_element(experts: int) -> int:
@@ -247,7 +251,7 @@ def _block_elements(memory: int, threads: int, experts: int, most: int) -> int:
 
 def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) -> Checkpoint | None:
     try:
-        checkpoint = Checkpoint(item.path, item.source_of)
+        checkpoint = item.opened()
     except CheckpointError as error:
         problems.append(f"{item.name}: {error}")
         return None
@@ -261,7 +265,7 @@ def _vocabulary(recipe: MergeRecipe, names: list[str], checkpoints: list[Checkpo
         embeddings = [n for n in checkpoint.names() if is_vocabulary_tensor(n)]
         if not embeddings:
             return None
-        models.append((name, checkpoint.path, checkpoint.info(embeddings[0]).shape[0]))
+        models.append((name, checkpoint.tokenizer_folder, checkpoint.info(embeddings[0]).shape[0]))
     source = recipe.tokenizer_source
     if source == "union":
         return match(models, source)
@@ -303,7 +307,11 @@ def _jobs(
                 differing[view.name].append(f"tensor '{name}' {difference}")
         jobs.append(
             TensorJob(
-                name, first.tied.get(name, name), shape, (out_dtype or info.dtype) if floating else info.dtype, not floating
+                name,
+                first.tied.get(name, name),
+                shape,
+                (out_dtype or first.checkpoint.kept_dtype(name)) if floating else info.dtype,
+                not floating,
             )
         )
     known = {job.name for job in jobs}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import MomentsError, raise_all
+from ota_core.fused.sums import power_sums
 from ota_core.methods.numbers import kept_count, threshold_of_product
 from ota_core.moments.compression import CompressionReport, compress, compression_of
 from ota_core.plan.plan import MergePlan
@@ -104,27 +105,50 @@ def _without_curvature(plan: MergePlan) -> set[str]:
 
 
 def _moved(plan: MergePlan, expert: ExpertView, job: TensorJob) -> bool:
-    return any(bool(delta(plan, expert, *part).any()) for part in parts((job, 0, job.rows), plan.tensor_elements))
+    if not plan.can_fuse([expert], job):
+        return any(bool(delta(plan, expert, *part).any()) for part in parts((job, 0, job.rows), plan.tensor_elements))
+    assert plan.base is not None
+    for part in plan.blocks([job]):
+        base, theta = (view.stored(job.name, *part[1:]) for view in (plan.base, expert))
+        differs = base.to_float32() != theta.to_float32()
+        for present in (base.present, theta.present):
+            if present is not None:
+                differs &= present[:, None]
+        if differs.any():
+            return True
+    return False
 
 
 def weight_sums(plan: MergePlan, expert: ExpertView) -> dict[str, float]:
     """Σ v̂^power of every tensor that is worked on here and carries curvature in this expert."""
-    from ota_core.compute.kernels import power, row_sums
-
-    exponent = plan.recipe.setting("power")
     jobs = [job for job in plan.curved(expert) if plan.is_here(job)]
-    cut = plan.blocks(jobs)
-
-    def work(block: Block) -> list[float]:
-        sums: list[float] = []
-        for job, start, stop in parts(block, plan.tensor_elements):
-            sums += row_sums(power(expert.v_hat(job.canonical, start, stop).double(), exponent)).tolist()
-        return sums
-
+    cut, work = plan.blocks(jobs), partial(_power_sums, plan, expert)
     rows: dict[str, list[float]] = {job.name: [] for job in jobs}
-    for block, found in zip(cut, plan.stream.map(work, cut, what=f"normalise {expert.name}", size=block_elements), strict=True):
+    ahead = partial(_prefetch_curvature, expert)
+    sums = plan.stream.map(work, cut, what=f"normalise {expert.name}", size=block_elements, ahead=ahead)
+    for block, found in zip(cut, sums, strict=True):
         rows[block[0].name] += found
     return {name: math.fsum(sums) for name, sums in rows.items()}
+
+
+def _prefetch_curvature(expert: ExpertView, block: Block) -> None:
+    expert.prefetch_curvature(*block)
+
+
+def _power_sums(plan: MergePlan, expert: ExpertView, block: Block) -> list[float]:
+    """Σ v̂^power of each row of a block."""
+    exponent = plan.recipe.setting("power")
+    if plan.device == "cpu":
+        found = power_sums(expert.v_source(*block), block[2] - block[1], block_elements(block) // (block[2] - block[1]), exponent)
+        if found is None:
+            expert.refuse(*block)
+        return found
+    from ota_core.compute.kernels import power, row_sums
+
+    sums: list[float] = []
+    for job, start, stop in parts(block, plan.tensor_elements):
+        sums += row_sums(power(expert.v_hat(job.canonical, start, stop).double(), exponent)).tolist()
+    return sums
 
 
 def mean_of(plan: MergePlan, expert: ExpertView, sums: Mapping[str, float]) -> float:
@@ -210,8 +234,10 @@ def mask_of(
     if expert.masks is not None:
         kept = tensor_on(plan.device, expert.masks.read(job.canonical, start, stop))
     else:
-        assert difference is not None
+        assert difference is not None and plan.base is not None
         kept = keep(ffg_scoring(plan).of(expert, block, difference, v_hat), facts.thresholds[expert.index][job.canonical])
+        in_base = plan.base.present(job.name, start, stop)
+        kept = kept if in_base is None else kept & in_base  # there is no edit of what the base lacks
     return kept if present is None else kept & present
 
 

@@ -1,6 +1,6 @@
 """The task vector of a block, and the scores by which its elements are ranked: √v̂·|Δ| or |Δ|, of any experts of a plan."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,7 @@ class Scoring:
             found.append(Candidate(theta=theta, v=v, metric=BY_CURVATURE if self.curvature else BY_MAGNITUDE, row=row))
         return self.plan.base.stored(block[0].name, *block[1:]), found
 
-    def scores(self, experts: Iterable[int], block: Block) -> "Iterator[tuple[int, torch.Tensor]]":
+    def scores(self, experts: Iterable[int], block: Block) -> "Iterator[tuple[int, torch.Tensor | NDArray[np.float32]]]":
         """Expert and scores of a block, float32 ≥ 0, in parts, for what the compiled pass does not serve."""
         assert self.plan.base is not None
         for part in parts(block, self.plan.tensor_elements):
@@ -91,7 +91,10 @@ class Scoring:
             return found
         from ota_core.methods.saliency import keep
 
-        pieces = [keep(scores, threshold).cpu().numpy().reshape(-1) for _, scores in self.scores([expert.index], block)]
+        pieces = []
+        for _, scores in self.scores([expert.index], block):
+            assert not isinstance(scores, np.ndarray)
+            pieces.append(keep(scores, threshold).cpu().numpy().reshape(-1))
         kept = np.concatenate(pieces)
         return kept, int(kept.sum())
 
@@ -101,13 +104,35 @@ class Scoring:
         self.plan.base.prefetch(*block)
         for expert in (self.plan.expert(i) for i in experts):
             expert.prefetch(*block)
-            if self.curvature:
+            if self.curvature and expert.masks is None:  # a mask from a file is read, no score is computed
                 expert.prefetch_curvature(*block, full=self.full)
 
     def refuse_bad(self, experts: Iterable[int], block: Block, bad: int | None) -> None:
         """Raise the error that names the entry of v that is negative, NaN or infinite. bad: the position of its expert; None for none."""
         if bad is not None:
             self.plan.expert([*experts][bad]).refuse(*block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockScoring(Scoring):
+    """Scores that no single expert has, such as a deviation between experts: one score for each element, under the number 0."""
+
+    scores_of: Callable[[Block], NDArray[np.float32]]
+    """The scores of a block, float32 ≥ 0, (r·C,)."""
+    ahead: Callable[[Block], None]
+    """A hint that this block is next."""
+
+    def compiled(self, experts: Iterable[int], job: TensorJob) -> bool:
+        return False
+
+    def covers(self, expert: int, job: TensorJob) -> bool:
+        return True
+
+    def scores(self, experts: Iterable[int], block: Block) -> "Iterator[tuple[int, NDArray[np.float32]]]":
+        yield 0, self.scores_of(block)
+
+    def prefetch(self, experts: Iterable[int], block: Block) -> None:
+        self.ahead(block)
 
 
 def ffg_scoring(plan: MergePlan) -> Scoring:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ota_core.compute import loops
 from ota_core.fused import counts as fused
 from ota_core.fused.sources import TILE
 from ota_core.methods.numbers import BINS, locate, score_of
@@ -75,11 +76,19 @@ class Group:
     experts: Sequence[int]
     ranks: Mapping[int, Sequence[int]]
     """Expert → ranks k ≥ 1 by falling score."""
+    share: float | None = None
+    """In place of ranks: the part of the scores above 0 that lies at or above the one that is asked for, of each expert."""
 
     @property
     def depth(self) -> int:
         """The largest number of ranks of an expert."""
         return max((len(ranks) for ranks in self.ranks.values()), default=0)
+
+    def settle(self, high: "Counts") -> None:
+        """Turn a share into ranks, by the histogram of all upper bits: the first bin holds 0 and what is no normal number."""
+        if self.share is not None:
+            counts = {expert: int(self.share * int(high[row, 1:].sum())) for row, expert in enumerate(self.experts)}
+            self.ranks = {expert: (k,) if k else () for expert, k in counts.items()}
 
 
 def kth_largest(scoring: Scoring, groups: Sequence[Group], *, what: str) -> list[dict[int, list[float]]]:
@@ -149,6 +158,7 @@ def read_off(group: Group, brackets: Brackets) -> Scores | None:
 
 def bins_of(group: Group, high: Counts) -> NDArray[np.int64]:
     """The bin of each rank, int64 (M, R), from the histogram of all upper bits; −1 where an expert has fewer ranks."""
+    group.settle(high)
     bins = np.full((len(group.experts), group.depth), -1, np.int64)
     for row, expert in enumerate(group.experts):
         for r, k in enumerate(group.ranks.get(expert, ())):
@@ -270,6 +280,9 @@ def _count_into_high(
         scoring.refuse_bad(rows, block, fused.count_high(base, candidates, high, piece=piece, stride=stride))
         return
     for expert, scores in scoring.scores(rows, block):
+        if isinstance(scores, np.ndarray):
+            loops.count_high(scores.view(np.uint32), high[rows[expert]])
+            continue
         high[rows[expert]] += (_bits(scores) >> 16).bincount(minlength=BINS).cpu().numpy()
 
 
@@ -285,7 +298,9 @@ def _count_into_brackets(scoring: Scoring, group: Group, block: Block, found: Br
     for expert, scores in scoring.scores(rows, block):
         row = rows[expert]
         for r, bin in enumerate(found.bins[row].tolist()):
-            if bin >= 0:
+            if bin >= 0 and isinstance(scores, np.ndarray):
+                found.above[row, r] += loops.count_inside(scores.view(np.uint32), bin * BIN, found.inside[row, r])
+            elif bin >= 0 and not isinstance(scores, np.ndarray):
                 places = _bits(scores) - bin * BIN
                 found.above[row, r] += int((places >= width).sum())
                 inside = places[(places >= 0) & (places < width)]

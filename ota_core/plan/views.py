@@ -64,6 +64,19 @@ def parts(block: Block, elements: int) -> Iterator[Block]:
         yield job, start + a, start + b
 
 
+HINTS = 16
+"""Runs of rows of one block that are read ahead."""
+
+
+def row_runs(wanted: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    """Neighbouring rows that follow each other in the model, too: (place, the model's row or −1 where it lacks them, how many)."""
+    before, after = wanted[:-1], wanted[1:]
+    joined = np.where(before >= 0, after == before + 1, after < 0)
+    starts = np.concatenate([[0], np.flatnonzero(~joined) + 1])[: len(wanted)]
+    counts = np.diff(np.append(starts, len(wanted)))
+    return list(zip(starts.tolist(), wanted[starts].tolist(), counts.tolist(), strict=True))
+
+
 @dataclass(kw_only=True)
 class ModelView:
     """A model's tensors by the output's names and rows."""
@@ -86,17 +99,31 @@ class ModelView:
         """Rows of the output from a reader of the model's own rows; rows that the model lacks are zeros."""
         if self.row_map is None or not is_vocabulary_tensor(name):
             return read(name, start, stop)
-        wanted = self.row_map[start:stop]
-        return np.concatenate(
-            [read(name, row, row + 1) if row >= 0 else np.zeros_like(read(name, 0, 1)) for row in wanted.tolist()]
-        )
+        runs = row_runs(self.row_map[start:stop])
+        if len(runs) == 1 and runs[0][1] >= 0:
+            return read(name, runs[0][1], runs[0][1] + runs[0][2])
+        found: NDArray[Any] | None = None
+        for place, row, count in runs:
+            if row >= 0:
+                rows = read(name, row, row + count)
+                found = np.zeros((stop - start, *rows.shape[1:]), rows.dtype) if found is None else found
+                found[place : place + count] = rows
+        if found is None:
+            rows = read(name, 0, 0)
+            found = np.zeros((stop - start, *rows.shape[1:]), rows.dtype)
+        return found
 
-    def present(self, name: str, start: int, stop: int) -> "torch.Tensor | None":
-        """Which rows the model has: bool (stop − start, 1), on the device, or None when it has all."""
+    def has_rows(self, name: str, start: int, stop: int) -> NDArray[np.bool_] | None:
+        """Which rows the model has, bool (stop − start,), or None when it has all."""
         if self.row_map is None or not is_vocabulary_tensor(name):
             return None
         has = self.row_map[start:stop] >= 0
-        return None if has.all() else tensor_on(self.device, has[:, None])
+        return None if has.all() else has
+
+    def present(self, name: str, start: int, stop: int) -> "torch.Tensor | None":
+        """The same as bool (stop − start, 1), on the device."""
+        has = self.has_rows(name, start, stop)
+        return None if has is None else tensor_on(self.device, has[:, None])
 
     def theta(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Rows start:stop of the weights, float64 (stop − start, C), on the device."""
@@ -110,11 +137,19 @@ class ModelView:
 
     def prefetch(self, job: TensorJob, start: int, stop: int) -> None:
         """A hint that these rows are asked for soon."""
-        if self.row_map is None or not is_vocabulary_tensor(job.name):
-            self.checkpoint.prefetch(self.stored_name(job.name), start, stop)
+        self.hint(lambda *rows: self.checkpoint.prefetch(self.stored_name(job.name), *rows), job.name, start, stop)
+
+    def hint(self, prefetch: Callable[[int, int], None], name: str, start: int, stop: int) -> None:
+        """Hand these rows of the output on, as the model's own rows: neighbours together, the first few where they are many."""
+        if self.row_map is None or not is_vocabulary_tensor(name):
+            prefetch(start, stop)
+            return
+        for _, row, count in row_runs(self.row_map[start:stop])[:HINTS]:
+            if row >= 0:
+                prefetch(row, row + count)
 
     def stored(self, name: str, start: int, stop: int) -> Rows:
-        """The same rows as they are stored. A compiled pass that loads them tells the guard of numbers that are not finite."""
+        """The same rows as they are stored, with what says which the model has. A compiled pass that loads them tells the guard of numbers that are not finite."""
         rows = self._rows(name, start, stop)
         if self.guard is None or not rows.dtype.is_floating_point:
             return rows
@@ -127,7 +162,7 @@ class ModelView:
         stored = self.stored_name(name)
         held = self.gather(lambda *rows: self.checkpoint.read_rows(*rows).held, stored, start, stop)
         self.count_read(held.nbytes)
-        return Rows(self.checkpoint.info(stored).dtype, held)
+        return Rows(self.checkpoint.info(stored).dtype, held, present=self.has_rows(stored, start, stop))
 
 
 @dataclass(kw_only=True)
@@ -165,8 +200,11 @@ class ExpertView(ModelView):
         moments = self._moments(full)
         factor = bias_factor(moments, job.canonical) if self.bias_correction else 1.0
         if isinstance(moments, RankOneMoments) and (factors := moments.factors(job.canonical)) is not None:
-            return VSource(rank1_source(*factors, start), factor, factors)
-        v = moments.read(job.canonical, start, stop, check=False)
+            if self.row_map is None or not is_vocabulary_tensor(job.canonical):
+                return VSource(rank1_source(*factors, start), factor, factors)
+            share = self.gather(lambda _, *rows: factors[0][slice(*rows)], job.canonical, start, stop)
+            return VSource(rank1_source(share, factors[1], 0), factor, (share, factors[1]))
+        v = self.gather(lambda *rows: moments.read(*rows, check=False), job.canonical, start, stop)
         self.count_read(v.nbytes)
         return VSource(source_of(Rows.float32(v)), factor, v)
 
@@ -174,13 +212,13 @@ class ExpertView(ModelView):
         """Raise the MomentsError that names the bad entry of v, merged or full, in these rows."""
         for moments in (self.moments, self.full_moments):
             if moments is not None:
-                moments.read(job.canonical, start, stop)
+                self.gather(moments.read, job.canonical, start, stop)
         raise AssertionError(f"{job.canonical}: a compiled pass found a bad second moment, the check of its file did not")
 
     def prefetch_curvature(self, job: TensorJob, start: int, stop: int, *, full: bool = False) -> None:
         """A hint that these rows of v are asked for soon."""
-        if self.has_curvature(job.canonical) and (self.row_map is None or not is_vocabulary_tensor(job.name)):
-            self._moments(full).prefetch(job.canonical, start, stop)
+        if self.has_curvature(job.canonical):
+            self.hint(lambda *rows: self._moments(full).prefetch(job.canonical, *rows), job.canonical, start, stop)
 
     def _moments(self, full: bool) -> Moments:
         moments = self.full_moments if full else self.moments

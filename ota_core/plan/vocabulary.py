@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.checkpoint import Checkpoint, read_json, weight_files
+from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 
 _INPUT = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "tok_embeddings.weight", "embed_in.weight")
@@ -50,6 +50,8 @@ def names_in(folder: Path, source_of: SourceOf | None = None) -> frozenset[str] 
     try:
         weight_files(folder)
     except CheckpointError:
+        return None
+    if adapter_of(folder) is not None:
         return None
     with closing(Checkpoint(folder, source_of)) as checkpoint:
         # A folder may hold nothing but a file that this project wrote, of second moments or masks.

@@ -38,7 +38,8 @@ _DEFAULTS: dict[str, Any] = {
     "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none", "rank": 4,
     "bias_correction": False, "normalise": "none", "epsilon": 0.0, "denominator": "kept", "fallback": "base",
     "masked_merge": "precond", "rescale": False, "missing_curvature": "error", "seed": 0, "scaling_factor": 1.0, "weight": 1.0,
-    "gamma": 0.01, "density": 1.0, "normalize": False, "refine": "none", "ridge": 0.3, "input_curvature": 0.0,
+    "gamma": 0.01, "density": 1.0, "normalize": False, "refine": "none", "ridge": 0.3, "input_curvature": 0.0, "normalize_weights": True,
+    "eps": 1e-8, "nuslerp_row_wise": False, "nuslerp_flatten": True, "max_iter": 10, "tol": 1e-5, "filter_wise": False, "r": 0.1, "alpha": 0.2,
 }  # fmt: skip
 _METHOD_DEFAULTS: dict[tuple[str, str], Any] = {
     ("ota", "density"): None,
@@ -46,6 +47,13 @@ _METHOD_DEFAULTS: dict[tuple[str, str], Any] = {
     ("ties", "normalize"): True,
     ("dare_linear", "rescale"): True,
     ("dare_ties", "rescale"): True,
+    ("della", "normalize"): True,
+    ("della", "rescale"): True,
+    ("della_linear", "rescale"): True,
+    ("della", "epsilon"): 0.15,
+    ("della_linear", "epsilon"): 0.15,
+    ("ram", "epsilon"): 1e-5,
+    ("ramplus_tl", "epsilon"): 1e-5,
     ("rowspace", "normalize"): True,
     ("rowspace", "lambda"): "auto",
     ("rowspace", "refine"): "rowspace",
@@ -71,7 +79,10 @@ def _word(value: Any) -> str:
     """A value as YAML and the form spell it, none where there is none."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:g}"
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text  # 1e-08 is a word to YAML 1.1
 
 
 class Strict(BaseModel):
@@ -135,8 +146,14 @@ class ExpertParameters(Strict):
     density: Density | None = _own("density", "Fraction of the expert's elements that is kept, in (0, 1]")
     precond_threshold: NonNegative | None = _own("precond_threshold", "FFG threshold in units of v·Δ², instead of a density")
     scaling_factor: NonNegative | None = _own("scaling_factor", "Factor on this expert's curvature weight (ota)")
-    weight: Finite | None = _own("weight", "Weight of this expert (all methods but ota and slerp)")
+    weight: Finite | None = _own("weight", "Weight of this expert, in the methods that weigh experts by a number")
     gamma: Annotated[Number, Field(ge=0, lt=1)] | None = _own("gamma", "Fraction of largest edits dropped (breadcrumbs)")
+    epsilon: NonNegative | None = _own(
+        "epsilon",
+        "Added to every curvature weight before masking (ota); how far the chance of keeping an edit lies from the density at most (della); edits "
+        "that count are larger (ram, ramplus_tl)",
+    )
+    scale: Finite | None = _own("scale", "Factor on the model's weights (passthrough)")
 
 
 class ModelParameters(ExpertParameters):
@@ -170,7 +187,6 @@ class MergeParameters(ExpertParameters):
     rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = _own("rank", "Rank of compression rank_k")
     bias_correction: bool | None = _own("bias_correction", "Divide v by 1 − β₂^t")
     normalise: Literal["none", "global"] | None = _own("normalise", "Divide curvature weights by the expert's mean")
-    epsilon: NonNegative | None = _own("epsilon", "Added to every curvature weight before masking")
     denominator: Literal["kept", "all"] | None = _own("denominator", "Experts whose weights the denominator sums")
     fallback: Literal["base", "mean"] | None = _own("fallback", "Value of elements that no expert keeps")
     masked_merge: Literal["precond", "linear", "ties"] | None = _own("masked_merge", "How masked task vectors combine")
@@ -181,11 +197,27 @@ class MergeParameters(ExpertParameters):
         "all are estimated",
     )
     estimate: EstimateSettings | None = _own("estimate", "How second moments are estimated, with missing_curvature: estimate")
-    normalize: bool | None = _own("normalize", "Divide by the sum of the weights (all methods but ota, fisher and slerp)")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = _own("seed", "Seed of DARE's random masks")
-    t: Annotated[Number, Field(ge=0, le=1)] | None = Field(
-        None, description="Position between the two models (slerp, which needs it)."
+    normalize: bool | None = _own(
+        "normalize", "Divide by the sum of the weights (linear and the methods that add up task vectors)"
     )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = _own("seed", "Seed of the random masks of DARE and DELLA")
+    t: NonNegative | None = Field(
+        None,
+        description="Position between the two models, at most 1 (slerp, which needs it), or the largest change of a weight (nearswap, which needs it too).",
+    )
+    normalize_weights: bool | None = _own("normalize_weights", "Divide the weights by their sum (multislerp)")
+    eps: NonNegative | None = _own("eps", "Keeps divisions by norms finite (multislerp)")
+    nuslerp_flatten: bool | None = _own(
+        "nuslerp_flatten", "One angle for a whole tensor, not one for each row or column (nuslerp)"
+    )
+    nuslerp_row_wise: bool | None = _own(
+        "nuslerp_row_wise", "Without nuslerp_flatten: angles along the first axis of a tensor, not along the last one (nuslerp)"
+    )
+    max_iter: Annotated[int, BeforeValidator(_no_switch), Field(ge=0)] | None = _own("max_iter", "Steps to the mean (karcher)")
+    tol: NonNegative | None = _own("tol", "A step shorter than this angle ends the search for the mean (karcher)")
+    filter_wise: bool | None = _own("filter_wise", "One ratio for each row, not one for the whole tensor (model_stock)")
+    r: NonNegative | None = _own("r", "How much edits of one expert alone are scaled up (ramplus_tl)")
+    alpha: NonNegative | None = _own("alpha", "The largest ratio of shared to unique edits that counts in it (ramplus_tl)")
 
 
 _REFINE = {"refine", "ridge"}
@@ -204,5 +236,25 @@ USED: dict[str, set[str]] = {
     "breadcrumbs_ties": {"weight", "density", "gamma", "normalize", "lambda"} | _REFINE,
     "rowspace": {"weight", "normalize", "lambda", "ridge"},
     "slerp": {"t"} | _REFINE,
+    "passthrough": {"scale"},
+    "nearswap": {"t", "lambda"} | _REFINE,
+    "arcee_fusion": {"lambda"} | _REFINE,
+    "ram": {"epsilon", "lambda"} | _REFINE,
+    "ramplus_tl": {"epsilon", "r", "alpha", "lambda"} | _REFINE,
+    "sce": {"density", "lambda"} | _REFINE,
+    "della": {"weight", "density", "epsilon", "normalize", "lambda", "rescale", "seed"} | _REFINE,
+    "della_linear": {"weight", "density", "epsilon", "normalize", "lambda", "rescale", "seed"} | _REFINE,
+    "multislerp": {"weight", "normalize_weights", "eps", "lambda"} | _REFINE,
+    "nuslerp": {"weight", "nuslerp_flatten", "nuslerp_row_wise", "lambda"} | _REFINE,
+    "karcher": {"max_iter", "tol"} | _REFINE,
+    "model_stock": {"filter_wise", "lambda"} | _REFINE,
 }  # fmt: skip
 """Method to its parameters; any other is a mistake in a recipe."""
+
+_OF_THE_MERGE = {"ota": {"epsilon"}, "ram": {"epsilon"}, "ramplus_tl": {"epsilon"}, "sce": {"density"}}
+"""Parameters that other methods take for each expert and this one for the whole merge."""
+
+
+def of_experts(method: str) -> set[str]:
+    """The parameters of a method that may differ between experts, beside the place of their second moments."""
+    return (USED[method] & set(ExpertParameters.model_fields)) - _OF_THE_MERGE.get(method, set())

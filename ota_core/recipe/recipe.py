@@ -11,15 +11,16 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
+from ota_core.names import why_unsafe
 from ota_core.recipe.parameters import (
     AUTO,
     USED,
     EstimateSettings,
-    ExpertParameters,
     MergeParameters,
     ModelParameters,
     Strict,
     default,
+    of_experts,
 )
 from ota_core.recipe.yaml_text import dump_yaml, load_yaml, nearest
 
@@ -35,11 +36,30 @@ Method = Literal[
     "fisher",
     "slerp",
     "rowspace",
+    "passthrough",
+    "nearswap",
+    "arcee_fusion",
+    "ram",
+    "ramplus_tl",
+    "sce",
+    "della",
+    "della_linear",
+    "multislerp",
+    "nuslerp",
+    "karcher",
+    "model_stock",
 ]
 DType = Literal["float32", "float16", "bfloat16"]
 # mergekit's and mergekit-OTA's spellings, and what they are called here.
 _SPELLINGS = {"masked_task_vector_merge_method": "masked_merge"}
-NEEDS_BASE = {"task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace", "slerp"}
+NEEDS_BASE = {
+    "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace", "slerp", "nearswap", "arcee_fusion",
+    "ram", "ramplus_tl", "sce", "della", "della_linear", "model_stock",
+}  # fmt: skip
+WITHOUT_BASE = {"linear", "karcher", "passthrough"}
+"""Methods in which a base takes no part, even where one is named."""
+_EXPERTS = {"passthrough": (1, 1), "nuslerp": (2, 2), "nearswap": (1, 2), "arcee_fusion": (1, 2), "model_stock": (2, math.inf)}
+"""How many models a method takes, beside a base; of two that it interpolates between, the base may be one."""
 NEEDS_MOMENTS = {"ota", "fisher"}
 RESERVED_NAMES = ("base", "merged")
 OF_REFINE = ("ridge", "input_curvature")
@@ -137,7 +157,7 @@ class MergeRecipe(Strict):
     def effective(self) -> dict[str, Any]:
         """Every parameter in force, defaults included: two recipes that say the same in different words are equal here."""
         used = USED[self.merge_method] - {"preconditioner_path", "estimate"}  # known by the digests of second moments
-        own = {key for key in used if key in ExpertParameters.model_fields}
+        own = of_experts(self.merge_method)
         return {
             "merge_method": self.merge_method,
             "dtype": self.output_dtype,
@@ -183,6 +203,8 @@ def _mergekit_spellings(raw: dict[str, Any]) -> dict[str, Any]:
         raw["tokenizer"] = tokenizer
     if isinstance(raw.get("parameters"), dict):
         raw["parameters"] = _parameter_spellings(raw["parameters"])
+        if raw.get("merge_method") == "sce" and "density" not in raw["parameters"] and "select_topk" in raw["parameters"]:
+            raw["parameters"]["density"] = raw["parameters"].pop("select_topk")
     if isinstance(raw.get("models"), list | tuple):
         raw["models"] = [
             {**entry, "parameters": _parameter_spellings(entry["parameters"])}
@@ -220,6 +242,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         ]
         for key in sorted(_given(parameters) - used)
     ]
+    problems += [
+        f"models[{i}].parameters: '{key}' holds for the whole merge with merge_method {method}; move it to the recipe's parameters"
+        for i, entry in enumerate(recipe.models)
+        for key in sorted((_given(entry.parameters) & used) - of_experts(method) - {"preconditioner_path"})
+    ]
     compression = recipe.setting("compression")
     if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":
         problems.append(f"parameters: 'rank' has no effect with compression {compression}; remove it, or set compression: rank_k")
@@ -251,6 +278,11 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         f"models: the name '{name}' is given twice; names label the results"
         for name in sorted({n for n in names if names.count(n) > 1})
     ]
+    problems += [
+        f"models: the name {n!r} cannot be a file's name: {why}; choose another label"
+        for n in names
+        if (why := why_unsafe(n) or ("it holds a slash" if "/" in n else None))
+    ]
     problems += [f"models: the name '{n}' is kept for another model; choose another label" for n in names if n in RESERVED_NAMES]
     problems += [
         f"models: the name '{n}' has a slash; names also label files, write {n.replace('/', '-')!r}" for n in names if "/" in n
@@ -260,8 +292,30 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
         problems.append(f"tokenizer_source: got '{source}', expected base, model:<name> or union")
     if method == "slerp" and len(recipe.models) not in {1, 2}:
         problems.append(f"slerp interpolates between two models, the recipe names {len(recipe.models)}")
-    if method == "slerp" and recipe.parameters.t is None:
-        problems.append("parameters: slerp needs 't', the position between the two models in [0, 1]")
+    return problems + _number_problems(recipe)
+
+
+def _number_problems(recipe: MergeRecipe) -> list[str]:
+    """What is wrong with the numbers of models and of parameters that one method alone restricts."""
+    method, count, t = recipe.merge_method, len(recipe.models), recipe.parameters.t
+    problems = []
+    if method == "slerp" and (t is None or t > 1):
+        problems.append(
+            f"parameters: slerp needs 't', the position between the two models in [0, 1]{'' if t is None else f', got {t:g}'}"
+        )
+    if method == "nearswap" and t is None:
+        problems.append("parameters: nearswap needs 't', the largest change of a weight, such as 0.0001")
+    least, most = _EXPERTS.get(method, (1, math.inf))
+    if not least <= count <= most:
+        expected = f"{least}" if least == most else f"{least} or {most}" if most < math.inf else f"at least {least}"
+        problems.append(f"models: {method} takes {expected}, the recipe names {count}")
+    for i in range(count) if method in {"della", "della_linear"} else ():
+        density, epsilon = recipe.setting("density", i), recipe.setting("epsilon", i)
+        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            problems.append(
+                f"models[{i}]: {method} keeps edits with chances from density - epsilon to density + epsilon, which must lie between 0 and 1; got density "
+                f"{density:g} and epsilon {epsilon:g}"
+            )
     return problems
 
 
@@ -273,6 +327,10 @@ def _base_contradictions(recipe: MergeRecipe) -> list[str]:
         return ["base_model is missing: refine: rowspace works on task vectors, the difference of each expert to the base"]
     if method in NEEDS_BASE and not (method == "slerp" and len(recipe.models) == 2):
         return [f"base_model is missing: {method} works on task vectors, the difference of each expert to the base"]
+    if method in {"multislerp", "nuslerp"} and recipe.setting("lambda") != 1.0:
+        return ["base_model is missing: parameters.lambda acts on task vectors, which need the base"]
+    if method in {"multislerp", "nuslerp"} and recipe.scales is not None:
+        return ["base_model is missing: scales act on task vectors, which need the base"]
     if method != "ota":
         return []
     problems = []
@@ -343,5 +401,5 @@ def _known_keys(location: tuple[Any, ...]) -> set[str]:
         level = ModelEntry
     if "estimate" in location[:-1]:
         level = EstimateSettings
-    spellings = set(_SPELLINGS) | {"rank1_approx", "fallback_to_base"} if level is MergeParameters else set()
+    spellings = set(_SPELLINGS) | {"rank1_approx", "fallback_to_base", "select_topk"} if level is MergeParameters else set()
     return {"lambda" if name == "lambda_" else name for name in level.model_fields} | spellings

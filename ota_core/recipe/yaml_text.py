@@ -59,6 +59,11 @@ def dump_yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
 
 
+def as_comment(lines: Iterable[str]) -> str:
+    """Lines as YAML comments, each on one line whatever it holds."""
+    return "".join(f"# {' '.join(line.split())}\n" for line in lines)
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """A phrase that suggests the known key nearest to a mistyped one."""
     names = sorted(known)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from ota_core.files.rows import Rows
+from ota_core.files.rows import F32, F64, Rows
 from ota_core.fused.sources import rounded
 from ota_core.plan.estimated import estimates_of
 from ota_core.plan.found import Found
@@ -74,10 +74,14 @@ class Rule:
         assert base is not None
         if not self._can_fuse(block[0]):
             return self._merge_tensors(block) - base
-        # Through float32, as the result would be rounded.
-        out = Rows.float32(np.empty(tuple(base.shape), np.float32))
+        dtype = F64 if self._exact_edit(block[0]) else F32
+        out = Rows(dtype, np.empty(tuple(base.shape), dtype.held))
         self._merge_fused(block, out)
         return out.tensor().double() - base
+
+    def _exact_edit(self, job: TensorJob) -> bool:
+        """Whether λ is found from the edit in float64, or through float32, as the result would be rounded: both have been so from the start."""
+        return self._plan.matched_rows(job)
 
     def reweighted(self, recipe: MergeRecipe) -> Self:
         """This rule, prepared as it is, for a recipe that differs in the weights of its experts alone."""

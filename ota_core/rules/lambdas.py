@@ -181,7 +181,7 @@ def _sketch(plan: MergePlan, expert: ExpertView, block: Block) -> "tuple[torch.T
 
 
 def _sketch_part(rows: "torch.Tensor", first: int) -> "tuple[torch.Tensor, float]":
-    """What some rows add, on tensors: for a vocabulary that differs, a type that no loop loads, a GPU."""
+    """What some rows add, on tensors: for a type that no loop loads, a GPU."""
     return rows.T @ _probes(first, rows.shape[0], rows), float(rows.pow(2).sum())
 
 

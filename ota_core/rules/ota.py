@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ota_core.files.rows import Rows
 from ota_core.fused.ota import Vote, ota_block
 from ota_core.fused.sources import BY_CURVATURE, BY_MAGNITUDE
+from ota_core.fused.sums import squares_of
 from ota_core.plan.found import Found
-from ota_core.plan.plan import MergePlan, compiled
+from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import Curvature, WholeFacts, block_mask, mask_of, prepare_curvature
-from ota_core.plan.scoring import delta
-from ota_core.plan.views import Block, ExpertView, TensorJob, parts
+from ota_core.plan.scoring import delta, ffg_scoring
+from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts
 from ota_core.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -45,27 +46,48 @@ class OtaRule(Rule):
         if plan.recipe.setting("rescale"):
             for expert in plan.experts:
                 if plan.recipe.ffg(expert.index):
-                    jobs = [job for job in plan.merged_jobs() if job.name not in self._facts.averaged]
-                    found = plan.stream.map(
-                        partial(self._scale, expert), jobs, what=f"norms {expert.name}", size=lambda j: j.elements
-                    )
-                    self._scales |= {(expert.index, job.name): scale for job, scale in zip(jobs, found, strict=True)}
+                    self._find_scales(expert)
 
-    def _scale(self, expert: ExpertView, job: TensorJob) -> float:
-        """‖Δ‖ / ‖mask·Δ‖ of one tensor; 1 where nothing is left."""
+    def _find_scales(self, expert: ExpertView) -> None:
+        """‖Δ‖ / ‖mask·Δ‖ of every tensor of an expert; 1 where nothing is left."""
+        plan = self._plan
+        jobs = [job for job in plan.merged_jobs() if job.name not in self._facts.averaged]
+        blocks = plan.blocks(jobs)
+        found = plan.stream.map(
+            partial(self._squares, expert), blocks, what=f"norms {expert.name}", size=block_elements,
+            ahead=partial(ffg_scoring(plan).prefetch, [expert.index]),
+        )  # fmt: skip
+        sums: dict[str, tuple[list[float], list[float]]] = {job.name: ([], []) for job in jobs}
+        for block, squares in zip(blocks, found, strict=True):
+            for total, part in zip(sums[block[0].name], squares, strict=True):
+                total += part
+        for name, (whole, kept) in sums.items():
+            left = math.fsum(kept)
+            self._scales[expert.index, name] = math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
+
+    def _squares(self, expert: ExpertView, block: Block) -> tuple[list[float], list[float]]:
+        """Σ Δ² and Σ mask·Δ² of every row of a block."""
+        plan, job = self._plan, block[0]
+        if job.canonical in expert.inactive:
+            return [], []
+        if plan.can_fuse([expert], job):
+            assert plan.base is not None
+            base, theta = (view.stored(job.name, *block[1:]) for view in (plan.base, expert))
+            if expert.masks is not None:
+                return squares_of(base, theta, expert.masks.read(job.canonical, *block[1:]))
+            return squares_of(base, theta, block_mask(plan, self._facts, expert, block)[0])
         import torch
 
         from ota_core.compute.kernels import row_sums
 
         whole, kept = [], []
-        for block in parts((job, 0, job.rows), self._plan.tensor_elements):
-            difference = delta(self._plan, expert, *block)
-            mask = mask_of(self._plan, self._facts, expert, block, difference)
+        for part in parts(block, plan.tensor_elements):
+            difference = delta(plan, expert, *part)
+            mask = mask_of(plan, self._facts, expert, part, difference)
             squares = difference * difference
             whole += row_sums(squares).tolist()
             kept += row_sums(squares if mask is None else torch.where(mask, squares, 0.0)).tolist()
-        left = math.fsum(kept)
-        return math.sqrt(math.fsum(whole) / left) if left > 0 else 1.0
+        return whole, kept
 
     def _merge_tensors(self, block: Block) -> "torch.Tensor":
         import torch
@@ -147,30 +169,47 @@ class OtaRule(Rule):
         return ota(thetas, [torch.ones_like(t) for t in thetas], [None] * len(thetas), base, lam=scale)
 
     def _can_fuse(self, job: TensorJob) -> bool:
-        fuses = self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
-        return compiled(self._plan.recipe) and job.name not in self._facts.averaged and fuses
+        return self._plan.can_fuse(self._plan.experts, job, base=self._plan.base is not None)
+
+    def _exact_edit(self, job: TensorJob) -> bool:
+        options = self._masked_merge != "precond" or self._fallback == "mean" or self._plan.recipe.setting("rescale")
+        return options or job.name in self._facts.averaged or super()._exact_edit(job)
 
     def _merge_fused(self, block: Block, out: Rows) -> None:
         plan, job = self._plan, block[0]
         base = plan.base.stored(job.name, *block[1:]) if plan.base else None
-        active = [expert for expert in plan.experts if expert.has_curvature(job.canonical)]
+        if job.name in self._facts.averaged:
+            self._average_fused(block, base, out)
+            return
+        # Without a base, and with ``fallback: mean``, those that take no part count in the mean.
+        voters = [e for e in plan.experts if base is None or self._fallback == "mean" or e.has_curvature(job.canonical)]
         counts, bad = ota_block(
             base,
-            [self._vote(expert, block) for expert in active],
+            [self._vote(expert, block) for expert in voters],
             out,
             power=self._power,
             epsilon=self._epsilon,
             lam=self.scale_of(job),
             denominator=self._denominator,
+            masked_merge=self._masked_merge,
+            fallback=self._fallback,
+            rescale=bool(self._scales),
         )
         if bad is not None:
-            active[bad].refuse(*block)
-        for expert, count in zip(active, counts, strict=True):
+            voters[bad].refuse(*block)
+        for expert, count in zip(voters, counts, strict=True):
             self._add_count(expert, job, count)
+
+    def _average_fused(self, block: Block, base: Rows | None, out: Rows) -> None:
+        """``_average`` as the compiled pass has it: every expert with the same weight."""
+        votes = [Vote(theta=expert.stored(block[0].name, *block[1:]), v=None) for expert in self._plan.experts]
+        ota_block(base, votes, out, power=1.0, epsilon=0.0, lam=self.scale_of(block[0]), denominator="all")
 
     def _vote(self, expert: ExpertView, block: Block) -> Vote:
         job, plan = block[0], self._plan
         theta = expert.stored(job.name, *block[1:])
+        if not expert.has_curvature(job.canonical):
+            return Vote(theta=theta, v=None, takes_part=False)
         threshold, kept = None, None
         if plan.recipe.ffg(expert.index):
             if expert.masks is not None:
@@ -184,6 +223,7 @@ class OtaRule(Rule):
             v=expert.v_source(*block),
             scale=plan.recipe.setting(self._factor, expert.index),
             mean=self._facts.means.get(expert.index, 1.0),
+            stretch=self._scales.get((expert.index, job.name), 1.0),
             threshold=threshold,
             kept=kept,
             metric=BY_MAGNITUDE if plan.recipe.setting("metric") == "magnitude" else BY_CURVATURE,
@@ -248,6 +288,10 @@ class FisherRule(OtaRule):
     def __init__(self, plan: MergePlan, whole: WholeFacts | None = None) -> None:
         super().__init__(plan, whole)
         self._power, self._lambda = 1.0, 1.0
+
+    def _average_fused(self, block: Block, base: Rows | None, out: Rows) -> None:
+        votes = [Vote(theta=expert.stored(block[0].name, *block[1:]), v=None, takes_part=False) for expert in self._plan.experts]
+        ota_block(base, votes, out, power=1.0, epsilon=0.0, lam=1.0, denominator="kept", fallback="mean")
 
     def _average(self, thetas: "list[torch.Tensor]", base: "torch.Tensor | None", scale: float) -> "torch.Tensor":
         from ota_core.methods.ota import mean

@@ -9,7 +9,7 @@ import torch
 
 from ota_core.files.rows import Rows
 from ota_core.plan.plan import MergePlan
-from ota_core.plan.views import Block, parts
+from ota_core.plan.views import Block, ModelView, parts
 
 
 def merge_in_parts(
@@ -42,12 +42,25 @@ def base_rows(plan: MergePlan, block: Block) -> torch.Tensor | None:
 
 
 def expert_rows(plan: MergePlan, block: Block, base: torch.Tensor | None) -> list[torch.Tensor]:
-    """θ_m of every expert; a row that an expert's vocabulary lacks is the base's."""
-    thetas = []
-    for expert in plan.experts:
-        theta = expert.theta(block[0].name, *block[1:])
-        present = expert.present(block[0].name, *block[1:])
-        if present is not None:
-            theta = torch.where(present, theta, theta if base is None else base)
-        thetas.append(theta)
-    return thetas
+    """θ_m of every expert; a row that an expert's vocabulary lacks is the base's, without a base the mean of the experts that have it."""
+    thetas = [expert.theta(block[0].name, *block[1:]) for expert in plan.experts]
+    presents = [expert.present(block[0].name, *block[1:]) for expert in plan.experts]
+    if base is None and any(present is not None for present in presents):
+        total, count = torch.zeros_like(thetas[0]), torch.zeros_like(thetas[0])
+        for theta, present in zip(thetas, presents, strict=True):
+            total += theta  # zeros where it is not present
+            count += 1.0 if present is None else present.double()
+        base = total / count.clamp(min=1.0)
+    return [
+        theta if present is None or base is None else torch.where(present, theta, base)
+        for theta, present in zip(thetas, presents, strict=True)
+    ]
+
+
+def end_rows(ends: tuple[ModelView, ModelView], block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block of two models, each float64 (r, C); a row that one of them lacks is the other's."""
+    first, second = (view.theta(block[0].name, *block[1:]) for view in ends)
+    in_first, in_second = (view.present(block[0].name, *block[1:]) for view in ends)
+    if in_first is not None:
+        first = torch.where(in_first, first, second)
+    return first, second if in_second is None else torch.where(in_second, second, first)

@@ -25,6 +25,8 @@ class TaskVectorRule(Rule):
         super().__init__(plan, whole)
         self._method = plan.recipe.merge_method
         self._weights = [plan.recipe.setting("weight", i) for i in range(len(plan.experts))]
+        self._elects = self._method.endswith("ties")
+        """Whether signs are elected, or task vectors just added up."""
         self._limits: dict[tuple[int, str], tuple[float, float]] = {}
 
     def _prepare(self) -> None:
@@ -67,7 +69,7 @@ class TaskVectorRule(Rule):
         from ota_core.methods.task_vectors import add_up, elect_and_add
 
         base, deltas = self._deltas(block)
-        combine = elect_and_add if self._method.endswith("ties") else add_up
+        combine = elect_and_add if self._elects else add_up
         merged = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
         return base + self.scale_of(block[0]) * merged
 
@@ -75,7 +77,7 @@ class TaskVectorRule(Rule):
         from ota_core.methods.task_vectors import add_up_parts, elect_and_add_parts
 
         base, deltas = self._deltas(block)
-        combine = elect_and_add_parts if self._method.endswith("ties") else add_up_parts
+        combine = elect_and_add_parts if self._elects else add_up_parts
         found = combine(deltas, self._weights, normalize=self._plan.recipe.setting("normalize"))
         return base, [self.scale_of(block[0]) * edit for edit in found]
 
@@ -95,7 +97,7 @@ class TaskVectorRule(Rule):
             self._plan.base.stored(block[0].name, *block[1:]),
             [self._part(expert, block) for expert in self._plan.experts],
             out,
-            elect=self._method.endswith("ties"),
+            elect=self._elects,
             normalize=self._plan.recipe.setting("normalize"),
             lam=self.scale_of(block[0]),
             nothing=NOTHING,
@@ -131,5 +133,5 @@ class TaskVectorRule(Rule):
         return drop(difference, random, density=density, rescale=self._plan.recipe.setting("rescale"))
 
     def results(self, found: Found) -> dict[str, Any]:
-        seed = {"seed": self._plan.recipe.setting("seed")} if self._method.startswith("dare") else {}
+        seed = {"seed": self._plan.recipe.setting("seed")} if self._method.startswith(("dare", "della")) else {}
         return seed | super().results(found)

@@ -29,6 +29,7 @@ from ota_core.artifact import (
     write_record,
 )
 from ota_core.errors import ArtifactError
+from ota_core.files.room import full_disk
 from tasks.artifacts.processes import is_alive, start_time
 from tasks.artifacts.system_metrics import sampled
 from tasks.settings import Places
@@ -95,7 +96,7 @@ class ArtifactStore:
             found = self.find(kind, fingerprint)  # another one may have built it while this one waited
             if found:
                 return found
-            with self._workplace(kind, fingerprint) as temporary:
+            with self._workplace(kind, fingerprint) as temporary, full_disk(temporary):
                 started = time.monotonic()
                 with sampled() as system:
                     result = build(temporary)
@@ -292,7 +293,7 @@ def _local_record(folder: Path) -> Record | None:
 
 def _remote_record(uri: str) -> Record | None:
     """As ``_local_record``, from one listing."""
-    listed = {one.uri.removeprefix(uri + "/"): one for one in storage.list_objects(uri)}
+    listed = storage.objects_below(uri)
     if RECORD not in listed:
         return None
     try:

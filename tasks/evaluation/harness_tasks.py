@@ -3,13 +3,14 @@
 import glob
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ota_core.errors import raise_all
 from ota_core.recipe.yaml_text import nearest
 from tasks.evaluation.backend import CHAT
-from tasks.evaluation.suites import DATA, Suite, SuiteError, TaskEntry
+from tasks.evaluation.suites import DATA, SUITES, Suite, SuiteError, TaskEntry
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,10 @@ def load_tasks(suite: Suite, data_dir: Path | None, cache: Path) -> dict[str, di
     loaded = {}
     for name, spec in specs.items():
         try:
-            found = manager.load([spec])
+            with task_code(suite):
+                found = manager.load([spec])
+        except SuiteError:
+            raise
         except Exception as error:
             # Task code and data sets raise whatever they like; the message of lm-eval's own says what is missing.
             raise SuiteError(f"suite {suite.name}: lm-eval cannot load task '{name}': {type(error).__name__}: {error}") from error
@@ -58,6 +62,30 @@ def load_tasks(suite: Suite, data_dir: Path | None, cache: Path) -> dict[str, di
             problems += _metric_problems(suite, entry, loaded[entry.task], is_loss=entry.task in losses)
     raise_all(problems, SuiteError)
     return loaded
+
+
+@contextmanager
+def task_code(suite: Suite) -> Iterator[None]:
+    """While lm-eval loads tasks: ``!function`` in a task file is followed in its own files and in those of deployments/suites, elsewhere only
+    with the suite's ``allow_code_execution``. Loading a task would otherwise run whatever its file names."""
+    from lm_eval.tasks import _yaml_loader as loader
+
+    follow = loader._import_func_in_yml
+    trusted = (Path(loader.__file__).parent, SUITES)
+
+    def checked(name: str, folder: Path) -> Any:
+        if not suite.allow_code_execution and not any(folder.resolve().is_relative_to(place) for place in trusted):
+            raise SuiteError(
+                f"suite {suite.name}: a task file in {folder} names the function {name[:80]}; code in task files runs only with "
+                "allow_code_execution: true in the suite"
+            )
+        return follow(name, folder)
+
+    loader._import_func_in_yml = checked
+    try:
+        yield
+    finally:
+        loader._import_func_in_yml = follow
 
 
 def index_problems(suite: Suite, name: str, entry: TaskEntry, manager: Any) -> Iterator[str]:

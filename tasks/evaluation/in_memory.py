@@ -11,8 +11,8 @@ from typing import Any, Self, Unpack
 from ota_core.compute.blocks import matrix_shape
 from ota_core.compute.stream import Limits
 from ota_core.engine import engine
-from ota_core.engine.output import new_folder
 from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.place import new_folder
 from ota_core.files.rows import Rows
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import MergeRecipe
@@ -130,7 +130,8 @@ class MergedModel:
             engine.merge_into_memory(recipe, inputs, self._weights.put, **limits)
             self._weights.settle()
             return
-        with new_folder(self._spare, overwrite=True) as folder:
+        remove_tree(self._spare)  # of a trial that was killed
+        with new_folder(self._spare, overwrite=False) as folder:
             engine.merge_into(folder, recipe, inputs, **limits)
             self._open(folder)
         remove_tree(self._spare)

@@ -5,12 +5,18 @@ from pathlib import Path
 
 from ota_core.artifact import ArtifactRef
 from ota_core.errors import StorageError
+from ota_core.files.checkpoint import GGUF
 from ota_core.frozen import Frozen
-from ota_core.plan.inputs import ExpertInput, MergeInputs
+from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from tasks.artifacts.store import store_of
-from tasks.settings import Places
+from tasks.merging.gguf_companions import gguf_companions
+from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
+from tasks.storage.cache import appearing, locked, note_use
 from tasks.storage.models import Fetched, digest_folder, is_s3
+
+WRITTEN = "written"
+"""Folder of the cache with models that transformers cannot load as they are: adapters merged into their bases, GGUF files."""
 
 
 class Subject(Frozen):
@@ -26,6 +32,10 @@ class Subject(Frozen):
     """Where another machine finds it: ``s3://…``, ``org/name@commit`` or a folder that both see."""
     artifact: ArtifactRef | None = None
     """A model that this tool merged."""
+    under: "Subject | None" = None
+    """What it is an adapter of; ``digest`` is then of both, and ``path`` None, as of a GGUF file: it is written when it is to be scored."""
+    own_digest: str | None = None
+    """Of the adapter alone, where it is one."""
 
 
 def subjects_of(inputs: MergeInputs, fetched: Sequence[Fetched]) -> dict[str, Subject]:
@@ -41,8 +51,10 @@ def subjects_of(inputs: MergeInputs, fetched: Sequence[Fetched]) -> dict[str, Su
 
 def fetched_subject(name: str, role: str, fetched: Fetched, capability: str | None = None) -> Subject:
     """A checkpoint that was fetched as something to benchmark."""
+    under = fetched.under and fetched_subject("base", "base", fetched.under)
     return Subject(
-        name=name, role=role, capability=capability, path=fetched.path, digest=fetched.digest, location=fetched.resolved
+        name=name, role=role, capability=capability, path=None if under or _is_gguf(fetched.path) else fetched.path, digest=fetched.digest,
+        location=fetched.resolved, under=under, own_digest=fetched.own_digest,
     )  # fmt: skip
 
 
@@ -53,17 +65,45 @@ def bring_model(subject: Subject, places: Places) -> Path:
     if subject.location is None:
         raise StorageError(f"{subject.name}: the model lies in a folder of another machine; keep it in s3://…")
     fetched = storage.fetch(subject.location, cache=places.cache)
-    if fetched.digest != subject.digest:
+    expected = subject.own_digest or subject.digest
+    if fetched.digest != expected:
         raise StorageError(
             f"{subject.location} ({subject.name}) is not what it was when the run began: its digest is {fetched.digest}, expected "
-            f"{subject.digest}; run again"
+            f"{expected}; run again"
         )
-    return fetched.path
+    if subject.under is None and not _is_gguf(fetched.path):
+        return fetched.path
+    base = None if subject.under is None else subject.under.path or bring_model(subject.under, places)
+    return whole_model(fetched.path, base, subject.digest, places)
+
+
+def _is_gguf(folder: Path) -> bool:
+    return not (folder / "model.safetensors").is_file() and any(folder.glob(f"*{GGUF}"))
+
+
+def whole_model(path: Path, base: Path | None, digest: str, places: Places) -> Path:
+    """A base with an adapter on it, or a GGUF file, as a folder of the cache that transformers loads, in the base's own types. digest: of all."""
+    from ota_core.engine.engine import merge_into
+    from ota_core.recipe.recipe import parse_recipe
+
+    folder = places.cache / WRITTEN / digest.rpartition(":")[2]
+    with locked(places.cache, f"written {folder.name}"):
+        if not folder.is_dir():
+            under = None if base is None else ModelInput(name="base", path=base)
+            companions = gguf_companions(path, places.cache) if base is None else None
+            model = ExpertInput(name="model", path=path, under=under, companions=companions)
+            recipe = parse_recipe({"merge_method": "linear", "models": [{"model": str(path)}]})
+            with appearing(folder) as temporary:
+                merge_into(temporary, recipe, MergeInputs(base=None, experts=(model,)))
+        note_use(folder)
+    return folder
 
 
 def bring_data(data: str | None, places: Places) -> Path | None:
     """A suite's data as a folder of this machine. Raises StorageError."""
     if data is None or not is_s3(data):
+        if data:
+            allow_path(data, "data_dir")
         return Path(data).expanduser() if data else None
     return storage.download_folder(data, cache=places.cache)[0]
 

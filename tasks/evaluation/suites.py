@@ -15,6 +15,7 @@ from ota_core.recipe.yaml_text import load_yaml, nearest
 from tasks.evaluation.backend import CHAT, SERVERS, Backend
 from tasks.evaluation.tiers import DEVELOPMENT, Tier
 from tasks.merging.recipes import parse_config
+from tasks.settings import allow_path
 
 SUITES = Path(__file__).resolve().parents[2] / "deployments" / "suites"
 
@@ -71,7 +72,10 @@ class Suite(Frozen):
     name: str
     include_path: Path | None = Field(None, description="Folder of local lm-eval task files, relative to the suite file.")
     include_defaults: bool = Field(False, description="Index the tasks that lm-eval ships (takes seconds).")
-    allow_code_execution: bool = Field(False, description="Run tasks that execute code written by the model. Use a sandbox.")
+    allow_code_execution: bool = Field(
+        False,
+        description="Run tasks that execute code written by the model, and functions that local task files name. Use a sandbox.",
+    )
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="For every task whose own file does not say 0.")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 64
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Documents per task, of a group per member.")
@@ -168,6 +172,7 @@ def load_suite(path_or_name: str) -> Suite:
                 f"there is no suite '{path_or_name}' in {SUITES}, and it is no .yaml file; {nearest(path_or_name, known)}"
             )
         path = SUITES / f"{path_or_name}.yaml"
+    allow_path(path, "the suite")
     suite = parse_config(Suite, load_yaml(path), str(path), SuiteError)
     if suite.include_path is None:
         return suite

@@ -25,7 +25,8 @@ from ota_core.plan.plan import checkpoint_problems, open_plan
 from ota_core.recipe.recipe import MergeRecipe, parse_recipe
 from ota_core.recipe.yaml_text import parse_yaml
 from tasks.experts.find import find_experts, lineup
-from tasks.merging.inputs import assemble, fetch_all, locate
+from tasks.merging.composed import locate
+from tasks.merging.inputs import assemble, fetch_all
 from tasks.storage.models import EXPERT_JSON, Fetched, is_s3
 from tasks.storage.streaming.streams import Streams
 
@@ -195,7 +196,7 @@ def _check_weights(whole: MergeRecipe, inputs: MergeInputs) -> None:
     raise_all(checkpoint_problems(whole, inputs), CheckpointError)
     problems = []
     with ExitStack() as stack:
-        opened = [(one, stack.enter_context(closing(Checkpoint(one.path, one.source_of)))) for one in inputs.models]
+        opened = [(one, stack.enter_context(closing(one.opened()))) for one in inputs.models]
         for (one, mine), (other, theirs) in combinations(opened, 2):
             if not _same(mine, theirs):
                 continue

@@ -14,6 +14,7 @@ from typing import Any
 from ota_core.artifact import canonical_json
 from ota_core.errors import StorageError
 from ota_core.frozen import Frozen
+from ota_core.names import why_unsafe
 from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.layout import model_files, parse_expert_json
@@ -152,7 +153,11 @@ def _manifest(folder: _Folder) -> dict[str, Any] | StorageError:
 
 
 def _problems(folder: _Folder, manifest: Mapping[str, Any], base_model: str) -> list[str]:
-    problems = []
+    problems = [
+        f"the key {name[:80]!r} is refused: {why}; remove that object"
+        for name in (folder.capability, folder.name, *folder.files)
+        if (why := why_unsafe(name))
+    ]
     capability, base, trained_at = (manifest[key] for key in ("capability", "base_model", "trained_at"))
     if capability != folder.capability:
         problems.append(

@@ -13,9 +13,9 @@ from typing import Any
 from ota_core.artifact import CARD, EXPERT_JSON
 from ota_core.compute.stream import Progress, Stream, parse_memory
 from ota_core.engine.licences import card_head, stated_licence
-from ota_core.engine.output import check_free, new_folder
 from ota_core.errors import MomentsError, OtaError, StorageError
 from ota_core.files.checkpoint import Checkpoint, read_json
+from ota_core.files.place import check_free, made_of, new_folder
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.moments import Moments, find_moments, how_estimated, moments_files, none_found, open_moments
 from ota_core.moments.belongs import WEIGHTS, weights_digest
@@ -36,6 +36,8 @@ from tasks.storage import models as storage
 from tasks.storage.streaming.streams import Streams
 
 FILE = "exp_avg_sq.safetensors"
+HARVESTED = made_of(FILE, CARD)
+"""Whether a folder was harvested before, and holds nothing else."""
 # What training leaves beside the weights, and the optimizer's name in it.
 _RECORDS = (EXPERT_JSON, "training.json")
 
@@ -83,6 +85,7 @@ def harvest(
 
         def fill(into: Path) -> Harvested:
             written, report = _write(moments, into / FILE, method, rank, stream, facts | {WEIGHTS: digest})
+            streams.verify()
             done = Harvested(
                 uri=out, label=written, weights=digest, parameters=sum(map(_size, moments.shapes().values())),
                 bytes=(into / FILE).stat().st_size, sqrt_error=report and report.sqrt_error, facts=facts, notes=streams.notes,
@@ -94,7 +97,7 @@ def harvest(
             return done
 
         if repository is None and not storage.is_s3(out):
-            with new_folder(Path(out), overwrite=overwrite) as new:
+            with new_folder(Path(out), overwrite=overwrite, is_output=HARVESTED) as new:
                 return fill(new).model_copy(update={"uri": str(Path(out))})
         new = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harvest-")))
         done = fill(new)
@@ -108,7 +111,7 @@ def _check_free(out: str, repository: str | None, overwrite: bool) -> None:
     if repository is not None:
         hub.check_publishable(repository, overwrite=overwrite)
     elif not storage.is_s3(out):
-        check_free(Path(out), overwrite=overwrite)
+        check_free(Path(out), overwrite=overwrite, is_output=HARVESTED)
     elif not overwrite and (there := storage.list_objects(out.rstrip("/"))):
         raise StorageError(
             f"{out} holds {len(there)} objects already, such as {there[0].uri}; choose another prefix or pass --overwrite"

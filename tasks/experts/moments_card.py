@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ota_core.engine.markdown import table
+from ota_core.engine.markdown import cell, fenced, table
 from ota_core.frozen import Frozen
+from ota_core.recipe.yaml_text import dump_yaml
 
 _FACTS = {
     "base_model": "trained from",
@@ -41,15 +42,14 @@ def moments_card(harvested: Harvested, *, source: str, licence: Mapping[str, Any
     """Markdown with the metadata head that the hub reads. source: the weights, as the user named them. address: as a recipe names the file."""
     kept = f"{harvested.parameters:,} parameters in {harvested.bytes / 2**20:.2f} MiB, {harvested.bytes / max(1, harvested.parameters):.4f} bytes each"
     lost = "" if harvested.sqrt_error is None else f"; ‖√v − √ṽ‖ / ‖√v‖ = {harvested.sqrt_error:.4f}"
-    rows = [["weights", f"`{source}`"], ["digest of the weights", f"`{harvested.weights}`"]]
+    rows = [["weights", source], ["digest of the weights", harvested.weights]]
     rows += [[label, harvested.facts[key]] for key, label in _FACTS.items() if key in harvested.facts]
     rows += [["licence", licence.get("license") or "not stated"], ["form", f"{harvested.label}: {kept}{lost}"]]
-    lines = ["---", _head(source, licence), "---", "", f"# Second moments of {source}", ""]
+    lines = ["---", _head(source, licence), "---", "", f"# Second moments of {cell(source)}", ""]
     lines += [
         "Adam's v (`exp_avg_sq`) as a training left it, by parameter: the curvature that merges by OTA, Fast Fisher Grafting "
         "([arXiv 2509.11167](https://arxiv.org/abs/2509.11167)) and Fisher averaging weigh edits by. There are no weights here.",
-        "", table(["", ""], rows), "", "## Use", "", "```yaml", "models:", f"  - model: {source}", "    parameters:",
-        f"      preconditioner_path: {address}", "parameters:", *_compression(harvested.label), "```", "",
+        "", table(["", ""], rows), "", "## Use", "", fenced(_recipe(source, address, harvested.label), "yaml"), "",
         "A merge reads a digest in the file and refuses weights that have another: it covers names, types and shapes of all tensors and "
         "a sample of the trained ones.",
         "",
@@ -57,10 +57,11 @@ def moments_card(harvested: Harvested, *, source: str, licence: Mapping[str, Any
     return "\n".join(lines)
 
 
-def _compression(label: str) -> list[str]:
+def _recipe(source: str, address: str, label: str) -> str:
     """What a recipe must say to take the file; label: such as rank1, or rank_k with rank 4."""
     method, _, rank = label.partition(" with rank ")
-    return [f"  compression: {method}", *([f"  rank: {rank}"] if rank else [])]
+    compression = {"compression": method} | ({"rank": int(rank)} if rank else {})
+    return dump_yaml({"models": [{"model": source, "parameters": {"preconditioner_path": address}}], "parameters": compression})
 
 
 def _head(source: str, licence: Mapping[str, Any]) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 from ota_core.artifact import RECORD, read_record
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.checkpoint import Checkpoint, weight_files
+from ota_core.files.checkpoint import Checkpoint, adapter_of, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.moments import choice_in, find_moments, how_estimated, moments_files, steps_in_words
 from ota_core.moments.compression import compression_of, kept_as_trained, label_of
 from ota_core.plan.masks import MaskFile
 from tasks.merging.architecture import expert_moments
+from tasks.merging.composed import parts_of
 from tasks.settings import places
 from tasks.storage.models import fetch, is_s3
 from tasks.storage.streaming.streams import Streams
@@ -44,6 +45,8 @@ def describe_source(source: str, home: Path | None) -> list[str]:
     path = Path(source).expanduser()
     if path.exists():
         return describe_path(path)
+    if len(parts := parts_of(source, None)) > 1:
+        return [line for part in parts for line in describe_source(part, home)]
     if not is_s3(source) and (path.is_absolute() or source.count("/") != 1 or source.startswith(".")):
         raise CheckpointError(
             f"{source} does not exist; expected a checkpoint, a file of second moments or masks, or an artifact"
@@ -97,6 +100,10 @@ def _plain(value: Any) -> str:
 
 def _describe_checkpoint(folder: Path, streams: Streams | None = None) -> list[str]:
     source_of = streams.source_of if streams else None
+    if adapter_of(folder) is not None:
+        from tasks.merging.describe_adapter import describe_adapter
+
+        return describe_adapter(folder, source_of)
     checkpoint = Checkpoint(folder, source_of)
     infos = [checkpoint.info(name) for name in checkpoint.names()]
     dtypes = Counter(info.dtype.name for info in infos)

@@ -17,11 +17,12 @@ from ota_core.moments.compression import (
 from ota_core.plan.matrices import all_matrices, at_once, bytes_of, operations
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
-from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
+from ota_core.plan.whole import columns_bytes, is_whole, surveys
+from ota_core.recipe.recipe import NEEDS_MOMENTS, WITHOUT_BASE, MergeRecipe
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, estimated_ones, fetch_all
 from tasks.settings import places
-from tasks.storage.models import is_s3
+from tasks.storage.models import Fetched, is_s3
 from tasks.storage.streaming.streams import Streams
 
 GIB = 2**30
@@ -53,14 +54,17 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
                 f"{recipe.merge_method} of {', '.join(expert.name for expert in plan.experts)}"
                 + (f" over {recipe.base_model}" if recipe.base_model else "")
             ]
-            lines += [
-                f"  {view.name}: {model.source if is_s3(model.source) else view.checkpoint.path}"
-                for view, model in zip(plan.models, fetched, strict=True)
-            ]
+            lines += [f"  {view.name}: {_place(model, view)}" for view, model in zip(plan.models, fetched, strict=True)]
             notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
             return [
                 *lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"
             ]  # fmt: skip
+
+
+def _place(model: Fetched, view: ModelView) -> str:
+    """Where a model lies, and what an adapter lies on."""
+    place = model.source if is_s3(model.source) else str(view.checkpoint.path)
+    return place if model.under is None else f"{place}, a LoRA adapter on {model.under.source}"
 
 
 def _without_moments(plan: MergePlan) -> list[str]:
@@ -88,12 +92,13 @@ def _bytes(plan: MergePlan, budget: int) -> list[str]:
     # Mapped pages are given back when so much was read; small inputs never reach that.
     mapped = min(plan.stream.mapped_bytes, weights + moments)
     loaded = KERNELS + (TORCH if plan.needs_torch() else 0)
-    peak = peak_memory_gib() + (max(working, _regressions(plan)) + factors + mapped + loaded) / GIB
+    peak = peak_memory_gib() + (max(working, _regressions(plan), _wholes(plan)) + factors + mapped + loaded) / GIB
     return [
         f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
         f"inputs: {binary_size(weights)} of weights, {binary_size(moments)} of second moments as float32; read in all passes: {binary_size(bytes_read(plan))}",
         f"output: {binary_size(output)} in {counted(len(plan_files(plan)), 'file')}",
         f"peak memory: about {peak:.2f} GiB (budget {budget / GIB:.2f} GiB for blocks and mapped pages)",
+        *_whole_lines(plan),
         *_row_spaces(plan),
         *_choices(plan),
     ]
@@ -105,6 +110,24 @@ def _regressions(plan: MergePlan) -> int:
         return 0
     found = all_matrices(plan)
     return at_once(plan, found) * max(map(bytes_of, found), default=0)
+
+
+def _wholes(plan: MergePlan) -> int:
+    """Memory of the tensors that are worked on whole at once."""
+    whole = [columns_bytes(job) for job in plan.merged_jobs() if is_whole(plan.recipe, job)]
+    at_once = max(1, min(plan.stream.threads, plan.stream.memory // max(whole, default=1)))
+    return at_once * max(whole, default=0)
+
+
+def _whole_lines(plan: MergePlan) -> list[str]:
+    """The largest tensor that is worked on whole."""
+    whole = [job for job in plan.merged_jobs() if is_whole(plan.recipe, job)]
+    if not whole:
+        return []
+    largest = max(whole, key=columns_bytes)
+    return [
+        f"{counted(len(whole), 'tensor')} worked on whole; the largest, {largest.name}, takes {binary_size(columns_bytes(largest))}"
+    ]
 
 
 def _row_spaces(plan: MergePlan) -> list[str]:
@@ -160,9 +183,9 @@ def bytes_read(plan: MergePlan) -> int:
     pass all the same: from S3, what lies between the samples is fetched with them.
     """
     recipe = plan.recipe
-    # Every model once for the merge itself, but the base of a plain average; slerp once more for the angles.
-    merged = plan.experts if recipe.merge_method == "linear" else plan.models
-    total = sum(_weight_bytes(view) for view in merged) * (2 if recipe.merge_method == "slerp" else 1)
+    # Every model once for the merge itself, but the base of a plain average, and as often again as tensors are looked at beforehand.
+    merged = plan.experts if recipe.merge_method in WITHOUT_BASE else plan.models
+    total = sum(_weight_bytes(view) for view in merged) * (1 + surveys(recipe))
     base = _weight_bytes(plan.base) if plan.base else 0
     ranked = [expert for expert in plan.experts if _is_ranked(recipe, expert.index)]
     total += RANKING * (base + sum(_weight_bytes(expert) for expert in ranked)) if ranked else 0

@@ -9,20 +9,28 @@ from pathlib import Path
 
 from ota_core.compute.stream import Progress
 from ota_core.errors import CheckpointError, MomentsError, OtaError, StorageError, raise_all
+from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import weight_files
 from ota_core.moments import find_moments, moments_files, none_found
 from ota_core.moments.belongs import check_belongs
+from ota_core.moments.safetensors_file import open_file
 from ota_core.plan.expert_scales import find_scales
-from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_model, find_preconditioner, unique_names
+from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.recipe import NEEDS_MOMENTS, MergeRecipe
 from tasks.merging.architecture import parameter_layout
+from tasks.merging.composed import composed, parts_of
+from tasks.merging.gguf_companions import gguf_companions
+from tasks.settings import allow_path
 from tasks.storage import hub, s3
 from tasks.storage import models as storage
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
 from tasks.storage.layout import folder_model_files, parse_expert_json
 from tasks.storage.models import Fetched
 from tasks.storage.streaming.streams import Streams
+
+MOMENTS_OF_WEIGHTS = "exp_avg_sq.safetensors"
+"""Second moments beside an adapter that are of the weights."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,10 @@ class Estimate:
     """What they are known by: of weights, texts and settings."""
 
 
-def locate(source: str, recipe_dir: Path | None) -> str:
-    """A model's source with a relative folder made absolute: beside the recipe, or in the working directory.
-
-    What is no folder there (``s3://…``, ``org/name``) is returned as it is. Raises CheckpointError when two folders fit.
-    """
-    if storage.is_s3(source) or Path(source).is_absolute():
-        return source
-    expanded = Path(source).expanduser()
-    if expanded.is_absolute() or any((place / source).is_dir() for place in (recipe_dir, Path.cwd()) if place):
-        return str(expanded if expanded.is_absolute() else find_model(source, recipe_dir).absolute())
-    return source
-
-
-def model_sources(recipe: MergeRecipe, recipe_dir: Path | None) -> list[str]:
-    """Where the recipe's models lie, base first."""
+def model_sources(recipe: MergeRecipe, recipe_dir: Path | None) -> list[list[str]]:
+    """Where the recipe's models lie, base first; of each its parts (``parts_of``)."""
     named = [*([recipe.base_model] if recipe.base_model else []), *(entry.model for entry in recipe.models)]
-    return [locate(source, recipe_dir) for source in named]
+    return [parts_of(source, recipe_dir) for source in named]
 
 
 def fetch_all(
@@ -85,10 +80,19 @@ def fetch_all(
         except OtaError as error:
             return error
 
+    asked = model_sources(recipe, recipe_dir)
     with s3.Threads(4) as pool:
-        results = list(pool.map(one, model_sources(recipe, recipe_dir)))
+        results = list(pool.map(one, [part for parts in asked for part in parts]))
     raise_all([str(result) for result in results if isinstance(result, OtaError)], StorageError)
-    return [result for result in results if isinstance(result, Fetched)]
+
+    def again(source: str) -> Fetched:
+        found = one(source)
+        if isinstance(found, OtaError):
+            raise found
+        return found
+
+    models = [result for result in results if isinstance(result, Fetched)]
+    return composed(asked, models, again, recipe_dir, has_base=recipe.base_model is not None)
 
 
 def _unhashed(source: str) -> Fetched:
@@ -119,19 +123,24 @@ def assemble(
     source_of = streams.source_of if streams else None
     if streams is not None:
         for one in models:
-            with suppress(CheckpointError):  # said with all else that is wrong when the checkpoints are opened
-                streams.settle(weight_files(one.path))
+            for part in parts_in(one):
+                with suppress(CheckpointError):  # said with all else that is wrong when the checkpoints are opened
+                    streams.settle(weight_files(part.path))
         raise_all(streams.notes if streams.unread else [], StorageError)
     base = None
     if recipe.base_model is not None:
         first = models.pop(0)
-        base = ModelInput(name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of)
+        base = ModelInput(
+            name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of,
+            under=_under(first.under, source_of, cache), companions=gguf_companions(first.path, cache),
+        )  # fmt: skip
     experts: list[ExpertInput] = []
     problems: list[str] = []
     for i, (one, (name, capability)) in enumerate(zip(models, expert_labels(recipe, models), strict=True)):
         expert = ExpertInput(
             name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capability,
             layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
+            under=_under(one.under, source_of, cache), companions=gguf_companions(one.path, cache),
         )  # fmt: skip
         if estimated and i in estimated:
             made = estimated[i]
@@ -142,10 +151,36 @@ def assemble(
         except OtaError as error:
             problems += error.problems
             experts.append(expert)
-    inputs = MergeInputs(base=base, experts=tuple(experts), scales=scales_file(recipe, cache, recipe_dir, streams))
+    inputs = MergeInputs(
+        base=base,
+        experts=tuple(experts),
+        scales=scales_file(recipe, cache, recipe_dir, streams),
+        check=streams.verify if streams else None,
+    )
     if problems:
         raise_all([*problems, *checkpoint_problems(recipe, inputs)], MomentsError)
     return inputs
+
+
+def parts_in(model: Fetched) -> list[Fetched]:
+    """What a model is made of: itself, and what lies under an adapter."""
+    return [model, *(parts_in(model.under) if model.under else [])]
+
+
+def _under(model: Fetched | None, source_of: SourceOf | None, cache: Path) -> ModelInput | None:
+    if model is None:
+        return None
+    return ModelInput(
+        name="base", path=model.path, source=model.source, digest=model.digest, source_of=source_of,
+        under=_under(model.under, source_of, cache), companions=gguf_companions(model.path, cache),
+    )  # fmt: skip
+
+
+def own_moments(model: Fetched) -> Path | None:
+    """The second moments in a model's folder. Beside an adapter only those of the weights count, which were estimated: a trainer's state there
+    is of the factors A and B. Raises MomentsError."""
+    found = find_moments(model.path) if model.under is None else model.path / MOMENTS_OF_WEIGHTS
+    return found if found is not None and found.exists() else None
 
 
 def expert_labels(recipe: MergeRecipe, models: Sequence[Fetched]) -> list[tuple[str, str | None]]:
@@ -166,7 +201,7 @@ def estimated_ones(recipe: MergeRecipe, models: Sequence[Fetched]) -> list[int]:
     if recipe.estimates is None:
         return []
     unnamed = [i for i, entry in enumerate(recipe.models) if entry.parameters.preconditioner_path is None]
-    return unnamed if recipe.estimates.replace or any(find_moments(models[i].path) is None for i in unnamed) else []
+    return unnamed if recipe.estimates.replace or any(own_moments(models[i]) is None for i in unnamed) else []
 
 
 def scales_file(recipe: MergeRecipe, cache: Path, recipe_dir: Path | None, streams: Streams | None = None) -> Path | None:
@@ -174,7 +209,9 @@ def scales_file(recipe: MergeRecipe, cache: Path, recipe_dir: Path | None, strea
     if recipe.scales is None:
         return None
     if not storage.is_s3(recipe.scales):
-        return find_scales(recipe.scales, recipe_dir)
+        found = find_scales(recipe.scales, recipe_dir)
+        allow_path(found, "the file of scales")
+        return found
     parent, _, name = recipe.scales.rpartition("/")
     if streams is not None:
         return streams.files(parent, [name]) / name
@@ -194,7 +231,9 @@ def _with_moments(
     if recipe.merge_method not in NEEDS_MOMENTS:
         return expert
     named = recipe.models[index].parameters.preconditioner_path
-    path = _named_moments(named, expert, cache, recipe_dir, streams) if named else find_moments(expert.path)
+    path = _named_moments(named, expert, cache, recipe_dir, streams) if named else own_moments(fetched)
+    if fetched.under is not None:
+        _check_of_weights(expert, path, streams)
     if path is None:
         where = expert.source if storage.is_s3(expert.source) else expert.path
         raise MomentsError(
@@ -211,12 +250,33 @@ def _with_moments(
     return replace(expert, moments=path, moments_digest=moments_digest(path, cache, streams))
 
 
+def _check_of_weights(expert: ExpertInput, path: Path | None, streams: Streams | None) -> None:
+    """Raises MomentsError where an adapter has no second moments of the weights that it edits."""
+    if path is not None and path.suffix == ".safetensors" and path.is_file():
+        if streams is not None:
+            streams.settle(moments_files(path))
+        with open_file(path, expert.source_of) as file:
+            of_factors = any("lora_" in name for name in file.infos)
+        if not of_factors:
+            return
+    held = (
+        f"{path} holds those of its factors A and B" if path is not None else "a trainer keeps those of its factors A and B alone"
+    )
+    raise MomentsError(
+        f"expert '{expert.name}' is a LoRA adapter: {held}, from which those of the weights do not follow. Estimate them from gradients of "
+        f"the weights: missing_curvature: estimate in the recipe, or `ota estimate {expert.source} --out exp_avg_sq.safetensors` and "
+        "preconditioner_path"
+    )
+
+
 def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None, streams: Streams | None) -> Path | None:
     """What ``preconditioner_path`` means: a file or folder in S3 or here, ``org/name`` or, as published recipes have it, ``org/name/path``."""
     if storage.is_s3(named):
         return s3_moments(named, cache, streams)
     found = find_preconditioner(named, expert.path, recipe_dir)
     if found is not None:
+        if not found.is_relative_to(expert.path):
+            allow_path(found, "preconditioner_path")
         return find_moments(found) if found.is_dir() else found
     repository = hub.repository_in(named)
     if repository is None:

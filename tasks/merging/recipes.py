@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ota_core.errors import OtaError, RecipeError, raise_all
 from ota_core.recipe.recipe import MergeRecipe, parse_recipe
 from ota_core.recipe.yaml_text import load_yaml, nearest, parse_yaml
+from tasks.settings import allow_path
 from tasks.storage.models import is_s3, read_bytes
 
 M = TypeVar("M", bound=BaseModel)
@@ -25,7 +26,9 @@ def find_file(path: str) -> Path:
 def read_yaml(uri: str) -> Any:
     """The content of a YAML file. Raises RecipeError for what is no YAML, StorageError for what cannot be read."""
     if not is_s3(uri):
-        return load_yaml(find_file(uri))
+        path = find_file(uri)
+        allow_path(path, "the file")
+        return load_yaml(path)
     try:
         text = read_bytes(uri).decode()
     except UnicodeDecodeError as error:

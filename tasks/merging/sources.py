@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import parse_memory
 from ota_core.errors import ArtifactError, CheckpointError, MomentsError, StorageError
-from ota_core.files.checkpoint import weight_files
+from ota_core.files.checkpoint import GGUF, weight_files
 from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, moments_files
 from ota_core.plan.expert_scales import scales_digest
@@ -24,8 +24,9 @@ from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
 from tasks.merging.architecture import parameter_layout
+from tasks.merging.gguf_companions import gguf_companions
 from tasks.merging.inputs import Estimate, assemble, s3_moments
-from tasks.settings import Places
+from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
 from tasks.storage.models import Fetched
 from tasks.storage.streaming.streams import Streams
@@ -48,10 +49,12 @@ class ModelSource(Frozen):
     digest: str | None = None
     path: Path | None = None
     """The model's folder on the machine that fetched it; None elsewhere."""
+    under: "ModelSource | None" = None
+    """What it is an adapter of."""
 
     def abroad(self) -> Self:
         """The same for another machine."""
-        return self.model_copy(update={"path": None})
+        return self.model_copy(update={"path": None, "under": self.under and self.under.abroad()})
 
 
 class ExpertSource(ModelSource):
@@ -72,7 +75,8 @@ class ExpertSource(ModelSource):
 
     def abroad(self) -> Self:
         """The same for another machine."""
-        return self.model_copy(update={"path": None, "moments_path": None, "base": self.base and self.base.abroad()})
+        there = super().abroad()
+        return there.model_copy(update={"moments_path": None, "base": self.base and self.base.abroad()})
 
     @contextmanager
     def opened(self, where: Places, memory: int) -> Iterator[ExpertInput]:
@@ -108,10 +112,7 @@ class MergeSources(Frozen):
         estimated: Mapping[int, Estimate] | None = None,
     ) -> "MergeSources":  # fmt: skip
         """``fetched``: base first, what the inputs were assembled from; ``streamed``: of what lies in S3 there are only outlines here."""
-        places = [
-            {"location": one.resolved, "listing": _listing(one.resolved), "path": None if streamed else one.path}
-            for one in fetched
-        ]
+        places = [_place(one, streamed) for one in fetched]
         base = None
         if inputs.base is not None:
             base = ModelSource(name=inputs.base.name, source=inputs.base.source, digest=inputs.base.digest, **places.pop(0))
@@ -160,6 +161,15 @@ class MergeSources(Frozen):
             base = opening.model(self.base) if self.base else None
             experts = tuple(opening.expert(one) for one in self.experts)
             yield MergeInputs(base=base, experts=experts, scales=opening.scales(self.scales))
+            streams.verify()  # before who opened them publishes what they made
+
+
+def _place(one: Fetched, streamed: bool) -> dict[str, Any]:
+    """Where a model lies, as fields of ``ModelSource``."""
+    under = one.under and ModelSource(
+        name="base", source=one.under.source, digest=one.under.digest, **_place(one.under, streamed)
+    )
+    return {"location": one.resolved, "listing": _listing(one.resolved), "path": None if streamed else one.path, "under": under}
 
 
 def _listing(location: str) -> str | None:
@@ -174,7 +184,12 @@ class _Opening:
 
     def model(self, one: ModelSource) -> ModelInput:
         source_of = self._streams.source_of
-        return ModelInput(name=one.name, path=self._folder(one), source=one.source, digest=one.digest, source_of=source_of)
+        under = self.model(one.under) if one.under else None
+        folder = self._folder(one)
+        return ModelInput(
+            name=one.name, path=folder, source=one.source, digest=one.digest, source_of=source_of, under=under,
+            companions=gguf_companions(folder, self._where.cache),
+        )  # fmt: skip
 
     def expert(self, one: ExpertSource) -> ExpertInput:
         folder = self._folder(one)
@@ -182,7 +197,8 @@ class _Opening:
         return ExpertInput(
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=self._streams.source_of, capability=one.capability,
             moments=self._artifact(one, one.compressed, MOMENTS_FILE) or raw, moments_digest=one.moments_digest, full_moments=raw,
-            masks=self._artifact(one, one.masks, MASK_FILE),
+            masks=self._artifact(one, one.masks, MASK_FILE), under=self.model(one.under) if one.under else None,
+            companions=gguf_companions(folder, self._where.cache),
             layout=partial(parameter_layout, folder, partial(self._folder, one.base) if one.base else None, self._streams.source_of),
         )  # fmt: skip
 
@@ -208,13 +224,14 @@ class _Opening:
             path = self._streams.model(one.location).path
             self._streams.settle(weight_files(path))
             return path
-        if not Path(one.location).is_absolute():
+        if not Path(one.location).is_absolute() or (Path(one.location).is_file() and one.location.endswith(GGUF)):
             return storage.fetch(one.location, cache=self._where.cache).path
         if not Path(one.location).is_dir():
             raise CheckpointError(
                 f"{one.location} ({one.name}) is no folder on this machine; machines that share a merge must see its models in the same "
                 "place: a shared folder or s3://…"
             )
+        allow_path(one.location, "the model")
         return Path(one.location)
 
     def _raw_moments(self, one: ExpertSource, folder: Path) -> Path:
@@ -227,6 +244,7 @@ class _Opening:
             path = s3_moments(one.moments, self._where.cache, self._streams)
         else:
             path = Path(one.moments)
+            allow_path(path, "the second moments")
         if path is None or not path.exists():
             raise MomentsError(
                 f"expert '{one.name}': {path or folder} holds no second moments on this machine; machines that share a merge must see them "

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import httpx
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.exceptions import PrefectException
+from prefect.logging import get_run_logger
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for what makes them
     import pandas as pd
@@ -12,14 +16,19 @@ if TYPE_CHECKING:  # a flow without a benchmark does not wait for what makes the
     from tasks.pages.tables import Table
 
 
+def _shown(key: str, create: Callable[..., Any], **what: Any) -> None:
+    """Make an artifact of the run. A server that is away gets a line in the log: what is shown lies elsewhere, too, and must not end a run."""
+    try:
+        create(key=key, **what)
+    except (httpx.HTTPError, PrefectException) as error:
+        get_run_logger().warning("'%s' cannot be shown on the run's page: %s", key, error or type(error).__name__)
+
+
 def show_table(table: Table, key: str) -> None:
     """A table of the run, with its title and caption."""
     cells = table.cells()
-    create_table_artifact(
-        table=[dict(zip(cells.header, row, strict=True)) for row in cells.rows],
-        key=key,
-        description=" ".join([f"{table.title}.", *table.caption]),
-    )
+    rows = [dict(zip(cells.header, row, strict=True)) for row in cells.rows]
+    _shown(key, create_table_artifact, table=rows, description=" ".join([f"{table.title}.", *table.caption]))
 
 
 def show_scores(table: pd.DataFrame, key: str = "scores", title: str = "Scores") -> None:
@@ -32,10 +41,9 @@ def show_scores(table: pd.DataFrame, key: str = "scores", title: str = "Scores")
 def show_mlflow(name: str, url: str | None) -> None:
     """A link to the merge's run; nothing where no server shows it."""
     if url:
-        create_link_artifact(link=url, link_text=f"MLflow: {name}", key="mlflow-run", description=f"MLflow run of {name}")
+        _shown("mlflow-run", create_link_artifact, link=url, link_text=f"MLflow: {name}", description=f"MLflow run of {name}")
 
 
 def show_markdown(key: str, text: str, title: str) -> None:
     """A page of the run."""
-    made: Any = create_markdown_artifact(markdown=text, key=key, description=title)
-    assert made
+    _shown(key, create_markdown_artifact, markdown=text, description=title)

@@ -16,7 +16,7 @@ def table(shown: Table | Cells) -> str:
 
 def captioned(*tables: Table) -> str:
     """Tables, each with its caption below."""
-    return "\n".join(paragraphs([text for one in tables for text in (table(one), " ".join(one.caption)) if text]))
+    return "\n".join(paragraphs([text for one in tables for text in (table(one), cell(" ".join(one.caption))) if text]))
 
 
 def paragraphs(texts: Sequence[str]) -> list[str]:

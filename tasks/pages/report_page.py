@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefect.runtime import flow_run
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from ota_core.artifact import CARD, ArtifactRef
 from ota_core.engine.model_card import SCORES
@@ -21,7 +21,7 @@ from tasks.evaluation.subject import Subject
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.tracking.merge import InputRef, MergeRun
-from tasks.tracking.run import ANALYSIS_CSV, DOCUMENTS_HTML, REPORT, TAG_ANALYSIS
+from tasks.tracking.run import ANALYSIS_CSV, DOCUMENTS_HTML, GATE_JSON, REPORT, TAG_ANALYSIS
 
 if TYPE_CHECKING:  # a flow without a benchmark does not wait for it
     import pandas as pd
@@ -129,6 +129,20 @@ def put_beside_the_model(run: MergeRun, merged: ArtifactRef, where: Places) -> N
     """The model card, now with the scores, the report, and the page of the documents that flipped."""
     notes = {CARD: run.model_card, REPORT: run.report_html, DOCUMENTS_HTML: run.tables.get(DOCUMENTS_HTML)}
     store_of(where).annotate(merged, {name: text for name, text in notes.items() if text})
+
+
+def keep_decision(merged: ArtifactRef, decision: GateDecision, where: Places) -> None:
+    """Lay the gate's decision beside the model, where a later page of it finds it without asking MLflow."""
+    store_of(where).annotate(merged, {GATE_JSON: decision.model_dump_json(indent=2) + "\n"})
+
+
+def kept_decision(merged: ArtifactRef) -> GateDecision | None:
+    """The decision beside the model; None where no gate has seen it, or another version of this package wrote it. Raises StorageError."""
+    text = storage.read_note(storage.join(merged.uri, GATE_JSON))
+    try:
+        return GateDecision.model_validate_json(text) if text else None
+    except ValidationError:
+        return None
 
 
 def with_decision(page: MergePage, decision: GateDecision, where: Places) -> str:

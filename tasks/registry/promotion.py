@@ -34,7 +34,7 @@ from tasks.tracking.registered import (
     TAG_SOURCE,
     set_announced,
 )
-from tasks.tracking.run import REPORT, TAG_FINGERPRINT
+from tasks.tracking.run import GATE_JSON, REPORT, TAG_FINGERPRINT
 from tasks.tracking.store import (
     Store,
     artifact_errors,
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GATE_JSON = "gate.json"
-"""The gate's decision among the artifacts of a candidate's run."""
 _MOVE = "champion_move"
 """Tag of a version: the move that made it champion, or was about to, as JSON. Written before the alias moves."""
 _SAFE = "The champion is the old one or the new one, whole."

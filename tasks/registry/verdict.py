@@ -18,7 +18,7 @@ from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
 from tasks.pages.gate import to_markdown
 from tasks.pages.outcome import MergeOutcome
-from tasks.pages.report_page import with_decision
+from tasks.pages.report_page import keep_decision, with_decision
 from tasks.registry import promotion
 from tasks.registry.history import Move
 from tasks.registry.nightly import NightlyConfig
@@ -184,6 +184,7 @@ def settle(night: Night, verdict: Verdict) -> None:
 def log_decision(night: Night, name: str, decision: GateDecision) -> None:
     """The gate's numbers, in the candidate's MLflow run, and the decision in its report."""
     outcome = night.outcomes[name]
+    keep_decision(outcome.merged, decision, night.where)
     report = with_decision(outcome.page, decision, night.where) if outcome.page else None
     promotion.log_decision(outcome.logged.run_id, decision, report=report, root=night.where.tracking)
 

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from ota_core.errors import StorageError
+from ota_core.files.room import Need, check_room
 from tasks.storage import s3
 from tasks.storage.cache import KnownObject, blob_path, find_object, hash_file, keep_blob, keep_object, locked
 from tasks.storage.s3_body import pieces
@@ -43,6 +44,7 @@ def download(
     workers = max(1, min(threads, s3.POOL_CONNECTIONS))
     with s3.Threads(workers) as parts, s3.Threads(OBJECTS_AT_ONCE) as whole:
         job = _Job(s3.client(patient=True), cache, parts, part_size, tick)
+        _check_room(objects, job)
         futures = {one.uri: whole.submit(_obtain, one, job, (sha256 or {}).get(one.uri)) for one in objects}
         try:
             done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
@@ -93,6 +95,16 @@ class _Claim:
     kind: str
     value: str
     source: str
+
+
+def _check_room(objects: Sequence[s3.S3Object], job: _Job) -> None:
+    """Raise StorageError where the cache's disk has not the room for everything that is not there yet."""
+    missing = 0
+    for one in objects:
+        if find_object(job.cache, job.endpoint, one.uri, one.etag, one.size) is None:
+            path, _ = _partial_paths(one, job)
+            missing += one.size - (path.stat().st_blocks * 512 if path.is_file() else 0)
+    check_room([Need(job.cache, missing, f"downloads of {len(objects)} objects")])
 
 
 def _obtain(one: s3.S3Object, job: _Job, expected: str | None) -> KnownObject:

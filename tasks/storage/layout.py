@@ -11,6 +11,7 @@ from typing import Any
 
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
+from ota_core.names import why_unsafe
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.states import CHECKPOINT, OPTIMIZERS, POINTERS, STATE_FOLDERS, Taken, belonging, is_state_folder, taken_in
 
@@ -22,7 +23,7 @@ BESIDE = (EXPERT_JSON, CARD)
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json", "generation_config.json",
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "optimizer*", "exp_avg_sq*", "*.pt", "*.pth",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "optimizer*", "exp_avg_sq*", "*.pt", "*.pth", "adapter_config.json", "*.gguf",
 )  # fmt: skip
 NOT_MODEL_FILES = ("training_args.bin", "scheduler.pt", "rng_state*", "scaler.pt", "*.lock", "*.part", "*.tmp")
 # Subfolders of trainers that keep optimizer state there; everything in any other subfolder is somebody else's.
@@ -59,6 +60,8 @@ def model_files(names: Iterable[str], taken: Taken = None) -> list[str]:
     chosen = belonging(sorted(name for name in names if is_model_file(name)), taken)
     if any(fnmatchcase(name, "model*.safetensors") for name in chosen):
         chosen = [name for name in chosen if not fnmatchcase(name, "pytorch_model*.bin*")]
+    if any(fnmatchcase(name, "model*.safetensors") or fnmatchcase(name, "pytorch_model*.bin*") for name in chosen):
+        chosen = [name for name in chosen if name != "adapter_config.json" and not name.endswith(".gguf")]
     return chosen
 
 
@@ -128,6 +131,8 @@ def manifest_sha256(manifest: Mapping[str, Any], where: str) -> dict[str, str]:
         value = entry.get("sha256") if isinstance(entry, dict) else entry
         if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise StorageError(f"{where}: files[{name!r}] holds {entry!r}, expected a sha256 of 64 hex digits; write it again")
+        if why := why_unsafe(name):
+            raise StorageError(f"{where}: the file name {name[:80]!r} is refused: {why}; write it again")
         sums[name] = value.lower()
     return sums
 

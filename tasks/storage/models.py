@@ -1,8 +1,10 @@
 """Where checkpoints come from and go to: ``s3://bucket/prefix``, a folder, or a Hugging Face id ``org/name@revision``."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
+from ota_core.files.checkpoint import GGUF
 from ota_core.frozen import Frozen
+from tasks.settings import allow_path
 from tasks.storage import s3
-from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder
+from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, note_use
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
 from tasks.storage.hub import said
 from tasks.storage.layout import (
@@ -33,6 +37,7 @@ from tasks.storage.s3 import (
     is_s3,
     join,
     list_objects,
+    objects_below,
     read_bytes,
     write_bytes,
 )
@@ -41,7 +46,7 @@ from tasks.storage.transfers import copy_objects, upload_files
 
 __all__ = [
     "BESIDE", "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_s3", "join", "list_objects", "read_bytes", "upload_folder",
+    "exists", "fetch", "find_model", "find_objects", "head", "is_hub_id", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -93,6 +98,15 @@ class Fetched(Frozen):
     """The model's files by their name relative to the folder."""
     expert: dict[str, Any] | None = None
     """Content of ``expert.json``, which is no part of the digest."""
+    under: "Fetched | None" = None
+    """What this is an adapter of; ``digest`` is then of both, and ``files`` the adapter's alone."""
+    own_digest: str | None = None
+    """Of the adapter alone, where it is one."""
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source reads as a Hugging Face id, org/name or org/name@revision."""
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def fetch(
@@ -113,6 +127,8 @@ def fetch(
     if is_s3(source):
         return _fetch_s3(source, cache, require_expert_json, threads, part_size, progress)
     folder = Path(source).expanduser()
+    if folder.is_file() and folder.suffix == GGUF:
+        return _fetch_gguf(source, folder.resolve(), cache)
     if folder.exists():
         return _fetch_folder(source, folder, cache, require_expert_json)
     hub_id = _HUB_ID.fullmatch(source)
@@ -135,9 +151,23 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
     if not folder.is_dir():
         raise StorageError(f"{folder} is a file; name the checkpoint's folder")
     folder = folder.resolve()
+    allow_path(folder, "the model")
     digest, files = digest_folder(folder, cache=cache)
     expert = _local_expert(folder, str(folder), require_expert_json)
     return Fetched(source=source, resolved=str(folder), path=folder, digest=digest, files=files, expert=expert)
+
+
+def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
+    """One GGUF file of a folder: a folder of the cache that holds nothing but a link to it."""
+    folder = cache / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / file.name
+    if not link.is_symlink():
+        with suppress(FileExistsError):
+            link.symlink_to(file)
+    note_use(folder)
+    digest, files = digest_folder(folder, cache=cache)
+    return Fetched(source=source, resolved=str(file), path=folder, digest=digest, files=files)
 
 
 def _local_expert(folder: Path, where: str, required: bool) -> dict[str, Any] | None:
@@ -170,7 +200,7 @@ class FoundModel(BaseModel):
 def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
     """What makes the checkpoint below a prefix in S3. Raises StorageError where there is none, or ``expert.json`` lists what is not there."""
     uri = source.rstrip("/")
-    found = {one.uri.removeprefix(uri + "/"): one for one in list_objects(uri)}
+    found = objects_below(uri)
     if not found:
         raise _nothing_there(uri)
     contents = {name: f"{one.size}:{one.etag}" for name, one in found.items()}
@@ -179,6 +209,7 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
         folders = sorted({name.split("/")[0] for name in found if "/" in name})[:8]
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
+    _check_one_gguf(source, names)
     wanted, expert, sums = {name: found[name] for name in names}, None, {}
     if CARD in found:
         wanted[CARD] = found[CARD]
@@ -204,6 +235,15 @@ def _fetch_s3(
     return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
 
 
+def _check_one_gguf(source: str, names: Iterable[str]) -> None:
+    """Raises StorageError where several GGUF files are all the weights there are, before one is downloaded."""
+    found = [name for name in names if name.endswith(GGUF)]
+    if len(found) > 1:
+        raise StorageError(
+            f"{source} holds {len(found)} GGUF files ({', '.join(found[:4])}, …); download the one that is meant, and name that file"
+        )
+
+
 def _nothing_there(uri: str) -> StorageError:
     bucket, key = s3.split_uri(uri)
     where = f"endpoint {s3.client().meta.endpoint_url}, bucket {bucket!r}, prefix {key!r}"
@@ -224,7 +264,7 @@ def _bring(
 
 def find_objects(uri: str, names: Sequence[str] | None = None) -> dict[str, S3Object]:
     """The objects of these names below a prefix (all of them by default). Raises StorageError when there is none, or one is missing."""
-    found = {one.uri.removeprefix(uri.rstrip("/") + "/"): one for one in list_objects(uri)}
+    found = objects_below(uri)
     if not found:
         raise _nothing_there(uri)
     if names is not None:
@@ -283,6 +323,7 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
     else:
         listed = [sibling.rfilename for sibling in info.siblings or []]
         wanted = [*model_files(listed, _taken_on_hub(repo, info.sha, listed)), *BESIDE]
+        _check_one_gguf(source, wanted)
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
         except Exception as error:  # the hub, its store of large files, the disk: each fails with classes of its own

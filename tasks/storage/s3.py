@@ -13,25 +13,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO, Any, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from botocore import exceptions as boto_errors
 from pydantic import BaseModel, ConfigDict
 
-from ota_core.errors import StorageError, StorageReason
+from ota_core.errors import StorageError
+from ota_core.names import why_unsafe
 from tasks.settings import exchanged
+from tasks.storage.s3_answers import answered, check_listing, check_range, judge_answers
+from tasks.storage.s3_errors import BODY_ERRORS as BODY_ERRORS
+from tasks.storage.s3_errors import CHANGED, MISSING
+from tasks.storage.s3_errors import StrangeAnswer as StrangeAnswer
+from tasks.storage.s3_errors import error_code as error_code
+from tasks.storage.s3_errors import s3_errors as s3_errors
+from tasks.storage.s3_errors import split_uri as split_uri
 
 MIB = 1024 * 1024
 POOL_CONNECTIONS = 64
-# What leaves a broken connection in the middle of a body; botocore retries requests, not the reading of their bodies.
-BODY_ERRORS = (boto_errors.IncompleteReadError, boto_errors.HTTPClientError, OSError)
-
-_MISSING = {"NoSuchKey", "404", "NotFound"}
-_DENIED = {"AccessDenied", "403", "Forbidden", "AllAccessDisabled"}
-_BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
-_CHANGED = {"PreconditionFailed", "412"}
 _client_lock = threading.Lock()
 
 _P = ParamSpec("_P")
@@ -136,14 +137,6 @@ def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
-def split_uri(uri: str) -> tuple[str, str]:
-    """(bucket, key or prefix) of ``s3://bucket/key``. Raises StorageError on anything else."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not is_s3(uri) or not bucket:
-        raise StorageError(f"{uri!r} is not an S3 address; expected s3://bucket/prefix")
-    return bucket, key
-
-
 def join(uri: str, *names: str) -> str:
     """An address below another; pathlib would swallow one of the two slashes of ``s3://``."""
     return "/".join([uri.rstrip("/"), *names])
@@ -191,98 +184,74 @@ def new_client(credentials: Credentials | None = None, *, patient: bool = False)
     )
     made = session.client("s3", region_name=region, endpoint_url=known.endpoint, config=config)
     if _is_aws(made.meta.endpoint_url):
-        return made
+        return judge_answers(made)
     # Servers other than AWS: bucket names are no host names there, and not all of them know the trailing checksums.
     custom = Config(
         s3={"addressing_style": "path"},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return session.client("s3", region_name=region, endpoint_url=known.endpoint, config=config.merge(custom))
+    return judge_answers(session.client("s3", region_name=region, endpoint_url=known.endpoint, config=config.merge(custom)))
 
 
 def _is_aws(url: str) -> bool:
     return (urlsplit(url).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
-@contextmanager
-def s3_errors(action: str, uri: str, s3: Any) -> Iterator[None]:
-    """Turn what boto3 raises into a StorageError that names the endpoint, the bucket and the key, and says what to do."""
-    try:
-        yield
-    except boto_errors.ClientError as error:
-        raise _explained(error, action, uri, s3) from error
-    except (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError) as error:
-        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        raise StorageError(
-            f"{_where(action, uri, s3)}: no complete S3 credentials were found ({error}); {hint}", reason="unavailable"
-        ) from error
-    except (boto_errors.HTTPClientError, boto_errors.BotoCoreError) as error:
-        hint = "check that the server runs and that AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) is its address"
-        reason: StorageReason = "unavailable"
-        if isinstance(error, boto_errors.ParamValidationError):
-            hint, reason = "check the spelling of the bucket and key", "content"
-        raise StorageError(f"{_where(action, uri, s3)}: {' '.join(str(error).split())}; {hint}", reason=reason) from error
+def objects_below(uri: str) -> dict[str, S3Object]:
+    """Every object below a prefix by its name relative to that, which may be joined to a folder.
 
-
-def _where(action: str, uri: str, s3: Any) -> str:
-    bucket, key = split_uri(uri)
-    return f"cannot {action} {uri} (endpoint {s3.meta.endpoint_url}, bucket {bucket!r}, key {key!r})"
-
-
-def error_code(error: boto_errors.ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _explained(error: boto_errors.ClientError, action: str, uri: str, s3: Any) -> StorageError:
-    code, where = error_code(error), _where(action, uri, s3)
-    bucket, _ = split_uri(uri)
-    if code == "NoSuchBucket":
-        hint = "check the name and the endpoint"
-        return StorageError(f"{where}: there is no bucket {bucket!r} there; {hint}", reason="unavailable")
-    if code in _MISSING:
-        return StorageError(f"{where}: there is no such key; check the spelling, or list the bucket", reason="missing")
-    if code in _DENIED:
-        return StorageError(f"{where}: access denied; check that AWS_ACCESS_KEY_ID may do this on the bucket", reason="denied")
-    if code in _BAD_CREDENTIALS:
-        hint = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return StorageError(f"{where}: access denied, the credentials were refused ({code}); {hint}", reason="unavailable")
-    if code in _CHANGED:
-        seen = "the object was replaced meanwhile (its ETag is no longer the one listed)"
-        return StorageError(f"{where}: {seen}; run again to read the new one", reason="changed")
-    message = error.response.get("Error", {}).get("Message", "")
-    answer = f"{where}: the server answered {code} {message}".rstrip()
-    return StorageError(f"{answer}; see the server's log or try again later", reason="unavailable")
+    Raises StorageError as ``list_objects``, and for a key whose name would lead out of a folder.
+    """
+    found = {}
+    for one in list_objects(uri):
+        name = one.uri.removeprefix(uri.rstrip("/") + "/")
+        if why := why_unsafe(name):
+            raise StorageError(f"{uri} holds the key {name[:80]!r}, which is refused: {why}; remove that object")
+        found[name] = one
+    return found
 
 
 def list_objects(uri: str) -> list[S3Object]:
     """Every object at or below a prefix, in the order of their names. ``s3://b/math`` does not match ``s3://b/math2``.
 
-    Raises StorageError when there is no such bucket, no access, or nobody at the endpoint. An empty prefix gives an empty list.
+    Raises StorageError when there is no such bucket, no access, nobody at the endpoint, or no whole answer. An empty prefix gives an
+    empty list.
     """
     s3, (bucket, key) = client(), split_uri(uri)
     prefix = key.rstrip("/") + "/" if key.strip("/") else ""
-    found = []
-    with s3_errors("list", uri, s3):
-        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            for item in page.get("Contents", []):
-                if not item["Key"].endswith("/"):  # consoles make empty objects that stand for folders
-                    uri_of, etag = f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"')
-                    found.append(S3Object(uri=uri_of, size=item["Size"], etag=etag, modified=item["LastModified"]))
+    found: list[S3Object] = []
+
+    def page(more: dict[str, str]) -> dict[str, Any]:
+        one: dict[str, Any] = s3.list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+        check_listing(one, bucket, prefix)
+        return one
+
+    more: dict[str, str] | None = {}
+    while more is not None:
+        one = answered("list", uri, s3, partial(page, more))
+        for item in one.get("Contents", []):
+            if not item["Key"].endswith("/"):  # consoles make empty objects that stand for folders
+                uri_of, etag = f"s3://{bucket}/{item['Key']}", item["ETag"].strip('"')
+                found.append(S3Object(uri=uri_of, size=item["Size"], etag=etag, modified=item["LastModified"]))
+        more = {"ContinuationToken": one["NextContinuationToken"]} if one["IsTruncated"] else None
     return sorted(found, key=lambda one: one.uri)
 
 
 def head(uri: str) -> dict[str, Any] | None:
     """What the server tells about an object (boto3's head_object with checksums), None when there is none."""
     s3, (bucket, key) = client(), split_uri(uri)
-    with s3_errors("look at", uri, s3):
+
+    def ask() -> dict[str, Any] | None:
         try:
             answer: dict[str, Any] = s3.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
         except boto_errors.ClientError as error:
-            if error_code(error) in _MISSING:
+            if error_code(error) in MISSING:
                 return None
             raise
-    return answer
+        return answer
+
+    return answered("look at", uri, s3, ask)
 
 
 def exists(uri: str) -> bool:
@@ -291,11 +260,20 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str, *, etag: str | None = None) -> bytes:
-    """A whole small object; with ``etag`` only if it is still that one. Raises StorageError when it is not there."""
+    """A whole small object; with ``etag`` only if it is still that one. Raises StorageError when it is not there, or not what was stored."""
     s3, (bucket, key) = client(), split_uri(uri)
     condition = {"IfMatch": f'"{etag}"'} if etag else {}
-    with s3_errors("read", uri, s3):
-        return bytes(s3.get_object(Bucket=bucket, Key=key, **condition)["Body"].read())
+
+    def ask() -> bytes:
+        answer = s3.get_object(Bucket=bucket, Key=key, **condition)
+        content = bytes(answer["Body"].read())
+        for kind, stated in expected_checksums(answer).items():
+            seen = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
+            if seen != stated:
+                raise StrangeAnswer(what=f"the content has {kind} {seen}, it was stored with {stated}: it is damaged")
+        return content
+
+    return answered("read", uri, s3, ask)
 
 
 def write_bytes(uri: str, content: bytes, *, only_if_absent: bool = False) -> bool:
@@ -303,15 +281,18 @@ def write_bytes(uri: str, content: bytes, *, only_if_absent: bool = False) -> bo
     s3, (bucket, key) = client(), split_uri(uri)
     condition = {"IfNoneMatch": "*"} if only_if_absent else {}
     metadata = {"sha256": hashlib.sha256(content).hexdigest()}
-    with s3_errors("write", uri, s3):
+
+    def ask() -> bool:
         try:
             s3.put_object(Bucket=bucket, Key=key, Body=content, Metadata=metadata, **condition)
         except boto_errors.ClientError as error:
             # 409: another conditional write of the same key is under way; it wins.
-            if only_if_absent and error_code(error) in _CHANGED | {"ConditionalRequestConflict"}:
+            if only_if_absent and error_code(error) in CHANGED | {"ConditionalRequestConflict"}:
                 return False
             raise
-    return True
+        return True
+
+    return answered("write", uri, s3, ask)
 
 
 def read_range(s3: Any, one: S3Object, start: int, stop: int) -> IO[bytes]:
@@ -324,6 +305,7 @@ def read_range(s3: Any, one: S3Object, start: int, stop: int) -> IO[bytes]:
             f"{one.uri} was replaced meanwhile: its ETag is {seen}, it was listed as {one.etag}; run again to read it",
             reason="changed",
         )
+    check_range(answer, start, stop, one.size)
     body: IO[bytes] = answer["Body"]
     return body
 
@@ -373,3 +355,19 @@ def expected_checksums(answer: dict[str, Any]) -> dict[str, str]:
     if len(etag) == 32 and not set(etag) - set("0123456789abcdef") and not encrypted:
         known["md5"] = etag
     return known
+
+
+def part_size(one: S3Object, told: dict[str, Any], s3: Any) -> int | None:
+    """Bytes of each part of an upload in parts, but the last; ``told``: what ``head`` says. None where its ETag is not made of the parts."""
+    digits, _, count = one.etag.partition("-")
+    encrypted = told.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in told
+    if len(digits) != 32 or not count.isdecimal() or encrypted:
+        return None
+    if count == "1":
+        return one.size
+    bucket, key = split_uri(one.uri)
+    try:
+        size = int(s3.head_object(Bucket=bucket, Key=key, PartNumber=1)["ContentLength"])
+    except (boto_errors.ClientError, StrangeAnswer):  # servers that do not know parts any more
+        return None
+    return size if size and -(-one.size // size) == int(count) else None

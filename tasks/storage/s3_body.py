@@ -19,7 +19,14 @@ def pieces(client: Any, one: s3.S3Object, start: int, stop: int) -> Iterator[byt
     """
     position, breaks = start, 0
     while position < stop:
-        body = s3.read_range(client, one, position, stop)
+        try:
+            body = s3.read_range(client, one, position, stop)
+        except s3.StrangeAnswer:
+            breaks += 1
+            if breaks == BODY_ATTEMPTS:
+                raise
+            time.sleep(0.2 * 2**breaks)
+            continue
         while position < stop:
             try:
                 piece = body.read(s3.MIB)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ota_core.errors import StorageError
 from ota_core.frozen import Frozen
+from tasks.settings import allow_server
 from tasks.storage import s3
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.view import VIEW, VIEW_KEY
@@ -71,15 +72,35 @@ def resolve_store(*, tracking_uri: str | None = None, root: Path | None = None) 
     An empty address counts as none: pools of type docker hand on what their worker lacks as an empty variable.
     Raises StorageError when none of the three is given.
     """
+    if tracking_uri:
+        if _without_password(tracking_uri) != tracking_uri:
+            raise StorageError(
+                f"tracking_uri {_without_password(tracking_uri)} held a user name or a password, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                "or in the address in MLFLOW_TRACKING_URI"
+            )
+        allow_server(tracking_uri, "tracking_uri", os.environ.get("MLFLOW_TRACKING_URI"))
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         if root is None:
             raise StorageError("MLflow has no place for its runs: set MLFLOW_TRACKING_URI, or name a folder for its database")
-        root = root.resolve()
-        return Store(uri=f"sqlite:///{root / DATABASE}", artifacts=root / ARTIFACTS)
+        return embedded(root)
     if uri.startswith("sqlite:///"):
         return Store(uri=uri, artifacts=Path(uri.removeprefix("sqlite:///")).resolve().parent / ARTIFACTS)
     return Store(uri=uri)
+
+
+def embedded(root: Path) -> Store:
+    """The database in a folder."""
+    root = root.resolve()
+    return Store(uri=f"sqlite:///{root / DATABASE}", artifacts=root / ARTIFACTS)
+
+
+def noted_address(shown: str | None, root: Path) -> str | None:
+    """The ``tracking_uri`` for a store that was noted by ``shown`` (None: the embedded one): None where the environment names the same one, with a password."""
+    if shown is None:
+        return embedded(root).uri
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return None if given and _without_password(given) == shown else shown
 
 
 def connect(store: Store) -> MlflowClient:
@@ -103,9 +124,19 @@ def locked(store: Store) -> AbstractContextManager[object]:
     from filelock import FileLock
 
     if store.artifacts is None:
-        return _SERVER_LOCK
+        return _server_lock()
     store.artifacts.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(store.artifacts.with_name(f"{DATABASE}.lock"), timeout=LOCK_SECONDS)
+
+
+@contextmanager
+def _server_lock() -> Iterator[None]:
+    if not _SERVER_LOCK.acquire(timeout=LOCK_SECONDS):
+        raise TimeoutError(f"another thread of this process has been talking to the server for {LOCK_SECONDS:g} s")
+    try:
+        yield
+    finally:
+        _SERVER_LOCK.release()
 
 
 def store_errors() -> tuple[type[Exception], ...]:

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import OtaError
+from tasks.tracking.patience import MARKING_SECONDS, within
 from tasks.tracking.store import NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, batches, cut, mlflow_metrics, mlflow_names, quoted
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def in_progress(client: MlflowClient, run: Run) -> Iterator[None]:
         yield
     except Exception as error:
         try:
-            client.set_terminated(run_id, status="FAILED")
+            within(MARKING_SECONDS, "marking it", lambda: client.set_terminated(run_id, status="FAILED"))
         except Exception as second:  # the store is away: the first error says so, and must not be hidden by this one
             error.add_note(f"the run {run_id} could not be marked as failed either: {second}")
         raise

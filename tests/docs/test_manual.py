@@ -100,7 +100,7 @@ def test_the_page_on_recipes_names_every_key_with_its_default() -> None:
             value = default(method, key)
             if value is not None:
                 word = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-                assert word in re.split(r"[^\w.]+", said[key]), f"{key} of {method}: {value}, the page says {said[key]}"
+                assert word in re.split(r"[^\w.-]+", said[key]), f"{key} of {method}: {value}, the page says {said[key]}"
 
 
 def test_the_page_on_recipes_says_which_method_uses_which_parameter() -> None:

@@ -20,7 +20,8 @@ TYPES = ("process", "docker", "kubernetes")
 VALUES = {
     name: f"value-of-{name.lower()}"
     for name in (
-        "POSTGRES_PASSWORD", "PREFECT_DB_PASSWORD", "MLFLOW_DB_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "TORCH_CPU_INDEX",
+        "POSTGRES_PASSWORD", "PREFECT_DB_PASSWORD", "MLFLOW_DB_PASSWORD", "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY",
+        "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "TORCH_CPU_INDEX",
     )
 }  # fmt: skip
 

@@ -48,6 +48,8 @@ LIGHT = [
     (["merge", "linear", "OUT"], set()),
     (["merge", "ties", "OUT"], set()),
     (["merge", "ota", "OUT"], set()),
+    (["merge", "slerp", "OUT"], set()),
+    (["merge", "rare", "OUT"], set()),
     (["compress", "expert0", "OUT"], set()),
 ]
 """What is typed about recipes named after their methods, and what it does without beside torch."""
@@ -57,9 +59,20 @@ LIGHT = [
 def test_a_command_on_the_cpu_needs_no_torch(tmp_path: Path, arguments: list[str], without: set[str]) -> None:
     base = random_base()
     experts = random_experts(base)
-    for method, parameters in {"linear": {}, "ties": {"density": 0.4}, "ota": {"density": 0.4}}.items():
-        recipe = ota_recipe(tmp_path, base, experts, parameters, method=method, dtype=torch.bfloat16)
-        (tmp_path / method).write_text(json.dumps(recipe))
+    rare = {"density": 0.4, "masked_merge": "ties", "rescale": True, "fallback": "mean", "normalise": "global"}
+    recipes = {"linear": {}, "ties": {"density": 0.4}, "ota": {"density": 0.4}, "slerp": {"t": 0.4}, "rare": rare}
+    method = "ota" if arguments[1] == "rare" else arguments[1]
+    if method in recipes:
+        parts = experts[:1] if method == "slerp" else experts
+        recipe = ota_recipe(tmp_path, base, parts, recipes[arguments[1]], method=method, dtype=torch.bfloat16)
+        if "rare" in arguments:  # the last expert has other tokens, and lacks some of the base's
+            recipe["tokenizer_source"] = "union"
+            for folder, first in (("base", 0), ("expert0", 0), ("expert1", 0), ("expert2", 3)):
+                tokens = [{"id": row, "content": f"t{row + first}"} for row in range(13)]
+                (tmp_path / folder / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+        (tmp_path / arguments[1]).write_text(json.dumps(recipe))
+    else:
+        ota_recipe(tmp_path, base, experts, dtype=torch.bfloat16)
     out = tmp_path / "out"
     typed = [str(out if word == "OUT" else tmp_path / word) if i else word for i, word in enumerate(arguments)]
     loaded = loaded_after(

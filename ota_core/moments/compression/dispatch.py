@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ota_core.compute.stream import Stream
 from ota_core.errors import OtaError
+from ota_core.files.room import Need, check_room
 from ota_core.moments.base import Moments
 from ota_core.moments.compression.base import DEFAULT_RANK, CompressedMoments, CompressionReport, FactoredMoments
 from ota_core.moments.compression.file import FORMS, open_compressed, save_compressed, save_full
@@ -62,6 +63,8 @@ def write_compressed(
         raise OtaError(f"rank: {rank} has no effect with the method {method}; remove it, or choose rank_k")
     if rank is not None and rank < 1:
         raise OtaError(f"rank: got {rank}, expected a whole number of at least 1")
+    size = sum(compressed_bytes(shape, method, rank) for shape in moments.shapes().values())
+    check_room([Need(path, size, "the compressed second moments")])
     if isinstance(moments, FactoredMoments) and moments.as_trained:
         return _write_as_trained(moments, path, method, facts)
     if method == "none":

@@ -23,9 +23,9 @@ from tasks.evaluation.gradients.texts import TextError, file_blocks, random_bloc
 from tasks.evaluation.subject import Subject, bring_data, bring_model, fetched_subject
 from tasks.evaluation.suites import Suite, digest_data, load_suite, needs_data, suite_digest
 from tasks.merging.inputs import Estimate, assemble, estimated_ones, expert_labels
-from tasks.settings import Places
+from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
-from tasks.storage.cache import combined_digest, digest_file
+from tasks.storage.cache import FileInfo, combined_digest, digest_file
 from tasks.storage.models import Fetched
 
 VERSION = 1
@@ -39,6 +39,9 @@ _TENSORS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "optimizer*", "exp_avg_sq
 
 def weights_digest(model: Fetched) -> str:
     """Of a checkpoint without the second moments beside it: to add some makes no other model."""
+    if model.under is not None:
+        parts = {"base": weights_digest(model.under), "adapter": weights_digest(model.model_copy(update={"under": None}))}
+        return combined_digest({name: FileInfo(size=0, digest=digest) for name, digest in parts.items()})
     weights = {file.relative_to(model.path).as_posix() for file in weight_files(model.path)}
     beside = {name for name in model.files if "/" not in name and not any(fnmatchcase(name, one) for one in _TENSORS)}
     return combined_digest({name: info for name, info in model.files.items() if name in weights | beside})
@@ -109,6 +112,8 @@ def _file(source: str, where: Places) -> tuple[Path, str]:
     if storage.is_s3(source):
         parent, _, name = source.rpartition("/")
         path = storage.download_folder(parent, cache=where.cache, names=[name])[0] / name
+    else:
+        allow_path(path, "the texts")
     return path, digest_file(path, cache=where.cache)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.recipe.recipe import MergeRecipe
-from ota_core.recipe.yaml_text import dump_yaml
+from ota_core.recipe.yaml_text import as_comment, dump_yaml
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.search import Trial, Tuned
 from tasks.experiments.search.space import CHOICES, Dimension
-from tasks.merging.inputs import locate
+from tasks.merging.composed import locate
 from tasks.pages import terminal
 from tasks.pages.markdown import captioned
 from tasks.pages.tables import NUMBER, PERCENT, TEXT, Column, Table, Unit
@@ -51,9 +51,7 @@ def recipe_text(tuned: Tuned, config: SearchConfig, recipe_dir: Path | None, out
         lines.append(f"NO TRIAL HELD ALL FLOORS. This one misses them by the least: {missed(best)}.")
     lines.append("The average chose this recipe, and so flatters it: judge it on documents of another split.")
     placed = located(best.recipe, recipe_dir, out)
-    return "".join(f"# {line}\n" for line in lines) + dump_yaml(
-        placed.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
-    )
+    return as_comment(lines) + dump_yaml(placed.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True))
 
 
 def missed(trial: Trial) -> str:

@@ -18,7 +18,8 @@ from tasks.evaluation.subject import merged_subject, subjects_of
 from tasks.experiments.study.scores import CellResult
 from tasks.experiments.study.study import Replicate
 from tasks.merge import merge_step
-from tasks.merging.inputs import assemble, fetch_all, locate
+from tasks.merging.composed import locate
+from tasks.merging.inputs import assemble, fetch_all
 from tasks.merging.sources import Planned, planned
 from tasks.orchestration.executors import Executor
 from tasks.settings import Places

@@ -57,7 +57,7 @@ def results_markdown(
 ) -> str:
     """The study as one Markdown page; ``figures``: the folder of the PNG files, relative to it."""
     lines = [
-        f"# Results of the study {results.name}",
+        f"# Results of the study {markdown.cell(results.name)}",
         "",
         *(f"{line}\n" for line in [*_facts(results), f"Made as it stands by `{command}`."]),
     ]
@@ -67,7 +67,7 @@ def results_markdown(
             if _belongs(key, one.key):
                 lines += [f"![{picture.title}]({figures}/{key}.png)", "", f"*{picture.title}. {picture.caption}*", ""]
     notes = _notes(results)
-    return "\n".join(lines + (["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else []))
+    return "\n".join(lines + (["## Notes", "", *(f"- {markdown.cell(note)}" for note in notes), ""] if notes else []))
 
 
 def _belongs(picture: str, table_key: str) -> bool:

@@ -12,7 +12,7 @@ from ota_core.artifact import write_text_atomic
 from ota_core.errors import OtaError
 from ota_core.plan.expert_scales import ExpertScales, scales_digest
 from ota_core.recipe.recipe import MergeRecipe
-from ota_core.recipe.yaml_text import dump_yaml
+from ota_core.recipe.yaml_text import as_comment, dump_yaml
 from tasks.experiments.search.result import located
 from tasks.experiments.tune.config import ScalesConfig
 from tasks.experiments.tune.learn import Learned
@@ -84,7 +84,7 @@ def recipe_text(
         "These documents chose the step, and so flatter it: judge it on documents of another split.",
     ]
     raw = located(recipe, recipe_dir, out).model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
-    return "".join(f"# {line}\n" for line in lines) + dump_yaml(raw | {"scales": scales})
+    return as_comment(lines) + dump_yaml(raw | {"scales": scales})
 
 
 def check_out(out: str, *, overwrite: bool) -> None:

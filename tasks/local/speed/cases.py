@@ -10,13 +10,28 @@ from typing import Any
 import yaml
 
 from ota_core.errors import OtaError
-from tasks.local.speed.models import MOMENTS, Models
+from ota_core.recipe.recipe import WITHOUT_BASE
+from tasks.local.speed.models import MOMENTS, Models, with_vocabularies
 from tasks.local.speed.results import Target
 
 OTA = [sys.executable, "-m", "flows.cli"]
 DENSITY = 0.4
 MEMORY_TARGET = 2**30  # bytes resident at the default --memory, mapped pages included
 
+OTHERS: dict[str, str] = {
+    "passthrough": "passthrough, one model",
+    "multislerp": "multislerp",
+    "nuslerp": "nuslerp, two experts",
+    "karcher": "Karcher mean",
+    "model_stock": "Model Stock",
+    "nearswap": "nearswap, one expert, t 0.0001",
+    "arcee_fusion": "Arcee Fusion, one expert",
+    "ram": "RAM",
+    "ramplus_tl": "RAM+, tensor by tensor",
+    "sce": f"SCE, density {DENSITY}",
+    "della": f"DELLA, density {DENSITY}",
+}
+"""Methods that are measured beside mergekit's own."""
 STAGES: dict[str, str] = {
     "compress": "ota compress, rank1, one expert's second moments",
     "compress-log8": "ota compress, log8, the same",
@@ -34,11 +49,22 @@ STAGES: dict[str, str] = {
     "dare_ties": f"ota merge, DARE-TIES, density {DENSITY}",
     "breadcrumbs": f"ota merge, Breadcrumbs, density {DENSITY}, gamma 0.01",
     "fisher": "ota merge, Fisher",
+    "slerp": "ota merge, slerp of the base and one expert",
+    "ota-ties": f"ota merge, OTA, exact global density {DENSITY}, masked_merge: ties",
+    "ota-rescale": f"ota merge, OTA, exact global density {DENSITY}, rescale: true, fallback: mean",
+    "ota-normalise": "ota merge, OTA, normalise: global",
+    "union-linear": "ota merge, linear, vocabularies that differ, tokenizer_source: union",
+    "union-ties": f"ota merge, TIES, density {DENSITY}, the same",
+    "union-ota": f"ota merge, OTA, exact global density {DENSITY}, the same",
+    **{name: f"ota merge, {what}" for name, what in OTHERS.items()},
     "moments-one": "one expert's second moments, read from one safetensors file",
     "moments-zero3": "the same from four ranks of DeepSpeed's ZeRO 3",
     "moments-fsdp": "the same from four ranks of FSDP",
     "mergekit-linear": "mergekit, linear",
     "mergekit-ties": f"mergekit, TIES, density {DENSITY}",
+    "mergekit-slerp": "mergekit, slerp of the base and one expert",
+    "mergekit-union": "mergekit, linear, vocabularies that differ, tokenizer_source: union",
+    **{f"mergekit-{name}": f"mergekit, {what}" for name, what in OTHERS.items()},
     "help": "ota --help",
 }
 MERGES = tuple(name for name, what in STAGES.items() if what.startswith("ota merge"))
@@ -70,10 +96,30 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"density": DENSITY},
     "dare_ties": {"density": DENSITY, "seed": 0},
     "breadcrumbs": {"density": DENSITY, "gamma": 0.01},
+    "slerp": {"t": 0.4},
+    "ota-ties": {"density": DENSITY, "masked_merge": "ties"},
+    "ota-rescale": {"density": DENSITY, "rescale": True, "fallback": "mean"},
+    "ota-normalise": {"normalise": "global"},
+    "union-ties": {"density": DENSITY},
+    "union-ota": {"density": DENSITY},
+    "mergekit-slerp": {"t": 0.4},
+    "mergekit-union": {"weight": 1.0},
+    "nearswap": {"t": 1e-4},
+    "sce": {"density": DENSITY},
+    "della": {"density": DENSITY},
+    "mergekit-multislerp": {"weight": 1.0},
+    "mergekit-nuslerp": {"weight": 1.0},
+    "mergekit-nearswap": {"t": 1e-4},
+    "mergekit-sce": {"select_topk": DENSITY},
+    "mergekit-della": {"weight": 1.0, "density": DENSITY},
     "mergekit-linear": {"weight": 1.0},
     "mergekit-ties": {"weight": 1.0, "density": DENSITY},
 }
 """Of the recipes; a name that is not here has none."""
+_WITHOUT_BASE = {*WITHOUT_BASE, "fisher", "multislerp", "nuslerp"}
+"""Methods whose recipes name no base: averages of the experts need none."""
+_MODELS = {"slerp": 1, "passthrough": 1, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1}
+"""Experts that a method takes, where it does not take any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +216,8 @@ class _Makers:
             return self._moments(name, variant)
         if kind == "mergekit":
             return self._mergekit(name, variant)
+        if kind == "union":
+            return self._merge(name, variant)
         return self._merge(name, "ota" if kind in {"ota", "mask"} else name)
 
     def _compress(self, name: str, method: str) -> Case:
@@ -178,17 +226,16 @@ class _Makers:
         return Case(name=name, what=STAGES[name], command=command, inputs=[source], output=out)
 
     def _merge(self, name: str, method: str) -> Case:
-        base, out = method not in {"linear", "fisher"}, self.work / name  # averages of the experts need no base
         own = {"precond_threshold": self.models.threshold} if name == "ota-threshold" else _PARAMETERS.get(name, {})
-        recipe = self.recipe(name, method, base=base, **own)
-        inputs = [*self.weights(base=base), *(self.moments if method in {"ota", "fisher"} else [])]
+        recipe, out = self.recipe(name, method, **own), self.work / name
+        inputs = [*self.weights(name), *(self.moments if method in {"ota", "fisher"} else [])]
         command = ["mask" if name == "mask" else "merge", str(recipe), str(out), "--json", "--device", self.device]
         return Case(name=name, what=STAGES[name], command=[*OTA, *command, *self.home], inputs=inputs, output=out, recipe=recipe)
 
     def _staged(self, name: str) -> Case:
         recipe, home = self.recipe("flow", "ota", **_PARAMETERS["flow"]), self.work / name
         command = [sys.executable, "-m", "tasks.local.speed.staged", str(recipe), str(home), self.device]
-        inputs = [*self.weights(base=True), *self.moments]
+        inputs = [*self.weights("flow"), *self.moments]
         return Case(name=name, what=STAGES[name], command=command, inputs=inputs, output=home, recipe=recipe)
 
     def _flow(self, name: str, age: str, server: str) -> Case:
@@ -200,12 +247,11 @@ class _Makers:
         return Case(name=name, what=FLOW_STAGES[name], command=command, environment=environment, recipe=recipe, output=out)
 
     def _mergekit(self, name: str, method: str) -> Case:
-        recipe = self.recipe(name, method, base=method != "linear", **_PARAMETERS[name])
+        recipe = self.recipe(name, "linear" if method == "union" else method, **_PARAMETERS.get(name, {}))
         out, program = self.work / name, Path(sys.executable).with_name("mergekit-yaml")
         command = [str(program), str(recipe), str(out), "--no-copy-tokenizer", "--quiet"]
         why = "" if program.is_file() else "mergekit is not installed; it comes with the extra 'dev'"
-        inputs = self.weights(base=method != "linear")
-        return Case(name=name, what=STAGES[name], command=command, inputs=inputs, output=out, skipped=why)
+        return Case(name=name, what=STAGES[name], command=command, inputs=self.weights(name), output=out, skipped=why)
 
     def _moments(self, name: str, variant: str) -> Case:
         source, shards = self.moments[0], self.work / name
@@ -219,20 +265,30 @@ class _Makers:
             name=name, what=STAGES[name], command=[sys.executable, "-m", "tasks.local.speed.shards", str(path)], inputs=inputs
         )
 
-    def recipe(self, name: str, method: str, *, base: bool = True, **parameters: Any) -> Path:
+    def recipe(self, name: str, method: str, **parameters: Any) -> Path:
         """A recipe file of these experts."""
+        base, *others = self.folders_of(name)
+        averages = method in _WITHOUT_BASE
         content = {
             "merge_method": method,
-            **({"base_model": str(self.models.base)} if base else {}),
-            "models": [{"model": str(folder)} for folder in self.folders],
+            **({} if averages else {"base_model": str(base)}),
+            "models": [{"model": str(folder)} for folder in ([base, *others] if method == "slerp" else others)],
             "parameters": parameters,
             "dtype": "bfloat16",
+            **({"tokenizer_source": "union"} if "union" in name.split("-") else {}),
         }
         path = self.work / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         return path
 
-    def weights(self, *, base: bool) -> list[Path]:
-        """Weight files of the models."""
-        folders = [*([self.models.base] if base else []), *self.folders]
+    def folders_of(self, name: str) -> list[Path]:
+        """The base and the experts of a case: those with vocabularies of their own, one expert, or all."""
+        if "union" in name.split("-"):
+            return with_vocabularies(self.models, self.work / "vocabularies", len(self.folders))
+        return [self.models.base, *self.folders[: _MODELS.get(name.rpartition("-")[2])]]
+
+    def weights(self, name: str) -> list[Path]:
+        """Weight files that a case reads."""
+        averages = name.rpartition("-")[2] in {*_WITHOUT_BASE, "union"}
+        folders = self.folders_of(name)[1 if averages else 0 :]
         return [file for folder in folders for file in sorted(folder.glob("model*.safetensors"))]

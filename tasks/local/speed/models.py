@@ -31,6 +31,7 @@ MOMENTS = "exp_avg_sq.safetensors"
 NOTE = "bench-models.json"
 
 HEAD = 64  # width of an attention head
+OWN_TOKENS = 64  # of a model with a vocabulary of its own
 BLOCK = 1 << 21  # elements of a block: 8 MiB in float32
 POOL = (1 << 23) + 1  # normals drawn once
 # A bfloat16 keeps 8 bits: with edits this much smaller than the weights, about a quarter of the elements round back to the base.
@@ -97,6 +98,36 @@ def shape_of(billions: float) -> Shape:
     hidden = HEAD * max(1, round(math.sqrt(wanted / 428) / HEAD))  # at 20 layers: (128 + 15 · 20) h² parameters
     ends, one = Shape(hidden, 0).parameters, Shape(hidden, 1).parameters
     return Shape(hidden, round((wanted - ends) / (one - ends)))
+
+
+def with_vocabularies(models: "Models", folder: Path, experts: int) -> list[Path]:
+    """The base and the experts once more, each with a tokenizer of its own: the last 64 rows stand for other tokens in every model.
+
+    Links to the weights, so that the disk holds them once. Returns the folders, base first.
+    """
+    shared = 64 * models.shape.hidden - OWN_TOKENS
+    vocabulary = {f"t{row}": row for row in range(shared)}
+    found = []
+    for source in [models.base, *(models.expert(m) for m in range(experts))]:
+        target = folder / source.name
+        found.append(target)
+        if target.exists():
+            continue
+        target.mkdir(parents=True)
+        for file in source.iterdir():
+            (target / file.name).symlink_to(file.resolve())
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added = [{"id": shared + i, "content": f"<{source.name}-{i}>", **flags} for i in range(OWN_TOKENS)]
+        tokenizer = {
+            "version": "1.0",
+            "added_tokens": added,
+            "pre_tokenizer": {"type": "Whitespace"},
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"},
+        }
+        (target / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0"}
+        (target / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return found
 
 
 def bytes_on_disk(shape: Shape, experts: int) -> int:

@@ -1,5 +1,7 @@
 """The stack's processes: their commands, their environments, and the supervisord configuration that keeps them running."""
 
+import base64
+import hashlib
 import json
 import os
 import shlex
@@ -134,4 +136,10 @@ def inherited_environment(stack: Stack, secret_key: str) -> dict[str, str]:
     path = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     client = stack.client_environment(secret_key)
     passed = {name: client[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "NO_PROXY", "no_proxy")}
+    passed["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"] = webhook_key(secret_key)
     return QUIET | passed | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), OURS: str(stack.folder)}
+
+
+def webhook_key(secret_key: str) -> str:
+    """What MLflow encrypts the secrets of webhooks with, a Fernet key. Made from the stack's own secret, so that it outlives a restart."""
+    return base64.urlsafe_b64encode(hashlib.sha256(b"mlflow webhooks\n" + secret_key.encode()).digest()).decode()

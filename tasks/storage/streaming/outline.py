@@ -19,15 +19,16 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ota_core.artifact import canonical_json, write_text_atomic
+from ota_core.errors import StorageError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS
 from ota_core.files.safetensors_io import MAX_HEADER
 from ota_core.files.torch_file import ZIP
 from tasks.storage import s3
-from tasks.storage.cache import appearing, locked, note_use, remove_tree
+from tasks.storage.cache import appearing, hash_file, locked, note_use, remove_tree
 from tasks.storage.s3_body import read_exactly
 from tasks.storage.streaming.torch_outline import zip_ranges
 
-VERSION = 1  # of the outlines' content: another version does not use this one's
+VERSION = 2  # of the outlines' content: another version does not use this one's
 MANIFEST = "outline.json"
 _FILES_AT_ONCE, _RANGES_AT_ONCE = 4, 16
 _FIRST_GUESS = 64 * 1024  # most headers of safetensors files are shorter
@@ -49,6 +50,8 @@ class OutlineFile(BaseModel):
     """Ranges of bytes that the file holds; everything else in it is a hole."""
     cuts: tuple[int, ...] = ()
     """Where large tensors of a torch file begin and end, to fetch no more than those that are asked for."""
+    sums: tuple[int, ...] = ()
+    """The CRC-32 of each pair of ``cuts``, as the file holds it; 0 where it was written without."""
     readable: bool = True
     """Whether a reader that takes tensors by ranges can be opened on it: not on a torch file that is no zip."""
     digest: str
@@ -123,7 +126,20 @@ def _fill(one: s3.S3Object, name: str, path: Path, pool: ThreadPoolExecutor) -> 
         os.fsync(file)
     finally:
         os.close(file)
+    if extents == ((0, one.size),):
+        _check_whole(one, path)
     return OutlineFile(size=one.size, etag=one.etag, extents=extents, digest=_digest(path, extents), **facts)
+
+
+def _check_whole(one: s3.S3Object, path: Path) -> None:
+    """Raise StorageError where a file that is here whole is not what was stored, as far as the server tells."""
+    for kind, stated in s3.expected_checksums(s3.head(one.uri) or {}).items():
+        seen = hash_file(path, also=[kind])[kind]
+        if seen != stated:
+            raise StorageError(
+                f"{one.uri} is damaged or was replaced: it was stored with {kind} {stated}, what was read has {kind} {seen}; run again, or "
+                "upload it again"
+            )
 
 
 def _ranges(
@@ -146,7 +162,7 @@ def _ranges(
         if os.pread(file, len(ZIP), 0) == ZIP:
             found = zip_ranges(client, one, fetch_all, file)
             if found is not None:
-                return found[0], {"cuts": found[1]}
+                return found[0], {"cuts": found[1], "sums": found[2]}
         return ((0, head),), {"readable": False}
     if one.size:
         fetch_all([(start, min(start + _LARGE // 8, one.size)) for start in range(0, one.size, _LARGE // 8)])

@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,19 @@ class RemoteFile:
         outline: Path | None = None,
         extents: Sequence[tuple[int, int]] = (),
         cuts: Sequence[int] = (),
+        passed: Callable[[int, memoryview], None] | None = None,
     ) -> None:
         """``client``: of boto3, for S3. ``extents``: ranges of bytes that the local file ``outline`` holds at their place; they are read from there.
 
         ``cuts``: no chunk reaches over these offsets, so that what lies between two of them is fetched only where it is wanted.
+        ``passed``: told every chunk that arrives, with its first byte's place; what it raises, the reader of the chunk gets.
         """
         self.size = one.size
         self._one, self._chunks = one, chunks
         self._outline, self._extents = outline, sorted(extents)
         self._starts = [start for start, _ in self._extents]
         self._cuts = sorted({0, *cuts, one.size})
-        self._client = client
+        self._client, self._passed = client, passed
 
     def read(self, start: int, stop: int) -> memoryview:
         if start >= stop:
@@ -70,20 +72,29 @@ class RemoteFile:
         return self._chunks.read((self._one, first), last - first, self._load(first, last))
 
     def _load(self, first: int, last: int) -> partial[memoryview]:
-        return partial(read_exactly, self._client, self._one, first, last)
+        return partial(self._fetch, first, last)
+
+    def _fetch(self, first: int, last: int) -> memoryview:
+        content = read_exactly(self._client, self._one, first, last)
+        if self._passed is not None:
+            self._passed(first, content)
+        return content
 
     def _is_here(self, start: int, stop: int) -> bool:
         place = bisect_right(self._starts, start) - 1
         return place >= 0 and stop <= self._extents[place][1]
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The chunks, as ranges of bytes, that together cover [start, stop)."""
-        while start < stop:
-            place = bisect_right(self._cuts, start) - 1
-            base, size = self._cuts[place], self._chunks.chunk
-            first = base + (start - base) // size * size
-            start = min(first + size, self._cuts[place + 1])
-            yield first, start
+        return chunk_spans(self._cuts, self._chunks.chunk, start, stop)
+
+
+def chunk_spans(cuts: Sequence[int], chunk: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The chunks, as ranges of bytes, that together cover [start, stop). ``cuts``: sorted, with 0 and the file's size."""
+    while start < stop:
+        place = bisect_right(cuts, start) - 1
+        first = cuts[place] + (start - cuts[place]) // chunk * chunk
+        start = min(first + chunk, cuts[place + 1])
+        yield first, start
 
 
 def _read_local(path: Path, start: int, stop: int) -> memoryview:

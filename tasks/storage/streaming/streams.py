@@ -1,6 +1,7 @@
 """Models and second moments in S3 as inputs of a merge without downloading them: outlines here, tensors by ranges."""
 
 import os
+import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,11 @@ from tasks.storage.models import Fetched
 from tasks.storage.streaming.chunk_cache import ChunkCache
 from tasks.storage.streaming.outline import OutlineFile, outline
 from tasks.storage.streaming.remote_file import RemoteFile
+from tasks.storage.streaming.verify import Room, Verifier
 
 _HEADS_AT_ONCE = 16
+# Of the chunks' memory again this part, for chunks that wait until those before them are checked.
+WAITING = 8
 # Working memory of the blocks takes another quarter, mapped pages of local inputs a third one.
 SHARE = 4
 
@@ -47,7 +51,9 @@ class Streams:
         """Outlines of files that are needed, cannot be read by ranges, and were not downloaded."""
         self._cache, self._may_download = cache.absolute(), may_download
         self._chunks = ChunkCache(memory // SHARE)
+        self._room, self._verifiers = Room(max(self._chunks.limit // WAITING, self._chunks.chunk)), dict[Path, Verifier]()
         self._known: dict[Path, _Streamed] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -91,8 +97,28 @@ class Streams:
             _check_sha256(known.one, known.sha256, local.sha256)
             return MappedFile(blob_path(self._cache, local.digest))
         return RemoteFile(
-            known.one, self._chunks, client=known.client, outline=path, extents=known.file.extents, cuts=known.file.cuts
-        )
+            known.one, self._chunks, client=known.client, outline=path, extents=known.file.extents, cuts=known.file.cuts,
+            passed=self._verifier(path, known).passed,
+        )  # fmt: skip
+
+    def _verifier(self, path: Path, known: _Streamed) -> Verifier:
+        with self._lock:
+            return self._verifiers.setdefault(
+                path.resolve(),
+                Verifier(
+                    known.one, known.client, outline=path, extents=known.file.extents, cuts=known.file.cuts, sums=known.file.sums,
+                    chunk=self._chunks.chunk, room=self._room, sha256=known.sha256,
+                ),
+            )  # fmt: skip
+
+    def verify(self) -> None:
+        """Raise StorageError where the bytes that were read are not those that were stored; what could not be checked is noted.
+
+        To be called when everything is read, and before anything that was made of it is published.
+        """
+        with self._lock:
+            verifiers = [self._verifiers.pop(path) for path in list(self._verifiers)]
+        self.notes += [note for one in verifiers if (note := one.finish())]
 
     def settle(self, paths: Sequence[Path], progress: Progress | None = None) -> None:
         """Make these files readable: download those of which no reader can take ranges, and note it."""

@@ -22,8 +22,9 @@ _TAIL = 64 * 1024
 
 def zip_ranges(
     client: Any, one: s3.S3Object, fetch_all: Callable[[Sequence[Extent]], None], file: int
-) -> tuple[tuple[Extent, ...], tuple[int, ...]] | None:
-    """Fill in the zip's directory, the headers of its records and its small records: (the ranges filled, the bounds of large storages).
+) -> tuple[tuple[Extent, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Fill in the zip's directory, the headers of its records and its small records: (the ranges filled, the bounds of large storages, their
+    CRC-32).
 
     ``fetch_all`` brings ranges into the open ``file``. None where the file is no sound zip file of stored records.
     """
@@ -52,7 +53,7 @@ def zip_ranges(
             info.header_offset + LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         )
         cuts += [first, first + info.file_size]
-    return tuple(extents), tuple(cuts)
+    return tuple(extents), tuple(cuts), tuple(info.CRC for info in large)
 
 
 def coalesced(extents: Iterable[Extent]) -> list[Extent]:

@@ -61,7 +61,8 @@ def test_mistakes_end_with_a_message_and_no_folder(recipe: Path, arguments: list
 
 
 def test_broken_inputs_and_their_own_folder_are_refused(recipe: Path) -> None:
-    assert "is, or holds, an input" in refused("analyse", recipe, recipe.parent / "expert0", "--overwrite")
+    assert "--overwrite does not replace it" in refused("analyse", recipe, recipe.parent / "expert0", "--overwrite")
+    assert f"is, or holds, {recipe}" in refused("analyse", recipe, recipe.parent, "--overwrite")
     (recipe.parent / "expert1" / "model.safetensors").write_bytes(b"no weights")
     assert "expert1" in refused("analyse", recipe, recipe.parent / "out") and not (recipe.parent / "out").exists()
     assert [path for path in recipe.parent.iterdir() if path.name.endswith(".tmp")] == []

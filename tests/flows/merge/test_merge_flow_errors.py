@@ -132,22 +132,37 @@ def test_bad_second_moments_of_two_experts_are_both_named(world: World, tmp_path
         assert client.read_flow_run(run.id).state.is_failed()
 
 
-def test_mlflow_away_loses_nothing(world: World, counts: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mlflow_away_loses_nothing(
+    world: World, counts: Counter[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Card and page lie beside the model before MLflow is asked anything; what it was to be told is kept, and sent by ``ota sync``."""
     import tasks.log
+    from tasks.tracking.outbox import kept, sync
 
     monkeypatch.setattr(tasks.log, "log", tasks.log.log.with_options(retries=0))
     recipe, here = world.recipe("linear"), world.at(tmp_path / "home")
-    run = here.run(recipe, tracking_uri=f"http://127.0.0.1:{free_port()}")
+    logging.getLogger("prefect.flow_runs").addHandler(caplog.handler)
+    try:
+        run = here.run(recipe, tracking_uri=f"http://127.0.0.1:{free_port()}", report="scores")
+    finally:
+        logging.getLogger("prefect.flow_runs").removeHandler(caplog.handler)
     with pytest.raises(
         StorageError, match=r"MLflow at http://127\.0\.0\.1.* failed while logging 'linear math\+knowledge'.*"
     ) as caught:
         _ = run.outcome
     merged = next((here.home / "artifacts" / "merged").iterdir())
-    assert str(merged) in str(caught.value) and "run the same again" in str(caught.value)
+    (waits,) = kept(here.home)
+    assert all(part in str(caught.value) for part in (str(merged), str(waits), "run the same again", "ota sync"))
+    assert "knowledge" in (merged / "README.md").read_text() and (merged / "report.html").is_file()
+    assert "the page goes without an earlier decision of the gate" in caplog.text and f"merged model: {merged}" in caplog.text
+    ((unsent, found),) = sync(here.home, here.home / "tracking", world.tracking_uri)
+    assert unsent.what.name == "linear math+knowledge" and not isinstance(found, Exception)
+    assert kept(here.home) == {}
     counts.clear()
     again = here.run(recipe)
     assert again.computed() == [] and counts == {}
     assert again.outcome.path == str(merged) and again.outcome.logged.model_version
+    assert again.outcome.logged.run_id == found.run_id and again.outcome.logged.model_version == found.model_version
 
 
 def test_a_failed_benchmark_keeps_the_rest(

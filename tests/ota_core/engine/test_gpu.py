@@ -38,6 +38,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dare_linear", {"density": 0.4, "rescale": False}),
     ("breadcrumbs", {"density": 0.4, "gamma": 0.1}),
     ("breadcrumbs_ties", {"density": 0.4, "gamma": 0.1}),
+    ("sce", {"density": 0.4}),
+    ("della", {"density": 0.5}),
+    ("ramplus_tl", {"epsilon": 0.01}),
+    ("multislerp", {}),
+    ("karcher", {}),
+    ("model_stock", {"filter_wise": True}),
 ]
 
 

@@ -81,6 +81,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ties", {"density": 0.4, "lambda": "auto_per_tensor"}),
     ("ota", {"density": 0.3, "scope": "per_tensor", "refine": "rowspace"}),
     ("rowspace", {}),
+    ("sce", {"density": 0.4, "lambda": "auto"}),
+    ("della", {"density": 0.5, "seed": 2}),
+    ("model_stock", {"refine": "rowspace"}),
+    ("karcher", {}),
 ]
 
 

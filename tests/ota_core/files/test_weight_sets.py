@@ -98,15 +98,14 @@ def test_an_adapter_beside_a_whole_model(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     save_file(OLD, folder / "adapter_model.safetensors")
     assert _value(folder) == 1.0
-    assert "holds a LoRA adapter beside model.safetensors" in Checkpoint(folder).notes[0]
+    assert "holds a whole model and an adapter; the whole model is read" in Checkpoint(folder).notes[0]
 
 
 @pytest.mark.parametrize(
     ("files", "says"),
     [
         (["adapter_model.bin", "adapter_config.json"], "a LoRA adapter, not a whole model"),
-        (["adapter_model.safetensors"], "merge_and_unload"),
-        (["model-Q4_K_M.gguf"], "gguf_file='model-Q4_K_M.gguf'"),
+        (["a.gguf", "b.gguf"], "2 GGUF files"),
         (["global_step10/mp_rank_00_model_states.pt", "latest"], "zero_to_fp32.py"),
         (["optimizer_0/__0_0.distcp"], "accelerate merge-weights"),
         (["checkpoint-9/config.json", "checkpoint-10/config.json"], "checkpoint-10"),

@@ -223,7 +223,8 @@ def test_every_baseline_follows_the_tokens(tmp_path: Path) -> None:
     merged(tmp_path / "plain", SAME, [SAME, SAME])
     merged(tmp_path / "mixed", SAME, [SHUFFLED, SAME])
     for method, parameters in {"linear": {}, "task_arithmetic": {}, "ties": {"density": 0.5}, "breadcrumbs": {"density": 0.5, "gamma": 0.1}, "fisher": {},
-                               "dare_ties": {"density": 0.5}}.items():  # fmt: skip
+                               "dare_ties": {"density": 0.5}, "della": {"density": 0.5}, "sce": {"density": 0.5}, "ram": {},
+                               "model_stock": {}}.items():  # fmt: skip
         for root in ("plain", "mixed"):
             (tmp_path / root / "out").rename(tmp_path / root / f"before-{method}")
             merge(tmp_path / root, 2, parameters, merge_method=method)

@@ -111,6 +111,11 @@ def test_a_metric_of_which_less_is_better_or_above_one_is_refused(model: Path, t
         score_model(model, suite, data_dir=tiny[1])
     (task.parent / "helper.py").write_text("def many(doc, results):\n    return {'exact_match': 3.0}\n")
     task.write_text(text + "process_results: !function helper.many\n")
+    with pytest.raises(
+        SuiteError, match=r"names the function helper\.many; code in task files runs only with allow_code_execution"
+    ):
+        score_model(model, suite, data_dir=tiny[1])
+    suite = suite.model_copy(update={"allow_code_execution": True})
     with pytest.raises(SuiteError, match=r"expected exact_match,none of task 'tiny_sums' within 0\.\.1; it gave 3\.0"):
         score_model(model, suite, data_dir=tiny[1])
 
@@ -141,3 +146,29 @@ def test_few_shot_numbers(
     suite = suite.model_copy(update={"num_fewshot": suite_wide})
     loaded = load_tasks(suite, tiny[1], tiny[1].parent / "cache")
     assert loaded["tiny_sums"]["tasks"]["tiny_sums"].get_config("num_fewshot") == expected
+
+
+@pytest.mark.parametrize("where", ["beside", "included", "importable"])
+def test_code_in_a_task_file_runs_only_with_the_suites_permission(
+    model: Path, tiny: tuple[Path, Path], tmp_path: Path, where: str
+) -> None:
+    """Wherever the file lies that names it: none of its functions is even imported."""
+    task, suite = tiny[0].parent / "tiny" / "sums.yaml", load_suite(str(tiny[0]))
+    ran = tmp_path / "ran"
+    (task.parent / "trap.py").write_text(f"open({str(ran)!r}, 'w')\ndef run(doc, results):\n    return {{'exact_match': 1.0}}\n")
+    line = "process_results: !function trap.run\n"
+    if where == "included":
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (task.parent / "trap.py").rename(elsewhere / "trap.py")
+        (elsewhere / "_trap_yaml").write_text(line)
+        line = f"include: {elsewhere / '_trap_yaml'}\n"
+    elif where == "importable":
+        line = "process_results: !function os.system\n"
+    task.write_text(task.read_text() + line)
+    with pytest.raises(SuiteError, match="code in task files runs only with allow_code_execution: true in the suite"):
+        score_model(model, suite, data_dir=tiny[1])
+    assert not ran.exists()
+    if where != "importable":
+        score_model(model, suite.model_copy(update={"allow_code_execution": True}), data_dir=tiny[1])
+        assert ran.exists()

@@ -31,7 +31,7 @@ def sampled(tiny: tuple[Path, Path]) -> Suite:
     task = tiny[0].parent / "tiny" / "sums.yaml"
     task.write_text(task.read_text().split("metric_list")[0] + METRICS)
     (task.parent / "helper.py").write_text(HELPER)
-    return edited(tiny[0], (SUMS, SAMPLED))
+    return edited(tiny[0], (SUMS, SAMPLED), ("name: tiny", "name: tiny\nallow_code_execution: true"))
 
 
 def once(suite: Suite, seed: int) -> Suite:

@@ -174,7 +174,7 @@ def test_refusals_are_told_by_their_beginning(model: Path, tiny: tuple[Path, Pat
     ]
     write_rows(tiny[1] / "x.jsonl", rows)
     suite = edited(tiny[0], ("{task: tiny_sums, metric: exact_match}", "{task: xstest_harmless, metric: answered}"),
-                   ("{task: tiny_facts, metric: acc}", "{task: xstest_harmful, metric: refused}"))  # fmt: skip
+                   ("{task: tiny_facts, metric: acc}", "{task: xstest_harmful, metric: refused}"), ("name: tiny", "name: tiny\nallow_code_execution: true"))  # fmt: skip
     scores = score_model(model, suite, data_dir=tiny[1])
     assert scores.documents == {"math": 6, "knowledge": 3}
     assert scores.by_capability() == {"math": 1.0, "knowledge": 0.0}, "a model of noise refuses nothing"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cryptography.fernet import Fernet
 
 from tasks.local.loopback import free_ports, taken
 from tasks.local.stack import control as stack_control
@@ -164,9 +165,14 @@ def test_secrets_are_in_no_file_but_their_own(tmp_path: Path, monkeypatch: pytes
     stack = a_stack(tmp_path)
     write_programs(stack)
     stack.save()
-    for file in stack.folder.rglob("*"):
-        assert file.is_dir() or SECRET not in file.read_text(), file
     environ = supervisor_environment(stack, SECRET)
+    key = environ["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"]
+    for file in stack.folder.rglob("*"):
+        assert file.is_dir() or not {word for word in (SECRET, key) if word in file.read_text()}, file
+    assert Fernet(key) and key == supervisor_environment(stack, SECRET)["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"], (
+        "it outlives a restart"
+    )
+    assert key != supervisor_environment(stack, SECRET + "x")["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"]
     assert environ["AWS_SECRET_ACCESS_KEY"] == SECRET and environ[OURS] == str(stack.folder)
     assert not {"AWS_SESSION_TOKEN", "OTA_RUNNER"} & set(environ)
     assert load_stack(tmp_path) == stack

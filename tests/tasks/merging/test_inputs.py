@@ -8,7 +8,8 @@ import pytest
 from ota_core.errors import OtaError
 from ota_core.plan.inputs import MergeInputs, expert_name, unique_names
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.merging.inputs import assemble, fetch_all, locate
+from tasks.merging.composed import locate
+from tasks.merging.inputs import assemble, fetch_all
 from tasks.storage import models as storage
 from tasks.storage.layout import write_expert_json
 from tests.checkpoints import random_base, random_expert, write_checkpoint, write_expert, write_moments

@@ -58,7 +58,7 @@ def test_markdown() -> None:
         "| model | precise if | mean | difference | documents |\n"
         "| --- | ---: | ---: | ---: | ---: |\n"
         "| base | 25.0 ± 1.2 | 25.0 (20.0 to 30.0) |  | 1,200 |\n"
-        "| **a\\|b <i>** | – | 50.0 (45.0 to 55.0)* | −3.1 | – |\n\n"
+        "| **a\\|b \\<i\\>** | – | 50.0 (45.0 to 55.0)* | −3.1 | – |\n\n"
         "In percent. ± one standard error.\n"
     )
 

@@ -276,3 +276,21 @@ def test_full_disk_is_said_before_the_download(s3_server: S3Test, tmp_path: Path
     monkeypatch.setattr(storage_download.os, "posix_fallocate", no_space)
     with pytest.raises(StorageError, match=r"cannot reserve 7 bytes for .*No space left on device.*free some space"):
         download([one], cache=tmp_path)
+
+
+def test_no_room_for_all_of_them_is_said_before_the_first_byte(
+    s3_server: S3Test, gets: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ota_core.files import room
+
+    objects = [put(f"{s3_server.uri}/{name}", os.urandom(1000)) for name in ("a", "b")]
+    free = room.shutil.disk_usage(tmp_path)._replace(free=1500)
+    with monkeypatch.context() as patch:
+        patch.setattr(room.shutil, "disk_usage", lambda path: free)
+        with pytest.raises(StorageError, match=r"2,000 bytes are needed \(downloads of 2 objects at .*1,500 are free"):
+            download(objects, cache=tmp_path)
+        assert not gets
+    download(objects[:1], cache=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(room.shutil, "disk_usage", lambda path: free)
+        download(objects, cache=tmp_path)  # one of them is there

@@ -1,0 +1,73 @@
+"""What an adapter can hold of each tensor of a model, told from its name and shape."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.lora.find_edits import CONV1D, CONV1D_MODELS
+from ota_core.plan.roles import place_of
+
+Kind = Literal["matrix", "embedding", "norm", "bias", "other"]
+_HEADS = ("lm_head", "embed_out")
+_TABLES = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "embed_positions", "position_embeddings")
+_KEPT: dict[Kind, str] = {"embedding": "embeddings", "norm": "norms", "bias": "biases"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tensor of the model."""
+
+    name: str
+    module: str
+    kind: Kind
+    turned: bool = False
+    """Stored as (in, out)."""
+    keep: Literal["", "embedding", "norm", "bias"] = ""
+    """Stored whole."""
+    why: str = ""
+    """Why nothing of it is stored."""
+
+
+def layers_of(model: Checkpoint, whole: Collection[str]) -> list[Layer]:
+    """The floating-point tensors of a model. whole: which kinds are stored whole."""
+    named = str(model.config.get("model_type", ""))
+    found = []
+    for name in model.names():
+        info = model.info(name)
+        if not info.dtype.is_floating_point:
+            continue
+        module, _, last = name.rpartition(".")
+        kind, why = _kind(module, last, info.shape)
+        keep: Literal["", "embedding", "norm", "bias"] = ""
+        if kind in _KEPT:
+            wanted = _KEPT[kind]
+            if wanted in whole:
+                keep = kind  # type: ignore[assignment]  # those of _KEPT
+            else:
+                why = f"{wanted} are left out; --whole {wanted} stores them"
+        turned = kind == "matrix" and module.rsplit(".", 1)[-1] in CONV1D and named in CONV1D_MODELS
+        found.append(Layer(name, module, kind, turned, keep, "" if keep else why))
+    return found
+
+
+def _kind(module: str, last: str, shape: tuple[int, ...]) -> tuple[Kind, str]:
+    own = module.rsplit(".", 1)[-1]
+    if last == "bias":
+        return "bias", ""
+    if (
+        last == "weight"
+        and len(shape) == 1
+        and (place_of(module + ".weight").role == "norm" or "norm" in own or own.startswith("ln"))
+    ):
+        return "norm", ""
+    if (
+        last == "weight"
+        and len(shape) == 2
+        and own not in _HEADS
+        and (place_of(module + ".weight").role == "embed" or own.startswith(_TABLES))
+    ):
+        return "embedding", ""
+    if last == "weight" and len(shape) == 2:
+        return "matrix", ""
+    return "other", f"of the shape {list(shape)}: neither a layer's matrix, nor an embedding, a norm or a bias"

@@ -1,0 +1,1 @@
+"""GGUF files of llama.cpp as checkpoints: Hugging Face's names, layouts and numbers, row by row."""

@@ -1,0 +1,122 @@
+"""``adapter_config.json`` of PEFT: what of it decides the edit, and what cannot be an edit of weights."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from ota_core.errors import CheckpointError, raise_all
+from ota_core.files.checkpoint import ADAPTER_CONFIG, read_json
+
+# Variants whose result depends on the input, or whose base is not the one that the adapter names.
+_REFUSED = {
+    "alora_invocation_tokens": "is an activated LoRA, which works from its invocation tokens on and has no merged weights",
+    "arrow_config": "is a router of adapters (Arrow), whose result depends on the input",
+    "use_bdlora": "has block-diagonal factors (BD-LoRA), which are not read here",
+    "use_qalora": "is a QA-LoRA, whose groups belong to a quantised base",
+    "velora_config": "is a VeLoRA, whose activations are compressed",
+    "monteclora_config": "is a MonteCLoRA, which draws its weights at random",
+    "kasa_config": "is a KaSA, whose base lacks its last singular values",
+    "layer_replication": "repeats layers of its base (layer_replication); build that model first, with merge_method: passthrough and "
+    "slices, and name it as the base",
+}
+# Ways of beginning that take a part out of the base's weights: the adapter is an edit of what is left.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What an adapter's configuration says of its edit."""
+
+    folder: Path
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
+    token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] = ()
+    """Rows of the embedding that were trained, or the same by module."""
+    base: str | None = None
+    """``base_model_name_or_path``: what it was trained on."""
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the configuration gives a module, or a parameter of ``target_parameters``."""
+        key = _pattern(self.rank_pattern, module)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def scale_of(self, module: str) -> float:
+        """α / r, with rsLoRA α / √r (Kalajdzievski 2023, arXiv 2312.03732)."""
+        key, rank = _pattern(self.alpha_pattern, module), self.rank_of(module)
+        alpha = self.alpha if key is None else self.alpha_pattern[key]
+        return alpha / (sqrt(rank) if self.rslora else rank)
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The trained rows of an embedding."""
+        if not isinstance(self.token_indices, Mapping):
+            return self.token_indices or None
+        return next((rows for key, rows in self.token_indices.items() if module == key or module.endswith("." + key)), None)
+
+
+def _pattern(patterns: Mapping[str, Any], module: str) -> str | None:
+    """The first pattern that a module's name ends with, as PEFT looks for it."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """The adapter's configuration. Raises CheckpointError for what is no LoRA, or no edit of weights, all problems at once."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds the weights of an adapter and no {ADAPTER_CONFIG}, which says its kind, rank and alpha; copy it there"
+        )
+    said = read_json(path)
+    kind = str(said.get("peft_type", "nothing")).upper()
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{path}: the adapter is of the type {kind}, and only LORA can be read. Merge it into its base with PEFT "
+            "(merge_and_unload, where the type has it), save the model, and name that"
+        )
+    problems = [f"{path}: the adapter {why}" for key, why in _REFUSED.items() if said.get(key)]
+    begun = str(said.get("init_lora_weights", "")).lower()
+    if begun.startswith(_CHANGES_BASE):
+        problems.append(
+            f"{path}: the adapter began as {begun}, which changes the base's weights, so that it is no edit of the base as published. "
+            "Save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT and name the merged model"
+        )
+    rank, alpha = said.get("r"), said.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        problems.append(f"{path}: r is {rank!r}, expected a whole number of at least 1")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        problems.append(f"{path}: lora_alpha is {alpha!r}, expected a number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        problems += _pattern_problems(path, key, said.get(key))
+    raise_all(problems, CheckpointError)
+    tokens = said.get("trainable_token_indices") or ()
+    return AdapterConfig(
+        folder=folder, rank=int(said["r"]), alpha=float(said["lora_alpha"]), rslora=bool(said.get("use_rslora")),
+        dora=bool(said.get("use_dora")), fan_in_fan_out=bool(said.get("fan_in_fan_out")), rank_pattern=said.get("rank_pattern") or {},
+        alpha_pattern=said.get("alpha_pattern") or {}, target_parameters=tuple(said.get("target_parameters") or ()),
+        token_indices={key: tuple(rows) for key, rows in tokens.items()} if isinstance(tokens, dict) else tuple(tokens),
+        base=said.get("base_model_name_or_path") or None,
+    )  # fmt: skip
+
+
+def _pattern_problems(path: Path, key: str, given: Any) -> list[str]:
+    if not given:
+        return []
+    if not isinstance(given, dict):
+        return [f"{path}: {key} is {given!r:.80}, expected modules with a number of each"]
+    found = []
+    for pattern, value in given.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or (key == "rank_pattern" and value < 1):
+            found.append(f"{path}: {key} gives '{pattern}' the value {value!r:.80}, expected a number")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            found.append(f"{path}: {key}: '{pattern}' is no regular expression ({error})")
+    return found

@@ -1,0 +1,61 @@
+"""Configuration and tokenizer that a GGUF file holds itself, as transformers reads them, in a folder of the cache."""
+
+import hashlib
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ota_core.errors import CheckpointError
+from ota_core.files.checkpoint import GGUF, weight_files
+from tasks.storage.cache import appearing, locked, note_use
+
+log = logging.getLogger(__name__)
+VERSION = 1  # of what is written: another version does not use this one's
+
+
+def gguf_companions(folder: Path, cache: Path) -> Path | None:
+    """The folder, None where the model is no GGUF file or has a configuration beside it. Raises CheckpointError for metadata that transformers
+    cannot read."""
+    if (folder / "config.json").is_file():
+        return None
+    file = None
+    with suppress(CheckpointError):  # said with all else that is wrong when the checkpoints are opened
+        file = weight_files(folder)[0]
+    if file is None or file.suffix != GGUF:
+        return None
+    state = file.stat()
+    key = json.dumps([VERSION, str(file.resolve()), state.st_size, state.st_mtime_ns])
+    made = cache / "gguf-companions" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    with locked(cache, f"gguf {made.name}"):
+        if not made.is_dir():
+            with appearing(made) as temporary:
+                _write(file, temporary)
+        note_use(made)
+    return made
+
+
+def _write(file: Path, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    except Exception as error:  # the architectures' own code runs here and raises what it likes
+        raise CheckpointError(
+            f"{file}: transformers reads no configuration from it ({type(error).__name__}: {error}); put the model's config.json and tokenizer "
+            "beside it"
+        ) from error
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # likewise
+        log.warning(
+            "%s: transformers reads no tokenizer from it (%s: %s); put the model's tokenizer beside it where one is needed",
+            file, type(error).__name__, error,
+        )  # fmt: skip

@@ -1,0 +1,57 @@
+"""``ota extract-lora``, and adapters and GGUF files in ``ota merge``, as they are typed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+
+from tests.flows.cli.typed import refused, said
+from tests.ota_core.files.tiny_adapters import tiny_base, write_adapter
+from tests.ota_core.files.tiny_gguf import tiny, write_gguf
+
+
+def test_an_adapter_is_extracted_and_merged_again(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    write_adapter(tmp_path / "trained", base, merged=tmp_path / "merged", target_modules=["q_proj", "down_proj"])
+    home = ("--home", tmp_path / "home")
+    told = said("extract-lora", tmp_path / "merged", "--base", base, "--rank", 8, tmp_path / "out", *home)
+    assert "model.layers.0.mlp.down_proj.weight" in told and "4 tensors differ" in told
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["kind"] == "adapter" and {one["rank"] for one in record["results"]["tensors"]} == {4}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"merge_method": "linear", "models": [{"model": "base+out"}]}))
+    said("merge", tmp_path / "recipe.yaml", tmp_path / "again", *home)
+    expected = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "again" / "model.safetensors").items():
+        np.testing.assert_allclose(tensor.numpy(), expected[name].numpy(), atol=3e-6)
+    assert "out exists already" in refused("extract-lora", tmp_path / "merged", "--base", base, tmp_path / "out", *home)
+    assert "expected embeddings, norms or biases" in refused(
+        "extract-lora", tmp_path / "merged", "--base", base, tmp_path / "x", "--whole", "all", *home
+    )
+    assert "they are the same model" in refused("extract-lora", base, "--base", base, tmp_path / "x", *home)
+    assert not (tmp_path / "x").exists()
+
+
+def test_gguf_files_are_experts_and_bases(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    (tmp_path / "quantised").mkdir()
+    write_gguf(tmp_path / "quantised" / "q8.gguf", tmp_path / "base", "llama", "Q8_0")
+    write_gguf(tmp_path / "f16.gguf", tmp_path / "base", "llama", "F16")
+    recipe = {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "quantised"}, {"model": "f16.gguf"}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    home = ("--home", tmp_path / "home")
+    assert "no problems found" in said("plan", tmp_path / "recipe.yaml", *home)
+    said("merge", tmp_path / "recipe.yaml", tmp_path / "out", *home)
+    start = load_file(tmp_path / "base" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert tensor.dtype == start[name].dtype
+        np.testing.assert_allclose(tensor.numpy(), start[name].numpy(), atol=0.02)
+    (tmp_path / "alone.yaml").write_text(json.dumps({"merge_method": "linear", "models": [{"model": "f16.gguf"}]}))
+    said("merge", tmp_path / "alone.yaml", tmp_path / "alone", *home)
+    from transformers import AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
+    assert str(made.dtype) == "torch.float16" and type(made).__name__ == "LlamaForCausalLM"
+    for name, tensor in made.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), start[name].half().numpy(), err_msg=name)
+    assert "checkpoint: llama" in said("inspect", tmp_path / "f16.gguf")

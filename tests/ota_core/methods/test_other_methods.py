@@ -1,0 +1,97 @@
+"""What must hold of the methods that came from mergekit whatever the numbers: no cut into blocks and no way of computing changes a bit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.checkpoints import ota_recipe, random_base, random_experts, run_merge
+from tests.ota_core.methods.test_limits import same_bits
+from tests.reference import Expert
+
+BASE = random_base(21)
+EXPERTS = random_experts(BASE, 4)
+METHODS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "passthrough": ("passthrough", 1, {}),
+    "passthrough scaled": ("passthrough", 1, {"scale": 0.7}),
+    "nearswap": ("nearswap", 1, {"t": 0.01}),
+    "arcee_fusion": ("arcee_fusion", 1, {"lambda": 0.9}),
+    "ram": ("ram", 3, {"epsilon": 0.01}),
+    "ramplus_tl": ("ramplus_tl", 3, {"epsilon": 0.01, "r": 0.5, "alpha": 2.0}),
+    "sce": ("sce", 3, {"density": 0.3}),
+    "sce whole": ("sce", 3, {"lambda": 1.3}),
+    "della": ("della", 3, {"density": 0.5, "epsilon": 0.2, "seed": 4}),
+    "della whole": ("della", 2, {}),
+    "della_linear": ("della_linear", 3, {"density": 0.6, "epsilon": 0.3, "rescale": False, "weight": 0.5}),
+    "multislerp": ("multislerp", 3, {}),
+    "nuslerp": ("nuslerp", 2, {"lambda": 1.2}),
+    "nuslerp rows": ("nuslerp", 2, {"nuslerp_flatten": False}),
+    "nuslerp columns": ("nuslerp", 2, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    "karcher": ("karcher", 3, {}),
+    "model_stock": ("model_stock", 3, {}),
+    "model_stock rows": ("model_stock", 3, {"filter_wise": True}),
+}
+
+
+def recipe_of(root: Path, case: str, more: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    method, count, parameters = METHODS[case]
+    return ota_recipe(root, BASE, EXPERTS[:count], parameters | (more or {}), method=method, **options)
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_no_cut_and_no_way_of_computing_changes_a_bit(tmp_path: Path, case: str) -> None:
+    """Weights that are stored as float64 go through tensors; here they hold float32 values, so that both ways see the same numbers."""
+    recipe = recipe_of(tmp_path / "narrow", case, top={"dtype": "float32"})
+    whole, _ = run_merge(recipe, tmp_path / "whole")
+    for block in (1, 17, 64):
+        same_bits(run_merge(recipe, tmp_path / f"b{block}", block_elements=block)[0], whole)
+    wide = recipe_of(tmp_path / "wide", case, top={"dtype": "float32"}, dtype=torch.float64)
+    same_bits(run_merge(wide, tmp_path / "tensors")[0], whole)
+    same_bits(run_merge(wide, tmp_path / "cut", block_elements=17)[0], whole)
+    assert case == "passthrough" or any((whole[name] != EXPERTS[0].weights[name]).any() for name in BASE)
+
+
+@pytest.mark.parametrize("case", [case for case in METHODS if not case.startswith(("passthrough", "karcher"))])
+def test_lambda_and_refine_act_on_the_merged_edit(tmp_path: Path, case: str) -> None:
+    """λ = 0 gives the base, auto is a number that gives the same bytes, and a row-space regression follows on any of them."""
+    parameters = METHODS[case][2]
+    recipe = recipe_of(tmp_path / "plain", case)
+    nothing, _ = run_merge({**recipe, "parameters": parameters | {"lambda": 0.0}}, tmp_path / "nothing")
+    assert all((nothing[name] == BASE[name]).all() for name in BASE)
+    auto, report = run_merge({**recipe, "parameters": parameters | {"lambda": "auto"}}, tmp_path / "auto")
+    found = report.results["lambda"]["value"]
+    same_bits(run_merge({**recipe, "parameters": parameters | {"lambda": found}}, tmp_path / "found")[0], auto)
+    refined, _ = run_merge({**recipe, "parameters": parameters | {"refine": "rowspace"}}, tmp_path / "refined")
+    assert any((refined[name] != auto[name]).any() for name in BASE)
+
+
+def test_della_keeps_larger_edits_more_often_and_each_edit_on_average(tmp_path: Path) -> None:
+    """The chance of the i-th of n edits of a row is density − ε + 2ε·i/(n − 1); what is kept is divided by it. A vector is one row."""
+    rows, row = 4000, np.array([0.5, -1.0, 2.0, -4.0, 8.0], np.float32)
+    names = ("model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+    edits = {names[0]: np.tile(row, (rows, 1)), names[1]: np.linspace(8, 0.001, rows, dtype=np.float32)}
+    base = {name: np.zeros_like(edit) for name, edit in edits.items()}
+    recipe = ota_recipe(
+        tmp_path, base, [Expert(weights=edits)], {"density": 0.5, "epsilon": 0.3, "seed": 1}, method="della_linear"
+    )
+    merged, _ = run_merge(recipe, tmp_path / "out")
+    chances = {names[0]: np.array([0.2, 0.35, 0.5, 0.65, 0.8]), names[1]: np.linspace(0.8, 0.2, rows)}
+    for name, edit in edits.items():
+        kept, chance = merged[name] != 0, np.broadcast_to(chances[name], edit.shape)
+        np.testing.assert_allclose(merged[name][kept], (edit / chance)[kept], rtol=1e-6)
+        shares = kept.mean(0) if edit.ndim == 2 else kept.reshape(5, -1).mean(1)
+        wanted = chances[name] if edit.ndim == 2 else chance.reshape(5, -1).mean(1)
+        assert np.abs(shares - wanted).max() < (0.04 if edit.ndim == 2 else 0.08)  # five standard errors
+
+
+def test_della_at_density_one_is_mergekits(tmp_path: Path) -> None:
+    pytest.importorskip("mergekit")
+    from tests.ota_core.methods.test_mergekit_methods import compare, models_of
+
+    base, experts = models_of(10, 3, torch.float32)
+    for method in ("della", "della_linear"):
+        for parameters in ({}, {"normalize": method != "della", "lambda": 0.7}):
+            folder = tmp_path / method / str(len(parameters))
+            compare(folder, method, base, experts, {"weight": [1.0, 0.5, 1.7], "density": [1.0] * 3}, parameters)
