@@ -1,21 +1,18 @@
-"""A PyTorch ``.bin`` of weights; safetensors are the usual kind, which need no torch."""
+"""A PyTorch ``.bin`` of weights, read without torch."""
 
-import pickle
-import zipfile
 from pathlib import Path
-
-import torch
 
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.descriptors import check_limit
-from ota_core.files.rows import Rows, dtype_of
+from ota_core.files.rows import NAMED, Rows
 from ota_core.files.safetensors_io import TensorInfo
 from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import SavedTensor
 
 
 class BinFile:
-    """A ``.bin`` of torch.save, read by ranges rather than loaded; only tensors are unpickled (``weights_only``)."""
+    """A ``.bin`` of torch.save, read by ranges rather than loaded; nothing but tensors comes out of it."""
 
     def __init__(self, path: Path, source_of: SourceOf | None) -> None:
         self.path = path
@@ -23,27 +20,28 @@ class BinFile:
             self._file = TorchFile(path, source_of)
             state = self._file.saved
             if isinstance(state, dict):
-                self._file.check(value for value in state.values() if isinstance(value, torch.Tensor))
+                self._file.check(value for value in state.values() if isinstance(value, SavedTensor))
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; the index lists it: fetch the checkpoint again") from None
-        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
+        except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed
             if isinstance(error, OSError):
                 check_limit(error)
             raise CheckpointError(
-                f"{path} cannot be read as PyTorch weights ({str(error).splitlines()[0]}); expected a zip file of torch.save with tensors "
+                f"{path} cannot be read as PyTorch weights ({str(error).split(chr(10))[0]}); expected a file of torch.save with tensors "
                 "only. Save the model as safetensors, or fetch the file again"
             ) from None
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        if not isinstance(state, dict) or not all(isinstance(value, SavedTensor) for value in state.values()):
             raise CheckpointError(
                 f"{path} holds {type(state).__name__}, expected a dictionary of tensors: is this a model's state dict?"
             )
-        self._state: dict[str, torch.Tensor] = state
+        self._state: dict[str, SavedTensor] = state
         self.infos = {
-            name: TensorInfo(name, dtype_of(value), tuple(value.shape), 0, value.nbytes) for name, value in self._state.items()
+            name: TensorInfo(name, NAMED[value.dtype], value.shape, 0, value.numel * NAMED[value.dtype].itemsize)
+            for name, value in self._state.items()
         }
 
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
-        return Rows.of(self._file.read_rows(self._state[name], start, stop))
+        return self._file.read_rows(self._state[name], start, stop)
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         self._file.prefetch(self._state[name], start, stop)

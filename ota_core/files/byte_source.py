@@ -1,6 +1,7 @@
 """Where a file's bytes come from: a memory map here, or anything else that can be read by ranges (tasks/ reads S3 this way)."""
 
 import ctypes
+import io
 import mmap
 import os
 import weakref
@@ -117,3 +118,35 @@ def numbers(source: ByteSource, offset: int, count: int, dtype: Any) -> NDArray[
     found = np.frombuffer(source.read(offset, offset + count * np.dtype(dtype).itemsize), dtype)
     # Not every format promises aligned tensors, compiled loops and torch's kernels expect them: only such numbers are copied.
     return found if found.flags.aligned else found.copy()
+
+
+class SourceFile(io.RawIOBase):
+    """A source, or the part of it that begins at ``offset`` and has ``length`` bytes, as a file that is read and sought."""
+
+    def __init__(self, source: ByteSource, offset: int = 0, length: int | None = None) -> None:
+        self._source, self._offset, self._at = source, offset, 0
+        self._length = source.size - offset if length is None else length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        if self._at < 0:
+            raise OSError("a seek before the beginning")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._length)
+        if stop <= self._at:
+            return 0
+        content = self._source.read(self._offset + self._at, self._offset + stop)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ota_core.compute.loops import compiled
 from ota_core.files.rows import Rows
-from ota_core.fused.memory import load, store
+from ota_core.fused.memory import clear_absent, load, load_base, start_of, store, tile_of
 from ota_core.fused.sources import SOURCE, TILE, WRITTEN, source_of
 from ota_core.fused.task_vectors import add, add_agreeing, finish, uniform
 from ota_core.methods.numbers import key_of
@@ -69,28 +69,31 @@ def _rank(bits: Any, order: Any, other: Any, counts: Any, ranks: Any) -> None:
 
 
 @compiled
-def _sizes(base_source: Any, source: Any, first: int, count: int, base: Any, theta: Any, sizes: Any) -> None:
+def _sizes(base_source: Any, base: Any, source: Any, first: int, count: int, theta: Any, has: Any, sizes: Any) -> None:
     """|Δ| of elements first …, float32."""
     for start in range(0, count, TILE):
         size = min(TILE, count - start)
-        load(base_source, first + start, size, base)
+        load_base(base_source, first + start, size, base)
         load(source, first + start, size, theta)
         for i in range(size):
             sizes[start + i] = abs(np.float32(np.float64(theta[i]) - np.float64(base[i])))
+        clear_absent(source, first + start, size, has, sizes[start : start + size])
 
 
 @compiled
-def _ranks(base_source: Any, source: Any, columns: int, out: Any) -> None:
-    base, theta, sizes = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(columns, np.float32)
+def _ranks(base_source: Any, base: Any, source: Any, columns: int, out: Any) -> None:
+    theta, has, sizes = np.empty(TILE, np.float32), np.empty(TILE, np.bool_), np.empty(columns, np.float32)
     order, other, counts = np.empty(columns, np.int32), np.empty(columns, np.int32), np.empty(1 << _RADIX, np.int32)
-    _sizes(base_source, source, 0, columns, base, theta, sizes)
+    _sizes(base_source, base, source, 0, columns, theta, has, sizes)
     _rank(sizes.view(np.uint32), order, other, counts, out)
 
 
 def ranks_of_row(base: Rows, theta: Rows) -> NDArray[np.int32]:
     """The rank of each |Δ| among n elements that are one row, by rising size: int32 (n,)."""
     found = np.empty(base.size, np.int32)
-    _ranks(source_of(base)[()], source_of(theta)[()], base.size, found)
+    start = start_of(base, [theta])
+    assert start is not None
+    _ranks(source_of(start)[()], tile_of(start), source_of(theta)[()], base.size, found)
     return found
 
 
@@ -109,13 +112,13 @@ def _left(part: Any, base: Any, theta: Any, ranks: Any, columns: int, first: int
 @compiled
 def _merge(
     base_source: Any, parts: Any, ranks: Any, offset: int, columns: int, first: int, size: int, elect: bool, normalize: bool, rescale: bool,
-    sum_of_weights: float, lam: float, least: float, kind: int, address: int, base: Any, theta: Any, tiles: Any,
+    sum_of_weights: float, lam: float, least: float, kind: int, address: int, base: Any, theta: Any, has: Any, tiles: Any,
 ) -> None:  # fmt: skip
     """Merge ``size`` elements of a block from ``first`` on, all of one row of ``columns``; their ranks begin at ``offset``."""
     models, total, divisor, elected = parts.shape[0], tiles[0], tiles[1], tiles[2]
     for start in range(0, size, TILE):
         count, place, at = min(TILE, size - start), first + start, offset + start
-        load(base_source, place, count, base)
+        load_base(base_source, place, count, base)
         total[:] = 0.0
         for m in range(models):
             left = tiles[3 + m]
@@ -125,6 +128,7 @@ def _merge(
             else:
                 for i in range(count):
                     left[i] = np.float64(theta[i]) - np.float64(base[i])
+            clear_absent(parts[m].theta, place, count, has, left)
             add(count, left, parts[m].weight, total)
         divisor[:] = sum_of_weights if normalize else 1.0
         if elect:
@@ -141,15 +145,15 @@ def _merge(
 
 @compiled
 def _della(
-    base_source: Any, parts: Any, rows: int, columns: int, given: Any, start: int, elect: bool, normalize: bool, rescale: bool,
+    base_source: Any, base: Any, parts: Any, rows: int, columns: int, given: Any, start: int, elect: bool, normalize: bool, rescale: bool,
     sum_of_weights: float, lam: float, least: float, kind: int, address: int,
 ) -> None:  # fmt: skip
-    models, base, theta = parts.shape[0], np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    models, theta, has = parts.shape[0], np.empty(TILE, np.float32), np.empty(TILE, np.bool_)
     tiles = np.empty((3 + models, TILE))
     if given.shape[1] > 0:
         _merge(
             base_source, parts, given, start, given.shape[1], 0, rows * columns, elect, normalize, rescale, sum_of_weights, lam, least, kind,
-            address, base, theta, tiles,
+            address, base, theta, has, tiles,
         )  # fmt: skip
         return
     ranks, counts = np.empty((models, columns), np.int32), np.empty(1 << _RADIX, np.int32)
@@ -157,11 +161,11 @@ def _della(
     for r in range(rows):
         for m in range(models):
             if parts[m].density < 1.0:
-                _sizes(base_source, parts[m].theta, r * columns, columns, base, theta, sizes)
+                _sizes(base_source, base, parts[m].theta, r * columns, columns, theta, has, sizes)
                 _rank(sizes.view(np.uint32), order, other, counts, ranks[m])
         _merge(
             base_source, parts, ranks, 0, columns, r * columns, columns, elect, normalize, rescale, sum_of_weights, lam, least, kind, address,
-            base, theta, tiles,
+            base, theta, has, tiles,
         )  # fmt: skip
 
 
@@ -181,8 +185,9 @@ def della_block(
         row["density"], row["epsilon"] = part.density, part.epsilon
     weights = sum(part.weight for part in parts)
     given = np.empty((len(parts), 0), np.int32) if ranks is None else ranks
-    start = parts[0].random[3]
+    start = start_of(base, [part.theta for part in parts])
+    assert start is not None
     _della(
-        source_of(base)[()], table, base.size // columns, columns, given, start, elect, normalize, rescale, weights, lam, nothing,
+        source_of(start)[()], tile_of(start), table, base.size // columns, columns, given, parts[0].random[3], elect, normalize, rescale, weights, lam, nothing,
         WRITTEN[out.dtype], out.address,
     )  # fmt: skip

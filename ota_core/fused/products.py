@@ -14,34 +14,37 @@ from ota_core.compute.exact import pair_count
 from ota_core.compute.loops import compiled
 from ota_core.compute.subspace import dot
 from ota_core.files.rows import Rows
-from ota_core.fused.memory import load, store
+from ota_core.fused.memory import clear_absent, load, load_base, start_of, store, tile_of
 from ota_core.fused.sources import SOURCE, TILE, WRITTEN, source_of
 
 F64 = NDArray[np.float64]
 
 
 @compiled
-def _load_row(base_source: Any, edits: bool, source: Any, first: int, count: int, base: Any, theta: Any, out: Any) -> None:
+def _load_row(
+    base_source: Any, base: Any, edits: bool, source: Any, first: int, count: int, theta: Any, has: Any, out: Any
+) -> None:
     """Elements first … of one model, less the base where ``edits``, into ``out``."""
     for start in range(0, count, TILE):
         size = min(TILE, count - start)
         load(source, first + start, size, theta)
         if edits:
-            load(base_source, first + start, size, base)
+            load_base(base_source, first + start, size, base)
             for j in range(size):
                 out[start + j] = np.float64(theta[j]) - np.float64(base[j])
+            clear_absent(source, first + start, size, has, out[start : start + size])
         else:
             for j in range(size):
                 out[start + j] = np.float64(theta[j])
 
 
 @compiled
-def _row_products(base_source: Any, edits: bool, sources: Any, rows: int, columns: int, out: Any) -> None:
-    base, theta = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+def _row_products(base_source: Any, base: Any, edits: bool, sources: Any, rows: int, columns: int, out: Any) -> None:
+    theta, has = np.empty(TILE, np.float32), np.empty(TILE, np.bool_)
     vectors = np.empty((sources.shape[0], columns))
     for i in range(rows):
         for k in range(sources.shape[0]):
-            _load_row(base_source, edits, sources[k], i * columns, columns, base, theta, vectors[k])
+            _load_row(base_source, base, edits, sources[k], i * columns, columns, theta, has, vectors[k])
         pair = 0
         for a in range(sources.shape[0]):
             for b in range(a, sources.shape[0]):
@@ -50,12 +53,14 @@ def _row_products(base_source: Any, edits: bool, sources: Any, rows: int, column
 
 
 @compiled
-def _column_products(base_source: Any, edits: bool, sources: Any, rows: int, columns: int, first: int, sums: Any) -> None:
-    base, theta = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+def _column_products(
+    base_source: Any, base: Any, edits: bool, sources: Any, rows: int, columns: int, first: int, sums: Any
+) -> None:
+    theta, has = np.empty(TILE, np.float32), np.empty(TILE, np.bool_)
     a, b = np.empty(columns), np.empty(columns)
     for i in range(rows):
-        _load_row(base_source, edits, sources[0], i * columns, columns, base, theta, a)
-        _load_row(base_source, edits, sources[1], i * columns, columns, base, theta, b)
+        _load_row(base_source, base, edits, sources[0], i * columns, columns, theta, has, a)
+        _load_row(base_source, base, edits, sources[1], i * columns, columns, theta, has, b)
         at = ((first + i) * columns) % sums.shape[0]
         for j in range(columns):
             sums[at + j, 0] += a[j] * a[j]
@@ -65,22 +70,20 @@ def _column_products(base_source: Any, edits: bool, sources: Any, rows: int, col
 
 @compiled
 def _add_up(
-    base_source: Any, edits: bool, sources: Any, rows: int, columns: int, first: int, by_row: bool, factors: Any, lam: float, kind: int,
+    base_source: Any, base: Any, edits: bool, sources: Any, rows: int, columns: int, first: int, by_row: bool, factors: Any, lam: float, kind: int,
     address: int,
 ) -> None:  # fmt: skip
-    base, theta, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE)
+    theta, total, vector, has = np.empty(TILE, np.float32), np.empty(TILE), np.empty(TILE), np.empty(TILE, np.bool_)
     for i in range(rows):
         at = first + i if by_row else ((first + i) * columns) % factors.shape[1]
         for start in range(0, columns, TILE):
             size, place = min(TILE, columns - start), i * columns + start
             total[:] = 0.0
-            if edits:
-                load(base_source, place, size, base)
             for k in range(sources.shape[0]):
-                load(sources[k], place, size, theta)
+                _load_row(base_source, base, edits, sources[k], place, size, theta, has, vector)
                 for j in range(size):
                     factor = factors[k, at] if by_row else factors[k, at + start + j]
-                    total[j] += factor * (np.float64(theta[j]) - np.float64(base[j]) if edits else np.float64(theta[j]))
+                    total[j] += factor * vector[j]
             if edits:
                 for j in range(size):
                     total[j] = np.float64(base[j]) + lam * total[j]
@@ -96,8 +99,9 @@ def row_products(base: Rows | None, thetas: Sequence[Rows], rows: int) -> F64:
 
     base, thetas: R·C elements as stored, contiguous; x is a model's row, less the base's where there is one.
     """
-    found, table = np.empty((rows, pair_count(len(thetas)))), _table(thetas)
-    _row_products(source_of(base)[()] if base else table[0], base is not None, table, rows, thetas[0].size // rows, found)
+    found, table, start = np.empty((rows, pair_count(len(thetas)))), _table(thetas), start_of(base, thetas)
+    source = table[0] if start is None else source_of(start)[()]
+    _row_products(source, tile_of(start), base is not None, table, rows, thetas[0].size // rows, found)
     return found
 
 
@@ -107,22 +111,23 @@ def add_column_products(base: Rows | None, pair: Sequence[Rows], first: int, sum
     base, pair: (r, C) as stored. Rows must come in their order: each place has one sum.
     """
     rows, columns = pair[0].held.shape
-    table = _table(pair)
-    _column_products(source_of(base)[()] if base else table[0], base is not None, table, rows, columns, first, sums)
+    table, start = _table(pair), start_of(base, pair)
+    source = table[0] if start is None else source_of(start)[()]
+    _column_products(source, tile_of(start), base is not None, table, rows, columns, first, sums)
 
 
 def add_up_block(
     base: Rows | None, thetas: Sequence[Rows], out: Rows, factors: F64, *, first: int, by_row: bool, lam: float
 ) -> None:  # fmt: skip
-    """θ₀ + λ·Σ f·(θ − θ₀), or without a base Σ f·θ, rounded into ``out``: float32 or bfloat16, (r, C), contiguous.
+    """θ₀ + λ·Σ f·(θ − θ₀), or without a base Σ f·θ, rounded into ``out``: float32, bfloat16 or float64, (r, C), contiguous.
 
     factors: float64 (M, rows of the tensor) with ``by_row``, else (M, D), one for each place along the tensor's first axis. first: the block's first row.
     """
     rows, columns = out.held.shape
-    table, base_source = _table(thetas), source_of(base)[()] if base else None
+    table, start = _table(thetas), start_of(base, thetas)
+    source = table[0] if start is None else source_of(start)[()]
     _add_up(
-        table[0] if base_source is None else base_source, base is not None, table, rows, columns, first, by_row, factors, lam,
-        WRITTEN[out.dtype], out.address,
+        source, tile_of(start), base is not None, table, rows, columns, first, by_row, factors, lam, WRITTEN[out.dtype], out.address
     )  # fmt: skip
 
 

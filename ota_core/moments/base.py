@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,6 +99,10 @@ class Moments(ABC):
     @abstractmethod
     def step(self, name: str) -> int | None:
         """The number of optimizer steps t behind v, where the file says it."""
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the files that one parameter's whole v is read from: fewer than 4 an element where 8 or 4 bits were kept."""
+        return 4 * prod(self.shapes()[name])
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:

@@ -47,6 +47,11 @@ class ConvertedMoments(Moments):
             )
         return steps.pop()
 
+    def stored_bytes(self, name: str) -> int:
+        held = self._moments.shapes()
+        share = ((prod(view.shape), view.parameter) for view in self._stored[name].views)
+        return sum(count * self._moments.stored_bytes(one) // max(prod(held[one]), 1) for count, one in share)
+
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         one = self._stored[name]
         columns = matrix_shape(one.shape)[1]

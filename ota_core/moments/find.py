@@ -16,6 +16,7 @@ from ota_core.moments.dcp import dcp_files, find_dcp, is_dcp, open_dcp
 from ota_core.moments.deepspeed import find_deepspeed, is_deepspeed, open_deepspeed, rank_files
 from ota_core.moments.fit import Once, fitted
 from ota_core.moments.match import Layout
+from ota_core.moments.nanotron import find_nanotron, is_nanotron, nanotron_files, open_nanotron
 from ota_core.moments.safetensors_file import SHARD_NAME, SafetensorsMoments, check_shard_set, index_files, open_file
 from ota_core.moments.steps import Choice, choose
 
@@ -173,7 +174,7 @@ def _find_tune(folder: Path) -> list[Path]:
 
 
 def _open_tune(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments:
-    from ota_core.moments.foreign.tune import open_tune  # it needs torch
+    from ota_core.moments.foreign.tune import open_tune
 
     return open_tune(path, layout, source_of)
 
@@ -189,7 +190,7 @@ def _is_torch_file(path: Path) -> bool:
 
 
 def _open_optimizer(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments:
-    from ota_core.moments.trainer import open_optimizer  # it needs torch
+    from ota_core.moments.trainer import open_optimizer
 
     return open_optimizer(path, layout, source_of)
 
@@ -210,6 +211,10 @@ FORMATS: tuple[Format, ...] = (
     Format(
         names=f"{TUNE} of torchtune",
         find=_find_tune, reads=lambda path: path.name == TUNE and _is_torch_file(path), files=lambda path: [path], open=_open_tune,
+    ),
+    Format(
+        names="optimizer/ of nanotron",
+        find=find_nanotron, reads=is_nanotron, files=nanotron_files, open=open_nanotron,
     ),
     Format(
         names=f"{', '.join(OPTIMIZERS)} (also in checkpoint-*)",

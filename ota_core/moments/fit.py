@@ -59,7 +59,10 @@ def _fitted(moments: Moments, layout: Once, tensors: Collection[str] | None) -> 
             layout()
         except OtaError as error:  # the names decide below whether it was needed
             reason = f" Nor could the model's own names be told: {error}"
-    if moments.compressed:  # they bear the checkpoint's names or none of them
+    from ota_core.moments.compression import RankOneMoments, kept_as_trained, split  # it imports this package
+
+    as_file = moments.compressed and not kept_as_trained(moments)
+    if as_file:  # they bear the checkpoint's names or none of them
         plain = {name: name for name in shapes}
     stored = _stored(moments.path, {short: name for name, short in plain.items()}, shapes, layout.built)
     if tensors is not None and (lost := [name for name in stored if name not in tensors]):
@@ -69,7 +72,9 @@ def _fitted(moments: Moments, layout: Once, tensors: Collection[str] | None) -> 
             f"{len(own)} others ({_some(own)}). Give the second moments of this model, under the names of its weights.{reason}"
         )
     same = stored.keys() == shapes.keys() and all(one == whole(name, tuple(shapes[name])) for name, one in stored.items())
-    return moments if same or moments.compressed else ConvertedMoments(moments, stored)
+    if same or as_file:
+        return moments
+    return split(moments, stored) if isinstance(moments, RankOneMoments) else ConvertedMoments(moments, stored)
 
 
 def _stored(path: Path, own: Mapping[str, str], shapes: Mapping[str, Shape], model: ParameterLayout | None) -> dict[str, Stored]:

@@ -7,12 +7,13 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import MomentsError
+from ota_core.files.rows import NAMED, Rows
 from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import SavedTensor
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
 from ota_core.moments.safetensors_file import DROP_BYTES
@@ -20,22 +21,24 @@ from ota_core.moments.safetensors_file import DROP_BYTES
 
 @dataclass(frozen=True)
 class Run:
-    """Numbers of one tensor of a file: ``tensor`` is the file's, as a column (n, 1)."""
+    """Elements start:stop of one contiguous tensor of a file."""
 
     file: TorchFile
-    tensor: torch.Tensor
-
-    @classmethod
-    def of(cls, file: TorchFile, tensor: torch.Tensor, start: int, stop: int) -> "Run":
-        """Elements start:stop of a vector of the file."""
-        return cls(file, tensor.view(-1, 1)[start:stop])
+    tensor: SavedTensor
+    start: int
+    stop: int
 
     def __len__(self) -> int:
-        return int(self.tensor.shape[0])
+        return self.stop - self.start
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Numbers start:stop, shape (stop − start,), in their own dtype; read-only."""
-        return self.file.read_rows(self.tensor, start, stop).view(-1)
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Elements start:stop of the run, float32 (stop − start,); read-only."""
+        held = self.file.read_flat(self.tensor, self.start + start, self.start + stop)
+        return Rows(NAMED[self.tensor.dtype], held).to_float32()
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """The same elements are read soon: a hint."""
+        self.file.prefetch_flat(self.tensor, self.start + start, self.start + stop)
 
 
 class PiecedMoments(Moments):
@@ -65,6 +68,9 @@ class PiecedMoments(Moments):
     def step(self, name: str) -> int | None:
         return self._steps.get(name)
 
+    def stored_bytes(self, name: str) -> int:
+        return sum(len(run) * NAMED[run.tensor.dtype].itemsize for run in self._runs[name])
+
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         shape = self._shapes[name]
         rows, cols = matrix_shape(shape)
@@ -81,11 +87,11 @@ class PiecedMoments(Moments):
         """Elements start:stop of the flattened parameter: a view where one run has them all, a copy where they are joined."""
         parts = self._parts(name, start, stop)
         if len(parts) == 1:
-            return _float32(*parts[0])
-        # numpy asks for large pages where it allocates much, torch does not: joining is several times as fast.
+            run, a, b = parts[0]
+            return run.read(a, b)
         whole, at = np.empty(stop - start, np.float32), 0
         for run, a, b in parts:
-            whole[at : at + b - a] = _float32(run, a, b)
+            whole[at : at + b - a] = run.read(a, b)
             at += b - a
         return whole
 
@@ -103,7 +109,7 @@ class PiecedMoments(Moments):
     def prefetch(self, name: str, start: int, stop: int) -> None:
         rows, cols = matrix_shape(self._shapes[name])
         for run, a, b in self._parts(name, min(start, rows) * cols, min(stop, rows) * cols):
-            run.file.prefetch(run.tensor, a, b)
+            run.prefetch(a, b)
 
     def drop_pages(self) -> None:
         for file in self._files:
@@ -115,13 +121,8 @@ class PiecedMoments(Moments):
             file.close()
 
 
-def _float32(run: Run, start: int, stop: int) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = run.read(start, stop).to(torch.float32).numpy()
-    return found
-
-
-def check_places(file: TorchFile, tensors: Sequence[torch.Tensor]) -> None:
-    """Raises MomentsError where the bytes of a file's tensors do not lie where torch puts them."""
+def check_places(file: TorchFile, tensors: Sequence[SavedTensor]) -> None:
+    """Raises MomentsError where a file's tensors do not lie within its bytes."""
     try:
         file.check(tensors)
     except ValueError as error:

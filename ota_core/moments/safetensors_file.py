@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class SafetensorsMoments(Moments):
         rows = place[0].read_rows(place[1].name, 0, 1)
         value = rows.held if rows.dtype.held_itself else rows.to_float32()
         return as_step(value.item() if value.size == 1 else value.tolist(), f"{place[0].path}: {place[1].name!r}")
+
+    def stored_bytes(self, name: str) -> int:
+        info = self._v[name][1]
+        return prod(info.shape) * info.dtype.itemsize
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         file, info = self._v[name]

@@ -24,14 +24,10 @@ from ota_core.plan.masks import MaskFile
 from ota_core.plan.quantised import quantised_problems
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tied_tensors
-from ota_core.recipe.recipe import NEEDS_MOMENTS, WITHOUT_BASE, MergeRecipe
+from ota_core.recipe.recipe import WITHOUT_BASE, MergeRecipe
 
 # Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
 SHOWN = 8
-_FUSE_MATCHED = NEEDS_MOMENTS | {
-    "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace",
-}  # fmt: skip
-"""Methods whose compiled passes know rows that are matched by token; tensors merge those of the others."""
 
 
 @dataclass(kw_only=True)
@@ -105,8 +101,6 @@ class MergePlan:
         ``base``: whether the rule needs the base; rows that an expert lacks are the base's under every rule.
         """
         if self.device != "cpu" or (base and self.base is None):
-            return False
-        if self.recipe.merge_method not in _FUSE_MATCHED and self.matched_rows(job):
             return False
         models: list[ModelView] = [*experts]
         if self.base is not None and (base or self.matched_rows(job)):

@@ -32,7 +32,7 @@ class PassthroughRule(Rule):
         return 1.0 if scale is None else float(scale)
 
     def _can_fuse(self, job: TensorJob) -> bool:
-        return self._plan.can_fuse(self._plan.experts, job, base=False)
+        return not self._plan.matched_rows(job) and self._plan.can_fuse(self._plan.experts, job, base=False)
 
     def _merge_fused(self, block: Block, out: Rows) -> None:
         theta = self._plan.experts[0].stored(block[0].name, *block[1:])

@@ -157,6 +157,8 @@ class SpanRule(Rule):
         return other
 
     def _can_fuse(self, job: TensorJob) -> bool:
+        if self._base is None and self._plan.matched_rows(job):
+            return False  # what stands in for a row that a model lacks is made of tensors
         return self._plan.can_fuse(self._plan.experts, job, base=self._base is not None)
 
     def prefetch(self, block: Block) -> None:

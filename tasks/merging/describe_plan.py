@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ota_core.compute.stream import parse_memory, peak_memory_gib
 from ota_core.engine.output import plan_files
+from ota_core.moments import Moments
 from ota_core.moments.compression import (
     DEFAULT_RANK,
     IN_MEMORY,
@@ -84,7 +85,7 @@ def _without_moments(plan: MergePlan) -> list[str]:
 
 def _bytes(plan: MergePlan, budget: int) -> list[str]:
     weights = sum(_weight_bytes(view) for view in plan.models)
-    moments = sum(4 * _moments_elements(expert) for expert in plan.experts)
+    moments = sum(_stored(expert.moments) for expert in plan.experts if expert.moments and not is_compressed(expert.moments))
     method, rank = plan.recipe.setting("compression"), plan.recipe.setting("rank")
     factors = _compressed(plan, method, rank) if method in IN_MEMORY else 0
     output = sum(job.elements * job.dtype.itemsize for job in plan.jobs)
@@ -95,7 +96,7 @@ def _bytes(plan: MergePlan, budget: int) -> list[str]:
     peak = peak_memory_gib() + (max(working, _regressions(plan), _wholes(plan)) + factors + mapped + loaded) / GIB
     return [
         f"parameters: {sum(job.elements for job in plan.jobs):,} in {counted(len(plan.jobs), 'tensor')}",
-        f"inputs: {binary_size(weights)} of weights, {binary_size(moments)} of second moments as float32; read in all passes: {binary_size(bytes_read(plan))}",
+        f"inputs: {binary_size(weights)} of weights, {binary_size(moments)} of second moments; read in all passes: {binary_size(bytes_read(plan))}",
         f"output: {binary_size(output)} in {counted(len(plan_files(plan)), 'file')}",
         f"peak memory: about {peak:.2f} GiB (budget {budget / GIB:.2f} GiB for blocks and mapped pages)",
         *_whole_lines(plan),
@@ -177,7 +178,7 @@ def _compressed(plan: MergePlan, method: str, rank: int | None) -> int:
 
 
 def bytes_read(plan: MergePlan) -> int:
-    """Bytes of tensors that the merge reads, every pass counted, second moments as float32.
+    """Bytes of tensors that the merge reads, every pass counted.
 
     Exact thresholds take two passes, which all experts share. Of a model large enough the first one only samples; it counts as a
     pass all the same: from S3, what lies between the samples is fetched with them.
@@ -230,7 +231,7 @@ def _full_masks(plan: MergePlan, expert: ExpertView) -> int:
 
 
 def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
-    """Bytes of an expert's second moments that come out of files: v as float32, and the code of ``log8``; factors are in memory."""
+    """Bytes of an expert's second moments that come out of files: v as it is stored, and the code of ``log8``; factors are in memory."""
     recipe, moments = plan.recipe, expert.moments
     if recipe.merge_method not in NEEDS_MOMENTS or moments is None:
         return 0
@@ -240,11 +241,12 @@ def _moments_read(plan: MergePlan, expert: ExpertView) -> int:
     method, rank = recipe.setting("compression"), recipe.setting("rank")
     shapes = [tuple(shape) for shape in moments.shapes().values()]
     apart = _full_masks(plan, expert)
-    total = 4 * sum(prod(shape) for shape in shapes) * (scoring + (1 if scored else 0)) if apart else 0
+    total = _stored(moments) * (scoring + (1 if scored else 0)) if apart else 0
     if not is_compressed(moments):
-        total += sum(passes(shape, method, rank) * 4 * prod(shape) for shape in shapes)
+        total += sum(passes(tuple(shape), method, rank) * moments.stored_bytes(name) for name, shape in moments.shapes().items())
     if method not in IN_MEMORY:
-        total += (1 + normalising + (0 if apart else scoring)) * sum(compressed_bytes(shape, method, rank) for shape in shapes)
+        held = _stored(moments) if method == "none" else sum(compressed_bytes(shape, method, rank) for shape in shapes)
+        total += (1 + normalising + (0 if apart else scoring)) * held
     return total
 
 
@@ -253,11 +255,9 @@ def _weight_bytes(view: ModelView) -> int:
     return sum(prod(info.shape) * info.dtype.itemsize for info in infos)
 
 
-def _moments_elements(expert: ExpertView) -> int:
-    """Elements of second moments that are not compressed yet."""
-    if expert.moments is None or is_compressed(expert.moments):
-        return 0
-    return sum(prod(shape) for shape in expert.moments.shapes().values())
+def _stored(moments: Moments) -> int:
+    """Bytes of second moments in their files."""
+    return sum(moments.stored_bytes(name) for name in moments.shapes())
 
 
 def _options(plan: MergePlan) -> list[str]:

@@ -13,7 +13,19 @@ from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.names import why_unsafe
 from tasks.storage.cache import HASH_THREADS
-from tasks.storage.states import CHECKPOINT, OPTIMIZERS, POINTERS, STATE_FOLDERS, Taken, belonging, is_state_folder, taken_in
+from tasks.storage.states import (
+    CHECKPOINT,
+    DCP,
+    OPTIMIZERS,
+    POINTERS,
+    STATE_FOLDERS,
+    Taken,
+    belonging,
+    in_state_folder,
+    is_nanotron_file,
+    is_state_folder,
+    taken_in,
+)
 
 BESIDE = (EXPERT_JSON, CARD)
 """Files that are brought with a checkpoint, and are no part of it: they say what it is, and enter no digest."""
@@ -30,6 +42,7 @@ NOT_MODEL_FILES = ("training_args.bin", "scheduler.pt", "rng_state*", "scaler.pt
 _SUBFOLDERS = (
     *STATE_FOLDERS, "pytorch_model_fsdp*", "exp_avg_sq*", "moments", "preconditioner*", "additional_chat_templates",
 )  # fmt: skip
+_OF_NANOTRON = ("model", "[0-9]*")
 _SUBFOLDER_FILES = ("*.distcp", ".metadata", "*.jinja", *MODEL_FILES)
 
 
@@ -38,8 +51,14 @@ def is_model_file(name: str) -> bool:
     *folders, base = name.split("/")
     if any(fnmatchcase(base, pattern) for pattern in NOT_MODEL_FILES):
         return False
+    if is_nanotron_file(name):
+        return True
     if not folders:
-        return base in POINTERS or (not base.startswith(".") and any(fnmatchcase(base, pattern) for pattern in MODEL_FILES))
+        return (
+            base in POINTERS
+            or any(fnmatchcase(base, pattern) for pattern in DCP)
+            or (not base.startswith(".") and any(fnmatchcase(base, pattern) for pattern in MODEL_FILES))
+        )
     if fnmatchcase(folders[0], CHECKPOINT):
         if len(folders) == 1:
             return base in (*OPTIMIZERS, *POINTERS)
@@ -48,6 +67,7 @@ def is_model_file(name: str) -> bool:
         len(folders) <= 3
         and any(fnmatchcase(folders[0], pattern) for pattern in _SUBFOLDERS)
         and any(fnmatchcase(base, pattern) for pattern in _SUBFOLDER_FILES)
+        and in_state_folder(folders[0], base)
     )
 
 
@@ -69,7 +89,7 @@ def folder_model_files(folder: Path) -> list[str]:
     """The model's files in a local folder, named relative to it."""
     found = [path.name for path in folder.iterdir() if path.is_file()]
     for sub in folder.iterdir():
-        if sub.is_dir() and any(fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT)):
+        if sub.is_dir() and any(fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT, *_OF_NANOTRON)):
             found += [path.relative_to(folder).as_posix() for path in sub.rglob("*") if path.is_file()]
     return model_files(found, taken_in(folder))
 

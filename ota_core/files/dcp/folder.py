@@ -1,6 +1,5 @@
 """The tensors of a DCP folder, read by ranges of rows from the files in which their boxes lie."""
 
-import io
 import pickle
 import zipfile
 from math import prod
@@ -12,10 +11,10 @@ from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, raise_all
-from ota_core.files.byte_source import ByteSource, SourceOf, numbers, open_source
-from ota_core.files.dcp.metadata import AGAIN, Chunk, DcpTensor, Place, read_metadata
-from ota_core.files.dcp.unpickle import SavedTensor, unpickle
+from ota_core.files.byte_source import ByteSource, SourceFile, SourceOf, numbers, open_source
+from ota_core.files.dcp.metadata import AGAIN, RECORDS, Chunk, DcpTensor, Place, read_metadata
 from ota_core.files.rows import Dtype, Rows
+from ota_core.files.unpickle import SavedTensor, unpickle
 
 _LOCAL_HEADER = 30  # bytes before a record's name (APPNOTE.TXT 4.3.7); the lengths of name and extra field are its last four
 
@@ -54,7 +53,7 @@ class DcpFolder:
         """A pickled object of plain values; its tensors are notes of where they lie."""
         place = self._objects[name]
         try:
-            with zipfile.ZipFile(_Window(self._sources[place.file], place)) as archive:
+            with zipfile.ZipFile(SourceFile(self._sources[place.file], place.offset, place.length)) as archive:
                 return self._unpickled(place, archive)
         except zipfile.BadZipFile as error:
             raise CheckpointError(
@@ -135,11 +134,10 @@ class DcpFolder:
         """Elements start:stop of a box, in the order of its own rows. They may lie unaligned: a box begins anywhere in its file."""
         source = self._sources[chunk.place.file]
         offset, saved = self._start(dtype, chunk)
-        if saved.stride == _contiguous(saved.shape):
+        if saved.contiguous:
             first = offset + start * dtype.itemsize
             return np.frombuffer(source.read(first, first + (stop - start) * dtype.itemsize), dtype.held)
-        span = 1 + sum((size - 1) * stride for size, stride in zip(saved.shape, saved.stride, strict=True))
-        held = numbers(source, offset, span, dtype.held)
+        held = numbers(source, offset, saved.span, dtype.held)
         strides = [stride * dtype.itemsize for stride in saved.stride]
         return np.lib.stride_tricks.as_strided(held, saved.shape, strides).reshape(-1)[start:stop]
 
@@ -149,16 +147,14 @@ class DcpFolder:
         if place not in self._starts:
             where = f"{self.path / place.file}, bytes {place.offset} to {place.offset + place.length}"
             try:
-                window = _Window(self._sources[place.file], place)
+                window = SourceFile(self._sources[place.file], place.offset, place.length)
                 with zipfile.ZipFile(window) as archive:
                     saved = self._unpickled(place, archive)
                     if not isinstance(saved, SavedTensor) or saved.dtype != dtype.name or saved.shape != chunk.sizes:
                         raise ValueError(f"they hold {saved!r:.200}, {dtype.name} of the shape {list(chunk.sizes)} was expected")
                     record = next(info for info in archive.infolist() if info.filename.endswith(f"/data/{saved.storage}"))
                     header = archive_header(window, record)
-                    needed = (
-                        saved.offset + 1 + sum((n - 1) * s for n, s in zip(saved.shape, saved.stride, strict=True))
-                    ) * dtype.itemsize
+                    needed = (saved.offset + saved.span) * dtype.itemsize
                     if record.compress_type != zipfile.ZIP_STORED or record.file_size < needed or header + needed > place.length:
                         raise ValueError(f"their record of numbers has {record.file_size} bytes, at least {needed} were expected")
                     self._starts[place] = place.offset + header + saved.offset * dtype.itemsize, saved
@@ -171,46 +167,16 @@ class DcpFolder:
         if name is None:
             raise CheckpointError(f"{self.path / place.file}: no data.pkl at byte {place.offset}, torch.save writes one; {AGAIN}")
         try:
-            return unpickle(archive.read(name))
+            return unpickle(archive.read(name), RECORDS)
         except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed
             raise CheckpointError(
                 f"{self.path / place.file}: the object at byte {place.offset} cannot be read: {type(error).__name__}: {error!s:.300}; {AGAIN}"
             ) from None
 
 
-def archive_header(window: "_Window", record: zipfile.ZipInfo) -> int:
+def archive_header(window: SourceFile, record: zipfile.ZipInfo) -> int:
     """Where a record's bytes begin, counted from the beginning of its zip file."""
     window.seek(record.header_offset)
     header = window.read(_LOCAL_HEADER)
     name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     return record.header_offset + _LOCAL_HEADER + name + extra
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-class _Window(io.RawIOBase):
-    """Part of a file as a file of its own."""
-
-    def __init__(self, source: ByteSource, place: Place) -> None:
-        self._source, self._place, self._at = source, place, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._place.length)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        stop = self._place.length if size is None or size < 0 else min(self._at + size, self._place.length)
-        start, self._at = self._at, max(self._at, stop)
-        first = self._place.offset
-        return bytes(self._source.read(first + start, first + stop)) if start < stop else b""

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.errors import CheckpointError
-from ota_core.files.dcp.unpickle import unpickle
 from ota_core.files.rows import NAMED, Dtype
+from ota_core.files.unpickle import unpickle
 
 METADATA = ".metadata"
 AGAIN = "fetch or save the checkpoint again"
+RECORDS = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "pathlib.")
+"""Classes of the description, of which only the attributes are read."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def read_metadata(folder: Path) -> Listing:
     """Raises CheckpointError, naming the file, when it is missing, damaged, names code, or does not describe whole tensors."""
     path = folder / METADATA
     try:
-        saved = unpickle(path.read_bytes())
+        saved = unpickle(path.read_bytes(), RECORDS)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; a folder of torch.distributed.checkpoint needs it: fetch it") from None
     except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed

@@ -24,6 +24,7 @@ from ota_core.moments.compression.dispatch import compress, compressed_bytes, pa
 from ota_core.moments.compression.file import open_compressed, save_compressed, save_full
 from ota_core.moments.compression.header import METHODS, Method
 from ota_core.moments.compression.rank1 import RankOneMoments
+from ota_core.moments.compression.split import split
 
 __all__ = [
     "DEFAULT_RANK",
@@ -45,5 +46,6 @@ __all__ = [
     "rank_of",
     "save_compressed",
     "save_full",
+    "split",
     "write_compressed",
 ]

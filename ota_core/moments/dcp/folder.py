@@ -13,6 +13,7 @@ from ota_core.moments.match import Layout
 
 V = b"exp_avg_sq"
 PARTS = "*.distcp"
+COMMON = "common.pt"  # Megatron's step and β₂
 
 
 def find_dcp(folder: Path) -> list[Path]:
@@ -38,7 +39,8 @@ def is_dcp(path: Path) -> bool:
 
 def dcp_files(path: Path) -> list[Path]:
     """The description and every rank's files."""
-    return [path / METADATA, *sorted(path.glob(PARTS))] if path.is_dir() else [path]
+    common = [path / COMMON] if (path / COMMON).is_file() else []
+    return [path / METADATA, *sorted(path.glob(PARTS)), *common] if path.is_dir() else [path]
 
 
 def open_dcp(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp import DcpFolder
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
+from ota_core.moments.dcp.common import common_facts
 from ota_core.moments.foreign import translated
 from ota_core.moments.match import Layout, match_names
 from ota_core.moments.safetensors_file import DROP_BYTES, as_beta2, as_step
@@ -27,14 +29,18 @@ GROUPS = re.compile(r"(?:[^.]+\.)*?param_groups\.(?P<group>.+)\.(?P<key>[^.]+)")
 class DcpMoments(Moments):
     """v by the names that the checkpoint has for its parameters."""
 
-    def __init__(self, path: Path, folder: DcpFolder, names: Mapping[str, str]) -> None:
-        """names: parameter to its tensor in the folder. Raises MomentsError for what is no float tensor or no β₂."""
+    def __init__(
+        self, path: Path, folder: DcpFolder, names: Mapping[str, str], common: tuple[float | None, int | None] = (None, None)
+    ) -> None:
+        """names: parameter to its tensor in the folder; common: β₂ and the step of all where they lie elsewhere. Raises MomentsError for what is no float tensor or no β₂."""
         self.path, self._folder, self._names = path, folder, dict(names)
         self._unreleased = 0
         for name, key in names.items():
             if not folder.tensors[key].dtype.is_floating_point:
                 raise MomentsError(f"{path}: v of {name!r} has the dtype {folder.tensors[key].dtype}, a float type was expected")
-        self.beta2 = _beta2(path, folder)
+        self.beta2, self._step = _beta2(path, folder), common[1]
+        if self.beta2 is None:
+            self.beta2 = common[0]
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: self._folder.tensors[key].shape for name, key in self._names.items()}
@@ -44,7 +50,11 @@ class DcpMoments(Moments):
         if key in self._folder.tensors:
             return as_step(_rows(self._folder, key, 0, 1).item(), f"{self.path}: {key}")
         found = _object(self._folder, key)
-        return None if found is None else as_step(found, f"{self.path}: {key}")
+        return self._step if found is None else as_step(found, f"{self.path}: {key}")
+
+    def stored_bytes(self, name: str) -> int:
+        tensor = self._folder.tensors[self._names[name]]
+        return prod(tensor.shape) * tensor.dtype.itemsize
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         if self._unreleased > DROP_BYTES:
@@ -84,7 +94,8 @@ def open_folder(path: Path, layout: Layout, source_of: SourceOf | None) -> Momen
             )
         if all(name.isdigit() for name in keys):
             keys = _by_number(path, folder, {int(name): key for name, key in keys.items()}, layout)
-        return translated(path, DcpMoments(path, folder, keys), layout)
+        common = common_facts(path) if any(MEGATRON.fullmatch(key) for key in keys.values()) else (None, None)
+        return translated(path, DcpMoments(path, folder, keys, common), layout)
     except BaseException:
         folder.close()
         raise

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import SavedTensor
 from ota_core.moments.deepspeed.saved import V, beta2_of, mapping, open_saved, step_of
 from ota_core.moments.pieces import PiecedMoments, Run
 
@@ -27,7 +26,7 @@ class UniversalMoments(PiecedMoments):
                 file = open_saved(path, source_of)
                 files.append(file)
                 name, tensor = path.parent.relative_to(folder / "zero").as_posix(), _tensor(file)
-                runs[name], shapes[name] = [Run.of(file, tensor.view(-1), 0, tensor.numel())], tuple(tensor.shape)
+                runs[name], shapes[name] = [Run(file, tensor, 0, tensor.numel)], tensor.shape
                 steps[name] = _step(path.with_name("step.pt"))
             super().__init__(folder, files, runs, shapes, steps, _beta2(folder / "zero" / COMMON))
         except BaseException:
@@ -43,9 +42,9 @@ def _check_complete(zero: Path) -> None:
         raise MomentsError(f"{zero} lacks {V}.pt of {len(lost)} parameters, such as {lost[0]}: fetch the checkpoint again")
 
 
-def _tensor(file: TorchFile) -> torch.Tensor:
+def _tensor(file: TorchFile) -> SavedTensor:
     saved = file.saved.get("param") if isinstance(file.saved, dict) else file.saved
-    if not (isinstance(saved, torch.Tensor) and saved.is_floating_point() and saved.is_contiguous()):
+    if not (isinstance(saved, SavedTensor) and saved.is_floating_point and saved.contiguous):
         raise MomentsError(f"{file.path} holds no dense float tensor under 'param'; convert the checkpoint again")
     return saved
 

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.unpickle import SavedTensor
 from ota_core.moments.deepspeed.saved import V, beta2_of, mapping, open_saved, step_of
 from ota_core.moments.match import Layout, match_names
 from ota_core.moments.pieces import PiecedMoments, Run
@@ -34,9 +33,9 @@ def open_whole(folder: Path, path: Path, layout: Layout, source_of: SourceOf | N
                 f"{path} numbers its parameters, and without the model's configuration the numbers cannot be matched to names: put the "
                 "expert's config.json into its folder"
             )
-        shapes = {key: tuple(tensor.shape) for key, tensor in v.items()}
+        shapes = {key: tensor.shape for key, tensor in v.items()}
         names = match_names(path, groups, shapes, layout() if callable(layout) else layout)
-        runs = {names[key]: [Run.of(file, tensor.reshape(-1), 0, tensor.numel())] for key, tensor in v.items()}
+        runs = {names[key]: [Run(file, tensor, 0, tensor.numel)] for key, tensor in v.items()}
         in_groups = [group.get("step") for group in groups]
         steps = {names[key]: step_of(file, entry.get("step"), *in_groups) for key, entry in state.items()}
         held = {names[key]: shape for key, shape in shapes.items()}
@@ -46,9 +45,9 @@ def open_whole(folder: Path, path: Path, layout: Layout, source_of: SourceOf | N
         raise
 
 
-def _v(path: Path, key: Any, entry: Any) -> torch.Tensor:
+def _v(path: Path, key: Any, entry: Any) -> SavedTensor:
     tensor = entry.get(V) if isinstance(entry, dict) else None
-    if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.is_contiguous()):
+    if not (isinstance(tensor, SavedTensor) and tensor.is_floating_point and tensor.contiguous):
         held = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
         raise MomentsError(
             f"{path}: the state of parameter {key!r} lacks a dense {V} (it holds: {held:.200}); Adam's was expected"

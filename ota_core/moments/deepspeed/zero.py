@@ -9,12 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from ota_core.errors import MomentsError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.torch_file import TorchFile
-from ota_core.moments.deepspeed.saved import V, beta2_of, count, flat, mapping, open_saved, shapes_of, stage_of, step_of
+from ota_core.files.unpickle import SavedTensor
+from ota_core.moments.deepspeed.saved import (
+    V,
+    beta2_of,
+    beta2_set,
+    count,
+    flat,
+    mapping,
+    open_saved,
+    shapes_of,
+    stage_of,
+    step_of,
+)
 from ota_core.moments.pieces import PiecedMoments, Run, check_places
 
 Shape = tuple[int, ...]
@@ -63,7 +75,8 @@ class _Rank:
         # Where an optimizer wants its parameters aligned, each is followed by this many zeros; newer files say so.
         self.gaps: Any = saved.get("param_alignment_paddings")
         groups = base.get("param_groups") if isinstance(base, dict) else None
-        self.beta2 = beta2_of(groups, where)
+        # Elastic checkpoints keep no groups; where DeepSpeed itself made the optimizer, its settings have β₂.
+        self.beta2 = beta2_of(groups, where) if groups is not None else beta2_set(file.saved.get("ds_config"), where)
         self.step = step_of(
             file, *(state.get("step") for state in states), *(group.get("step") for group in groups or ()),
             saved.get("base_optimizer_state_step"),
@@ -127,7 +140,7 @@ def _cut_groups(parts: Sequence[_Rank], groups: Sequence[Mapping[str, Shape]]) -
             start += count(shape)
             _check_padding(_joined(held, start, start + gap), f"the end of {name!r}")
             start += gap
-        have = sum(len(tensor) for _, tensor in held)
+        have = sum(tensor.numel for _, tensor in held)
         if have < start:
             raise MomentsError(
                 f"{parts[0].file.path} and its other ranks hold {have} numbers for group {number}, its parameters have {start}: {_OTHER}"
@@ -139,14 +152,14 @@ def _cut_groups(parts: Sequence[_Rank], groups: Sequence[Mapping[str, Shape]]) -
 _OTHER = "the files are of different runs, or one was written only in part. Fetch the checkpoint again"
 
 
-def _joined(held: Sequence[tuple[TorchFile, torch.Tensor]], start: int, stop: int) -> list[Run]:
+def _joined(held: Sequence[tuple[TorchFile, SavedTensor]], start: int, stop: int) -> list[Run]:
     """Elements start:stop of these vectors, one behind the other."""
     runs, first = [], 0
     for file, tensor in held:
-        low, high = max(start, first), min(stop, first + len(tensor))
+        low, high = max(start, first), min(stop, first + tensor.numel)
         if low < high:
-            runs.append(Run.of(file, tensor, low - first, high - first))
-        first += len(tensor)
+            runs.append(Run(file, tensor, low - first, high - first))
+        first += tensor.numel
     return runs
 
 
@@ -156,7 +169,7 @@ def _cut_whole(parts: Sequence[_Rank], groups: Sequence[Mapping[str, Shape]]) ->
     world = len(parts)
     needed = sum(-(-count(shape) // world) for shape in shapes.values())
     for part in parts:
-        have = sum(len(tensor) for tensor in part.v)
+        have = sum(tensor.numel for tensor in part.v)
         if have != needed:
             raise MomentsError(
                 f"{part.file.path} holds {have} numbers of {V}, its parts of the parameters have {needed}: {_OTHER}"
@@ -179,7 +192,7 @@ def _cut_whole(parts: Sequence[_Rank], groups: Sequence[Mapping[str, Shape]]) ->
 def _check_padding(runs: Sequence[Run], where: str) -> None:
     """What fills up the parts must be zero: otherwise the parameters are not where they are looked for."""
     for run in runs:
-        if torch.count_nonzero(run.read(0, len(run))):
+        if np.count_nonzero(run.read(0, len(run))):
             raise MomentsError(
                 f"{run.file.path}: the {len(run)} numbers at {where} are padding and were expected to be zero; they are not, so names and "
                 "shapes in the checkpoint do not fit its optimizer states. Fetch it again"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,10 @@ class TakenMoments(Moments):
 
     def step(self, name: str) -> int | None:
         return self._inner.step(self._taken[name].source)
+
+    def stored_bytes(self, name: str) -> int:
+        one = self._taken[name]
+        return prod(one.shape) * self._inner.stored_bytes(one.source) // max(prod(self._inner.shapes()[one.source]), 1)
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         one = self._taken[name]

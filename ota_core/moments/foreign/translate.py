@@ -26,7 +26,12 @@ def translated(path: Path, moments: Moments, layout: Layout) -> Moments:
         taken = megatron.take_all(path, shapes, model_of(path, "Megatron", layout))
     else:
         return moments
-    _check_cover(path, shapes, taken)
+    return renamed(path, moments, taken)
+
+
+def renamed(path: Path, moments: Moments, taken: Mapping[str, Taken]) -> TakenMoments:
+    """v under the names of ``taken``. Raises MomentsError where that does not take every row of ``moments`` once."""
+    _check_cover(path, moments.shapes(), taken)
     return TakenMoments(path, moments, taken)
 
 

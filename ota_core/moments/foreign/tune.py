@@ -6,10 +6,9 @@ From the public source: torchtune/training/checkpointing/_checkpointer.py and to
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.unpickle import SavedTensor
 from ota_core.moments.base import Moments
 from ota_core.moments.deepspeed.saved import V, beta2_of, mapping, open_saved, step_of
 from ota_core.moments.foreign.translate import translated
@@ -29,9 +28,9 @@ def open_tune(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments
                 "names. Save the second moments by name as exp_avg_sq.safetensors, or measure them (ota estimate)"
             )
         v = {name: _v(path, name, entry) for name, entry in state.items()}
-        runs = {name: [Run.of(file, tensor.view(-1), 0, tensor.numel())] for name, tensor in v.items()}
+        runs = {name: [Run(file, tensor, 0, tensor.numel)] for name, tensor in v.items()}
         steps = {name: step_of(file, entry.get("step")) for name, entry in state.items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in v.items()}
+        shapes = {name: tensor.shape for name, tensor in v.items()}
         beta2 = beta2_of(optimizer.get("param_groups"), str(path))
         return translated(path, PiecedMoments(path, [file], runs, shapes, steps, beta2), layout)
     except BaseException:
@@ -39,9 +38,9 @@ def open_tune(path: Path, layout: Layout, source_of: SourceOf | None) -> Moments
         raise
 
 
-def _v(path: Path, name: str, entry: Any) -> torch.Tensor:
+def _v(path: Path, name: str, entry: Any) -> SavedTensor:
     tensor = entry.get(V) if isinstance(entry, dict) else None
-    if not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.is_contiguous()):
+    if not (isinstance(tensor, SavedTensor) and tensor.is_floating_point and tensor.contiguous):
         held = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
         raise MomentsError(f"{path}: the state of {name!r} lacks a dense {V} (it holds: {held:.200}); Adam's was expected")
     return tensor

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import MomentsError
 from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import SavedTensor
 from ota_core.moments.check import checked
 from ota_core.moments.compression.header import Header
 from ota_core.moments.compression.rank1 import RankOneMoments
@@ -73,10 +75,15 @@ def _sums(path: Path, file: TorchFile, name: str, one: Stored | Factors) -> dict
     found = {}
     for (key, form), mean, count in zip(keys.items(), (one.row, one.col), (shape[-1], shape[-2]), strict=True):
         with np.errstate(over="ignore"):
-            sums = (file.read(mean).double().numpy() * count).astype(np.float32).reshape(form)
+            sums = (_whole(file, mean).astype(np.float64) * count).astype(np.float32).reshape(form)
         checked(sums.reshape(-1, 1), path=path, name=key, shape=(sums.size,), start=0)
         found[key] = sums
     return found
+
+
+def _whole(file: TorchFile, tensor: SavedTensor) -> F32:
+    rows, _ = matrix_shape(tensor.shape)
+    return file.read_rows(tensor, 0, rows).to_float32()
 
 
 def _beta2(path: Path, groups: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> float | None:

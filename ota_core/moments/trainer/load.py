@@ -1,6 +1,5 @@
 """The door: the file of one optimizer's state, and the reader for what it holds."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.torch_file import TorchFile
-from ota_core.files.torch_subclasses import foreign_classes
+from ota_core.files.unpickle import Refused
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
 from ota_core.moments.trainer.adafactor import adafactor_moments
@@ -55,25 +54,22 @@ def _tensors(one: Stored | Factors) -> list[Any]:
 
 def _load(path: Path, source_of: SourceOf | None) -> TorchFile:
     """The file, opened. Only tensors and plain containers are unpickled."""
-    if path.suffix == ".safetensors":  # torch.load goes by this ending and would not even try
-        raise MomentsError(f"{path} is a file of torch.save, its name says safetensors: rename it to end in .pt")
     try:
         return TorchFile(path, source_of)
     except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed
         if isinstance(error, OtaError):
             raise
-        foreign = foreign_classes(path) or re.findall(r"GLOBAL ([\w.]+)", str(error))
-        if any("projector" in name.lower() for name in foreign):
+        foreign = error.name if isinstance(error, Refused) else ""
+        if "projector" in foreign.lower():
             raise MomentsError(f"{path}: the state of its parameters {PROJECTED}. {ESTIMATE}") from None
-        # torch's first sentence; it goes on to tell how to load the file all the same.
-        reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".") if str(error).strip() else "no reason given"
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "no reason given"
         what = (
-            f"It names {some(foreign)}"
+            f"it names {foreign}"
             if foreign
-            else "It is truncated, damaged, or holds more than tensors and plain containers"
+            else f"{type(error).__name__}: {reason:.300}. It is truncated, damaged, or holds more than tensors and plain containers"
         )
         raise MomentsError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as an optimizer state: {type(error).__name__}: {reason:.300}. {what}, which "
+            f"{path} ({path.stat().st_size} bytes) cannot be read as an optimizer state: {what}, which "
             "is refused because loading it could run code. Fetch it again, or save the second moments by name as exp_avg_sq.safetensors"
         ) from None
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from ota_core.errors import MomentsError
 from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import SavedTensor
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
 from ota_core.moments.safetensors_file import DROP_BYTES, as_step
@@ -37,6 +38,9 @@ class TrainerMoments(Moments):
     def step(self, name: str) -> int | None:
         return step_of(self.path, self._file, name, *self._places[name])
 
+    def stored_bytes(self, name: str) -> int:
+        return sum(tensor.numel * (tensor.known.itemsize if tensor.known else 4) for tensor in self._v[name].tensors())
+
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         if self._unreleased > DROP_BYTES:
             self._unreleased = 0
@@ -56,7 +60,8 @@ class TrainerMoments(Moments):
 def step_of(path: Path, file: TorchFile, name: str, entry: Mapping[str, Any], group: Mapping[str, Any]) -> int | None:
     """t of one parameter, where the state says it. Raises MomentsError where it is no count."""
     value = raw_step(entry, group)
-    if isinstance(value, torch.Tensor):
-        value = file.read(value)
-        value = value.item() if value.numel() == 1 else value.tolist()
+    if isinstance(value, SavedTensor):
+        if value.numel != 1:
+            raise MomentsError(f"{path}: the step of {name!r} has the shape {list(value.shape)}, one number was expected")
+        value = file.number(value)
     return None if value is None else as_step(value, f"{path}: the step of {name!r}")

@@ -5,14 +5,15 @@ Codes: Dettmers et al. 2022, arXiv 2110.02861 (bitsandbytes, torchao); Li et al.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape
+from ota_core.files.rows import NAMED, Rows
 from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import SavedTensor
 
 F32 = NDArray[np.float32]
 
@@ -25,7 +26,7 @@ class Stored(Protocol):
         """Of the parameter."""
         ...
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[SavedTensor]:
         """The tensors of the file that it is read from."""
         ...
 
@@ -42,18 +43,17 @@ class Stored(Protocol):
 class Whole:
     """v as a tensor of any float type."""
 
-    tensor: torch.Tensor
+    tensor: SavedTensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+        return self.tensor.shape
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[SavedTensor]:
         yield self.tensor
 
     def read(self, file: TorchFile, start: int, stop: int) -> F32:
-        values: F32 = file.read_rows(self.tensor, start, stop).to(torch.float32).contiguous().numpy()
-        return values
+        return file.read_rows(self.tensor, start, stop).to_float32()
 
     def prefetch(self, file: TorchFile, start: int, stop: int) -> None:
         file.prefetch(self.tensor, start, stop)
@@ -67,16 +67,16 @@ class Coded:
     """
 
     shape: tuple[int, ...]
-    codes: torch.Tensor
+    codes: SavedTensor
     """Contiguous: uint8, one code a byte or, with a table of 16, two, the first in the high half; float8 without a table."""
-    table: torch.Tensor | None
+    table: SavedTensor | None
     """The value of each code, (256,) or (16,)."""
-    scale: torch.Tensor
+    scale: SavedTensor
     """(blocks,)."""
     block: int
     """Elements of a block; the last may be shorter."""
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[SavedTensor]:
         yield from (self.codes, self.scale) if self.table is None else (self.codes, self.scale, self.table)
 
     def read(self, file: TorchFile, start: int, stop: int) -> F32:
@@ -90,11 +90,11 @@ class Coded:
         out = np.empty(b - a, np.float32)
         if a < b:
             first, last = a // self.block, (b - 1) // self.block
-            blocks = _numpy(file, self.scale, first, last + 1), self.block, a - first * self.block
+            blocks = file.read_flat(self.scale, first, last + 1), self.block, a - first * self.block
             if self._packed:
-                decode_halves(_numpy(file, self.codes, a // 2, -(-b // 2)), a % 2, self._values(file), *blocks, out)
+                decode_halves(file.read_flat(self.codes, a // 2, -(-b // 2)), a % 2, self._values(file), *blocks, out)
             else:
-                decode(_numpy(file, self.codes, a, b), self._values(file), *blocks, out)
+                decode(file.read_flat(self.codes, a, b), self._values(file), *blocks, out)
         return out.reshape(stop - start, columns)
 
     def prefetch(self, file: TorchFile, start: int, stop: int) -> None:
@@ -106,17 +106,11 @@ class Coded:
 
     @property
     def _packed(self) -> bool:
-        return self.table is not None and self.table.numel() == 16
+        return self.table is not None and self.table.numel == 16
 
     def _values(self, file: TorchFile) -> F32:
         """What each code stands for."""
         if self.table is None:
-            return torch.arange(256, dtype=torch.uint8).view(self.codes.dtype).float().numpy()
-        return _numpy(file, self.table, 0, self.table.numel())
-
-
-def _numpy(file: TorchFile, tensor: torch.Tensor, start: int, stop: int) -> NDArray[Any]:
-    """Elements start:stop of a contiguous tensor; of float8 its bits."""
-    found = file.read_flat(tensor, start, stop)
-    held: NDArray[Any] = (found if found.dtype == torch.float32 else found.view(torch.uint8)).numpy()
-    return held
+            return Rows(NAMED[self.codes.dtype], np.arange(256, dtype=np.uint8)).to_float32()
+        found: F32 = file.read_flat(self.table, 0, self.table.numel)
+        return found

@@ -49,6 +49,7 @@ STAGES: dict[str, str] = {
     "dare_ties": f"ota merge, DARE-TIES, density {DENSITY}",
     "breadcrumbs": f"ota merge, Breadcrumbs, density {DENSITY}, gamma 0.01",
     "fisher": "ota merge, Fisher",
+    **{name: f"ota merge, {what}" for name, what in OTHERS.items()},
     "slerp": "ota merge, slerp of the base and one expert",
     "ota-ties": f"ota merge, OTA, exact global density {DENSITY}, masked_merge: ties",
     "ota-rescale": f"ota merge, OTA, exact global density {DENSITY}, rescale: true, fallback: mean",
@@ -56,15 +57,14 @@ STAGES: dict[str, str] = {
     "union-linear": "ota merge, linear, vocabularies that differ, tokenizer_source: union",
     "union-ties": f"ota merge, TIES, density {DENSITY}, the same",
     "union-ota": f"ota merge, OTA, exact global density {DENSITY}, the same",
-    **{name: f"ota merge, {what}" for name, what in OTHERS.items()},
     "moments-one": "one expert's second moments, read from one safetensors file",
     "moments-zero3": "the same from four ranks of DeepSpeed's ZeRO 3",
     "moments-fsdp": "the same from four ranks of FSDP",
     "mergekit-linear": "mergekit, linear",
     "mergekit-ties": f"mergekit, TIES, density {DENSITY}",
+    **{f"mergekit-{name}": f"mergekit, {what}" for name, what in OTHERS.items()},
     "mergekit-slerp": "mergekit, slerp of the base and one expert",
     "mergekit-union": "mergekit, linear, vocabularies that differ, tokenizer_source: union",
-    **{f"mergekit-{name}": f"mergekit, {what}" for name, what in OTHERS.items()},
     "help": "ota --help",
 }
 MERGES = tuple(name for name, what in STAGES.items() if what.startswith("ota merge"))
@@ -96,14 +96,6 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"density": DENSITY},
     "dare_ties": {"density": DENSITY, "seed": 0},
     "breadcrumbs": {"density": DENSITY, "gamma": 0.01},
-    "slerp": {"t": 0.4},
-    "ota-ties": {"density": DENSITY, "masked_merge": "ties"},
-    "ota-rescale": {"density": DENSITY, "rescale": True, "fallback": "mean"},
-    "ota-normalise": {"normalise": "global"},
-    "union-ties": {"density": DENSITY},
-    "union-ota": {"density": DENSITY},
-    "mergekit-slerp": {"t": 0.4},
-    "mergekit-union": {"weight": 1.0},
     "nearswap": {"t": 1e-4},
     "sce": {"density": DENSITY},
     "della": {"density": DENSITY},
@@ -112,6 +104,14 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "mergekit-nearswap": {"t": 1e-4},
     "mergekit-sce": {"select_topk": DENSITY},
     "mergekit-della": {"weight": 1.0, "density": DENSITY},
+    "slerp": {"t": 0.4},
+    "ota-ties": {"density": DENSITY, "masked_merge": "ties"},
+    "ota-rescale": {"density": DENSITY, "rescale": True, "fallback": "mean"},
+    "ota-normalise": {"normalise": "global"},
+    "union-ties": {"density": DENSITY},
+    "union-ota": {"density": DENSITY},
+    "mergekit-slerp": {"t": 0.4},
+    "mergekit-union": {"weight": 1.0},
     "mergekit-linear": {"weight": 1.0},
     "mergekit-ties": {"weight": 1.0, "density": DENSITY},
 }
@@ -268,10 +268,9 @@ class _Makers:
     def recipe(self, name: str, method: str, **parameters: Any) -> Path:
         """A recipe file of these experts."""
         base, *others = self.folders_of(name)
-        averages = method in _WITHOUT_BASE
         content = {
             "merge_method": method,
-            **({} if averages else {"base_model": str(base)}),
+            **({} if method in _WITHOUT_BASE else {"base_model": str(base)}),
             "models": [{"model": str(folder)} for folder in ([base, *others] if method == "slerp" else others)],
             "parameters": parameters,
             "dtype": "bfloat16",
@@ -285,10 +284,10 @@ class _Makers:
         """The base and the experts of a case: those with vocabularies of their own, one expert, or all."""
         if "union" in name.split("-"):
             return with_vocabularies(self.models, self.work / "vocabularies", len(self.folders))
-        return [self.models.base, *self.folders[: _MODELS.get(name.rpartition("-")[2])]]
+        return [self.models.base, *self.folders[: _MODELS.get(name.split("-")[-1])]]
 
     def weights(self, name: str) -> list[Path]:
         """Weight files that a case reads."""
-        averages = name.rpartition("-")[2] in {*_WITHOUT_BASE, "union"}
+        averages = name.split("-")[-1] in {*_WITHOUT_BASE, "union"}
         folders = self.folders_of(name)[1 if averages else 0 :]
         return [file for folder in folders for file in sorted(folder.glob("model*.safetensors"))]

@@ -138,7 +138,22 @@ METHODS: list[dict[str, Any]] = [
     {"method": "breadcrumbs", "parameters": {"density": 0.5, "gamma": 0.1}},
     {"method": "dare_ties", "parameters": {"density": 0.5}},
     {"method": "slerp", "parameters": {"t": 0.5}},
+    {"method": "passthrough", "parameters": {}},
+    {"method": "nearswap", "parameters": {"t": 0.01}},
+    {"method": "arcee_fusion", "parameters": {}},
+    {"method": "ram", "parameters": {}},
+    {"method": "ramplus_tl", "parameters": {}},
+    {"method": "sce", "parameters": {"density": 0.5}},
+    {"method": "sce", "parameters": {}},
+    {"method": "della", "parameters": {"density": 0.5}},
+    {"method": "multislerp", "parameters": {}},
+    {"method": "nuslerp", "parameters": {}},
+    {"method": "nuslerp", "parameters": {"nuslerp_flatten": False}},
+    {"method": "nuslerp", "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}},
+    {"method": "karcher", "parameters": {}},
+    {"method": "model_stock", "parameters": {"filter_wise": True}},
 ]
+EXPERTS = {"slerp": 1, "passthrough": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2}
 
 
 @pytest.mark.parametrize("case", METHODS, ids=str)
@@ -149,7 +164,7 @@ def test_the_bytes_that_plan_counts_are_those_that_are_read(tmp_path: Path, read
         "model.norm.weight": (64,),
     }
     base = random_base(0, shapes)
-    count = 1 if case["method"] == "slerp" else 3
+    count = EXPERTS.get(case["method"], 3)
     recipe = MergeRecipe.model_validate(
         ota_recipe(tmp_path, base, random_experts(base, count), case["parameters"], method=case["method"])
     )
@@ -370,3 +385,16 @@ def test_inspect_what_is_none_of_these(tmp_path: Path) -> None:
     text = refused("inspect", tmp_path / "notes.txt")
     assert f"{tmp_path / 'notes.txt'} is neither a mask file nor second moments that can be read" in text
     assert "holds no weights (it holds: notes.txt)" in refused("inspect", tmp_path)
+
+
+def test_plan_counts_tensors_that_are_worked_on_whole(tmp_path: Path) -> None:
+    recipe = llama_experts(tmp_path) | {
+        "merge_method": "nuslerp",
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    }
+    for model in recipe["models"]:
+        model.pop("parameters", None)
+    whole = plan(recipe, tmp_path)
+    assert "worked on whole; the largest, " in whole
+    recipe["parameters"] = {"nuslerp_flatten": False}
+    assert "worked on whole" not in plan(recipe, tmp_path)

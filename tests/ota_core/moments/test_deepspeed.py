@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ota_core.errors import MomentsError
-from ota_core.files.stand_ins import stand_ins
+from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import Record
 from ota_core.moments import find_moments, moments_files, open_moments
 from ota_core.moments.deepspeed.saved import open_saved
 from tests.ota_core.moments.sharded_fixture import FIXTURES, LAYOUT, assert_same, copied, expected
@@ -33,7 +34,7 @@ def test_v_is_the_live_optimizer_s(tmp_path, case):
     moments = open_(folder)
     assert_same(moments, expected(f"deepspeed/{case}"))
     assert {moments.step(name) for name in moments.shapes()} == {3}
-    assert moments.beta2 == (None if "elastic" in case else 0.95)  # elastic checkpoints do not keep it
+    assert moments.beta2 == (None if "elastic" in case else 0.95)  # no settings of DeepSpeed made this optimizer
     moments.close()
 
 
@@ -106,9 +107,9 @@ def test_padding_that_is_not_zero(tmp_path, case):
     base = base.get("base_optimizer_state") or base["optimizer_state_dict"]
     v = base["state"][0]["exp_avg_sq"]
     # Under ZeRO 3 the first parameter has an odd number of elements, its part on rank 1 ends with one zero.
-    place = len(v) - 1 if case == "zero2" else -(-37 * 15 // 2) - 1
-    assert file.read(v)[place] == 0
-    offset = file._offset(v) + 4 * place
+    place = v.numel - 1 if case == "zero2" else -(-37 * 15 // 2) - 1
+    assert file.read_flat(v, place, place + 1) == 0
+    offset = file.place(v) + 4 * place
     file.close()
     with open(path, "r+b") as stream:
         stream.seek(offset)
@@ -155,6 +156,19 @@ def test_another_optimizer_is_said(tmp_path):
     assert "holds no flat exp_avg_sq (it holds: momentum_buffer)" in refused(folder)
 
 
+def test_an_elastic_checkpoint_has_its_beta2_in_the_settings_of_deepspeed(tmp_path):
+    v = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4.0)}
+    flat = torch.cat([v["a"].reshape(-1), v["b"]])
+    for rank, part in enumerate(flat.split(5)):
+        states = {"zero_stage": 2, "partition_count": [2], "base_optimizer_state": [{"step": 7, "exp_avg_sq": part.clone()}]}
+        made = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.97]}}}
+        torch.save({"optimizer_state_dict": states, "ds_config": made}, tmp_path / RANK1.replace("rank_1", f"rank_{rank}"))
+    torch.save({"param_shapes": [{name: one.shape for name, one in v.items()}]}, tmp_path / "mp_rank_00_model_states.pt")
+    moments = open_(tmp_path)
+    assert_same(moments, v)
+    assert moments.beta2 == 0.97 and moments.step("a") == 7
+
+
 def test_a_universal_checkpoint_lacks_a_parameter(tmp_path):
     folder = copied("deepspeed/universal", tmp_path)
     (folder / f"{STEP}_universal/zero/model.norm.weight/exp_avg_sq.pt").unlink()
@@ -177,7 +191,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, name):
     assert not (tmp_path / "ran").exists()
 
 
-def test_stand_ins_do_not_run_the_class(tmp_path, monkeypatch):
+def test_records_do_not_run_the_class(tmp_path, monkeypatch):
     package = tmp_path / "deepspeed"
     package.mkdir()
     (package / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Settings:\n    pass\n")
@@ -188,9 +202,8 @@ def test_stand_ins_do_not_run_the_class(tmp_path, monkeypatch):
     torch.save(deepspeed.Settings(), tmp_path / "settings.pt")
     (tmp_path / "ran").unlink()
     monkeypatch.delitem(sys.modules, "deepspeed")
-    with stand_ins(tmp_path / "settings.pt", ["deepspeed."]):
-        made = torch.load(tmp_path / "settings.pt", weights_only=True)
-    assert type(made).__name__ == "StandIn" and not (tmp_path / "ran").exists()
+    made = TorchFile(tmp_path / "settings.pt", None, ["deepspeed."]).saved
+    assert isinstance(made, Record) and type(made).__module__ != "deepspeed" and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow

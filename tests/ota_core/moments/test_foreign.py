@@ -1,5 +1,7 @@
 """Trainers with layouts of their own. None of them runs here: what is tested is the arithmetic that their public sources state."""
 
+import argparse
+import fractions
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ota_core.errors import MomentsError
-from ota_core.moments import ParameterLayout, find_moments, open_moments
+from ota_core.moments import ParameterLayout, find_moments, moments_files, open_moments
 from ota_core.moments.foreign.model import halves_of_pairs
 from tests.ota_core.moments.sharded_fixture import assert_same
 
@@ -263,6 +265,27 @@ def test_megatron(tmp_path, stack, biases):
             own[f"decoder.layers.{layer}.self_attention.linear_qkv.bias"] = joined
     save_megatron(tmp_path / "iter_0000010", stacked(own) if stack else own)
     assert_same(open_moments(tmp_path, layout=layout(model_type=kind)), v)
+
+
+def test_megatron_keeps_step_and_beta2_in_what_the_ranks_have_in_common(tmp_path):
+    folder = save_megatron(tmp_path / "iter_0000010", megatron(hugging_face()))
+    assert open_moments(folder, layout=layout()).beta2 is None, "it is not in the tensors' files"
+    groups = [{"betas": (0.9, 0.95), "step": 10, "wd_mult": 1.0}, {"betas": (0.9, 0.95), "step": 10, "wd_mult": 0.0}]
+    common = {
+        "args": argparse.Namespace(adam_beta2=0.95, dtype=torch.bfloat16),
+        "optimizer": {0: {"optimizer": {"param_groups": groups}}},
+    }
+    torch.save(common, folder / "common.pt")
+    moments = open_moments(folder, layout=layout())
+    assert moments.beta2 == 0.95 and {moments.step(name) for name in moments.shapes()} == {10}
+    assert moments_files(folder)[-1] == folder / "common.pt"
+    groups[1]["step"] = 11
+    torch.save(common, folder / "common.pt")
+    assert "different steps ([10, 11])" in refused(folder, layout())
+    torch.save({"optimizer": fractions.Fraction(1, 3)}, folder / "common.pt")
+    assert "fractions.Fraction" in refused(folder, layout()) and "refused because loading it could run code" in refused(
+        folder, layout()
+    )
 
 
 def refused(folder: Path, changed: ParameterLayout | None) -> str:

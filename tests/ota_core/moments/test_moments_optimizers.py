@@ -5,6 +5,7 @@ States that the real libraries wrote lie in tests/fixtures/optimizers. Where a l
 
 import fractions
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import MomentsError
-from ota_core.files.torch_subclasses import load
+from ota_core.files.torch_file import TorchFile
+from ota_core.files.unpickle import SavedTensor
 from ota_core.moments import Moments, ParameterLayout, open_moments
-from ota_core.moments.compression import RankOneMoments
+from ota_core.moments.base import Stored, View
+from ota_core.moments.compression import RankOneMoments, kept_as_trained
 from ota_core.moments.trainer.kinds import NoSecondMoment, second_moment
 from ota_core.moments.trainer.stored import Coded
 from tests.fixtures.optimizers.make import HERE, READ, REFUSED, STEPS
@@ -154,20 +157,20 @@ def test_the_block_size_comes_from_the_number_of_scales(tmp_path: Path, block: i
 @pytest.mark.parametrize(
     "change",
     [
-        {"scale": torch.ones(7)},
-        {"scale": torch.ones(0)},
+        {"scale": SavedTensor("float32", "0", 7, 0, (7,), (1,))},
+        {"scale": SavedTensor("float32", "0", 0, 0, (0,), (1,))},
         {"scale": 3},
-        {"codes": torch.zeros(9, dtype=torch.uint8)},
-        {"codes": torch.zeros(80, 64)},
-        {"qmap": torch.ones(17)},
-        {"qmap": torch.ones(16)},
+        {"codes": SavedTensor("uint8", "0", 9, 0, (9,), (1,))},
+        {"codes": SavedTensor("float32", "0", 80 * 64, 0, (80, 64), (64, 1))},
+        {"qmap": SavedTensor("float32", "0", 17, 0, (17,), (1,))},
+        {"qmap": SavedTensor("float32", "0", 16, 0, (16,), (1,))},
         {"qmap": None},
     ],
 )
 def test_a_tensor_subclass_with_parts_that_do_not_fit_is_refused(change: dict[str, Any]) -> None:
-    tensor = load(HERE / "torchao/adamw8bit.pt", "cpu")["state"][0]["exp_avg_sq"]
+    tensor = TorchFile(HERE / "torchao/adamw8bit.pt").saved["state"][0]["exp_avg_sq"]
     assert isinstance(second_moment({"exp_avg_sq": tensor}, {}), Coded)
-    tensor.__dict__.update(change)
+    tensor.parts.update(change)
     with pytest.raises(
         NoSecondMoment, match=r"shape \[80, 64\] as a OptimState8bit whose codes, scales and table of values do not fit"
     ):
@@ -247,3 +250,72 @@ def test_v_comes_from_the_source_in_the_ranges_that_are_asked(tmp_path: Path, na
         )
     moments.prefetch("embed", 79, 90)  # the next block may not exist
     assert_equal(moments, name, v)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("bitsandbytes/adamw8bit", 0.5), ("torchao/adamw8bit", 0.5), ("torchao/adamw4bit", 0.3), ("kept/amsgrad", 1)],
+)
+def test_the_bytes_that_are_counted_are_those_that_are_read(tmp_path: Path, name: str, share: float) -> None:
+    v = in_order(name, load_file(HERE / f"{name}.safetensors"))
+    path = tmp_path / "optimizer.pt"
+    path.write_bytes((HERE / f"{name}.pt").read_bytes())
+    sources = elsewhere(path)
+    moments = open_moments(path, layout=layout_of(v), source_of=sources.get)
+    for key, tensor in v.items():
+        sources[path].reads.clear()
+        moments.read(key, 0, matrix_shape(tensor.shape)[0])
+        assert sum(stop - start for start, stop in sources[path].reads) == moments.stored_bytes(key) <= 4 * tensor.numel()
+    assert moments.stored_bytes("embed") <= share * 4 * v["embed"].numel()
+
+
+def adafactor_with(stored: dict[str, Stored]) -> tuple[Moments, Moments]:
+    """An Adafactor's moments by the names of its parameters, and by those of a checkpoint that is laid out in another way."""
+    v = in_order("kept/adafactor_transformers", load_file(HERE / "kept/adafactor_transformers.safetensors"))
+    path, plain = HERE / "kept/adafactor_transformers.pt", layout_of(v)
+    names = {*v, *stored}
+    return open_moments(path, layout=plain), open_moments(path, layout=replace(plain, stored=stored), tensors=names)
+
+
+def test_means_of_an_adafactor_are_split_as_its_parameters_are() -> None:
+    whole = open_moments(
+        HERE / "kept/adafactor_transformers.pt",
+        layout=layout_of(in_order("", load_file(HERE / "kept/adafactor_transformers.safetensors"))),
+    )
+    count, height, width = whole.shapes()["experts"]
+    rows, cols = whole.shapes()["embed"]
+    size = height * width
+    stored = {
+        "e0.all": Stored((height, width), (View("experts", 0, (height, width), (width, 1)),)),
+        "e1.flat": Stored((height, width), (View("experts", size, (size,), (1,)),)),
+        "e1.turned": Stored((width, height), (View("experts", size, (width, height), (1, width)),)),
+        "e1.second_rows": Stored((height // 2, width), (View("experts", size + width, (height // 2, width), (2 * width, 1)),)),
+        "both.odd_columns": Stored(
+            (count, height, width // 2), (View("experts", 1, (count, height, width // 2), (size, width, 2)),)
+        ),
+        "top": Stored((rows // 2, cols), (View("embed", 0, (rows // 2 * cols,), (1,)),)),
+        "bottom": Stored((rows - rows // 2, cols), (View("embed", rows // 2 * cols, (rows - rows // 2, cols), (cols, 1)),)),
+        "norm.new": Stored((whole.shapes()["norm"]), (View("norm", 0, whole.shapes()["norm"], (1,)),)),
+    }
+    before, after = adafactor_with(stored)
+    assert after.shapes().keys() == {*stored, *(before.shapes().keys() - {"experts", "embed", "norm"})}
+    assert kept_as_trained(after) and after.unbiased and after.beta2 == before.beta2
+    for name, one in stored.items():
+        view = one.views[0]
+        held = np.ascontiguousarray(before.read(view.parameter, 0, matrix_shape(before.shapes()[view.parameter])[0])).reshape(-1)
+        want = np.lib.stride_tricks.as_strided(held[view.offset :], view.shape, [4 * s for s in view.strides]).reshape(
+            matrix_shape(one.shape)
+        )
+        np.testing.assert_allclose(after.read(name, 0, want.shape[0]), want, rtol=1e-6)
+        assert after.step(name) == STEPS
+
+
+def test_what_is_put_together_of_factored_parameters_is_refused() -> None:
+    fused = Stored((11, 5), (View("q", 0, (5, 5), (5, 1)), View("embed", 0, (6, 5), (5, 1))))
+    with pytest.raises(
+        MomentsError, match=r"'qe' of the checkpoint is put together from 2 parts of embed, q; Adafactor keeps the means"
+    ):
+        adafactor_with({"qe": fused})
+    diagonal = {"d": Stored((2, 2), (View("q", 0, (2, 2), (6, 12)),))}
+    with pytest.raises(MomentsError, match=r"'d' of the checkpoint runs over 'q' in neither its rows nor its columns"):
+        adafactor_with(diagonal)

@@ -30,11 +30,42 @@ WEIGHTS = ["config.json", "model.safetensors"]
         (["checkpoint-5/optimizer_0/.metadata", "checkpoint-5/rng_state_0.pth"], ["checkpoint-5/optimizer_0/.metadata"]),
         (["global_step5_universal/zero/w/exp_avg_sq.pt", "latest_universal"], ["global_step5_universal/zero/w/exp_avg_sq.pt", "latest_universal"]),
         (["latest"], []),
+        (["latest.txt", "model_config.json", "model/a/model_weight.safetensors"], []),
+        (["step-9/.metadata", "step-9/__0_0.distcp", "step-9/model.safetensors"], ["step-9/.metadata", "step-9/__0_0.distcp"]),
+        (["step-8/.metadata", "step-8/__0_0.distcp", "step-9/.metadata", "step-9/__0_0.distcp"], ["step-8/.metadata", "step-9/.metadata"]),
+        (["step-9/.metadata", "step-9/__0_0.distcp", "exp_avg_sq.safetensors"], ["exp_avg_sq.safetensors"]),
+        (["recipe_state/recipe_state.pt", "recipe_state/other.pt"], ["recipe_state/recipe_state.pt"]),
+        (["recipe_state/recipe_state.pt", "exp_avg_sq.safetensors"], ["exp_avg_sq.safetensors"]),
+        (["model_and_optim/.metadata", "model_and_optim/__0_0.distcp"], ["model_and_optim/.metadata", "model_and_optim/__0_0.distcp"]),
+        (["model_and_optim/.metadata", "model_and_optim/__0_0.distcp", "optimizer.pt"], ["optimizer.pt"]),
+        ([".metadata", "__0_0.distcp", ".git"], [".metadata", "__0_0.distcp"]),
+        ([".metadata", "__0_0.distcp", "exp_avg_sq.safetensors"], ["exp_avg_sq.safetensors"]),
+        (
+            ["optimizer/optimizer_pp-0-of-1_tp-0-of-1.pt", "optimizer/optimizer_config.json", "model_config.json", "model/a/model_weight.safetensors"],
+            ["optimizer/optimizer_pp-0-of-1_tp-0-of-1.pt", "optimizer/optimizer_config.json", "model_config.json"],
+        ),
+        (
+            ["latest.txt", *(f"{n}/{name}" for n in (9, 10) for name in ("optimizer/optimizer_pp-0-of-1_dp-0-of-1_tp-0-of-2.pt", "model/a/b/c/d/model_w.safetensors"))],
+            ["latest.txt", "10/optimizer/optimizer_pp-0-of-1_dp-0-of-1_tp-0-of-2.pt", "10/model/a/b/c/d/model_w.safetensors"],
+        ),
+        (["optimizer/optimizer_pp-0-of-1_tp-0-of-1.pt", "model_config.json", "exp_avg_sq.safetensors"], ["exp_avg_sq.safetensors"]),
+        (["zero/w/exp_avg_sq.pt", "zero/w/step.pt"], ["zero/w/exp_avg_sq.pt", "zero/w/step.pt"]),
         (["checkpoint-5/optimizer.pt", "checkpoint-6/optimizer.pt"], ["checkpoint-5/optimizer.pt", "checkpoint-6/optimizer.pt"]),
     ],
 )  # fmt: skip
 def test_files_of_a_listing(states, belong):
     assert model_files([*WEIGHTS, *states]) == sorted([*WEIGHTS, *belong])
+
+
+def test_a_folder_with_the_weights_in_it_belongs_in_any_case():
+    sharded = ["model_and_optim/.metadata", "model_and_optim/__0_0.distcp"]
+    assert model_files(["config.json", "exp_avg_sq.safetensors", *sharded]) == sorted(
+        ["config.json", "exp_avg_sq.safetensors", *sharded]
+    )
+    alone = [".metadata", "__0_0.distcp"]
+    assert model_files(["config.json", "exp_avg_sq.safetensors", *alone]) == sorted(
+        ["config.json", "exp_avg_sq.safetensors", *alone]
+    )
 
 
 def test_of_several_checkpoints_the_taken_one_belongs():
