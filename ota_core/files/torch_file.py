@@ -79,7 +79,7 @@ class TorchFile:
         plane = max(1, rows // max(1, tensor.shape[0]))
         low, high = start // plane, -(-stop // plane)
         found = held[low:high].reshape(-1, cols)[start - low * plane : stop - low * plane]
-        return Rows(dtype, np.ascontiguousarray(found))
+        return Rows(dtype, np.array(found, order="C"))
 
     def read_flat(self, tensor: SavedTensor, start: int, stop: int) -> NDArray[Any]:
         """Elements start:stop of one of the file's contiguous tensors, shape (stop − start,), as ``Dtype.held`` holds them; read-only."""
