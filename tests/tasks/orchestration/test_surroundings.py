@@ -97,7 +97,7 @@ def test_a_flow_behind_a_proxy_and_its_end_by_sigterm(tmp_path: Path, bare: pyte
 
 def test_sigterm_leaves_no_half_written_folder(tmp_path: Path) -> None:
     script = (
-        "import sys, time, pathlib\nfrom flows.cli.common import user_errors\nfrom ota_core.engine.output import new_folder\n"
+        "import sys, time, pathlib\nfrom flows.cli.common import user_errors\nfrom ota_core.files.place import new_folder\n"
         f"with user_errors(), new_folder(pathlib.Path({str(tmp_path / 'out')!r}), overwrite=False):\n    print('up', flush=True)\n    time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
