@@ -75,6 +75,7 @@ def merge_flow(
     chat_template: bool | None = None,
     smoke: bool = True,
     ignore_config_differences: list[str] | None = None,
+    allow_nonfinite: bool = False,
 ) -> MergeOutcome:
     """Merge the recipe's experts, benchmark base, experts and merge, log everything.
 
@@ -97,11 +98,12 @@ def merge_flow(
         chat_template: How models are asked where the suite leaves it to them, if that was decided for more models than these.
         ignore_config_differences: Settings of config.json that may differ between the models, beside those that the recipe names.
         smoke: Try the merged model first; one that does not load, generate and end as the base does is not benchmarked.
+        allow_nonfinite: Merge infinite numbers and NaN as they are, instead of refusing them.
     """
     if isinstance(recipe, str):
         recipe, folder = read_recipe(recipe)
         recipe_dir = recipe_dir or folder
-    recipe = recipe.ignoring(ignore_config_differences)
+    recipe = recipe.ignoring(ignore_config_differences).allowing_nonfinite(allow_nonfinite)
     where, runner, gpu = places(home, artifacts), runner or runner_of(), gpu or gpu_deployment()
     runner.task_runner()  # says what is not installed
     budget, file_size = parse_memory(memory), parse_size(shard_size, "shard size", "1KB")

@@ -12,6 +12,7 @@ from ota_core.compute.loops import compiled
 from ota_core.compute.stream import Stream
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import F64, Rows
+from ota_core.fused.finite import kinds_not_finite
 from ota_core.moments import Moments, none_found
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.plan import checkpoint_problems
@@ -21,25 +22,6 @@ from ota_core.recipe.recipe import MergeRecipe
 SHOWN = 4
 """Tensors that one problem names."""
 _AGAIN = "training diverged or the file is damaged: take an earlier checkpoint, or save this one again"
-
-# All bits of these set: infinite or NaN (of float8_e4m3fn, which has no infinity: NaN).
-_NOT_FINITE: dict[str, Any] = {
-    "F64": np.uint64(0x7FF0000000000000),
-    "F32": np.uint32(0x7F800000),
-    "BF16": np.uint16(0x7F80),
-    "F16": np.uint16(0x7C00),
-    "F8_E5M2": np.uint8(0x7C),
-    "F8_E4M3": np.uint8(0x7F),
-}
-
-
-@compiled
-def _count_set(bits: NDArray[Any], mask: Any) -> int:
-    """How many numbers have all bits of the mask set."""
-    count = 0
-    for value in bits:
-        count += (value & mask) == mask
-    return count
 
 
 @compiled
@@ -148,11 +130,7 @@ class _Scan:
             self._stream.count_read(others.nbytes)
             if not _equal(rows, others):
                 self.moved.add(piece.name)
-        mask = _NOT_FINITE[rows.dtype.code]
-        if not _count_set(rows.held.reshape(-1).view(mask.dtype), mask):
-            return {}
-        values = rows.to_float32() if rows.dtype != F64 else rows.held
-        return {"NaN": int(np.isnan(values).sum()), "infinite": int(np.isinf(values).sum())}
+        return kinds_not_finite(rows)
 
     def _matters(self, name: str) -> bool:
         """Whether the base's values have to be compared: until the first change is seen, and where second moments are missing."""

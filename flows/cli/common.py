@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ota_core.errors import MomentsError, OtaError
+from tasks.orchestration.prepare import end_in_order
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="What to write; it must not exist yet.", show_default=False)]
@@ -23,6 +24,9 @@ Fetch = Annotated[
     bool, typer.Option("--fetch", help="Download models in S3 into the cache first, instead of reading them there by ranges.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Merge infinite numbers and NaN as they are, instead of refusing them.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 Home = Annotated[
     Path | None, typer.Option(help="Folder for caches, artifacts and the embedded MLflow.", show_default="$OTA_HOME or ~/.ota")
@@ -86,7 +90,9 @@ _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """A user's mistake ends with its message and exit code 2, without a traceback. So does what nobody foresaw: its traceback is in a file."""
+    """A user's mistake ends with its message and exit code 2, without a traceback. So does what nobody foresaw: its traceback is in a file. SIGTERM ends the
+    command in order."""
+    end_in_order()
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort):

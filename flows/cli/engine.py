@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.common import (
+    AllowNonfinite,
     AsJson,
     Device,
     Fetch,
@@ -40,6 +41,7 @@ def merge(
     fetch: Fetch = False,
     shard_size: ShardSize = "5GB",
     ignore: IgnoreDifferences = None,
+    allow_nonfinite: AllowNonfinite = False,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -54,7 +56,7 @@ def merge(
     from tasks.merging.stages import read_stages
 
     with user_errors(), ExitStack() as stack:
-        stages = [one.ignoring(ignore) for one in read_stages(recipe)]
+        stages = [one.ignoring(ignore).allowing_nonfinite(allow_nonfinite) for one in read_stages(recipe)]
         check_free(out, overwrite=overwrite, keep=[recipe])
         file_size = parse_size(shard_size, "shard size", "1KB")
         if len(stages) > 1:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli.common import (
+    AllowNonfinite,
     Artifacts,
     DataDir,
     Device,
@@ -52,6 +53,7 @@ def run(
     ] = None,
     shard_size: ShardSize = "5GB",
     ignore: IgnoreDifferences = None,
+    allow_nonfinite: AllowNonfinite = False,
     smoke: Annotated[
         bool, typer.Option(help="Try the merged model first, and do not benchmark one that does not load, generate or end.")
     ] = True,
@@ -67,7 +69,10 @@ def run(
     from tasks.settings import as_device, places
 
     with user_errors():  # what needs no server is checked before one is started
-        loaded, wanted = load_recipe(recipe).ignoring(ignore), None if suite == "none" else suite
+        loaded, wanted = (
+            load_recipe(recipe).ignoring(ignore).allowing_nonfinite(allow_nonfinite),
+            None if suite == "none" else suite,
+        )
         if wanted:
             load_suite(wanted)
         parse_memory(memory)

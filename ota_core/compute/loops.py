@@ -4,12 +4,19 @@ numba compiles each loop once and keeps it on disk; contraction to fused multipl
 cut into blocks: counts are integers, row sums run over one row in a fixed order.
 """
 
+import os
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from ota_core.compute.loop_cache import SETTING, find_cache
+
+find_cache()  # numba reads the setting when it is imported
+
+import numba  # noqa: E402
+
+numba.config.CACHE_DIR = os.environ.get(SETTING, "")  # type: ignore[attr-defined]  # numba may be here already
 compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 

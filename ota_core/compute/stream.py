@@ -98,6 +98,8 @@ class Stream:
     """Where blocks are worked on by GPUs."""
     droppable: list[Callable[[], None]] = field(default_factory=list)
     """Called when ``mapped_bytes`` have been read through memory maps since the last time."""
+    settle: Callable[[], None] | None = None
+    """Called by each thread after an item of its own; what it raises ends the work."""
     _read: int = 0
     _lock: Lock = field(default_factory=Lock)
 
@@ -147,7 +149,10 @@ class Stream:
                     ahead(todo[index + threads])
                 _torch_threads.settle()
                 with self.lanes.mine() if self.lanes else nullcontext():
-                    return work(item)
+                    result = work(item)
+                    if self.settle is not None:
+                        self.settle()
+                    return result
 
             def submit(count: int) -> None:
                 for index, item in islice(queue, count):

@@ -14,12 +14,14 @@ from ota_core.compute.blocks import matrix_shape
 from ota_core.engine.companions import CODE, bring_template, set_rows, write_json
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.files.quantised.settings import without_quantisation
 from ota_core.files.room import Need
 from ota_core.files.rows import Rows
 from ota_core.files.tokens import add_tokens
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.moments.compression import compressed_bytes, compression_of
 from ota_core.plan.chat_template import chat_template, write_template
+from ota_core.plan.guard import check_written
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.layers import with_layers
 from ota_core.plan.plan import MergePlan
@@ -134,6 +136,9 @@ def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
         rows = Rows.of(gpu.output_rows(*shape, job.dtype.name))
         rule.merge(block, rows)
         gpu.wait()
+    if plan.guard is not None:
+        plan.guard.settle()
+        check_written(job.name, start, rows)
     return rows
 
 
@@ -170,7 +175,7 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         write_template(folder, chat_template(plan.recipe, [view.checkpoint.tokenizer_folder for view in plan.models]))
     config = folder / "config.json"
     if config.exists():
-        settings = read_json(config)
+        settings = without_quantisation(read_json(config))
         if plan.assembly is not None:
             settings = with_layers(settings, plan.assembly.taken)
         if vocabulary:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.descriptors import check_limit
 from ota_core.files.rows import NAMED, Rows
 from ota_core.files.safetensors_io import TensorInfo
 from ota_core.files.torch_file import TorchFile
@@ -23,6 +24,8 @@ class BinFile:
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist; the index lists it: fetch the checkpoint again") from None
         except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed
+            if isinstance(error, OSError):
+                check_limit(error)
             raise CheckpointError(
                 f"{path} cannot be read as PyTorch weights ({str(error).split(chr(10))[0]}); expected a file of torch.save with tensors "
                 "only. Save the model as safetensors, or fetch the file again"

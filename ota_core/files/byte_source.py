@@ -4,6 +4,7 @@ import ctypes
 import io
 import mmap
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 
 # The kernel reads ahead at most this much for one request on a disk with its default settings (read_ahead_kb).
 _READ_AHEAD = 128 * 1024
-_madvise = getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_madvise = getattr(_libc, "madvise", None)
 
 
 class ByteSource(Protocol):
@@ -43,6 +47,30 @@ SourceOf = Callable[[Path], ByteSource | None]
 """Where the bytes of a file come from; None: from the file itself. The file then only stands for its name."""
 
 
+class _Mapping:
+    """A file's memory map that needs no open file, which Python's own ``mmap`` keeps as long as it lives."""
+
+    bytes: memoryview
+    """All of it. Views of it keep the mapping alive."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address = address
+        held = (ctypes.c_char * size).from_address(address)
+        weakref.finalize(held, _libc.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+        self.bytes = memoryview(held).cast("B")
+
+    @classmethod
+    def of(cls, fd: int, size: int) -> "_Mapping":
+        # A private writable mapping: torch takes it without a warning about read-only memory, and a stray write never
+        # reaches the file. NORESERVE, because the kernel would otherwise refuse files larger than the memory.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        found = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+        if found == ctypes.c_void_p(-1).value:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return cls(int(found), size)
+
+
 class MappedFile:
     """A file of this machine, mapped: what is read are views of the mapping. Raises OSError when it cannot be opened."""
 
@@ -50,18 +78,13 @@ class MappedFile:
         self.path = path
         with open(path, "rb") as stream:
             self.size = os.fstat(stream.fileno()).st_size
-            # A private writable mapping: torch takes it without a warning about read-only memory, and a stray write never
-            # reaches the file. NORESERVE, because the kernel would otherwise refuse files larger than the memory.
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-            prot = mmap.PROT_READ | mmap.PROT_WRITE
-            self._map = mmap.mmap(stream.fileno(), self.size, flags=flags, prot=prot) if self.size else None
+            self._map = _Mapping.of(stream.fileno(), self.size) if self.size else None
         self._closed = False
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) if self._map is not None else 0
 
     def read(self, start: int, stop: int) -> memoryview:
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        return memoryview(self._map or b"")[start:stop]
+        return memoryview(b"" if self._map is None else self._map.bytes)[start:stop]
 
     def prefetch(self, start: int, stop: int) -> None:
         """Starts reading into the page cache. ctypes lets go of the GIL: on a busy disk the kernel makes the caller wait here."""
@@ -69,12 +92,12 @@ class MappedFile:
             return
         for piece in range(start // mmap.PAGESIZE * mmap.PAGESIZE, min(stop, self.size), _READ_AHEAD):
             length = min(_READ_AHEAD, self.size - piece)
-            _madvise(ctypes.c_void_p(self._address + piece), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
+            _madvise(ctypes.c_void_p(self._map.address + piece), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
     def drop(self) -> None:
         """Take the pages read so far out of this process's resident memory. Views stay valid: a later access reads again."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if self._map is not None and _madvise is not None and hasattr(mmap, "MADV_DONTNEED"):
+            _madvise(ctypes.c_void_p(self._map.address), ctypes.c_size_t(self.size), mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """The mapping itself ends with the last view of it."""

@@ -50,9 +50,13 @@ DTYPES: dict[str, Dtype] = {
     for dtype in (
         F64, F32, F16, BF16, I64, Dtype("I32", "int32", np.int32, False), Dtype("I16", "int16", np.int16, False),
         Dtype("I8", "int8", np.int8, False), U8, Dtype("BOOL", "bool", np.bool_, False),
+        Dtype("U16", "uint16", np.uint16, False), Dtype("U32", "uint32", np.uint32, False), Dtype("U64", "uint64", np.uint64, False),
         Dtype("F8_E4M3", "float8_e4m3fn", np.uint8), Dtype("F8_E5M2", "float8_e5m2", np.uint8),
+        Dtype("F8_E8M0", "float8_e8m0fnu", np.uint8),
     )
 }  # fmt: skip
+NUMBERS = (F64, F32, F16, BF16)
+"""Types whose numbers mean what they say, everywhere: 8 bits and integers may be codes with scales of their own."""
 NAMED = {dtype.name: dtype for dtype in DTYPES.values()}
 
 
@@ -70,6 +74,8 @@ class Rows:
     """(n, C), of the type ``dtype.held``, contiguous."""
     _tensor: "torch.Tensor | None" = None
     """What lies in the same memory, where that was a tensor first."""
+    watch: NDArray[np.int64] | None = None
+    """Where a compiled pass notes that one of the numbers is not finite, int64 (1,); None where nobody asks."""
     present: NDArray[np.bool_] | None = None
     """Which rows the model has, bool (n,): the others are zeros, of tokens that its vocabulary lacks. None: all."""
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import ByteSource, MappedFile, numbers
+from ota_core.files.descriptors import check_limit
 from ota_core.files.rows import DTYPES, Dtype, Rows
 
 FORMAT_KEY = "ota_format"
@@ -51,6 +52,7 @@ class SafetensorsFile:
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} does not exist; a safetensors file was expected there: check the path") from None
         except OSError as error:
+            check_limit(error)
             raise CheckpointError(f"{self.path} cannot be opened ({error}); a readable safetensors file was expected") from None
         size = self._source.size
         length = _header_length(self.path, bytes(self._source.read(0, min(8, size))), size)

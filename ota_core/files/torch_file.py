@@ -75,7 +75,11 @@ class TorchFile:
         whole = numbers(self._source, first, tensor.span, dtype.held)
         strides = [stride * dtype.itemsize for stride in tensor.stride]
         held = np.lib.stride_tricks.as_strided(whole, tensor.shape, strides, writeable=False)
-        return Rows(dtype, np.ascontiguousarray(held.reshape(rows, cols)[start:stop]))
+        # Of a tensor that was saved transposed or as a slice, only the planes that hold the rows are put in order.
+        plane = max(1, rows // max(1, tensor.shape[0]))
+        low, high = start // plane, -(-stop // plane)
+        found = held[low:high].reshape(-1, cols)[start - low * plane : stop - low * plane]
+        return Rows(dtype, np.array(found, order="C"))
 
     def read_flat(self, tensor: SavedTensor, start: int, stop: int) -> NDArray[Any]:
         """Elements start:stop of one of the file's contiguous tensors, shape (stop − start,), as ``Dtype.held`` holds them; read-only."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ota_core.artifact import write_text_atomic
 from ota_core.compute.blocks import matrix_shape
 from ota_core.files.checkpoint import SAFETENSORS_INDEX
+from ota_core.files.descriptors import Written
 from ota_core.files.rows import Dtype
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -67,9 +68,9 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
         self.size = self._data_start + offset
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        _pwrite_all(self._fd, len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(self._fd, self.size)
+        self._file = Written(path, self.size)
+        with self._file.descriptor() as fd:
+            _pwrite_all(fd, len(text).to_bytes(8, "little") + text, 0)
 
     def write_rows(self, name: str, start: int, rows: NDArray[Any]) -> None:
         """Write rows from ``start`` on: the shape (n, C) of ``blocks.matrix_shape``, the type that holds the tensor's (``Dtype.held``)."""
@@ -80,15 +81,15 @@ class SafetensorsWriter:
         row_bytes = rows.shape[1] * rows.itemsize
         data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         offset = self._data_start + self._offsets[name] + start * row_bytes
-        _pwrite_all(self._fd, data, offset)
-        start_writeback(self._fd, offset, data.nbytes)
+        with self._file.descriptor() as fd:
+            _pwrite_all(fd, data, offset)
+            start_writeback(fd, offset, data.nbytes)
         with self._lock:
             self._missing[name] -= rows.shape[0]
 
     def close(self) -> None:
         """Flush to the disk. Every row of every tensor must have been written."""
-        os.fsync(self._fd)
-        os.close(self._fd)
+        self._file.sync()
         missing = [name for name, rows in self._missing.items() if rows]
         assert self._holes or not missing, f"{self.path}: rows never written: {missing[:5]}"
 
@@ -100,7 +101,7 @@ class SafetensorsWriter:
         if kind is None:
             self.close()
         else:
-            os.close(self._fd)
+            self._file.close()
             self.path.unlink(missing_ok=True)
 
 

@@ -39,26 +39,56 @@ def _array(address: Any, count: int, dtype: Any) -> Any:
 
 @compiled
 def load(source: Any, first: int, count: int, out: NDArray[np.float32]) -> None:
-    """Elements first … first + count − 1 of a block into the tile ``out``, float32."""
+    """Elements first … first + count − 1 of a block into the tile ``out``, float32. A number that is not finite is noted where the source says."""
     if source.kind == BF16:
-        half = _array(source.address + np.uint64(2 * first), count, np.uint16)
-        bits = out.view(np.uint32)
-        for i in range(count):
-            bits[i] = np.uint32(half[i]) << np.uint32(16)
+        worst = _load_bfloat16(source, first, count, out)
     elif source.kind == F32:
-        single = _array(source.address + np.uint64(4 * first), count, np.float32)
-        for i in range(count):
-            out[i] = single[i]
+        worst = _load_float32(source, first, count, out)
     elif source.kind == F16:
-        _load_float16(source, first, count, out)
+        worst = _load_float16(source, first, count, out)
     else:
-        _load_rank1(source, first, count, out)
+        worst = _load_rank1(source, first, count, out)
+    if worst & np.uint32(0x80000000) and source.bad:
+        _array(source.bad, 1, np.int64)[0] = 1
 
 
 @compiled
-def _load_float16(source: Any, first: int, count: int, out: NDArray[np.float32]) -> None:
+def _exponent(bits: np.uint32) -> np.uint32:
+    """A float32's bits so that an exponent of all ones, infinite or NaN, carries into the upper bit, which is 0 otherwise."""
+    # numba widens integers unless told at each step not to, and wide ones take twice as long.
+    return np.uint32(np.uint32(bits & np.uint32(0x7FFFFFFF)) + np.uint32(0x00800000))
+
+
+@compiled
+def _load_bfloat16(source: Any, first: int, count: int, out: NDArray[np.float32]) -> np.uint32:
     half = _array(source.address + np.uint64(2 * first), count, np.uint16)
-    bits = out.view(np.uint32)
+    bits, worst = out.view(np.uint32), np.uint32(0)
+    for i in range(count):
+        value = np.uint32(np.uint32(half[i]) << np.uint32(16))
+        bits[i] = value
+        worst = np.uint32(worst | _exponent(value))
+    return worst
+
+
+@compiled
+def _load_float32(source: Any, first: int, count: int, out: NDArray[np.float32]) -> np.uint32:
+    single = _array(source.address + np.uint64(4 * first), count, np.uint32)
+    bits, worst = out.view(np.uint32), np.uint32(0)
+    if source.bad:
+        for i in range(count):
+            value = single[i]
+            bits[i] = value
+            worst = np.uint32(worst | _exponent(value))
+    else:  # second moments have a check of their own
+        for i in range(count):
+            bits[i] = single[i]
+    return worst
+
+
+@compiled
+def _load_float16(source: Any, first: int, count: int, out: NDArray[np.float32]) -> np.uint32:
+    half = _array(source.address + np.uint64(2 * first), count, np.uint16)
+    bits, worst = out.view(np.uint32), np.uint32(0)
     for i in range(count):
         # The exponent's bias differs by 112; the product is exact, for subnormal numbers too.
         bits[i] = np.uint32(half[i] & 0x7FFF) << np.uint32(13)
@@ -66,10 +96,13 @@ def _load_float16(source: Any, first: int, count: int, out: NDArray[np.float32])
         if half[i] & 0x7C00 == 0x7C00:  # infinite or NaN
             bits[i] = np.uint32(0x7F800000) | (np.uint32(half[i] & 0x3FF) << np.uint32(13))
         bits[i] |= np.uint32(half[i] & 0x8000) << np.uint32(16)
+    for i in range(count):
+        worst = np.uint32(worst | _exponent(bits[i]))
+    return worst
 
 
 @compiled
-def _load_rank1(source: Any, first: int, count: int, out: NDArray[np.float32]) -> None:
+def _load_rank1(source: Any, first: int, count: int, out: NDArray[np.float32]) -> np.uint32:
     width, done = source.width, 0
     while done < count:
         row, column = (first + done) // width, (first + done) % width
@@ -81,6 +114,7 @@ def _load_rank1(source: Any, first: int, count: int, out: NDArray[np.float32]) -
         for i in range(size):
             out[done + i] = share * columns[i]
         done += size
+    return np.uint32(0)
 
 
 @compiled

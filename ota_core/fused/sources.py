@@ -30,6 +30,7 @@ SOURCE = np.dtype(
         ("width", np.int64),  # RANK1: columns of a matrix
         ("height", np.int64),  # RANK1: rows of a matrix
         ("row", np.int64),  # RANK1: the block's first row
+        ("bad", np.uint64),  # of an int64 that becomes 1 where a number is not finite; 0: nobody asks
         ("present", np.uint64),  # one byte for each row, whether the model has it; 0: it has all
         ("columns_of_rows", np.int64),  # with ``present``: elements of a row
     ]
@@ -42,6 +43,8 @@ def source_of(block: Rows) -> NDArray[Any]:
     assert block.held.flags.c_contiguous, "compiled loops walk through a block by address"
     found = np.zeros((), SOURCE)
     found["kind"], found["address"] = _LOADED[block.dtype], block.address
+    if block.watch is not None:
+        found["bad"] = block.watch.ctypes.data
     if block.present is not None:
         assert block.present.flags.c_contiguous and block.present.shape == block.held.shape[:1]
         found["present"], found["columns_of_rows"] = block.present.ctypes.data, block.held.size // max(1, len(block.present))
@@ -69,7 +72,8 @@ def rounded(out: Rows) -> Iterator[Rows]:
         return
     single = Rows.float32(np.empty(out.held.shape, np.float32))
     yield single
-    out.held[:] = single.held
+    with np.errstate(over="ignore"):  # what overflows is infinite: who checks what is written says so
+        out.held[:] = single.held
 
 
 @dataclass(frozen=True)

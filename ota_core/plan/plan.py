@@ -11,6 +11,7 @@ from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.compute.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Limits, Stream, parse_memory, pick_device
 from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.descriptors import raise_limit
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in
@@ -20,9 +21,11 @@ from ota_core.plan.config import config_problems
 from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_moments import check_moments, moments_problems, open_expert
 from ota_core.plan.expert_scales import ExpertScales, scales_for
+from ota_core.plan.guard import Guard
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.names import agree, only_prefix
+from ota_core.plan.quantised import quantised_problems
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
 from ota_core.recipe.recipe import FFG, WITHOUT_BASE, MergeRecipe
@@ -48,6 +51,8 @@ class MergePlan:
     notes: list[str] = field(default_factory=list)
     scales: ExpertScales | None = None
     """By what each expert's part of the merged edit is multiplied, where the recipe names a file of scales."""
+    guard: Guard | None = None
+    """Who is told of numbers that are not finite; None where the recipe allows them."""
     part: frozenset[str] | None = None
     """The tensors that are worked on here, where a merge is spread over machines; None: all."""
     assembly: Assembly | None = None
@@ -167,6 +172,7 @@ def open_plan(
         stream.lanes, stream.threads = gpu.Lanes(gpus), gpu.BLOCKS_UNDER_WAY * len(gpus)
     stream.threads = limits.get("threads") or stream.threads
     stream.block_elements = limits.get("block_elements") or _block_elements(memory, stream.threads, len(recipe.models), most)
+    raise_limit()
     with contextlib.ExitStack() as stack:
         problems: list[str] = []
         opened = [_open(item, problems, stack) for item in inputs.models]
@@ -174,6 +180,8 @@ def open_plan(
             problems += [problem for item in inputs.experts for problem in moments_problems(recipe, item)]
         raise_all(problems, CheckpointError)
         checkpoints = [checkpoint for checkpoint in opened if checkpoint is not None]
+        if inputs.base is not None:
+            problems += quantised_problems([item.name for item in inputs.models], checkpoints)
         for checkpoint in checkpoints:
             if (
                 checkpoint.sharded and inputs.base
@@ -184,7 +192,9 @@ def open_plan(
         tensors = [tensor_names(checkpoint) for checkpoint in checkpoints]
         agreed = agree(names, checkpoints, vocabulary.source if vocabulary else 0, [item.parameters for item in inputs.models])
         maps = vocabulary.maps if vocabulary else (None,) * len(checkpoints)
-        machine = {"device": device, "count_read": stream.count_read}
+        guard = None if recipe.allow_nonfinite else Guard()
+        stream.settle = guard.settle if guard else None
+        machine: dict[str, Any] = {"device": device, "count_read": stream.count_read, "guard": guard}
         common: list[dict[str, Any]] = [
             {"name": name, "checkpoint": checkpoint, "tied": tied_tensors(checkpoint), "row_map": row_map, **machine}
             for name, checkpoint, row_map in zip(names, checkpoints, maps, strict=True)
@@ -230,7 +240,7 @@ def open_plan(
         stream.droppable = [item.drop_pages for item in opened_files if item is not None]
         plan = MergePlan(
             recipe=recipe, inputs=inputs, base=base, experts=experts, jobs=jobs,
-            vocabulary=vocabulary, stream=stream, device=device, scales=scales, assembly=assembly,
+            vocabulary=vocabulary, stream=stream, device=device, scales=scales, assembly=assembly, guard=guard,
         )  # fmt: skip
         if scales is not None and (other := scales.learned_for_other(recipe)):
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")

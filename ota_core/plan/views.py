@@ -1,19 +1,21 @@
 """Checkpoints, second moments and masks as the output sees them: its names, its rows, float64 weights, bias-corrected curvature."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape, row_blocks
-from ota_core.errors import MomentsError
+from ota_core.errors import MomentsError, OtaError
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.rows import Dtype, Rows
 from ota_core.fused.sources import VSource, rank1_source, source_of
 from ota_core.moments import Moments
 from ota_core.moments.compression import RankOneMoments
+from ota_core.plan.guard import Guard, not_finite, unfit_input
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.vocabulary import is_vocabulary_tensor
 
@@ -88,6 +90,8 @@ class ModelView:
     device: str
     """As torch names it: ``cpu``, ``cuda`` or one of several GPUs."""
     count_read: Callable[[int], None]
+    guard: Guard | None = None
+    """Who is told of numbers that are not finite; None where they may be."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Name in the output → the model's own, where they differ: of layers that stand elsewhere in the output."""
 
@@ -132,7 +136,13 @@ class ModelView:
 
     def theta(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Rows start:stop of the weights, float64 (stop − start, C), on the device."""
-        return tensor_on(self.device, self.stored(name, start, stop)).double()
+        rows = self._rows(name, start, stop)
+        if self.guard is not None and self.device == "cpu" and not_finite(rows):
+            raise self._unfit(name)
+        values = tensor_on(self.device, rows).double()
+        if self.guard is not None and self.device != "cpu":
+            self.guard.on_device(values, partial(self._unfit, name))
+        return values
 
     def prefetch(self, job: TensorJob, start: int, stop: int) -> None:
         """A hint that these rows are asked for soon."""
@@ -148,7 +158,16 @@ class ModelView:
                 prefetch(row, row + count)
 
     def stored(self, name: str, start: int, stop: int) -> Rows:
-        """The same rows as they are stored, with what says which the model has."""
+        """The same rows as they are stored, with what says which the model has. A compiled pass that loads them tells the guard of numbers that are not finite."""
+        rows = self._rows(name, start, stop)
+        if self.guard is None or not rows.dtype.is_floating_point:
+            return rows
+        return replace(rows, watch=self.guard.cell(partial(self._unfit, name)))
+
+    def _unfit(self, name: str) -> OtaError:
+        return unfit_input(self.name, self.checkpoint, self.stored_name(name))
+
+    def _rows(self, name: str, start: int, stop: int) -> Rows:
         stored = self.stored_name(name)
         held = self.gather(lambda *rows: self.checkpoint.read_rows(*rows).held, stored, start, stop)
         self.count_read(held.nbytes)

@@ -115,6 +115,10 @@ class MergeRecipe(Strict):
         None, description="Settings of config.json that may differ between the models, such as rope_theta; others are refused."
     )
 
+    allow_nonfinite: bool = Field(
+        False, description="Merge models that hold infinite numbers or NaN (`--allow-nonfinite`); by default they are an error."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _understand(cls, raw: Any) -> Any:
@@ -235,6 +239,10 @@ class MergeRecipe(Strict):
             return self
         return self.model_copy(update={"ignore_config_differences": (*(self.ignore_config_differences or ()), *keys)})
 
+    def allowing_nonfinite(self, allow: bool) -> "MergeRecipe":
+        """The same recipe, which with ``allow`` merges infinite numbers and NaN, too."""
+        return self.model_copy(update={"allow_nonfinite": True}) if allow else self
+
     def effective(self) -> dict[str, Any]:
         """Every parameter in force, defaults included: two recipes that say the same in different words are equal here."""
         used = USED[self.merge_method] - {"preconditioner_path", "estimate"}  # known by the digests of second moments
@@ -251,7 +259,8 @@ class MergeRecipe(Strict):
             },
             "experts": [{key: self.setting(key, i) for key in sorted(own)} for i in range(len(self.models))],
         }
-        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        template: dict[str, Any] = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        template |= {"allow_nonfinite": True} if self.allow_nonfinite else {}
         return later_keys(found | template, self.merge_method, self.models, self.places() if self.sliced else None)
 
     def ffg(self, expert: int) -> bool:

@@ -113,6 +113,9 @@ def _describe_checkpoint(folder: Path, streams: Streams | None = None) -> list[s
         f"in {counted(len(infos), 'tensor')} and {counted(len(checkpoint.files), 'file')}, {binary_size(size)}",
         "  data types: " + ", ".join(f"{dtype} ({counted(count, 'tensor')})" for dtype, count in dtypes.items()),
     ]
+    if checkpoint.quantised is not None:
+        lines.append(f"  quantised: {checkpoint.quantised.label}, counted as dequantised")
+    lines += [f"  note: {note}" for note in checkpoint.notes]
     if "tie_word_embeddings" in checkpoint.config:
         lines.append(f"  tied embeddings: {'yes' if checkpoint.config['tie_word_embeddings'] else 'no'}")
     checkpoint.close()

@@ -54,6 +54,10 @@ class StageRecipe:
         """The stage with further settings of config.json that may differ between its models."""
         return replace(self, recipe=self.recipe.ignoring(keys))
 
+    def allowing_nonfinite(self, allow: bool) -> "StageRecipe":
+        """The stage, which with ``allow`` merges infinite numbers and NaN, too."""
+        return replace(self, recipe=self.recipe.allowing_nonfinite(allow))
+
     def named(self, inputs: MergeInputs) -> MergeInputs:
         """The inputs, with results of other stages called by their names: what a record and a model card say."""
         base = inputs.base

@@ -45,6 +45,7 @@ class AdaptedCheckpoint(Checkpoint):
         for edit in (one for edits in self._edits.values() for one in edits):
             if isinstance(edit, LowRank):
                 edit.factors = self._factors.keeping(edit.factors)
+        self.quantised = base.quantised
         self.folders, self.known_as = (folder, *base.folders), base.known_as
         self.config, self.notes = dict(base.config), list(base.notes)
         self._note_base()

@@ -111,6 +111,7 @@ def test_a_shard_that_is_missing(tmp_path: Path) -> None:
     world.recipe = ota_recipe(world.root, base, random_experts(base, 2), {"density": 0.4}, shards=2)
     lost = world.root / "expert1" / "model-00002-of-00002.safetensors"
     lost.unlink()
+    (lost.parent / "model.safetensors").unlink()  # of the world's own experts: a single file wins over an index
     assert f"{lost} does not exist" in world.refused()
 
 
