@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
 from ota_core.compute.stream import Limits, Progress, Stream, parse_memory, peak_memory_gib
+from ota_core.engine.dropped import dropped_notes
 from ota_core.engine.model_card import model_card
 from ota_core.engine.output import (
     Put,
@@ -27,6 +28,7 @@ from ota_core.engine.output import (
     write_holes,
     write_weights,
 )
+from ota_core.engine.ties import check_ties
 from ota_core.errors import OtaError
 from ota_core.files.architecture import is_embedding
 from ota_core.files.byte_source import SourceOf
@@ -36,14 +38,12 @@ from ota_core.files.writer import MAX_SHARD_BYTES, write_index
 from ota_core.moments import open_moments
 from ota_core.moments.compression import CompressionReport, is_compressed, kept_as_trained, label_of, write_compressed
 from ota_core.moments.match import Layout
-from ota_core.plan.dropped import dropped_notes
 from ota_core.plan.found import Found
 from ota_core.plan.inputs import LayoutOf, MergeInputs, merge_identity, resolve_local
 from ota_core.plan.masks import MaskWriter
 from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import block_mask, prepare_curvature
 from ota_core.plan.scoring import ffg_scoring
-from ota_core.plan.ties import check_ties
 from ota_core.plan.views import Block, ExpertView, block_elements
 from ota_core.recipe.recipe import MergeRecipe
 from ota_core.rules.base import Rule
@@ -191,13 +191,30 @@ def complete_folder(
     write_index(folder, shards)
     copy_companions(plan, folder)
     plan.notes += dropped_notes(plan)
-    if opens is not None:
+    if opens is not None and _differs(plan):
         rows = next((job.shape[0] for job in plan.jobs if is_embedding(job.name)), None)
         plan.notes += opens(folder, plan.source_folder(), {job.name: job.shape for job in plan.jobs}, rows)
     results = rule.results(found)
     identity, _, _ = merge_identity(plan.recipe, plan.inputs, shard_size)
     write_text_atomic(folder / CARD, model_card(plan.recipe, plan.inputs, results, identity))
     return identity, results
+
+
+def _differs(plan: MergePlan) -> bool:
+    """Whether a merged folder differs from its source's in more than numbers: only then can it fail to open where that opens.
+
+    Building a class without weights takes seconds, which most merges would pay for nothing.
+    """
+    source = plan.source()
+    shapes = {name: tuple(source.info(name).shape) for name in source.names()}
+    return bool(
+        plan.assembly is not None
+        or plan.recipe.chat_template is not None
+        or (plan.vocabulary and (plan.vocabulary.added or plan.vocabulary.source))
+        or {job.name: tuple(job.shape) for job in plan.jobs} != shapes
+        or source.quantised is not None
+        or "auto_map" in source.config
+    )
 
 
 def described(recipe: MergeRecipe) -> dict[str, Any]:

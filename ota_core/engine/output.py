@@ -20,11 +20,11 @@ from ota_core.files.rows import Rows
 from ota_core.files.tokens import add_tokens
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.moments.compression import compressed_bytes, compression_of
-from ota_core.plan.chat_template import chat_template, write_template
+from ota_core.plan.fit.chat_template import chat_template, write_template
 from ota_core.plan.guard import check_written
 from ota_core.plan.inputs import ExpertInput, MergeInputs
-from ota_core.plan.layers import with_layers
 from ota_core.plan.plan import MergePlan
+from ota_core.plan.sliced.layers import with_layers
 from ota_core.plan.views import Block, TensorJob, block_elements
 
 if TYPE_CHECKING:

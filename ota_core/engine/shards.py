@@ -25,6 +25,7 @@ from ota_core.compute.stream import Progress
 from ota_core.engine.engine import Opens, complete_folder
 from ota_core.engine.output import Shards, needs, plan_files, write_weights
 from ota_core.engine.survey import Survey, bins_varied, facts_varied, survey_varied
+from ota_core.engine.ties import check_ties
 from ota_core.errors import ArtifactError, OtaError, RecipeError
 from ota_core.files.room import check_room
 from ota_core.files.writer import MAX_SHARD_BYTES
@@ -35,7 +36,6 @@ from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import WholeFacts, ffg_group, masked_here, mean_of, weight_sums
 from ota_core.plan.scoring import ffg_scoring
 from ota_core.plan.tally import Brackets, bins_of, count_brackets, count_high, read_off, taus_of
-from ota_core.plan.ties import check_ties
 from ota_core.plan.views import ExpertView
 from ota_core.recipe.recipe import FFG, MergeRecipe
 from ota_core.rules.lambdas import scales_of

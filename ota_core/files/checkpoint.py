@@ -32,9 +32,9 @@ TOKENIZER_PATTERNS = (
 
 
 if TYPE_CHECKING:
-    from ota_core.files.bin_file import BinFile
     from ota_core.files.dcp.weights import DcpWeights
     from ota_core.files.gguf.file import GgufFile  # it needs gguf
+    from ota_core.files.pickled.bin_file import BinFile
     from ota_core.files.quantised.model import QuantisedWeights  # it needs numba
 
 WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | GgufFile | QuantisedWeights"
@@ -184,7 +184,7 @@ def open_weights(path: Path, source_of: SourceOf | None = None) -> WeightFile:
 
         return GgufFile(path, source_of)
     if path.suffix != ".safetensors":
-        from ota_core.files.bin_file import BinFile
+        from ota_core.files.pickled.bin_file import BinFile
 
         return BinFile(path, source_of)
     return SafetensorsFile(path, source_of(path) if source_of else None)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from ota_core.compute.blocks import matrix_shape
+from ota_core.compute.descriptors import check_limit
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import ByteSource, MappedFile, numbers
-from ota_core.files.descriptors import check_limit
 from ota_core.files.rows import DTYPES, Dtype, Rows
 
 FORMAT_KEY = "ota_format"

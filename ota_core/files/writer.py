@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ota_core.artifact import write_text_atomic
 from ota_core.compute.blocks import matrix_shape
+from ota_core.compute.descriptors import Written
 from ota_core.files.checkpoint import SAFETENSORS_INDEX
-from ota_core.files.descriptors import Written
 from ota_core.files.rows import Dtype
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.pickled.torch_file import ZIP
 from ota_core.files.safetensors_io import FORMAT_KEY, MAX_HEADER
-from ota_core.files.torch_file import ZIP
 from ota_core.moments.base import Moments
 from ota_core.moments.dcp import dcp_files, find_dcp, is_dcp, open_dcp
 from ota_core.moments.deepspeed import find_deepspeed, is_deepspeed, open_deepspeed, rank_files

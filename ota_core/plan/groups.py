@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from ota_core.errors import RecipeError, raise_all
 from ota_core.methods.numbers import kept_count
-from ota_core.plan.layers import positions
 from ota_core.plan.plan import MergePlan
+from ota_core.plan.sliced.layers import positions
 from ota_core.plan.tally import Group
 from ota_core.plan.views import ExpertView, TensorJob
 from ota_core.recipe.recipe import FFG, MergeRecipe

@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ota_core.compute.blocks import matrix_shape, row_blocks
+from ota_core.compute.descriptors import raise_limit
 from ota_core.compute.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Limits, Stream, parse_memory, pick_device
 from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.files.descriptors import raise_limit
 from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in
-from ota_core.plan.assembly import Assembly, assemble, natural, own_jobs, sliced_jobs
-from ota_core.plan.chat_template import chat_template
-from ota_core.plan.config import config_problems
 from ota_core.plan.estimated import unlike
 from ota_core.plan.expert_moments import check_moments, moments_problems, open_expert
 from ota_core.plan.expert_scales import ExpertScales, scales_for
+from ota_core.plan.fit.chat_template import chat_template
+from ota_core.plan.fit.config import config_problems
+from ota_core.plan.fit.names import agree, only_prefix
+from ota_core.plan.fit.quantised import quantised_problems
 from ota_core.plan.guard import Guard
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
-from ota_core.plan.names import agree, only_prefix
-from ota_core.plan.quantised import quantised_problems
+from ota_core.plan.sliced.assembly import Assembly, assemble, natural, own_jobs, sliced_jobs
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
 from ota_core.recipe.recipe import FFG, WITHOUT_BASE, MergeRecipe

@@ -4,7 +4,6 @@ from math import prod
 from pathlib import Path
 
 from ota_core.compute.stream import parse_memory, peak_memory_gib
-from ota_core.engine.engine import outline_into
 from ota_core.engine.output import plan_files
 from ota_core.moments import Moments
 from ota_core.moments.compression import (
@@ -86,6 +85,8 @@ def outline(recipe: MergeRecipe, out: Path, recipe_dir: Path, home: Path | None)
             recipe, fetched, cache=cache, recipe_dir=recipe_dir, streams=streams, digests=False, estimated=todo
         )  # fmt: skip
         out.mkdir(parents=True)
+        from ota_core.engine.engine import outline_into  # with it come the compiled loops
+
         outline_into(out, recipe, inputs)
 
 

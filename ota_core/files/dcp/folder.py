@@ -13,8 +13,8 @@ from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import ByteSource, SourceFile, SourceOf, numbers, open_source
 from ota_core.files.dcp.metadata import AGAIN, RECORDS, Chunk, DcpTensor, Place, read_metadata
+from ota_core.files.pickled.unpickle import SavedTensor, unpickle
 from ota_core.files.rows import Dtype, Rows
-from ota_core.files.unpickle import SavedTensor, unpickle
 
 _LOCAL_HEADER = 30  # bytes before a record's name (APPNOTE.TXT 4.3.7); the lengths of name and extra field are its last four
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.errors import CheckpointError
+from ota_core.files.pickled.unpickle import unpickle
 from ota_core.files.rows import NAMED, Dtype
-from ota_core.files.unpickle import unpickle
 
 METADATA = ".metadata"
 AGAIN = "fetch or save the checkpoint again"

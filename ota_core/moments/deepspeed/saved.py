@@ -7,8 +7,8 @@ from typing import Any
 
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import Record, SavedTensor
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import Record, SavedTensor
 from ota_core.moments.safetensors_file import as_beta2, as_step
 
 # Settings and arguments of the training program, which are not read.

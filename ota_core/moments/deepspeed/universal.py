@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import SavedTensor
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import SavedTensor
 from ota_core.moments.deepspeed.saved import V, beta2_of, mapping, open_saved, step_of
 from ota_core.moments.pieces import PiecedMoments, Run
 

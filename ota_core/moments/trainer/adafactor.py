@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import MomentsError
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import SavedTensor
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import SavedTensor
 from ota_core.moments.check import checked
 from ota_core.moments.compression.header import Header
 from ota_core.moments.compression.rank1 import RankOneMoments

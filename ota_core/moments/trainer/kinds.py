@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeGuard
 
-from ota_core.files.unpickle import SavedParts, SavedTensor
+from ota_core.files.pickled.unpickle import SavedParts, SavedTensor
 from ota_core.moments.trainer.refusals import not_v
 from ota_core.moments.trainer.stored import Coded, Stored, Whole
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import Refused
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import Refused
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
 from ota_core.moments.trainer.adafactor import adafactor_moments

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.errors import MomentsError
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import SavedTensor
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import SavedTensor
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
 from ota_core.moments.safetensors_file import DROP_BYTES, as_step

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import SavedTensor
 from ota_core.files.rows import NAMED, Rows
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import SavedTensor
 
 F32 = NDArray[np.float32]
 

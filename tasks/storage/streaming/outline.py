@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ota_core.artifact import canonical_json, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS
+from ota_core.files.pickled.torch_file import ZIP
 from ota_core.files.safetensors_io import MAX_HEADER
-from ota_core.files.torch_file import ZIP
 from tasks.storage import s3
 from tasks.storage.cache import appearing, hash_file, locked, note_use, remove_tree
 from tasks.storage.s3_body import read_exactly

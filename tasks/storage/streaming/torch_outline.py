@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ota_core.files.torch_file import LOCAL_HEADER
+from ota_core.files.pickled.torch_file import LOCAL_HEADER
 from tasks.storage import s3
 from tasks.storage.s3_body import read_exactly
 

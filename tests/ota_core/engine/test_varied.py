@@ -25,8 +25,8 @@ from ota_core.engine.shards import (
 from ota_core.engine.survey import Survey
 from ota_core.methods.numbers import kept_count
 from ota_core.plan.inputs import resolve_local
-from ota_core.plan.layers import numbered, positions, with_layers
 from ota_core.plan.prepare import WholeFacts
+from ota_core.plan.sliced.layers import numbered, positions, with_layers
 from ota_core.recipe.recipe import MergeRecipe, parse_recipe
 from tests.checkpoints import random_base, random_experts, read_tensors, write_checkpoint
 from tests.reference import Tensors

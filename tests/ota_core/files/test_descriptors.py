@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ota_core.compute.descriptors import AT_ONCE, Written, check_limit, raise_limit
 from ota_core.errors import OtaError
 from ota_core.files import descriptors
 from ota_core.files.byte_source import MappedFile
-from ota_core.files.descriptors import AT_ONCE, Written, check_limit, raise_limit
 
 
 def _open_files() -> int:
@@ -61,7 +61,7 @@ def test_outputs_share_descriptors(tmp_path: Path) -> None:
 def test_the_soft_limit_is_raised() -> None:
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048))\n"
-        "from ota_core.files.descriptors import raise_limit; raise_limit()\nprint(resource.getrlimit(resource.RLIMIT_NOFILE))"
+        "from ota_core.compute.descriptors import raise_limit; raise_limit()\nprint(resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(2048, 2048)"

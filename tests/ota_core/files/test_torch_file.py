@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import Refused, SavedTensor, unpickle
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import Refused, SavedTensor, unpickle
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -115,7 +115,7 @@ def test_a_tensor_cannot_be_given_other_strides_once_it_is_made(tmp_path: Path) 
 
 def test_a_negative_stride_is_refused() -> None:
     with pytest.raises(pickle.UnpicklingError, match="begins at"):
-        from ota_core.files.unpickle import _Storage, _tensor
+        from ota_core.files.pickled.unpickle import _Storage, _tensor
 
         _tensor(_Storage("float32", "0", 28), 0, (4, 7), (-7, 1))
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ota_core.errors import MomentsError
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import Record
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import Record
 from ota_core.moments import find_moments, moments_files, open_moments
 from ota_core.moments.deepspeed.saved import open_saved
 from tests.ota_core.moments.sharded_fixture import FIXTURES, LAYOUT, assert_same, copied, expected

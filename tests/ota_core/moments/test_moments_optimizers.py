@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import MomentsError
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import SavedTensor
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import SavedTensor
 from ota_core.moments import Moments, ParameterLayout, open_moments
 from ota_core.moments.base import Stored, View
 from ota_core.moments.compression import RankOneMoments, kept_as_trained

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ota_core.plan.names import only_prefix
+from ota_core.plan.fit.names import only_prefix
 from tests.tasks.merging.merging import average, check, configure, family, loads, merged, ota, refused, rewrite, weights
 from tests.tasks.merging.test_conversion import train
 from tests.tasks.merging.tiny_architectures import llama, qwen2_5_vl, t5

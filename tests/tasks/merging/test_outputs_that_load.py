@@ -12,7 +12,7 @@ import transformers
 
 from ota_core.engine.companions import set_rows
 from ota_core.files.tokens import tokens_of
-from ota_core.plan.config import meaning
+from ota_core.plan.fit.config import meaning
 from tests.tasks.merging.merging import average, check, configure, family, loads, merged, ota, refused, rewrite, weights
 from tests.tasks.merging.tiny_architectures import gemma3, llama
 from tests.tiny_models import vocabulary, write_tokenizer

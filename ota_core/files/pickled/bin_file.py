@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from ota_core.compute.descriptors import check_limit
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.descriptors import check_limit
+from ota_core.files.pickled.torch_file import TorchFile
+from ota_core.files.pickled.unpickle import SavedTensor
 from ota_core.files.rows import NAMED, Rows
 from ota_core.files.safetensors_io import TensorInfo
-from ota_core.files.torch_file import TorchFile
-from ota_core.files.unpickle import SavedTensor
 
 
 class BinFile:

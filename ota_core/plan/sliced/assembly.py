@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from ota_core.errors import RecipeError, raise_all
 from ota_core.files.rows import NAMED
-from ota_core.plan.layers import numbered, position, stack_of, stacks
 from ota_core.plan.roles import place_of
+from ota_core.plan.sliced.layers import numbered, position, stack_of, stacks
 from ota_core.plan.views import ExpertView, ModelView, TensorJob
 from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor
 from ota_core.recipe.recipe import MergeRecipe

@@ -1,0 +1,1 @@
+"""Whether models fit together: their configurations, names, quantisations, chat templates."""

@@ -1,0 +1,1 @@
+"""Results that are put together from ranges of layers."""
