@@ -32,6 +32,7 @@ from ota_core.engine.ties import check_ties
 from ota_core.errors import OtaError
 from ota_core.files.architecture import is_embedding
 from ota_core.files.byte_source import SourceOf
+from ota_core.files.checkpoint import read_json
 from ota_core.files.place import check_free, new_folder
 from ota_core.files.room import Need, check_room, full_disk
 from ota_core.files.writer import MAX_SHARD_BYTES, write_index
@@ -191,7 +192,7 @@ def complete_folder(
     write_index(folder, shards)
     copy_companions(plan, folder)
     plan.notes += dropped_notes(plan)
-    if opens is not None and _differs(plan):
+    if opens is not None and _differs(plan, folder):
         rows = next((job.shape[0] for job in plan.jobs if is_embedding(job.name)), None)
         plan.notes += opens(folder, plan.source_folder(), {job.name: job.shape for job in plan.jobs}, rows)
     results = rule.results(found)
@@ -200,12 +201,14 @@ def complete_folder(
     return identity, results
 
 
-def _differs(plan: MergePlan) -> bool:
+def _differs(plan: MergePlan, folder: Path) -> bool:
     """Whether a merged folder differs from its source's in more than numbers: only then can it fail to open where that opens.
 
     Building a class without weights takes seconds, which most merges would pay for nothing.
     """
-    source = plan.source()
+    source, config = plan.source(), folder / "config.json"
+    written = read_json(config) if config.exists() else {}
+    settings = {*source.config, *written} - {"dtype", "torch_dtype", "quantization_config"}
     shapes = {name: tuple(source.info(name).shape) for name in source.names()}
     return bool(
         plan.assembly is not None
@@ -213,6 +216,7 @@ def _differs(plan: MergePlan) -> bool:
         or (plan.vocabulary and (plan.vocabulary.added or plan.vocabulary.source))
         or {job.name: tuple(job.shape) for job in plan.jobs} != shapes
         or source.quantised is not None
+        or any(source.config.get(key) != written.get(key) for key in settings)
         or "auto_map" in source.config
     )
 

@@ -15,7 +15,6 @@ from ota_core.moments.compression import (
     is_compressed,
     passes,
 )
-from ota_core.plan.groups import parts_of
 from ota_core.plan.matrices import all_matrices, at_once, bytes_of, operations
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
@@ -68,6 +67,8 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
 
 def _groups(plan: MergePlan) -> list[str]:
     """How many different sets of values there are, and the layers of a result with slices. Raises RecipeError for values that contradict each other."""
+    from ota_core.plan.groups import parts_of  # with it come the compiled loops
+
     groups = sum(len(part.groups) for part in parts_of(plan))
     lines = [f"values differ between tensors: {counted(groups, 'group')} of tensors that share theirs"]
     if plan.assembly is not None:

