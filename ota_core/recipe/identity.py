@@ -51,5 +51,5 @@ def _plain(value: Any) -> Any:
 
 
 def _said(parameters: ExpertParameters) -> dict[str, Any]:
-    said = {key: _plain(parameters.given(key)) for key in sorted(parameters.keys())}
+    said = {key: _plain(parameters.given(key)) for key in sorted(parameters.given_keys())}
     return {key: value for key, value in said.items() if key != "preconditioner_path"}

@@ -220,7 +220,7 @@ class ExpertParameters(Strict):
         """What stands under a key: a single value, a ``Varying``, or None."""
         return self.varying.get(key, getattr(self, "lambda_" if key == "lambda" else key, None))
 
-    def keys(self) -> set[str]:
+    def given_keys(self) -> set[str]:
         """The keys that are given, as a recipe spells them."""
         names = {name for name in type(self).model_fields if name != "varying" and getattr(self, name) is not None}
         return {"lambda" if name == "lambda_" else name for name in names} | set(self.varying)
@@ -236,12 +236,12 @@ class ExpertParameters(Strict):
     def over(self, below: "ExpertParameters", kind: type[P]) -> P:
         """These before those of the next level: filters that fit nothing, and keys that are not given, fall to it."""
         merged: dict[str, Any] = {}
-        for key in self.keys() | below.keys():
+        for key in self.given_keys() | below.given_keys():
             own, other = self.given(key), below.given(key)
             merged[key] = other if own is None else own.before(other) if isinstance(own, Varying) else own
         # One of the two thresholds overrides both of the next level.
-        if {"density", "precond_threshold"} & self.keys():
-            merged = {k: v for k, v in merged.items() if k not in {"density", "precond_threshold"} or k in self.keys()}
+        if {"density", "precond_threshold"} & self.given_keys():
+            merged = {k: v for k, v in merged.items() if k not in {"density", "precond_threshold"} or k in self.given_keys()}
         varying = {key: value for key, value in merged.items() if isinstance(value, Varying)}
         single = {"lambda_" if k == "lambda" else k: v for k, v in merged.items() if k not in varying}
         known = {k: v for k, v in single.items() if k in kind.model_fields}

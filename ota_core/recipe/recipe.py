@@ -145,7 +145,7 @@ class MergeRecipe(Strict):
             if own is not None:
                 return own.before(self._common(key)) if isinstance(own, Varying) else own
             # An expert that names one of the two thresholds overrides both of the recipe's.
-            if key in {"density", "precond_threshold"} and {"density", "precond_threshold"} & parameters.keys():
+            if key in {"density", "precond_threshold"} and {"density", "precond_threshold"} & parameters.given_keys():
                 return None
         return self._common(key)
 
@@ -297,12 +297,12 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
             ("parameters", recipe.parameters),
             *((f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(recipe.models)),
         ]
-        for key in sorted(parameters.keys() - used)
+        for key in sorted(parameters.given_keys() - used)
     ]
     problems += [
         f"models[{i}].parameters: '{key}' holds for the whole merge with merge_method {method}; move it to the recipe's parameters"
         for i, entry in enumerate(recipe.models)
-        for key in sorted((entry.parameters.keys() & used) - of_experts(method) - {"preconditioner_path", "compression", "rank"})
+        for key in sorted((entry.parameters.given_keys() & used) - of_experts(method) - {"preconditioner_path", "compression", "rank"})
     ]
     compression = recipe.setting("compression")
     if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":
