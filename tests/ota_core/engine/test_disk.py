@@ -19,11 +19,11 @@ MIB = 2**20
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 12 MiB."""
+    """A disk of 24 MiB: an output of ``recipe`` and its successor beside it fit."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
@@ -33,7 +33,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> MergeRecipe:
-    """Weights of 5 MiB."""
+    """Weights of 7 MiB."""
     (tmp_path / "models").mkdir()
     return MergeRecipe.model_validate(llama_experts(tmp_path / "models", hidden=256, layers=3))
 
