@@ -173,7 +173,8 @@ def ota(
             anyone |= mask
             parts.append((expert.scaling_factor, task, s[name][m]))
         if masked_merge == "ties":
-            update = elected_mean(parts, theta0.shape)
+            everybody = sum(e.scaling_factor for e in experts) if denominator == "all" else None
+            update = elected_mean(parts, theta0.shape, everybody)
         else:
             divisor = weight_of_kept if denominator == "kept" else total
             update = np.divide(numerator, divisor, out=np.zeros_like(theta0), where=divisor > 0)
@@ -184,15 +185,19 @@ def ota(
     return merged
 
 
-def elected_mean(parts: Sequence[tuple[float, NDArray[Any], float]], shape: tuple[int, ...]) -> NDArray[np.float64]:
+def elected_mean(
+    parts: Sequence[tuple[float, NDArray[Any], float]], shape: tuple[int, ...], everybody: float | None = None
+) -> NDArray[np.float64]:
     """TIES after FFG: elect the sign of Σ s·Δ, then the s-weighted mean of the Δ that have it; 0 where nobody does. parts: (s, Δ, what
-    Δ is multiplied by in the mean)."""
+    Δ is multiplied by in the mean). everybody: the Σ s to divide by, with ``denominator: all``; None for that of the Δ that agree."""
     sign = np.sign(sum((s * task for s, task, _ in parts), np.zeros(shape)))
     total, weight = np.zeros(shape), np.zeros(shape)
     for s, task, scale in parts:
         agrees = (np.sign(task) == sign) & (task != 0)
         total += np.where(agrees, scale * s * task, 0.0)
         weight += np.where(agrees, s, 0.0)
+    if everybody is not None:
+        return total / everybody
     return np.divide(total, weight, out=np.zeros(shape), where=weight > 0)
 
 

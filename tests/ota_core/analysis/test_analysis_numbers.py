@@ -217,7 +217,8 @@ def test_densities_of_their_own_decide_what_is_compared(tmp_path: Path) -> None:
     (realised,) = (
         r.value
         for r in found.rows
-        if (r.expert, r.layer, r.role, r.variant, r.measure) == ("expert2", None, "all", "curvature", "density")
+        if (r.analysis, r.expert, r.layer, r.role, r.variant, r.measure)
+        == ("localisation", "expert2", None, "all", "curvature", "density")
     )
     assert 0 < realised < 1 and realised not in {0.1, 0.3, 0.4}
     densities = {"expert0": 0.1, "expert1": 0.3, "expert2": realised}
@@ -238,7 +239,11 @@ def test_densities_of_their_own_decide_what_is_compared(tmp_path: Path) -> None:
 
     # Masks by magnitude alone, too; what a threshold on the curvature would keep nobody knows then.
     off = run(recipe, {"curvature": "off"})
-    kept = {r.expert: r.value for r in off.rows if (r.layer, r.role, r.measure) == (None, "all", "density")}
+    kept = {
+        r.expert: r.value
+        for r in off.rows
+        if (r.analysis, r.layer, r.role, r.measure) == ("localisation", None, "all", "density")
+    }
     assert kept == pytest.approx({"expert0": 0.1, "expert1": 0.3, "expert2": 0.4}, abs=2e-3)
 
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ota_core.compute.exact import PairDots, pair_count, pair_index
@@ -16,6 +16,7 @@ def test_pairs_are_numbered_row_by_row() -> None:
     assert pairs == list(range(pair_count(5)))
 
 
+@settings(deadline=None)  # the first call compiles the loop
 @given(st.lists(st.floats(-1e150, 1e150), min_size=1, max_size=40), st.integers(1, 40), st.randoms(use_true_random=False))
 def test_sums_over_rows_are_exact_in_any_pieces(values: list[float], size: int, random) -> None:
     x = np.array([values, [1.0] * len(values)])[:, :, None]  # rows of one column: a dot is the value itself

@@ -287,7 +287,9 @@ def test_a_full_disk_is_a_message_and_leaves_nothing(world: World, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SafetensorsWriter, "write_rows", full)
-    assert "No space left on device; make room or choose another place" in world.refused()
+    said = world.refused()
+    assert f"the disk of {world.out} became full while it was written (No space left on device" in said
+    assert "what was written of it is removed" in said and "Make room or choose another place" in said
 
 
 def test_a_real_process_exits_with_2_and_prints_to_stderr_alone(world: World) -> None:

@@ -19,7 +19,7 @@ MIB = 2**20
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 24 MiB."""
+    """A disk of 24 MiB: an output of ``recipe`` and its successor beside it fit."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(

@@ -70,6 +70,8 @@ def masked(density: float | None = 0.4, experts: Sequence[Expert] = EXPERTS) -> 
         {"masked_merge": "linear"},
         {"masked_merge": "linear", "denominator": "all"},
         {"masked_merge": "ties"},
+        {"masked_merge": "ties", "denominator": "all"},
+        {"masked_merge": "ties", "denominator": "all", "rescale": True, "fallback": "mean"},
         {"masked_merge": "ties", "fallback": "mean", "lambda": 1.5},
         {"rescale": True},
         {"rescale": True, "masked_merge": "linear"},

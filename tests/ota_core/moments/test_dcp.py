@@ -109,7 +109,7 @@ def test_a_bare_model_and_one_beside_an_optimizer(tmp_path):
         checkpoint = Checkpoint(tmp_path / name)
         assert checkpoint.names() == sorted(weights)
         assert torch.equal(checkpoint.read_rows("lm_head.weight", 1, 3).tensor(), weights["lm_head.weight"][1:3])
-    with pytest.raises(CheckpointError, match="holds no weights"):
+    with pytest.raises(CheckpointError, match="without a model's weights among them"):
         Checkpoint(save(tmp_path / "optimizer", {"optimizer": adam(**weights)}))
 
 
