@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
+_MOST_SHOWN = 100
+"""Problems that one message lists."""
 StorageReason = Literal["content", "missing", "changed", "denied", "unavailable"]
 
 
@@ -49,6 +51,8 @@ def raise_all(problems: Sequence[str], kind: type[OtaError] = OtaError) -> None:
         return
     if len(problems) == 1:
         raise kind(problems[0])
-    error = kind(f"{len(problems)} problems found:\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(problems, 1)))
+    lines = [f"  {i}. {p}" for i, p in enumerate(problems[:_MOST_SHOWN], 1)]
+    lines += [f"  … and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+    error = kind(f"{len(problems)} problems found:\n" + "\n".join(lines))
     error._problems = tuple(problems)
     raise error

@@ -9,10 +9,14 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import CARD
 from ota_core.errors import OtaError
 from ota_core.plan.inputs import MergeInputs, expert_facts
+from ota_core.reading import read_file
 from ota_core.recipe.yaml_text import parse_yaml
 
 _UNKNOWN = "unknown"
 """The hub's identifier for a licence that the author does not know."""
+_LARGEST_CARD = 4 * 2**20
+_LONGEST = 200
+"""Characters of what a card may state of its licence."""
 
 
 class Licences(BaseModel):
@@ -32,7 +36,7 @@ class Licences(BaseModel):
 def card_head(folder: Path) -> dict[str, Any]:
     """The metadata at the head of the model card in a checkpoint's folder; nothing where there is no card, or no readable head."""
     try:
-        text = (folder / CARD).read_text(encoding="utf-8")
+        text = read_file(folder / CARD, _LARGEST_CARD).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return {}
     first, *lines = text.splitlines() or [""]

@@ -1,6 +1,5 @@
 """Which of a folder's files are the model's weights: those that transformers would load, where there are several sets."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.dcp.metadata import METADATA
 from ota_core.files.not_models import what_it_is
 from ota_core.names import why_unsafe
+from ota_core.reading import json_value, quoted, read_file
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -35,7 +35,7 @@ _ALIASES = (
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError when it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_value(read_file(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; expected a JSON file") from None
     except (ValueError, OSError) as error:
@@ -110,15 +110,11 @@ def _sets(folder: Path) -> list[str]:
 
 def _named(folder: Path) -> list[str]:
     config = folder / "config.json"
-    name = (
-        read_json(config).get(NAMED)
-        if config.is_file() and NAMED in config.read_text(encoding="utf-8", errors="replace")
-        else None
-    )
+    name = read_json(config).get(NAMED) if config.is_file() and NAMED.encode() in read_file(config) else None
     if name is None or name == "adapter_model.bin":
         return []
     if not isinstance(name, str) or "/" in name or why_unsafe(name) or not (folder / name).exists():
-        raise CheckpointError(f"{config} names the weights' file {name!r} ({NAMED}); expected a file beside it")
+        raise CheckpointError(f"{config} names the weights' file {quoted(name)} ({NAMED}); expected a file beside it")
     return [name]
 
 
@@ -136,7 +132,9 @@ def weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} holds no weight_map; expected tensor names with the file of each")
     for name, file in listed.items():
         if not isinstance(file, str) or "/" in file or why_unsafe(file):
-            raise CheckpointError(f"{index}: tensor '{name}' lies in {file!r}; expected the name of a file beside the index")
+            raise CheckpointError(
+                f"{index}: tensor '{name}' lies in {quoted(file)}; expected the name of a file beside the index"
+            )
     return listed
 
 
@@ -176,7 +174,8 @@ def check_index(folder: Path, files: Sequence[Path], where: Mapping[str, str], c
     if not sets or not sets[0].endswith(".index.json"):
         return
     name, listed = sets[0], weight_map(folder / sets[0])
-    tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings")) is not False
+    text = config.get("text_config")
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None) is not False
     problems = [
         f"{folder / name} says that tensor '{tensor}' lies in {file}, "
         + (f"it lies in {where[tensor]}" if tensor in where else "but no file holds it")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ota_core.reading import quoted
 from ota_core.recipe.parameters import USED, EstimateSettings, MergeParameters, ModelParameters
 from ota_core.recipe.slices import Module, ModuleSource, Slice, SliceSource
 from ota_core.recipe.spellings import SPELLINGS
@@ -61,7 +62,7 @@ def _explain(item: dict[str, Any], root: type[BaseModel], entry: type[BaseModel]
     if item["type"] == "missing":
         return [f"the key '{where}' is missing"]
     if item["type"] == "literal_error" and where == "merge_method":
-        return [f"unknown merge_method {item['input']!r}; {_method(str(item['input']), methods)}"]
+        return [f"unknown merge_method {quoted(item['input'])}; {_method(str(item['input']), methods)}"]
     if item["type"] == "varying":
         return [problem.replace("{at}", where) for problem in item["ctx"]["problems"].split("\n")]
     if item["type"] == "value_error":
@@ -70,7 +71,7 @@ def _explain(item: dict[str, Any], root: type[BaseModel], entry: type[BaseModel]
     if isinstance(item["input"], float) and math.isnan(item["input"]):
         return [f"{where}: got NaN, expected a number"]
     message = item["msg"][0].lower() + item["msg"][1:]
-    return [f"{where}: got {item['input']!r}; {message}"]
+    return [f"{where}: got {quoted(item['input'])}; {message}"]
 
 
 def _shown(location: tuple[Any, ...]) -> str:

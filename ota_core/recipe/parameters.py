@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
+from ota_core.reading import quoted
 from ota_core.recipe.varying import Varying, is_varying, read
 
 
@@ -180,7 +181,10 @@ class ExpertParameters(Strict):
         if not isinstance(raw, dict):
             return raw
         names = {(field.alias or name): name for name, field in cls.model_fields.items()} | {n: n for n in cls.model_fields}
-        found: dict[str, Varying] = dict(raw.get("varying") or {})
+        own = raw.get("varying") or {}
+        if not (isinstance(own, dict) and all(isinstance(one, Varying) for one in own.values())):
+            return raw  # of a file that has such a key: said as of any other wrong value
+        found: dict[str, Varying] = dict(own)
         problems: list[str] = []
         for key, value in raw.items():
             if key == "varying" or key not in names or not is_varying(value):
@@ -207,7 +211,7 @@ class ExpertParameters(Strict):
             checked = cls.model_validate({key: value})
         except ValidationError as error:
             raise ValueError(
-                "; ".join(f"got {value!r}, {one['msg'][0].lower()}{one['msg'][1:]}" for one in error.errors())
+                "; ".join(f"got {quoted(value)}, {one['msg'][0].lower()}{one['msg'][1:]}" for one in error.errors())
             ) from None
         return getattr(checked, "lambda_" if key == "lambda" else key)
 

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ota_core.errors import RecipeError, raise_all
 from ota_core.names import why_unsafe
+from ota_core.reading import cut
 from ota_core.recipe.checks import as_written, of_one_method, of_slices
 from ota_core.recipe.explain import explain
 from ota_core.recipe.identity import later_keys
@@ -404,6 +405,10 @@ def _base_contradictions(recipe: MergeRecipe) -> list[str]:
     return problems
 
 
+MAX_MODELS = 1000
+"""Of a recipe."""
+
+
 def parse_recipe(raw: Any, where: str = "recipe", *, text: str | None = None, document: int = 0) -> MergeRecipe:
     """Validate a recipe. Raises RecipeError that lists every problem: unknown keys with the nearest known, values out of range.
 
@@ -411,6 +416,9 @@ def parse_recipe(raw: Any, where: str = "recipe", *, text: str | None = None, do
     """
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: expected a mapping with merge_method, base_model and models, got {type(raw).__name__}")
+    for key in ("models", "slices"):
+        if isinstance(raw.get(key), list | tuple) and len(raw[key]) > MAX_MODELS:
+            raise RecipeError(f"{where}: {key} has {len(raw[key])} entries, at most {MAX_MODELS} are taken")
     try:
         return MergeRecipe.model_validate(raw)
     except ValidationError as error:
@@ -418,7 +426,9 @@ def parse_recipe(raw: Any, where: str = "recipe", *, text: str | None = None, do
         items = [item for item in error.errors() if not (item["type"] == "too_short" and item["input"])]
         lines = lines_of(text, document) if text is not None else {}
         for item in items:
-            problems += [f"{where}: {line}" for line in explain(dict(item), MergeRecipe, ModelEntry, get_args(Method), lines)]
+            problems += [
+                f"{where}: {cut(line)}" for line in explain(dict(item), MergeRecipe, ModelEntry, get_args(Method), lines)
+            ]
         raise_all(list(dict.fromkeys(problems)), RecipeError)
         raise
 

@@ -107,9 +107,9 @@ def _values(value: Any) -> Sequence[Any]:
     return list(value.values()) if isinstance(value, Mapping) else ()
 
 
-def same_model(one: str | None, other: str | None) -> bool:
-    """Whether two names of models mean the same place."""
-    return one is not None and other is not None and _plain(one) == _plain(other)
+def same_model(one: Any, other: Any) -> bool:
+    """Whether two names of models mean the same place; what is no name means none."""
+    return isinstance(one, str) and isinstance(other, str) and _plain(one) == _plain(other)
 
 
 def _plain(name: str) -> str:

@@ -10,26 +10,93 @@ from typing import Any
 import yaml
 
 from ota_core.errors import RecipeError
+from ota_core.reading import MAX_DEPTH, quoted, read_file
+
+MAX_NODES = 100_000
+"""Values that a YAML text may hold, what anchors bring counted each time that they bring it."""
+MAX_TEXT = 16 * 2**20
+"""Bytes of a YAML file."""
+_KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML speaks YAML 1.1, where 1e-26 is a string; this loader reads floats as YAML 1.2 does."""
+    """PyYAML speaks YAML 1.1, where 1e-26 is a string and 2026-02-28 a date; this loader reads floats, and no dates, as YAML 1.2 does.
+
+    It takes texts, numbers, truth values, null, lists and mappings, and a limited number of them.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML has it
+        first: [(tag, pattern) for tag, pattern in found if tag != _TIMESTAMP]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._count = self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """One value; the sizes of all are kept, for the anchors among them."""
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.events.AliasEvent):
+            node = super().compose_node(parent, index)
+            if id(node) not in self._sizes:
+                raise yaml.composer.ComposerError(None, None, "an anchor holds itself", mark)
+            self._add(self._sizes[id(node)], mark)
+            return node
+        before, self._depth = self._count, self._depth + 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"values are nested deeper than {MAX_DEPTH} levels", mark)
+        self._add(1, mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        self._sizes[id(node)] = self._count - before
+        return node
+
+    def _add(self, count: int, mark: Any) -> None:
+        self._count += count
+        if self._count > MAX_NODES:
+            raise yaml.composer.ComposerError(
+                None, None, f"there are more than {MAX_NODES} values, with those that anchors repeat", mark
+            )
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """What a value stands for. PyYAML lets whatever Python says of a number pass."""
+        if node.tag not in _KINDS:
+            raise _wrong("a tag (!) makes it a value of another kind than text, number, truth value, list and mapping", node)
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, KeyError, OverflowError, AttributeError):
+            raise _wrong(f"this is no {node.tag.rpartition(':')[2]} that can be read", node) from None
+        if isinstance(value, str) and _UNWRITABLE.search(value):
+            raise _wrong("a text holds a character that no file name or text can have (NUL, a surrogate)", node)
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise _wrong("a number has more than 64 bits", node)
+        return value
 
 
+def _wrong(problem: str, node: Any) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+_UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise _wrong("a tag calls it a mapping", node)
     seen: set[Hashable] = set()
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":  # <<: what it brings may be given again
             continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
-            raise yaml.constructor.ConstructorError(None, None, f"a key is {key!r}, expected a word", key_node.start_mark)
+            raise _wrong(f"a key is a {type(key).__name__}, expected a word", key_node)
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
+            raise _wrong(f"the key {quoted(key, 80)} appears twice", key_node)
         seen.add(key)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
@@ -51,8 +118,20 @@ def parse_documents(text: str, where: str) -> list[Any]:
     try:
         found = list(yaml.load_all(_stream(text, where), _Loader))
     except yaml.YAMLError as error:
-        raise RecipeError(f"{where} is not valid YAML: {error}{_hint(text)}") from None
+        raise RecipeError(f"{where} is not valid YAML: {_without_content(error)}{_hint(text)}") from None
+    except (ValueError, OverflowError, RecursionError):  # PyYAML's scanner, of an escape that stands for no character
+        raise RecipeError(f"{where} is not valid YAML: an escape such as \\U stands for no character") from None
     return [one for one in found if one is not None]
+
+
+def _without_content(error: yaml.YAMLError) -> str:
+    """Position and problem. The file may be any, named by mistake or on purpose: PyYAML quotes names of its anchors and tags."""
+    said = str(error)
+    return (
+        said
+        if isinstance(error, yaml.constructor.ConstructorError)
+        else re.sub(r"(alias|anchor|handle|tag) '[^'\n]*'", r"\1 …", said)
+    )
 
 
 def _stream(text: str, where: str) -> io.StringIO:
@@ -113,11 +192,13 @@ def load_yaml(path: Path) -> Any:
 def read_text(path: Path) -> str:
     """The text of a YAML file. Raises RecipeError when it is missing or no text."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_file(path, MAX_TEXT).decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist; expected a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as text: {error}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} cannot be read as text: byte {error.start} is not UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{quoted(str(path))} cannot be read as text: {error.strerror or error}") from None
 
 
 def dump_yaml(value: Any) -> str:
@@ -133,5 +214,5 @@ def as_comment(lines: Iterable[str]) -> str:
 def nearest(key: str, known: Iterable[str]) -> str:
     """A phrase that suggests the known key nearest to a mistyped one."""
     names = sorted(known)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key[:200], names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(names)}"

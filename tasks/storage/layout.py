@@ -12,6 +12,7 @@ from typing import Any
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.names import why_unsafe
+from ota_core.reading import json_value, quoted
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.states import (
     CHECKPOINT,
@@ -142,7 +143,7 @@ def write_expert_json(folder: Path, **facts: Any) -> dict[str, Any]:
 def parse_expert_json(content: bytes, where: str) -> dict[str, Any]:
     """The manifest as a mapping. Raises StorageError when it is no JSON object or lacks a key."""
     try:
-        manifest = json.loads(content)
+        manifest = json_value(content)
     except ValueError as error:
         raise StorageError(f"{where} is not JSON ({error}); write it again") from error
     missing = [key for key in ("capability", "base_model", "trained_at") if not isinstance(manifest, dict) or key not in manifest]
@@ -159,7 +160,9 @@ def manifest_sha256(manifest: Mapping[str, Any], where: str) -> dict[str, str]:
     for name, entry in files.items() if isinstance(files, dict) else [("files", files)]:
         value = entry.get("sha256") if isinstance(entry, dict) else entry
         if not isinstance(value, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", value):
-            raise StorageError(f"{where}: files[{name!r}] holds {entry!r}, expected a sha256 of 64 hex digits; write it again")
+            raise StorageError(
+                f"{where}: files[{quoted(name)}] holds {quoted(entry)}, expected a sha256 of 64 hex digits; write it again"
+            )
         if why := why_unsafe(name):
             raise StorageError(f"{where}: the file name {name[:80]!r} is refused: {why}; write it again")
         sums[name] = value.lower()
