@@ -84,11 +84,7 @@ class Scoring:
     def keep(self, expert: ExpertView, block: Block, threshold: float) -> tuple[NDArray[np.bool_], int]:
         """What has at least this score, and more than 0: bool, r·C elements on the CPU, and how many. Compiled where that can be."""
         if self.compiled([expert.index], block[0]):
-            base, (candidate,) = self.candidates({expert.index: 0}, block)
-            found = keep_block(base, candidate, threshold)
-            if found is None:
-                expert.refuse(*block)
-            return found
+            return self.kept(expert, block, threshold)[2]
         from ota_core.methods.saliency import keep
 
         pieces = []
@@ -97,6 +93,14 @@ class Scoring:
             pieces.append(keep(scores, threshold).cpu().numpy().reshape(-1))
         kept = np.concatenate(pieces)
         return kept, int(kept.sum())
+
+    def kept(self, expert: ExpertView, block: Block, threshold: float) -> tuple[Rows, Rows, tuple[NDArray[np.bool_], int]]:
+        """The base's and the expert's rows as stored, each read once, and what ``keep`` says of them; where ``compiled``."""
+        base, (candidate,) = self.candidates({expert.index: 0}, block)
+        found = keep_block(base, candidate, threshold)
+        if found is None:
+            expert.refuse(*block)
+        return base, candidate.theta, found
 
     def prefetch(self, experts: Iterable[int], block: Block) -> None:
         """A hint that this block is next."""

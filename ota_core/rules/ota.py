@@ -109,10 +109,12 @@ class OtaRule(Rule):
             return [], []
         if plan.can_fuse([expert], job):
             assert plan.base is not None
+            if expert.masks is None:
+                threshold = self._facts.thresholds[expert.index][job.canonical]
+                base, theta, (chosen, _) = ffg_scoring(plan).kept(expert, block, threshold)
+                return squares_of(base, theta, chosen)
             base, theta = (view.stored(job.name, *block[1:]) for view in (plan.base, expert))
-            if expert.masks is not None:
-                return squares_of(base, theta, expert.masks.read(job.canonical, *block[1:]))
-            return squares_of(base, theta, block_mask(plan, self._facts, expert, block)[0])
+            return squares_of(base, theta, expert.masks.read(job.canonical, *block[1:]))
         import torch
 
         from ota_core.compute.kernels import row_sums

@@ -19,7 +19,7 @@ def test_one_message_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     if not writable:
         home.write_text("no folder")
     monkeypatch.setenv("OTA_HOME", str(home))
-    monkeypatch.setattr("ota_core.recipe.recipe.load_recipe", breaks)
+    monkeypatch.setattr("tasks.merging.stages.read_stages", breaks)
     (tmp_path / "r.yaml").write_text("merge_method: linear")
     done = invoke("plan", tmp_path / "r.yaml")
     assert done.exit_code == 2
