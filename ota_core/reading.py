@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,19 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"lists and objects are nested deeper than {MAX_DEPTH} levels")
 
 
+_shortened = reprlib.Repr()
+_shortened.maxlist = _shortened.maxtuple = _shortened.maxdict = 8
+_shortened.maxlevel, _shortened.maxstring, _shortened.maxother = 3, 120, 120
+
+
 def quoted(value: object, most: int = 200) -> str:
     """A value as a message shows it, cut where it is long."""
     if isinstance(value, int) and value.bit_length() > 512:  # Python refuses to print some of these
         return f"an integer of {value.bit_length()} bits"
     try:
-        text = repr(value[: most + 1] if isinstance(value, str | bytes | list | tuple) else value)
+        plain = value is None or isinstance(value, str | bytes | int | float)
+        # Objects in objects are cut, too: what shares its parts would be printed once for each.
+        text = repr(value[: most + 1] if isinstance(value, str | bytes) else value) if plain else _shortened.repr(value)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}…"

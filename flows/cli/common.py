@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import click
 import typer
@@ -88,6 +88,9 @@ Limit = Annotated[int | None, typer.Option(help="Documents per task, for a quick
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+_NO_PATHS = {errno.ENAMETOOLONG, errno.ELOOP}
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """A user's mistake ends with its message and exit code 2, without a traceback. So does what nobody foresaw: its traceback is in a file. SIGTERM ends the
@@ -101,16 +104,29 @@ def user_errors() -> Iterator[None]:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
     except OSError as error:
-        if error.errno in _REFUSALS:
+        if error.errno in _NO_PATHS:
+            typer.echo(f"Error: {str(error.filename)[:200]}: {error.strerror}; give another path", err=True)
+        elif error.errno in _REFUSALS:
             typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
         else:
             typer.echo(f"Error: {_unforeseen(error)}", err=True)
         raise typer.Exit(2) from None
-    except Exception as error:
-        from tasks.orchestration.prepare import lost_server
-
-        typer.echo(f"Error: {lost_server(error) or _unforeseen(error)}", err=True)
+    except (RuntimeError, ValueError) as error:
+        # What pathlib says of ~nobody, of links in a circle and of NUL.
+        if not str(error).startswith(("Could not determine home", "Symlink loop", "embedded null")):
+            raise_unforeseen(error)
+        typer.echo(f"Error: {str(error)[:200]}; give another path", err=True)
         raise typer.Exit(2) from None
+    except Exception as error:
+        raise_unforeseen(error)
+
+
+def raise_unforeseen(error: Exception) -> NoReturn:
+    """End the command with what is known of an error that is no user's mistake."""
+    from tasks.orchestration.prepare import lost_server
+
+    typer.echo(f"Error: {lost_server(error) or _unforeseen(error)}", err=True)
+    raise typer.Exit(2) from None
 
 
 def _unforeseen(error: Exception) -> str:

@@ -82,15 +82,15 @@ def stated_licence(folder: Path) -> dict[str, str | list[str]]:
         kinds, name = _identifiers(raw.get("license")), raw.get("license_name")
         if not kinds or _UNKNOWN in kinds or ("other" in kinds and not name):
             continue
-        link = str(raw.get("license_link") or "")
+        link = str(raw.get("license_link") or "")[:_LONGEST]
         head: dict[str, str | list[str]] = {"license": kinds[0] if len(kinds) == 1 else kinds}
-        return head | ({"license_name": str(name)} if name else {}) | ({"license_link": link} if "://" in link else {})
+        return head | ({"license_name": str(name)[:_LONGEST]} if name else {}) | ({"license_link": link} if "://" in link else {})
     return {}
 
 
 def _identifiers(stated: Any) -> list[str]:
     """The hub's identifiers, which are lower-case, in a fixed order: it takes one, or a list of those among which one may choose."""
-    return sorted({str(one).strip().lower() for one in (stated if isinstance(stated, list) else [stated]) if one})
+    return sorted({str(one).strip().lower()[:_LONGEST] for one in (stated if isinstance(stated, list) else [stated]) if one})
 
 
 def _shown(stated: Mapping[str, str | list[str]]) -> str | None:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ota_core.reading import check_regular
+
 # The kernel reads ahead at most this much for one request on a disk with its default settings (read_ahead_kb).
 _READ_AHEAD = 128 * 1024
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -76,6 +78,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_regular(path)
         with open(path, "rb") as stream:
             self.size = os.fstat(stream.fileno()).st_size
             self._map = _Mapping.of(stream.fileno(), self.size) if self.size else None

@@ -18,6 +18,8 @@ from ota_core.compute.descriptors import check_limit
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import ByteSource, MappedFile, numbers
 from ota_core.files.rows import DTYPES, Dtype, Rows
+from ota_core.files.unpickle import MAX_AXES
+from ota_core.reading import quoted
 
 FORMAT_KEY = "ota_format"
 """In the metadata of the files that this project writes: which format of its own one has."""
@@ -141,7 +143,7 @@ def _parse_header(path: Path, raw: bytes, size: int) -> tuple[dict[str, TensorIn
         if isinstance(parsed, TensorInfo):
             infos.append(parsed)
         else:
-            problems.append(f"{path}: tensor {name!r} {parsed}; {AGAIN}")
+            problems.append(f"{path}: tensor {quoted(name)} {parsed}; {AGAIN}")
     raise_all(problems, CheckpointError)
     infos.sort(key=lambda info: (info.start, info.stop))
     _check_cover(path, infos, base, size)
@@ -152,7 +154,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise ValueError(f"key {twice[0]!r} appears twice")
+        raise ValueError(f"key {quoted(twice[0])} appears twice")
     return result
 
 
@@ -168,9 +170,11 @@ def _parse_entry(name: str, entry: Any, base: int) -> TensorInfo | str:
         return f"has the shape {shape!r:.200}, a list of integers of at least 0 was expected"
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"has the data_offsets {offsets!r:.200}, two rising integers were expected"
+    if len(shape) > MAX_AXES:
+        return f"has {len(shape)} axes, at most {MAX_AXES} are read"
     needed = prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
-        return f"has {offsets[1] - offsets[0]} bytes by its data_offsets, its shape {shape} in {entry['dtype']} needs {needed}"
+        return f"has {quoted(offsets[1] - offsets[0])} bytes by its data_offsets, its shape {quoted(shape)} in {entry['dtype']} needs {quoted(needed)}"
     return TensorInfo(name, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
@@ -184,7 +188,9 @@ def _check_cover(path: Path, infos: list[TensorInfo], base: int, size: int) -> N
     for info in infos:
         if info.start != end:
             what = "overlaps the tensor before it" if info.start < end else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {info.name!r} {what}: starts at byte {info.start}, not {end}; {AGAIN}")
+            raise CheckpointError(
+                f"{path}: tensor {quoted(info.name)} {what}: starts at byte {quoted(info.start)}, not {end}; {AGAIN}"
+            )
         end = info.stop
     if end > size:
         raise CheckpointError(f"{path} is truncated: its tensors need {end} bytes, {size} are there; {AGAIN}")

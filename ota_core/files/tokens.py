@@ -7,8 +7,11 @@ from typing import Any
 
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import read_json
+from ota_core.reading import quoted, read_file
 
 # SentencePiece models whose pieces are rows as they stand. sentencepiece.bpe.model is not among them: its classes shift the rows.
+MAX_ROWS = 2**27
+"""Of an embedding; the largest vocabularies have some 300,000 tokens."""
 _PIECES = ("tokenizer.model", "spiece.model")
 
 
@@ -18,13 +21,24 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
     From ``tokenizer.json``, else ``vocab.json``, ``vocab.txt`` or a SentencePiece model; with the tokens that ``added_tokens.json`` and
     ``tokenizer_config.json`` add. Raises CheckpointError for damaged files.
     """
-    table = _own_table(folder)
-    if table is None:
-        return None
-    taken = set(table.values())
-    for token, entry in _added(folder).items():
-        if token not in table and entry["id"] not in taken:
-            table[token] = entry["id"]
+    try:
+        table = _own_table(folder)
+        if table is None:
+            return None
+        taken = set(table.values())
+        for token, entry in _added(folder).items():
+            if token not in table and entry["id"] not in taken:
+                table[token] = entry["id"]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: its tokenizer's files have another form than a table of tokens ({type(error).__name__}: {str(error)[:200]}); fetch or save "
+            "them again"
+        ) from None
+    for token, row in table.items():
+        if not isinstance(token, str) or type(row) is not int or not 0 <= row < MAX_ROWS:
+            raise CheckpointError(
+                f"{folder}: the tokenizer gives the token {quoted(token)} the row {quoted(row)}, expected a number below {MAX_ROWS}; fetch it again"
+            )
     return table
 
 
@@ -65,7 +79,7 @@ def _own_table(folder: Path) -> dict[str, int] | None:
     if (folder / "vocab.json").exists():
         return dict(read_json(folder / "vocab.json"))
     if (folder / "vocab.txt").exists():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_file(folder / "vocab.txt").decode("utf-8").split("\n")
         return {line.rstrip("\r"): row for row, line in enumerate(lines) if line or row < len(lines) - 1}
     return next((_pieces(folder / name) for name in _PIECES if (folder / name).exists()), None)
 

@@ -16,6 +16,7 @@ from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
+from ota_core.reading import quoted
 from ota_core.recipe.recipe import RESERVED_NAMES, MergeRecipe
 
 LayoutOf = Callable[[Path, Path | None], ParameterLayout]
@@ -151,7 +152,12 @@ def find_model(source: str, recipe_dir: Path | None) -> Path:
 
 def expert_facts(folder: Path) -> dict[str, Any]:
     """The content of ``expert.json``, or nothing where there is none."""
-    return read_json(folder / EXPERT_JSON) if (folder / EXPERT_JSON).exists() else {}
+    found = read_json(folder / EXPERT_JSON) if (folder / EXPERT_JSON).exists() else {}
+    if not isinstance(found.get("capability", ""), str | None):
+        raise CheckpointError(
+            f"{folder / EXPERT_JSON}: capability is {quoted(found['capability'])}, expected a word; write it again"
+        )
+    return found
 
 
 def optimizer_facts(folder: Path) -> dict[str, Any]:

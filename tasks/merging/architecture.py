@@ -14,6 +14,7 @@ from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.moments import Moments, ParameterLayout, open_moments
 from ota_core.moments.base import Shape
 from ota_core.plan.vocabulary import names_in
+from ota_core.reading import quoted
 from tasks.merging.trained import changed_parameters
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def _skeleton(folder: Path) -> Any:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+    check_layers(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         named = (getattr(config, "architectures", None) or [None])[0]
@@ -199,3 +201,21 @@ def _check(
 
 def _some(items: list[str]) -> str:
     return ", ".join(items[:SHOWN]) + (", …" if len(items) > SHOWN else "") if items else "none"
+
+
+MAX_LAYERS = 10_000
+"""Of a model: each becomes a module in memory before its weights are looked at."""
+
+
+def check_layers(folder: Path) -> None:
+    """Raise CheckpointError where config.json, at any depth, asks for more layers than a model can have."""
+    pending: list[Any] = [read_json(folder / "config.json")] if (folder / "config.json").exists() else []
+    while pending:
+        one = pending.pop()
+        for key, value in one.items() if isinstance(one, dict) else ():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif "layer" in key and type(value) is int and value > MAX_LAYERS:
+                raise CheckpointError(
+                    f"{folder / 'config.json'}: {key[:80]} is {quoted(value)}, a model of at most {MAX_LAYERS} layers was expected"
+                )

@@ -149,6 +149,8 @@ def parse_expert_json(content: bytes, where: str) -> dict[str, Any]:
     missing = [key for key in ("capability", "base_model", "trained_at") if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise StorageError(f"{where} lacks {', '.join(missing)}; expected a JSON object with capability, base_model, trained_at")
+    if not isinstance(manifest["capability"], str | None):
+        raise StorageError(f"{where}: capability is {quoted(manifest['capability'])}, expected a word; write it again")
     manifest_sha256(manifest, where)
     return dict(manifest)
 

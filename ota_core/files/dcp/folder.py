@@ -167,6 +167,9 @@ class DcpFolder:
         if name is None:
             raise CheckpointError(f"{self.path / place.file}: no data.pkl at byte {place.offset}, torch.save writes one; {AGAIN}")
         try:
+            record = archive.getinfo(name)
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size > place.length:
+                raise ValueError("its record is compressed, torch.save stores records as they are")
             return unpickle(archive.read(name), RECORDS)
         except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed
             raise CheckpointError(

@@ -18,11 +18,18 @@ from ota_core.compute.blocks import matrix_shape
 from ota_core.files.byte_source import ByteSource, SourceFile, SourceOf, numbers, open_source
 from ota_core.files.pickled.unpickle import SavedTensor, unpickle, unpickle_with_storages
 from ota_core.files.rows import NAMED, Dtype, Rows
+<<<<<<< HEAD:ota_core/files/pickled/torch_file.py
+=======
+from ota_core.files.unpickle import SavedTensor, unpickle, unpickle_with_storages
+from ota_core.reading import quoted
+>>>>>>> bombs:ota_core/files/torch_file.py
 
 ZIP = b"PK\x03\x04"
 LOCAL_HEADER = 30  # bytes before a record's name (APPNOTE.TXT 4.3.7); the lengths of name and extra field are its last four
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the old format
 
+MAX_REPEATED = 2**24
+"""Elements of a tensor that repeats those of a smaller storage, as ``expand`` leaves it."""
 Extent = tuple[int, int]
 """Where bytes lie in a file: the first, and their number."""
 
@@ -126,10 +133,15 @@ class TorchFile:
         if not tensor.numel:
             return dtype, 0
         start, size = self._storages.get(f"data/{tensor.storage}", (0, -1))
+        if tensor.numel > max(tensor.elements, MAX_REPEATED):
+            raise ValueError(
+                f"a tensor of the shape {quoted(list(tensor.shape))} has {quoted(tensor.numel)} elements, its storage {tensor.elements}: it is damaged, or "
+                "repeats numbers; save it again with .contiguous()"
+            )
         reach = (tensor.offset + tensor.span) * dtype.itemsize
         if 0 <= size < reach:
             raise ValueError(
-                f"a tensor of the shape {list(tensor.shape)} reaches to byte {reach} of its storage, which has {size} bytes in "
+                f"a tensor of the shape {quoted(list(tensor.shape))} reaches to byte {quoted(reach)} of its storage, which has {size} bytes in "
                 "the file: it is damaged"
             )
         if size != tensor.elements * dtype.itemsize:

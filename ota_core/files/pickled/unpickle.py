@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Self
 
 from ota_core.files.rows import NAMED, Dtype
+from ota_core.reading import quoted
 
 # Storage classes of torch, by the type of their elements. UntypedStorage counts bytes.
 STORAGES = {
@@ -30,6 +31,10 @@ PARTS = {
     for module in ("torchao.optim", "torchao.prototype.low_bit_optim")
     for file, kind in (("8bit", "OptimState8bit"), ("4bit", "OptimState4bit"), ("fp8", "OptimStateFp8"))
 }
+
+
+MAX_AXES = 64
+"""Of a tensor: as many as numpy and torch know."""
 
 
 class Refused(pickle.UnpicklingError):
@@ -158,10 +163,10 @@ class _Restricted(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         # ('storage', class, key, device, elements); torch's old format adds a note of storages that are part of others.
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or any(part is not None for part in pid[5:]):
-            raise pickle.UnpicklingError(f"a storage is described by {pid!r:.200}")
+            raise pickle.UnpicklingError(f"a storage is described by {quoted(pid)}")
         kind, key, elements = pid[1], pid[2], pid[4]
         if not (isinstance(kind, _Name) and isinstance(key, str) and type(elements) is int and elements >= 0):
-            raise pickle.UnpicklingError(f"a storage is described by {pid!r:.200}")
+            raise pickle.UnpicklingError(f"a storage is described by {quoted(pid)}")
         self.storages[key] = STORAGES.get(kind, str(kind)), elements
         return _Storage(self.storages[key][0], key, elements)
 
@@ -198,12 +203,16 @@ class _Storage(_Fixed):
 
 
 def _tensor(storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> SavedTensor:
+    if len(shape) > MAX_AXES:
+        raise pickle.UnpicklingError(f"a tensor has {len(shape)} axes, at most {MAX_AXES} are read")
     made = SavedTensor(
         storage.dtype, storage.key, storage.elements if storage.dtype in NAMED else -1, int(offset), tuple(map(int, shape)),
         tuple(map(int, stride)),
     )  # fmt: skip
     if min(made.offset, *made.shape, *made.stride, 0) < 0 or len(made.shape) != len(made.stride):
-        raise pickle.UnpicklingError(f"a tensor begins at {offset} with the shape {made.shape} and the strides {made.stride}")
+        raise pickle.UnpicklingError(
+            f"a tensor begins at {quoted(offset)} with the shape {quoted(made.shape)} and the strides {quoted(made.stride)}"
+        )
     return made
 
 
@@ -232,13 +241,13 @@ def _first(value: Any, *_: Any) -> Any:
 
 def _text(value: Any, encoding: str = "latin1") -> bytes:
     if not isinstance(value, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes are described by {value!r:.80} in {encoding!r:.80}")
+        raise pickle.UnpicklingError(f"bytes are described by {quoted(value, 80)} in {quoted(encoding, 80)}")
     return value.encode("latin1")
 
 
 def _bytes(value: Any = b"", *_: Any) -> bytes:
     if not isinstance(value, (bytes, bytearray)):  # a number would ask for as much memory
-        raise pickle.UnpicklingError(f"bytes are described by {value!r:.80}")
+        raise pickle.UnpicklingError(f"bytes are described by {quoted(value, 80)}")
     return bytes(value)
 
 

@@ -84,7 +84,7 @@ def beta2_of(groups: Any, where: str) -> float | None:
     found = {
         as_beta2(group["betas"][1], f"{where}: β₂ in betas")
         for group in (groups if isinstance(groups, list) else ())
-        if isinstance(group, Mapping) and len(group.get("betas") or ()) == 2
+        if isinstance(group, Mapping) and isinstance(group.get("betas"), (tuple, list)) and len(group["betas"]) == 2
     }
     if len(found) > 1:
         raise MomentsError(f"{where}: the parameter groups have different β₂ ({sorted(found)}); one for all was expected")

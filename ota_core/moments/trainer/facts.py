@@ -51,6 +51,6 @@ def beta2_of(path: Path, groups: Sequence[Mapping[str, Any]]) -> float | None:
 
 def _decay(group: Mapping[str, Any]) -> tuple[str, Any]:
     """Where a group says how slowly v forgets: the key, empty where there is none, and the value."""
-    if len(group.get("betas") or ()) >= 2:
+    if isinstance(group.get("betas"), (tuple, list)) and len(group["betas"]) >= 2:
         return "betas", group["betas"][1]  # AdEMAMix has a third for its slow momentum
     return next(((key, group[key]) for key in ("beta2", "alpha", "rho") if group.get(key) is not None), ("", None))
