@@ -11,6 +11,8 @@ MAX_BYTES = 512 * 2**20
 """Of a text file. The largest tokenizers and indices have some 40 MiB."""
 MAX_DEPTH = 100
 """Levels of lists and mappings inside one another."""
+MAX_AXES = 64
+"""Of a tensor: as many as numpy and torch know."""
 
 
 def check_regular(path: Path) -> None:

@@ -18,8 +18,7 @@ from ota_core.compute.descriptors import check_limit
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.byte_source import ByteSource, MappedFile, numbers
 from ota_core.files.rows import DTYPES, Dtype, Rows
-from ota_core.files.unpickle import MAX_AXES
-from ota_core.reading import quoted
+from ota_core.reading import MAX_AXES, quoted
 
 FORMAT_KEY = "ota_format"
 """In the metadata of the files that this project writes: which format of its own one has."""

@@ -18,11 +18,7 @@ from ota_core.compute.blocks import matrix_shape
 from ota_core.files.byte_source import ByteSource, SourceFile, SourceOf, numbers, open_source
 from ota_core.files.pickled.unpickle import SavedTensor, unpickle, unpickle_with_storages
 from ota_core.files.rows import NAMED, Dtype, Rows
-<<<<<<< HEAD:ota_core/files/pickled/torch_file.py
-=======
-from ota_core.files.unpickle import SavedTensor, unpickle, unpickle_with_storages
 from ota_core.reading import quoted
->>>>>>> bombs:ota_core/files/torch_file.py
 
 ZIP = b"PK\x03\x04"
 LOCAL_HEADER = 30  # bytes before a record's name (APPNOTE.TXT 4.3.7); the lengths of name and extra field are its last four

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Self
 
 from ota_core.files.rows import NAMED, Dtype
-from ota_core.reading import quoted
+from ota_core.reading import MAX_AXES, quoted
 
 # Storage classes of torch, by the type of their elements. UntypedStorage counts bytes.
 STORAGES = {
@@ -31,10 +31,6 @@ PARTS = {
     for module in ("torchao.optim", "torchao.prototype.low_bit_optim")
     for file, kind in (("8bit", "OptimState8bit"), ("4bit", "OptimState4bit"), ("fp8", "OptimStateFp8"))
 }
-
-
-MAX_AXES = 64
-"""Of a tensor: as many as numpy and torch know."""
 
 
 class Refused(pickle.UnpicklingError):

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from ota_core.files.bin_file import BinFile
 
 from ota_core.errors import CheckpointError
+from ota_core.files.pickled.bin_file import BinFile
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.files.tokens import tokens_of
 from ota_core.files.weight_sets import read_json
