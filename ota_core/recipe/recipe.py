@@ -302,7 +302,9 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
     problems += [
         f"models[{i}].parameters: '{key}' holds for the whole merge with merge_method {method}; move it to the recipe's parameters"
         for i, entry in enumerate(recipe.models)
-        for key in sorted((entry.parameters.given_keys() & used) - of_experts(method) - {"preconditioner_path", "compression", "rank"})
+        for key in sorted(
+            (entry.parameters.given_keys() & used) - of_experts(method) - {"preconditioner_path", "compression", "rank"}
+        )
     ]
     compression = recipe.setting("compression")
     if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":
