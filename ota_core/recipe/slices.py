@@ -54,15 +54,15 @@ class Slice(Strict):
 class ModuleSource(Strict):
     """A model of a module that is merged whole."""
 
-    model: str
-    parameters: ModelParameters = ModelParameters()
+    model: str = Field(description="As under models.")
+    parameters: ModelParameters = Field(ModelParameters(), description="Of this model in this module.")
 
 
 class Module(Strict):
     """A part of the model with layers of its own: an encoder, a decoder, a vision tower."""
 
-    slices: tuple[Slice, ...] | None = None
-    models: tuple[ModuleSource, ...] | None = None
+    slices: tuple[Slice, ...] | None = Field(None, description="Ranges of its layers.")
+    models: tuple[ModuleSource, ...] | None = Field(None, description="The models that are merged here, with all of its layers.")
     parameters: MergeParameters = Field(MergeParameters(), description="Of this module.")
 
     @model_validator(mode="after")
