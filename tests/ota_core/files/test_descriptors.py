@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ota_core.compute import descriptors
 from ota_core.compute.descriptors import AT_ONCE, Written, check_limit, raise_limit
 from ota_core.errors import OtaError
-from ota_core.files import descriptors
 from ota_core.files.byte_source import MappedFile
 
 
