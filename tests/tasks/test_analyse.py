@@ -47,7 +47,7 @@ def recipe(models: Path, method: str = "ota", own: dict[str, Any] | None = None,
 
 
 def plan_of(recipe: MergeRecipe, where: Places) -> Planned:
-    fetched = [storage.fetch(source, cache=where.cache) for source in model_sources(recipe, None)]
+    fetched = [storage.fetch(source, cache=where.cache) for (source,) in model_sources(recipe, None)]
     return planned(recipe, fetched, where, memory="256MiB")
 
 

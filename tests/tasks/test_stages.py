@@ -52,7 +52,7 @@ def recipe(
 
 
 def plan_of(recipe: MergeRecipe, where: Places) -> Planned:
-    fetched = [storage.fetch(source, cache=where.cache) for source in model_sources(recipe, None)]
+    fetched = [storage.fetch(source, cache=where.cache) for (source,) in model_sources(recipe, None)]
     return planned(recipe, fetched, where)
 
 
