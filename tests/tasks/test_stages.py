@@ -73,7 +73,7 @@ def fingerprints(recipe: MergeRecipe, where: Places) -> dict[str, str]:
     """Of the first expert's moments and mask, and of the merge."""
     inputs = inputs_of(recipe, where)
     return {
-        "moments": moments_step(recipe, inputs.experts[0]).fingerprint,
+        "moments": moments_step(recipe, inputs.experts[0], 0).fingerprint,
         "mask": mask_step(recipe, inputs, 0).fingerprint,
         "merge": merge_step(recipe, inputs).fingerprint,
     }
