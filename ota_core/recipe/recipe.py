@@ -116,8 +116,8 @@ class MergeRecipe(Strict):
         None, description="Settings of config.json that may differ between the models, such as rope_theta; others are refused."
     )
 
-    allow_nonfinite: bool = Field(
-        False, description="Merge models that hold infinite numbers or NaN (`--allow-nonfinite`); by default they are an error."
+    allow_nonfinite: bool | None = Field(
+        None, description="Merge models that hold infinite numbers or NaN (`--allow-nonfinite`); by default they are an error."
     )
 
     @model_validator(mode="before")

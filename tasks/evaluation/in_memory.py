@@ -130,7 +130,8 @@ class MergedModel:
             engine.merge_into_memory(recipe, inputs, self._weights.put, **limits)
             self._weights.settle()
             return
-        remove_tree(self._spare)  # of a trial that was killed
+        if self._spare.exists():  # of a trial that was killed
+            remove_tree(self._spare)
         with new_folder(self._spare, overwrite=False) as folder:
             engine.merge_into(folder, recipe, inputs, **limits)
             self._open(folder)

@@ -146,6 +146,7 @@ def test_a_flow_never_waits_for_runs_of_its_own_pool(
     monkeypatch.setattr(executors, "run_deployed", send)
     monkeypatch.setattr(flows.part, "pool_of", lambda name: name.replace("part/", "ota-"))
     monkeypatch.setenv("OTA_WORK_POOL", own)
+    monkeypatch.setenv("OTA_ALLOWED_ROOTS", f"{tmp_path.parent},{world.tracking_uri}")
     recipe = world.recipe(density=0.4, compression="rank1", normalise="global")
     outcome = sharded(world.at(tmp_path / "home"), recipe, runner=Runner(kind="workers"))
     for file in alone(world, recipe, tmp_path / "alone").glob("*.safetensors"):

@@ -267,11 +267,12 @@ def test_clients_that_register_one_digest_at_once_agree_on_the_older(root: Path,
     assert [v.version for v in client.search_model_versions("name='ota-merged'")] == [1]
 
 
-def test_a_server_that_is_away_is_one_quick_clear_error() -> None:
+def test_a_server_that_is_away_is_one_quick_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
     with pytest.raises(StorageError) as caught:
-        log_merge(a_merge(), tracking_uri=f"http://user:secret@127.0.0.1:{port}")
+        log_merge(a_merge())
     assert time.monotonic() - start < 20
     message = str(caught.value)
     assert f"http://127.0.0.1:{port}" in message and "s3://models/merged/ota" in message and "\n" not in message

@@ -67,14 +67,12 @@ def test_the_store_is_the_argument_then_the_environment_then_the_folder(tmp_path
     assert resolve_store(tracking_uri="http://other", root=tmp_path).uri == "http://other"
 
 
-def test_hints_say_where_to_open_mlflow(tmp_path: Path) -> None:
+def test_hints_say_where_to_open_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hint = open_hint(root=tmp_path, experiment="1", run="abc")
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in hint
     assert "http://127.0.0.1:5000/#/experiments/1/runs/abc" in hint
-    assert (
-        open_hint(tracking_uri="https://me:secret@tracking/", experiment="7")
-        == "MLflow: https://tracking/#/experiments/7/runs?viewStateShareKey=ota"
-    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@tracking/")
+    assert open_hint(experiment="7") == "MLflow: https://tracking/#/experiments/7/runs?viewStateShareKey=ota"
 
 
 def test_filters_quote_or_refuse() -> None:
