@@ -56,7 +56,7 @@ def merge(
     from tasks.merging.stages import read_stages
 
     with user_errors(), ExitStack() as stack:
-        stages = [one.ignoring(ignore).allowing_nonfinite(allow_nonfinite) for one in read_stages(recipe)]
+        stages = [one.with_recipe(one.recipe.ignoring(ignore).allowing_nonfinite(allow_nonfinite)) for one in read_stages(recipe)]
         check_free(out, overwrite=overwrite, keep=[recipe])
         file_size = parse_size(shard_size, "shard size", "1KB")
         if len(stages) > 1:
@@ -100,7 +100,9 @@ def plan(recipe: Recipe, memory: Memory = "2GiB", ignore: IgnoreDifferences = No
     from tasks.merging.stages import read_stages
 
     with user_errors():
-        for line in _planned_stages([one.ignoring(ignore) for one in read_stages(recipe)], recipe, memory, home):
+        for line in _planned_stages(
+            [one.with_recipe(one.recipe.ignoring(ignore)) for one in read_stages(recipe)], recipe, memory, home
+        ):
             typer.echo(line)
 
 
@@ -292,8 +294,7 @@ def mask(
             check_apart(out, inputs)
             with new_folder(out, overwrite=overwrite, is_output=is_masks) as folder:
                 found = engine.mask(loaded, folder, inputs=inputs, device=device, memory=memory, progress=progress)
-                if inputs.check is not None:
-                    inputs.check()
+                inputs.verify()
                 (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
             seconds = {"mask": time.perf_counter() - started}
         if as_json:

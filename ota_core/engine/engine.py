@@ -96,8 +96,7 @@ def merge(
     check_apart(out, inputs)
     with full_disk(out), new_folder(out, overwrite=overwrite) as folder:
         report = merge_into(folder, recipe, inputs, shard_size=shard_size, opens=opens, **limits)
-        if inputs.check is not None:
-            inputs.check()
+        inputs.verify()
         identity, config, digests = merge_identity(recipe, inputs, shard_size)
         provenance = {
             **environment(limits.get("device", "cpu")),

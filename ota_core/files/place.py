@@ -116,8 +116,8 @@ def check_free(out: Path, *, overwrite: bool, is_output: IsOutput = recorded, ke
         )
 
 
-def check_file(out: Path, *, overwrite: bool, ours: bool = True) -> None:
-    """Raise OtaError unless a file can take the name ``out``. With ``ours`` it may replace only a file of second moments or an empty one."""
+def check_file(out: Path, *, overwrite: bool) -> None:
+    """Raise OtaError unless a file can take the name ``out``. It may replace only a file of second moments or an empty one."""
     if out.is_dir():
         raise OtaError(f"{out} is a folder; name a file such as {out / 'exp_avg_sq.safetensors'}")
     if not out.exists() and not out.is_symlink():
@@ -126,7 +126,7 @@ def check_file(out: Path, *, overwrite: bool, ours: bool = True) -> None:
         raise OtaError(f"{out} exists already; choose another output or pass --overwrite")
     if not out.is_file():
         raise OtaError(f"{out} is no regular file; choose another output")
-    if ours and out.stat().st_size and not _has_format(out):
+    if out.stat().st_size and not _has_format(out):
         raise OtaError(
             f"{out} is no file of second moments that this program wrote: --overwrite does not replace it. Remove it yourself, or choose "
             "another output"

@@ -98,6 +98,11 @@ class MergeInputs:
         """Base first, then the experts."""
         return [*([self.base] if self.base else []), *self.experts]
 
+    def verify(self) -> None:
+        """Call ``check`` where there is one. Raises OtaError."""
+        if self.check is not None:
+            self.check()
+
 
 def expert_name(source: str, capability: str | None, label: str | None) -> str:
     """The label of an expert: the recipe's, else its capability, else the last part of its path without a revision.

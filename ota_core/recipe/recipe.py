@@ -341,7 +341,7 @@ def _contradictions(recipe: MergeRecipe) -> list[str]:
     problems += [
         f"models: the name {n!r} cannot be a file's name: {why}; choose another label"
         for n in names
-        if (why := why_unsafe(n) or ("it holds a slash" if "/" in n else None))
+        if "/" not in n and (why := why_unsafe(n))
     ]
     problems += [f"models: the name '{n}' is kept for another model; choose another label" for n in names if n in RESERVED_NAMES]
     problems += [

@@ -54,8 +54,7 @@ def extract_adapter(
     report = extract_into(
         folder, pair.merged, pair.base, options, memory=memory, device=device, progress=progress, base_name=pair.base_name
     )
-    if pair.inputs.check is not None:
-        pair.inputs.check()  # what was read in S3 is still what was listed
+    pair.inputs.verify()  # what was read in S3 is still what was listed
     config = options.model_dump(mode="json")
     digests = {"base": str(pair.inputs.models[0].digest), "merged": str(pair.inputs.models[1].digest)}
     record = Record(

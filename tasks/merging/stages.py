@@ -50,13 +50,9 @@ class StageRecipe:
             )
         return recipe.model_copy(update=changed)
 
-    def ignoring(self, keys: Sequence[str] | None) -> "StageRecipe":
-        """The stage with further settings of config.json that may differ between its models."""
-        return replace(self, recipe=self.recipe.ignoring(keys))
-
-    def allowing_nonfinite(self, allow: bool) -> "StageRecipe":
-        """The stage, which with ``allow`` merges infinite numbers and NaN, too."""
-        return replace(self, recipe=self.recipe.allowing_nonfinite(allow))
+    def with_recipe(self, recipe: MergeRecipe) -> "StageRecipe":
+        """The stage with another recipe of the same models."""
+        return replace(self, recipe=recipe)
 
     def named(self, inputs: MergeInputs) -> MergeInputs:
         """The inputs, with results of other stages called by their names: what a record and a model card say."""

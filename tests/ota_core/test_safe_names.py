@@ -70,5 +70,5 @@ def test_a_record_an_index_a_manifest_and_a_recipe_cannot_lead_outside(tmp_path:
         with pytest.raises(CheckpointError, match="expected the name of a file beside the index"):
             Checkpoint(tmp_path)
     assert expert_name("s3://b/e", "../../math", None) == "..-..-math"
-    with pytest.raises(RecipeError, match="cannot be a file's name: it holds a slash; choose another label"):
+    with pytest.raises(RecipeError, match="the name 'x/y' has a slash; names also label files, write 'x-y'"):
         parse_recipe({"merge_method": "linear", "models": [{"model": "a", "name": "x/y"}, {"model": "b"}]})
