@@ -91,7 +91,7 @@ class ModelView:
     """As torch names it: ``cpu``, ``cuda`` or one of several GPUs."""
     count_read: Callable[[int], None]
     guard: Guard | None = None
-    """Who is told of numbers that are not finite; None where they may be."""
+    """Notes numbers that are not finite; None where they are allowed."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Name in the output → the model's own, where they differ: of layers that stand elsewhere in the output."""
 
@@ -158,11 +158,16 @@ class ModelView:
                 prefetch(row, row + count)
 
     def stored(self, name: str, start: int, stop: int) -> Rows:
-        """The same rows as they are stored, with what says which the model has. A compiled pass that loads them tells the guard of numbers that are not finite."""
+        """The same rows as they are stored, with what says which the model has. A compiled pass that loads them notes numbers that are not finite in the guard's cell."""
         rows = self._rows(name, start, stop)
         if self.guard is None or not rows.dtype.is_floating_point:
             return rows
         return replace(rows, watch=self.guard.cell(partial(self._unfit, name)))
+
+    def check_finite(self, name: str, start: int, stop: int) -> None:
+        """Raise CheckpointError where these rows, read again, are not finite. A model that lacks the tensor holds no such number."""
+        if self.stored_name(name) in self.checkpoint and not_finite(self._rows(name, start, stop)):
+            raise self._unfit(name)
 
     def _unfit(self, name: str) -> OtaError:
         return unfit_input(self.name, self.checkpoint, self.stored_name(name))

@@ -144,7 +144,9 @@ def digest_folder(folder: Path, *, cache: Path) -> tuple[str, dict[str, FileInfo
     """(digest, files) of the model's files in a folder. Raises StorageError when there are none."""
     names = folder_model_files(folder)
     if not names:
-        raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin")
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f". Folders in it do: {', '.join(inside[:5])}; name one of them" if inside else ""
+        raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin{hint}")
     files = digest_files(folder, names, cache=cache)
     return combined_digest(files), files
 
