@@ -103,6 +103,8 @@ def user_errors() -> Iterator[None]:
     except OtaError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough: click ends the command quietly
+        raise
     except OSError as error:
         if error.errno in _NO_PATHS:
             typer.echo(f"Error: {str(error.filename)[:200]}: {error.strerror}; give another path", err=True)
