@@ -1,8 +1,9 @@
 """A checkpoint folder as named tensors, read lazily: safetensors, sharded or not, PyTorch's ``.bin``, or the shards of FSDP."""
 
 from collections.abc import Collection, Iterable, Mapping
+from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 from ota_core.errors import CheckpointError
 from ota_core.files.architecture import alone
@@ -34,10 +35,11 @@ TOKENIZER_PATTERNS = (
 if TYPE_CHECKING:
     from ota_core.files.dcp.weights import DcpWeights
     from ota_core.files.gguf.file import GgufFile  # it needs gguf
+    from ota_core.files.layouts.relaid import RelaidWeights
     from ota_core.files.pickled.bin_file import BinFile
     from ota_core.files.quantised.model import QuantisedWeights  # it needs numba
 
-WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | GgufFile | QuantisedWeights"
+WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | GgufFile | QuantisedWeights | RelaidWeights"
 """One file of tensors."""
 
 
@@ -123,6 +125,15 @@ class Checkpoint:
     def leave_aside(self, names: Collection[str]) -> None:
         """Take no notice of these tensors from now on."""
         self._where = {name: place for name, place in self._where.items() if name not in names}
+
+    def as_it_is(self) -> Self:
+        """The same tensors under the names that they have now, whatever these become; closing it is not needed."""
+        return copy(self)
+
+    def replace(self, names: Collection[str], made: "RelaidWeights") -> None:
+        """From now on hold these tensors in the place of those."""
+        self.leave_aside(names)
+        self._where = self._where | {name: (made, name) for name in made.infos}
 
     def names_by_place(self) -> list[str]:
         """The same in the order of the tensors in their files."""

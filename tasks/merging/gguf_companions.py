@@ -3,12 +3,16 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ota_core.errors import CheckpointError
+from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import GGUF, weight_files
+from ota_core.files.layouts.stored import Loaded
+from tasks.merging.architecture import parameters_of
 from tasks.storage.cache import appearing, locked, note_use
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,11 @@ def gguf_companions(folder: Path, cache: Path) -> Path | None:
                 _write(file, temporary)
         note_use(made)
     return made
+
+
+def loaded_of(folder: Path, cache: Path, source_of: SourceOf | None) -> Callable[[], Loaded]:
+    """What the tensors in a model's folder become as transformers loads it, told when it is asked for."""
+    return lambda: parameters_of(folder, source_of, gguf_companions(folder, cache))
 
 
 def _write(file: Path, folder: Path) -> None:
