@@ -13,7 +13,7 @@ from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf, numbers, open_source
 from ota_core.files.gguf.names import Part, config_of, parts_of
 from ota_core.files.rows import BF16, F16, F32, F64, Dtype, Rows
-from ota_core.files.safetensors_io import TensorInfo
+from ota_core.files.safetensors_io import TensorInfo, other_format
 
 _PLAIN = {"F32": F32, "F16": F16, "BF16": BF16, "F64": F64}
 # Metadata of a model's form; the tokenizer's tables are not read here.
@@ -43,8 +43,10 @@ class GgufFile:
             metadata = _metadata(reader)
             self._stored = {one.name: _stored(gguf, one) for one in reader.tensors}
         except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
+            with open(path, "rb") as file:
+                seen = other_format(file.read(16))
             raise CheckpointError(
-                f"{path} cannot be read as GGUF ({type(error).__name__}: {error}); fetch the file again"
+                f"{path} cannot be read as GGUF ({type(error).__name__}: {error}).{seen} Fetch the file again"
             ) from None
         if metadata.get("split.count", 0) not in (0, 1):
             raise CheckpointError(

@@ -38,7 +38,7 @@ def codes_of(bits: int, *shape: int) -> Any:
     ("bits", "shape"), [(4, (10, 64)), (4, (9, 52)), (8, (5, 32)), (2, (18, 48)), (4, (3, 10, 64)), (8, (2, 6, 48))]
 )
 def test_w4a16_and_its_like(tmp_path: Path, bits: int, shape: tuple[int, ...], group: int | None, zeros: bool) -> None:
-    """vllm-project/llm-compressor#1021: W4A16 models are what their publishers have left. The last group may be a short one."""
+    """vllm-project/vllm#28791: W4A16 models are what their publishers have left. The last group may be a short one."""
     count = -(-shape[-1] // group) if group else 1
     codes, scales = codes_of(bits, *shape), torch.from_numpy(R.random((*shape[:-1], count), np.float32)).bfloat16()
     zero = codes_of(bits, *shape[:-1], count) if zeros else np.zeros((*shape[:-1], count), np.int64)

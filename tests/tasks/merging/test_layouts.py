@@ -49,7 +49,7 @@ def family(root: Path, kind: str, stacks: str) -> Any:
 @pytest.mark.parametrize("stacks", ["base", "experts"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
 def test_experts_of_the_other_layout(tmp_path: Path, kind: str, stacks: str) -> None:
-    """huggingface/transformers#43159: checkpoints of before and after experts became stacks do not have the same tensors."""
+    """vllm-project/vllm#36997, unslothai/unsloth-zoo#812: checkpoints of before and after experts became stacks do not have the same tensors."""
     family(tmp_path, kind, "nobody")
     wanted = average(tmp_path)
     model = family(tmp_path, kind, stacks)
