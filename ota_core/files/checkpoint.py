@@ -9,6 +9,7 @@ from ota_core.errors import CheckpointError
 from ota_core.files.architecture import alone
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp.metadata import METADATA
+from ota_core.files.gguf.sets import model_of
 from ota_core.files.not_models import check_gathered
 from ota_core.files.prefixes import plain_names, twice
 from ota_core.files.rows import NUMBERS, Dtype, Rows
@@ -63,8 +64,9 @@ class Checkpoint:
         """What a user should know of how the folder was read."""
         self.sharded = files[0].name == METADATA
         """Whether the weights are the shards of FSDP, whose folder usually holds no configuration."""
-        # The ranks' files of a sharded checkpoint are read together, through their description.
-        self.files = [open_weights(file, source_of) for file in (files[:1] if self.sharded else files)]
+        # The ranks' files of a sharded checkpoint are read together, through their description, and so are the parts of a GGUF file.
+        together = self.sharded or files[0].suffix == GGUF
+        self.files = [open_weights(file, source_of) for file in (files[:1] if together else files)]
         where: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.infos:
@@ -193,7 +195,9 @@ def open_weights(path: Path, source_of: SourceOf | None = None) -> WeightFile:
     if path.suffix == GGUF:
         from ota_core.files.gguf.file import GgufFile
 
-        return GgufFile(path, source_of)
+        return GgufFile(
+            [path.parent / name for name in model_of(path.name, (one.name for one in path.parent.glob(f"*{GGUF}")))], source_of
+        )
     if path.suffix != ".safetensors":
         from ota_core.files.pickled.bin_file import BinFile
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
-from ota_core.files.checkpoint import GGUF, weight_files
+from ota_core.files.checkpoint import GGUF, open_weights, weight_files
 from ota_core.files.layouts.stored import Loaded
 from tasks.merging.architecture import parameters_of
 from tasks.storage.cache import appearing, locked, note_use
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of what is written: another version does not use this one's
+VERSION = 2  # of what is written: another version does not use this one's
 
 
 def gguf_companions(folder: Path, cache: Path) -> Path | None:
@@ -46,10 +46,16 @@ def loaded_of(folder: Path, cache: Path, source_of: SourceOf | None) -> Callable
 
 
 def _write(file: Path, folder: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, MixtralConfig
 
     try:
         config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        form = open_weights(file).config
+        if form["model_type"] == "mixtral":  # transformers takes it for a Llama of the same sizes, as llama.cpp calls it
+            known = MixtralConfig().to_dict().keys() - {"model_type", "architectures"}
+            config = MixtralConfig(**{key: value for key, value in config.to_dict().items() if key in known})
+        for key in form.keys() & config.to_dict().keys() - {"model_type"}:
+            setattr(config, key, form[key])
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]

@@ -55,3 +55,31 @@ def test_gguf_files_are_experts_and_bases(tmp_path: Path) -> None:
     for name, tensor in made.state_dict().items():
         np.testing.assert_array_equal(tensor.numpy(), start[name].half().numpy(), err_msg=name)
     assert "checkpoint: llama" in said("inspect", tmp_path / "f16.gguf")
+
+
+def test_one_gguf_model_of_a_folder_of_many(tmp_path: Path) -> None:
+    """abetlen/llama-cpp-python#1341: by the name of its file, or of any of its parts; a Mixtral is one, though llama.cpp calls it llama."""
+    for kind in ("mixtral", "llama"):
+        tiny(kind).save_pretrained(tmp_path / kind)
+        write_gguf(tmp_path / f"{kind}.gguf", tmp_path / kind, kind, "F16", split=0 if kind == "llama" else 6)
+    home, parts = ("--home", tmp_path / "home"), sorted(path.name for path in tmp_path.glob("mixtral-*.gguf"))
+    (tmp_path / "all.yaml").write_text(json.dumps({"merge_method": "linear", "models": [{"model": str(tmp_path)}]}))
+    assert f"2 GGUF models (llama.gguf, {parts[0]}); name the one that is meant" in refused("plan", tmp_path / "all.yaml", *home)
+    (tmp_path / "one.yaml").write_text(json.dumps({"merge_method": "linear", "models": [{"model": parts[1]}]}))
+    said("merge", tmp_path / "one.yaml", tmp_path / "out", *home)
+    from transformers import AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(made).__name__ == "MixtralForCausalLM"
+    start = load_file(tmp_path / "mixtral" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor.numpy(), start[name].half().numpy(), err_msg=name)
+    # What transformers does not read of the metadata is in the configuration that the merge makes of them.
+    tiny("qwen3moe").save_pretrained(tmp_path / "qwen")
+    write_gguf(tmp_path / "qwen.gguf", tmp_path / "qwen", "qwen3moe", "F16")
+    (tmp_path / "two.yaml").write_text(json.dumps({"merge_method": "linear", "models": [{"model": "qwen.gguf"}]}))
+    said("merge", tmp_path / "two.yaml", tmp_path / "two", *home)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "two").config
+    assert (config.head_dim, config.moe_intermediate_size, config.num_experts) == (16, 32, 4)
+    (tmp_path / parts[2]).unlink()
+    assert f"missing: {parts[2]}; fetch all of them" in refused("merge", tmp_path / "one.yaml", tmp_path / "again", *home)

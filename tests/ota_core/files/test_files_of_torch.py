@@ -79,7 +79,7 @@ def script(path: Path) -> None:
     ids=["state_dict", "model", "mixed", "module", "script", "empty", "lfs", "lfs gguf", "page", "safetensors", "gguf"],
 )  # fmt: skip
 def test_what_a_file_is_instead(tmp_path: Path, name: str, held: Any, says: str) -> None:
-    """huggingface/transformers#30485 and Lightning-AI/litgpt#183: training states and modules under the name of weights; pointers and pages as downloads."""
+    """microsoft/OmniParser#34, huggingface/transformers#27923: training states and modules under the name of weights; pointers and pages as downloads."""
     if callable(held) and not isinstance(held, torch.nn.Module):
         held(tmp_path / name)
     elif isinstance(held, bytes):
