@@ -79,7 +79,19 @@ def parameters_of(folder: Path, source_of: SourceOf | None = None, config: Path 
         model = _skeleton(config or folder)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         conversion = conversion_of(model, held, shapes, _tied(model))
-    return Loaded(conversion.own, conversion.made, shapes)
+        bare = _bare(model)
+    return Loaded(conversion.own, conversion.made, shapes, bare)
+
+
+def _bare(model: Any) -> frozenset[str]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    layers = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
+    return frozenset(
+        f"{name}.{own}" for name, module in model.named_modules() if not isinstance(module, layers)
+        for own, parameter in module.named_parameters(recurse=False) if parameter.ndim in (2, 3)
+    )  # fmt: skip
 
 
 def model_problems(folder: Path, held: Mapping[str, Shape]) -> list[str]:

@@ -48,6 +48,8 @@ class Loaded:
     """Tensor to the parts of parameters that make it."""
     shapes: Mapping[str, Shape]
     """Of the parameters, by their names."""
+    bare: frozenset[str] = frozenset()
+    """Matrices, and stacks of them, that a module of the model's own holds and multiplies itself: no layer of torch's."""
 
 
 Span = tuple[View, int, int]

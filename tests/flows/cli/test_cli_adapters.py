@@ -1,14 +1,18 @@
 """``ota extract-lora``, and adapters and GGUF files in ``ota merge``, as they are typed."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.torch import load_file
 
 from tests.flows.cli.typed import refused, said
 from tests.ota_core.files.tiny_adapters import tiny_base, write_adapter
 from tests.ota_core.files.tiny_gguf import tiny, write_gguf
+from tests.tasks.merging.merging import family
+from tests.tasks.merging.tiny_architectures import MODELS
 
 
 def test_an_adapter_is_extracted_and_merged_again(tmp_path: Path) -> None:
@@ -83,3 +87,32 @@ def test_one_gguf_model_of_a_folder_of_many(tmp_path: Path) -> None:
     assert (config.head_dim, config.moe_intermediate_size, config.num_experts) == (16, 32, 4)
     (tmp_path / parts[2]).unlink()
     assert f"missing: {parts[2]}; fetch all of them" in refused("merge", tmp_path / "one.yaml", tmp_path / "again", *home)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "qwen2_5_vl"])
+def test_an_adapter_of_any_kind_of_model_is_what_peft_loads(tmp_path: Path, kind: str) -> None:
+    """unslothai/unsloth-zoo#812, vllm-project/vllm#41754: edits of experts that are named as files have them are dropped in silence by who loads them."""
+    import peft
+
+    model = MODELS[kind]().float()
+    family(tmp_path, model)
+    home = ("--home", tmp_path / "home")
+    told = said("extract-lora", tmp_path / "e1", "--base", tmp_path / "base", "--rank", 64, tmp_path / "out", *home)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert ("edits of experts are of whole stacks" in told) == (kind != "qwen2_5_vl") == ("target_parameters" in config)
+    edited = json.loads((tmp_path / "out" / "record.json").read_text())["results"]["tensors"]
+    names = {one["name"] for one in edited if one["how"] == "factors"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = peft.PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "out")
+    assert not [str(one.message) for one in caught if "adapter keys" in str(one.message)]
+    merged, wanted = loaded.merge_and_unload().state_dict(), type(model).from_pretrained(tmp_path / "e1").state_dict()
+    assert names <= wanted.keys() and len(names) > 4
+    for name in names:
+        np.testing.assert_allclose(merged[name].numpy(), wanted[name].numpy(), atol=1e-5, err_msg=name)
+    # This tool applies it to the base's files, whichever way these lay experts out.
+    (tmp_path / "again.yaml").write_text(json.dumps({"merge_method": "linear", "models": [{"model": "base+out"}]}))
+    said("merge", tmp_path / "again.yaml", tmp_path / "again", *home)
+    ours = type(model).from_pretrained(tmp_path / "again").state_dict()
+    for name in names:
+        np.testing.assert_allclose(ours[name].numpy(), wanted[name].numpy(), atol=1e-5, err_msg=name)
