@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.layouts.relayout import Relayout
 from ota_core.files.rows import Dtype, Rows
 from ota_core.fused.sources import VSource, rank1_source, source_of
 from ota_core.moments import Moments
@@ -192,6 +193,8 @@ class ExpertView(ModelView):
     """What second moments of its checkpoint may be called."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Its own names to the output's, where these differ; ``checkpoint`` and second moments go by the output's."""
+    relaid: Relayout | None = None
+    """How tensors of the output's layout are made of its own, where it has another; ``checkpoint`` and second moments go by the output's."""
     inactive: set[str] = field(default_factory=set)
     """Tensors (canonical names) without curvature that the expert never moved: it takes no part there."""
 
