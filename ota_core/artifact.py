@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ota_core.errors import ArtifactError
 from ota_core.frozen import Frozen
 from ota_core.names import why_unsafe
+from ota_core.reading import json_value, quoted, read_file
 
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
@@ -145,10 +146,10 @@ def read_record(folder: Path) -> Record:
     """The record of a complete output. Raises ArtifactError when it is missing, unreadable or contradicts the files."""
     path = folder / RECORD
     try:
-        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+        record = parse_record(read_file(path))
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no {RECORD}: the output was never completed; run its stage again") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as a record ({error}); delete the folder and run its stage again") from None
     problems = missing_files(folder, record.files)
     if problems:
@@ -156,6 +157,15 @@ def read_record(folder: Path) -> Record:
             f"{folder} does not hold what its {RECORD} lists: {'; '.join(problems)}. Delete the folder and run its stage again"
         )
     return record
+
+
+def parse_record(content: bytes) -> Record:
+    """A record from its file's bytes. Raises ValueError, which quotes nothing of what is none."""
+    try:
+        return Record.model_validate(json_value(content))
+    except ValidationError as error:
+        wrong = ", ".join(quoted(".".join(map(str, one["loc"])), 80) for one in error.errors()[:5])
+        raise ValueError(f"it is no record, by {wrong or 'its form'}") from None
 
 
 def has_size(name: str, size: int, expected: int) -> bool:

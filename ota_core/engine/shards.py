@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ota_core.compute.stream import Progress
-from ota_core.engine.engine import Opens, complete_folder
+from ota_core.engine.engine import Opens, complete_folder, noted_cards
 from ota_core.engine.output import Shards, needs, plan_files, write_weights
 from ota_core.engine.survey import Survey, bins_varied, facts_varied, survey_varied
 from ota_core.engine.ties import check_ties
@@ -199,4 +199,4 @@ def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts |
 def finish(job: MergeInParts, folder: Path, found: Sequence[Found], opens: Opens | None = None) -> tuple[str, dict[str, Any]]:
     """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint and results."""
     with job.opened() as (plan, shards):
-        return complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens)
+        return complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens, noted_cards(plan))

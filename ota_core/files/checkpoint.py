@@ -22,6 +22,7 @@ from ota_core.files.weight_sets import adapter_of as adapter_of
 from ota_core.files.weight_sets import check_index, passed_over
 from ota_core.files.weight_sets import read_json as read_json
 from ota_core.files.weight_sets import weight_files as weight_files
+from ota_core.reading import printable, quoted
 
 # Files beside the weights that belong to a model. What matches is copied from the source of the output's tokenizer and config.
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -32,6 +33,9 @@ TOKENIZER_PATTERNS = (
     "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 
+
+LONGEST_NAME = 1000
+"""Characters of a tensor's name."""
 
 if TYPE_CHECKING:
     from ota_core.files.dcp.weights import DcpWeights
@@ -75,6 +79,11 @@ class Checkpoint:
                         f"{self.path}: tensor '{name}' is in both {where[name].path.name} and {file.path.name}; expected it once"
                     )
                 where[name] = file
+        if (odd := next((name for name in where if len(name) > LONGEST_NAME or name != printable(name)), None)) is not None:
+            raise CheckpointError(
+                f"{self.path}: a tensor is called {quoted(odd, 80)} in {where[odd].path.name}; expected a name of at most {LONGEST_NAME} characters without control "
+                "characters: fetch or save the model again"
+            )
         plain = plain_names(where)
         if double := twice(plain):
             raise CheckpointError(

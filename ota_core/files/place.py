@@ -5,7 +5,6 @@ import ctypes
 import errno
 import fcntl
 import glob
-import json
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from ota_core.artifact import RECORD
 from ota_core.errors import CheckpointError, OtaError
+from ota_core.reading import json_value, read_file
 
 ABANDONED_SECONDS = 60
 IsOutput = Callable[[Path], bool]
@@ -28,8 +28,8 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 def recorded(folder: Path) -> bool:
     """Whether a folder holds a record."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json_value(read_file(folder / RECORD))
+    except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"kind", "fingerprint", "files"} <= set(record)
 

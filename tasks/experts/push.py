@@ -22,7 +22,15 @@ from tasks.merging.architecture import expert_moments
 from tasks.settings import places
 from tasks.storage import models as storage
 from tasks.storage.download import Progress
-from tasks.storage.layout import expert_manifest, folder_model_files, is_beside, manifest_sha256, model_files, parse_expert_json
+from tasks.storage.layout import (
+    expert_manifest,
+    folder_model_files,
+    is_beside,
+    manifest_sha256,
+    model_files,
+    parse_expert_json,
+    read_expert_json,
+)
 from tasks.storage.models import EXPERT_JSON
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -180,8 +188,7 @@ def _remote_manifest(uri: str) -> dict[str, Any]:
 def _into_folder(folder: Path, target: Path, manifest: Mapping[str, Any]) -> bool:
     """The same for a local prefix: copied beside its place and renamed, so that nobody sees half of it."""
     if (target / EXPERT_JSON).is_file():
-        where = str(target / EXPERT_JSON)
-        _check_same(parse_expert_json(Path(where).read_bytes(), where), manifest, str(target))
+        _check_same(read_expert_json(target / EXPERT_JSON), manifest, str(target))
         return True
     if target.exists():
         raise StorageError(f"{target} exists, and is no expert (it holds no {EXPERT_JSON}); delete it, or choose another --name")

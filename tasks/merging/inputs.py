@@ -25,7 +25,7 @@ from tasks.settings import allow_path
 from tasks.storage import hub, s3
 from tasks.storage import models as storage
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
-from tasks.storage.layout import folder_model_files, parse_expert_json
+from tasks.storage.layout import folder_model_files, read_expert_json
 from tasks.storage.models import Fetched
 from tasks.storage.streaming.streams import Streams
 
@@ -100,7 +100,7 @@ def _unhashed(source: str) -> Fetched:
     folder = Path(source)
     files = {name: FileInfo(size=(folder / name).stat().st_size, digest="not computed") for name in folder_model_files(folder)}
     manifest = folder / storage.EXPERT_JSON
-    expert = parse_expert_json(manifest.read_bytes(), str(manifest)) if manifest.is_file() else None
+    expert = read_expert_json(manifest) if manifest.is_file() else None
     return Fetched(source=source, resolved=str(folder.resolve()), path=folder, digest="not computed", files=files, expert=expert)
 
 

@@ -15,6 +15,7 @@ from ota_core.errors import StorageError
 from ota_core.files.checkpoint import GGUF
 from ota_core.files.gguf.sets import model_of, models_among
 from ota_core.frozen import Frozen
+from ota_core.reading import read_file
 from tasks.settings import allow_path
 from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, note_use
@@ -30,6 +31,7 @@ from tasks.storage.layout import (
     manifest_sha256,
     model_files,
     parse_expert_json,
+    read_expert_json,
     sha256_file,
 )
 from tasks.storage.s3 import (
@@ -64,11 +66,13 @@ def absolute(root: str) -> str:
 
 
 def read_note(uri: str) -> bytes | None:
-    """A small file here or in S3, None where there is none. Raises StorageError when the server refuses."""
+    """A small file here or in S3, None where there is none. Raises StorageError when the server refuses, or it is no file that can be read."""
     try:
-        return read_bytes(uri) if is_s3(uri) else Path(uri).read_bytes()
+        return read_bytes(uri) if is_s3(uri) else read_file(Path(uri))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StorageError(f"{uri} cannot be read ({error.strerror or error})") from None
     except StorageError as error:
         if error.reason != "missing":
             raise
@@ -179,7 +183,7 @@ def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
 def _local_expert(folder: Path, where: str, required: bool) -> dict[str, Any] | None:
     path = folder / EXPERT_JSON
     if path.is_file():
-        return parse_expert_json(path.read_bytes(), str(path))
+        return read_expert_json(path)
     if required:
         raise _no_expert_json(where)
     return None
