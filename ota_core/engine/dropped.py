@@ -6,7 +6,7 @@ import numpy as np
 
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import ExpertView
-from ota_core.plan.vocabulary import is_vocabulary_tensor
+from ota_core.plan.vocabulary.match import is_vocabulary_tensor
 
 SHOWN = 4
 

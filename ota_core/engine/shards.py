@@ -37,7 +37,8 @@ from ota_core.plan.prepare import WholeFacts, ffg_group, masked_here, mean_of, w
 from ota_core.plan.scoring import ffg_scoring
 from ota_core.plan.tally import Brackets, bins_of, count_brackets, count_high, read_off, taus_of
 from ota_core.plan.views import ExpertView
-from ota_core.recipe.recipe import FFG, MergeRecipe
+from ota_core.recipe.methods import FFG
+from ota_core.recipe.recipe import MergeRecipe
 from ota_core.rules.lambdas import scales_of
 from ota_core.rules.rule import rule_of
 

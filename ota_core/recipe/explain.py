@@ -19,18 +19,10 @@ Lines = Mapping[tuple[Any, ...], int]
 _WORDS = {
     "merge_method": "a slice has the merge_method of the recipe; what is merged otherwise goes into a document of its own (---) with a 'name', whose "
     "result this slice names as its model",
-    "residual_weight": "it is not supported: scale the slice with passthrough's scale, or leave it out",
-    "tokenizer": "of tokenizer only 'source' is supported, which is tokenizer_source: base, union or model:<name>; rows are matched by token, so that "
-    "tokens and pad_to_multiple_of are left out",
     "layer_range": "it belongs to a source of a slice: slices: [{sources: [{model: …, layer_range: [0, 8]}]}]",
     "select_topk": "write 'density'",
-    "random_seed": "write 'seed'",
     "pattern": "write 'filter'",
     "majority_sign_threshold": "it is not supported: signs are elected by their sum",
-    "allow_crimes": "checkpoints that do not fit are refused",
-    "trust_remote_code": "code of a checkpoint is never run; leave it out",
-    "lazy_unpickle": "everything is streamed; leave it out",
-    "low_cpu_memory": "everything is streamed; say --memory on the command line",
     "cuda": "say --device cuda on the command line",
     "out_shard_size": "say --shard-size on the command line",
     "merge_mode": "write merge_method",

@@ -19,7 +19,8 @@ from ota_core.plan.matrices import all_matrices, at_once, bytes_of, operations
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
 from ota_core.plan.whole import columns_bytes, is_whole, surveys
-from ota_core.recipe.recipe import FFG, WITHOUT_BASE, MergeRecipe
+from ota_core.recipe.methods import FFG, WITHOUT_BASE
+from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.varying import least
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, estimated_ones, fetch_all
@@ -249,7 +250,8 @@ def _is_ranked(recipe: MergeRecipe, expert: int) -> bool:
 
 def _norms(recipe: MergeRecipe, expert: int) -> int:
     """Passes for the norms of ``rescale``."""
-    return 1 if recipe.merge_method == "ota" and recipe.ffg(expert) and recipe.setting("rescale") else 0
+    trimmed = recipe.merge_method in {"ties", "breadcrumbs", "breadcrumbs_ties"}
+    return 1 if (trimmed or (recipe.merge_method == "ota" and recipe.ffg(expert))) and recipe.setting("rescale") else 0
 
 
 def _full_masks(plan: MergePlan, expert: ExpertView) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ota_core.errors import OtaError
 from ota_core.files.architecture import architecture_of, is_buffer
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.plan.vocabulary import tied_tensors
+from ota_core.plan.vocabulary.match import tied_tensors
 
 ParametersOf = Callable[[], Mapping[str, str]]
 """Tensor of a checkpoint to the parameter that it becomes when transformers loads it. Raises OtaError where that cannot be told."""

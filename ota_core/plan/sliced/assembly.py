@@ -8,7 +8,7 @@ from ota_core.files.rows import NAMED
 from ota_core.plan.roles import place_of
 from ota_core.plan.sliced.layers import numbered, position, stack_of, stacks
 from ota_core.plan.views import ExpertView, ModelView, TensorJob
-from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor
+from ota_core.plan.vocabulary.match import Vocabulary, is_vocabulary_tensor
 from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.slices import Slice, base_range, same_model
 

@@ -154,7 +154,7 @@ def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dic
         (recipe({"density": 0.4, "precond_threshold": 1e-20}), "both density and precond_threshold are given"),
         (recipe({"precond_threshold": 1e-20, "metric": "magnitude"}), "with metric magnitude give a density instead"),
         (recipe({"t": 0.5}), "'t' has no effect with merge_method ota"),
-        (recipe({"density": 0.5}, merge_method="linear"), "'density' has no effect with merge_method linear"),
+        (recipe({"power": 0.5}, merge_method="linear"), "'power' has no effect with merge_method linear"),
         (recipe({}, {"preconditioner_path": "v"}, merge_method="ties"), "'preconditioner_path' has no effect with merge_method ties"),
         (recipe({"rank1_approx": True}, merge_method="dare_ties"), "'compression' has no effect"),
         (recipe({"rank": 2}, merge_method="ties"), "'rank' has no effect with merge_method ties"),
