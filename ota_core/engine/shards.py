@@ -197,7 +197,10 @@ def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts |
         return rule.found()
 
 
-def finish(job: MergeInParts, folder: Path, found: Sequence[Found], opens: Opens | None = None) -> tuple[str, dict[str, Any]]:
-    """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint and results."""
+def finish(
+    job: MergeInParts, folder: Path, found: Sequence[Found], opens: Opens | None = None
+) -> tuple[str, dict[str, Any], list[str]]:
+    """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint, results and notes."""
     with job.opened() as (plan, shards):
-        return complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens)
+        identity, results = complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens)
+        return identity, results, plan.notes

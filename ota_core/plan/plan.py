@@ -122,6 +122,8 @@ class MergePlan:
         """Whether some block goes through tensors: no compiled pass loads its type, or λ, row spaces or learned scales need products of matrices."""
         if self.scales is not None or self.recipe.auto or self.recipe.refined:
             return True
+        if self.assembly is not None:
+            return not all(cut.loads(KINDS) for cut in self.assembly.cuts)
         base = self.base is not None and self.recipe.merge_method not in WITHOUT_BASE
         return not all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
 

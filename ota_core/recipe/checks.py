@@ -246,7 +246,9 @@ def _base_contradictions(recipe: Checked) -> list[str]:
     if recipe.scales is not None:
         problems.append("base_model is missing: scales act on task vectors, which need the base")
     if any(recipe.ffg(i) for i in range(len(recipe.models))):
-        problems.append("base_model is missing: FFG (density or precond_threshold) needs the base to know each expert's edits")
+        problems.append(
+            "base_model is missing: FFG (density or precond_threshold) needs the base to know each expert's edits; add base_model, or leave the threshold out"
+        )
     for key, neutral in (
         ("lambda", (1.0,)), ("masked_merge", ("precond",)), ("rescale", (False,)), ("missing_curvature", ("error", "estimate", "mean"))
     ):  # fmt: skip

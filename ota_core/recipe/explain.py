@@ -22,6 +22,7 @@ _WORDS = {
     "layer_range": "it belongs to a source of a slice: slices: [{sources: [{model: …, layer_range: [0, 8]}]}]",
     "select_topk": "write 'density'",
     "pattern": "write 'filter'",
+    "revision": "write it behind the model's name: org/name@revision",
     "majority_sign_threshold": "it is not supported: signs are elected by their sum",
     "cuda": "say --device cuda on the command line",
     "out_shard_size": "say --shard-size on the command line",

@@ -15,7 +15,11 @@ _METRICS = {"fisher": "curvature"}
 def mergekit_spellings(raw: dict[str, Any]) -> dict[str, Any]:
     """The recipe in the words of ``MergeRecipe``. raw: as the YAML has it; what has another form stays as it is, for the checks to name."""
     raw = {key: value for key, value in raw.items() if not str(key).startswith("x-")}  # holders of YAML anchors
-    raw.pop("out_path", None)  # says where an old program wrote; the command line does that here
+    for key in (
+        "out_path",
+        "name",
+    ):  # how other documents of the file call the result, which the command line has written elsewhere
+        raw.pop(key, None)
     raw = {key: value for key, value in raw.items() if value is not None or key not in {"modules", "tokenizer_source"}}
     tokenizer_spelling(raw, _model_name)
     raw = _of_types(_spelled(raw))

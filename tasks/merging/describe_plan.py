@@ -4,6 +4,7 @@ from math import prod
 from pathlib import Path
 
 from ota_core.compute.stream import parse_memory, peak_memory_gib
+from ota_core.engine.dropped import dropped_notes
 from ota_core.engine.output import plan_files
 from ota_core.moments import Moments
 from ota_core.moments.compression import (
@@ -60,7 +61,7 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
             lines += [f"  {view.name}: {_place(model, view)}" for view, model in zip(plan.models, fetched, strict=True)]
             if recipe.varies:
                 lines += _groups(plan)
-            notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
+            notes = [*plan.notes, *dropped_notes(plan, read=False), *([] if pending else _without_moments(plan)), *notes]
             return [
                 *lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"
             ]  # fmt: skip
