@@ -86,7 +86,7 @@ def _known_keys(location: tuple[Any, ...], root: type[BaseModel], entry: type[Ba
     if named:
         level = _level(named, entry)
     own = {"rank1_approx", "fallback_to_base", *SPELLINGS} if issubclass(level, MergeParameters | ModelParameters) else set()
-    return {"lambda" if name == "lambda_" else name for name in level.model_fields} - {"varying"} | own
+    return {"lambda" if name == "lambda_" else name for name in level.model_fields} - {"varying", "ignored"} | own
 
 
 def _level(named: list[str], entry: type[BaseModel]) -> type[BaseModel]:
@@ -124,4 +124,8 @@ def _place_in(text: str, lines: Lines) -> tuple[Any, ...]:
         if tuple(path) in lines:
             return tuple(path)
     first = parts[0] if parts else ""
+    if first == "base_model":  # it is missing; what needs it is not
+        words = re.findall(r"\w+", text)
+        needing = (path for path in lines if path and path[-1] in words and "parameters" in path[:-1])
+        return next(needing, ("merge_method",))
     return ("merge_method",) if first in USED else tuple(parts)

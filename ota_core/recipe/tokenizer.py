@@ -12,7 +12,7 @@ tokenizer:
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from ota_core.recipe.parameters import Strict
 
@@ -40,10 +40,18 @@ class TokenSource(Strict):
         return self
 
 
+def _form(source: Any) -> str:
+    """Which of the two a source is, so that only one says what is wrong with it."""
+    return "model" if isinstance(source, str) else "row"
+
+
+Source = Annotated[Annotated[TokenSource, Tag("row")] | Annotated[str, Tag("model")], Discriminator(_form)]
+
+
 class TokenRow(Strict):
     """What one token begins from before the merge."""
 
-    source: TokenSource | str | None = None
+    source: Source | None = None
     """A model of the recipe, whose own row is taken, or a ``TokenSource``. None: as for tokens that are not named."""
     force: bool = False
     """For all models, not for those alone that lack the token."""
