@@ -16,7 +16,7 @@ from ota_core.fused.finite import kinds_not_finite
 from ota_core.moments import Moments, none_found
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.plan import checkpoint_problems
-from ota_core.plan.vocabulary import tied_tensors
+from ota_core.plan.vocabulary.match import tied_tensors
 from ota_core.recipe.recipe import MergeRecipe
 
 SHOWN = 4

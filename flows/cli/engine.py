@@ -167,7 +167,7 @@ def compress(
     from ota_core.moments import choice_in, find_moments, moments_files, none_found, steps_in_words
     from ota_core.moments.compression import compression_label
     from ota_core.moments.compression.header import read_header
-    from ota_core.plan.vocabulary import names_in
+    from ota_core.plan.vocabulary.match import names_in
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
     from tasks.storage import models as storage

@@ -11,7 +11,7 @@ from ota_core.moments.renamed import renamed
 from ota_core.plan.inputs import ExpertInput
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.views import ExpertView, TensorJob, bias_factor
-from ota_core.plan.vocabulary import is_vocabulary_tensor
+from ota_core.plan.vocabulary.match import is_vocabulary_tensor
 from ota_core.recipe.recipe import MergeRecipe
 
 

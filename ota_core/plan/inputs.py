@@ -17,7 +17,8 @@ from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
-from ota_core.recipe.recipe import RESERVED_NAMES, MergeRecipe
+from ota_core.recipe.methods import RESERVED_NAMES
+from ota_core.recipe.recipe import MergeRecipe
 
 LayoutOf = Callable[[Path, Path | None], ParameterLayout]
 """Gives the parameter layout of the model in a folder, with the folder of its base; needed for optimizer states that number parameters."""

@@ -19,7 +19,7 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.scoring import delta, ffg_scoring
 from ota_core.plan.tally import Group, kth_largest, taus_of, thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts, tensor_on
-from ota_core.recipe.recipe import FFG
+from ota_core.recipe.methods import FFG
 
 if TYPE_CHECKING:
     import torch

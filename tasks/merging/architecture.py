@@ -14,7 +14,7 @@ from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.files.layouts.stored import Loaded
 from ota_core.moments import Moments, ParameterLayout, open_moments
 from ota_core.moments.base import Shape
-from ota_core.plan.vocabulary import names_in
+from ota_core.plan.vocabulary.match import names_in
 from ota_core.reading import quoted
 from tasks.merging.trained import changed_parameters
 

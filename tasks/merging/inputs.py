@@ -277,7 +277,7 @@ def _check_of_weights(expert: ExpertInput, path: Path | None, streams: Streams |
 
 
 def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None, streams: Streams | None) -> Path | None:
-    """What ``preconditioner_path`` means: a file or folder in S3 or here, ``org/name`` or, as published recipes have it, ``org/name/path``."""
+    """What ``preconditioner_path`` means: a file or folder in S3 or here, ``org/name`` or, as published recipes have it, ``org/name/path``; also ``org/name:path``."""
     if storage.is_s3(named):
         return s3_moments(named, cache, streams)
     found = find_preconditioner(named, expert.path, recipe_dir)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from ota_core.recipe.recipe import Method
+from ota_core.recipe.methods import Method
 from tests.checkpoints import read_tensors
 from tests.tiny_models import perturb, write_tiny_llama
 

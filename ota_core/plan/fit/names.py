@@ -14,7 +14,7 @@ from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.layouts.relaid import RelaidWeights
 from ota_core.files.layouts.relayout import Relayout, gone, relayout
 from ota_core.files.layouts.stored import Loaded, whole
-from ota_core.plan.vocabulary import tied_tensors
+from ota_core.plan.vocabulary.match import tied_tensors
 
 ParametersOf = Callable[[], Loaded]
 """What a checkpoint's tensors become when transformers loads it. Raises OtaError where that cannot be told."""

@@ -192,6 +192,33 @@ def test_union_has_every_token_and_its_ids_fit_the_rows(tmp_path: Path) -> None:
     assert torch.equal(plain["model.norm.weight"], got["model.norm.weight"])
 
 
+def test_rows_that_a_recipe_gives_have_no_edit(tmp_path: Path) -> None:
+    """Under OTA with FFG: the output has the donor's row to the bit, whatever the curvature; tokens that all have are merged as before."""
+    plain = merged(tmp_path / "plain", SAME, [SAME, SHUFFLED])
+    root = tmp_path / "given"
+    merged(root, SAME, [SAME, SHUFFLED])
+    add_token(root / "expert0", "<|tool|>", 1)
+    add_token(root / "expert1", "<|tool|>", 2)
+    (root / "out").rename(root / "before")
+    tokens = {
+        "<|tool|>": {"source": str(root / "expert0"), "force": True},
+        "a": {"source": "expert1", "force": True},
+        "<|new|>": {"source": {"kind": "model_token", "model": str(root / "base"), "token": "z"}},
+    }
+    got = merge(
+        root, 2, {"density": 1.0, "power": 0.5}, tokenizer={"source": "union", "tokens": tokens, "pad_to_multiple_of": 16}
+    )
+    states = [load_file(root / f"expert{i}" / "model.safetensors") for i in range(2)]
+    base = load_file(root / "base" / "model.safetensors")
+    for name in (EMBED, HEAD):
+        rows, theirs = by_token(got, root / "out", name), by_token(states[1], root / "expert1", name)
+        assert torch.equal(rows["<|tool|>"], states[0][name][-1]) and torch.equal(rows["a"], theirs["a"])
+        assert torch.equal(rows["<|new|>"], by_token(base, root / "base", name)["z"])
+        assert got[name].shape[0] == 112 and not torch.equal(rows["b"], theirs["b"])
+        assert torch.equal(got[name][-1], got[name][-2]) and got[name][-1].abs().max() < got[name][:104].abs().max()
+    assert not plain.keys() ^ got.keys()
+
+
 def test_union_refuses_what_only_another_tokenizers_own_model_knows(tmp_path: Path) -> None:
     with pytest.raises(OtaError, match=r"token .* of expert0 is part of its tokenizer's own model, not an added token"):
         merged(tmp_path, SAME[:-2], [SAME], tokenizer_source="union")

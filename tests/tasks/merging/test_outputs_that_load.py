@@ -155,6 +155,11 @@ def test_what_is_dropped_is_said_with_the_norm_of_its_edit(tmp_path: Path) -> No
         f"2 of its tokens are not in the output's tokenizer and left out ('<|im_start|>', '<|im_end|>'); what their rows hold has the norm {norm:.3g}"
         in said
     )
+    told = " ".join(ota("plan", tmp_path, "linear").output.split())
+    assert (
+        "2 of its tokens are not in the output's tokenizer and left out ('<|im_start|>', '<|im_end|>'). tokenizer_source: union"
+        in told
+    )
 
 
 def test_the_vocabulary_of_a_nested_configuration(tmp_path: Path) -> None:
