@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ota_core.errors import ArtifactError
 from ota_core.frozen import Frozen
+from ota_core.held import hold, remove_abandoned
 from ota_core.names import why_unsafe
 from ota_core.reading import json_value, quoted, read_file
 
@@ -39,6 +41,7 @@ RECORD = "record.json"
 CARD = "README.md"
 """The model card of a checkpoint."""
 EXPERT_JSON = "expert.json"
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 """The manifest that makes a folder or a prefix an expert."""
 
 Kind = Literal[
@@ -133,13 +136,24 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a file in one step; a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    """Replace a file in one step; a reader sees the old text or the new, never a part. What killed processes left in the folder by this goes."""
+    for left in path.parent.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(left.name):
+            remove_abandoned(left)
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+        with open(temporary, "w", encoding="utf-8") as stream:
+            if not hold(stream.fileno(), temporary):
+                continue
+            try:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            return
 
 
 def read_record(folder: Path) -> Record:

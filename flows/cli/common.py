@@ -111,8 +111,6 @@ def user_errors() -> Iterator[None]:
         raise  # who reads the output has gone: click ends the command
     except OtaError as error:
         _end_with(str(error))
-    except BrokenPipeError:  # the reader of the output, such as head, has seen enough: click ends the command quietly
-        raise
     except OSError as error:
         if error.errno in _NO_PATHS:
             _end_with(f"{str(error.filename)[:200]}: {error.strerror}; give another path")

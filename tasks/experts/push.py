@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import Checkpoint, read_json
+from ota_core.files.place import scratch_folder
 from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, none_found
 from ota_core.moments.safetensors_file import as_beta2, as_step
@@ -192,16 +192,12 @@ def _into_folder(folder: Path, target: Path, manifest: Mapping[str, Any]) -> boo
         return True
     if target.exists():
         raise StorageError(f"{target} exists, and is no expert (it holds no {EXPERT_JSON}); delete it, or choose another --name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
+    with scratch_folder(target) as temporary:
         for name in [*manifest["files"], *(file.name for file in _beside(folder))]:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, temporary / name)
         (temporary / EXPERT_JSON).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return False
 
 
