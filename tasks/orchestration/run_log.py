@@ -10,10 +10,11 @@ from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect import Flow
+from prefect import Flow, tags
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
 from ota_core.errors import OtaError
 from tasks.orchestration.credentials import block_credentials
@@ -109,7 +110,7 @@ class _Without(logging.Filter):
 
 def for_users(made: Flow[P, R]) -> Flow[P, R]:
     """A flow as users meet it: it speaks to S3 with the credentials of their block, ends soon when it is cancelled, and logs their mistakes by
-    the message alone.
+    the message alone. The flows that it calls carry its run's tags, by which the server looks for runs that have fallen silent.
 
     Any other error keeps its traceback, here and on the Prefect server. Stands above ``@flow``.
     """
@@ -120,7 +121,7 @@ def for_users(made: Flow[P, R]) -> Flow[P, R]:
         quiet = _Without(tasks)
         tasks.addFilter(quiet)
         try:
-            with ends_soon(), block_credentials():
+            with tags(*flow_run.tags or ()), ends_soon(), block_credentials():
                 return body(*args, **kwargs)
         except OtaError as error:
             runs.addFilter(_Without(runs, error))  # Prefect logs it after the body has ended

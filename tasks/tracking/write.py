@@ -58,7 +58,7 @@ def find(client: MlflowClient, experiment: str, identity: Mapping[str, str]) -> 
 
 @contextmanager
 def in_progress(client: MlflowClient, run: Run) -> Iterator[None]:
-    """RUNNING inside, FINISHED after, FAILED after an error, KILLED where it was cancelled. A run that was complete before stays FINISHED all along."""
+    """RUNNING inside, FINISHED after, FAILED after an error, KILLED where it was cancelled. A run that was complete before stays FINISHED."""
     if run.info.status == "FINISHED":
         yield
         return
@@ -68,8 +68,9 @@ def in_progress(client: MlflowClient, run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        status = status_after(error)
         try:
-            within(MARKING_SECONDS, "marking it", lambda: client.set_terminated(run_id, status=status_after(error)))
+            within(MARKING_SECONDS, "marking it", lambda: client.set_terminated(run_id, status=status))
         except Exception as second:  # the store is away: the first error says so, and must not be hidden by this one
             error.add_note(f"the run {run_id} could not be marked as failed either: {second}")
         raise

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ class Live:
 
     def start(self, deployment: str, *, env: dict[str, str] | None = None, **parameters: Any) -> UUID:
         """A run of a deployment, as somebody starts it who does not wait for it."""
-        allowed = {"OTA_ALLOWED_ROOTS": str(self.folder), **(env or {})}
-        run: Any = run_deployment(deployment, parameters=parameters, timeout=0, as_subflow=False, job_variables={"env": allowed})
+        run: Any = run_deployment(
+            deployment, parameters=parameters, timeout=0, as_subflow=False, job_variables={"env": env or {}}
+        )
         return UUID(str(run.id))
 
     def state(self, run: UUID) -> str:
@@ -92,6 +94,14 @@ class Live:
         wait_until(lambda: not self.processes(run) and not any(map(_lives, family)), self.logs, seconds=120)
         return time.monotonic() - began
 
+    def stop(self, name: str) -> None:
+        """Stop one process of the stack, with all that it has started."""
+        stack_control._call(self.home, "stopProcess", name)
+
+    def start_again(self, name: str) -> None:
+        stack_control.start(self.stack, name)
+        stack_control.wait_healthy(self.stack, name)
+
     def logs(self) -> str:
         return "\n".join(self.stack.log(name).read_text(errors="replace")[-4000:] for name in ("worker-cpu", "worker-gpu"))
 
@@ -124,7 +134,9 @@ def stack_up(root: Path) -> Iterator[Live]:
     pytest.importorskip("supervisor", reason="supervisor is not installed: pip install 'ota-merging[demo]'")
     home, folder = root / "home", root / "folder"
     folder.mkdir(parents=True)
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)} | {
+        "OTA_ALLOWED_ROOTS": str(folder)
+    }
     command = [sys.executable, "-m", "flows.cli", "stack", "up", "--free-ports", "--experts", "none", "--home", str(home)]
     try:
         done = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True)
@@ -149,6 +161,19 @@ def tasks_at_work(run: UUID, below: list[Any]) -> list[str]:
     with get_client(sync_client=True) as client:
         of = FlowRunFilter(id=FlowRunFilterId(any_=[run, *(one.id for one in below)]))
         return [one.name for one in client.read_task_runs(flow_run_filter=of, task_run_filter=running, limit=200)]
+
+
+def made(runs: list[Any]) -> Counter[str]:
+    """What these runs have computed, by kind and fingerprint, as their logs on the server say."""
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+
+    found: Counter[str] = Counter()
+    with get_client(sync_client=True) as client:
+        for run in runs:
+            for line in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])), limit=200):
+                if line.message.startswith("made "):
+                    found[" ".join(line.message.split()[1:3])] += 1
+    return found
 
 
 def until(holds: Callable[[], Any], live: Live, seconds: float = 240) -> Any:
