@@ -19,9 +19,9 @@ from tasks.local.s3_server import start_server
 from tasks.settings import environment
 from tasks.storage import s3
 from tasks.tracking.store import resolve_store
+from tests.fixtures.planted import LOGIN, SECRETS, SIGNATURE, leaks
 from tests.flows.cli.typed import invoke
 from tests.flows.merge_fixture import EXPERTS, RUN, upload, write_experts
-from tests.fixtures.planted import LOGIN, SECRETS, SIGNATURE, leaks
 from tests.servers import free_port, mlflow_server
 from tests.tiny_suite import write_tiny_suite
 
@@ -55,7 +55,7 @@ def databases() -> list[Path]:
     from prefect.logging.handlers import APILogHandler
     from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_HOME
 
-    APILogHandler.flush()
+    APILogHandler().flush()
     return [Path(PREFECT_API_DATABASE_CONNECTION_URL.value().partition("///")[2]).parent, Path(PREFECT_HOME.value())]
 
 
