@@ -23,6 +23,15 @@ def set_rows(config: dict[str, Any], rows: int) -> None:
         config["vocab_size"] = rows
 
 
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Say of which type the weights are: at the top, and in parts (of the text, of images) that say it themselves."""
+    for name, part in config.items():
+        if name.endswith("_config") and isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"}:
+            set_dtype(part, dtype)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+
+
 def template_of(folder: Path) -> str | None:
     """The chat template of a model, None where it has none. Raises CheckpointError for damaged files."""
     for name in _TEMPLATES:

@@ -79,8 +79,12 @@ def parameters_of(folder: Path, source_of: SourceOf | None = None, config: Path 
         model = _skeleton(config or folder)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         conversion = conversion_of(model, held, shapes, _tied(model))
+        known = {name for name, _ in model.named_modules()}
+        known |= {name.removeprefix(f"{model.base_model_prefix}.") for name in known}
+        rest = held.keys() - conversion.own.keys() - conversion.made.keys()
+        beside = frozenset(name for name in rest if name.rpartition(".")[0] not in known)
         bare = _bare(model)
-    return Loaded(conversion.own, conversion.made, shapes, bare)
+    return Loaded(conversion.own, conversion.made, shapes, beside, bare)
 
 
 def _bare(model: Any) -> frozenset[str]:
