@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ota_core.compute.blocks import matrix_shape
-from ota_core.engine.companions import CODE, bring_template, set_rows, write_json
+from ota_core.engine.companions import CODE, bring_template, set_dtype, set_rows, write_json
 from ota_core.errors import CheckpointError, OtaError
-from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.files.checkpoint import CONFIG_FILES, SENTENCES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.files.quantised.settings import without_quantisation
 from ota_core.files.room import Need
 from ota_core.files.rows import Rows
@@ -172,7 +172,10 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
 def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configuration, tokenizer, chat template and the code of a model that brings its own, from the base or from the model of ``tokenizer_source``."""
     source = plan.source()
-    for held, patterns in ((source.config_folder, (*CONFIG_FILES, *CODE)), (source.tokenizer_folder, TOKENIZER_PATTERNS)):
+    for held, patterns in (
+        (source.config_folder, (*CONFIG_FILES, *CODE, *SENTENCES)),
+        (source.tokenizer_folder, TOKENIZER_PATTERNS),
+    ):
         for path in companion_files(held, patterns):
             target = folder / path.relative_to(held)
             target.parent.mkdir(exist_ok=True)
@@ -193,6 +196,5 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         if vocabulary:
             set_rows(settings, vocabulary.rows)
         if plan.recipe.output_dtype:
-            settings.pop("torch_dtype", None)
-            settings["dtype"] = plan.recipe.output_dtype
+            set_dtype(settings, plan.recipe.output_dtype)
         write_json(config, settings)

@@ -27,11 +27,20 @@ from ota_core.reading import printable, quoted
 # Files beside the weights that belong to a model. What matches is copied from the source of the output's tokenizer and config.
 CONFIG_FILES = ("config.json", "generation_config.json")
 # One of these is there where a folder holds a tokenizer.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json", "spm*.model", "sentencepiece*.model", "*.spm",
+)  # fmt: skip
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
+    "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "tekken.json", "spm*.model", "sentencepiece*.model", "*.spm", "*vocab*.json", "vocab-*.json", "bpe.codes", "byte_maps.json",
+    "dict.txt", "emoji.json", "normalizer.json", "prophetnet.tokenizer", "word_*.json",
 )  # fmt: skip
+"""What transformers' tokenizers and processors call their files, and Mistral's own (tekken.json)."""
+SENTENCES = (
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/config.json", "[0-9]_*/*.safetensors", "[0-9]_*/*.bin",
+)  # fmt: skip
+"""How sentence-transformers makes one vector of a text: without these files it takes a mean, whatever the model was trained with."""
 
 
 LONGEST_NAME = 1000

@@ -16,6 +16,7 @@ from ota_core.moments import Moments, ParameterLayout, open_moments
 from ota_core.moments.base import Shape
 from ota_core.plan.vocabulary.match import names_in
 from ota_core.reading import quoted
+from tasks.merging.listed_experts import listed
 from tasks.merging.trained import changed_parameters
 
 if TYPE_CHECKING:
@@ -79,8 +80,14 @@ def parameters_of(folder: Path, source_of: SourceOf | None = None, config: Path 
         model = _skeleton(config or folder)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         conversion = conversion_of(model, held, shapes, _tied(model))
+        known = {name for name, _ in model.named_modules()}
+        known |= {name.removeprefix(f"{model.base_model_prefix}.") for name in known}
+        own, made = listed(held, shapes) if model.config.model_type == "gpt_oss" else ({}, {})
+        own, made = conversion.own | own, conversion.made | made
+        rest = held.keys() - own.keys() - made.keys()
+        beside = frozenset(name for name in rest if name.rpartition(".")[0] not in known)
         bare = _bare(model)
-    return Loaded(conversion.own, conversion.made, shapes, bare)
+    return Loaded(own, made, shapes, beside, bare)
 
 
 def _bare(model: Any) -> frozenset[str]:

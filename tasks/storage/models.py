@@ -4,7 +4,6 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ota_core.frozen import Frozen
 from ota_core.reading import read_file
 from tasks.settings import allow_path
 from tasks.storage import s3
-from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, note_use
+from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, locked, note_use
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
 from tasks.storage.hub import said
 from tasks.storage.layout import (
@@ -171,12 +170,13 @@ def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
     """One GGUF model of a folder: a folder of the cache that holds nothing but links to its files."""
     allow_path(file, "the model")
     folder = cache / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _gguf_model(source, file.name, (path.name for path in file.parent.glob(f"*{GGUF}"))):
-        if not (folder / name).is_symlink():
-            with suppress(FileExistsError):
+    names = _gguf_model(source, file.name, (path.name for path in file.parent.glob(f"*{GGUF}")))
+    with locked(cache, f"gguf links {folder.name}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if not (folder / name).is_symlink():
                 (folder / name).symlink_to(file.parent / name)
-    note_use(folder)
+        note_use(folder)
     digest, files = digest_folder(folder, cache=cache)
     return Fetched(source=source, resolved=str(file), path=folder, digest=digest, files=files)
 

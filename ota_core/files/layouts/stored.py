@@ -48,6 +48,8 @@ class Loaded:
     """Tensor to the parts of parameters that make it."""
     shapes: Mapping[str, Shape]
     """Of the parameters, by their names."""
+    beside: frozenset[str] = frozenset()
+    """Tensors of modules that the model does not have: it is loaded without them."""
     bare: frozenset[str] = frozenset()
     """Matrices, and stacks of them, that a module of the model's own holds and multiplies itself: no layer of torch's."""
 

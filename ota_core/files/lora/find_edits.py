@@ -89,7 +89,7 @@ class _Finder:
                 seen, expected = self._tensors.shape(stored), self._base.info(place).shape
                 # A vocabulary may have grown.
                 if seen[1:] != expected[1:] or (seen != expected and len(seen) < 2):
-                    self._problem(f"{name} has the shape {list(seen)}, the base's is {list(expected)}")
+                    self._problem(f"{name} has the shape {list(seen)}, the base's is {list(expected)}{_gathered(seen)}")
             self.found.whole[place] = stored
 
     def take_module(self, module: str) -> None:

@@ -121,6 +121,13 @@ def _by_parameters(
                 f"{names[i]}: {len(moved)} tensors are the same parameters as in {names[first]} under other names ({_some(moved)})"
             )
         _lay_out(i, names, checkpoints, first, wanted, loaded, agreed)
+        now = agreed.renamed[i]
+        beside = {now.get(t, t) for t in loaded.beside} & set(checkpoints[i].names()) - set(checkpoints[first].names())
+        if beside:
+            checkpoints[i].leave_aside(beside)
+            agreed.notes.append(
+                f"{names[i]}: {_some(beside)} left out: transformers loads {names[i]} without them, as its class has no such modules"
+            )
 
 
 def _told(name: str, parameters: ParametersOf | None, agreed: Agreed) -> Loaded | None:

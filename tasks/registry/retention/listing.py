@@ -45,7 +45,7 @@ class Stored:
     """One folder below the root, or one thing in the local cache."""
 
     kind: str
-    """Of an artifact, or of what lies in the cache: checkpoint, download, outline, copy, partial, leftover."""
+    """Of an artifact, or of what lies in the cache: checkpoint, download, outline, copy, partial, written, companions, gguf, estimate, leftover."""
     name: str
     """The fingerprint, or the whole name of a temporary."""
     uri: str

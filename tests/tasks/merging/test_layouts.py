@@ -1,6 +1,7 @@
 """Mixtures whose experts one checkpoint stacks and another holds one by one: merged in the base's layout, whichever that is."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flows.cli.app import app
 from ota_core.compute.blocks import matrix_shape
 from ota_core.files.layouts.relayout import relayout
 from ota_core.files.layouts.stored import Loaded, Stored, View, whole
-from tests.tasks.merging.merging import State, average, check, loads, merged, ota, weights
+from tests.tasks.merging.merging import State, average, check, loads, merged, ota, refused, rewrite, weights
 from tests.tasks.merging.test_conversion import train
 from tests.tasks.merging.tiny_architectures import MODELS
 
@@ -88,6 +89,36 @@ def test_second_moments_go_the_way_of_the_weights(tmp_path: Path, compression: s
     shutil.rmtree(tmp_path / "b" / "out")
     again, _ = merged(tmp_path / "b", "ota", models=models, parameters=masked)
     assert all(torch.equal(x, again[name]) for name, x in got.items())
+
+
+def as_a_list(state: State) -> State:
+    """gpt-oss as unsloth saves it: every expert a linear layer of its own."""
+    found: State = {}
+    for name, x in state.items():
+        stack = re.fullmatch(r"(.+\.experts\.(?:gate_up|down)_proj)(_bias)?", name)
+        if stack is None:
+            found[re.sub(r"\.router\.(weight|bias)$", r".router.linear.\1", name)] = x
+            continue
+        for number, one in enumerate(x):
+            found[f"{stack[1]}s.{number}.{'bias' if stack[2] else 'weight'}"] = one if stack[2] else one.T.contiguous()
+    return found
+
+
+def test_experts_as_a_list_of_layers(tmp_path: Path) -> None:
+    """unslothai/unsloth#6936: gpt-oss with ``gate_up_projs.<i>`` and ``router.linear``, which transformers' class does not know."""
+    model = family(tmp_path, "gpt_oss", "nobody")
+    wanted = average(tmp_path)
+    for name in ("e1", "e2"):
+        rewrite(tmp_path / name, as_a_list)
+    assert "model.layers.0.mlp.experts.gate_up_projs.3.weight" in weights(tmp_path / "e1")
+    got, said = merged(tmp_path)
+    assert "are read in the layout of base" in said and set(got) == set(weights(tmp_path / "base"))
+    check(got, wanted)
+    loads(tmp_path / "out", type(model))
+    one = "model.layers.1.mlp.experts.down_projs.0.bias"
+    rewrite(tmp_path / "e1", lambda state: {name: x for name, x in state.items() if name != one})
+    shutil.rmtree(tmp_path / "out")
+    assert "'model.layers.1.mlp.experts.down_proj_bias' is missing" in refused(tmp_path)
 
 
 def test_parts_in_any_order_and_direction() -> None:
