@@ -6,6 +6,7 @@ The endpoint, region and credentials come from the environment or the AWS profil
 import base64
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -350,9 +351,9 @@ def expected_checksums(answer: dict[str, Any]) -> dict[str, str]:
     """
     known = {}
     checksum = answer.get("ChecksumSHA256", "")
-    if checksum and "-" not in checksum:
+    if re.fullmatch(r"[A-Za-z0-9+/]{43}=", checksum):
         known["sha256"] = base64.b64decode(checksum).hex()
-    elif "sha256" in answer.get("Metadata", {}):
+    elif re.fullmatch(r"[0-9a-fA-F]{64}", answer.get("Metadata", {}).get("sha256", "")):
         known["sha256"] = answer["Metadata"]["sha256"].lower()
     etag = answer.get("ETag", "").strip('"')
     encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
