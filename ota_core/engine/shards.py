@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ota_core.compute.stream import Progress
-from ota_core.engine.engine import Opens, complete_folder
+from ota_core.engine.engine import Opens, complete_folder, noted_cards
 from ota_core.engine.output import Shards, needs, plan_files, write_weights
 from ota_core.engine.survey import Survey, bins_varied, facts_varied, survey_varied
 from ota_core.engine.ties import check_ties
@@ -202,5 +202,7 @@ def finish(
 ) -> tuple[str, dict[str, Any], list[str]]:
     """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint, results and notes."""
     with job.opened() as (plan, shards):
-        identity, results = complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens)
+        identity, results = complete_folder(
+            plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens, noted_cards(plan)
+        )
         return identity, results, plan.notes

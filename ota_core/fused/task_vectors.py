@@ -118,16 +118,19 @@ def _combine(
                 _trimmed(count, base, theta, part.lowest, part.highest, part.factor, left)
             clear_absent(part.theta, first, count, has, left)
             add(count, left, part.weight, total)
-        divisor[:] = sum_of_weights if normalize else 1.0
         if elect:
             elected[:] = total
             total[:] = 0.0
             divisor[:] = 0.0
             for m in range(parts.shape[0]):
                 add_agreeing(count, lefts[m], parts[m].weight, elected, total, divisor)
-            if not normalize:
-                divisor[:] = 1.0
-        finish(count, base, total, divisor, least, lam, total)
+        if normalize:
+            if not elect:
+                divisor[:] = sum_of_weights
+            finish(count, base, total, divisor, least, lam, total)
+        else:  # a division takes longer than all the rest
+            for i in range(count):
+                total[i] = np.float64(base[i]) + lam * total[i]
         store(total, count, kind, address, first, theta)
 
 

@@ -11,12 +11,12 @@ from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json
 from ota_core.files.writer import MAX_SHARD_BYTES
+from ota_core.manifest import odd_fact
 from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
-from ota_core.reading import quoted
 from ota_core.recipe.methods import RESERVED_NAMES
 from ota_core.recipe.recipe import MergeRecipe
 
@@ -159,10 +159,8 @@ def find_model(source: str, recipe_dir: Path | None) -> Path:
 def expert_facts(folder: Path) -> dict[str, Any]:
     """The content of ``expert.json``, or nothing where there is none."""
     found = read_json(folder / EXPERT_JSON) if (folder / EXPERT_JSON).exists() else {}
-    if not isinstance(found.get("capability", ""), str | None):
-        raise CheckpointError(
-            f"{folder / EXPERT_JSON}: capability is {quoted(found['capability'])}, expected a word; write it again"
-        )
+    if odd := odd_fact(found):
+        raise CheckpointError(f"{folder / EXPERT_JSON}: {odd}; write it again")
     return found
 
 

@@ -202,10 +202,10 @@ def open_plan(
         ]
         base = ModelView(**common.pop(0)) if inputs.base else None
         correct = bool(recipe.setting("bias_correction"))
-        own = list(zip(tensors, agreed.renamed, strict=True))[len(tensors) - len(common) :]
+        own = list(zip(tensors, agreed.renamed, agreed.relaid, strict=True))[len(tensors) - len(common) :]
         experts = [
-            ExpertView(**facts, index=i, bias_correction=correct, own_tensors=held, renamed=renamed)
-            for i, (facts, (held, renamed)) in enumerate(zip(common, own, strict=True))
+            ExpertView(**facts, index=i, bias_correction=correct, own_tensors=held, renamed=renamed, relaid=relaid)
+            for i, (facts, (held, renamed, relaid)) in enumerate(zip(common, own, strict=True))
         ]
         views: list[ModelView] = [*([base] if base else []), *experts]
         for i, view in enumerate(views):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.layouts.relayout import Relayout
 from ota_core.files.rows import F64, Dtype, Rows
 from ota_core.fused.sources import VSource, rank1_source, source_of
 from ota_core.moments import Moments
@@ -92,7 +93,7 @@ class ModelView:
     """As torch names it: ``cpu``, ``cuda`` or one of several GPUs."""
     count_read: Callable[[int], None]
     guard: Guard | None = None
-    """Who is told of numbers that are not finite; None where they may be."""
+    """Notes numbers that are not finite; None where they are allowed."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Name in the output → the model's own, where they differ: of layers that stand elsewhere in the output."""
     filled: Filled | None = None
@@ -168,11 +169,16 @@ class ModelView:
                 prefetch(row, row + count)
 
     def stored(self, name: str, start: int, stop: int) -> Rows:
-        """The same rows as they are stored, with what says which the model has. A compiled pass that loads them tells the guard of numbers that are not finite."""
+        """The same rows as they are stored, with what says which the model has. A compiled pass that loads them notes numbers that are not finite in the guard's cell."""
         rows = self.rows(name, start, stop)
         if self.guard is None or not rows.dtype.is_floating_point:
             return rows
         return replace(rows, watch=self.guard.cell(partial(self._unfit, name)))
+
+    def check_finite(self, name: str, start: int, stop: int) -> None:
+        """Raise CheckpointError where these rows, read again, are not finite. A model that lacks the tensor holds no such number."""
+        if self.stored_name(name) in self.checkpoint and not_finite(self.rows(name, start, stop)):
+            raise self._unfit(name)
 
     def _unfit(self, name: str) -> OtaError:
         return unfit_input(self.name, self.checkpoint, self.stored_name(name))
@@ -208,6 +214,8 @@ class ExpertView(ModelView):
     """What second moments of its checkpoint may be called."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Its own names to the output's, where these differ; ``checkpoint`` and second moments go by the output's."""
+    relaid: Relayout | None = None
+    """How tensors of the output's layout are made of its own, where it has another; ``checkpoint`` and second moments go by the output's."""
     inactive: set[str] = field(default_factory=set)
     """Tensors (canonical names) without curvature that the expert never moved: it takes no part there."""
 

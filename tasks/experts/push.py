@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
 from ota_core.files.checkpoint import Checkpoint, read_json
+from ota_core.files.place import scratch_folder
 from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, none_found
 from ota_core.moments.safetensors_file import as_beta2, as_step
@@ -22,7 +22,15 @@ from tasks.merging.architecture import expert_moments
 from tasks.settings import places
 from tasks.storage import models as storage
 from tasks.storage.download import Progress
-from tasks.storage.layout import expert_manifest, folder_model_files, is_beside, manifest_sha256, model_files, parse_expert_json
+from tasks.storage.layout import (
+    expert_manifest,
+    folder_model_files,
+    is_beside,
+    manifest_sha256,
+    model_files,
+    parse_expert_json,
+    read_expert_json,
+)
 from tasks.storage.models import EXPERT_JSON
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -180,21 +188,16 @@ def _remote_manifest(uri: str) -> dict[str, Any]:
 def _into_folder(folder: Path, target: Path, manifest: Mapping[str, Any]) -> bool:
     """The same for a local prefix: copied beside its place and renamed, so that nobody sees half of it."""
     if (target / EXPERT_JSON).is_file():
-        where = str(target / EXPERT_JSON)
-        _check_same(parse_expert_json(Path(where).read_bytes(), where), manifest, str(target))
+        _check_same(read_expert_json(target / EXPERT_JSON), manifest, str(target))
         return True
     if target.exists():
         raise StorageError(f"{target} exists, and is no expert (it holds no {EXPERT_JSON}); delete it, or choose another --name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
+    with scratch_folder(target) as temporary:
         for name in [*manifest["files"], *(file.name for file in _beside(folder))]:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(folder / name, temporary / name)
         (temporary / EXPERT_JSON).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return False
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
+from ota_core.manifest import odd_fact
 from ota_core.names import why_unsafe
-from ota_core.reading import json_value, quoted
+from ota_core.reading import SMALL, json_value, quoted, read_file
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.states import (
     CHECKPOINT,
@@ -140,6 +141,14 @@ def write_expert_json(folder: Path, **facts: Any) -> dict[str, Any]:
     return manifest
 
 
+def read_expert_json(path: Path) -> dict[str, Any]:
+    """The manifest in a file of this machine. Raises StorageError as ``parse_expert_json``, and where the file cannot be read."""
+    try:
+        return parse_expert_json(read_file(path, SMALL), str(path))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error}); write it again") from None
+
+
 def parse_expert_json(content: bytes, where: str) -> dict[str, Any]:
     """The manifest as a mapping. Raises StorageError when it is no JSON object or lacks a key."""
     try:
@@ -149,8 +158,8 @@ def parse_expert_json(content: bytes, where: str) -> dict[str, Any]:
     missing = [key for key in ("capability", "base_model", "trained_at") if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise StorageError(f"{where} lacks {', '.join(missing)}; expected a JSON object with capability, base_model, trained_at")
-    if not isinstance(manifest["capability"], str | None):
-        raise StorageError(f"{where}: capability is {quoted(manifest['capability'])}, expected a word; write it again")
+    if odd := odd_fact(manifest):
+        raise StorageError(f"{where}: {odd}; write it again")
     manifest_sha256(manifest, where)
     return dict(manifest)
 

@@ -20,6 +20,7 @@ from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.tokens import added_entries, tokens_of
 from ota_core.plan.vocabulary.filled import Fill, Filled, Reads
 from ota_core.plan.vocabulary.wanted import Wanted
+from ota_core.reading import quoted
 
 
 def is_vocabulary_tensor(name: str) -> bool:
@@ -49,6 +50,10 @@ def names_in(folder: Path, source_of: SourceOf | None = None) -> frozenset[str] 
         # A folder may hold nothing but a file that this project wrote, of second moments or masks.
         ours = any(isinstance(file, SafetensorsFile) and FORMAT_KEY in file.metadata for file in checkpoint.files)
         return None if ours else tensor_names(checkpoint)
+
+
+SPARE = 2**16
+"""Rows that tokens may lie behind those of the embeddings: some tokenizers have tokens without a row."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,19 @@ def match(
         added, brought = _extra_tokens(models, tables, target)
         for entry in added:
             target[entry["content"]] = entry["id"]
-        count = max(count, max(target.values()) + 1)
+        count = max(count, max(target.values(), default=-1) + 1)
+        if count > (most := sum(rows for _, _, rows in models) + SPARE):
+            token = max(target, key=lambda one: target[one])
+            raise CheckpointError(
+                f"tokenizer_source union: token {quoted(token)} has the row {target[token]}, and the models' embeddings have {most - SPARE} rows together: "
+                "the tokenizer is not of these weights; fetch it again"
+            )
     padding = None
     if wanted is not None:
         for entry in wanted.new_entries([folder for _, folder, _ in models], target):
             target[entry["content"]] = entry["id"]
             added.append(entry)
-        last = max(target.values()) + 1
+        last = max(target.values(), default=-1) + 1
         count, padding = (
             (max(count, last), None) if wanted.multiple is None else (-(-last // wanted.multiple) * wanted.multiple, last)
         )

@@ -79,7 +79,7 @@ def trials(tuned: Tuned, shown: int) -> Table:
     columns = [
         Column("label", "trial"), Column("average", unit=_AVERAGE),
         *(Column(f"score/{name}", name, PERCENT, mark=f"missed/{name}") for name in tuned.best.last),
-        *(Column(name, unit=TEXT if name in CHOICES else NUMBER, absent="") for name in searched),
+        *(Column(name, name, TEXT if name in CHOICES else NUMBER, absent="") for name in searched),
     ]  # fmt: skip
     return Table("Best trials", frame, columns, [legend(tuned)], strong=[one is tuned.best for one in best])
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
-from ota_core.artifact import RECORD, Kind, Record, has_size
+from ota_core.artifact import RECORD, Kind, Record, has_size, parse_record
 from ota_core.errors import StorageError
 from tasks.artifacts.processes import is_alive
 from tasks.storage import models as storage
@@ -178,7 +178,7 @@ def _with_record(stored: Stored) -> Stored:
     if stored.temporary or RECORD not in stored.files:
         return stored
     try:
-        record = Record.model_validate_json(storage.read_note(storage.join(stored.uri, RECORD)) or b"")
+        record = parse_record(storage.read_note(storage.join(stored.uri, RECORD)) or b"")
     except ValueError:  # of another version, or deleted meanwhile
         return replace(stored, unreadable=True)
     fits = (record.kind, record.fingerprint) == (stored.kind, stored.name)
