@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from ota_core.addresses import places_of_secrets
 from ota_core.errors import RecipeError, raise_all
 from ota_core.reading import cut
 from ota_core.recipe.checks import as_written, contradictions, position_of, sliced_contradictions
@@ -89,7 +90,11 @@ class MergeRecipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _understand(cls, raw: Any) -> Any:
-        return mergekit_spellings(raw) if isinstance(raw, dict) else raw
+        if not isinstance(raw, dict):
+            return raw
+        if held := list(places_of_secrets(raw)):
+            raise ValueError("\n".join(f"{place}: {NO_SECRETS}" for place in held))
+        return mergekit_spellings(raw)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "MergeRecipe":
@@ -268,6 +273,10 @@ class MergeRecipe(Strict):
         return dump_yaml(said)
 
 
+NO_SECRETS = (
+    "the address holds a user name, a password, a signature or a token, which would be kept with the recipe; give a model as s3://bucket/prefix, a folder or "
+    "org/name, and credentials in the environment"
+)
 MAX_MODELS = 1000
 """Of a recipe."""
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ota_core.addresses import without_secrets
 from ota_core.errors import MomentsError, StorageError
 from ota_core.moments import find_moments
 
@@ -91,4 +92,4 @@ def _refused(repo: str, error: Exception) -> StorageError:
 
 def said(error: Exception) -> str:
     """An error of the hub's library in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(without_secrets(str(error)).split())[:300]}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ota_core.addresses import without_secrets
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.files.checkpoint import GGUF
@@ -141,7 +142,7 @@ def fetch(
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id is None:
         expected = "a checkpoint folder, s3://bucket/prefix, or a Hugging Face id org/name@revision"
-        raise StorageError(f"{source!r} does not exist; expected {expected}")
+        raise StorageError(f"{without_secrets(source)!r} does not exist; expected {expected}")
     return _fetch_hub(source, hub_id["repo"], hub_id["revision"], cache, require_expert_json)
 
 
@@ -279,7 +280,7 @@ def _find_gguf(uri: str) -> FoundModel:
 
 def _nothing_there(uri: str) -> StorageError:
     bucket, key = s3.split_uri(uri)
-    where = f"endpoint {s3.client().meta.endpoint_url}, bucket {bucket!r}, prefix {key!r}"
+    where = f"endpoint {without_secrets(s3.client().meta.endpoint_url)}, bucket {bucket!r}, prefix {key!r}"
     return StorageError(
         f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket", reason="missing"
     )

@@ -104,10 +104,10 @@ def finish(parent: LoggedRun, tuned: Tuned, files: Mapping[str, str | bytes], st
         client.set_terminated(parent.run_id, status="FINISHED")
 
 
-def fail(parent: LoggedRun, store: Store) -> None:
-    """Mark the search's run as failed: an error ended it. A repeat goes on in the same run. Raises StorageError."""
-    with clear_errors(store, "logging that the search failed", _SAFE), locked(store):
-        connect(store).set_terminated(parent.run_id, status="FAILED")
+def fail(parent: LoggedRun, store: Store, status: str) -> None:
+    """Mark the search's run as FAILED or KILLED. A repeat goes on in the same run. Raises StorageError."""
+    with clear_errors(store, "logging that the search ended", _SAFE), locked(store):
+        connect(store).set_terminated(parent.run_id, status=status)
 
 
 def _metrics(scores: Mapping[str, float]) -> dict[str, float]:
