@@ -278,7 +278,9 @@ def _of_tokenizer(recipe: Checked) -> list[str]:
 
 
 def position_of(model: str, known: Sequence[tuple[str | None, str | None]]) -> int | None:
-    """Which of the models (name, where it lies) is meant by a name of one, ``model:`` before it or not; None for none."""
+    """Which of the models (name, where it lies) is meant by a name of one, or by the last part of its place, ``model:`` before it or not; None for none."""
     wanted = model.removeprefix("model:")
-    found = (i for i, (name, place) in enumerate(known) if place is not None and (name == wanted or same_model(place, wanted)))
-    return next(found, None)
+    places = [(i, name, place) for i, (name, place) in enumerate(known) if place is not None]
+    exact = [i for i, name, place in places if name == wanted or same_model(place, wanted)]
+    last = [i for i, _, place in places if place.rstrip("/").rpartition("/")[2].split("@")[0] == wanted]
+    return next(iter([*exact, *last]), None)

@@ -23,12 +23,10 @@ MAX_TOKENS = 10_000
 class TokenSource(Strict):
     """What a token begins from, where that is not the row that a model has for it."""
 
-    kind: Literal["zero", "model_token"]
-    model: str | None = None
-    """With ``model_token``: the model, as the recipe calls it, of which a row is taken."""
-    token: str | None = None
-    token_id: Annotated[int, Field(ge=0)] | None = None
-    """That row, by its token or by its number: one of the two."""
+    kind: Literal["zero", "model_token"] = Field(description="Zeros, or a row of another token.")
+    model: str | None = Field(None, description="With model_token: the model, as the recipe calls it, of which a row is taken.")
+    token: str | None = Field(None, description="That row, by its token.")
+    token_id: Annotated[int, Field(ge=0)] | None = Field(None, description="The same by its number; one of the two.")
 
     @model_validator(mode="after")
     def _one_row(self) -> Self:
@@ -51,10 +49,11 @@ Source = Annotated[Annotated[TokenSource, Tag("row")] | Annotated[str, Tag("mode
 class TokenRow(Strict):
     """What one token begins from before the merge."""
 
-    source: Source | None = None
-    """A model of the recipe, whose own row is taken, or a ``TokenSource``. None: as for tokens that are not named."""
-    force: bool = False
-    """For all models, not for those alone that lack the token."""
+    source: Source | None = Field(
+        None,
+        description="A model of the recipe, whose own row is taken, or what kind of row; by default as for tokens that are not named.",
+    )
+    force: bool = Field(False, description="For all models, not for those alone that lack the token.")
 
     @model_validator(mode="after")
     def _something(self) -> Self:

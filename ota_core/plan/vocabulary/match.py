@@ -102,6 +102,10 @@ def match(
         if wanted is None:
             return None if first == 0 else Vocabulary(models[0][2], (None,) * len(models), first)
         tables = [known[0] if known else None] * len(models)
+    if wanted is not None and not known:
+        raise CheckpointError(
+            "tokenizer: no model has a tokenizer, which says what row a token has; put its files beside the weights"
+        )
     without = [name for (name, _, _), table in zip(models, tables, strict=True) if table is None]
     if without:
         raise CheckpointError(
@@ -117,14 +121,10 @@ def match(
         for entry in added:
             target[entry["content"]] = entry["id"]
         count = max(count, max(target.values(), default=-1) + 1)
-        if count > (most := sum(rows for _, _, rows in models) + SPARE):
-            token = max(target, key=lambda one: target[one])
-            raise CheckpointError(
-                f"tokenizer_source union: token {quoted(token)} has the row {target[token]}, and the models' embeddings have {most - SPARE} rows together: "
-                "the tokenizer is not of these weights; fetch it again"
-            )
+        _check_rows(target, models)
     padding = None
     if wanted is not None:
+        _check_rows(target, models)
         for entry in wanted.new_entries([folder for _, folder, _ in models], target):
             target[entry["content"]] = entry["id"]
             added.append(entry)
@@ -149,6 +149,17 @@ def match(
         padding,
         notes,
     )
+
+
+def _check_rows(target: Mapping[str, int], models: Sequence[tuple[str, Path, int]]) -> None:
+    """Raise CheckpointError where a token of the output lies far behind all rows that the models have."""
+    token = max(target, key=lambda one: target[one], default="")
+    most = sum(rows for _, _, rows in models)
+    if target.get(token, 0) >= most + SPARE:
+        raise CheckpointError(
+            f"tokenizer_source: token {quoted(token)} has the row {target[token]}, and the models' embeddings have {most} rows together: "
+            "the tokenizer is not of these weights; fetch it again"
+        )
 
 
 def _row_map(

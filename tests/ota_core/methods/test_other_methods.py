@@ -100,6 +100,30 @@ def test_learned_scales_act_on_each_experts_part(tmp_path: Path, case: str) -> N
     assert_merged(halved, {name: BASE[name] + (plain[name].astype(np.float64) - BASE[name]) / 2 for name in BASE}, BASE)
 
 
+SYMMETRIC = ["ram", "ramplus_tl", "sce", "multislerp", "nuslerp", "karcher", "model_stock", "della whole"]
+
+
+@pytest.mark.parametrize("case", SYMMETRIC)
+def test_the_order_of_the_experts_does_not_matter(tmp_path: Path, case: str) -> None:
+    method, count, parameters = METHODS[case]
+    parameters = parameters | ({"max_iter": 50, "tol": 1e-12} if case == "karcher" else {})  # its steps begin at the first
+    found = []
+    for i, order in enumerate((EXPERTS[:count], EXPERTS[:count][::-1])):
+        recipe = ota_recipe(tmp_path / str(i), BASE, order, parameters, method=method, top={"dtype": "float32"})
+        found.append(run_merge(recipe, tmp_path / f"{i}-out")[0])
+    for name, one in found[0].items():
+        assert np.abs(one - found[1][name]).max() <= 1e-6 * max(1.0, float(np.abs(one).max())), name
+
+
+def test_random_masks_of_della_go_by_seed_and_tensor(tmp_path: Path) -> None:
+    found = [
+        run_merge(recipe_of(tmp_path / str(i), "della", {"seed": seed}), tmp_path / f"{i}-out")[0]
+        for i, seed in enumerate((4, 4, 5))
+    ]
+    same_bits(found[0], found[1])
+    assert all((found[0][name] != found[2][name]).any() for name in found[0] if found[0][name].size > 8)
+
+
 @pytest.mark.parametrize("method", ["passthrough", "karcher"])
 def test_methods_without_an_edit_refuse_learned_scales(method: str) -> None:
     with pytest.raises(

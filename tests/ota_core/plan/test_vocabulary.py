@@ -1,6 +1,7 @@
 """Vocabularies that differ: rows of the embeddings, of the head and of v follow their tokens, never their numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ota_core.engine import engine
 from ota_core.errors import OtaError
+from ota_core.plan.inputs import resolve_local
 from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import write_moments
 from tests.ota_core.engine.test_output import loaded
@@ -217,6 +219,20 @@ def test_rows_that_a_recipe_gives_have_no_edit(tmp_path: Path) -> None:
         assert got[name].shape[0] == 112 and not torch.equal(rows["b"], theirs["b"])
         assert torch.equal(got[name][-1], got[name][-2]) and got[name][-1].abs().max() < got[name][:104].abs().max()
     assert not plain.keys() ^ got.keys()
+    raw = {
+        "merge_method": "ota", "base_model": str(root / "base"), "models": [{"model": str(root / f"expert{i}")} for i in range(2)],
+        "parameters": {"density": 0.4}, "tokenizer": {"source": "union", "tokens": {"<|tool|>": {"source": "expert0"}}, "pad_to_multiple_of": 16},
+    }  # fmt: skip
+    recipe, masks = MergeRecipe.model_validate(raw), root / "masks"
+    masks.mkdir()
+    engine.merge(recipe, root / "whole")
+    engine.merge(recipe, root / "blocks", block_elements=40, threads=3)
+    inputs = resolve_local(recipe)
+    engine.mask(recipe, masks, inputs=inputs)
+    experts = tuple(replace(one, masks=masks / f"{one.name}.safetensors") for one in inputs.experts)
+    engine.merge(recipe, root / "masked", inputs=replace(inputs, experts=experts))
+    files = [(root / out / "model.safetensors").read_bytes() for out in ("whole", "blocks", "masked")]
+    assert files[0] == files[1] == files[2]
 
 
 def test_union_refuses_what_only_another_tokenizers_own_model_knows(tmp_path: Path) -> None:
