@@ -130,7 +130,7 @@ def search_flow(
         known = search_log.logged_trials(logged, store)
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
             if trial.number not in known:
-                log_trial(trial, None, logged, store)
+                log_trial(trial, tried.result().best_until(trial), logged, store)
         bar = stack.enter_context(BudgetBar("search"))
         if tried.trials:
             bar.begin(_spent(config.budget, tried.result())[0])

@@ -49,7 +49,7 @@ def new_folder(out: Path, *, overwrite: bool, is_output: IsOutput = recorded) ->
     Raises OtaError for what ``check_free`` refuses, before and after the body, and when the parent cannot be written to.
     """
     check_free(out, overwrite=overwrite, is_output=is_output)
-    with scratch_folder(out.absolute(), is_output) as folder:
+    with scratch_folder(out.absolute()) as folder:
         yield folder
         _take_place(folder, out.absolute(), overwrite=overwrite, is_output=is_output)
 
@@ -67,7 +67,7 @@ def new_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_folder(out: Path, is_output: IsOutput | None = None) -> Iterator[Path]:
+def scratch_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out``, on its disk, that goes when the block ends; after a kill the next one for the same ``out`` removes it.
 
     Raises OtaError when the parent cannot be written to.
@@ -75,7 +75,7 @@ def scratch_folder(out: Path, is_output: IsOutput | None = None) -> Iterator[Pat
     with contextlib.ExitStack() as stack:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            _tidy(out, is_output)
+            _tidy(out, None)
             folder = stack.enter_context(held_folder(lambda: _sibling(out, "tmp")))
         except OSError as error:
             raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
@@ -87,10 +87,11 @@ def check_free(out: Path, *, overwrite: bool, is_output: IsOutput = recorded, ke
     """Raise OtaError unless a folder can take the name ``out``.
 
     An empty folder may be replaced, and with ``overwrite`` an earlier output. Never what is, or holds, the working directory, the home folder
-    or what ``keep`` names. What a crash has renamed gets its name back first.
+    or what ``keep`` names. What a crash has renamed gets its name back first, and what else it left goes.
     """
     if not os.path.lexists(out):
         _restore(out, is_output)
+    _tidy(out, is_output)
     if not out.exists():
         return
     if os.path.ismount(out):
@@ -114,6 +115,7 @@ def check_free(out: Path, *, overwrite: bool, is_output: IsOutput = recorded, ke
 
 def check_file(out: Path, *, overwrite: bool) -> None:
     """Raise OtaError unless a file can take the name ``out``. It may replace only a file of second moments or an empty one."""
+    _tidy(out, None)
     if out.is_dir():
         raise OtaError(f"{out} is a folder; name a file such as {out / 'exp_avg_sq.safetensors'}")
     if not out.exists() and not out.is_symlink():

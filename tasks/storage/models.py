@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,11 @@ from tasks.storage.s3 import (
     write_bytes,
 )
 from tasks.storage.states import Taken, checkpoint_of, taken_of
-from tasks.storage.transfers import copy_objects, upload_files
+from tasks.storage.transfers import ABANDONED, copy_objects, end_unfinished, upload_files
 
 __all__ = [
     "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_beside", "is_hub_id", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
+    "end_unfinished", "exists", "fetch", "find_model", "find_objects", "head", "is_beside", "is_hub_id", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -410,6 +411,7 @@ def upload_folder(
     """Upload every file of a folder below a prefix, ``last`` (a manifest or record) after all others. Returns the names sent.
 
     ``files``: only these, by name their SHA-256 in hex, which then is not computed here. An object that is there already with the same size and SHA-256 is not sent again. Objects that the folder lacks stay.
+    Uploads of somebody else below the prefix that were given up are ended, after a day.
     Raises StorageError when ``last`` is not in the folder or the server refuses.
     """
     names = sorted(files or (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
@@ -418,6 +420,7 @@ def upload_folder(
     if last is not None and last not in names:
         raise StorageError(f"{folder} holds no {last}, which would be uploaded last to {uri}; write it first")
     sizes = {name: (folder / name).stat().st_size for name in names}
+    end_unfinished(uri, before=datetime.now(UTC) - ABANDONED)
     there = {one.uri: one for one in list_objects(uri)}
     tick = Ticker(progress, sum(sizes.values()))
     sent: list[str] = []

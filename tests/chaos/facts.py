@@ -19,10 +19,13 @@ RECORD = "record.json"
 
 
 def of_content(name: str, content: bytes) -> str:
-    """The digest of a file's content."""
-    if name.rpartition("/")[2] == RECORD:
+    """The digest of a file's content, without what says when it was made and how long that took."""
+    file = name.rpartition("/")[2]
+    if file in (RECORD, "scores.json"):
         known = json.loads(content)
-        known.pop("provenance", None)
+        known.pop("provenance" if file == RECORD else "seconds", None)
+        if known.get("kind") == "scores":  # the size of a file with seconds in it
+            known.pop("files")
         content = json.dumps(known, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
@@ -50,13 +53,6 @@ def hidden(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name.startswith(".") or path.suffix in ends
     )
-
-
-def uploads(uri: str) -> list[str]:
-    """Uploads in parts below a prefix that were never completed."""
-    bucket, key = s3.split_uri(uri)
-    found = s3.client().list_multipart_uploads(Bucket=bucket, Prefix=key)
-    return [one["Key"] for one in found.get("Uploads", [])]
 
 
 def in_mlflow(database: Path) -> Facts:

@@ -13,7 +13,7 @@ class Merge(ToFolder):
     """OTA with FFG into a folder that is not there yet."""
 
     name = "merge"
-    share = 4
+    share = 8
     parameters: ClassVar[dict[str, object]] = {"density": 0.4}
     options: ClassVar[tuple[str, ...]] = ()
 
@@ -36,7 +36,7 @@ class MergeOver(Merge):
     """The same over an older output."""
 
     name = "merge over"
-    share = 3
+    share = 6
     overwrite = True
     options = ("--overwrite",)
 
@@ -53,7 +53,7 @@ class MergeStages(Merge):
     """Two recipes in one file: the first one's result is a folder of the second one's inputs."""
 
     name = "merge stages"
-    share = 2
+    share = 3
 
     def make(self) -> None:
         models = [{"model": self.where.format(name)} for name in EXPERTS]
@@ -71,7 +71,7 @@ class Compress(ToFolder):
     """Second moments into a file that is not there yet."""
 
     name = "compress"
-    share = 3
+    share = 5
     out = "out.safetensors"
     options: ClassVar[tuple[str, ...]] = ()
 
@@ -85,7 +85,7 @@ class CompressOver(Compress):
     """The same over an older file."""
 
     name = "compress over"
-    share = 2
+    share = 4
     overwrite = True
     options = ("--overwrite",)
 

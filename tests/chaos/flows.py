@@ -20,7 +20,7 @@ class Run(Served):
     """The whole flow without a benchmark; everything in the home folder."""
 
     name = "run"
-    share = 3
+    share = 2
     preload = FLOWS
     options: ClassVar[tuple[str, ...]] = ("--suite", "none")
 
@@ -68,7 +68,7 @@ class RunBenchmark(Run):
     """The same with the smoke test and a benchmark of four models."""
 
     name = "run with a benchmark"
-    share = 1
+    share = 0.4
 
     @property
     def options(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -80,7 +80,7 @@ class RunAlone(Run):
     """With Prefect's own temporary server, which the command starts."""
 
     name = "run without a server"
-    share = 1
+    share = 0.4
 
     @property
     def env(self) -> dict[str, str]:
@@ -95,7 +95,7 @@ class RunInS3(Run):
     """Models that are streamed from S3, and artifacts there."""
 
     name = "run in S3"
-    share = 2
+    share = 1.4
 
     @property
     def artifacts(self) -> str:
@@ -133,7 +133,7 @@ class Search(Run):
     """Three trials of a density and λ, each on two numbers of documents."""
 
     name = "search"
-    share = 1
+    share = 0.8
 
     @property
     def words(self) -> list[str]:

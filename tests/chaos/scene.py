@@ -10,7 +10,7 @@ from ota_core.artifact import read_record
 from ota_core.errors import ArtifactError
 from tests.chaos.facts import RECORD, Facts, differences, hidden, of_folder
 
-LIGHT = ("numba", "tasks.merging.inputs", "tasks.merging.opened", "tasks.merging.stages", "ota_core.engine.engine", "ota_core.moments",
+LIGHT = ("numba.np.arraymath", "filelock", "huggingface_hub", "tests.chaos.process", "tasks.merging.inputs", "tasks.merging.opened", "tasks.merging.stages", "ota_core.engine.engine", "ota_core.moments",
          "tasks.storage.streaming.streams", "ota_core.fused.ota", "boto3", "tasks.artifacts.store", "tasks.experts.push")  # fmt: skip
 TRACKED = (*LIGHT, "mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store", "alembic", "pandas",
            "tasks.tracking.outbox", "tasks.registry.publish", "tasks.registry.retention.retention")  # fmt: skip
@@ -25,7 +25,7 @@ class Scene:
     """Of everything: ``inputs`` are shared, and only read."""
     name: ClassVar[str]
     preload: ClassVar[Sequence[str]] = LIGHT
-    share: ClassVar[int] = 1
+    share: ClassVar[float] = 1
     """How many of the kills it gets, beside the others."""
     reference: Facts = field(default_factory=dict)
     volatile: set[str] = field(default_factory=set)

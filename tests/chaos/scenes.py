@@ -1,6 +1,10 @@
 """All scenes, and the world that they share: tiny models, an S3 server, a Prefect server."""
 
 import os
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path

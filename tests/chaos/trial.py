@@ -39,23 +39,18 @@ class Stage:
     @classmethod
     def of(cls, scene: Scene) -> "Stage":
         """Run the command twice; what these runs differ in is not compared, but must be there."""
-        calls = scene.folder.with_name("calls")
         scene.lay()
         _whole(scene, run(scene.words, scene.folder, _log(scene), env=scene.env))
         scene.reference = scene.facts()
         if left := scene.left():
             raise AssertionError(f"{scene.name} leaves {left} behind without a kill")
+        calls = scene.folder.with_name("calls")
+        calls.write_text("")
         scene.lay()
-        ended = _whole(scene, run(scene.words, scene.folder, _log(scene), env=scene.env))
+        ended = _whole(scene, run(scene.words, scene.folder, _log(scene), env=scene.env, calls=calls))
         second = scene.facts()
-        scene.lay()
-        calls.unlink(missing_ok=True)
-        calls.touch()
-        _whole(scene, run(scene.words, scene.folder, _log(scene), env=scene.env, calls=calls))
-        third = scene.facts()
-        names = [*scene.reference, *second, *third]
-        scene.volatile = {name for name in names if len({scene.reference.get(name), second.get(name), third.get(name)}) > 1}
-        scene.reference = {name: value for name, value in scene.reference.items() if name in second and name in third}
+        scene.volatile = {name for name in second if second[name] != scene.reference.get(name, second[name])}
+        scene.reference = {name: value for name, value in scene.reference.items() if name in second}
         assert not any(name.endswith(".safetensors") for name in scene.volatile), scene.volatile
         return cls(scene, ended.seconds, Counter(calls.read_text().splitlines()))
 

@@ -36,6 +36,6 @@ def run_trial(tried: Search, point: Point, trials: Trials) -> Trial:
     name="log", task_run_name="log trial {trial.number}", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE,
     persist_result=False,
 )  # fmt: skip
-def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, store: Store) -> None:
+def log_trial(trial: Trial, best: Trial, parent: LoggedRun, store: Store) -> None:
     """Log one trial to MLflow; finds the run of an earlier try."""
     search_log.log_trial(parent, trial, best, store)

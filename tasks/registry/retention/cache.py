@@ -14,7 +14,14 @@ from filelock import Timeout
 
 from ota_core.artifact import RECORD
 from ota_core.errors import StorageError
-from tasks.registry.retention.listing import File, Stored, is_temporary_of_live_process, last_change, local_files
+from tasks.registry.retention.listing import (
+    File,
+    Stored,
+    is_left_by_the_dead,
+    is_temporary_of_live_process,
+    last_change,
+    local_files,
+)
 from tasks.registry.retention.plan import Item, Outcome, Plan, largest_first
 from tasks.storage.cache import KnownObject, blob_path, forget_digests, last_use, locked, remove_tree
 from tasks.storage.download import object_lock
@@ -41,6 +48,8 @@ def plan_cache(cache: Path, since: datetime) -> Plan:
     linked = {inode for one, _ in found if one.kind != "download" and one.touched >= since for inode in one.inodes}
 
     def keep(one: Stored) -> bool:
+        if one.kind == "leftover" and is_left_by_the_dead(one):
+            return False
         in_use = one.touched >= since or (one.kind == "download" and bool(one.inodes & linked))
         return in_use or is_temporary_of_live_process(one.name)
 
