@@ -96,7 +96,7 @@ _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 # typer brings its own click from one version on; this is the one that its commands raise.
-_UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _NO_PATHS = {errno.ENAMETOOLONG, errno.ELOOP}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import GGUF, open_weights, weight_files
+from ota_core.files.gguf.file import GgufFile
 from ota_core.files.layouts.stored import Loaded
 from tasks.merging.architecture import parameters_of
 from tasks.storage.cache import appearing, locked, note_use
@@ -50,7 +51,9 @@ def _write(file: Path, folder: Path) -> None:
 
     try:
         config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        form = open_weights(file).config
+        opened = open_weights(file)
+        assert isinstance(opened, GgufFile)
+        form = opened.config
         if form["model_type"] == "mixtral":  # transformers takes it for a Llama of the same sizes, as llama.cpp calls it
             known = MixtralConfig().to_dict().keys() - {"model_type", "architectures"}
             config = MixtralConfig(**{key: value for key, value in config.to_dict().items() if key in known})

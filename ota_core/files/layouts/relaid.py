@@ -41,7 +41,7 @@ class RelaidWeights:
 
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
         dtype = self.infos[name].dtype
-        return Rows(dtype, self._layout.read(name, lambda *rows: self._numbers(*rows, dtype), start, stop))
+        return Rows(dtype, self._layout.read(name, lambda tensor, a, b: self._numbers(tensor, a, b, dtype), start, stop))
 
     def _numbers(self, tensor: str, start: int, stop: int, dtype: Dtype) -> NDArray[Any]:
         rows = self._held.read_rows(tensor, start, stop)

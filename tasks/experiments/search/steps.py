@@ -79,10 +79,10 @@ class Live:
         except StorageError as error:
             self._went_away(error)
 
-    def fail(self) -> None:
-        """Mark the search's run as failed. Raises StorageError."""
+    def fail(self, status: str) -> None:
+        """Mark the search's run as FAILED or KILLED. Raises StorageError."""
         if self.away is None and self.logged is not None:
-            search_log.fail(self.logged, self.store)
+            search_log.fail(self.logged, self.store, status)
 
     def finish(self, tuned: Tuned, files: Mapping[str, str | bytes], where: Places, tracking_uri: str | None) -> LoggedRun:
         """Log the end; where the server was away, everything. Raises StorageError, which names the file that keeps it."""
