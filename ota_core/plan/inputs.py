@@ -12,12 +12,12 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json
 from ota_core.files.layouts.stored import Loaded
 from ota_core.files.writer import MAX_SHARD_BYTES
-from ota_core.manifest import odd_fact
 from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
+from ota_core.plan.fit.manifest import odd_fact
 from ota_core.recipe.methods import RESERVED_NAMES
 from ota_core.recipe.recipe import MergeRecipe
 
