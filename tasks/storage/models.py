@@ -25,6 +25,7 @@ from tasks.storage.layout import (
     CODE,
     MODEL_FILES,
     NOT_MODEL_FILES,
+    check_sizes,
     folder_model_files,
     is_beside,
     manifest_sha256,
@@ -149,6 +150,7 @@ def digest_folder(folder: Path, *, cache: Path) -> tuple[str, dict[str, FileInfo
     names = folder_model_files(folder)
     if not names:
         raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin")
+    check_sizes({name: (folder / name).stat().st_size for name in names}, str(folder))
     files = digest_files(folder, names, cache=cache)
     return combined_digest(files), files
 
@@ -158,8 +160,8 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
         raise StorageError(f"{folder} is a file; name the checkpoint's folder")
     folder = folder.resolve()
     allow_path(folder, "the model")
-    digest, files = digest_folder(folder, cache=cache)
     expert = _local_expert(folder, str(folder), require_expert_json)
+    digest, files = digest_folder(folder, cache=cache)
     return Fetched(source=source, resolved=str(folder), path=folder, digest=digest, files=files, expert=expert)
 
 
@@ -217,6 +219,7 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
     _check_one_gguf(source, names)
+    check_sizes({name: found[name].size for name in {*names, *BESIDE} & found.keys()}, uri)
     wanted, expert, sums = {name: found[name] for name in names}, None, {}
     wanted |= {name: one for name, one in found.items() if is_beside(name) and name not in BESIDE}
     if CARD in found:
