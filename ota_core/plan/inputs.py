@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import EXPERT_JSON, fingerprint
+from ota_core.artifact import EXPERT_JSON, fingerprint, odd_fact
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json
@@ -17,7 +17,6 @@ from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
-from ota_core.plan.fit.manifest import odd_fact
 from ota_core.recipe.methods import RESERVED_NAMES
 from ota_core.recipe.recipe import MergeRecipe
 

@@ -11,7 +11,7 @@ from ota_core.errors import StorageError
 from ota_core.files.checkpoint import GGUF
 from ota_core.files.gguf.sets import model_of, models_among
 from tasks.storage import s3
-from tasks.storage.layout import BESIDE, is_beside, manifest_sha256, model_files, parse_expert_json
+from tasks.storage.layout import BESIDE, check_sizes, is_beside, manifest_sha256, model_files, parse_expert_json
 from tasks.storage.s3 import S3Object, join, objects_below, read_bytes
 from tasks.storage.states import taken_of
 
@@ -50,6 +50,7 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
     check_one_gguf(source, names, f"name the one that is meant, {join(uri, '{name}')}")
+    check_sizes({name: found[name].size for name in {*names, *BESIDE} & found.keys()}, uri)
     wanted, expert, sums = {name: found[name] for name in names}, None, {}
     wanted |= {name: one for name, one in found.items() if is_beside(name) and name not in BESIDE}
     if CARD in found:

@@ -25,6 +25,7 @@ from tasks.storage.layout import (
     CODE,
     MODEL_FILES,
     NOT_MODEL_FILES,
+    check_sizes,
     folder_model_files,
     is_beside,
     model_files,
@@ -149,6 +150,7 @@ def digest_folder(folder: Path, *, cache: Path) -> tuple[str, dict[str, FileInfo
         inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f". Folders in it do: {', '.join(inside[:5])}; name one of them" if inside else ""
         raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin{hint}")
+    check_sizes({name: (folder / name).stat().st_size for name in names}, str(folder))
     files = digest_files(folder, names, cache=cache)
     return combined_digest(files), files
 
@@ -158,8 +160,8 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
         raise StorageError(f"{folder} is a file; name the checkpoint's folder")
     folder = folder.resolve()
     allow_path(folder, "the model")
-    digest, files = digest_folder(folder, cache=cache)
     expert = _local_expert(folder, str(folder), require_expert_json)
+    digest, files = digest_folder(folder, cache=cache)
     return Fetched(source=source, resolved=str(folder), path=folder, digest=digest, files=files, expert=expert)
 
 
