@@ -152,6 +152,24 @@ def test_new_scores_update_the_run_and_a_param_keeps_its_first_value(root: Path,
     assert "/mirror/base" in caplog.text
 
 
+def test_a_run_that_is_cancelled_in_the_middle_reads_killed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C, or by Cancel in the Prefect UI; a repeat goes on in it."""
+    client, run = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db"), a_merge()
+
+    def cancelled(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking, "log_values", cancelled)
+        with pytest.raises(KeyboardInterrupt):
+            log_merge(run, root=root)
+    experiment = client.get_experiment_by_name("ota-merging").experiment_id
+    (killed,) = client.search_runs([experiment], filter_string="tags.recipe_fingerprint = 'fp-ota'")
+    assert killed.info.status == "KILLED"
+    logged = log_merge(run, root=root)
+    assert logged.run_id == killed.info.run_id and client.get_run(logged.run_id).info.status == "FINISHED"
+
+
 @pytest.mark.parametrize("broken", ["log_values", "_log_artifacts", "_log_child", "register_version"])
 def test_a_failure_in_the_middle_is_finished_by_the_next_call(root: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
