@@ -26,6 +26,7 @@ from ota_core.artifact import (
     folder_files,
     has_size,
     missing_files,
+    parse_record,
     read_record,
     write_record,
 )
@@ -304,7 +305,7 @@ def _remote_record(uri: str) -> Record | None:
     if RECORD not in listed:
         return None
     try:
-        record = Record.model_validate_json(storage.read_bytes(listed[RECORD].uri))
+        record = parse_record(storage.read_bytes(listed[RECORD].uri))
     except ValueError:
         return None
     if any(name not in listed or not has_size(name, listed[name].size, size) for name, size in record.files.items()):

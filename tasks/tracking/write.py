@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import OtaError
 from tasks.tracking.patience import MARKING_SECONDS, within
-from tasks.tracking.store import NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, batches, cut, mlflow_metrics, mlflow_names, quoted
+from tasks.tracking.store import NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, batches, cut, mlflow_metrics, mlflow_names, pages, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,12 @@ def _origin() -> dict[str, str]:
 def find(client: MlflowClient, experiment: str, identity: Mapping[str, str]) -> Run | None:
     """The experiment's run with these tags, of several the oldest."""
     # A child that is the merge itself carries the merge's digest, too, but never the recipe's fingerprint.
-    found = client.search_runs([experiment], filter_string=quoted(identity))
+    asked = {key: value for key, value in identity.items() if "'" not in value}  # which MLflow's search cannot escape
+    found = [
+        run
+        for run in pages(client.search_runs, experiment_ids=[experiment], filter_string=quoted(asked))
+        if all(run.data.tags.get(key) == value for key, value in identity.items())
+    ]
     return min(found, key=lambda r: (r.info.start_time, r.info.run_id), default=None)
 
 

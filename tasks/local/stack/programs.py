@@ -71,8 +71,8 @@ def _worker(stack: Stack, worker: Worker) -> dict[str, object]:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
-    if os.environ.get(ROOTS):
-        env[ROOTS] = os.environ[ROOTS]
+    if allowed := os.environ.get(ROOTS):
+        env[ROOTS] = allowed
     if worker.pool == CPU_POOL:
         env["OTA_GPU_DEPLOYMENT"] = "stage/gpu"
     if worker.gpu is not None:
