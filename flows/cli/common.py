@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from ota_core.addresses import holds_secret, without_secrets
 from ota_core.errors import MomentsError, OtaError
 from ota_core.reading import printable, quoted
 from tasks.orchestration.prepare import end_in_order
@@ -63,9 +64,9 @@ class Commands(TyperGroup):
 
 
 def _without_password(address: str | None) -> str | None:
-    if address and "@" in address:
+    if address and holds_secret(address):
         raise typer.BadParameter(
-            "it holds a user name or a password, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "it holds a user name, a password or a token, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     return address
 
@@ -95,7 +96,7 @@ _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 # typer brings its own click from one version on; this is the one that its commands raise.
-_UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _NO_PATHS = {errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -147,8 +148,8 @@ def _unforeseen(error: Exception) -> str:
 
     from tasks.settings import home_folder
 
-    text = "".join(traceback.format_exception(error))
-    first = next(iter(str(error).strip().splitlines()), "")
+    text = without_secrets(f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")
+    first = without_secrets(next(iter(str(error).strip().splitlines()), ""))
     said = f"{type(error).__name__}{f': {first[:200]}' if first else ''}"
     folders: list[Callable[[], Path]] = [lambda: home_folder() / "logs", lambda: Path(tempfile.gettempdir())]
     for find in folders:
@@ -157,7 +158,7 @@ def _unforeseen(error: Exception) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             file, name = tempfile.mkstemp(prefix=time.strftime("ota-%Y%m%d-%H%M%S-"), suffix=".log", dir=folder, text=True)
             with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:
-                stream.write(f"{shlex.join(sys.argv)}\n\n{text}")
+                stream.write(text)
             return f"{said} (this is a fault of the program; the details are in {name}, please report it with that file)"
     return f"{said} (this is a fault of the program, and no file could be written: please report what follows)\n{text}"
 

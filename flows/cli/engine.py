@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,7 +52,7 @@ def merge(
     """
     from ota_core.compute.stream import parse_size
     from ota_core.engine import engine
-    from ota_core.files.place import check_free
+    from ota_core.files.place import check_free, scratch_folder
     from tasks.merging.opened import opens
     from tasks.merging.stages import read_stages
 
@@ -68,7 +68,7 @@ def merge(
         for one in stages:
             target = out
             if one.name is not None and one is not stages[-1]:
-                target = folders[one.name] = stack.enter_context(_scratch(out)) / "result"
+                target = folders[one.name] = stack.enter_context(scratch_folder(out.absolute())) / "result"
             located = one.located(folders) if len(stages) > 1 else one.recipe
             with recipe_inputs(located, recipe, home=home, memory=memory, fetch=fetch, device=device) as (
                 inputs,
@@ -123,18 +123,6 @@ def _planned_stages(stages: Sequence[Any], recipe: Path, memory: str, home: Path
                 outline(located, target, folder, home)
 
 
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A folder beside OUT, on the same disk, for what is needed while a merge runs."""
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        folder = TemporaryDirectory(prefix=f".{out.name}.stage.", dir=out.absolute().parent)
-    except OSError as error:
-        raise OtaError(f"{out.absolute().parent} cannot be written to ({error}); choose another output folder") from None
-    with folder as path:
-        yield Path(path)
-
-
 def compress(
     source: Annotated[
         str,
@@ -168,7 +156,7 @@ def compress(
     from ota_core.moments import choice_in, find_moments, moments_files, none_found, steps_in_words
     from ota_core.moments.compression import compression_label
     from ota_core.moments.compression.header import read_header
-    from ota_core.plan.vocabulary import names_in
+    from ota_core.plan.vocabulary.match import names_in
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
     from tasks.storage import models as storage

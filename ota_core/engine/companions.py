@@ -22,6 +22,15 @@ def set_rows(config: dict[str, Any], rows: int) -> None:
         config["vocab_size"] = rows
 
 
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Say of which type the weights are: at the top, and in parts (of the text, of images) that say it themselves."""
+    for name, part in config.items():
+        if name.endswith("_config") and isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"}:
+            set_dtype(part, dtype)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+
+
 def bring_template(folder: Path, others: Sequence[tuple[str, Path]]) -> str | None:
     """Give a folder without a chat template that of the first model that has one, and say whose it is. others: name and folder.
 

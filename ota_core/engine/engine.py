@@ -104,6 +104,7 @@ def merge(
             "sources": sources(inputs),
             "recipe": described(recipe),
             "seconds": report.seconds,
+            "notes": report.notes,
         }
         record = Record(
             kind="merged",

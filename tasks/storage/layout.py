@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import CARD, EXPERT_JSON, odd_fact, write_text_atomic
+from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.names import why_unsafe
+from ota_core.plan.fit.manifest import odd_fact
 from ota_core.reading import MAX_BYTES, SMALL, json_value, quoted, read_file
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.states import (
@@ -46,6 +47,9 @@ MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json", "generation_config.json",
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "optimizer*", "exp_avg_sq*", "*.pt", "*.pth", "adapter_config.json", "*.gguf",
+    "video_preprocessor_config.json", "audio_tokenizer_config.json", "tekken.json", "*.spm", "target_vocab.json", "entity_vocab.json", "bpe.codes",
+    "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json", "prophetnet.tokenizer", "word_*.json", "modules.json", "config_sentence_transformers.json",
+    "sentence_*_config.json",
 )  # fmt: skip
 NOT_MODEL_FILES = ("training_args.bin", "scheduler.pt", "rng_state*", "scaler.pt", "*.lock", "*.part", "*.tmp")
 # Subfolders of trainers that keep optimizer state there; everything in any other subfolder is somebody else's.
@@ -53,6 +57,8 @@ _SUBFOLDERS = (
     *STATE_FOLDERS, "pytorch_model_fsdp*", "exp_avg_sq*", "moments", "preconditioner*", "additional_chat_templates",
 )  # fmt: skip
 _OF_NANOTRON = ("model", "[0-9]*")
+SENTENCE_PART = "[0-9]_[A-Z]*"
+"""A part of a model of sentence-transformers behind the network: 1_Pooling, 2_Dense, 3_Normalize."""
 _SUBFOLDER_FILES = ("*.distcp", ".metadata", "*.jinja", *MODEL_FILES)
 
 
@@ -63,6 +69,8 @@ def is_model_file(name: str) -> bool:
         return False
     if is_nanotron_file(name):
         return True
+    if len(folders) == 1 and fnmatchcase(folders[0], SENTENCE_PART):
+        return base == "config.json" or fnmatchcase(base, "*.safetensors") or fnmatchcase(base, "*.bin")
     if not folders:
         return (
             base in POINTERS
@@ -99,7 +107,9 @@ def folder_model_files(folder: Path) -> list[str]:
     """The model's files in a local folder, named relative to it."""
     found = [path.name for path in folder.iterdir() if path.is_file()]
     for sub in folder.iterdir():
-        if sub.is_dir() and any(fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT, *_OF_NANOTRON)):
+        if sub.is_dir() and any(
+            fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT, SENTENCE_PART, *_OF_NANOTRON)
+        ):
             found += [path.relative_to(folder).as_posix() for path in sub.rglob("*") if path.is_file()]
     return model_files(found, taken_in(folder))
 

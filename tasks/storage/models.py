@@ -4,20 +4,22 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ota_core.addresses import without_secrets
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.files.checkpoint import GGUF
+from ota_core.files.gguf.sets import model_of, models_among
 from ota_core.frozen import Frozen
 from ota_core.reading import read_file
 from tasks.settings import allow_path
 from tasks.storage import s3
-from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, note_use
+from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, locked, note_use
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
 from tasks.storage.hub import said
 from tasks.storage.layout import (
@@ -47,11 +49,11 @@ from tasks.storage.s3 import (
     write_bytes,
 )
 from tasks.storage.states import Taken, checkpoint_of, taken_of
-from tasks.storage.transfers import copy_objects, upload_files
+from tasks.storage.transfers import ABANDONED, copy_objects, end_unfinished, upload_files
 
 __all__ = [
     "EXPERT_JSON", "Fetched", "FileInfo", "S3Object", "absolute", "copy_objects", "delete_prefix", "digest_file", "digest_folder", "download_folder",
-    "exists", "fetch", "find_model", "find_objects", "head", "is_beside", "is_hub_id", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
+    "end_unfinished", "exists", "fetch", "find_model", "find_objects", "head", "is_beside", "is_hub_id", "is_s3", "join", "list_objects", "objects_below", "read_bytes", "upload_folder",
     "write_bytes",
 ]  # fmt: skip
 
@@ -141,7 +143,7 @@ def fetch(
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id is None:
         expected = "a checkpoint folder, s3://bucket/prefix, or a Hugging Face id org/name@revision"
-        raise StorageError(f"{source!r} does not exist; expected {expected}")
+        raise StorageError(f"{without_secrets(source)!r} does not exist; expected {expected}")
     return _fetch_hub(source, hub_id["repo"], hub_id["revision"], cache, require_expert_json)
 
 
@@ -149,7 +151,9 @@ def digest_folder(folder: Path, *, cache: Path) -> tuple[str, dict[str, FileInfo
     """(digest, files) of the model's files in a folder. Raises StorageError when there are none."""
     names = folder_model_files(folder)
     if not names:
-        raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin")
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f". Folders in it do: {', '.join(inside[:5])}; name one of them" if inside else ""
+        raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin{hint}")
     check_sizes({name: (folder / name).stat().st_size for name in names}, str(folder))
     files = digest_files(folder, names, cache=cache)
     return combined_digest(files), files
@@ -166,15 +170,16 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
 
 
 def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
-    """One GGUF file of a folder: a folder of the cache that holds nothing but a link to it."""
+    """One GGUF model of a folder: a folder of the cache that holds nothing but links to its files."""
     allow_path(file, "the model")
     folder = cache / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / file.name
-    if not link.is_symlink():
-        with suppress(FileExistsError):
-            link.symlink_to(file)
-    note_use(folder)
+    names = _gguf_model(source, file.name, (path.name for path in file.parent.glob(f"*{GGUF}")))
+    with locked(cache, f"gguf links {folder.name}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if not (folder / name).is_symlink():
+                (folder / name).symlink_to(file.parent / name)
+        note_use(folder)
     digest, files = digest_folder(folder, cache=cache)
     return Fetched(source=source, resolved=str(file), path=folder, digest=digest, files=files)
 
@@ -209,6 +214,8 @@ class FoundModel(BaseModel):
 def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
     """What makes the checkpoint below a prefix in S3. Raises StorageError where there is none, or ``expert.json`` lists what is not there."""
     uri = source.rstrip("/")
+    if uri.endswith(GGUF) and not require_expert_json:
+        return _find_gguf(uri)
     found = objects_below(uri)
     if not found:
         raise _nothing_there(uri)
@@ -218,7 +225,7 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
         folders = sorted({name.split("/")[0] for name in found if "/" in name})[:8]
         hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
         raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
-    _check_one_gguf(source, names)
+    _check_one_gguf(source, names, f"name the one that is meant, {join(uri, '{name}')}")
     check_sizes({name: found[name].size for name in {*names, *BESIDE} & found.keys()}, uri)
     wanted, expert, sums = {name: found[name] for name in names}, None, {}
     wanted |= {name: one for name, one in found.items() if is_beside(name) and name not in BESIDE}
@@ -246,18 +253,38 @@ def _fetch_s3(
     return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
 
 
-def _check_one_gguf(source: str, names: Iterable[str]) -> None:
-    """Raises StorageError where several GGUF files are all the weights there are, before one is downloaded."""
-    found = [name for name in names if name.endswith(GGUF)]
-    if len(found) > 1:
-        raise StorageError(
-            f"{source} holds {len(found)} GGUF files ({', '.join(found[:4])}, …); download the one that is meant, and name that file"
-        )
+def _check_one_gguf(source: str, names: Iterable[str], hint: str) -> None:
+    """Raises StorageError where several GGUF models are all the weights there are, or parts of one are missing, before one is downloaded."""
+    try:
+        models = models_among(names)
+    except ValueError as error:
+        raise StorageError(f"{source}: {error}") from None
+    if len(models) > 1:
+        found = [files[0] for files in models]
+        raise StorageError(f"{source} holds {len(found)} GGUF models ({', '.join(found[:4])}, …); {hint.format(name=found[0])}")
+
+
+def _gguf_model(source: str, name: str, names: Iterable[str]) -> list[str]:
+    """The files of the GGUF model that one file is named for. Raises StorageError where parts are missing."""
+    try:
+        return model_of(name, names)
+    except ValueError as error:
+        raise StorageError(f"{source}: {error}") from None
+
+
+def _find_gguf(uri: str) -> FoundModel:
+    """One GGUF model of a prefix in S3, by one of its files. Raises StorageError where it is not there, or not whole."""
+    parent, _, name = uri.rpartition("/")
+    found = objects_below(parent)
+    if name not in found:
+        raise _nothing_there(uri)
+    names = _gguf_model(uri, name, (one for one in found if "/" not in one))
+    return FoundModel(uri=uri, objects={one: found[one] for one in names}, expert=None, sha256={})
 
 
 def _nothing_there(uri: str) -> StorageError:
     bucket, key = s3.split_uri(uri)
-    where = f"endpoint {s3.client().meta.endpoint_url}, bucket {bucket!r}, prefix {key!r}"
+    where = f"endpoint {without_secrets(s3.client().meta.endpoint_url)}, bucket {bucket!r}, prefix {key!r}"
     return StorageError(
         f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket", reason="missing"
     )
@@ -338,7 +365,9 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
             *BESIDE,
             *(name for name in listed if is_beside(name) and name not in BESIDE),
         ]
-        _check_one_gguf(source, wanted)
+        _check_one_gguf(
+            source, wanted, f"download the one that is meant (hf download {repo} {{name}} --local-dir .), and name that file"
+        )
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
         except Exception as error:  # the hub, its store of large files, the disk: each fails with classes of its own
@@ -385,6 +414,7 @@ def upload_folder(
     """Upload every file of a folder below a prefix, ``last`` (a manifest or record) after all others. Returns the names sent.
 
     ``files``: only these, by name their SHA-256 in hex, which then is not computed here. An object that is there already with the same size and SHA-256 is not sent again. Objects that the folder lacks stay.
+    Uploads of somebody else below the prefix that were given up are ended, after a day.
     Raises StorageError when ``last`` is not in the folder or the server refuses.
     """
     names = sorted(files or (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
@@ -393,6 +423,7 @@ def upload_folder(
     if last is not None and last not in names:
         raise StorageError(f"{folder} holds no {last}, which would be uploaded last to {uri}; write it first")
     sizes = {name: (folder / name).stat().st_size for name in names}
+    end_unfinished(uri, before=datetime.now(UTC) - ABANDONED)
     there = {one.uri: one for one in list_objects(uri)}
     tick = Ticker(progress, sum(sizes.values()))
     sent: list[str] = []

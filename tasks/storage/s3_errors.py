@@ -9,6 +9,7 @@ from typing import Any
 from botocore import exceptions as boto_errors
 from botocore.parsers import ResponseParserError
 
+from ota_core.addresses import without_secrets
 from ota_core.errors import StorageError, StorageReason
 
 # What leaves a broken connection in the middle of a body; botocore retries requests, not the reading of their bodies.
@@ -51,6 +52,10 @@ class Asked:
 def split_uri(uri: str) -> tuple[str, str]:
     """(bucket, key or prefix) of ``s3://bucket/key``. Raises StorageError on anything else."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if "@" in bucket:
+        raise StorageError(
+            f"{without_secrets(uri)} held a key before the bucket; give keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in a profile (AWS_PROFILE)"
+        )
     if not uri.startswith("s3://") or not bucket:
         raise StorageError(f"{uri!r} is not an S3 address; expected s3://bucket/prefix")
     return bucket, key
@@ -99,7 +104,7 @@ def s3_errors(action: str, uri: str, s3: Any, asked: Asked | None = None) -> Ite
         reason: StorageReason = "unavailable"
         if isinstance(error, boto_errors.ParamValidationError):
             hint, reason = "check the spelling of the bucket and key", "content"
-        said = " ".join(str(error).split())[:500]
+        said = " ".join(without_secrets(str(error)).split())[:500]
         times = f" ({counted})" if str(counted) else ""
         raise StorageError(f"{_where(action, uri, s3)}: {said}{times}; {hint}", reason=reason) from error
 
@@ -113,7 +118,7 @@ def by_library(error: BaseException) -> bool:
 
 def _where(action: str, uri: str, s3: Any) -> str:
     bucket, key = split_uri(uri)
-    return f"cannot {action} {uri} (endpoint {s3.meta.endpoint_url}, bucket {bucket!r}, key {key!r})"
+    return f"cannot {action} {uri} (endpoint {without_secrets(s3.meta.endpoint_url)}, bucket {bucket!r}, key {key!r})"
 
 
 def _explained(error: boto_errors.ClientError, action: str, uri: str, s3: Any, asked: Asked) -> StorageError:
