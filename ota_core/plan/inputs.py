@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import EXPERT_JSON, fingerprint, odd_fact
+from ota_core.artifact import EXPERT_JSON, fingerprint
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json

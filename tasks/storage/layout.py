@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import CARD, EXPERT_JSON, odd_fact, write_text_atomic
+from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.names import why_unsafe
 from ota_core.reading import MAX_BYTES, SMALL, json_value, quoted, read_file

@@ -14,13 +14,15 @@ from tests.tasks.tracking.made_up import a_merge
 
 def test_a_name_with_quotes_is_logged_once(tmp_path: Path) -> None:
     name = 'o\'brien "x" `y`'
-    run = a_merge(name)
+    plain = a_merge()
+    children = [one.model_copy(update={"name": name if one.role == "merge" else f"it's {one.name}"}) for one in plain.children]
+    run = plain.model_copy(update={"name": name, "children": children})
     first = log_merge(run, root=tmp_path)
     again = log_merge(run, root=tmp_path)
     assert (again.run_id, again.model_version) == (first.run_id, first.model_version)
     client = MlflowClient(tracking_uri=resolve_store(root=tmp_path).uri)
-    children = client.search_runs([first.experiment_id], f"tags.`mlflow.parentRunId` = '{first.run_id}'")
-    assert sorted(one.info.run_name for one in children) == sorted(child.name for child in run.children)
+    found = client.search_runs([first.experiment_id], f"tags.`mlflow.parentRunId` = '{first.run_id}'")
+    assert sorted(one.info.run_name for one in found) == sorted(child.name for child in run.children)
 
 
 @pytest.mark.parametrize("name", ["", "o'brien", "a/b", "a:b", "a\x1b", "x" * 300, 'a"b'])
