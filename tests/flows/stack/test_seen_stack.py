@@ -181,7 +181,7 @@ def test_mlflows_comparison_draws_both_merges(chromium: Chromium, night: Told) -
             differences = [value for name, value in run.data.metrics.items() if name.startswith("gate/difference/base/")]
             assert differences and all(f"{value:.3f}" in text for value in differences)
         seen.page.get_by_role("tab", name="Scatter Plot").click()
-        seen.page.locator(".js-plotly-plot:visible .scatterlayer").first.wait_for(state="attached")
+        seen.page.locator(".js-plotly-plot:visible").first.wait_for()
 
 
 def test_mlflow_shows_the_card_and_the_report_of_the_champion(chromium: Chromium, night: Told) -> None:
