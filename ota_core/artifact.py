@@ -20,7 +20,7 @@ from ota_core.errors import ArtifactError
 from ota_core.frozen import Frozen
 from ota_core.held import hold, remove_abandoned
 from ota_core.names import why_unsafe
-from ota_core.reading import json_value, quoted, read_file
+from ota_core.reading import json_value, printable, quoted, read_file
 
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
@@ -197,3 +197,26 @@ def missing_files(folder: Path, files: Mapping[str, int]) -> Sequence[str]:
         elif not has_size(name, path.stat().st_size, size):
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
     return problems
+
+
+_LONGEST_FACT = 4096
+"""Characters of a text in ``expert.json``, whose keys are people's, and trainers' scripts'."""
+# Step and β₂ are judged where they are needed (ota_core/moments): some write them as texts.
+_FACTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("capability", (str,), "a word"), ("base_model", (str,), "the model's address"), ("trained_at", (str, int, float), "an ISO date or time"),
+    ("step", (int, float, str), "a number"), ("beta2", (int, float, str), "a number"),
+)  # fmt: skip
+
+
+def odd_fact(facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first value of ``expert.json`` that is not of its kind, as a phrase; None where all are. Other keys are not looked at."""
+    for key, kinds, expected in _FACTS:
+        value = facts.get(key)
+        if value is None:
+            continue
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not finite:
+            return f"{key} is {quoted(value)}, expected {expected}"
+        if isinstance(value, str) and (len(value) > _LONGEST_FACT or value != printable(value)):
+            return f"{key} is {quoted(value, 80)}, expected a line of text"
+    return None

@@ -122,12 +122,20 @@ def _sets(folder: Path) -> list[str]:
 
 def _named(folder: Path) -> list[str]:
     config = folder / "config.json"
-    name = read_json(config).get(NAMED) if config.is_file() and NAMED.encode() in read_file(config) else None
+    name = read_json(config).get(NAMED) if config.is_file() and NAMED.encode() in _bytes_of(config) else None
     if name is None or name == "adapter_model.bin":
         return []
     if not isinstance(name, str) or "/" in name or why_unsafe(name) or not (folder / name).exists():
         raise CheckpointError(f"{config} names the weights' file {quoted(name)} ({NAMED}); expected a file beside it")
     return [name]
+
+
+def _bytes_of(path: Path) -> bytes:
+    """A file's bytes: most configurations hold no such key, and need not be parsed for it. Raises CheckpointError."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); fetch it again") from None
 
 
 def _files_of(first: Path) -> list[Path]:

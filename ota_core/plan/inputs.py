@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import EXPERT_JSON, fingerprint
+from ota_core.artifact import EXPERT_JSON, fingerprint, odd_fact
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json
 from ota_core.files.layouts.stored import Loaded
 from ota_core.files.writer import MAX_SHARD_BYTES
-from ota_core.manifest import odd_fact
 from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ota_core.analysis.health import check_expert
 from ota_core.artifact import canonical_json, fingerprint
 from ota_core.compute.stream import Progress, Stream, parse_memory
 from ota_core.errors import CheckpointError, MomentsError, StorageError
 from ota_core.files.checkpoint import Checkpoint, adapter_of
-from ota_core.health import check_expert
 from ota_core.moments import Moments, find_moments
 from ota_core.plan.inputs import ModelInput, optimizer_facts
 from tasks.artifacts.store import BuildResult, store_of
@@ -32,7 +32,7 @@ def check(
     places: Places, expert: str | Fetched, base: str | Fetched, *, needs_moments: bool = True, missing_curvature: str = "error",
     memory: str = "2GiB", progress: Progress | None = None,
 ) -> list[str]:  # fmt: skip
-    """What is wrong with an expert's weights and second moments (``ota_core.health.check_expert``); an empty list for a healthy one.
+    """What is wrong with an expert's weights and second moments (``ota_core.analysis.health.check_expert``); an empty list for a healthy one.
 
     expert, base: where they lie, or as they were fetched already. What was read once is an artifact of the kind ``checks`` and is not read
     again. What cannot be fetched or opened is found anew each time: it may be there tomorrow. Raises OtaError where not the expert is at

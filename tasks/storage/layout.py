@@ -9,11 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
+from ota_core.artifact import CARD, EXPERT_JSON, odd_fact, write_text_atomic
 from ota_core.errors import StorageError
-from ota_core.manifest import odd_fact
 from ota_core.names import why_unsafe
-from ota_core.reading import SMALL, json_value, quoted, read_file
+from ota_core.reading import MAX_BYTES, SMALL, json_value, quoted, read_file
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.states import (
     CHECKPOINT,
@@ -112,6 +111,18 @@ def folder_model_files(folder: Path) -> list[str]:
         ):
             found += [path.relative_to(folder).as_posix() for path in sub.rglob("*") if path.is_file()]
     return model_files(found, taken_in(folder))
+
+
+def check_sizes(sizes: Mapping[str, int], where: str) -> None:
+    """Raise StorageError, before anything is brought or hashed, where a file that is read at once is larger than any such file."""
+    for name, size in sizes.items():
+        if size > MAX_BYTES and name.endswith(_TEXTS):
+            raise StorageError(
+                f"{where}: {name} has {size:,} bytes, a file of at most {MAX_BYTES:,} was expected; fetch or save it again"
+            )
+
+
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".md", ".py", ".tiktoken")
 
 
 def expert_manifest(
