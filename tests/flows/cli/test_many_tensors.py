@@ -74,10 +74,8 @@ def test_a_plan_of_ten_thousand_tensors_takes_two_seconds(tmp_path: Path) -> Non
 @pytest.mark.parametrize("options", [(), ("--shard-size", "50KB")], ids=["one file", "many files"])
 def test_the_time_of_a_merge_is_linear_in_the_tensors(tmp_path: Path, options: tuple[str, ...]) -> None:
     took = {}
-    for tensors in (2_500, 5_000, 10_000):
+    for tensors in (2_500, 10_000):
         file = recipe(tmp_path / str(tensors), tensors)
-        seconds("merge", file, tmp_path / f"{tensors}-first", *options)  # compiles its loops, and fills the cache of pages
-        took[tensors] = seconds("merge", file, tmp_path / f"{tensors}-out", *options)
+        took[tensors] = min(seconds("merge", file, tmp_path / f"{tensors}-{i}", *options) for i in range(3))
     print(took)
-    # What every run costs is left out by the differences: twice as many tensors more are twice as much more time, never four times.
-    assert took[10_000] - took[5_000] < 3.2 * max(took[5_000] - took[2_500], 0.5), took
+    assert took[10_000] < 8 * took[2_500], f"four times as many tensors: four times the time, not sixteen times: {took}"
