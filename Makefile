@@ -8,7 +8,7 @@ TOOLS := .venv/supply/.ready
 DEMO := $(CURDIR)/.ota
 
 # ARGS: options of the command behind the target, for example ARGS="--sizes 0.1 --runs 1" for bench, ARGS="--free-ports" for stack.
-.PHONY: demo study study-real stack stack-down bench docs test test-slow test-gpu check lines lock sbom audit format clean
+.PHONY: demo study study-real stack stack-down bench docs test test-slow test-gpu chaos check lines lock sbom audit format clean
 
 demo: $(READY)
 	mkdir -p $(DEMO)/prefect
@@ -50,6 +50,10 @@ test-slow: $(READY)
 # Where torch sees a GPU: its own tests, and those of the engine with the GPU as their device.
 test-gpu: $(READY)
 	OTA_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "not slow" tests/ota_core
+
+# Kills commands at random moments and at every commit point, runs them again and compares; ARGS="--kills 500 --seed 1 --only merge,compress".
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -127,7 +127,7 @@ def search_flow(
         live.begin()
         stack.push(fails_with(live.fail))
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
-            live.trial(trial, None)
+            live.trial(trial, tried.result().best_until(trial))
         bar = stack.enter_context(BudgetBar("search"))
         if tried.trials:
             bar.begin(_spent(config.budget, tried.result())[0])

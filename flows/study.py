@@ -12,7 +12,6 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.merge import merge_flow
 from ota_core.errors import OtaError, StorageError, raise_all
@@ -182,14 +181,12 @@ class _Run:
             recipe, values = learn_cell(cell, recipe, models, self.memory, self.device)
         known = models.find(recipe)
         if known is None or known[0] not in logged:
-            # The study's own heartbeat tells whether this process lives. Ending that of a flow run takes up to a second.
-            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                state: Any = merge_flow(
-                    recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
-                    chat_template=models.benchmark.chat_template,
-                    memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
-                    report="none", smoke=False, return_state=True,
-                )  # fmt: skip
+            state: Any = merge_flow(
+                recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
+                chat_template=models.benchmark.chat_template,
+                memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
+                report="none", smoke=False, return_state=True,
+            )  # fmt: skip
             if not state.is_completed():
                 raise OtaError(str(state.message))
             self.computed += 1

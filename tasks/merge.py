@@ -279,7 +279,7 @@ class AssembleJob(Part):
         def build(folder: Path) -> BuildResult:
             records = {name: store.read_record(ref) for name, ref in self.shards.items()}
             with self.core(where) as job:
-                _, results = shards.finish(
+                _, results, notes = shards.finish(
                     job, folder, [Found.model_validate(record.results) for record in records.values()], opens
                 )
                 provenance = {**engine.environment(device), "sources": engine.sources(job.inputs)}
@@ -288,7 +288,7 @@ class AssembleJob(Part):
             }
             made_by = ("host", "pid", "device", "seconds")
             provenance |= {
-                "recipe": engine.described(self.merge.recipe), "digest": combined_digest(files), "seconds": _seconds(records),
+                "recipe": engine.described(self.merge.recipe), "digest": combined_digest(files), "seconds": _seconds(records), "notes": notes,
                 "peak_memory_gib": max(record.provenance["peak_memory_gib"] for record in records.values()),
                 "shards": {name: {key: record.provenance[key] for key in made_by} for name, record in records.items()},
             }  # fmt: skip

@@ -70,7 +70,7 @@ def gc(
                 emptied = collect_cache(local, lambda _, count, total: progress("cache", count, total)) if local else None
         if as_json:
             facts = {"tracking": tracking.shown, "days": days, "notes": list(plan.notes), **_facts(plan, done)}
-            facts |= {"versions_without_weights": done.versions} if done else {}
+            facts |= {"versions_without_weights": done.versions, "unfinished_uploads": done.uploads} if done else {}
             facts |= {"cache": _facts(local, emptied)} if local else {}
             typer.echo(json.dumps(facts))
         else:
@@ -176,6 +176,8 @@ def _result(plans: Sequence["Plan"], outcomes: Sequence["Outcome | None"]) -> It
         spared = ", ".join(f"{item.stored.kind} {item.stored.name[:8]}" for one in done for item in one.spared)
         if spared:
             yield Text(f"In use since they were listed, and left: {spared}.")
+    if uploads := sum(one.uploads for one in done):
+        yield f"Ended {uploads:,} uploads to S3 that were never finished."
 
 
 def _facts(plan: "Plan", done: "Outcome | None") -> dict[str, Any]:

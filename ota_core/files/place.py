@@ -3,12 +3,9 @@
 import contextlib
 import ctypes
 import errno
-import fcntl
 import glob
-import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,8 +14,9 @@ from pathlib import Path
 
 from ota_core.artifact import RECORD
 from ota_core.errors import CheckpointError, OtaError
+from ota_core.held import held_folder, hold, is_abandoned, remove_abandoned
+from ota_core.reading import json_value, read_file
 
-ABANDONED_SECONDS = 60
 IsOutput = Callable[[Path], bool]
 """Whether a folder is an earlier output, which may be replaced."""
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -28,8 +26,8 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 def recorded(folder: Path) -> bool:
     """Whether a folder holds a record."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json_value(read_file(folder / RECORD))
+    except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"kind", "fingerprint", "files"} <= set(record)
 
@@ -51,7 +49,7 @@ def new_folder(out: Path, *, overwrite: bool, is_output: IsOutput = recorded) ->
     Raises OtaError for what ``check_free`` refuses, before and after the body, and when the parent cannot be written to.
     """
     check_free(out, overwrite=overwrite, is_output=is_output)
-    with _working_folder(out.absolute(), is_output) as folder:
+    with scratch_folder(out.absolute()) as folder:
         yield folder
         _take_place(folder, out.absolute(), overwrite=overwrite, is_output=is_output)
 
@@ -60,7 +58,7 @@ def new_folder(out: Path, *, overwrite: bool, is_output: IsOutput = recorded) ->
 def new_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """The same for a file. Without ``overwrite`` a file that somebody else has written meanwhile stays: OtaError."""
     check_file(out, overwrite=overwrite)
-    with _working_folder(out.absolute(), None) as folder:
+    with scratch_folder(out.absolute()) as folder:
         yield folder / out.name
         if overwrite:
             os.replace(folder / out.name, out)
@@ -69,32 +67,31 @@ def new_file(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def _working_folder(out: Path, is_output: IsOutput | None) -> Iterator[Path]:
-    """A hidden folder beside ``out``, locked as long as this process lives: says to a later one that it is not abandoned."""
-    folder = _sibling(out, "tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(out, is_output)
-        folder.mkdir()
-        held = os.open(folder, os.O_RDONLY)
-        fcntl.flock(held, fcntl.LOCK_EX)
-    except OSError as error:
-        raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
-    try:
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out``, on its disk, that goes when the block ends; after a kill the next one for the same ``out`` removes it.
+
+    Raises OtaError when the parent cannot be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _tidy(out, None)
+            folder = stack.enter_context(held_folder(lambda: _sibling(out, "tmp")))
+        except OSError as error:
+            raise OtaError(f"{out.parent} cannot be written to ({error}); choose another output") from None
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
 
 
 def check_free(out: Path, *, overwrite: bool, is_output: IsOutput = recorded, keep: Iterable[Path] = ()) -> None:
     """Raise OtaError unless a folder can take the name ``out``.
 
     An empty folder may be replaced, and with ``overwrite`` an earlier output. Never what is, or holds, the working directory, the home folder
-    or what ``keep`` names. What a crash has renamed gets its name back first.
+    or what ``keep`` names. What a crash has renamed gets its name back first, and what else it left goes.
     """
     if not os.path.lexists(out):
         _restore(out, is_output)
+    _tidy(out, is_output)
     if not out.exists():
         return
     if os.path.ismount(out):
@@ -118,6 +115,7 @@ def check_free(out: Path, *, overwrite: bool, is_output: IsOutput = recorded, ke
 
 def check_file(out: Path, *, overwrite: bool) -> None:
     """Raise OtaError unless a file can take the name ``out``. It may replace only a file of second moments or an empty one."""
+    _tidy(out, None)
     if out.is_dir():
         raise OtaError(f"{out} is a folder; name a file such as {out / 'exp_avg_sq.safetensors'}")
     if not out.exists() and not out.is_symlink():
@@ -150,7 +148,7 @@ def _sibling(out: Path, suffix: str) -> Path:
 def _restore(out: Path, is_output: IsOutput) -> None:
     """An output that a process was about to replace when it was killed, where names cannot be exchanged in one step."""
     for old in out.parent.glob(f".{glob.escape(out.name)}.*.old"):
-        if is_output(old):
+        if is_output(old) and is_abandoned(old):
             os.rename(old, out)
             return
 
@@ -159,20 +157,7 @@ def _tidy(out: Path, is_output: IsOutput | None) -> None:
     """Remove what killed processes have left beside ``out``."""
     for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
         if path.suffix == ".tmp" or (path.suffix == ".old" and is_output is not None and is_output(path)):
-            _remove_abandoned(path)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove a folder that nobody holds the lock of any more."""
-    with contextlib.suppress(OSError):  # gone already, or somebody else's: not ours to remove
-        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Younger ones may be between their making and their locking.
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(path)
-        finally:
-            os.close(held)
+            remove_abandoned(path)
 
 
 def _take_place(new: Path, out: Path, *, overwrite: bool, is_output: IsOutput) -> None:
@@ -196,16 +181,21 @@ def _take_place(new: Path, out: Path, *, overwrite: bool, is_output: IsOutput) -
 def _rename_twice(new: Path, out: Path) -> None:
     """Where the file system cannot exchange two names. What had the name comes back when the second step fails, by ``_tidy`` after a crash."""
     old = _sibling(out, "old")
-    os.rename(out, old)
+    held = os.open(out, os.O_RDONLY)
     try:
-        os.rename(new, out)
-    except BaseException:
-        os.rename(old, out)
-        raise
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
+        hold(held, out)
+        os.rename(out, old)
+        try:
+            os.rename(new, out)
+        except BaseException:
+            os.rename(old, out)
+            raise
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
+    finally:
+        os.close(held)
 
 
 def _rename_new(new: Path, out: Path) -> None:

@@ -23,8 +23,8 @@ from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
-from tasks.merging.architecture import parameter_layout, parameters_of
-from tasks.merging.gguf_companions import gguf_companions
+from tasks.merging.architecture import parameter_layout
+from tasks.merging.gguf_companions import gguf_companions, loaded_of
 from tasks.merging.inputs import Estimate, assemble, s3_moments
 from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
@@ -220,7 +220,7 @@ class _Opening:
         return ModelInput(
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=source_of, under=under,
             companions=gguf_companions(folder, self._where.cache),
-            parameters=partial(parameters_of, under.folders[-1] if under else folder, source_of),
+            parameters=loaded_of(under.folders[-1] if under else folder, self._where.cache, source_of),
         )  # fmt: skip
 
     def expert(self, one: ExpertSource) -> ExpertInput:
@@ -233,7 +233,7 @@ class _Opening:
             masks=self._artifact(one, one.masks, MASK_FILE), under=under,
             companions=gguf_companions(folder, self._where.cache),
             layout=partial(parameter_layout, folder, partial(self._folder, one.base) if one.base else None, self._streams.source_of),
-            parameters=partial(parameters_of, under.folders[-1] if under else folder, self._streams.source_of),
+            parameters=loaded_of(under.folders[-1] if under else folder, self._where.cache, self._streams.source_of),
         )  # fmt: skip
 
     def scales(self, one: ScalesSource | None) -> Path | None:

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.artifact import canonical_json, write_text_atomic
 from ota_core.errors import StorageError
+from ota_core.held import hold
 
 log = logging.getLogger(__name__)
 
@@ -269,17 +270,22 @@ def remove_tree(folder: Path, *, unless: Callable[[Path], bool] | None = None) -
     if unless and unless(folder):
         return False
     trash = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.trash")
-    os.replace(folder, trash)
-    if unless and unless(trash):
-        try:
-            os.rename(trash, folder)
-            return False
-        except OSError:  # it was made anew already
-            pass
-    if trash.is_dir():
-        shutil.rmtree(trash)
-    else:
-        trash.unlink()
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        hold(handle, folder)  # says to `ota gc` that somebody still works on it
+        os.replace(folder, trash)
+        if unless and unless(trash):
+            try:
+                os.rename(trash, folder)
+                return False
+            except OSError:  # it was made anew already
+                pass
+        if trash.is_dir():
+            shutil.rmtree(trash)
+        else:
+            trash.unlink()
+    finally:
+        os.close(handle)
     return True
 
 
@@ -301,7 +307,12 @@ def _memo_key(path: Path) -> tuple[str, int, int, int]:
 @contextmanager
 def _memo(cache: Path) -> Iterator[sqlite3.Connection]:
     path = cache / "digests.sqlite"
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"the cache {cache} cannot be made ({error.strerror}); let OTA_HOME name a folder that may be written"
+        ) from error
     try:
         with closing(sqlite3.connect(path, timeout=60)) as memo:
             memo.execute(_MEMO_TABLE)

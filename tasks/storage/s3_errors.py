@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 from botocore import exceptions as boto_errors
@@ -82,7 +83,13 @@ def s3_errors(action: str, uri: str, s3: Any, asked: Asked | None = None) -> Ite
     """
     counted = asked or Asked()
     try:
-        yield
+        try:
+            yield
+        except (RecursionError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if isinstance(error, boto_errors.BotoCoreError) or not by_library(error):
+                raise
+            said = f"the answer is none of S3's: {type(error).__name__} in the client's library; does a proxy stand between?"
+            raise StrangeAnswer(what=said) from error
     except boto_errors.ClientError as error:
         if asked is None:
             counted.note(error)
@@ -100,6 +107,13 @@ def s3_errors(action: str, uri: str, s3: Any, asked: Asked | None = None) -> Ite
         said = " ".join(without_secrets(str(error)).split())[:500]
         times = f" ({counted})" if str(counted) else ""
         raise StorageError(f"{_where(action, uri, s3)}: {said}{times}; {hint}", reason=reason) from error
+
+
+def by_library(error: BaseException) -> bool:
+    """Whether an exception comes from within botocore, of an answer that it was not written for, and not from this package."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    theirs = max((i for i, name in enumerate(names) if name.startswith(("botocore.", "boto3.", "urllib3."))), default=-1)
+    return theirs > max((i for i, name in enumerate(names) if name.startswith(("tasks.", "ota_core."))), default=-1)
 
 
 def _where(action: str, uri: str, s3: Any) -> str:

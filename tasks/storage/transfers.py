@@ -1,10 +1,18 @@
 """Uploads and copies within S3 through boto3's transfer manager: several objects at once, large ones in parts."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from ota_core.errors import StorageError
 from tasks.storage import s3
+
+log = logging.getLogger(__name__)
+
+ABANDONED = timedelta(days=1)
+"""No upload of one file lasts so long."""
 
 # One request copies objects up to this size; larger ones are copied in ranges.
 _COPY_AT_ONCE, _COPY_RANGE = 5 * 10**9, 10**9
@@ -44,6 +52,24 @@ def copy_objects(pairs: Mapping[str, str], *, threads: int = 8) -> None:
             yield source, manager.copy({"Bucket": from_bucket, "Key": from_key}, bucket, key, metadata)
 
     _transfer("copy", start, threads, multipart_threshold=_COPY_AT_ONCE, multipart_chunksize=_COPY_RANGE)
+
+
+def end_unfinished(uri: str, *, before: datetime) -> int:
+    """End uploads in parts below a prefix that began before then and were never finished: their parts take room, and no listing shows them.
+
+    Returns how many. Where these may not be listed or ended, none; a rule of the bucket can do the same (AbortIncompleteMultipartUpload).
+    """
+    client, (bucket, key), ended = s3.client(), s3.split_uri(uri), 0
+    try:
+        with s3.s3_errors("list unfinished uploads", uri, client):
+            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key.rstrip('/')}/"):
+                for one in page.get("Uploads", []):
+                    if one["Initiated"] < before:
+                        client.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
+                        ended += 1
+    except StorageError as error:
+        log.info("unfinished uploads stay: %s", error)
+    return ended
 
 
 def _transfer(action: str, start: Callable[[Any], Iterator[tuple[str, Any]]], threads: int, **sizes: int) -> None:

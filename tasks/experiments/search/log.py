@@ -60,7 +60,7 @@ def logged_trials(parent: LoggedRun, store: Store) -> set[int]:
         return {int(run.data.tags[TAG_TRIAL]) for run in runs if run.info.status == "FINISHED"}
 
 
-def log_trial(parent: LoggedRun, trial: Trial, best: Trial | None, store: Store) -> None:
+def log_trial(parent: LoggedRun, trial: Trial, best: Trial, store: Store) -> None:
     """One trial as a run below the search's, with the scores of every rung: the metric's step is the number of documents.
 
     ``best`` of the trials so far becomes a point of the search's own curve, at the trial's number. Raises StorageError.
@@ -77,10 +77,9 @@ def log_trial(parent: LoggedRun, trial: Trial, best: Trial | None, store: Store)
         text = trial.recipe.to_yaml()
         with artifact_errors(f"the recipe of {name}", run.info.artifact_uri, _SAFE):
             client.log_text(run.info.run_id, text, "recipe.yaml")
+        owner = client.get_run(parent.run_id)  # first: a trial that is FINISHED is not logged again
+        _log(client, owner, {}, {trial.number: _curve(best)}, {})
         client.set_terminated(run.info.run_id, status="FINISHED")
-        if best is not None:
-            owner = client.get_run(parent.run_id)
-            _log(client, owner, {}, {trial.number: _curve(best)}, {})
 
 
 def finish(parent: LoggedRun, tuned: Tuned, files: Mapping[str, str | bytes], store: Store) -> None:
@@ -100,10 +99,10 @@ def finish(parent: LoggedRun, tuned: Tuned, files: Mapping[str, str | bytes], st
         client.set_terminated(parent.run_id, status="FINISHED")
 
 
-def fail(parent: LoggedRun, store: Store) -> None:
-    """Mark the search's run as failed: an error ended it. A repeat goes on in the same run. Raises StorageError."""
-    with clear_errors(store, "logging that the search failed", _SAFE), locked(store):
-        connect(store).set_terminated(parent.run_id, status="FAILED")
+def fail(parent: LoggedRun, store: Store, status: str) -> None:
+    """Mark the search's run as FAILED or KILLED. A repeat goes on in the same run. Raises StorageError."""
+    with clear_errors(store, "logging that the search ended", _SAFE), locked(store):
+        connect(store).set_terminated(parent.run_id, status=status)
 
 
 def search_run(
@@ -119,8 +118,7 @@ def search_run(
                 points=steps, files={"recipe.yaml": trial.recipe.to_yaml().encode()},
             )
         )  # fmt: skip
-        until = tuple(one for one in tuned.trials if one.number <= trial.number)
-        points[trial.number] = _curve(tuned.model_copy(update={"trials": until}).best)
+        points[trial.number] = _curve(tuned.best_until(trial))
     points[0] = points.get(0, {}) | metrics
     return KeptRun(
         name=name, identity={TAG_ROLE: "search", TAG_SEARCH: search}, params=_texts(params),
@@ -166,6 +164,10 @@ def _log(
     now = int(time.time() * 1000)
     names = mlflow_names(params)
     new = [Param(name, cut(str(params[key]), PARAM_LENGTH)) for key, name in names.items() if name not in run.data.params]
-    metrics = [Metric(mlflow_name(key), value, now, step) for step, some in points.items() for key, value in some.items()]
+    rows = [(mlflow_name(key), value, step) for step, some in points.items() for key, value in some.items()]
+    # A value that is there already would become a second point of a curve.
+    known = {name for name, *_ in rows} & set(run.data.metrics)
+    held = {(name, one.value, one.step) for name in known for one in client.get_metric_history(run.info.run_id, name)}
+    metrics = [Metric(name, value, now, step) for name, value, step in rows if (name, value, step) not in held]
     marks = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
     client.log_batch(run.info.run_id, params=new, metrics=metrics, tags=marks, synchronous=True)

@@ -125,7 +125,12 @@ class Tuned(Frozen):
 
         Where none does, the one that misses them by the least: see ``feasible``.
         """
-        return max((one for one in self.trials if one.complete), key=lambda one: (_merit(one), -one.number))
+        return self.best_until(self.trials[-1])
+
+    def best_until(self, last: Trial) -> Trial:
+        """The best when this trial had ended."""
+        tried = [one for one in self.trials if one.complete and one.number <= last.number]
+        return max(tried, key=lambda one: (_merit(one), -one.number))
 
     @property
     def feasible(self) -> bool:

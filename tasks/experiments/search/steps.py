@@ -46,7 +46,7 @@ def run_trial(tried: Search, point: Point, trials: Trials) -> Trial:
     name="log", task_run_name="log trial {trial.number}", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE,
     persist_result=False,
 )  # fmt: skip
-def log_trial(trial: Trial, best: Trial | None, parent: LoggedRun, store: Store) -> None:
+def log_trial(trial: Trial, best: Trial, parent: LoggedRun, store: Store) -> None:
     """Log one trial to MLflow; finds the run of an earlier try."""
     within(ASKING_SECONDS, f"logging trial {trial.number}", lambda: search_log.log_trial(parent, trial, best, store))
 
@@ -70,7 +70,7 @@ class Live:
         if (logged := self.logged) is not None:
             self.known = self._try(lambda: search_log.logged_trials(logged, self.store)) or set()
 
-    def trial(self, trial: Trial, best: Trial | None) -> None:
+    def trial(self, trial: Trial, best: Trial) -> None:
         """Log a trial as it ends."""
         if self.away is not None or self.logged is None or trial.number in self.known:
             return
@@ -79,10 +79,10 @@ class Live:
         except StorageError as error:
             self._went_away(error)
 
-    def fail(self) -> None:
-        """Mark the search's run as failed. Raises StorageError."""
+    def fail(self, status: str) -> None:
+        """Mark the search's run as FAILED or KILLED. Raises StorageError."""
         if self.away is None and self.logged is not None:
-            search_log.fail(self.logged, self.store)
+            search_log.fail(self.logged, self.store, status)
 
     def finish(self, tuned: Tuned, files: Mapping[str, str | bytes], where: Places, tracking_uri: str | None) -> LoggedRun:
         """Log the end; where the server was away, everything. Raises StorageError, which names the file that keeps it."""

@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
-from ota_core.artifact import RECORD, Kind, Record, has_size
+from ota_core.artifact import RECORD, Kind, Record, has_size, parse_record
 from ota_core.errors import StorageError
+from ota_core.held import is_abandoned
 from tasks.artifacts.processes import is_alive
 from tasks.storage import models as storage
 from tasks.storage import s3
@@ -45,7 +46,7 @@ class Stored:
     """One folder below the root, or one thing in the local cache."""
 
     kind: str
-    """Of an artifact, or of what lies in the cache: checkpoint, download, outline, copy, partial, leftover."""
+    """Of an artifact, or of what lies in the cache: checkpoint, download, outline, copy, partial, written, companions, gguf, estimate, leftover."""
     name: str
     """The fingerprint, or the whole name of a temporary."""
     uri: str
@@ -91,6 +92,14 @@ def is_temporary_of_live_process(name: str) -> bool:
     """Whether this is the name of a temporary of the store whose process runs on this machine."""
     owner = _OWNED.fullmatch(name)
     return owner is not None and owner["host"] == platform.node() and is_alive(int(owner["pid"]), float(owner["started"]))
+
+
+def is_left_by_the_dead(one: Stored) -> bool:
+    """Whether who made or renamed this temporary is known to be dead: by its name, on this machine, or by the lock on what was being deleted."""
+    if one.name.endswith(".trash"):
+        return is_abandoned(Path(one.uri))
+    owner = _OWNED.fullmatch(one.name)
+    return owner is not None and owner["host"] == platform.node() and not is_temporary_of_live_process(one.name)
 
 
 def list_root(root: str) -> list[Stored]:
@@ -178,7 +187,7 @@ def _with_record(stored: Stored) -> Stored:
     if stored.temporary or RECORD not in stored.files:
         return stored
     try:
-        record = Record.model_validate_json(storage.read_note(storage.join(stored.uri, RECORD)) or b"")
+        record = parse_record(storage.read_note(storage.join(stored.uri, RECORD)) or b"")
     except ValueError:  # of another version, or deleted meanwhile
         return replace(stored, unreadable=True)
     fits = (record.kind, record.fingerprint) == (stored.kind, stored.name)

@@ -64,6 +64,8 @@ class Outcome:
     """In use since they were listed."""
     versions: list[str] = field(default_factory=list)
     """Versions of the registered model that lost their weights."""
+    uploads: int = 0
+    """Uploads to S3 that were never finished, and were ended."""
 
     @property
     def frees(self) -> int:

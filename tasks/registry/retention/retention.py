@@ -28,7 +28,14 @@ from typing import Any
 from ota_core.artifact import ArtifactRef, Kind, Record
 from ota_core.errors import OtaError
 from tasks.artifacts.store import ArtifactStore
-from tasks.registry.retention.listing import KINDS, Stored, is_as_listed, is_temporary_of_live_process, list_root
+from tasks.registry.retention.listing import (
+    KINDS,
+    Stored,
+    is_as_listed,
+    is_left_by_the_dead,
+    is_temporary_of_live_process,
+    list_root,
+)
 from tasks.registry.retention.plan import Item, Outcome, Plan, largest_first
 from tasks.registry.retention.references import References, Tracking, Version
 from tasks.storage import models as storage
@@ -93,6 +100,8 @@ class Retention:
                 outcome.spared.append(item)
         if progress:
             progress("delete", len(going), len(going))
+        if storage.is_s3(self.store.root):
+            outcome.uploads = storage.end_unfinished(self.store.root, before=self.since)
         self._mend_tags([item.stored for item in (*plan.kept, *outcome.spared)])
         return outcome
 
@@ -139,7 +148,7 @@ class _Judge:
     def verdict(self, one: Stored) -> tuple[bool, str]:
         """(whether it stays, why)."""
         if one.temporary:
-            busy = is_temporary_of_live_process(one.name) or one.used >= self._since
+            busy = not is_left_by_the_dead(one) and (is_temporary_of_live_process(one.name) or one.used >= self._since)
             return busy, "being written" if busy else "interrupted work"
         if one.kind == "merged" and one.name in self._why:
             return True, self._why[one.name]

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from ota_core.errors import StorageError
 from ota_core.files.byte_source import ByteSource, MappedFile
+from ota_core.files.checkpoint import GGUF
 from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.cache import FileInfo, blob_path, combined_digest, find_object, link_or_copy, locked
@@ -150,7 +151,7 @@ class Streams:
             known = self._known.get(path.resolve())
             if known is None or known.file.readable or known.file.whole:
                 continue
-            what = f"{known.one.uri} cannot be read by ranges (it is no zip file of torch.save)"
+            what = f"{known.one.uri} cannot be read by ranges ({_why_whole(path)})"
             if not self._may_download:
                 self.unread.append(path)
                 self.notes.append(f"{what}: a merge downloads it, {known.one.size:,} bytes; it is not checked here")
@@ -192,6 +193,10 @@ class Streams:
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def _why_whole(path: Path) -> str:
+    return "it is a GGUF file, whose reader takes it whole" if path.suffix == GGUF else "it is no zip file of torch.save"
 
 
 def _ledger(outline: Path) -> Path | None:

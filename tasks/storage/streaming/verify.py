@@ -179,8 +179,8 @@ class Verifier:
                 unread += fold.stop - fold.start - (0 if whole else missing)
             elif fold.at < fold.stop:
                 self._complete(fold, [span for span in spans if span[0] >= fold.at])
-        (whole, *others), self._folds = self._folds, []
-        if self._ledger is not None and not others and whole.claim is not None and whole.at == self._one.size:
+        (last, *others), self._folds = self._folds, []
+        if self._ledger is not None and not others and last.claim is not None and last.at == self._one.size:
             _write_ledger(self._ledger, b"".join(self._seen[first] for first in sorted(self._seen)))
         if not unread:
             return None

@@ -1,5 +1,6 @@
 """What ``ota_core.files.place`` replaces, what it refuses to, and what crashes and several processes at once leave."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 
 from ota_core.errors import OtaError
 from ota_core.files import place
-from ota_core.files.place import check_file, check_free, made_of, new_file, new_folder
+from ota_core.files.place import check_file, check_free, made_of, new_file, new_folder, scratch_folder
 
 
 def an_output(out: Path, content: str) -> None:
@@ -170,8 +171,6 @@ def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path, at: int) -> N
     an_output(out, "old")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(out), str(at)], cwd=Path(__file__).parents[3], check=False)
     assert killed.returncode == 9 and out.exists() is (at == 1)
-    for path in tmp_path.glob(".out.*.tmp"):
-        os.utime(path, (0, 0))
     with pytest.raises(OtaError, match="exists already"), new_folder(out, overwrite=False):
         pass
     assert names(out) == {"old", "record.json"}
@@ -231,7 +230,41 @@ def test_what_a_killed_writer_of_a_file_left_is_removed(tmp_path: Path) -> None:
     left = tmp_path / ".m.safetensors.0123abcd.tmp"
     left.mkdir()
     (left / "m.safetensors").write_text("half")
-    os.utime(left, (0, 0))
     with new_file(tmp_path / "m.safetensors", overwrite=False) as file:
         file.write_text("whole")
     assert names(tmp_path) == {"m.safetensors"}
+
+
+def test_what_a_killed_writer_left_is_removed_also_by_one_that_is_refused(tmp_path: Path) -> None:
+    """It was killed between its output's appearing and its tidying up."""
+    for out in (tmp_path / "out", tmp_path / "m.safetensors"):
+        left = tmp_path / f".{out.name}.0123abcd.tmp"
+        left.mkdir()
+        (left / "half").write_text("half")
+    an_output(tmp_path / "out", "whole")
+    (tmp_path / "m.safetensors").write_text("whole")
+    with pytest.raises(OtaError, match="exists already"):
+        check_free(tmp_path / "out", overwrite=False)
+    with pytest.raises(OtaError, match="exists already"):
+        check_file(tmp_path / "m.safetensors", overwrite=False)
+    assert names(tmp_path) == {"out", "m.safetensors"}
+
+
+def test_what_a_living_process_has_put_aside_is_not_put_back(tmp_path: Path) -> None:
+    aside = tmp_path / ".out.0123abcd.old"
+    an_output(aside, "old")
+    handle = os.open(aside, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    check_free(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == {aside.name}
+    os.close(handle)
+    check_free(tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_scratch_folder_goes_with_its_block_or_by_the_next_one(tmp_path: Path) -> None:
+    left = tmp_path / ".out.0123abcd.tmp"
+    left.mkdir()
+    with scratch_folder(tmp_path / "out") as one, scratch_folder(tmp_path / "out") as other:
+        assert names(tmp_path) == {one.name, other.name}
+    assert names(tmp_path) == set()

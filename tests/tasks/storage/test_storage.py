@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,6 +158,26 @@ def test_upload_puts_the_last_file_last_and_skips_what_is_there(expert: Path, s3
     with pytest.raises(StorageError, match=r"holds no nothing\.json"):
         upload_folder(expert, s3_server.uri + "/b", last="nothing.json")
     assert not storage.list_objects(s3_server.uri + "/b")
+
+
+def test_uploads_that_nobody_finished_are_ended_after_a_day(s3_server: S3Test, tmp_path: Path) -> None:
+    """Younger ones may be under way on another machine."""
+    client = s3_server.client
+    for key in ("m/model.safetensors", "m2/model.safetensors"):
+        begun = client.create_multipart_upload(Bucket=s3_server.bucket, Key=key)
+        part = {"Bucket": s3_server.bucket, "Key": key, "UploadId": begun["UploadId"], "PartNumber": 1}
+        client.upload_part(**part, Body=b"half")
+
+    def unfinished() -> list[str]:
+        return [one["Key"] for one in client.list_multipart_uploads(Bucket=s3_server.bucket).get("Uploads", [])]
+
+    (tmp_path / "model.safetensors").write_bytes(b"whole")
+    storage.upload_folder(tmp_path, f"{s3_server.uri}/m")
+    assert len(unfinished()) == 2
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    assert storage.end_unfinished(f"{s3_server.uri}/m", before=tomorrow) == 1 and unfinished() == ["m2/model.safetensors"]
+    assert storage.end_unfinished("s3://no-such-bucket-here/m", before=tomorrow) == 0, "where it may not look, it goes on"
+    assert storage.end_unfinished(s3_server.uri, before=tomorrow) == 1 and unfinished() == []
 
 
 def test_small_objects(s3_server: S3Test) -> None:

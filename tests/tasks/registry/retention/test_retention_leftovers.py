@@ -1,7 +1,10 @@
 """What else lies below a root: leftovers, parts of merges, hard links, other kinds, and what is not the store's."""
 
+import fcntl
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from tasks.registry.retention.listing import list_root
 from tasks.storage import s3
 from tasks.tracking.names import REGISTERED_MODEL
 from tasks.tracking.registered import TAG_WEIGHTS_DELETED
-from tests.fixtures.retention import Shop, keys, names, why
+from tests.fixtures.retention import Shop, keys, names, open_shop, why
 from tests.s3_requests import requests
 from tests.servers import S3Test
 
@@ -86,6 +89,39 @@ def test_a_temporary_of_a_running_process_stays(shop: Shop) -> None:
         end.set()
         thread.join()
     assert shop.store.find("moments", FP)
+
+
+def test_what_a_killed_deletion_left_goes_at_once_and_what_a_living_one_works_on_stays(shop: Shop) -> None:
+    shop.merge("red")
+    root = Path(shop.where.artifacts) / "moments"
+    left, held = root / f".{FP}.0123abcd.trash", root / f".{FP}.4567abcd.trash"
+    for folder in (left, held):
+        folder.mkdir()
+        (folder / "half").write_text("half")
+    with being_deleted(held):
+        plan = shop.retention(later=0).plan()
+        assert [item.stored.name for item in plan.going] == [left.name]
+        shop.retention(later=0).collect(plan)
+    assert not left.exists() and held.exists()
+
+
+@contextmanager
+def being_deleted(folder: Path) -> Iterator[None]:
+    """Held as by a process that deletes it."""
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+    os.close(handle)
+
+
+def test_uploads_that_nobody_finished_are_ended(s3_server: S3Test, tmp_path: Path, ground: Path) -> None:
+    shop = open_shop(tmp_path / "home", f"{s3_server.uri}/artifacts", ground, ground / "mlflow.db")
+    for key in ("artifacts/merged/x/model.safetensors", "others/model.safetensors"):
+        s3_server.client.create_multipart_upload(Bucket=s3_server.bucket, Key=key)
+    assert shop.retention(later=0).collect(shop.retention(later=0).plan()).uploads == 0
+    assert shop.retention().collect(shop.retention().plan()).uploads == 1
+    found = s3_server.client.list_multipart_uploads(Bucket=s3_server.bucket)["Uploads"]
+    assert [one["Key"] for one in found] == ["others/model.safetensors"]
 
 
 def test_parts_of_a_merge_under_way_stay_together(shop: Shop) -> None:

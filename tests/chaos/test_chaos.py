@@ -1,0 +1,65 @@
+"""Some of what ``make chaos`` does: commands die at the points where their output becomes visible, and the next run is as if they had not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.points import Death
+from tests.chaos.process import preload
+from tests.chaos.scene import Scene
+from tests.chaos.scenes import SCENES, world
+from tests.chaos.trial import Stage
+
+FAST = ("merge over", "compress")
+# Where the output gets its name, and what comes just before and after it.
+VISIBLE = ("take place", "exchange", "record")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stage]]:
+    root, kinds = tmp_path_factory.mktemp("chaos"), [SCENES[name] for name in FAST]
+    preload(sorted({module for kind in kinds for module in kind.preload}))
+    with world(root, kinds):
+        yield {kind.name: Stage.of(kind(root)) for kind in kinds}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_command_that_dies_where_its_output_becomes_visible_is_survived(stages: dict[str, Stage], name: str) -> None:
+    tried = [stages[name].trial(moment) for moment in stages[name].named() if Death.parse(moment).name in VISIBLE]
+    assert tried and all(trial.killed for trial in tried)
+    assert [(trial.moment, trial.problems) for trial in tried if trial.problems] == []
+
+
+def test_what_is_not_survived_is_seen(stages: dict[str, Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another reference stands for an output with wrong bytes; what lies about, for a leftover."""
+    stage = stages["compress"]
+    lay = Scene.lay
+
+    def littered(scene: Scene) -> None:
+        lay(scene)
+        (scene.folder / "half.tmp").touch()
+
+    monkeypatch.setattr(Scene, "lay", littered)
+    monkeypatch.setattr(stage.scene, "reference", dict.fromkeys(stage.scene.reference, "other") | {"more": "bytes"})
+    trial = stage.trial("before exchange 1")
+    assert trial.killed
+    assert {problem.split()[0]: problem for problem in trial.problems}.keys() == {"out.safetensors", "more", "half.tmp"}
+
+
+def test_a_point_is_read_as_it_is_written() -> None:
+    for text in ("before take place 2", "after S3 PutObject 1"):
+        assert str(Death.parse(text)) == text
+    for text in ("0.5", "sometimes rename 1", "before 1"):
+        with pytest.raises(ValueError):
+            Death.parse(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["push", "push to a folder", "promote", "publish", "publish to a folder", "gc", "sync"])
+def test_every_named_point_of_what_talks_to_s3_and_mlflow(name: str, tmp_path: Path) -> None:
+    preload(sorted({module for kind in SCENES.values() for module in kind.preload}))
+    with world(tmp_path, [SCENES[name]]):
+        stage = Stage.of(SCENES[name](tmp_path))
+        tried = [stage.trial(moment) for moment in stage.named()]
+    assert tried and [(trial.moment, trial.problems) for trial in tried if trial.problems] == []
