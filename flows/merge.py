@@ -38,6 +38,7 @@ from tasks.pages.report_page import ReportKind
 from tasks.settings import Address, Device, Places, places
 from tasks.storage.streaming.streams import Streams
 from tasks.tracking.names import REGISTERED_MODEL
+from tasks.tracking.registered import check_model_name
 
 
 def _run_name() -> str:
@@ -106,6 +107,8 @@ def merge_flow(
     recipe = recipe.ignoring(ignore_config_differences).allowing_nonfinite(allow_nonfinite)
     where, runner, gpu = places(home, artifacts), runner or runner_of(), gpu or gpu_deployment()
     runner.task_runner()  # says what is not installed
+    if registered_model is not None:
+        check_model_name(registered_model)
     budget, file_size = parse_memory(memory), parse_size(shard_size, "shard size", "1KB")
     benchmark = Benchmark.of(suite, data_dir, limit, where, chat_template=chat_template).check() if suite else None
     heavy = executor_of(gpu, device) if benchmark or runner.kind == "threads" else Here(device)

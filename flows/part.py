@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 from ota_core.artifact import ArtifactRef
 from ota_core.frozen import Frozen
 from tasks.artifacts.step import Stage
+from tasks.artifacts.store import store_of
 from tasks.compress import CompressJob, compress_jobs
 from tasks.job import Job, run_here, run_jobs
 from tasks.mask import mask_jobs
@@ -29,6 +30,7 @@ from tasks.merge import (
     scales_jobs,
     shard_jobs,
     shards_of,
+    sums_jobs,
     survey_jobs,
 )  # fmt: skip
 from tasks.merging.sources import Planned
@@ -82,6 +84,11 @@ def spread_flow(merge: MergeJob, compress: list[CompressJob], where: Places, run
         if merged := merge.find(where):
             return SpreadResult(merged=merged, compressed=compressed)
         merge = merge.model_copy(update={"sources": merge.sources.with_artifacts(compressed)})
+        # Each part reads a part of every file, and cannot tell whether the whole is what was stored.
+        sums = run(sums_jobs(merge))
+        for note in (note for ref in sums for note in store_of(where).read_record(ref).results["notes"]):
+            get_run_logger().warning("%s", note)
+        merge = merge.model_copy(update={"sources": merge.sources.model_copy(update={"sums": tuple(sums)})})
         files, surveyed = shards_of(merge, where)
         get_run_logger().info("the merged model has %d weight files, each a part", len(files))
         facts = None

@@ -4,7 +4,6 @@ What is searched, how, and how far: tasks/experiments/search/config.py. An inter
 """
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from prefect import flow
@@ -18,14 +17,13 @@ from ota_core.frozen import Frozen
 from tasks.benchmark import Benchmark
 from tasks.evaluation.in_memory import few_threads
 from tasks.evaluation.subject import subjects_of
-from tasks.experiments.search import log as search_log
 from tasks.experiments.search.config import SearchConfig, load_search, recipe_of
 from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.overlap import check_apart
 from tasks.experiments.search.references import floors_at, identity_of
 from tasks.experiments.search.result import files, markdown, recipe_text, verdict
 from tasks.experiments.search.search import Budget, Search, Tuned
-from tasks.experiments.search.steps import log_trial, run_trial
+from tasks.experiments.search.steps import Live, run_trial
 from tasks.job import estimates, fetch_models, second_moments
 from tasks.merge import output_files
 from tasks.merging.labels import merge_label, merge_name
@@ -125,12 +123,11 @@ def search_flow(
         stack.enter_context(tried)
         stack.enter_context(few_threads(plan.inputs.models[0].path))
         trials = stack.enter_context(Trials(plan, benchmark, where, executor))
-        logged = search_log.begin(_run_name(), tried.name, _params(config, plan, tried, benchmark), store)
-        stack.push(fails_with(partial(search_log.fail, logged, store)))
-        known = search_log.logged_trials(logged, store)
+        live = Live(_run_name(), tried.name, _params(config, plan, tried, benchmark), store)
+        live.begin()
+        stack.push(fails_with(live.fail))
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
-            if trial.number not in known:
-                log_trial(trial, tried.result().best_until(trial), logged, store)
+            live.trial(trial, tried.result().best_until(trial))
         bar = stack.enter_context(BudgetBar("search"))
         if tried.trials:
             bar.begin(_spent(config.budget, tried.result())[0])
@@ -139,17 +136,17 @@ def search_flow(
                 tried, point, trials
             )
             found = tried.result()
-            log_trial(trial, found.best, logged, store)
+            live.trial(trial, found.best)
             bar.show(*_spent(config.budget, found))
         tuned = tried.result().model_copy(update={"likelihoods": tuple(benchmark.tests.losses)})
         text = recipe_text(tuned, config, recipe_dir, out or "")
         if out:
             write_note(out, text)
-        search_log.finish(logged, tuned, files(tuned, tried.dimensions, text, _run_name()), store)
+        show_markdown("search", markdown(tuned), "Best trials")
+        (get_run_logger().info if tuned.feasible else get_run_logger().warning)(verdict(tuned))
+        logged = live.finish(tuned, files(tuned, tried.dimensions, text, _run_name()), where, tracking_uri)
 
-    show_markdown("search", markdown(tuned), "Best trials")
     show_mlflow(_run_name(), logged.url)
-    (get_run_logger().info if tuned.feasible else get_run_logger().warning)(verdict(tuned))
     test = None
     if config.test:
         test = merge_flow(

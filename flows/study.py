@@ -12,10 +12,9 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.merge import merge_flow
-from ota_core.errors import OtaError, raise_all
+from ota_core.errors import OtaError, StorageError, raise_all
 from ota_core.frozen import Frozen
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.evaluation.in_memory import few_threads
@@ -24,7 +23,7 @@ from tasks.evaluation.scores import ModelScores
 from tasks.experiments.study.cells import Cell
 from tasks.experiments.study.found import Models
 from tasks.experiments.study.learn import learn_cell
-from tasks.experiments.study.log import log_study, logged_merges
+from tasks.experiments.study.log import logged_merges, study_run
 from tasks.experiments.study.losses import ranked
 from tasks.experiments.study.report import RESULTS, write_results, write_study
 from tasks.experiments.study.scores import CellResult, StudyResults
@@ -37,6 +36,8 @@ from tasks.orchestration.run_log import for_users
 from tasks.orchestration.runners import several_at_once
 from tasks.orchestration.shown import show_markdown, show_mlflow
 from tasks.settings import Address, Device, Places, places
+from tasks.tracking.outbox import FOLDER, keeping, tell
+from tasks.tracking.patience import ASKING_SECONDS, within
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
 
@@ -95,7 +96,13 @@ def study_flow(
     command = command or f"ota study {study if isinstance(study, str) else config.name}"
     store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
     run = _Run(config, where, recipe_dir, device, memory, home, tracking_uri, executor_of(gpu_deployment(), device))
-    results = run.all_cells(logged_merges(store))
+    with keeping() as kept:  # a server that is away ends no merge, and so no study
+        try:
+            logged_already = within(ASKING_SECONDS, "looking up merges that are logged", lambda: logged_merges(store))
+        except StorageError as error:
+            kept.away, logged_already = error, set()
+            get_run_logger().warning("%s. The study goes on; what is to be logged is kept in %s", error, where.home / FOLDER)
+        results = run.all_cells(logged_already)
     problems = list(results.failed)
     if not results.results:
         raise_all(problems, OtaError)
@@ -103,14 +110,15 @@ def study_flow(
     tables = write_study(results, out, command=command)
     if write is not None:
         write_results(out, results, tables, write, command=command)
-    logged = log_study(
-        config.name, out, config=config.model_dump_json(by_alias=True, exclude_defaults=True, indent=2) + "\n", tags=_tags(config),
-        metrics=_metrics(results), merges={one.merge: one.label for one in results.results}, store=store,
-    )  # fmt: skip
     text = (out / RESULTS).read_text(encoding="utf-8")
     show_markdown("study", text, f"Study {config.name}")
-    show_mlflow(f"study {config.name}", logged.url)
     get_run_logger().info("%d cells, %d merges of them new: %s", len(results.cells), run.computed, out)
+    told = study_run(
+        config.name, out, config=config.model_dump_json(by_alias=True, exclude_defaults=True, indent=2) + "\n", tags=_tags(config),
+        metrics=_metrics(results), merges={one.merge: one.label for one in results.results},
+    )  # fmt: skip
+    logged = tell(told, home=where.home, root=where.tracking, tracking_uri=tracking_uri)
+    show_mlflow(f"study {config.name}", logged.url)
     raise_all(problems, OtaError)
     counts = {cell.label: len(results.of(cell)) for cell in results.cells}
     return StudyOutcome(folder=out, cells=counts, computed=run.computed, results=text, logged=logged)
@@ -173,14 +181,12 @@ class _Run:
             recipe, values = learn_cell(cell, recipe, models, self.memory, self.device)
         known = models.find(recipe)
         if known is None or known[0] not in logged:
-            # The study's own heartbeat tells whether this process lives. Ending that of a flow run takes up to a second.
-            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-                state: Any = merge_flow(
-                    recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
-                    chat_template=models.benchmark.chat_template,
-                    memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
-                    report="none", smoke=False, return_state=True,
-                )  # fmt: skip
+            state: Any = merge_flow(
+                recipe, suite=models.replicate.suite, data_dir=models.replicate.data_dir, limit=self.config.limit, device=self.device,
+                chat_template=models.benchmark.chat_template,
+                memory=self.memory, recipe_dir=self.recipe_dir, home=self.home, tracking_uri=self.tracking_uri, registered_model=None,
+                report="none", smoke=False, return_state=True,
+            )  # fmt: skip
             if not state.is_completed():
                 raise OtaError(str(state.message))
             self.computed += 1

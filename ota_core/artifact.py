@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ota_core.errors import ArtifactError
 from ota_core.frozen import Frozen
 from ota_core.held import hold, remove_abandoned
 from ota_core.names import why_unsafe
+from ota_core.reading import json_value, printable, quoted, read_file
 
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
@@ -159,10 +160,10 @@ def read_record(folder: Path) -> Record:
     """The record of a complete output. Raises ArtifactError when it is missing, unreadable or contradicts the files."""
     path = folder / RECORD
     try:
-        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+        record = parse_record(read_file(path))
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no {RECORD}: the output was never completed; run its stage again") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read as a record ({error}); delete the folder and run its stage again") from None
     problems = missing_files(folder, record.files)
     if problems:
@@ -170,6 +171,15 @@ def read_record(folder: Path) -> Record:
             f"{folder} does not hold what its {RECORD} lists: {'; '.join(problems)}. Delete the folder and run its stage again"
         )
     return record
+
+
+def parse_record(content: bytes) -> Record:
+    """A record from its file's bytes. Raises ValueError, which quotes nothing of what is none."""
+    try:
+        return Record.model_validate(json_value(content))
+    except ValidationError as error:
+        wrong = ", ".join(quoted(".".join(map(str, one["loc"])), 80) for one in error.errors()[:5])
+        raise ValueError(f"it is no record, by {wrong or 'its form'}") from None
 
 
 def has_size(name: str, size: int, expected: int) -> bool:
@@ -187,3 +197,26 @@ def missing_files(folder: Path, files: Mapping[str, int]) -> Sequence[str]:
         elif not has_size(name, path.stat().st_size, size):
             problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
     return problems
+
+
+_LONGEST_FACT = 4096
+"""Characters of a text in ``expert.json``, whose keys are people's, and trainers' scripts'."""
+# Step and β₂ are judged where they are needed (ota_core/moments): some write them as texts.
+_FACTS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("capability", (str,), "a word"), ("base_model", (str,), "the model's address"), ("trained_at", (str, int, float), "an ISO date or time"),
+    ("step", (int, float, str), "a number"), ("beta2", (int, float, str), "a number"),
+)  # fmt: skip
+
+
+def odd_fact(facts: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first value of ``expert.json`` that is not of its kind, as a phrase; None where all are. Other keys are not looked at."""
+    for key, kinds, expected in _FACTS:
+        value = facts.get(key)
+        if value is None:
+            continue
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not finite:
+            return f"{key} is {quoted(value)}, expected {expected}"
+        if isinstance(value, str) and (len(value) > _LONGEST_FACT or value != printable(value)):
+            return f"{key} is {quoted(value, 80)}, expected a line of text"
+    return None

@@ -3,15 +3,25 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from ota_core.reading import cut, printable
+
 _MOST_SHOWN = 100
 """Problems that one message lists."""
+_LONGEST, _LONGEST_PROBLEM = 16_000, 2_000
+"""Characters of a message, and of one problem of several."""
 StorageReason = Literal["content", "missing", "changed", "denied", "unavailable"]
 
 
 class OtaError(Exception):
-    """Root of every expected failure. The message says what was seen, what was expected and what to do."""
+    """Root of every expected failure. The message says what was seen, what was expected and what to do.
+
+    It may quote names and values of anybody's files: what a terminal would obey is escaped, and what nobody reads is cut.
+    """
 
     _problems: tuple[str, ...] = ()
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(cut(printable(str(message)), _LONGEST))
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -51,7 +61,7 @@ def raise_all(problems: Sequence[str], kind: type[OtaError] = OtaError) -> None:
         return
     if len(problems) == 1:
         raise kind(problems[0])
-    lines = [f"  {i}. {p}" for i, p in enumerate(problems[:_MOST_SHOWN], 1)]
+    lines = [f"  {i}. {cut(p, _LONGEST_PROBLEM)}" for i, p in enumerate(problems[:_MOST_SHOWN], 1)]
     lines += [f"  … and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
     error = kind(f"{len(problems)} problems found:\n" + "\n".join(lines))
     error._problems = tuple(problems)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import reprlib
 import stat
 from pathlib import Path
@@ -13,6 +14,13 @@ MAX_DEPTH = 100
 """Levels of lists and mappings inside one another."""
 MAX_AXES = 64
 """Of a tensor: as many as numpy and torch know."""
+MAX_ROWS = 2**27
+"""Of an embedding; the largest vocabularies have some 300,000 tokens."""
+SMALL = 16 * 2**20
+"""Bytes of a file that somebody wrote, or a program about one run: a manifest, a record, a card, a template."""
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Where JSON may hold half of a character (a surrogate alone), which no file and no terminal takes."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_regular(path: Path) -> None:
@@ -34,10 +42,21 @@ def read_file(path: Path, most: int = MAX_BYTES) -> bytes:
         raise OSError(f"its name is none that a file can have: {error}") from None
 
 
-def json_value(content: str | bytes) -> Any:
-    """What a JSON text holds. Raises ValueError, which tells the place and quotes nothing, also where it is nested deeper than can be read."""
+def read_text(path: Path, most: int = SMALL) -> str:
+    """The text of a file that has at most ``most`` bytes. Raises OSError as ``read_file``, and for what is no UTF-8."""
     try:
-        value = json.loads(content)
+        return read_file(path, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(f"byte {error.start} is not UTF-8") from None
+
+
+def json_value(content: str | bytes) -> Any:
+    """What a JSON text holds. Raises ValueError, which tells the place and quotes nothing, also where it is nested deeper than can be read
+    or a text holds half of a character."""
+    try:
+        # json would take UTF-16, and bytes that stand for no character.
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        value = json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -45,7 +64,22 @@ def json_value(content: str | bytes) -> Any:
     except RecursionError:
         raise ValueError(f"lists and objects are nested deeper than {MAX_DEPTH} levels") from None
     _check_depth(value)
+    if _HALF.search(text):
+        _check_texts(value)
     return value
+
+
+def _check_texts(value: Any) -> None:
+    """Raise ValueError where a text holds half of a character."""
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, dict):
+            pending += [*one, *one.values()]
+        elif isinstance(one, list):
+            pending += one
+        elif isinstance(one, str) and _SURROGATE.search(one):
+            raise ValueError("a text holds half of a character (\\ud800 to \\udfff alone)")
 
 
 def _check_depth(value: Any) -> None:
@@ -84,3 +118,12 @@ def quoted(value: object, most: int = 200) -> str:
 def cut(text: str, most: int = 1000) -> str:
     """A line of a message, not longer than one reads."""
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a terminal's cursor, colours it, or turns the text around; tab and line feed are fine."""
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey: control characters and escapes appear as what Python writes for them."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)

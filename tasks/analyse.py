@@ -125,7 +125,7 @@ def analysis_step(recipe: MergeRecipe, inputs: MergeInputs, options: AnalysisOpt
         ],
         "tokenizer_source": names.index(tokenizer) if tokenizer in names else tokenizer,
         "options": options.model_dump(mode="json"),
-    }
+    } | recipe.token_rows()
     digests = {"base": (known.base.digest if known.base else None) or "none"}
     for i, expert in enumerate(known.experts):
         digests[f"expert{i}"] = expert.digest or "unknown"

@@ -177,7 +177,7 @@ class KeptModel:
         # Second moments decide what is merged, not what a merge looks like.
         models = {name: digest for name, digest in merge.step.inputs.items() if not name.startswith("moments")}
         asked = replace(benchmark, limit=None).wanted
-        like = canonical_json([models, recipe.output_dtype, recipe.tokenizer_source, asked, device])
+        like = canonical_json([models, recipe.output_dtype, recipe.tokenizer_source, recipe.token_rows(), asked, device])
         if self._like != like:
             self._stack.close()
             self._model = self._stack.enter_context(MergedModel(benchmark.tests, benchmark.data, device, where.cache))

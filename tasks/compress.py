@@ -7,7 +7,7 @@ from ota_core.artifact import ArtifactRef
 from ota_core.compute.stream import Progress, parse_memory
 from ota_core.engine import engine
 from ota_core.plan.inputs import ExpertInput, optimizer_facts
-from ota_core.plan.vocabulary import names_in
+from ota_core.plan.vocabulary.match import names_in
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult

@@ -23,7 +23,7 @@ from tasks.evaluation.smoke import Smoke, judge
 from tasks.evaluation.subject import Subject
 from tasks.fetch import FetchJob
 from tasks.mask import MaskJob, mask_jobs
-from tasks.merge import AssembleJob, FactsJob, MergeJob, ScaledFactsJob, ScalesJob, ShardJob, SurveyJob
+from tasks.merge import AssembleJob, FactsJob, MergeJob, ScaledFactsJob, ScalesJob, ShardJob, SumsJob, SurveyJob
 from tasks.merging.composed import composed
 from tasks.merging.inputs import Estimate, fetch_all, model_sources
 from tasks.merging.sources import Planned
@@ -41,6 +41,7 @@ Job = Annotated[
     | EstimateJob
     | CompressJob
     | MaskJob
+    | SumsJob
     | SurveyJob
     | FactsJob
     | ScalesJob

@@ -154,7 +154,8 @@ def finish(
         keep_decision(done.merged, decision, where)
         run = _beside_the_model(plain, page, done, decision)
     logged = log(run, where, tracking_uri)
-    get_run_logger().info("MLflow run %s", logged.url or logged.run_id)
+    if logged.run_id:
+        get_run_logger().info("MLflow run %s", logged.url or logged.run_id)
     show_mlflow(run.name, logged.url)
     return MergeOutcome(
         name=merge_label(done.plan.recipe), merged=done.merged, path=path, digest=result.digest, scores=done.scores,

@@ -60,7 +60,7 @@ def mask_jobs(plan: Planned) -> dict[int, MaskJob]:
 
 def mask_inputs(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> tuple[MergeRecipe, MergeInputs]:
     """The part of a merge that decides one expert's mask: base and expert, or all models where the vocabulary is joined from all."""
-    if recipe.tokenizer_source != "base":
+    if recipe.tokenizer_source != "base" or recipe.tokenizer is not None:
         return recipe, inputs
     alone = replace(inputs, experts=(inputs.experts[index],), scales=None)
     return recipe.model_copy(update={"models": (recipe.models[index],)}), alone
@@ -73,7 +73,10 @@ def mask_step(recipe: MergeRecipe, inputs: MergeInputs, index: int) -> Step:
     config: dict[str, Any] = {key: recipe.setting(key) for key in keys} | rank_of(recipe, index)
     config["compression"] = recipe.setting("compression", index)
     config |= {key: recipe.setting(key, index) for key in ("density", "precond_threshold")}
-    config |= {"tokenizer_source": recipe.tokenizer_source, "position": part.models.index(recipe.models[index])}
+    config |= {
+        "tokenizer_source": recipe.tokenizer_source,
+        "position": part.models.index(recipe.models[index]),
+    } | recipe.token_rows()
     expert = inputs.experts[index]
     config["optimizer"] = optimizer_facts(expert.path)
     digests = {

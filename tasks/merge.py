@@ -2,6 +2,7 @@
 
 Each part leaves an artifact, named by the merge's fingerprint and the part's own name, and is found there by whoever runs it again:
 
+    sums      digests of what lies in S3, of which each part reads a part; only where parts run on other machines
     surveys   counts of one weight file's scores, first of their upper bits, then above and inside a bin; only where ``needs_survey``
     facts     thresholds and means of whole experts, from the sums of the surveys; then λ, from that of all matrices (``lambda: auto``)
     shards    one weight file of the output
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ota_core.artifact import ArtifactRef, Kind, Record, folder_files
-from ota_core.compute.stream import Progress, peak_memory_gib
+from ota_core.compute.stream import Progress, parse_memory, peak_memory_gib
 from ota_core.engine import engine, shards
 from ota_core.engine.output import plan_files
 from ota_core.engine.survey import Survey
@@ -45,6 +46,7 @@ from tasks.storage.models import digest_folder
 SURVEY_FILE = "survey.safetensors"
 FACTS_FILE = "facts.json"
 SCALES_FILE = "scales.json"
+NOTES_FILE = "notes.json"
 
 
 class MergeJob(MergeStage):
@@ -120,6 +122,30 @@ def core(
         yield shards.MergeInParts(
             recipe=merge.recipe, inputs=inputs, shard_size=merge.shard_size, memory=merge.memory, device=device, progress=progress
         )  # fmt: skip
+
+
+class SumsJob(Part):
+    """Read one model in S3 once as a whole and compare it with the digest that somebody keeps: what parts read of it is compared with that."""
+
+    kind: Literal["sums"] = "sums"
+    model: int | None
+    """Position of the expert; None: the base."""
+
+    @property
+    def name(self) -> str:
+        sources = self.merge.sources
+        one = sources.base if self.model is None else sources.experts[self.model]
+        return f"check {one.name if one else 'base'}"
+
+    def run(self, where: Places, device: str = "cpu", progress: Progress | None = None) -> ArtifactRef:
+        def build(folder: Path) -> BuildResult:
+            merge = self.merge
+            full = merge.recipe.setting("mask_curvature") == "full"
+            notes = merge.sources.check_whole(self.model, where, parse_memory(merge.memory), folder, raw_moments=full)
+            (folder / NOTES_FILE).write_text(json.dumps(notes), encoding="utf-8")
+            return BuildResult(results={"notes": notes}, provenance=_worker(device))
+
+        return self.produce(where, build)
 
 
 class SurveyJob(Part):
@@ -253,7 +279,7 @@ class AssembleJob(Part):
         def build(folder: Path) -> BuildResult:
             records = {name: store.read_record(ref) for name, ref in self.shards.items()}
             with self.core(where) as job:
-                _, results = shards.finish(
+                _, results, notes = shards.finish(
                     job, folder, [Found.model_validate(record.results) for record in records.values()], opens
                 )
                 provenance = {**engine.environment(device), "sources": engine.sources(job.inputs)}
@@ -262,7 +288,7 @@ class AssembleJob(Part):
             }
             made_by = ("host", "pid", "device", "seconds")
             provenance |= {
-                "recipe": engine.described(self.merge.recipe), "digest": combined_digest(files), "seconds": _seconds(records),
+                "recipe": engine.described(self.merge.recipe), "digest": combined_digest(files), "seconds": _seconds(records), "notes": notes,
                 "peak_memory_gib": max(record.provenance["peak_memory_gib"] for record in records.values()),
                 "shards": {name: {key: record.provenance[key] for key in made_by} for name, record in records.items()},
             }  # fmt: skip
@@ -276,6 +302,11 @@ def shards_of(merge: MergeJob, where: Places) -> tuple[list[str], bool]:
     """(the output's weight files, whether they must be surveyed). Raises OtaError with everything that is wrong with the inputs."""
     with core(merge, where) as job:
         return shards.shard_files(job), shards.needs_survey(job.recipe, job.inputs)
+
+
+def sums_jobs(merge: MergeJob) -> list[SumsJob]:
+    """One for each model that lies in S3 and of which no copy is at hand."""
+    return [SumsJob(merge=merge, step=_step(merge, "surveys", "sums", str(one)), model=one) for one in merge.sources.in_s3()]
 
 
 def survey_jobs(merge: MergeJob, files: Sequence[str], opened: Mapping[int, int] | None = None) -> list[SurveyJob]:
@@ -319,7 +350,7 @@ def counted(merge: MergeJob, where: Places, surveys: Sequence[ArtifactRef]) -> d
 def discard(merge: MergeJob, where: Places, files: Sequence[str]) -> None:
     """Delete what only the merge's own parts needed. The merged model has links to, or copies of, the shards' files."""
     parts = [*survey_jobs(merge, files), *survey_jobs(merge, files, {}), *shard_jobs(merge, files, None), facts_job(merge)]
-    parts += [*scales_jobs(merge, files, None), scaled_facts_job(merge)]
+    parts += [*scales_jobs(merge, files, None), scaled_facts_job(merge), *sums_jobs(merge)]
     for part in parts:
         if ref := part.find(where):
             store_of(where).delete(ref)

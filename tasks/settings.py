@@ -22,8 +22,9 @@ Device = Literal["auto", "cpu", "cuda"]
 """What a flow may be asked to compute on; auto: cuda where torch sees one."""
 
 
-Address = Annotated[str, Field(pattern="^[^@]*$")]
-"""A server's address as a parameter of a flow. Prefect keeps parameters, so that it refuses one with a user name and a password."""
+Address = Annotated[str, Field(pattern=r"^(?:[^:]*://[^/?#@]*(?:[/?#].*)?|[^:]*(?::(?:[^/].*|/(?:[^/].*)?)?)?)$")]
+"""A server's address as a parameter of a flow. Prefect keeps parameters, so that it refuses one with a user name and a password: an @ between
+:// and the first slash after it. In a path, such as that of a database's file, an @ means nothing."""
 
 
 def as_device(text: str) -> Device:

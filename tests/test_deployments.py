@@ -17,8 +17,9 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 
+from ota_core.recipe.methods import Method
 from ota_core.recipe.parameters import USED, default
-from ota_core.recipe.recipe import MergeRecipe, Method
+from ota_core.recipe.recipe import MergeRecipe
 from tasks.evaluation.suites import load_suite
 from tasks.experiments.study.study import load_study
 from tasks.local.stack.layout import CPU_POOL, GPU_POOL

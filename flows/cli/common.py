@@ -1,6 +1,7 @@
 """What the files of the command ``ota`` share: options, how a user's mistake ends, progress bars."""
 
 import errno
+import logging
 import shlex
 import sys
 import time
@@ -9,11 +10,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-import click
 import typer
 from typer.core import TyperGroup
 
+from ota_core.addresses import holds_secret, without_secrets
 from ota_core.errors import MomentsError, OtaError
+from ota_core.reading import printable, quoted
 from tasks.orchestration.prepare import end_in_order
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
@@ -47,6 +49,11 @@ class Commands(TyperGroup):
             ctx.exit(2)
         return list(super().parse_args(ctx, args))
 
+    def invoke(self, ctx: Any) -> Any:
+        """Every command, whatever it imports and however it ends."""
+        with user_errors():
+            return super().invoke(ctx)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Name and purpose of every command, whole rather than cut to a line."""
         named = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
@@ -57,9 +64,9 @@ class Commands(TyperGroup):
 
 
 def _without_password(address: str | None) -> str | None:
-    if address and "@" in address:
+    if address and holds_secret(address):
         raise typer.BadParameter(
-            "it holds a user name or a password, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "it holds a user name, a password or a token, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     return address
 
@@ -88,6 +95,8 @@ Limit = Annotated[int | None, typer.Option(help="Documents per task, for a quick
 _REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+# typer brings its own click from one version on; this is the one that its commands raise.
+_UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _NO_PATHS = {errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -96,27 +105,26 @@ def user_errors() -> Iterator[None]:
     """A user's mistake ends with its message and exit code 2, without a traceback. So does what nobody foresaw: its traceback is in a file. SIGTERM ends the
     command in order."""
     end_in_order()
+    logging.raiseExceptions = False  # a line that a library fails to write into a log concerns nobody
     try:
         yield
-    except (click.ClickException, click.exceptions.Exit, click.Abort):
-        raise
+    except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
+        raise  # who reads the output has gone: click ends the command
     except OtaError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+        _end_with(str(error))
     except OSError as error:
         if error.errno in _NO_PATHS:
-            typer.echo(f"Error: {str(error.filename)[:200]}: {error.strerror}; give another path", err=True)
-        elif error.errno in _REFUSALS:
-            typer.echo(f"Error: {error.filename or 'the disk'}: {error.strerror}; make room or choose another place", err=True)
-        else:
-            typer.echo(f"Error: {_unforeseen(error)}", err=True)
-        raise typer.Exit(2) from None
+            _end_with(f"{str(error.filename)[:200]}: {error.strerror}; give another path")
+        if error.errno in _REFUSALS:
+            _end_with(f"{error.filename or 'the disk'}: {error.strerror}; make room or choose another place")
+        raise_unforeseen(error)
     except (RuntimeError, ValueError) as error:
-        # What pathlib says of ~nobody, of links in a circle and of NUL.
-        if not str(error).startswith(("Could not determine home", "Symlink loop", "embedded null")):
-            raise_unforeseen(error)
-        typer.echo(f"Error: {str(error)[:200]}; give another path", err=True)
-        raise typer.Exit(2) from None
+        # What pathlib says of ~nobody, of links in a circle, of NUL and of surrogates.
+        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+            _end_with(f"{quoted(error.object)} holds bytes that are no text in UTF-8; rename that file or folder")
+        if str(error).startswith(("Could not determine home", "Symlink loop", "embedded null")):
+            _end_with(f"{str(error)[:200]}; give another path")
+        raise_unforeseen(error)
     except Exception as error:
         raise_unforeseen(error)
 
@@ -125,7 +133,11 @@ def raise_unforeseen(error: Exception) -> NoReturn:
     """End the command with what is known of an error that is no user's mistake."""
     from tasks.orchestration.prepare import lost_server
 
-    typer.echo(f"Error: {lost_server(error) or _unforeseen(error)}", err=True)
+    _end_with(lost_server(error) or _unforeseen(error))
+
+
+def _end_with(message: str) -> NoReturn:
+    typer.echo(f"Error: {printable(message)}", err=True)
     raise typer.Exit(2) from None
 
 
@@ -136,8 +148,8 @@ def _unforeseen(error: Exception) -> str:
 
     from tasks.settings import home_folder
 
-    text = "".join(traceback.format_exception(error))
-    first = next(iter(str(error).strip().splitlines()), "")
+    text = without_secrets(f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")
+    first = without_secrets(next(iter(str(error).strip().splitlines()), ""))
     said = f"{type(error).__name__}{f': {first[:200]}' if first else ''}"
     folders: list[Callable[[], Path]] = [lambda: home_folder() / "logs", lambda: Path(tempfile.gettempdir())]
     for find in folders:
@@ -146,7 +158,7 @@ def _unforeseen(error: Exception) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             file, name = tempfile.mkstemp(prefix=time.strftime("ota-%Y%m%d-%H%M%S-"), suffix=".log", dir=folder, text=True)
             with open(file, "w", encoding="utf-8", errors="backslashreplace") as stream:
-                stream.write(f"{shlex.join(sys.argv)}\n\n{text}")
+                stream.write(text)
             return f"{said} (this is a fault of the program; the details are in {name}, please report it with that file)"
     return f"{said} (this is a fault of the program, and no file could be written: please report what follows)\n{text}"
 

@@ -30,6 +30,7 @@ from flows.cli.common import (
 )
 from ota_core.errors import CheckpointError, MomentsError, OtaError
 from ota_core.files.room import full_disk
+from ota_core.reading import printable
 
 
 def merge(
@@ -84,7 +85,7 @@ def merge(
             typer.echo(report.model_dump_json())
             return
         for note in [*notes, *report.notes]:
-            typer.echo(f"note: {note}")
+            typer.echo(f"note: {printable(note)}")
         for name, density in report.densities.items():
             typer.echo(f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f})")
         if scale := report.results.get("lambda"):
@@ -103,7 +104,7 @@ def plan(recipe: Recipe, memory: Memory = "2GiB", ignore: IgnoreDifferences = No
         for line in _planned_stages(
             [one.with_recipe(one.recipe.ignoring(ignore)) for one in read_stages(recipe)], recipe, memory, home
         ):
-            typer.echo(line)
+            typer.echo(printable(line))
 
 
 def _planned_stages(stages: Sequence[Any], recipe: Path, memory: str, home: Path | None) -> Iterator[str]:
@@ -155,7 +156,7 @@ def compress(
     from ota_core.moments import choice_in, find_moments, moments_files, none_found, steps_in_words
     from ota_core.moments.compression import compression_label
     from ota_core.moments.compression.header import read_header
-    from ota_core.plan.vocabulary import names_in
+    from ota_core.plan.vocabulary.match import names_in
     from tasks.merging.architecture import parameter_layout
     from tasks.settings import places
     from tasks.storage import models as storage
@@ -215,7 +216,7 @@ def compress(
         typer.echo(json.dumps({**report.model_dump(), "agreement": compared, "seconds": seconds}))
         return
     for note in [*([choice.note] if choice else []), *(streams.notes if streams else [])]:
-        typer.echo(f"note: {note}")
+        typer.echo(f"note: {printable(note)}")
     typer.echo(
         f"{out}: {compression_label(report.method, report.rank)}, {report.parameters:,} parameters, {report.bytes_per_param:.4f} bytes per parameter (float32: 4)"
     )
@@ -289,7 +290,7 @@ def mask(
             typer.echo(json.dumps({"densities": found, "seconds": seconds}))
             return
         for note in notes:
-            typer.echo(f"note: {note}")
+            typer.echo(f"note: {printable(note)}")
         for name, density in found.items():
             typer.echo(
                 f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f}, threshold {density['threshold']})"
@@ -312,4 +313,4 @@ def inspect(
 
     with user_errors():
         for line in describe_source(path, home):
-            typer.echo(line)
+            typer.echo(printable(line))

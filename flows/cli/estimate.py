@@ -76,7 +76,7 @@ def estimate(
     from ota_core.files.place import new_file
     from ota_core.moments import find_moments, none_found
     from ota_core.plan.inputs import expert_name
-    from ota_core.plan.vocabulary import names_in
+    from ota_core.plan.vocabulary.match import names_in
     from ota_core.recipe.parameters import EstimateSettings
     from tasks.artifacts.store import store_of
     from tasks.evaluation.gradients.job import EstimateJob, Texts

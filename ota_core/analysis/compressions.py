@@ -63,7 +63,7 @@ def _agreements(subject: Subject, expert: ExpertView, forms: dict[str, Compresse
     assert full is not None
     if plan.base is None:
         return {}
-    if expert.row_map is not None or plan.base.row_map is not None:
+    if not (expert.as_it_stands and plan.base.as_it_stands):
         subject.left_out.append(
             f"mask_jaccard and saliency_spearman of {expert.name}'s compressions: its vocabulary is not the base's, row for row"
         )

@@ -20,7 +20,7 @@ from ota_core.plan.plan import MergePlan, open_plan
 from ota_core.plan.prepare import Curvature, prepare_curvature
 from ota_core.plan.roles import Place, place_of
 from ota_core.plan.views import ExpertView, TensorJob
-from ota_core.plan.vocabulary import names_in, tensor_names
+from ota_core.plan.vocabulary.match import names_in, tensor_names
 from ota_core.recipe.recipe import MergeRecipe
 
 DENSITY = 0.4
@@ -123,9 +123,10 @@ def mask_recipe(recipe: MergeRecipe, options: AnalysisOptions) -> MergeRecipe:
             own = {"density": density_of(recipe, options)}
         named = {"preconditioner_path": entry.parameters.preconditioner_path}
         models.append({"model": entry.model, "name": entry.name, "capability": entry.capability, "parameters": own | named})
+    tokenizer = recipe.tokenizer.model_dump(mode="json", exclude_none=True) if recipe.tokenizer is not None else None
     return MergeRecipe.model_validate(
         {
-            "merge_method": "ota", "base_model": recipe.base_model, "models": models, "parameters": parameters,
+            "merge_method": "ota", "tokenizer": tokenizer, "base_model": recipe.base_model, "models": models, "parameters": parameters,
             "tokenizer_source": recipe.tokenizer_source, "ignore_config_differences": recipe.ignore_config_differences,
         }
     )  # fmt: skip

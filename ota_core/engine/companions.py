@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ota_core.files.checkpoint import read_json
+from ota_core.plan.fit.chat_template import template_in, write_template
 
 CODE = ("*.py",)
 """Code that a model brings along, which ``auto_map`` of its configuration names: copied, never run."""
 _TEXT = ("text_config", "llm_config", "language_config")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def set_rows(config: dict[str, Any], rows: int) -> None:
@@ -23,17 +22,13 @@ def set_rows(config: dict[str, Any], rows: int) -> None:
         config["vocab_size"] = rows
 
 
-def template_of(folder: Path) -> str | None:
-    """The chat template of a model, None where it has none. Raises CheckpointError for damaged files."""
-    for name in _TEMPLATES:
-        file = folder / name
-        if file.is_file():
-            return file.read_text(encoding="utf-8") if file.suffix == ".jinja" else read_json(file).get("chat_template")
-    settings = folder / "tokenizer_config.json"
-    said = read_json(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(said, list):  # several by name
-        return next((one["template"] for one in said if one.get("name") == "default"), None)
-    return said if isinstance(said, str) else None
+def set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Say of which type the weights are: at the top, and in parts (of the text, of images) that say it themselves."""
+    for name, part in config.items():
+        if name.endswith("_config") and isinstance(part, dict) and part.keys() & {"dtype", "torch_dtype"}:
+            set_dtype(part, dtype)
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
 
 
 def bring_template(folder: Path, others: Sequence[tuple[str, Path]]) -> str | None:
@@ -41,11 +36,11 @@ def bring_template(folder: Path, others: Sequence[tuple[str, Path]]) -> str | No
 
     For vocabularies that are joined: the tokens that an expert was asked with came with it, and so does its template.
     """
-    if template_of(folder) is not None:
+    if template_in(folder) is not None:
         return None
     for name, other in others:
-        if (found := template_of(other)) is not None:
-            (folder / _TEMPLATES[0]).write_text(found, encoding="utf-8")
+        if (found := template_in(other)) is not None:
+            write_template(folder, found)
             return f"the chat template is that of {name}, which brought its tokens"
     return None
 

@@ -6,13 +6,13 @@ import numpy as np
 
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.views import ExpertView
-from ota_core.plan.vocabulary import is_vocabulary_tensor
+from ota_core.plan.vocabulary.match import is_vocabulary_tensor
 
 SHOWN = 4
 
 
-def dropped_notes(plan: MergePlan) -> list[str]:
-    """For each expert with tokens that the output lacks, which these are and the norm of what training made of their rows."""
+def dropped_notes(plan: MergePlan, *, read: bool = True) -> list[str]:
+    """For each expert with tokens that the output lacks, which these are and, with ``read``, the norm of what training made of their rows."""
     if plan.vocabulary is None or not plan.vocabulary.dropped:
         return []
     notes = []
@@ -20,16 +20,16 @@ def dropped_notes(plan: MergePlan) -> list[str]:
         if not tokens:
             continue
         shown = ", ".join(repr(token) for token in list(tokens)[:SHOWN]) + (", …" if len(tokens) > SHOWN else "")
-        what, norm = _norm(plan, expert, sorted(tokens.values()))
+        size = f"; {_norm(plan, expert, sorted(tokens.values()))}" if read else ""
         notes.append(
-            f"{expert.name}: {len(tokens)} of its tokens are not in the output's tokenizer and left out ({shown}); {what} has the norm {norm:.3g}. "
+            f"{expert.name}: {len(tokens)} of its tokens are not in the output's tokenizer and left out ({shown}){size}. "
             "tokenizer_source: union, or model:<name>, keeps them"
         )
     return notes
 
 
-def _norm(plan: MergePlan, expert: ExpertView, rows: list[int]) -> tuple[str, float]:
-    """Over all tensors with a row a token: of the edits to what the base has in these rows or, where it has fewer, of the rows themselves."""
+def _norm(plan: MergePlan, expert: ExpertView, rows: list[int]) -> str:
+    """What has which norm, over all tensors with a row a token: the edits to what the base has in these rows or, where it has fewer, the rows."""
     total, edited = 0.0, False
     for name in expert.checkpoint.names():
         if not is_vocabulary_tensor(name) or not expert.checkpoint.info(name).dtype.is_floating_point:
@@ -42,4 +42,4 @@ def _norm(plan: MergePlan, expert: ExpertView, rows: list[int]) -> tuple[str, fl
                 values = values - base.read_rows(name, row, row + 1).to_float32()
                 edited = True
             total += float(np.sum(values * values))
-    return ("their edit of the base" if edited else "what their rows hold"), sqrt(total)
+    return f"{'their edit of the base' if edited else 'what their rows hold'} has the norm {sqrt(total):.3g}"

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from ota_core.artifact import ALGORITHM_VERSION, CARD, Record, folder_files, write_record, write_text_atomic
 from ota_core.compute.stream import Limits, Progress, Stream, parse_memory, peak_memory_gib
 from ota_core.engine.dropped import dropped_notes
+from ota_core.engine.licences import Cards, read_cards
 from ota_core.engine.model_card import model_card
 from ota_core.engine.output import (
     Put,
@@ -103,6 +104,7 @@ def merge(
             "sources": sources(inputs),
             "recipe": described(recipe),
             "seconds": report.seconds,
+            "notes": report.notes,
         }
         record = Record(
             kind="merged",
@@ -129,10 +131,11 @@ def merge_into(
 ) -> MergeReport:
     """Write everything of a merged model but its record into an empty folder. Who calls owns the folder: its name, record and removal."""
     with _prepared(recipe, inputs, folder, limits) as (plan, rule, prepare):
+        cards = noted_cards(plan)  # before the weights: what somebody wrote must not end what took hours
         started = time.perf_counter()
         shards = plan_files(plan, shard_size)
         write_weights(plan, rule, folder, shards)
-        fingerprint, results = complete_folder(plan, rule, rule.found(), folder, shards, shard_size, opens)
+        fingerprint, results = complete_folder(plan, rule, rule.found(), folder, shards, shard_size, opens, cards)
         seconds = {"prepare": prepare, "merge": time.perf_counter() - started}
         return MergeReport(
             fingerprint=fingerprint, results=results, seconds=seconds, peak_memory_gib=peak_memory_gib(), notes=plan.notes
@@ -185,7 +188,7 @@ def _prepared(
 
 
 def complete_folder(
-    plan: MergePlan, rule: Rule, found: Found, folder: Path, shards: Shards, shard_size: int, opens: Opens | None = None
+    plan: MergePlan, rule: Rule, found: Found, folder: Path, shards: Shards, shard_size: int, opens: Opens | None, cards: Cards
 ) -> tuple[str, dict[str, Any]]:
     """Everything beside the weights but the record: index, configuration, tokenizer, model card. Returns fingerprint and results."""
     write_index(folder, shards)
@@ -196,8 +199,15 @@ def complete_folder(
         plan.notes += opens(folder, plan.source_folder(), {job.name: job.shape for job in plan.jobs}, rows)
     results = rule.results(found)
     identity, _, _ = merge_identity(plan.recipe, plan.inputs, shard_size)
-    write_text_atomic(folder / CARD, model_card(plan.recipe, plan.inputs, results, identity))
+    write_text_atomic(folder / CARD, model_card(plan.recipe, plan.inputs, results, identity, cards=cards))
     return identity, results
+
+
+def noted_cards(plan: MergePlan) -> Cards:
+    """The inputs' own cards; what cannot be read of them is a note."""
+    cards = read_cards(plan.inputs)
+    plan.notes += [card.note for card in cards.values() if card.note is not None]
+    return cards
 
 
 def _differs(plan: MergePlan, folder: Path) -> bool:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ota_core.engine.licences import card_head, licences
+from ota_core.engine.licences import Cards, licences, read_cards
 from ota_core.engine.markdown import cell, fenced, table
 from ota_core.moments import how_estimated
 from ota_core.plan.inputs import MergeInputs, ModelInput
@@ -36,7 +36,10 @@ PAPERS = {
     "karcher": "the [Karcher mean](https://arxiv.org/abs/2603.04972) on the sphere",
     "model_stock": "[Model Stock](https://arxiv.org/abs/2403.19522)",
 }
-_HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@[\w./-]+)?")
+_HUB_ID = re.compile(r"(?P<id>[\w][\w.-]{0,95}/[\w][\w.-]{0,95})(@[\w./-]+)?")
+_LANGUAGE = re.compile(r"[A-Za-z][\w-]{0,30}")
+_MOST = 200
+"""Languages, or bases, that an input's card may name."""
 
 SCORES = "## Scores"
 """The heading that a card has where scores are known."""
@@ -51,6 +54,7 @@ def model_card(
     scores: str = "",
     measured: Mapping[str, float] | None = None,
     suite: str | None = None,
+    cards: Cards | None = None,
 ) -> str:
     """Markdown with the metadata head that model hubs read.
 
@@ -59,12 +63,14 @@ def model_card(
     merge where they are known, and the recipe.
 
     scores: what stands below the heading of the scores, in Markdown. measured: capability → the merge's own score (0 … 1), for the head: a
-    hub compares it with those of whole suites, so that a quick look is none. suite: names what was measured.
+    hub compares it with those of whole suites, so that a quick look is none. suite: names what was measured. cards: the inputs' own, where they
+    were read already.
     """
-    terms = licences(inputs)
+    cards = read_cards(inputs) if cards is None else cards
+    terms = licences(inputs, cards)
     names = ", ".join(e.name for e in inputs.experts)
     title = f"Merge: {recipe.merge_method} of {names}"
-    head = _head(recipe, inputs, terms.head, measured or {}, suite, title)
+    head = _head(recipe, inputs, cards, terms.head, measured or {}, suite, title)
     lines = ["---", head, "---", "", f"# {cell(title)}", ""]
     lines += [
         f"{len(inputs.experts)} fine-tuned models ({cell(names)}) of one base, merged by {PAPERS[recipe.merge_method]}{_refinement(recipe)}. Fingerprint "
@@ -125,6 +131,7 @@ def _models(inputs: MergeInputs) -> list[tuple[str, ModelInput]]:
 def _head(
     recipe: MergeRecipe,
     inputs: MergeInputs,
+    cards: Cards,
     licence: Mapping[str, Any],
     measured: Mapping[str, float],
     suite: str | None,
@@ -133,7 +140,7 @@ def _head(
     """The card's metadata as YAML, by the hub's own library; what a card does not state is left out."""
     from huggingface_hub.repocard_data import EvalResult, ModelCardData  # 50 ms, which only a card costs
 
-    names = list(dict.fromkeys(name for _, model in _models(inputs) for name in _hub_names(model)))
+    names = list(dict.fromkeys(name for _, model in _models(inputs) for name in _hub_names(model, cards)))
     results = [
         EvalResult(
             task_type="text-generation",
@@ -153,7 +160,7 @@ def _head(
         tags=["merge", "ota-merging", recipe.merge_method],
         base_model=names or None,
         base_model_relation="merge" if names else None,
-        language=_languages(inputs) or None,
+        language=_languages(inputs, cards) or None,
         model_name=title if results else None,
         eval_results=results or None,
         **licence,
@@ -161,13 +168,13 @@ def _head(
     return data.to_yaml()
 
 
-def _hub_names(model: ModelInput) -> list[str]:
+def _hub_names(model: ModelInput, cards: Cards) -> list[str]:
     """The model's name on the hub; for one that lies elsewhere, what its own card names as its base there. A hub knows no other names."""
     own = _HUB_ID.fullmatch(model.source)
     if own and _is_from_hub(own["id"], model):
         return [own["id"]]
-    named = card_head(model.path).get("base_model") or []
-    return [str(name) for name in ([named] if isinstance(named, str) else named) if _HUB_ID.fullmatch(str(name))]
+    named = cards[model.name].head.get("base_model")
+    return [str(name) for name in (named if isinstance(named, list) else [named])[:_MOST] if _HUB_ID.fullmatch(str(name))]
 
 
 def _is_from_hub(name: str, model: ModelInput) -> bool:
@@ -175,11 +182,11 @@ def _is_from_hub(name: str, model: ModelInput) -> bool:
     return f"models--{name.replace('/', '--')}" in model.path.parts
 
 
-def _languages(inputs: MergeInputs) -> list[str]:
+def _languages(inputs: MergeInputs, cards: Cards) -> list[str]:
     found: list[str] = []
     for _, model in _models(inputs):
-        named = card_head(model.path).get("language")
+        named = cards[model.name].head.get("language")
         # YAML 1.1 takes Norwegian's ``no`` for a truth value.
-        codes = ["no" if one is False else one for one in (named if isinstance(named, list) else [named])]
-        found += [code for code in codes if isinstance(code, str) and code]
+        codes = ["no" if one is False else one for one in (named if isinstance(named, list) else [named])[:_MOST]]
+        found += [code for code in codes if isinstance(code, str) and _LANGUAGE.fullmatch(code)]
     return list(dict.fromkeys(found))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ota_core.compute.blocks import matrix_shape
-from ota_core.engine.companions import CODE, bring_template, set_rows, write_json
+from ota_core.engine.companions import CODE, bring_template, set_dtype, set_rows, write_json
 from ota_core.errors import CheckpointError, OtaError
-from ota_core.files.checkpoint import CONFIG_FILES, TOKENIZER_PATTERNS, companion_files, read_json
+from ota_core.files.checkpoint import CONFIG_FILES, SENTENCES, TOKENIZER_PATTERNS, companion_files, read_json
 from ota_core.files.quantised.settings import without_quantisation
 from ota_core.files.room import Need
 from ota_core.files.rows import Rows
@@ -21,11 +21,11 @@ from ota_core.files.tokens import add_tokens
 from ota_core.files.writer import MAX_SHARD_BYTES, SafetensorsWriter, TensorSpec, plan_shards
 from ota_core.moments.compression import compressed_bytes, compression_of
 from ota_core.plan.fit.chat_template import chat_template, write_template
-from ota_core.plan.guard import check_written
+from ota_core.plan.guard import not_finite, unfit_output
 from ota_core.plan.inputs import ExpertInput, MergeInputs
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.sliced.layers import with_layers
-from ota_core.plan.views import Block, TensorJob, block_elements
+from ota_core.plan.views import Block, ModelView, TensorJob, block_elements
 
 if TYPE_CHECKING:
     from ota_core.rules.base import Rule
@@ -138,8 +138,17 @@ def _merged(plan: MergePlan, rule: "Rule", block: Block) -> Rows:
         gpu.wait()
     if plan.guard is not None:
         plan.guard.settle()
-        check_written(job.name, start, rows)
+        _check_finite(block, rows, plan.models)
     return rows
+
+
+def _check_finite(block: Block, rows: Rows, models: Sequence[ModelView]) -> None:
+    """Raise OtaError where rows of the output are not finite: of the model that holds such numbers, if one does (a copy looks at no input)."""
+    job, start, stop = block
+    if not_finite(rows):
+        for view in models:
+            view.check_finite(job.name, start, stop)
+        raise unfit_output(job.name, start, rows)
 
 
 def _copied(plan: MergePlan, block: Block) -> Rows:
@@ -147,7 +156,10 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
     job, start, stop = block
     first, *others = plan.models
     if job.alone:
-        return plan.source_view.stored(job.name, start, stop)
+        rows = plan.source_view.stored(job.name, start, stop)
+        if plan.guard is not None and job.dtype.is_floating_point:
+            _check_finite(block, rows, [plan.source_view])
+        return rows
     rows = first.stored(job.name, start, stop)
     for view in others:
         if not np.array_equal(rows.held, view.stored(job.name, start, stop).held):
@@ -160,7 +172,10 @@ def _copied(plan: MergePlan, block: Block) -> Rows:
 def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configuration, tokenizer, chat template and the code of a model that brings its own, from the base or from the model of ``tokenizer_source``."""
     source = plan.source()
-    for held, patterns in ((source.config_folder, (*CONFIG_FILES, *CODE)), (source.tokenizer_folder, TOKENIZER_PATTERNS)):
+    for held, patterns in (
+        (source.config_folder, (*CONFIG_FILES, *CODE, *SENTENCES)),
+        (source.tokenizer_folder, TOKENIZER_PATTERNS),
+    ):
         for path in companion_files(held, patterns):
             target = folder / path.relative_to(held)
             target.parent.mkdir(exist_ok=True)
@@ -181,6 +196,5 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         if vocabulary:
             set_rows(settings, vocabulary.rows)
         if plan.recipe.output_dtype:
-            settings.pop("torch_dtype", None)
-            settings["dtype"] = plan.recipe.output_dtype
+            set_dtype(settings, plan.recipe.output_dtype)
         write_json(config, settings)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ota_core.compute.stream import Progress
-from ota_core.engine.engine import Opens, complete_folder
+from ota_core.engine.engine import Opens, complete_folder, noted_cards
 from ota_core.engine.output import Shards, needs, plan_files, write_weights
 from ota_core.engine.survey import Survey, bins_varied, facts_varied, survey_varied
 from ota_core.engine.ties import check_ties
@@ -37,7 +37,8 @@ from ota_core.plan.prepare import WholeFacts, ffg_group, masked_here, mean_of, w
 from ota_core.plan.scoring import ffg_scoring
 from ota_core.plan.tally import Brackets, bins_of, count_brackets, count_high, read_off, taus_of
 from ota_core.plan.views import ExpertView
-from ota_core.recipe.recipe import FFG, MergeRecipe
+from ota_core.recipe.methods import FFG
+from ota_core.recipe.recipe import MergeRecipe
 from ota_core.rules.lambdas import scales_of
 from ota_core.rules.rule import rule_of
 
@@ -196,7 +197,12 @@ def merge_shard(job: MergeInParts, shard: str, folder: Path, whole: WholeFacts |
         return rule.found()
 
 
-def finish(job: MergeInParts, folder: Path, found: Sequence[Found], opens: Opens | None = None) -> tuple[str, dict[str, Any]]:
-    """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint and results."""
+def finish(
+    job: MergeInParts, folder: Path, found: Sequence[Found], opens: Opens | None = None
+) -> tuple[str, dict[str, Any], list[str]]:
+    """Index, configuration, tokenizer and model card beside the shards. Returns the merge's fingerprint, results and notes."""
     with job.opened() as (plan, shards):
-        return complete_folder(plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens)
+        identity, results = complete_folder(
+            plan, rule_of(plan), Found.sum(found), folder, shards, job.shard_size, opens, noted_cards(plan)
+        )
+        return identity, results, plan.notes

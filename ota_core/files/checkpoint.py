@@ -1,13 +1,15 @@
 """A checkpoint folder as named tensors, read lazily: safetensors, sharded or not, PyTorch's ``.bin``, or the shards of FSDP."""
 
 from collections.abc import Collection, Iterable, Mapping
+from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 from ota_core.errors import CheckpointError
 from ota_core.files.architecture import alone
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.dcp.metadata import METADATA
+from ota_core.files.gguf.sets import model_of
 from ota_core.files.not_models import check_gathered
 from ota_core.files.prefixes import plain_names, twice
 from ota_core.files.rows import NUMBERS, Dtype, Rows
@@ -20,24 +22,38 @@ from ota_core.files.weight_sets import adapter_of as adapter_of
 from ota_core.files.weight_sets import check_index, passed_over
 from ota_core.files.weight_sets import read_json as read_json
 from ota_core.files.weight_sets import weight_files as weight_files
+from ota_core.reading import printable, quoted
 
 # Files beside the weights that belong to a model. What matches is copied from the source of the output's tokenizer and config.
 CONFIG_FILES = ("config.json", "generation_config.json")
 # One of these is there where a folder holds a tokenizer.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken")
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json", "spm*.model", "sentencepiece*.model", "*.spm",
+)  # fmt: skip
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
+    "chat_template*", "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "audio_tokenizer_config.json", "tekken.json", "spm*.model", "sentencepiece*.model", "*.spm", "*vocab*.json", "vocab-*.json", "bpe.codes", "byte_maps.json",
+    "dict.txt", "emoji.json", "normalizer.json", "prophetnet.tokenizer", "word_*.json",
 )  # fmt: skip
+"""What transformers' tokenizers and processors call their files, and Mistral's own (tekken.json)."""
+SENTENCES = (
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]_*/config.json", "[0-9]_*/*.safetensors", "[0-9]_*/*.bin",
+)  # fmt: skip
+"""How sentence-transformers makes one vector of a text: without these files it takes a mean, whatever the model was trained with."""
 
+
+LONGEST_NAME = 1000
+"""Characters of a tensor's name."""
 
 if TYPE_CHECKING:
     from ota_core.files.dcp.weights import DcpWeights
     from ota_core.files.gguf.file import GgufFile  # it needs gguf
+    from ota_core.files.layouts.relaid import RelaidWeights
     from ota_core.files.pickled.bin_file import BinFile
     from ota_core.files.quantised.model import QuantisedWeights  # it needs numba
 
-WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | GgufFile | QuantisedWeights"
+WeightFile: TypeAlias = "SafetensorsFile | BinFile | DcpWeights | GgufFile | QuantisedWeights | RelaidWeights"
 """One file of tensors."""
 
 
@@ -61,8 +77,9 @@ class Checkpoint:
         """What a user should know of how the folder was read."""
         self.sharded = files[0].name == METADATA
         """Whether the weights are the shards of FSDP, whose folder usually holds no configuration."""
-        # The ranks' files of a sharded checkpoint are read together, through their description.
-        self.files = [open_weights(file, source_of) for file in (files[:1] if self.sharded else files)]
+        # The ranks' files of a sharded checkpoint are read together, through their description, and so are the parts of a GGUF file.
+        together = self.sharded or files[0].suffix == GGUF
+        self.files = [open_weights(file, source_of) for file in (files[:1] if together else files)]
         where: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.infos:
@@ -71,6 +88,11 @@ class Checkpoint:
                         f"{self.path}: tensor '{name}' is in both {where[name].path.name} and {file.path.name}; expected it once"
                     )
                 where[name] = file
+        if (odd := next((name for name in where if len(name) > LONGEST_NAME or name != printable(name)), None)) is not None:
+            raise CheckpointError(
+                f"{self.path}: a tensor is called {quoted(odd, 80)} in {where[odd].path.name}; expected a name of at most {LONGEST_NAME} characters without control "
+                "characters: fetch or save the model again"
+            )
         plain = plain_names(where)
         if double := twice(plain):
             raise CheckpointError(
@@ -123,6 +145,15 @@ class Checkpoint:
     def leave_aside(self, names: Collection[str]) -> None:
         """Take no notice of these tensors from now on."""
         self._where = {name: place for name, place in self._where.items() if name not in names}
+
+    def as_it_is(self) -> Self:
+        """The same tensors under the names that they have now, whatever these become; closing it is not needed."""
+        return copy(self)
+
+    def replace(self, names: Collection[str], made: "RelaidWeights") -> None:
+        """From now on hold these tensors in the place of those."""
+        self.leave_aside(names)
+        self._where = self._where | {name: (made, name) for name in made.infos}
 
     def names_by_place(self) -> list[str]:
         """The same in the order of the tensors in their files."""
@@ -182,7 +213,9 @@ def open_weights(path: Path, source_of: SourceOf | None = None) -> WeightFile:
     if path.suffix == GGUF:
         from ota_core.files.gguf.file import GgufFile
 
-        return GgufFile(path, source_of)
+        return GgufFile(
+            [path.parent / name for name in model_of(path.name, (one.name for one in path.parent.glob(f"*{GGUF}")))], source_of
+        )
     if path.suffix != ".safetensors":
         from ota_core.files.pickled.bin_file import BinFile
 

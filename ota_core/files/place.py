@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import errno
 import glob
-import json
 import os
 import shutil
 import uuid
@@ -16,6 +15,7 @@ from pathlib import Path
 from ota_core.artifact import RECORD
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.held import held_folder, hold, is_abandoned, remove_abandoned
+from ota_core.reading import json_value, read_file
 
 IsOutput = Callable[[Path], bool]
 """Whether a folder is an earlier output, which may be replaced."""
@@ -26,8 +26,8 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 def recorded(folder: Path) -> bool:
     """Whether a folder holds a record."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json_value(read_file(folder / RECORD))
+    except (OSError, ValueError):
         return False
     return isinstance(record, dict) and {"kind", "fingerprint", "files"} <= set(record)
 

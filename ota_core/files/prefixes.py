@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 
 # Anywhere in a name: torch.compile, FSDP, that of XLA, and activation checkpointing wrap single blocks as well as a whole model.
 PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_module"})
-# At the front of every name: DistributedDataParallel and DeepSpeed; PEFT.
-FRONTS = ("module.", "base_model.model.")
+# At the front of every name: DistributedDataParallel and DeepSpeed; PEFT; trl.
+FRONTS = ("module.", "base_model.model.", "pretrained_model.")
+# trl's wrapper puts the model under pretrained_model, and its own head beside it.
+_VALUE_HEAD = "v_head."
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
@@ -18,7 +20,8 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     while fronts and plain:
         fronts = False
         for front in FRONTS:
-            if all(name.startswith(front) and len(name) > len(front) for name in plain.values()):
+            own = [name for name in plain.values() if not name.startswith(_VALUE_HEAD)]
+            if own and all(name.startswith(front) and len(name) > len(front) for name in own):
                 plain = {name: short.removeprefix(front) for name, short in plain.items()}
                 fronts = True
     return plain

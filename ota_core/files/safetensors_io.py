@@ -109,18 +109,25 @@ def _header_length(path: Path, prefix: bytes, size: int) -> int:
     if length > MAX_HEADER:
         raise CheckpointError(
             f"{path} is not a safetensors file: it begins with {prefix!r}, which would announce a header of {length} bytes "
-            f"(at most {MAX_HEADER} are allowed).{_other_format(prefix)} Save it as safetensors, or {AGAIN}"
+            f"(at most {MAX_HEADER} are allowed).{other_format(prefix)} Save it as safetensors, or {AGAIN}"
         )
     if length > size - 8:
         raise CheckpointError(f"{path} is truncated: its header needs {8 + length} bytes, {size} are there; {AGAIN}")
     return length
 
 
-def _other_format(prefix: bytes) -> str:
+def other_format(prefix: bytes) -> str:
+    """What a file seems to be by its first bytes (16 suffice), where that is not what its name says; a sentence, or nothing."""
     if prefix.startswith((b"PK\x03\x04", b"\x80")):
         return " It looks like a file of torch.save."
     if prefix.startswith(b"version "):
         return " It looks like a Git LFS pointer: fetch the real file with `git lfs pull`."
+    if prefix.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
+        return " It looks like a web page: the download was answered by a page, such as one that asks to log in."
+    if prefix.startswith(b"GGUF"):
+        return " It looks like a GGUF file: give it the ending .gguf."
+    if prefix[8:9] == b"{" and int.from_bytes(prefix[:8], "little") <= MAX_HEADER:
+        return " It looks like a safetensors file: give it the ending .safetensors."
     return ""
 
 

@@ -7,11 +7,9 @@ from typing import Any
 
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import read_json
-from ota_core.reading import quoted, read_file
+from ota_core.reading import MAX_ROWS, check_regular, quoted, read_file
 
 # SentencePiece models whose pieces are rows as they stand. sentencepiece.bpe.model is not among them: its classes shift the rows.
-MAX_ROWS = 2**27
-"""Of an embedding; the largest vocabularies have some 300,000 tokens."""
 _PIECES = ("tokenizer.model", "spiece.model")
 
 
@@ -29,7 +27,7 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
         for token, entry in _added(folder).items():
             if token not in table and entry["id"] not in taken:
                 table[token] = entry["id"]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{folder}: its tokenizer's files have another form than a table of tokens ({type(error).__name__}: {str(error)[:200]}); fetch or save "
             "them again"
@@ -100,6 +98,7 @@ def _pieces(file: Path) -> dict[str, int] | None:
             "tokenizer again with a tokenizer.json"
         ) from None
     try:
+        check_regular(file)
         model = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
         if _is_sentencepiece(file):
@@ -110,8 +109,7 @@ def _pieces(file: Path) -> dict[str, int] | None:
 
 def _is_sentencepiece(file: Path) -> bool:
     """The first field of a model is its first piece: a length-delimited field with the number 1."""
-    with open(file, "rb") as stream:
-        return stream.read(1) == b"\n"
+    return read_file(file)[:1] == b"\n"
 
 
 def _added(folder: Path) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.dcp.metadata import METADATA
+from ota_core.files.gguf.sets import models_among
 from ota_core.files.not_models import what_it_is
 from ota_core.names import why_unsafe
 from ota_core.reading import json_value, quoted, read_file
@@ -58,12 +59,8 @@ def weight_files(folder: Path) -> list[Path]:
     candidates = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith(("exp_avg", "optimizer")))
     if len(candidates) == 1:
         return candidates
-    if not candidates and (ggufs := sorted(folder.glob(f"*{GGUF}"))):
-        if len(ggufs) > 1:
-            raise CheckpointError(
-                f"{folder} holds {len(ggufs)} GGUF files ({', '.join(path.name for path in ggufs[:6])}); name the one that is meant, {ggufs[0]}"
-            )
-        return ggufs
+    if not candidates and (ggufs := sorted(path.name for path in folder.glob(f"*{GGUF}"))):
+        return _gguf(folder, ggufs)
     if not candidates:
         from ota_core.files.dcp.weights import dcp_files, weights_folder
 
@@ -81,6 +78,21 @@ def weight_files(folder: Path) -> list[Path]:
         f"{folder} holds no weights (it holds: {held}); expected model.safetensors, shards with {SAFETENSORS_INDEX}, pytorch_model.bin, or "
         "pytorch_model_fsdp_0/ of FSDP"
     )
+
+
+def _gguf(folder: Path, names: list[str]) -> list[Path]:
+    """The files of the one GGUF model in a folder."""
+    try:
+        models = models_among(names)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    if len(models) > 1:
+        firsts = [files[0] for files in models]
+        raise CheckpointError(
+            f"{folder} holds {len(models)} GGUF {'models' if len(names) > len(models) else 'files'} ({', '.join(firsts[:6])}); name the one that is "
+            f"meant, {folder / firsts[0]}"
+        )
+    return [folder / name for name in models[0]]
 
 
 def adapter_of(folder: Path) -> Path | None:
@@ -110,12 +122,20 @@ def _sets(folder: Path) -> list[str]:
 
 def _named(folder: Path) -> list[str]:
     config = folder / "config.json"
-    name = read_json(config).get(NAMED) if config.is_file() and NAMED.encode() in read_file(config) else None
+    name = read_json(config).get(NAMED) if config.is_file() and NAMED.encode() in _bytes_of(config) else None
     if name is None or name == "adapter_model.bin":
         return []
     if not isinstance(name, str) or "/" in name or why_unsafe(name) or not (folder / name).exists():
         raise CheckpointError(f"{config} names the weights' file {quoted(name)} ({NAMED}); expected a file beside it")
     return [name]
+
+
+def _bytes_of(path: Path) -> bytes:
+    """A file's bytes: most configurations hold no such key, and need not be parsed for it. Raises CheckpointError."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); fetch it again") from None
 
 
 def _files_of(first: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ota_core.compute.loops import compiled, power, row_sum
 from ota_core.files.rows import Rows
-from ota_core.fused.memory import clear_absent, load
+from ota_core.fused.memory import clear_absent, load, load_base, tile_of
 from ota_core.fused.ota import load_v_hat
 from ota_core.fused.sources import TILE, VSource, source_of
 from ota_core.fused.task_vectors import load_ends
@@ -42,6 +42,37 @@ def squares_of(base: Rows, theta: Rows, kept: NDArray[np.bool_]) -> tuple[list[f
     rows, columns = base.held.shape
     whole, left = np.empty(rows), np.empty(rows)
     _squares(source_of(base)[()], source_of(theta)[()], kept.reshape(-1), columns, whole, left)
+    return whole.tolist(), left.tolist()
+
+
+@compiled
+def _magnitudes(
+    base_source: Any, theta_source: Any, lowest: np.float32, highest: np.float32, columns: int, base: Any, whole: Any, left: Any
+) -> None:  # fmt: skip
+    theta, has, lanes = np.empty(TILE, np.float32), np.empty(TILE, np.bool_), np.empty(16)
+    every, kept = np.empty(columns), np.empty(columns)
+    for i in range(whole.shape[0]):
+        for start in range(0, columns, TILE):
+            first, count = i * columns + start, min(TILE, columns - start)
+            load_base(base_source, first, count, base)
+            load(theta_source, first, count, theta)
+            part = every[start : start + count]
+            for j in range(count):
+                part[j] = abs(np.float64(theta[j]) - np.float64(base[j]))
+            clear_absent(theta_source, first, count, has, part)
+            for j in range(count):
+                size = np.float32(part[j])
+                kept[start + j] = part[j] if (size >= lowest) & (size <= highest) else 0.0
+        whole[i] = row_sum(every, lanes)
+        left[i] = row_sum(kept, lanes)
+
+
+def magnitudes_of(base: Rows, theta: Rows, lowest: float, highest: float) -> tuple[list[float], list[float]]:
+    """Σ |Δ| of each row of a task vector, and of what of it lies within the limits; 0 in rows that the expert lacks. base, theta: (r, C)."""
+    rows, columns = base.held.shape
+    whole, left = np.empty(rows), np.empty(rows)
+    limits = np.float32(lowest), np.float32(highest)
+    _magnitudes(source_of(base)[()], source_of(theta)[()], *limits, columns, tile_of(base), whole, left)
     return whole.tolist(), left.tolist()
 
 

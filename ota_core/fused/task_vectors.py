@@ -19,6 +19,7 @@ PART = np.dtype(
         ("weight", np.float64),
         ("lowest", np.float32),
         ("highest", np.float32),
+        ("factor", np.float64),
         ("random", np.int64),
         ("key", np.uint64),
         ("start", np.int64),
@@ -38,6 +39,8 @@ class Part:
     lowest: float = 0.0
     highest: float = math.inf
     """Limits of |Δ| (TIES, breadcrumbs)."""
+    factor: float = 1.0
+    """By what that is multiplied which lies within them (their ``rescale``)."""
     random: tuple[int, int, str, int] | None = None
     """DARE: seed, expert, tensor and the block's first element; None where nothing is dropped."""
     density: float = 1.0
@@ -45,11 +48,11 @@ class Part:
 
 
 @compiled
-def _trimmed(count: int, base: Any, theta: Any, lowest: np.float32, highest: np.float32, left: Any) -> None:
+def _trimmed(count: int, base: Any, theta: Any, lowest: np.float32, highest: np.float32, factor: float, left: Any) -> None:
     for i in range(count):
         delta = np.float64(theta[i]) - np.float64(base[i])
         size = abs(np.float32(delta))
-        left[i] = delta if (size >= lowest) & (size <= highest) else 0.0
+        left[i] = delta * factor if (size >= lowest) & (size <= highest) else 0.0
 
 
 @compiled
@@ -112,19 +115,22 @@ def _combine(
             if part.random:
                 _dropped(count, base, theta, part.key, part.start + first, part.density, part.divisor, left)
             else:
-                _trimmed(count, base, theta, part.lowest, part.highest, left)
+                _trimmed(count, base, theta, part.lowest, part.highest, part.factor, left)
             clear_absent(part.theta, first, count, has, left)
             add(count, left, part.weight, total)
-        divisor[:] = sum_of_weights if normalize else 1.0
         if elect:
             elected[:] = total
             total[:] = 0.0
             divisor[:] = 0.0
             for m in range(parts.shape[0]):
                 add_agreeing(count, lefts[m], parts[m].weight, elected, total, divisor)
-            if not normalize:
-                divisor[:] = 1.0
-        finish(count, base, total, divisor, least, lam, total)
+        if normalize:
+            if not elect:
+                divisor[:] = sum_of_weights
+            finish(count, base, total, divisor, least, lam, total)
+        else:  # a division takes longer than all the rest
+            for i in range(count):
+                total[i] = np.float64(base[i]) + lam * total[i]
         store(total, count, kind, address, first, theta)
 
 
@@ -140,7 +146,7 @@ def combine_block(
     table = np.zeros(len(parts), PART)
     for row, part in zip(table, parts, strict=True):
         row["theta"], row["weight"] = source_of(part.theta), part.weight
-        row["lowest"], row["highest"] = part.lowest, part.highest
+        row["lowest"], row["highest"], row["factor"] = part.lowest, part.highest, part.factor
         row["density"], row["divisor"] = part.density, part.density if part.rescale else 1.0
         if part.random is not None:
             row["random"], row["key"], row["start"] = 1, key_of(*part.random[:3]), part.random[3]

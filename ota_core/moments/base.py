@@ -10,31 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ota_core.files.layouts.stored import Shape as Shape
+from ota_core.files.layouts.stored import Stored as Stored
+from ota_core.files.layouts.stored import View as View
+
 ESTIMATED = "estimated"
 """Key of a file's metadata: how its v was estimated, as JSON, where no optimizer computed it."""
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class View:
-    """Elements of one parameter, in the order in which a tensor of the checkpoint holds them; shape and strides as torch has them."""
-
-    parameter: str
-    offset: int
-    """Of the first element, in elements of the parameter."""
-    shape: Shape
-    """At least one axis; not always the tensor's own shape, only its number of elements."""
-    strides: tuple[int, ...]
-    """In elements; none is negative."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How a tensor of the checkpoint comes from the model's parameters: an expert from a stack, one of two halves, q, k and v in one."""
-
-    shape: Shape
-    views: tuple[View, ...]
-    """One, or several whose elements follow one another."""
 
 
 @dataclass(frozen=True, kw_only=True)

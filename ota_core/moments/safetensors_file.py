@@ -1,6 +1,5 @@
 """Second moments from safetensors: one file, shards with an index, or shards alone."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -16,6 +15,7 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.safetensors_io import SafetensorsFile, TensorInfo
 from ota_core.moments.base import ESTIMATED, Moments
 from ota_core.moments.check import checked
+from ota_core.reading import json_value, quoted, read_file
 
 SUFFIX = ".exp_avg_sq"
 # What a dump of an optimizer's state may hold beside v under suffixed names.
@@ -143,7 +143,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_value(read_file(path))
     except (ValueError, OSError) as error:
         raise MomentsError(f"{path} cannot be read as JSON ({error}); write it again") from None
     if not isinstance(value, dict):
@@ -190,10 +190,10 @@ def _estimated(files: Sequence[SafetensorsFile]) -> dict[str, Any] | None:
     for file in files:
         if (text := file.metadata.get(ESTIMATED)) is not None:
             try:
-                return dict(json.loads(text))
+                return dict(json_value(text))
             except (ValueError, TypeError):
                 raise MomentsError(
-                    f"{file.path}: its metadata '{ESTIMATED}' is {text!r}, JSON was expected; estimate again"
+                    f"{file.path}: its metadata '{ESTIMATED}' is {quoted(text)}, JSON was expected; estimate again"
                 ) from None
     return None
 
@@ -202,7 +202,7 @@ def as_beta2(value: Any, where: str) -> float:
     """Adam's β₂ from a number or its text. Raises MomentsError outside [0, 1)."""
     number = _number(value)
     if not 0 <= number < 1:
-        raise MomentsError(f"{where} is {value!r}, a number in [0, 1) was expected: correct it")
+        raise MomentsError(f"{where} is {quoted(value)}, a number in [0, 1) was expected: correct it")
     return number
 
 
@@ -210,7 +210,7 @@ def as_step(value: Any, where: str) -> int:
     """A count of optimizer steps from a number or its text. Raises MomentsError below 1 or when it is not whole."""
     number = _number(value)
     if not (number >= 1 and number.is_integer()):
-        raise MomentsError(f"{where} is {value!r}, a whole number of at least 1 was expected: correct it")
+        raise MomentsError(f"{where} is {quoted(value)}, a whole number of at least 1 was expected: correct it")
     return int(number)
 
 

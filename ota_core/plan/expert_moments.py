@@ -6,11 +6,12 @@ from pathlib import Path
 from ota_core.errors import OtaError
 from ota_core.moments import Moments, open_moments
 from ota_core.moments.compression import compression_label, compression_of, is_compressed, kept_as_trained, label_of, rank_of
+from ota_core.moments.relaid import relaid
 from ota_core.moments.renamed import renamed
 from ota_core.plan.inputs import ExpertInput
 from ota_core.plan.masks import MaskFile
 from ota_core.plan.views import ExpertView, TensorJob, bias_factor
-from ota_core.plan.vocabulary import is_vocabulary_tensor
+from ota_core.plan.vocabulary.match import is_vocabulary_tensor
 from ota_core.recipe.recipe import MergeRecipe
 
 
@@ -60,7 +61,7 @@ def open_expert(recipe: MergeRecipe, expert: ExpertView, item: ExpertInput, prob
 def _open_one(path: Path, expert: ExpertView, item: ExpertInput, stack: ExitStack) -> Moments:
     moments = open_moments(path, layout=item.layout, source_of=item.source_of, tensors=expert.own_tensors)
     stack.callback(moments.close)
-    return renamed(moments, expert.renamed)
+    return relaid(renamed(moments, expert.renamed), expert.relaid)
 
 
 def check_moments(recipe: MergeRecipe, expert: ExpertView, jobs: list[TensorJob], problems: list[str]) -> None:

@@ -16,7 +16,8 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.sliced.layers import positions
 from ota_core.plan.tally import Group
 from ota_core.plan.views import ExpertView, TensorJob
-from ota_core.recipe.recipe import FFG, MergeRecipe
+from ota_core.recipe.methods import FFG
+from ota_core.recipe.recipe import MergeRecipe
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _BLOCK = 1 << 20
 
 
 class Guard:
-    """What the threads of one merge have met and not told yet."""
+    """What the threads of one merge have met and not reported yet."""
 
     def __init__(self) -> None:
         self._own = local()
@@ -76,10 +76,8 @@ def unfit_input(model: str, checkpoint: Checkpoint, tensor: str) -> OtaError:
     )
 
 
-def check_written(tensor: str, start: int, rows: Rows) -> None:
-    """Raise OtaError where merged rows, from ``start`` on, are not finite, though everything they were made of is."""
-    if not not_finite(rows):
-        return
+def unfit_output(tensor: str, start: int, rows: Rows) -> OtaError:
+    """The error for merged rows, from ``start`` on, that are not finite, though everything they were made of is."""
     from ota_core.fused.finite import kinds_not_finite
 
     counts = kinds_not_finite(rows)
@@ -88,7 +86,7 @@ def check_written(tensor: str, start: int, rows: Rows) -> None:
     if name == "float16":
         advice = "write bfloat16 or float32, which reach further (dtype in the recipe)"
     limit = f" ({name} ends at {largest:g})" if largest else ""
-    raise OtaError(
+    return OtaError(
         f"tensor '{tensor}' of the merged model: {_said(counts)} of {rows.size:,} numbers from row {start} on, though those of all models are finite: "
         f"the merged numbers are too large for {name}{limit}. {advice[0].upper()}{advice[1:]}. {ALLOW}"
     )

@@ -1,23 +1,24 @@
 """What a merge reads, as local files: the base, the experts, their second moments and, in a staged run, their masks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import EXPERT_JSON, fingerprint
+from ota_core.artifact import EXPERT_JSON, fingerprint, odd_fact
 from ota_core.errors import CheckpointError, MomentsError, OtaError, RecipeError, raise_all
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json
+from ota_core.files.layouts.stored import Loaded
 from ota_core.files.writer import MAX_SHARD_BYTES
 from ota_core.moments import ParameterLayout, find_moments, none_found
 from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
-from ota_core.reading import quoted
-from ota_core.recipe.recipe import RESERVED_NAMES, MergeRecipe
+from ota_core.recipe.methods import RESERVED_NAMES
+from ota_core.recipe.recipe import MergeRecipe
 
 LayoutOf = Callable[[Path, Path | None], ParameterLayout]
 """Gives the parameter layout of the model in a folder, with the folder of its base; needed for optimizer states that number parameters."""
@@ -35,7 +36,7 @@ class ModelInput:
     """Content digest where known."""
     source_of: SourceOf | None = None
     """Where the bytes of weights and second moments come from, if not from the files themselves."""
-    parameters: Callable[[], Mapping[str, str]] | None = None
+    parameters: Callable[[], Loaded] | None = None
     """Tensor to the parameter that it becomes when transformers loads the model: asked for where the names of models differ."""
     under: "ModelInput | None" = None
     """What the weights in ``path`` are an adapter of; None for a whole model."""
@@ -158,10 +159,8 @@ def find_model(source: str, recipe_dir: Path | None) -> Path:
 def expert_facts(folder: Path) -> dict[str, Any]:
     """The content of ``expert.json``, or nothing where there is none."""
     found = read_json(folder / EXPERT_JSON) if (folder / EXPERT_JSON).exists() else {}
-    if not isinstance(found.get("capability", ""), str | None):
-        raise CheckpointError(
-            f"{folder / EXPERT_JSON}: capability is {quoted(found['capability'])}, expected a word; write it again"
-        )
+    if odd := odd_fact(found):
+        raise CheckpointError(f"{folder / EXPERT_JSON}: {odd}; write it again")
     return found
 
 

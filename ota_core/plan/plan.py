@@ -12,7 +12,6 @@ from ota_core.compute.descriptors import raise_limit
 from ota_core.compute.stream import BLOCK_ELEMENTS, CACHE_ELEMENTS, Limits, Stream, parse_memory, pick_device
 from ota_core.errors import CheckpointError, OtaError, raise_all
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.files.rows import NAMED
 from ota_core.fused.sources import KINDS
 from ota_core.moments import Moments, choice_in
 from ota_core.plan.estimated import unlike
@@ -20,18 +19,18 @@ from ota_core.plan.expert_moments import check_moments, moments_problems, open_e
 from ota_core.plan.expert_scales import ExpertScales, scales_for
 from ota_core.plan.fit.chat_template import chat_template
 from ota_core.plan.fit.config import config_problems
-from ota_core.plan.fit.names import agree, only_prefix
+from ota_core.plan.fit.names import agree
 from ota_core.plan.fit.quantised import quantised_problems
+from ota_core.plan.fit.tensors import tensor_jobs
 from ota_core.plan.guard import Guard
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.masks import MaskFile
-from ota_core.plan.sliced.assembly import Assembly, assemble, natural, own_jobs, sliced_jobs
+from ota_core.plan.sliced.assembly import Assembly, assemble, own_jobs, sliced_jobs
 from ota_core.plan.views import Block, ExpertView, ModelView, TensorJob
-from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
-from ota_core.recipe.recipe import FFG, WITHOUT_BASE, MergeRecipe
-
-# Tensors that one problem names; with the wrong base, hundreds would differ in every expert.
-SHOWN = 8
+from ota_core.plan.vocabulary.match import Vocabulary, is_vocabulary_tensor, match, tensor_names, tied_tensors
+from ota_core.plan.vocabulary.wanted import Wanted
+from ota_core.recipe.methods import FFG, WITHOUT_BASE
+from ota_core.recipe.recipe import MergeRecipe
 
 
 @dataclass(kw_only=True)
@@ -117,12 +116,14 @@ class MergePlan:
 
     def matched_rows(self, job: TensorJob) -> bool:
         """Whether the rows of this tensor are matched by token in some model."""
-        return is_vocabulary_tensor(job.name) and any(view.row_map is not None for view in self.models)
+        return is_vocabulary_tensor(job.name) and not all(view.as_it_stands for view in self.models)
 
     def needs_torch(self) -> bool:
         """Whether some block goes through tensors: no compiled pass loads its type, or λ, row spaces or learned scales need products of matrices."""
         if self.scales is not None or self.recipe.auto or self.recipe.refined:
             return True
+        if self.assembly is not None:
+            return not all(cut.loads(KINDS) for cut in self.assembly.cuts)
         base = self.base is not None and self.recipe.merge_method not in WITHOUT_BASE
         return not all(self.can_fuse(self.experts, job, base=base) for job in self.merged_jobs())
 
@@ -201,12 +202,14 @@ def open_plan(
         ]
         base = ModelView(**common.pop(0)) if inputs.base else None
         correct = bool(recipe.setting("bias_correction"))
-        own = list(zip(tensors, agreed.renamed, strict=True))[len(tensors) - len(common) :]
+        own = list(zip(tensors, agreed.renamed, agreed.relaid, strict=True))[len(tensors) - len(common) :]
         experts = [
-            ExpertView(**facts, index=i, bias_correction=correct, own_tensors=held, renamed=renamed)
-            for i, (facts, (held, renamed)) in enumerate(zip(common, own, strict=True))
+            ExpertView(**facts, index=i, bias_correction=correct, own_tensors=held, renamed=renamed, relaid=relaid)
+            for i, (facts, (held, renamed, relaid)) in enumerate(zip(common, own, strict=True))
         ]
         views: list[ModelView] = [*([base] if base else []), *experts]
+        for i, view in enumerate(views):
+            view.filled = vocabulary.filled(i, views) if vocabulary else None
         for expert, item in zip(experts, inputs.experts if with_moments else (), strict=with_moments):
             if item.moments is None and not need_moments:
                 continue
@@ -221,7 +224,7 @@ def open_plan(
             for expert in experts:
                 check_moments(recipe, expert, own_jobs(expert), problems)
         else:
-            jobs = _jobs(recipe, views, first, vocabulary, agreed.first_alone, problems)
+            jobs = tensor_jobs(recipe, views, first, vocabulary, agreed.first_alone, problems)
             for expert in experts:
                 check_moments(recipe, expert, jobs, problems)
         if recipe.chat_template is not None:
@@ -244,13 +247,13 @@ def open_plan(
         )  # fmt: skip
         if scales is not None and (other := scales.learned_for_other(recipe)):
             plan.notes.append(f"the scales in {inputs.scales} were learned for other settings: {', '.join(other)}")
-        if recipe.parameters.approximate_norm:
-            plan.notes.append("approximate_norm has no effect: norms are exact")
+        plan.notes += recipe.remarks()
         if (note := unlike(experts, recipe)) is not None:
             plan.notes.append(note)
         plan.notes += agreed.notes
         plan.notes += [f"{view.name}: {note}" for view in views for note in view.checkpoint.notes]
         plan.notes += [f"{item.name}: {note}" for item in inputs.experts if (note := _choice(item))]
+        plan.notes += vocabulary.notes if vocabulary else ()
         if vocabulary and any(row_map is not None for row_map in vocabulary.maps):
             plan.notes.append("vocabularies differ: embedding rows are matched by token")
         yield plan
@@ -290,24 +293,27 @@ def _open(item: ModelInput, problems: list[str], stack: contextlib.ExitStack) ->
 
 
 def _vocabulary(recipe: MergeRecipe, names: list[str], checkpoints: list[Checkpoint]) -> Vocabulary | None:
-    models = []
+    models, said = [], Wanted.of(recipe)
+    with_base = recipe.base_model is not None
     for name, checkpoint in zip(names, checkpoints, strict=True):
         embeddings = [n for n in checkpoint.names() if is_vocabulary_tensor(n)]
+        if not embeddings and said is not None:
+            raise CheckpointError(f"tokenizer: {name} has no embedding of tokens; leave out tokens and pad_to_multiple_of")
         if not embeddings:
             return None
         models.append((name, checkpoint.tokenizer_folder, checkpoint.info(embeddings[0]).shape[0]))
     source = recipe.tokenizer_source
     if source == "union":
-        return match(models, source)
+        return match(models, source, said, with_base=with_base)
     if source == "base":
-        return match(models, 0)
+        return match(models, 0, said, with_base=with_base)
     wanted = source.removeprefix("model:")
     known = {name: i for i, name in enumerate(names)}
     offset = len(names) - len(recipe.models)
     known |= {entry.model: i + offset for i, entry in enumerate(recipe.models)}
     if wanted not in known:
         raise CheckpointError(f"tokenizer_source: no model '{wanted}'; the recipe's models are {', '.join(names)}")
-    return match(models, known[wanted])
+    return match(models, known[wanted], said, with_base=with_base)
 
 
 def checkpoint_problems(recipe: MergeRecipe, inputs: MergeInputs) -> list[str]:
@@ -317,89 +323,3 @@ def checkpoint_problems(recipe: MergeRecipe, inputs: MergeInputs) -> list[str]:
             return []
     except OtaError as error:
         return list(error.problems)
-
-
-def _jobs(
-    recipe: MergeRecipe,
-    views: list[ModelView],
-    first: ModelView,
-    vocabulary: Vocabulary | None,
-    alone: frozenset[str],
-    problems: list[str],
-) -> list[TensorJob]:
-    """The output's tensors, checked against every model."""
-    jobs = []
-    differing: dict[str, list[str]] = {view.name: [] for view in views}
-    out_dtype = NAMED[recipe.output_dtype] if recipe.output_dtype else None
-    for name in sorted(first.checkpoint.names(), key=natural):
-        info = first.checkpoint.info(name)
-        floating = info.dtype.is_floating_point
-        token_rows = vocabulary is not None and is_vocabulary_tensor(name)
-        shape = (vocabulary.rows, *info.shape[1:]) if vocabulary is not None and token_rows else info.shape
-        if name in alone:
-            jobs.append(TensorJob(name, name, info.shape, info.dtype, copy=True, alone=True))
-            continue
-        for view in views:
-            difference = _difference(view, first, name, from_axis=1 if token_rows else 0)
-            if difference:
-                differing[view.name].append(f"tensor '{name}' {difference}")
-        jobs.append(
-            TensorJob(
-                name,
-                first.tied.get(name, name),
-                shape,
-                (out_dtype or first.checkpoint.kept_dtype(name)) if floating else info.dtype,
-                not floating,
-            )
-        )
-    known = {job.name for job in jobs}
-    for view in views:
-        extra = [name for name in view.checkpoint.names() if name not in known and view.tied.get(name) not in known]
-        differing[view.name] += [f"tensor '{name}' is here and not in {first.name}" for name in extra]
-    problems += _grouped(views, first, differing)
-    return jobs
-
-
-def _difference(view: ModelView, first: ModelView, name: str, from_axis: int) -> str:
-    """How one tensor of a model differs in form from that of the output's model; empty when it does not."""
-    stored, info = view.stored_name(name), first.checkpoint.info(name)
-    if stored not in view.checkpoint:
-        return f"is missing, {first.name} has it"
-    seen = view.checkpoint.info(stored)
-    if seen.shape[from_axis:] != info.shape[from_axis:]:
-        return f"has shape {list(seen.shape)}, {first.name} has {list(info.shape)}"
-    if seen.dtype.is_floating_point != info.dtype.is_floating_point:
-        return f"is {seen.dtype}, {first.name} has {info.dtype}"
-    return ""
-
-
-def _grouped(views: list[ModelView], first: ModelView, differing: dict[str, list[str]]) -> list[str]:
-    """One problem for each model that differs; where all experts differ from the base in the same way, the base alone is suspected."""
-    experts = [view.name for view in views if isinstance(view, ExpertView)]
-    shown = {view.name: _shown(view, first, differing[view.name]) for view in views}
-    alike = len(experts) > 1 and len({tuple(differing[name]) for name in experts}) == 1 and differing[experts[0]]
-    if alike and first.name not in experts:
-        return [
-            f"{first.checkpoint.path} ({first.name}) and all {len(experts)} experts differ in the same way; of the experts: "
-            f"{shown[experts[0]]}. Is base_model the one that they were fine-tuned from?"
-        ]
-    return [
-        f"{view.checkpoint.path} ({view.name}): {shown[view.name]}; experts must come from the same base"
-        for view in views
-        if differing[view.name]
-    ]
-
-
-def _shown(view: ModelView, first: ModelView, differing: list[str]) -> str:
-    """What differs, or that only a prefix does."""
-    alike = only_prefix(view.checkpoint.names(), first.checkpoint.names()) if differing else None
-    return (
-        (alike.format(first.name) + "; rename its tensors, or save it again from the class that config.json names")
-        if alike
-        else _some(differing)
-    )
-
-
-def _some(items: list[str]) -> str:
-    more = len(items) - SHOWN
-    return "; ".join(items[:SHOWN]) + (f"; and {more} more tensors like these" if more > 0 else "")

@@ -14,11 +14,12 @@ from ota_core.errors import MomentsError, raise_all
 from ota_core.fused.sums import power_sums
 from ota_core.methods.numbers import kept_count, threshold_of_product
 from ota_core.moments.compression import CompressionReport, compress, compression_of
+from ota_core.moments.relaid import RelaidMoments, relaid
 from ota_core.plan.plan import MergePlan
 from ota_core.plan.scoring import delta, ffg_scoring
 from ota_core.plan.tally import Group, kth_largest, taus_of, thresholds_of
 from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts, tensor_on
-from ota_core.recipe.recipe import FFG
+from ota_core.recipe.methods import FFG
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +80,13 @@ def compress_experts(plan: MergePlan) -> dict[str, CompressionReport]:
         assert expert.moments is not None
         method = plan.recipe.setting("compression", expert.index)
         if method != (compression_of(expert.moments) or "none"):
-            expert.moments, reports[expert.name] = compress(
-                expert.moments, method=method, rank=plan.recipe.setting("rank", expert.index), stream=plan.stream, scratch=plan.scratch,
+            # In the layout of the expert's own checkpoint, as the stage does that compresses an expert by itself.
+            own, layout = (m.inner, m.layout) if isinstance(m := expert.moments, RelaidMoments) else (m, None)
+            made, reports[expert.name] = compress(
+                own, method=method, rank=plan.recipe.setting("rank", expert.index), stream=plan.stream, scratch=plan.scratch,
                 what=f"compress {expert.name}",
             )  # fmt: skip
+            expert.moments = relaid(made, layout)
     return reports
 
 

@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.errors import MomentsError, OtaError
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.files.rows import Dtype, Rows
+from ota_core.files.layouts.relayout import Relayout
+from ota_core.files.rows import F64, Dtype, Rows
 from ota_core.fused.sources import VSource, rank1_source, source_of
 from ota_core.moments import Moments
 from ota_core.moments.compression import RankOneMoments
 from ota_core.plan.guard import Guard, not_finite, unfit_input
 from ota_core.plan.masks import MaskFile
-from ota_core.plan.vocabulary import is_vocabulary_tensor
+from ota_core.plan.vocabulary.filled import Filled
+from ota_core.plan.vocabulary.match import is_vocabulary_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +93,11 @@ class ModelView:
     """As torch names it: ``cpu``, ``cuda`` or one of several GPUs."""
     count_read: Callable[[int], None]
     guard: Guard | None = None
-    """Who is told of numbers that are not finite; None where they may be."""
+    """Notes numbers that are not finite; None where they are allowed."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Name in the output → the model's own, where they differ: of layers that stand elsewhere in the output."""
+    filled: Filled | None = None
+    """Rows of its vocabulary that it takes from elsewhere, where the recipe says so."""
 
     def own_name(self, name: str) -> str:
         """What the model calls a tensor of the output."""
@@ -103,6 +107,11 @@ class ModelView:
         """The name under which the checkpoint holds a tensor, or the one it is tied to."""
         name = self.own_name(name)
         return name if name in self.checkpoint else self.tied.get(name, name)
+
+    @property
+    def as_it_stands(self) -> bool:
+        """Whether the rows of its vocabulary are the output's, every one."""
+        return self.row_map is None and self.filled is None
 
     def gather(self, read: ReadRows, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows of the output from a reader of the model's own rows; rows that the model lacks are zeros."""
@@ -127,6 +136,8 @@ class ModelView:
         if self.row_map is None or not is_vocabulary_tensor(name):
             return None
         has = self.row_map[start:stop] >= 0
+        if self.filled is not None:
+            has[[row - start for row in self.filled.within(start, stop)]] = True
         return None if has.all() else has
 
     def present(self, name: str, start: int, stop: int) -> "torch.Tensor | None":
@@ -136,7 +147,7 @@ class ModelView:
 
     def theta(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Rows start:stop of the weights, float64 (stop − start, C), on the device."""
-        rows = self._rows(name, start, stop)
+        rows = self.rows(name, start, stop)
         if self.guard is not None and self.device == "cpu" and not_finite(rows):
             raise self._unfit(name)
         values = tensor_on(self.device, rows).double()
@@ -158,20 +169,36 @@ class ModelView:
                 prefetch(row, row + count)
 
     def stored(self, name: str, start: int, stop: int) -> Rows:
-        """The same rows as they are stored, with what says which the model has. A compiled pass that loads them tells the guard of numbers that are not finite."""
-        rows = self._rows(name, start, stop)
+        """The same rows as they are stored, with what says which the model has. A compiled pass that loads them notes numbers that are not finite in the guard's cell."""
+        rows = self.rows(name, start, stop)
         if self.guard is None or not rows.dtype.is_floating_point:
             return rows
         return replace(rows, watch=self.guard.cell(partial(self._unfit, name)))
 
+    def check_finite(self, name: str, start: int, stop: int) -> None:
+        """Raise CheckpointError where these rows, read again, are not finite. A model that lacks the tensor holds no such number."""
+        if self.stored_name(name) in self.checkpoint and not_finite(self.rows(name, start, stop)):
+            raise self._unfit(name)
+
     def _unfit(self, name: str) -> OtaError:
         return unfit_input(self.name, self.checkpoint, self.stored_name(name))
 
-    def _rows(self, name: str, start: int, stop: int) -> Rows:
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        """Rows of the output as they are stored, or as they are filled in."""
         stored = self.stored_name(name)
         held = self.gather(lambda *rows: self.checkpoint.read_rows(*rows).held, stored, start, stop)
         self.count_read(held.nbytes)
-        return Rows(self.checkpoint.info(stored).dtype, held, present=self.has_rows(stored, start, stop))
+        found = Rows(self.checkpoint.info(stored).dtype, held, present=self.has_rows(stored, start, stop))
+        if self.filled is None or not is_vocabulary_tensor(name):
+            return found
+        return self.filled.into(self, name, start, stop, found)
+
+    def own_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """The model's own rows, by its own numbers: float32 or float64 (stop − start, C)."""
+        rows = self.checkpoint.read_rows(self.stored_name(name), start, stop)
+        if self.guard is not None and not_finite(rows):
+            raise self._unfit(name)
+        return rows.held if rows.dtype == F64 else rows.to_float32()
 
 
 @dataclass(kw_only=True)
@@ -187,6 +214,8 @@ class ExpertView(ModelView):
     """What second moments of its checkpoint may be called."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Its own names to the output's, where these differ; ``checkpoint`` and second moments go by the output's."""
+    relaid: Relayout | None = None
+    """How tensors of the output's layout are made of its own, where it has another; ``checkpoint`` and second moments go by the output's."""
     inactive: set[str] = field(default_factory=set)
     """Tensors (canonical names) without curvature that the expert never moved: it takes no part there."""
 

@@ -19,18 +19,11 @@ Lines = Mapping[tuple[Any, ...], int]
 _WORDS = {
     "merge_method": "a slice has the merge_method of the recipe; what is merged otherwise goes into a document of its own (---) with a 'name', whose "
     "result this slice names as its model",
-    "residual_weight": "it is not supported: scale the slice with passthrough's scale, or leave it out",
-    "tokenizer": "of tokenizer only 'source' is supported, which is tokenizer_source: base, union or model:<name>; rows are matched by token, so that "
-    "tokens and pad_to_multiple_of are left out",
     "layer_range": "it belongs to a source of a slice: slices: [{sources: [{model: …, layer_range: [0, 8]}]}]",
     "select_topk": "write 'density'",
-    "random_seed": "write 'seed'",
     "pattern": "write 'filter'",
+    "revision": "write it behind the model's name: org/name@revision",
     "majority_sign_threshold": "it is not supported: signs are elected by their sum",
-    "allow_crimes": "checkpoints that do not fit are refused",
-    "trust_remote_code": "code of a checkpoint is never run; leave it out",
-    "lazy_unpickle": "everything is streamed; leave it out",
-    "low_cpu_memory": "everything is streamed; say --memory on the command line",
     "cuda": "say --device cuda on the command line",
     "out_shard_size": "say --shard-size on the command line",
     "merge_mode": "write merge_method",
@@ -93,7 +86,7 @@ def _known_keys(location: tuple[Any, ...], root: type[BaseModel], entry: type[Ba
     if named:
         level = _level(named, entry)
     own = {"rank1_approx", "fallback_to_base", *SPELLINGS} if issubclass(level, MergeParameters | ModelParameters) else set()
-    return {"lambda" if name == "lambda_" else name for name in level.model_fields} - {"varying"} | own
+    return {"lambda" if name == "lambda_" else name for name in level.model_fields} - {"varying", "ignored"} | own
 
 
 def _level(named: list[str], entry: type[BaseModel]) -> type[BaseModel]:
@@ -131,4 +124,8 @@ def _place_in(text: str, lines: Lines) -> tuple[Any, ...]:
         if tuple(path) in lines:
             return tuple(path)
     first = parts[0] if parts else ""
+    if first == "base_model":  # it is missing; what needs it is not
+        words = re.findall(r"\w+", text)
+        needing = (path for path in lines if path and path[-1] in words and "parameters" in path[:-1])
+        return next(needing, ("merge_method",))
     return ("merge_method",) if first in USED else tuple(parts)

@@ -8,6 +8,8 @@ from ota_core.recipe.slices import Slice, same_model
 from ota_core.recipe.varying import Varying
 
 _YOUNGER = {"rescale_relative_threshold", "approximate_norm", "ties_density"}
+_RESCALED_LATER = {"ties", "breadcrumbs", "breadcrumbs_ties"}
+"""Methods whose ``rescale`` is younger than they are."""
 
 
 class Entry(Protocol):
@@ -23,8 +25,9 @@ def later_keys(
     found: dict[str, Any], method: str, models: Sequence[Entry], places: Sequence[tuple[str, Slice]] | None
 ) -> dict[str, Any]:
     """``found``, the parameters in force, with what younger versions know, absent where it changes nothing: old recipes keep their identity."""
+    younger = _YOUNGER | ({"rescale"} if method in _RESCALED_LATER else set())
     parameters = {
-        key: _plain(value) for key, value in found["parameters"].items() if key not in _YOUNGER or value != default(method, key)
+        key: _plain(value) for key, value in found["parameters"].items() if key not in younger or value != default(method, key)
     }
     parameters.pop("approximate_norm", None)  # decides nothing
     experts: list[dict[str, Any]] = [{key: _plain(value) for key, value in own.items()} for own in found["experts"]]
@@ -33,6 +36,8 @@ def later_keys(
     for entry, own in zip(models, experts, strict=True):
         own |= {key: value for key in ("compression", "rank") if (value := getattr(entry.parameters, key)) is not None}
     found = found | {"parameters": parameters, "experts": experts}
+    if (parameters.get("masked_merge"), parameters.get("denominator")) == ("ties", "all"):
+        found["ties_divided_by"] = "all"  # versions before divided by the experts that agree, whatever the denominator
     return found if places is None else found | {"slices": [_slice(models, place, one) for place, one in places]}
 
 

@@ -307,7 +307,10 @@ class MergeParameters(ExpertParameters):
     denominator: Literal["kept", "all"] | None = _own("denominator", "Experts whose weights the denominator sums")
     fallback: Literal["base", "mean"] | None = _own("fallback", "Value of elements that no expert keeps")
     masked_merge: Literal["precond", "linear", "ties"] | None = _own("masked_merge", "How masked task vectors combine")
-    rescale: bool | None = _own("rescale", "Scale masked task vectors back: to their norm (ota), by 1/density (dare)")
+    rescale: bool | None = _own(
+        "rescale",
+        "Scale masked task vectors back: to their norm (ota), to their sum of magnitudes (ties, breadcrumbs), by 1/density (dare)",
+    )
     rescale_relative_threshold: Annotated[Number, Field(ge=0, le=1)] | None = _own(
         "rescale_relative_threshold",
         "With rescale: a masked task vector whose norm is at most this share of the whole one's is left as it is (ota)",
@@ -359,11 +362,11 @@ USED: dict[str, set[str]] = {
     "fisher": _CURVATURE | {"weight", "preconditioner_path", "input_curvature"} | _REFINE,
     "linear": {"weight", "normalize"} | _REFINE,
     "task_arithmetic": {"weight", "normalize", "lambda"} | _REFINE,
-    "ties": {"weight", "density", "normalize", "lambda"} | _REFINE,
+    "ties": {"weight", "density", "normalize", "lambda", "rescale"} | _REFINE,
     "dare_linear": {"weight", "density", "normalize", "lambda", "rescale", "seed"} | _REFINE,
     "dare_ties": {"weight", "density", "normalize", "lambda", "rescale", "seed"} | _REFINE,
-    "breadcrumbs": {"weight", "density", "gamma", "normalize", "lambda"} | _REFINE,
-    "breadcrumbs_ties": {"weight", "density", "gamma", "normalize", "lambda"} | _REFINE,
+    "breadcrumbs": {"weight", "density", "gamma", "normalize", "lambda", "rescale"} | _REFINE,
+    "breadcrumbs_ties": {"weight", "density", "gamma", "normalize", "lambda", "rescale"} | _REFINE,
     "rowspace": {"weight", "normalize", "lambda", "ridge"},
     "slerp": {"t"} | _REFINE,
     "passthrough": {"scale"},

@@ -6,16 +6,19 @@ method does not use is an error, because an option that changes nothing is a mis
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
+from ota_core.addresses import places_of_secrets
 from ota_core.errors import RecipeError, raise_all
-from ota_core.names import why_unsafe
 from ota_core.reading import cut
-from ota_core.recipe.checks import as_written, of_one_method, of_slices
+from ota_core.recipe.checks import as_written, contradictions, position_of, sliced_contradictions
 from ota_core.recipe.explain import explain
 from ota_core.recipe.identity import later_keys
+from ota_core.recipe.ignored import remarks, why_ignored
+from ota_core.recipe.methods import FFG, KEEPS_BASE, NEEDS_MOMENTS, OF_REFINE, DType, Method
 from ota_core.recipe.parameters import (
     AUTO,
     USED,
@@ -26,52 +29,11 @@ from ota_core.recipe.parameters import (
     default,
     of_experts,
 )
-from ota_core.recipe.slices import Module, Slice, base_range, same_model
+from ota_core.recipe.slices import Module, Slice, same_model
 from ota_core.recipe.spellings import mergekit_spellings
+from ota_core.recipe.tokenizer import TokenizerSettings
 from ota_core.recipe.varying import Varying, least
 from ota_core.recipe.yaml_text import dump_yaml, lines_of, parse_documents, read_text
-
-Method = Literal[
-    "ota",
-    "linear",
-    "task_arithmetic",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "fisher",
-    "slerp",
-    "rowspace",
-    "ffg",
-    "passthrough",
-    "nearswap",
-    "arcee_fusion",
-    "ram",
-    "ramplus_tl",
-    "sce",
-    "della",
-    "della_linear",
-    "multislerp",
-    "nuslerp",
-    "karcher",
-    "model_stock",
-]
-DType = Literal["float32", "float16", "bfloat16"]
-NEEDS_BASE = {
-    "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "rowspace", "slerp", "nearswap", "arcee_fusion",
-    "ram", "ramplus_tl", "sce", "della", "della_linear", "model_stock", "ffg",
-}  # fmt: skip
-WITHOUT_BASE = {"linear", "karcher", "passthrough"}
-"""Methods in which a base takes no part, even where one is named."""
-NEEDS_MOMENTS = {"ota", "fisher", "ffg"}
-FFG = {"ota", "ffg"}
-"""Methods with Fast Fisher Grafting: ``ffg`` grafts a single expert's masked edit onto the base."""
-KEEPS_BASE = {"fisher", "slerp", "nearswap", "arcee_fusion"} | WITHOUT_BASE
-"""Methods in which the base counts when it is listed among the models; all others work on edits of it, and it has none."""
-RESERVED_NAMES = ("base", "merged")
-OF_REFINE = ("ridge", "input_curvature")
-"""Parameters of the row-space regression."""
 
 
 class ModelEntry(Strict):
@@ -105,9 +67,12 @@ class MergeRecipe(Strict):
     )
     out_dtype: DType | None = Field(None, description="Wins over dtype.")
     tokenizer_source: str = Field("base", description="base, model:<name> or union.")
+    tokenizer: TokenizerSettings | None = Field(
+        None, description="Rows of single tokens, and how many rows there are; its source is tokenizer_source."
+    )
     chat_template: str | None = Field(
         None,
-        description="Of the result: auto, the models' most common; chatml, llama3, alpaca or mistral; or a Jinja template. By default the tokenizer's own.",
+        description="Of the result: auto, the models' most common; chatml, llama3, alpaca, mistral or exaone; or a Jinja template. By default the tokenizer's own.",
     )
     scales: str | None = Field(
         None, description="File of learned scales (`ota tune`), beside the recipe or s3://…: a factor for each expert and tensor."
@@ -119,11 +84,17 @@ class MergeRecipe(Strict):
     allow_nonfinite: bool | None = Field(
         None, description="Merge models that hold infinite numbers or NaN (`--allow-nonfinite`); by default they are an error."
     )
+    ignored: SkipJsonSchema[tuple[str, ...] | None] = None
+    """Where the recipe had keys that mergekit takes and that mean nothing to its method (``recipe/ignored.py``)."""
 
     @model_validator(mode="before")
     @classmethod
     def _understand(cls, raw: Any) -> Any:
-        return mergekit_spellings(raw) if isinstance(raw, dict) else raw
+        if not isinstance(raw, dict):
+            return raw
+        if held := list(places_of_secrets(raw)):
+            raise ValueError("\n".join(f"{place}: {NO_SECRETS}" for place in held))
+        return mergekit_spellings(raw)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "MergeRecipe":
@@ -200,12 +171,13 @@ class MergeRecipe(Strict):
                 "slices": None,
                 "modules": None,
                 "scales": None,
+                "tokenizer": None,
             }
         )
 
     def problems(self) -> list[str]:
         """What contradicts itself, of a recipe that was made of a checked one."""
-        return _sliced_contradictions(self) if self.sliced else _contradictions(self)
+        return sliced_contradictions(self) if self.sliced else contradictions(self)
 
     def places(self) -> list[tuple[str, Slice]]:
         """Every slice and where the recipe has it, such as ``slices[0]`` and ``modules.encoder[1]``."""
@@ -233,6 +205,10 @@ class MergeRecipe(Strict):
     def output_dtype(self) -> DType | None:
         """The data type of the output, or None for each tensor's own in the base."""
         return self.out_dtype or self.dtype
+
+    def remarks(self) -> list[str]:
+        """What is to be said of keys that are taken and do nothing, or that do here what they do not in mergekit."""
+        return remarks(self)
 
     def ignoring(self, keys: Sequence[str] | None) -> "MergeRecipe":
         """The recipe with further settings of config.json that may differ between the models."""
@@ -262,7 +238,15 @@ class MergeRecipe(Strict):
         }
         template: dict[str, Any] = {} if self.chat_template is None else {"chat_template": self.chat_template}
         template |= {"allow_nonfinite": True} if self.allow_nonfinite else {}
+        template |= self.token_rows()
         return later_keys(found | template, self.merge_method, self.models, self.places() if self.sliced else None)
+
+    def token_rows(self) -> dict[str, Any]:
+        """What of ``tokenizer`` decides bytes, with models by their position; empty where the recipe has none."""
+        if self.tokenizer is None:
+            return {}
+        known = [("base", self.base_model), *((entry.name, entry.model) for entry in self.models)]
+        return {"tokenizer": self.tokenizer.decisive(lambda model: position_of(model, known) or 0)}
 
     def ffg(self, expert: int) -> bool:
         """Whether Fast Fisher Grafting masks this expert (docs/methods.md section 3: density 1 means no mask)."""
@@ -289,132 +273,20 @@ class MergeRecipe(Strict):
         return dump_yaml(said)
 
 
-def _contradictions(recipe: MergeRecipe) -> list[str]:
-    method = recipe.merge_method
-    used = USED[method]
-    problems = [
-        f"{where}: '{key}' has no effect with merge_method {method}; remove it ({method} uses: {', '.join(sorted(used))})"
-        for where, parameters in [
-            ("parameters", recipe.parameters),
-            *((f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(recipe.models)),
-        ]
-        for key in sorted(parameters.given_keys() - used)
-    ]
-    problems += [
-        f"models[{i}].parameters: '{key}' holds for the whole merge with merge_method {method}; move it to the recipe's parameters"
-        for i, entry in enumerate(recipe.models)
-        for key in sorted(
-            (entry.parameters.given_keys() & used) - of_experts(method) - {"preconditioner_path", "compression", "rank"}
-        )
-    ]
-    compression = recipe.setting("compression")
-    if "rank" in used and recipe.parameters.rank is not None and compression != "rank_k":
-        problems.append(f"parameters: 'rank' has no effect with compression {compression}; remove it, or set compression: rank_k")
-    problems += [
-        f"parameters: '{key}' has no effect without a row-space regression; remove it, or set refine: rowspace"
-        for key in OF_REFINE
-        if key in used and getattr(recipe.parameters, key) is not None and not recipe.refined
-    ]
-    if "estimate" in used and (recipe.setting("missing_curvature") == "estimate") is (recipe.parameters.estimate is None):
-        problems.append(
-            "parameters: missing_curvature: estimate and estimate, which says how, go together: expected both, such as estimate: {data: texts.jsonl}, or "
-            "neither"
-        )
-    for i in range(len(recipe.models)):
-        if method in FFG and recipe.setting("density", i) is not None and recipe.setting("precond_threshold", i) is not None:
-            problems.append(
-                f"models[{i}] ({recipe.models[i].model}): both density and precond_threshold are given; they set the same threshold, keep one"
-            )
-        if method in FFG and recipe.setting("metric") == "magnitude" and recipe.setting("precond_threshold", i) is not None:
-            problems.append(f"models[{i}]: precond_threshold is in units of v·Δ²; with metric magnitude give a density instead")
-    if recipe.scales is not None and "lambda" not in used:
-        able = ", ".join(sorted(name for name, keys in USED.items() if "lambda" in keys))
-        problems.append(
-            f"scales: {method} has no merged edit of the base that could be scaled; remove the key, or merge with one of: {able}"
-        )
-    problems += _base_contradictions(recipe)
-    names = [entry.name for entry in recipe.models if entry.name]
-    problems += [
-        f"models: the name '{name}' is given twice; names label the results"
-        for name in sorted({n for n in names if names.count(n) > 1})
-    ]
-    problems += [
-        f"models: the name {n!r} cannot be a file's name: {why}; choose another label"
-        for n in names
-        if "/" not in n and (why := why_unsafe(n))
-    ]
-    problems += [f"models: the name '{n}' is kept for another model; choose another label" for n in names if n in RESERVED_NAMES]
-    problems += [
-        f"models: the name '{n}' has a slash; names also label files, write {n.replace('/', '-')!r}" for n in names if "/" in n
-    ]
-    source = recipe.tokenizer_source
-    if source not in {"base", "union"} and not (source.startswith("model:") and source.removeprefix("model:")):
-        problems.append(f"tokenizer_source: got '{source}', expected base, model:<name> or union")
-    if method == "slerp" and len(recipe.models) not in {1, 2}:
-        problems.append(f"slerp interpolates between two models, the recipe names {len(recipe.models)}")
-    return problems + of_one_method(recipe)
-
-
-def _sliced_contradictions(recipe: MergeRecipe) -> list[str]:
-    """What is wrong with slices: each is checked as a recipe of its own."""
-    problems = of_slices(recipe.slices, recipe.modules)
-    if recipe.scales is not None:
-        problems.append("scales: they are learned for whole experts, and do not go with slices; remove the key")
-    for place, one in recipe.places():
-        own = recipe.of_slice(one)
-        if not own.models:
-            problems.append(f"{place}: its only source is the base; name an expert, or merge_method: passthrough to copy layers")
-            continue
-        problems += [f"{place}: {text}" if text.startswith(("models", "base_model")) else text for text in _contradictions(own)]
-        if (
-            own.base_model is not None
-            and recipe.merge_method not in {"linear", "passthrough"}
-            and base_range(own.base_model, one) == "unclear"
-        ):
-            problems.append(
-                f"{place}: its sources give different layers, so that it is not clear which of the base {own.base_model} belong to them; name the base "
-                "among the sources, with its layer_range"
-            )
-    names = [entry.name for entry in recipe.models if entry.name]
-    problems += [f"models: the name '{name}' is given twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    return list(dict.fromkeys(problems))
-
-
-def _base_contradictions(recipe: MergeRecipe) -> list[str]:
-    if recipe.base_model is not None:
-        return []
-    method = recipe.merge_method
-    if recipe.refined and (method not in NEEDS_BASE or method == "slerp"):
-        return ["base_model is missing: refine: rowspace works on task vectors, the difference of each expert to the base"]
-    if method in NEEDS_BASE and not (method == "slerp" and len(recipe.models) == 2):
-        return [f"base_model is missing: {method} works on task vectors, the difference of each expert to the base"]
-    if method in {"multislerp", "nuslerp"} and recipe.setting("lambda") != 1.0:
-        return ["base_model is missing: parameters.lambda acts on task vectors, which need the base"]
-    if method in {"multislerp", "nuslerp"} and recipe.scales is not None:
-        return ["base_model is missing: scales act on task vectors, which need the base"]
-    if method != "ota":
-        return []
-    problems = []
-    if recipe.scales is not None:
-        problems.append("base_model is missing: scales act on task vectors, which need the base")
-    if any(recipe.ffg(i) for i in range(len(recipe.models))):
-        problems.append("base_model is missing: FFG (density or precond_threshold) needs the base to know each expert's edits")
-    for key, neutral in (
-        ("lambda", (1.0,)), ("masked_merge", ("precond",)), ("rescale", (False,)), ("missing_curvature", ("error", "estimate", "mean"))
-    ):  # fmt: skip
-        if recipe.setting(key) not in neutral:
-            problems.append(f"base_model is missing: parameters.{key} acts on task vectors, which need the base")
-    return problems
-
-
+NO_SECRETS = (
+    "the address holds a user name, a password, a signature or a token, which would be kept with the recipe; give a model as s3://bucket/prefix, a folder or "
+    "org/name, and credentials in the environment"
+)
 MAX_MODELS = 1000
 """Of a recipe."""
 
 
-def parse_recipe(raw: Any, where: str = "recipe", *, text: str | None = None, document: int = 0) -> MergeRecipe:
+def parse_recipe(
+    raw: Any, where: str = "recipe", *, text: str | None = None, document: int = 0, strict: bool = False
+) -> MergeRecipe:
     """Validate a recipe. Raises RecipeError that lists every problem: unknown keys with the nearest known, values out of range.
 
-    text: the YAML that ``raw`` is a document of, for the lines of what is wrong.
+    text: the YAML that ``raw`` is a document of, for the lines of what is wrong. strict: keys that mergekit leaves unread are errors, too.
     """
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: expected a mapping with merge_method, base_model and models, got {type(raw).__name__}")
@@ -422,7 +294,10 @@ def parse_recipe(raw: Any, where: str = "recipe", *, text: str | None = None, do
         if isinstance(raw.get(key), list | tuple) and len(raw[key]) > MAX_MODELS:
             raise RecipeError(f"{where}: {key} has {len(raw[key])} entries, at most {MAX_MODELS} are taken")
     try:
-        return MergeRecipe.model_validate(raw)
+        recipe = MergeRecipe.model_validate(raw)
+        unread = [place for place in recipe.ignored or () if place not in (raw.get("ignored") or ())] if strict else []
+        raise_all([f"{where}: {why}; remove it" for why in why_ignored(unread, recipe.merge_method)], RecipeError)
+        return recipe
     except ValidationError as error:
         problems: list[str] = []
         items = [item for item in error.errors() if not (item["type"] == "too_short" and item["input"])]

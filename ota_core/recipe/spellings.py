@@ -3,56 +3,92 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ota_core.recipe.ignored import take_ignored
 from ota_core.recipe.slices import same_model, sources_in
+from ota_core.recipe.tokenizer import tokenizer_spelling
 
 # mergekit's and mergekit-OTA's spellings, and what they are called here.
-SPELLINGS: dict[Any, str] = {"masked_task_vector_merge_method": "masked_merge"}
+SPELLINGS: dict[Any, str] = {"masked_task_vector_merge_method": "masked_merge", "random_seed": "seed"}
 _METRICS = {"fisher": "curvature"}
 
 
 def mergekit_spellings(raw: dict[str, Any]) -> dict[str, Any]:
     """The recipe in the words of ``MergeRecipe``. raw: as the YAML has it; what has another form stays as it is, for the checks to name."""
     raw = {key: value for key, value in raw.items() if not str(key).startswith("x-")}  # holders of YAML anchors
-    raw.pop("out_path", None)  # says where an old program wrote; the command line does that here
-    tokenizer = raw.pop("tokenizer", None)
-    if isinstance(tokenizer, dict) and set(tokenizer) == {"source"} and "tokenizer_source" not in raw:
-        raw["tokenizer_source"] = tokenizer["source"]
-    elif tokenizer is not None:
-        raw["tokenizer"] = tokenizer
-    if raw.get("modules", 0) is None:
-        del raw["modules"]
-    raw = _spelled(raw)
+    for key in (
+        "out_path",
+        "name",
+    ):  # how other documents of the file call the result, which the command line has written elsewhere
+        raw.pop(key, None)
+    raw = {key: value for key, value in raw.items() if value is not None or key not in {"modules", "tokenizer_source"}}
+    tokenizer_spelling(raw, _model_name)
+    raw = _of_types(_spelled(raw))
     _name_tokenizer(raw)
     if isinstance(raw.get("modules"), Mapping):
         raw["modules"] = {name: _spelled(module) for name, module in raw["modules"].items()}
+    raw = take_ignored(raw)
+    if isinstance(raw.get("modules"), Mapping) and set(raw["modules"]) == {"default"}:
+        raw |= _of_default(raw.pop("modules")["default"], raw.get("parameters"))
     if "slices" in raw or "modules" in raw:
         raw["models"] = _sliced_models(raw)
     if raw.get("merge_method") == "ota":
         raw = _of_ota(raw)
-    parameters = raw.get("parameters")
-    if (
-        raw.get("merge_method") == "sce"
-        and isinstance(parameters, Mapping)
-        and "select_topk" in parameters
-        and "density" not in parameters
-    ):
-        raw["parameters"] = {"density" if key == "select_topk" else key: value for key, value in parameters.items()}
     return _one_compression(raw)
 
 
 def _name_tokenizer(raw: dict[str, Any]) -> None:
     """mergekit names the model of the tokenizer bare; here it is model:<name>, or base."""
-    source = raw.get("tokenizer_source")
+    if "tokenizer_source" in raw:
+        raw["tokenizer_source"] = _named_source(raw["tokenizer_source"], raw)
+    if isinstance(raw.get("tokenizer"), Mapping):
+        raw["tokenizer"] = {**raw["tokenizer"], "source": _named_source(raw["tokenizer"].get("source"), raw)}
+
+
+def _named_source(source: Any, raw: Mapping[str, Any]) -> Any:
     if not isinstance(source, str) or source in {"base", "union"} or source.startswith("model:"):
-        return
+        return source
     if same_model(source, raw.get("base_model")):
-        raw["tokenizer_source"] = "base"
-        return
+        return "base"
     entries = raw.get("models")
     for entry in entries if isinstance(entries, list | tuple) else ():
         if isinstance(entry, Mapping) and (entry.get("name") == source or same_model(entry.get("model"), source)):
-            raw["tokenizer_source"] = f"model:{entry['model']}"
-            return
+            return f"model:{entry['model']}"
+    named = [model for model, _ in sources_in(raw) if same_model(model, source)]
+    return f"model:{named[0]}" if named else source
+
+
+def _model_name(value: Any) -> Any:
+    """A model that mergekit wrote as a mapping, of path and revision, or of a model and a LoRA adapter on it, as one word."""
+    if not isinstance(value, Mapping):
+        return value
+    if isinstance(value.get("path"), str) and set(value) <= {"path", "revision"}:
+        return f"{value['path']}@{value['revision']}" if value.get("revision") else value["path"]
+    if set(value) <= {"model", "lora", "override_architecture"} and value.get("override_architecture") is None:
+        parts = [_model_name(value.get(key)) for key in ("model", "lora") if value.get(key) is not None]
+        if parts and all(isinstance(part, str) for part in parts):
+            return "+".join(parts)
+    return value
+
+
+def _of_types(raw: dict[str, Any]) -> dict[str, Any]:
+    """Types as torch names them; float64 for the arithmetic alone, which is done in it always."""
+    for key in ("dtype", "out_dtype"):
+        if isinstance(raw.get(key), str):
+            raw[key] = raw[key].removeprefix("torch.")
+    if raw.get("dtype") == "float64" and raw.get("out_dtype"):
+        del raw["dtype"]
+    return raw
+
+
+def _of_default(module: Any, parameters: Any) -> dict[str, Any]:
+    """What mergekit calls the module ``default`` is a model with layers in one place."""
+    if not isinstance(module, Mapping) or not isinstance(module.get("parameters", {}), Mapping):
+        return {"modules": {"default": module}}
+    above = parameters if isinstance(parameters, Mapping) else {}
+    return {
+        **{key: value for key, value in module.items() if key in {"slices", "models"}},
+        "parameters": {**above, **module.get("parameters", {})},
+    }
 
 
 def _spelled(value: Any) -> Any:
@@ -62,6 +98,7 @@ def _spelled(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     spelled = {key: _spelled(one) if key in {"models", "slices", "sources"} else one for key, one in value.items()}
+    spelled |= {key: _model_name(spelled[key]) for key in ("model", "base_model") if key in spelled}
     if "parameters" in spelled:
         spelled["parameters"] = parameter_spellings(spelled["parameters"])
     return {key: one for key, one in spelled.items() if key not in {"parameters", "models", "slices"} or one is not None}

@@ -23,7 +23,8 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.views import Block, TensorJob, block_elements, parts
 from ota_core.plan.whole import columns_bytes, is_vector, scope_of
-from ota_core.recipe.recipe import WITHOUT_BASE, MergeRecipe
+from ota_core.recipe.methods import WITHOUT_BASE
+from ota_core.recipe.recipe import MergeRecipe
 from ota_core.rules.base import Rule
 
 if TYPE_CHECKING:

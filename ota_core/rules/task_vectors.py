@@ -4,6 +4,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ota_core.files.rows import Rows
+from ota_core.fused.memory import start_of
+from ota_core.fused.sums import magnitudes_of
 from ota_core.fused.task_vectors import Part, combine_block
 from ota_core.methods.numbers import NOTHING, breadcrumbs_ranks, ties_ranks
 from ota_core.plan.found import Found
@@ -11,11 +13,15 @@ from ota_core.plan.plan import MergePlan
 from ota_core.plan.prepare import WholeFacts
 from ota_core.plan.scoring import Scoring
 from ota_core.plan.tally import Group, kth_largest
-from ota_core.plan.views import Block, ExpertView, TensorJob
+from ota_core.plan.views import Block, ExpertView, TensorJob, block_elements, parts
 from ota_core.rules.base import Rule
 
 if TYPE_CHECKING:
     import torch
+
+
+LITTLE = 1e-7
+"""A sum of magnitudes below this is not scaled, nor scaled to: the rounding would be blown up. mergekit's."""
 
 
 class TaskVectorRule(Rule):
@@ -28,6 +34,8 @@ class TaskVectorRule(Rule):
         self._elects = self._method.endswith("ties")
         """Whether signs are elected, or task vectors just added up."""
         self._limits: dict[tuple[int, str], tuple[float, float]] = {}
+        self._factors: dict[tuple[int, str], float] = {}
+        """By what that is multiplied which the limits leave, with ``rescale``."""
 
     def _prepare(self) -> None:
         """The limits of |Δ| for the methods that trim, per expert and tensor."""
@@ -43,6 +51,46 @@ class TaskVectorRule(Rule):
         for job in plan.merged_jobs():
             for expert in plan.experts:
                 self._limits[expert.index, job.name] = self._limit(expert, job, found.get(job.name, {}).get(expert.index, []))
+        if plan.recipe.setting("rescale"):
+            self._find_factors()
+
+    def _find_factors(self) -> None:
+        """Σ |Δ| of every expert and tensor, divided by that of what is left; 1 where next to nothing is (as mergekit rescales)."""
+        plan = self._plan
+        blocks = plan.blocks(plan.merged_jobs())
+        found = plan.stream.map(self._magnitudes, blocks, what="rescale", size=block_elements, ahead=self.prefetch)
+        sums: dict[tuple[int, str], tuple[list[float], list[float]]] = {}
+        for (job, _, _), of_experts in zip(blocks, found, strict=True):
+            for expert, rows in zip(plan.experts, of_experts, strict=True):
+                for total, part in zip(sums.setdefault((expert.index, job.name), ([], [])), rows, strict=True):
+                    total += part
+        for key, (whole, kept) in sums.items():
+            every, left = math.fsum(whole), math.fsum(kept)
+            self._factors[key] = every / left if min(every, left) >= LITTLE else 1.0
+
+    def _magnitudes(self, block: Block) -> list[tuple[list[float], list[float]]]:
+        """Σ |Δ| of every row of a block, and of what the limits leave, of every expert."""
+        job = block[0]
+        limits = [self._limits[expert.index, job.name] for expert in self._plan.experts]
+        if self._can_fuse(job):
+            assert self._plan.base is not None
+            thetas = [expert.stored(job.name, *block[1:]) for expert in self._plan.experts]
+            base = start_of(self._plan.base.stored(job.name, *block[1:]), thetas)
+            assert base is not None
+            return [magnitudes_of(base, theta, *own) for theta, own in zip(thetas, limits, strict=True)]
+        from ota_core.compute.kernels import row_sums
+        from ota_core.methods.task_vectors import trim
+        from ota_core.rules.rows import base_rows, expert_rows
+
+        found: list[tuple[list[float], list[float]]] = [([], []) for _ in limits]
+        for part in parts(block, self._plan.tensor_elements):
+            rows = base_rows(self._plan, part)
+            assert rows is not None
+            for (whole, kept), theta, own in zip(found, expert_rows(self._plan, part, rows), limits, strict=True):
+                delta = theta - rows
+                whole += row_sums(delta.abs()).tolist()
+                kept += row_sums(trim(delta, *own).abs()).tolist()
+        return found
 
     def _ranks(self, expert: ExpertView, job: TensorJob) -> tuple[int, int]:
         """Ranks, by falling |Δ|, of the last kept entry and of the first kept one; 0 where there is no such limit."""
@@ -108,7 +156,8 @@ class TaskVectorRule(Rule):
         theta, weight = expert.stored(job.name, *block[1:]), self._weights[expert.index]
         if (expert.index, job.name) in self._limits:
             lowest, highest = self._limits[expert.index, job.name]
-            return Part(theta=theta, weight=weight, lowest=lowest, highest=highest)
+            factor = self._factors.get((expert.index, job.name), 1.0)
+            return Part(theta=theta, weight=weight, lowest=lowest, highest=highest, factor=factor)
         setting = self._plan.recipe.setting
         density = setting("density", expert.index)
         if not self._method.startswith("dare") or density >= 1:
@@ -123,7 +172,8 @@ class TaskVectorRule(Rule):
 
         job, start, _ = block
         if (expert.index, job.name) in self._limits:
-            return trim(difference, *self._limits[expert.index, job.name])
+            factor = self._factors.get((expert.index, job.name), 1.0)
+            return trim(difference, *self._limits[expert.index, job.name]) * factor
         density = self._plan.recipe.setting("density", expert.index)
         if not self._method.startswith("dare") or density >= 1:
             return difference

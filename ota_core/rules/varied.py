@@ -13,7 +13,8 @@ from ota_core.plan.prepare import WholeFacts, compress_experts, mean_of, weight_
 from ota_core.plan.scoring import ffg_scoring
 from ota_core.plan.tally import kth_largest, taus_of
 from ota_core.plan.views import Block, TensorJob, block_elements
-from ota_core.recipe.recipe import FFG, MergeRecipe
+from ota_core.recipe.methods import FFG
+from ota_core.recipe.recipe import MergeRecipe
 from ota_core.rules.base import Rule
 from ota_core.rules.lambdas import Scales, scales_of
 

@@ -4,6 +4,7 @@ The root is a folder or ``s3://bucket/prefix``. What the bytes depend on is in t
 computed again, one whose files are damaged or gone counts as not there.
 """
 
+import logging
 import os
 import platform
 import shutil
@@ -25,6 +26,7 @@ from ota_core.artifact import (
     folder_files,
     has_size,
     missing_files,
+    parse_record,
     read_record,
     write_record,
 )
@@ -35,6 +37,11 @@ from tasks.artifacts.system_metrics import sampled
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.cache import link_or_copy, locked, note_use, remove_tree
+
+log = logging.getLogger(__name__)
+log.setLevel(logging.INFO)
+log.propagate = False
+"""Tells of every output that is computed, in no terminal, but in the log of a deployed run (PREFECT_LOGGING_EXTRA_LOGGERS, deployments/prefect.yaml)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,7 @@ class ArtifactStore:
                 started = time.monotonic()
                 with sampled() as system:
                     result = build(temporary)
+                log.info("made %s %s in %.1f s", kind, fingerprint, time.monotonic() - started)
                 uri = self._uri(kind, fingerprint)
                 files = dict(sorted((folder_files(temporary) | _take(result.taken, temporary)).items()))
                 if not files:
@@ -297,7 +305,7 @@ def _remote_record(uri: str) -> Record | None:
     if RECORD not in listed:
         return None
     try:
-        record = Record.model_validate_json(storage.read_bytes(listed[RECORD].uri))
+        record = parse_record(storage.read_bytes(listed[RECORD].uri))
     except ValueError:
         return None
     if any(name not in listed or not has_size(name, listed[name].size, size) for name, size in record.files.items()):

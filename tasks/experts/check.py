@@ -9,15 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ota_core.analysis.health import check_expert
 from ota_core.artifact import canonical_json, fingerprint
 from ota_core.compute.stream import Progress, Stream, parse_memory
 from ota_core.errors import CheckpointError, MomentsError, StorageError
-from ota_core.files.checkpoint import Checkpoint
-from ota_core.health import check_expert
+from ota_core.files.checkpoint import Checkpoint, adapter_of
 from ota_core.moments import Moments, find_moments
-from ota_core.plan.inputs import optimizer_facts
+from ota_core.plan.inputs import ModelInput, optimizer_facts
 from tasks.artifacts.store import BuildResult, store_of
 from tasks.merging.architecture import expert_moments
+from tasks.merging.inputs import MOMENTS_OF_WEIGHTS
 from tasks.settings import Places
 from tasks.storage import models as storage
 from tasks.storage.cache import HASH_THREADS
@@ -31,7 +32,7 @@ def check(
     places: Places, expert: str | Fetched, base: str | Fetched, *, needs_moments: bool = True, missing_curvature: str = "error",
     memory: str = "2GiB", progress: Progress | None = None,
 ) -> list[str]:  # fmt: skip
-    """What is wrong with an expert's weights and second moments (``ota_core.health.check_expert``); an empty list for a healthy one.
+    """What is wrong with an expert's weights and second moments (``ota_core.analysis.health.check_expert``); an empty list for a healthy one.
 
     expert, base: where they lie, or as they were fetched already. What was read once is an artifact of the kind ``checks`` and is not read
     again. What cannot be fetched or opened is found anew each time: it may be there tomorrow. Raises OtaError where not the expert is at
@@ -127,8 +128,13 @@ def _damaged(folder: Path, sums: Mapping[str, str]) -> list[str]:
 
 def _opened(fetched: Fetched, base: Path, stack: ExitStack) -> tuple[Checkpoint, Moments | None]:
     """Raises CheckpointError or MomentsError."""
-    tensors = stack.enter_context(closing(Checkpoint(fetched.path)))
-    path = find_moments(fetched.path)
-    if path is None:
+    if adapter_of(fetched.path) is not None:
+        model = ModelInput(name="expert", path=fetched.path, under=ModelInput(name="base", path=base))
+        path = fetched.path / MOMENTS_OF_WEIGHTS  # a trainer's state there is of the factors
+        path_of_v = path if path.is_file() else None
+    else:
+        model, path_of_v = ModelInput(name="expert", path=fetched.path), find_moments(fetched.path)
+    tensors = stack.enter_context(closing(model.opened()))
+    if path_of_v is None:
         return tensors, None
-    return tensors, stack.enter_context(closing(expert_moments(path, fetched.path, base)))
+    return tensors, stack.enter_context(closing(expert_moments(path_of_v, fetched.path, base)))

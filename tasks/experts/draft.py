@@ -16,6 +16,7 @@ import numpy as np
 
 from ota_core.artifact import CARD
 from ota_core.compute.blocks import row_blocks
+from ota_core.engine.licences import card_head
 from ota_core.errors import CheckpointError, MomentsError, RecipeError, raise_all
 from ota_core.files.checkpoint import Checkpoint, read_json
 from ota_core.moments import find_moments, moments_files, none_found, open_moments
@@ -143,13 +144,7 @@ def _bases_of(models: Sequence[Fetched]) -> Iterator[tuple[str, str, str]]:
         if isinstance(named, str) and named:
             yield one.source, EXPERT_JSON, named
             continue
-        card = one.path / CARD
-        head = card.read_text(encoding="utf-8", errors="replace").split("---") if card.is_file() else []
-        try:
-            facts = parse_yaml(head[1], str(card)) if len(head) > 2 and not head[0].strip() else None
-        except RecipeError:
-            continue  # a card that a person wrote, and that says nothing to programs
-        named = facts.get("base_model") if isinstance(facts, dict) else None
+        named = card_head(one.path).get("base_model")
         named = named[0] if isinstance(named, list) and len(named) == 1 else named
         if isinstance(named, str) and named:
             yield one.source, CARD, named

@@ -15,15 +15,14 @@ from ota_core.artifact import canonical_json
 from ota_core.errors import StorageError
 from ota_core.frozen import Frozen
 from ota_core.names import why_unsafe
+from ota_core.reading import SMALL
 from tasks.storage import models as storage
 from tasks.storage import s3
-from tasks.storage.layout import model_files, parse_expert_json
+from tasks.storage.layout import model_files, parse_expert_json, read_expert_json
 from tasks.storage.models import EXPERT_JSON, S3Object
 from tasks.storage.watch import identity_of_objects, identity_of_source
 
 MANIFESTS_AT_ONCE = 16
-MAX_MANIFEST = 16 * 2**20
-"""Bytes. A manifest has some hundred bytes for each file."""
 SHOWN = 4
 _NOT_WEIGHTS = ("exp_avg", "optimizer", "preconditioner")
 
@@ -74,13 +73,10 @@ class _Folder:
     def manifest(self) -> dict[str, Any]:
         """Raises StorageError."""
         size, where = self.files[EXPERT_JSON], storage.join(self.uri, EXPERT_JSON)
-        if size > MAX_MANIFEST:
-            raise StorageError(f"{where} has {size:,} bytes, a manifest of at most {MAX_MANIFEST:,} was expected; write it again")
+        if size > SMALL:
+            raise StorageError(f"{where} has {size:,} bytes, a manifest of at most {SMALL:,} was expected; write it again")
         if self.objects is None:
-            try:
-                return parse_expert_json(Path(where).read_bytes(), where)
-            except OSError as error:
-                raise StorageError(f"{where} cannot be read ({error.strerror}); check its permissions") from None
+            return read_expert_json(Path(where))
         return parse_expert_json(storage.read_bytes(where, etag=self.objects[EXPERT_JSON].etag), where)
 
 

@@ -11,19 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.errors import MomentsError, OtaError, StorageError, raise_all
-from ota_core.files.checkpoint import Checkpoint, read_json
+from ota_core.files.checkpoint import Checkpoint, adapter_of, read_json
 from ota_core.files.place import scratch_folder
 from ota_core.frozen import Frozen
 from ota_core.moments import find_moments, none_found
 from ota_core.moments.safetensors_file import as_beta2, as_step
-from ota_core.plan.inputs import expert_facts
+from ota_core.plan.inputs import ModelInput, expert_facts
 from tasks.experts.find import utc_time
 from tasks.merging.architecture import expert_moments
+from tasks.merging.gguf_companions import gguf_companions
+from tasks.merging.inputs import MOMENTS_OF_WEIGHTS
 from tasks.settings import places
 from tasks.storage import models as storage
 from tasks.storage.download import Progress
-from tasks.storage.layout import expert_manifest, folder_model_files, is_beside, manifest_sha256, model_files, parse_expert_json
+from tasks.storage.layout import (
+    expert_manifest,
+    folder_model_files,
+    is_beside,
+    manifest_sha256,
+    model_files,
+    parse_expert_json,
+    read_expert_json,
+)
 from tasks.storage.models import EXPERT_JSON
+from tasks.storage.streaming.streams import Streams
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 # What training leaves beside the weights: the key of the count of steps, of β₂ and of the optimizer's name in each.
@@ -33,6 +44,7 @@ _RECORDS = {
     EXPERT_JSON: {"step": "step", "beta2": "beta2", "optimizer": "optimizer"},
 }
 SHOWN = 4
+_MEMORY = 2**26
 
 
 class Pushed(Frozen):
@@ -87,9 +99,12 @@ def _examined(folder: Path, capability: str, base_model: str, name: str | None, 
     ]
     facts: dict[str, Any] = {}
     try:
-        with closing(Checkpoint(folder)) as checkpoint:
-            if not checkpoint.config:
-                problems.append(f"{folder} holds no config.json, or an empty one; copy the model's configuration there")
+        if adapter_of(folder) is not None:
+            _fits_base(folder, base_model)
+        else:
+            with closing(Checkpoint(folder)) as checkpoint:
+                if not checkpoint.config:
+                    problems.append(f"{folder} holds no config.json, or an empty one; copy the model's configuration there")
     except OtaError as error:
         problems += error.problems
     try:
@@ -99,6 +114,25 @@ def _examined(folder: Path, capability: str, base_model: str, name: str | None, 
         problems += error.problems
     raise_all(problems)
     return facts
+
+
+def _fits_base(folder: Path, base_model: str) -> None:
+    """Raise OtaError where an adapter cannot be applied to the base that it is pushed for. Headers alone are read, of a base in S3 too."""
+    where = places()
+    with Streams(cache=where.cache, memory=_MEMORY) as streams:
+        base = streams.model(base_model) if storage.is_s3(base_model) else storage.fetch(base_model, cache=where.cache)
+        under = ModelInput(
+            name="base", path=base.path, source=base_model, source_of=streams.source_of, companions=gguf_companions(base.path, where.cache)
+        )  # fmt: skip
+        ModelInput(name="expert", path=folder, under=under).opened().close()
+
+
+def _moments_in(folder: Path) -> Path | None:
+    """The second moments of a folder's weights: a trainer's state beside an adapter is of its factors, from which those do not follow."""
+    if adapter_of(folder) is None:
+        return find_moments(folder)
+    own = folder / MOMENTS_OF_WEIGHTS
+    return own if own.is_file() else None
 
 
 def _fetched(base_model: str) -> Path:
@@ -112,11 +146,16 @@ def _optimizer_facts(folder: Path, base_model: str, needs_moments: bool) -> dict
     Raises OtaError when the second moments cannot be read, or are missing and needed.
     """
     known: dict[str, Any] = {}
-    path = find_moments(folder) if folder.is_dir() else None
+    path = _moments_in(folder) if folder.is_dir() else None
     if path is not None:
         with closing(expert_moments(path, folder, partial(_fetched, base_model))) as moments:
             steps = [step for name in moments.shapes() if (step := moments.step(name)) is not None]
             known = {"step": max(steps, default=None), "beta2": moments.beta2}
+    elif needs_moments and folder.is_dir() and adapter_of(folder) is not None:
+        raise MomentsError(
+            f"{folder} is a LoRA adapter, and holds no second moments of the weights: a trainer keeps those of its factors. Push it without "
+            f"(--without-moments), or make them: ota estimate {base_model}+{folder} --out {folder / MOMENTS_OF_WEIGHTS}"
+        )
     elif needs_moments and folder.is_dir():
         raise MomentsError(f"{none_found(folder)}: copy them there, or say that none are wanted (--without-moments)")
     for file, keys in _RECORDS.items():
@@ -180,8 +219,7 @@ def _remote_manifest(uri: str) -> dict[str, Any]:
 def _into_folder(folder: Path, target: Path, manifest: Mapping[str, Any]) -> bool:
     """The same for a local prefix: copied beside its place and renamed, so that nobody sees half of it."""
     if (target / EXPERT_JSON).is_file():
-        where = str(target / EXPERT_JSON)
-        _check_same(parse_expert_json(Path(where).read_bytes(), where), manifest, str(target))
+        _check_same(read_expert_json(target / EXPERT_JSON), manifest, str(target))
         return True
     if target.exists():
         raise StorageError(f"{target} exists, and is no expert (it holds no {EXPERT_JSON}); delete it, or choose another --name")

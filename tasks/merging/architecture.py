@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, read_json
+from ota_core.files.layouts.stored import Loaded
 from ota_core.moments import Moments, ParameterLayout, open_moments
 from ota_core.moments.base import Shape
-from ota_core.plan.vocabulary import names_in
+from ota_core.plan.vocabulary.match import names_in
 from ota_core.reading import quoted
+from tasks.merging.listed_experts import listed
 from tasks.merging.trained import changed_parameters
 
 if TYPE_CHECKING:
@@ -66,18 +68,37 @@ def parameter_layout(folder: Path, base: BaseFolder = None, source_of: SourceOf 
     )  # fmt: skip
 
 
-def parameters_of(folder: Path, source_of: SourceOf | None = None) -> dict[str, str]:
-    """Tensor of the checkpoint in ``folder`` to the parameter that it is as transformers loads it. Raises CheckpointError.
+def parameters_of(folder: Path, source_of: SourceOf | None = None, config: Path | None = None) -> Loaded:
+    """What the tensors of the checkpoint in ``folder`` become as transformers loads it. Raises CheckpointError.
 
-    What becomes a part of a parameter, or several, is left out. The configuration alone is read, and the headers of the weights.
+    config: the folder of the configuration, where it is another. The configuration alone is read, and the headers of the weights.
     """
     held = _held(folder, source_of)
     with _ONE_AT_A_TIME:
         from tasks.merging.conversion import conversion_of  # with it comes torch
 
-        model = _skeleton(folder)
+        model = _skeleton(config or folder)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        return conversion_of(model, held, shapes, _tied(model)).own
+        conversion = conversion_of(model, held, shapes, _tied(model))
+        known = {name for name, _ in model.named_modules()}
+        known |= {name.removeprefix(f"{model.base_model_prefix}.") for name in known}
+        own, made = listed(held, shapes) if model.config.model_type == "gpt_oss" else ({}, {})
+        own, made = conversion.own | own, conversion.made | made
+        rest = held.keys() - own.keys() - made.keys()
+        beside = frozenset(name for name in rest if name.rpartition(".")[0] not in known)
+        bare = _bare(model)
+    return Loaded(own, made, shapes, beside, bare)
+
+
+def _bare(model: Any) -> frozenset[str]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    layers = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)
+    return frozenset(
+        f"{name}.{own}" for name, module in model.named_modules() if not isinstance(module, layers)
+        for own, parameter in module.named_parameters(recurse=False) if parameter.ndim in (2, 3)
+    )  # fmt: skip
 
 
 def model_problems(folder: Path, held: Mapping[str, Shape]) -> list[str]:

@@ -4,6 +4,7 @@ from math import prod
 from pathlib import Path
 
 from ota_core.compute.stream import parse_memory, peak_memory_gib
+from ota_core.engine.dropped import dropped_notes
 from ota_core.engine.output import plan_files
 from ota_core.moments import Moments
 from ota_core.moments.compression import (
@@ -19,7 +20,8 @@ from ota_core.plan.matrices import all_matrices, at_once, bytes_of, operations
 from ota_core.plan.plan import MergePlan, bytes_per_element, open_plan
 from ota_core.plan.views import ExpertView, ModelView
 from ota_core.plan.whole import columns_bytes, is_whole, surveys
-from ota_core.recipe.recipe import FFG, WITHOUT_BASE, MergeRecipe
+from ota_core.recipe.methods import FFG, WITHOUT_BASE
+from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.varying import least
 from tasks.merging.describe import LITTLE, binary_size, counted
 from tasks.merging.inputs import assemble, estimated_ones, fetch_all
@@ -59,7 +61,7 @@ def describe_plan(recipe: MergeRecipe, recipe_dir: Path, memory: str, home: Path
             lines += [f"  {view.name}: {_place(model, view)}" for view, model in zip(plan.models, fetched, strict=True)]
             if recipe.varies:
                 lines += _groups(plan)
-            notes = [*plan.notes, *([] if pending else _without_moments(plan)), *notes]
+            notes = [*plan.notes, *dropped_notes(plan, read=False), *([] if pending else _without_moments(plan)), *notes]
             return [
                 *lines, *_bytes(plan, budget), *_options(plan), *(f"note: {note}" for note in notes), "no problems found"
             ]  # fmt: skip
@@ -249,7 +251,8 @@ def _is_ranked(recipe: MergeRecipe, expert: int) -> bool:
 
 def _norms(recipe: MergeRecipe, expert: int) -> int:
     """Passes for the norms of ``rescale``."""
-    return 1 if recipe.merge_method == "ota" and recipe.ffg(expert) and recipe.setting("rescale") else 0
+    trimmed = recipe.merge_method in {"ties", "breadcrumbs", "breadcrumbs_ties"}
+    return 1 if (trimmed or (recipe.merge_method == "ota" and recipe.ffg(expert))) and recipe.setting("rescale") else 0
 
 
 def _full_masks(plan: MergePlan, expert: ExpertView) -> int:

@@ -8,7 +8,9 @@ from pathlib import Path
 from ota_core.artifact import ALGORITHM_VERSION, Record, fingerprint, folder_files, write_record
 from ota_core.compute.stream import Progress
 from ota_core.engine.engine import environment
+from ota_core.errors import OtaError
 from ota_core.extract.extract import ExtractOptions, ExtractReport, extract_into
+from ota_core.extract.names import as_loaded
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.plan.inputs import MergeInputs
 from ota_core.recipe.recipe import parse_recipe
@@ -27,6 +29,8 @@ class Pair:
     base_name: str
     """As the adapter calls it: what was asked for, with a folder's whole path."""
     notes: list[str]
+    bare: frozenset[str]
+    """Parameters that no layer of torch's holds."""
 
 
 @contextmanager
@@ -43,8 +47,17 @@ def opened_pair(
         assert inputs.base is not None
         start, trained = (stack.enter_context(closing(one.opened())) for one in (inputs.base, inputs.experts[0]))
         name = fetched[0].resolved if Path(fetched[0].resolved).is_dir() else fetched[0].source
-        notes = [*(streams.notes if streams else []), *start.notes, *trained.notes]
-        yield Pair(inputs=inputs, merged=trained, base=start, base_name=name, notes=notes)
+        named, bare = [], frozenset[str]()
+        for model, input_ in ((start, inputs.base), (trained, inputs.experts[0])):
+            try:
+                if input_.parameters is not None:
+                    loaded = input_.parameters()
+                    as_loaded(model, loaded)
+                    bare |= loaded.bare
+            except OtaError as error:
+                named.append(f"{input_.name}: names are those of its files, as transformers cannot tell the model's ({error})")
+        notes = [*named, *(streams.notes if streams else []), *start.notes, *trained.notes]
+        yield Pair(inputs=inputs, merged=trained, base=start, base_name=name, notes=notes, bare=bare)
 
 
 def extract_adapter(
@@ -52,7 +65,15 @@ def extract_adapter(
 ) -> ExtractReport:
     """The adapter in an empty folder, its record last. Raises OtaError."""
     report = extract_into(
-        folder, pair.merged, pair.base, options, memory=memory, device=device, progress=progress, base_name=pair.base_name
+        folder,
+        pair.merged,
+        pair.base,
+        options,
+        memory=memory,
+        device=device,
+        progress=progress,
+        base_name=pair.base_name,
+        bare=pair.bare,
     )
     pair.inputs.verify()  # what was read in S3 is still what was listed
     config = options.model_dump(mode="json")

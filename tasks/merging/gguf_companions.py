@@ -3,16 +3,21 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ota_core.errors import CheckpointError
-from ota_core.files.checkpoint import GGUF, weight_files
+from ota_core.files.byte_source import SourceOf
+from ota_core.files.checkpoint import GGUF, open_weights, weight_files
+from ota_core.files.gguf.file import GgufFile
+from ota_core.files.layouts.stored import Loaded
+from tasks.merging.architecture import parameters_of
 from tasks.storage.cache import appearing, locked, note_use
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of what is written: another version does not use this one's
+VERSION = 2  # of what is written: another version does not use this one's
 
 
 def gguf_companions(folder: Path, cache: Path) -> Path | None:
@@ -36,11 +41,24 @@ def gguf_companions(folder: Path, cache: Path) -> Path | None:
     return made
 
 
+def loaded_of(folder: Path, cache: Path, source_of: SourceOf | None) -> Callable[[], Loaded]:
+    """What the tensors in a model's folder become as transformers loads it, told when it is asked for."""
+    return lambda: parameters_of(folder, source_of, gguf_companions(folder, cache))
+
+
 def _write(file: Path, folder: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig, MixtralConfig
 
     try:
         config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        opened = open_weights(file)
+        assert isinstance(opened, GgufFile)
+        form = opened.config
+        if form["model_type"] == "mixtral":  # transformers takes it for a Llama of the same sizes, as llama.cpp calls it
+            known = MixtralConfig().to_dict().keys() - {"model_type", "architectures"}
+            config = MixtralConfig(**{key: value for key, value in config.to_dict().items() if key in known})
+        for key in form.keys() & config.to_dict().keys() - {"model_type"}:
+            setattr(config, key, form[key])
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]

@@ -18,14 +18,14 @@ from ota_core.plan.expert_scales import find_scales
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput, expert_name, find_preconditioner, unique_names
 from ota_core.plan.plan import checkpoint_problems
 from ota_core.recipe.recipe import MergeRecipe
-from tasks.merging.architecture import parameter_layout, parameters_of
+from tasks.merging.architecture import parameter_layout
 from tasks.merging.composed import composed, parts_of
-from tasks.merging.gguf_companions import gguf_companions
+from tasks.merging.gguf_companions import gguf_companions, loaded_of
 from tasks.settings import allow_path
 from tasks.storage import hub, s3
 from tasks.storage import models as storage
 from tasks.storage.cache import FileInfo, combined_digest, digest_files
-from tasks.storage.layout import folder_model_files, parse_expert_json
+from tasks.storage.layout import folder_model_files, read_expert_json
 from tasks.storage.models import Fetched
 from tasks.storage.streaming.streams import Streams
 
@@ -100,7 +100,7 @@ def _unhashed(source: str) -> Fetched:
     folder = Path(source)
     files = {name: FileInfo(size=(folder / name).stat().st_size, digest="not computed") for name in folder_model_files(folder)}
     manifest = folder / storage.EXPERT_JSON
-    expert = parse_expert_json(manifest.read_bytes(), str(manifest)) if manifest.is_file() else None
+    expert = read_expert_json(manifest) if manifest.is_file() else None
     return Fetched(source=source, resolved=str(folder.resolve()), path=folder, digest="not computed", files=files, expert=expert)
 
 
@@ -133,7 +133,7 @@ def assemble(
         base = ModelInput(
             name="base", path=first.path, source=recipe.base_model, digest=first.digest, source_of=source_of,
             under=_under(first.under, source_of, cache), companions=gguf_companions(first.path, cache),
-            parameters=partial(parameters_of, _whole(first).path, source_of),
+            parameters=loaded_of(_whole(first).path, cache, source_of),
         )  # fmt: skip
     experts: list[ExpertInput] = []
     problems: list[str] = []
@@ -142,7 +142,7 @@ def assemble(
             name=name, path=one.path, source=recipe.models[i].model, digest=one.digest, capability=capability,
             layout=partial(parameter_layout, one.path, base.path if base else None, source_of), source_of=source_of,
             under=_under(one.under, source_of, cache), companions=gguf_companions(one.path, cache),
-            parameters=partial(parameters_of, _whole(one).path, source_of),
+            parameters=loaded_of(_whole(one).path, cache, source_of),
         )  # fmt: skip
         if estimated and i in estimated:
             made = estimated[i]
@@ -277,7 +277,7 @@ def _check_of_weights(expert: ExpertInput, path: Path | None, streams: Streams |
 
 
 def _named_moments(named: str, expert: ExpertInput, cache: Path, recipe_dir: Path | None, streams: Streams | None) -> Path | None:
-    """What ``preconditioner_path`` means: a file or folder in S3 or here, ``org/name`` or, as published recipes have it, ``org/name/path``."""
+    """What ``preconditioner_path`` means: a file or folder in S3 or here, ``org/name`` or, as published recipes have it, ``org/name/path``; also ``org/name:path``."""
     if storage.is_s3(named):
         return s3_moments(named, cache, streams)
     found = find_preconditioner(named, expert.path, recipe_dir)

@@ -14,6 +14,12 @@ from tasks.merging.architecture import model_problems
 
 Shapes = Mapping[str, tuple[int, ...]]
 SAMPLE = "The quick brown fox: 3.14 jumps\nover 2 lazy dogs."
+_SYSTEM, _USER, _ASSISTANT = ({"role": role, "content": "Hello"} for role in ("system", "user", "assistant"))
+# Some templates want parts of a message, some no system's, some an answer of the assistant's.
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [_USER], [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}], [_SYSTEM, _USER], [_USER, _ASSISTANT, _USER],
+    [_SYSTEM, _USER, _ASSISTANT, _USER], [_USER, _ASSISTANT], [{"role": "user", "content": "Hello", "tool_calls": []}],
+]  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -24,16 +30,19 @@ def opens(folder: Path, source: Path, tensors: Shapes, rows: int | None) -> list
     """
     if not (folder / "config.json").is_file():
         return []
+    notes: list[str] = []
     checks: list[tuple[str, Callable[[Path], list[str]], Callable[[Path], list[str]]]] = [
         ("model", lambda path: model_problems(path, tensors), lambda path: model_problems(path, _shapes(path)))
     ]
     if any((folder / name).is_file() for name in _TOKENIZERS):
-        checks.append(("tokenizer", lambda path: _tokenizer_problems(path, rows), lambda path: _tokenizer_problems(path, None)))
+        checks.append(
+            ("tokenizer", lambda path: _tokenizer_problems(path, rows, notes), lambda path: _tokenizer_problems(path, None, []))
+        )
     if "auto_map" in read_json(folder / "config.json"):
         return [
             f"the model brings its own code ({', '.join(_code(folder))}), which was copied and not run: load it with trust_remote_code=True"
         ]
-    problems, notes = [], []
+    problems = []
     for what, of_output, of_source in checks:
         found = of_output(folder)
         if not found:
@@ -59,8 +68,8 @@ def _code(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.py")) or ["none lies beside the weights"]
 
 
-def _tokenizer_problems(folder: Path, rows: int | None) -> list[str]:
-    """What is wrong with a folder's tokenizer and chat template. rows: that token ids must not reach."""
+def _tokenizer_problems(folder: Path, rows: int | None, notes: list[str]) -> list[str]:
+    """What is wrong with a folder's tokenizer and chat template. rows: that token ids must not reach; notes: gain what is doubtful."""
     from transformers import AutoTokenizer
 
     try:
@@ -87,17 +96,29 @@ def _tokenizer_problems(folder: Path, rows: int | None) -> list[str]:
         problems.append(
             f"its tokenizer has {len(wrong)} added tokens in other rows than its files say, such as {token!r} in row {seen}"
         )
-    if getattr(tokenizer, "chat_template", None):
-        said = ""
-        for content in ("Hello", [{"type": "text", "text": "Hello"}]):  # templates of models that see take parts
-            try:
-                tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-                break
-            except Exception as error:
-                said = said or f"its chat template cannot be rendered ({type(error).__name__}: {_short(error)})"
-        else:
-            problems.append(said)
+    problems += _template_problems(tokenizer, notes)
     return problems
+
+
+def _template_problems(tokenizer: Any, notes: list[str]) -> list[str]:
+    """A chat template that transformers itself cannot compile. One that takes none of the conversations here may want others: a note."""
+    from jinja2 import TemplateSyntaxError
+
+    held = getattr(tokenizer, "chat_template", None) or {}
+    for name, template in (held if isinstance(held, dict) else {"": held}).items():
+        called = f"its chat template{f' {name!r}' if name else ''}"
+        said = ""
+        for conversation in CONVERSATIONS:
+            try:
+                tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False, add_generation_prompt=True)
+                break
+            except TemplateSyntaxError as error:
+                return [f"{called} cannot be read (line {error.lineno}: {_short(error)})"]
+            except Exception as error:  # the template's own words, or what it does not find in these conversations
+                said = said or f"{type(error).__name__}: {_short(error)}"
+        else:
+            notes.append(f"{called} can be read, but renders none of {len(CONVERSATIONS)} short conversations ({said})")
+    return []
 
 
 def _short(error: object) -> str:

@@ -23,8 +23,8 @@ from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage
 from tasks.artifacts.store import store_of
-from tasks.merging.architecture import parameter_layout, parameters_of
-from tasks.merging.gguf_companions import gguf_companions
+from tasks.merging.architecture import parameter_layout
+from tasks.merging.gguf_companions import gguf_companions, loaded_of
 from tasks.merging.inputs import Estimate, assemble, s3_moments
 from tasks.settings import Places, allow_path
 from tasks.storage import models as storage
@@ -105,6 +105,8 @@ class MergeSources(Frozen):
     base: ModelSource | None
     experts: tuple[ExpertSource, ...]
     scales: ScalesSource | None = None
+    sums: tuple[ArtifactRef, ...] = ()
+    """Digests of what machines read parts of in S3 (``check_whole``)."""
 
     @staticmethod
     def of(
@@ -138,7 +140,35 @@ class MergeSources(Frozen):
     def abroad(self) -> "MergeSources":
         """The same for another machine."""
         base, experts = self.base and self.base.abroad(), tuple(one.abroad() for one in self.experts)
-        return MergeSources(base=base, experts=experts, scales=self.scales and self.scales.abroad())
+        return self.model_copy(update={"base": base, "experts": experts, "scales": self.scales and self.scales.abroad()})
+
+    def in_s3(self) -> list[int | None]:
+        """The models of which something is read there by ranges: positions of experts, None for the base."""
+        found: list[int | None] = [None] if self.base and self.base.path is None and storage.is_s3(self.base.location) else []
+        for i, one in enumerate(self.experts):
+            places = [one.location, one.moments, *(ref.uri for ref in (one.compressed, one.masks) if ref)]
+            if one.path is None and any(place is not None and storage.is_s3(place) for place in places):
+                found.append(i)
+        return found
+
+    def check_whole(self, model: int | None, where: Places, memory: int, folder: Path, *, raw_moments: bool) -> list[str]:
+        """Read what a merge reads of one model in S3 as a whole, and leave digests for its parts in a folder (``Streams.check_whole``).
+
+        Returns notes. Raises OtaError for what is not there, is not what it was, or is damaged.
+        """
+        with Streams(cache=where.cache, memory=memory) as streams:
+            opening = _Opening(where, streams, raw_moments)
+            if model is None:
+                assert self.base is not None
+                one: ModelInput = opening.model(self.base)
+            else:
+                one = opening.expert(self.experts[model])
+            paths = [path for place in one.folders for path in weight_files(place)]
+            if isinstance(one, ExpertInput):
+                paths += [path for place in {one.moments, one.full_moments} if place for path in moments_files(place)]
+                paths += [one.masks] if one.masks else []
+            streams.check_whole(paths, folder)
+            return streams.notes
 
     def with_artifacts(
         self, compressed: Sequence[ArtifactRef] = (), masks: Mapping[int, ArtifactRef] | None = None
@@ -156,7 +186,8 @@ class MergeSources(Frozen):
 
         ``memory``: the budget of what is done with them, bytes. Raises OtaError for what is not there, or not what it was.
         """
-        with Streams(cache=where.cache, memory=memory) as streams:
+        sums = [store_of(where).local_path(ref) for ref in self.sums]
+        with Streams(cache=where.cache, memory=memory, sums=sums) as streams:
             opening = _Opening(where, streams, raw_moments)
             base = opening.model(self.base) if self.base else None
             experts = tuple(opening.expert(one) for one in self.experts)
@@ -189,7 +220,7 @@ class _Opening:
         return ModelInput(
             name=one.name, path=folder, source=one.source, digest=one.digest, source_of=source_of, under=under,
             companions=gguf_companions(folder, self._where.cache),
-            parameters=partial(parameters_of, under.folders[-1] if under else folder, source_of),
+            parameters=loaded_of(under.folders[-1] if under else folder, self._where.cache, source_of),
         )  # fmt: skip
 
     def expert(self, one: ExpertSource) -> ExpertInput:
@@ -202,7 +233,7 @@ class _Opening:
             masks=self._artifact(one, one.masks, MASK_FILE), under=under,
             companions=gguf_companions(folder, self._where.cache),
             layout=partial(parameter_layout, folder, partial(self._folder, one.base) if one.base else None, self._streams.source_of),
-            parameters=partial(parameters_of, under.folders[-1] if under else folder, self._streams.source_of),
+            parameters=loaded_of(under.folders[-1] if under else folder, self._where.cache, self._streams.source_of),
         )  # fmt: skip
 
     def scales(self, one: ScalesSource | None) -> Path | None:

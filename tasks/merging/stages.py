@@ -38,6 +38,8 @@ class StageRecipe:
         if source.startswith("model:"):
             source = f"model:{place(source.removeprefix('model:'))}"
         changed: dict[str, Any] = {"models": models, "base_model": place(recipe.base_model), "tokenizer_source": source}
+        if recipe.tokenizer is not None:
+            changed["tokenizer"] = recipe.tokenizer.moved(place)
         if recipe.slices is not None:
             changed["slices"] = tuple(
                 one.model_copy(

@@ -7,7 +7,7 @@ from pathlib import Path
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.compare import same_tensor
-from ota_core.plan.vocabulary import tied_tensors
+from ota_core.plan.vocabulary.match import tied_tensors
 
 
 def changed_parameters(

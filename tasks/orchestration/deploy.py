@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.workers.process import ProcessWorker
 from pydantic import ValidationError
 
+from ota_core.addresses import without_secrets
 from tasks.artifacts.processes import tail
 from tasks.local.stack.layout import CPU_POOL, GPU_POOL, ROOT, StackError
 
@@ -53,7 +54,9 @@ def deploy(kind: str) -> Deployed:
         with tempfile.TemporaryDirectory() as folder:
             return Deployed(create_pools(kind), deploy_all(Path(folder) / "deploy.log"), create_automations())
     except httpx.TransportError as error:
-        raise StackError(f"no Prefect server answers at {api} ({type(error).__name__}); check PREFECT_API_URL") from None
+        raise StackError(
+            f"no Prefect server answers at {without_secrets(api)} ({type(error).__name__}); check PREFECT_API_URL"
+        ) from None
 
 
 def create_pools(kind: str = ProcessWorker.type) -> list[str]:

@@ -10,13 +10,15 @@ from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import httpx
-from prefect import Flow
+from prefect import Flow, tags
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
 from ota_core.errors import OtaError
 from tasks.orchestration.credentials import block_credentials
+from tasks.orchestration.ending import ends_soon, go_on
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,7 +53,7 @@ class ProgressBar:
 class Progress:
     """Tells the run's log and a progress artifact how far a long stage is, at most once in ten seconds; short ones leave no trace.
 
-    Use it as a context manager around the stage; call it from any thread.
+    Use it as a context manager around the stage; call it from any thread. Raises TerminationSignal where the process is told to end.
     """
 
     def __init__(self, every: float = SECONDS_BETWEEN) -> None:
@@ -61,6 +63,7 @@ class Progress:
         self._bars: dict[str, ProgressBar] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        go_on()
         if not total or time.monotonic() - self._said < self._every:
             return
         with self._lock:
@@ -71,6 +74,7 @@ class Progress:
             self._context.run(self._show, what, 100 * done / total)
 
     def __enter__(self) -> "Progress":
+        go_on()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -105,7 +109,8 @@ class _Without(logging.Filter):
 
 
 def for_users(made: Flow[P, R]) -> Flow[P, R]:
-    """A flow as users meet it: it speaks to S3 with the credentials of their block, and logs their mistakes by the message alone.
+    """A flow as users meet it: it speaks to S3 with the credentials of their block, ends soon when it is cancelled, and logs their mistakes by
+    the message alone. The flows that it calls carry its run's tags, by which the server looks for runs that have fallen silent.
 
     Any other error keeps its traceback, here and on the Prefect server. Stands above ``@flow``.
     """
@@ -116,7 +121,7 @@ def for_users(made: Flow[P, R]) -> Flow[P, R]:
         quiet = _Without(tasks)
         tasks.addFilter(quiet)
         try:
-            with block_credentials():
+            with tags(*flow_run.tags or ()), ends_soon(), block_credentials():
                 return body(*args, **kwargs)
         except OtaError as error:
             runs.addFilter(_Without(runs, error))  # Prefect logs it after the body has ended

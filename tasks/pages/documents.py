@@ -31,8 +31,8 @@ Prompts and answers are cut where they are long; of a prompt the end is shown.</
 </p>
 {% for row in rows %}
 <article class="document" data-capability="{{ row.capability }}" data-base="{{ row.against_base }}" data-expert="{{ row.against_expert }}">
-<p class="soft">{{ row.capability }}, {{ row.task }}, document {{ row.document }}.
-{% for which in ("base", "expert") %}{% if row["against_" + which] in ("won", "lost") %} <strong class="{{ "good-text" if row["against_" + which] == "won" else "bad-text" }}">{{ row["against_" + which] }} against the {{ which }}.</strong>{% endif %}{% endfor %}</p>
+<p class="soft">{{ row.capability }}, {{ row.task }}, document {{ row.document }}
+{%- for which in ("base", "expert") %}{% if row["against_" + which] in ("won", "lost") %}, <strong class="{{ "good-text" if row["against_" + which] == "won" else "bad-text" }}">{{ row["against_" + which] }} against the {{ which }}</strong>{% endif %}{% endfor %}.</p>
 {% if row.prompt is not none %}<pre>{{ row.prompt }}</pre>
 <p class="soft">Expected: <code>{{ row.target }}</code></p>{% endif %}
 <dl>

@@ -52,7 +52,7 @@ def to_html(title: str, sections: Sequence[Section], *, header: Markup | None = 
     def render(blocks: Iterable[Block]) -> Iterator[Markup]:
         for block in blocks:
             if isinstance(block, Picture):
-                specs.append(json_for_script(spec(block.chart)))
+                specs.append(json_for_script(spec(block.chart) | {"description": block.title}))  # what a screen reader says
                 yield Markup(template(FIGURE).render(title=block.title, caption=block.caption, number=len(specs)))
             elif isinstance(block, Table):
                 yield table(block)

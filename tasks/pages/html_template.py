@@ -72,22 +72,45 @@ dd { margin: 0; overflow-wrap: anywhere; }
 }
 """.strip()
 
-# Panels side by side give way to fewer in a row where the page is too narrow, and a chart that is still too wide is scaled down by the
-# style sheet. "ast": Vega interprets its expressions, so that the page needs no right to make code at run time.
+# Where the page is too narrow, panels side by side give way to fewer in a row, then their axes become shorter, then legends take two
+# columns: letters keep their size. Only what is still too wide is scaled down by the style sheet. "ast": Vega interprets its
+# expressions, so that the page needs no right to make code at run time.
 SCRIPT = """
 "use strict";
-const options = {renderer: "svg", actions: false, ast: true, mode: "vega-lite"};
+const options = {renderer: "svg", actions: false, ast: true, mode: "vega-lite"}, least = 140;
+const within = (part) => [part.spec, part.layer, part.concat, part.hconcat, part.vconcat].flat().filter(Boolean);
+const widest = (part) => Math.max(part.width > 0 ? part.width : 0, ...within(part).map(widest));
+// No panel wider than that, and one a row; what stands at a pixel of its panel moves with it.
+function narrower(part, most, share = 1) {
+  const made = {...part};
+  if (made.width > most) { share = most / made.width; made.width = most; }
+  if (made.columns) made.columns = 1;
+  for (const name of ["x", "x2"]) {
+    const at = made.encoding?.[name];
+    if (typeof at?.value === "number") made.encoding = {...made.encoding, [name]: {...at, value: share * at.value}};
+  }
+  for (const name of ["layer", "concat", "hconcat", "vconcat"]) made[name] &&= made[name].map((one) => narrower(one, most, share));
+  made.spec &&= narrower(made.spec, most, share);
+  return made;
+}
 async function draw(place) {
-  const spec = JSON.parse(document.getElementById(place.dataset.spec).textContent);
+  let spec = JSON.parse(document.getElementById(place.dataset.spec).textContent), shortened = false, stacked = false;
   const menu = document.getElementById(place.dataset.menu);
-  let columns = spec.columns;
   for (;;) {
     menu.replaceChildren();
-    const made = await vegaEmbed(place, columns ? {...spec, columns} : spec, {...options, bind: menu});
-    const picture = place.querySelector("svg");
-    if (!columns || columns === 1 || picture.viewBox.baseVal.width <= place.clientWidth) return;
+    const made = await vegaEmbed(place, spec, {...options, bind: menu});
+    const tooWide = place.querySelector("svg").viewBox.baseVal.width - place.clientWidth;
+    if (tooWide <= 0 || stacked) return;
+    if (spec.columns > 1) {  // panels that come in pairs stay beside each other
+      spec = {...spec, columns: spec.columns - (spec.columns > 2 && spec.columns % 2 === 0 ? 2 : 1)};
+    } else if (!shortened) {
+      spec = narrower(spec, Math.max(least, Math.floor(widest(spec) - tooWide)));
+      shortened = true;
+    } else {
+      spec = {...spec, config: {...spec.config, legend: {...spec.config.legend, columns: 2}}};
+      stacked = true;
+    }
     made.finalize();
-    columns -= columns > 2 && columns % 2 === 0 ? 2 : 1;  // panels that come in pairs stay beside each other
   }
 }
 // From top to bottom with a pause after each, so that a reader can begin at once.

@@ -38,7 +38,10 @@ def losses(table: pd.DataFrame) -> list[Table]:
     names = [name for name in frame if name.startswith(LOSS) and not name.endswith(STDERR)]
     if not names:
         return []
-    columns = [Column("model"), *(Column(name, name.removeprefix(LOSS), BITS, f"{name}{STDERR}") for name in names)]
+    columns = [
+        Column("model"),
+        *(Column(name, name.removeprefix(LOSS).replace("_", " "), BITS, f"{name}{STDERR}") for name in names),
+    ]
     errors = " ± one standard error." if any(column.error in frame for column in columns[1:]) else ""
     said = f"Loss in bits per byte of held-out text; less is better.{errors}"
     return [Table("Loss on held-out text", frame, columns, [said], strong=(frame["role"] == "merge").tolist(), group="role")]

@@ -6,8 +6,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ota_core.artifact import canonical_json
+from ota_core.recipe.methods import NEEDS_MOMENTS
 from ota_core.recipe.parameters import default
-from ota_core.recipe.recipe import NEEDS_MOMENTS
 from tasks.experts import check as expert_check
 from tasks.experts import find as experts
 from tasks.experts.find import ExpertFound, ExpertProblem

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ota_core.artifact import ALGORITHM_VERSION, canonical_json, fingerprint
 from ota_core.compute.stream import parse_memory
 from ota_core.errors import OtaError, RecipeError, StorageError
+from ota_core.recipe.methods import DType, Method
 from ota_core.recipe.parameters import MergeParameters
-from ota_core.recipe.recipe import DType, MergeRecipe, Method, parse_recipe
+from ota_core.recipe.recipe import MergeRecipe, parse_recipe
 from tasks.evaluation.gate import GateSettings
 from tasks.evaluation.suites import Suite, score_identity
 from tasks.merging.recipes import parse_config, read_yaml
@@ -43,7 +44,7 @@ class Candidate(_Strict):
             raise RecipeError(f"candidate '{self.name}': a row of the table of scores has that name already; choose another")
         raw = self.model_dump(mode="json", by_alias=True, exclude={"name"}, exclude_none=True)
         models = [{"model": uri, "capability": capability} for capability, uri in experts.items()]
-        return parse_recipe({**raw, "base_model": base_model, "models": models}, f"candidate '{self.name}'")
+        return parse_recipe({**raw, "base_model": base_model, "models": models}, f"candidate '{self.name}'", strict=True)
 
     @model_validator(mode="after")
     def _mergeable(self) -> "Candidate":

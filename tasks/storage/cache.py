@@ -307,7 +307,12 @@ def _memo_key(path: Path) -> tuple[str, int, int, int]:
 @contextmanager
 def _memo(cache: Path) -> Iterator[sqlite3.Connection]:
     path = cache / "digests.sqlite"
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"the cache {cache} cannot be made ({error.strerror}); let OTA_HOME name a folder that may be written"
+        ) from error
     try:
         with closing(sqlite3.connect(path, timeout=60)) as memo:
             memo.execute(_MEMO_TABLE)

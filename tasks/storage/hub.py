@@ -4,17 +4,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ota_core.addresses import without_secrets
 from ota_core.errors import MomentsError, StorageError
 from ota_core.moments import find_moments
 
-_ADDRESS = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<file>.+))?")
+_ADDRESS = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?([/:](?P<file>.+))?")
 MOMENTS = "exp_avg_sq*"
 FILES = (".safetensors", ".json", ".pt", ".pth", ".bin")
 """How files of second moments end."""
 
 
 def repository_in(address: str) -> tuple[str, str | None, str | None] | None:
-    """(repository, revision, file) of ``org/name``, ``org/name@revision`` and ``org/name/path/in/repo``; None for anything else."""
+    """(repository, revision, file) of ``org/name``, ``org/name@revision``, ``org/name/path/in/repo`` and ``org/name:path``; None for anything else."""
     match = _ADDRESS.fullmatch(address)
     if match is not None and match["file"] is None and Path(address).suffix in FILES:
         return None  # a folder and a file
@@ -91,4 +92,4 @@ def _refused(repo: str, error: Exception) -> StorageError:
 
 def said(error: Exception) -> str:
     """An error of the hub's library in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(without_secrets(str(error)).split())[:300]}"

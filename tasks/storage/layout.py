@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
+from ota_core.artifact import CARD, EXPERT_JSON, odd_fact, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.names import why_unsafe
-from ota_core.reading import json_value, quoted
+from ota_core.reading import MAX_BYTES, SMALL, json_value, quoted, read_file
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.states import (
     CHECKPOINT,
@@ -46,6 +46,9 @@ MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json", "generation_config.json",
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "optimizer*", "exp_avg_sq*", "*.pt", "*.pth", "adapter_config.json", "*.gguf",
+    "video_preprocessor_config.json", "audio_tokenizer_config.json", "tekken.json", "*.spm", "target_vocab.json", "entity_vocab.json", "bpe.codes",
+    "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json", "prophetnet.tokenizer", "word_*.json", "modules.json", "config_sentence_transformers.json",
+    "sentence_*_config.json",
 )  # fmt: skip
 NOT_MODEL_FILES = ("training_args.bin", "scheduler.pt", "rng_state*", "scaler.pt", "*.lock", "*.part", "*.tmp")
 # Subfolders of trainers that keep optimizer state there; everything in any other subfolder is somebody else's.
@@ -53,6 +56,8 @@ _SUBFOLDERS = (
     *STATE_FOLDERS, "pytorch_model_fsdp*", "exp_avg_sq*", "moments", "preconditioner*", "additional_chat_templates",
 )  # fmt: skip
 _OF_NANOTRON = ("model", "[0-9]*")
+SENTENCE_PART = "[0-9]_[A-Z]*"
+"""A part of a model of sentence-transformers behind the network: 1_Pooling, 2_Dense, 3_Normalize."""
 _SUBFOLDER_FILES = ("*.distcp", ".metadata", "*.jinja", *MODEL_FILES)
 
 
@@ -63,6 +68,8 @@ def is_model_file(name: str) -> bool:
         return False
     if is_nanotron_file(name):
         return True
+    if len(folders) == 1 and fnmatchcase(folders[0], SENTENCE_PART):
+        return base == "config.json" or fnmatchcase(base, "*.safetensors") or fnmatchcase(base, "*.bin")
     if not folders:
         return (
             base in POINTERS
@@ -99,9 +106,23 @@ def folder_model_files(folder: Path) -> list[str]:
     """The model's files in a local folder, named relative to it."""
     found = [path.name for path in folder.iterdir() if path.is_file()]
     for sub in folder.iterdir():
-        if sub.is_dir() and any(fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT, *_OF_NANOTRON)):
+        if sub.is_dir() and any(
+            fnmatchcase(sub.name, pattern) for pattern in (*_SUBFOLDERS, CHECKPOINT, SENTENCE_PART, *_OF_NANOTRON)
+        ):
             found += [path.relative_to(folder).as_posix() for path in sub.rglob("*") if path.is_file()]
     return model_files(found, taken_in(folder))
+
+
+def check_sizes(sizes: Mapping[str, int], where: str) -> None:
+    """Raise StorageError, before anything is brought or hashed, where a file that is read at once is larger than any such file."""
+    for name, size in sizes.items():
+        if size > MAX_BYTES and name.endswith(_TEXTS):
+            raise StorageError(
+                f"{where}: {name} has {size:,} bytes, a file of at most {MAX_BYTES:,} was expected; fetch or save it again"
+            )
+
+
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".md", ".py", ".tiktoken")
 
 
 def expert_manifest(
@@ -140,6 +161,14 @@ def write_expert_json(folder: Path, **facts: Any) -> dict[str, Any]:
     return manifest
 
 
+def read_expert_json(path: Path) -> dict[str, Any]:
+    """The manifest in a file of this machine. Raises StorageError as ``parse_expert_json``, and where the file cannot be read."""
+    try:
+        return parse_expert_json(read_file(path, SMALL), str(path))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error.strerror or error}); write it again") from None
+
+
 def parse_expert_json(content: bytes, where: str) -> dict[str, Any]:
     """The manifest as a mapping. Raises StorageError when it is no JSON object or lacks a key."""
     try:
@@ -149,8 +178,8 @@ def parse_expert_json(content: bytes, where: str) -> dict[str, Any]:
     missing = [key for key in ("capability", "base_model", "trained_at") if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise StorageError(f"{where} lacks {', '.join(missing)}; expected a JSON object with capability, base_model, trained_at")
-    if not isinstance(manifest["capability"], str | None):
-        raise StorageError(f"{where}: capability is {quoted(manifest['capability'])}, expected a word; write it again")
+    if odd := odd_fact(manifest):
+        raise StorageError(f"{where}: {odd}; write it again")
     manifest_sha256(manifest, where)
     return dict(manifest)
 

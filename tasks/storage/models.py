@@ -4,32 +4,32 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
+from ota_core.addresses import without_secrets
+from ota_core.artifact import EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.files.checkpoint import GGUF
 from ota_core.frozen import Frozen
+from ota_core.reading import read_file
 from tasks.settings import allow_path
-from tasks.storage import s3
-from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, note_use
+from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, locked, note_use
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
+from tasks.storage.found import FoundModel as FoundModel
+from tasks.storage.found import check_one_gguf, find_model, gguf_model, no_expert_json, nothing_there
 from tasks.storage.hub import said
 from tasks.storage.layout import (
     BESIDE,
     CODE,
     MODEL_FILES,
     NOT_MODEL_FILES,
+    check_sizes,
     folder_model_files,
     is_beside,
-    manifest_sha256,
     model_files,
-    parse_expert_json,
+    read_expert_json,
     sha256_file,
 )
 from tasks.storage.s3 import (
@@ -64,11 +64,13 @@ def absolute(root: str) -> str:
 
 
 def read_note(uri: str) -> bytes | None:
-    """A small file here or in S3, None where there is none. Raises StorageError when the server refuses."""
+    """A small file here or in S3, None where there is none. Raises StorageError when the server refuses, or it is no file that can be read."""
     try:
-        return read_bytes(uri) if is_s3(uri) else Path(uri).read_bytes()
+        return read_bytes(uri) if is_s3(uri) else read_file(Path(uri))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StorageError(f"{uri} cannot be read ({error.strerror or error})") from None
     except StorageError as error:
         if error.reason != "missing":
             raise
@@ -137,7 +139,7 @@ def fetch(
     hub_id = _HUB_ID.fullmatch(source)
     if hub_id is None:
         expected = "a checkpoint folder, s3://bucket/prefix, or a Hugging Face id org/name@revision"
-        raise StorageError(f"{source!r} does not exist; expected {expected}")
+        raise StorageError(f"{without_secrets(source)!r} does not exist; expected {expected}")
     return _fetch_hub(source, hub_id["repo"], hub_id["revision"], cache, require_expert_json)
 
 
@@ -145,7 +147,10 @@ def digest_folder(folder: Path, *, cache: Path) -> tuple[str, dict[str, FileInfo
     """(digest, files) of the model's files in a folder. Raises StorageError when there are none."""
     names = folder_model_files(folder)
     if not names:
-        raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin")
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f". Folders in it do: {', '.join(inside[:5])}; name one of them" if inside else ""
+        raise StorageError(f"{folder} holds no model files; expected a checkpoint: config.json and *.safetensors or *.bin{hint}")
+    check_sizes({name: (folder / name).stat().st_size for name in names}, str(folder))
     files = digest_files(folder, names, cache=cache)
     return combined_digest(files), files
 
@@ -155,21 +160,22 @@ def _fetch_folder(source: str, folder: Path, cache: Path, require_expert_json: b
         raise StorageError(f"{folder} is a file; name the checkpoint's folder")
     folder = folder.resolve()
     allow_path(folder, "the model")
-    digest, files = digest_folder(folder, cache=cache)
     expert = _local_expert(folder, str(folder), require_expert_json)
+    digest, files = digest_folder(folder, cache=cache)
     return Fetched(source=source, resolved=str(folder), path=folder, digest=digest, files=files, expert=expert)
 
 
 def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
-    """One GGUF file of a folder: a folder of the cache that holds nothing but a link to it."""
+    """One GGUF model of a folder: a folder of the cache that holds nothing but links to its files."""
     allow_path(file, "the model")
     folder = cache / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    link = folder / file.name
-    if not link.is_symlink():
-        with suppress(FileExistsError):
-            link.symlink_to(file)
-    note_use(folder)
+    names = gguf_model(source, file.name, (path.name for path in file.parent.glob(f"*{GGUF}")))
+    with locked(cache, f"gguf links {folder.name}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if not (folder / name).is_symlink():
+                (folder / name).symlink_to(file.parent / name)
+        note_use(folder)
     digest, files = digest_folder(folder, cache=cache)
     return Fetched(source=source, resolved=str(file), path=folder, digest=digest, files=files)
 
@@ -177,57 +183,10 @@ def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
 def _local_expert(folder: Path, where: str, required: bool) -> dict[str, Any] | None:
     path = folder / EXPERT_JSON
     if path.is_file():
-        return parse_expert_json(path.read_bytes(), str(path))
+        return read_expert_json(path)
     if required:
-        raise _no_expert_json(where)
+        raise no_expert_json(where)
     return None
-
-
-def _no_expert_json(where: str) -> StorageError:
-    hint = f"upload it again, {EXPERT_JSON} last"
-    return StorageError(f"{where} holds no {EXPERT_JSON}: it is no expert, or its upload never finished; {hint}")
-
-
-class FoundModel(BaseModel):
-    """A checkpoint in S3 as it is listed."""
-
-    model_config = ConfigDict(frozen=True)
-
-    uri: str
-    objects: dict[str, S3Object]
-    """The model's files, ``expert.json`` and the model card, by their names below ``uri``."""
-    expert: dict[str, Any] | None
-    sha256: dict[str, str]
-    """By name, what ``expert.json`` says."""
-
-
-def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
-    """What makes the checkpoint below a prefix in S3. Raises StorageError where there is none, or ``expert.json`` lists what is not there."""
-    uri = source.rstrip("/")
-    found = objects_below(uri)
-    if not found:
-        raise _nothing_there(uri)
-    contents = {name: f"{one.size}:{one.etag}" for name, one in found.items()}
-    names = model_files(found, taken_of(contents, lambda name: read_bytes(found[name].uri, etag=found[name].etag)))
-    if not names:
-        folders = sorted({name.split("/")[0] for name in found if "/" in name})[:8]
-        hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
-        raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
-    _check_one_gguf(source, names)
-    wanted, expert, sums = {name: found[name] for name in names}, None, {}
-    wanted |= {name: one for name, one in found.items() if is_beside(name) and name not in BESIDE}
-    if CARD in found:
-        wanted[CARD] = found[CARD]
-    if EXPERT_JSON in found:
-        wanted[EXPERT_JSON] = found[EXPERT_JSON]
-        expert = parse_expert_json(read_bytes(found[EXPERT_JSON].uri, etag=found[EXPERT_JSON].etag), join(uri, EXPERT_JSON))
-        sums = manifest_sha256(expert, join(uri, EXPERT_JSON))
-        lost = ", ".join(sorted(name for name in sums if name not in found))
-        if lost:
-            raise StorageError(f"{source}: {EXPERT_JSON} lists {lost}, which the prefix does not hold; upload the folder again")
-    elif require_expert_json:
-        raise _no_expert_json(source)
-    return FoundModel(uri=uri, objects=wanted, expert=expert, sha256=sums)
 
 
 def _fetch_s3(
@@ -238,23 +197,6 @@ def _fetch_s3(
     path, all_files = _bring(found.objects, expected, cache, threads, part_size, progress)
     files = {name: info for name, info in all_files.items() if not is_beside(name)}
     return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
-
-
-def _check_one_gguf(source: str, names: Iterable[str]) -> None:
-    """Raises StorageError where several GGUF files are all the weights there are, before one is downloaded."""
-    found = [name for name in names if name.endswith(GGUF)]
-    if len(found) > 1:
-        raise StorageError(
-            f"{source} holds {len(found)} GGUF files ({', '.join(found[:4])}, …); download the one that is meant, and name that file"
-        )
-
-
-def _nothing_there(uri: str) -> StorageError:
-    bucket, key = s3.split_uri(uri)
-    where = f"endpoint {s3.client().meta.endpoint_url}, bucket {bucket!r}, prefix {key!r}"
-    return StorageError(
-        f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket", reason="missing"
-    )
 
 
 def _bring(
@@ -271,7 +213,7 @@ def find_objects(uri: str, names: Sequence[str] | None = None) -> dict[str, S3Ob
     """The objects of these names below a prefix (all of them by default). Raises StorageError when there is none, or one is missing."""
     found = objects_below(uri)
     if not found:
-        raise _nothing_there(uri)
+        raise nothing_there(uri)
     if names is not None:
         lost = ", ".join(sorted(set(names) - set(found)))
         if lost:
@@ -332,7 +274,9 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
             *BESIDE,
             *(name for name in listed if is_beside(name) and name not in BESIDE),
         ]
-        _check_one_gguf(source, wanted)
+        check_one_gguf(
+            source, wanted, f"download the one that is meant (hf download {repo} {{name}} --local-dir .), and name that file"
+        )
         try:
             folder = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
         except Exception as error:  # the hub, its store of large files, the disk: each fails with classes of its own

@@ -6,6 +6,7 @@ The endpoint, region and credentials come from the environment or the AWS profil
 import base64
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ota_core.errors import StorageError
 from ota_core.names import why_unsafe
+from ota_core.reading import MAX_BYTES
 from tasks.settings import exchanged
 from tasks.storage.s3_answers import answered, check_listing, check_range, judge_answers
 from tasks.storage.s3_errors import BODY_ERRORS as BODY_ERRORS
@@ -260,12 +262,15 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str, *, etag: str | None = None) -> bytes:
-    """A whole small object; with ``etag`` only if it is still that one. Raises StorageError when it is not there, or not what was stored."""
+    """A whole small object; with ``etag`` only if it is still that one. Raises StorageError when it is not there, not what was stored, or
+    larger than any file that is read at once (``reading.MAX_BYTES``)."""
     s3, (bucket, key) = client(), split_uri(uri)
     condition = {"IfMatch": f'"{etag}"'} if etag else {}
 
     def ask() -> bytes:
         answer = s3.get_object(Bucket=bucket, Key=key, **condition)
+        if (size := int(answer.get("ContentLength", 0))) > MAX_BYTES:
+            raise StorageError(f"{uri} has {size} bytes, at most {MAX_BYTES} are read of such a file")
         content = bytes(answer["Body"].read())
         for kind, stated in expected_checksums(answer).items():
             seen = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
@@ -346,9 +351,9 @@ def expected_checksums(answer: dict[str, Any]) -> dict[str, str]:
     """
     known = {}
     checksum = answer.get("ChecksumSHA256", "")
-    if checksum and "-" not in checksum:
+    if re.fullmatch(r"[A-Za-z0-9+/]{43}=", checksum):
         known["sha256"] = base64.b64decode(checksum).hex()
-    elif "sha256" in answer.get("Metadata", {}):
+    elif re.fullmatch(r"[0-9a-fA-F]{64}", answer.get("Metadata", {}).get("sha256", "")):
         known["sha256"] = answer["Metadata"]["sha256"].lower()
     etag = answer.get("ETag", "").strip('"')
     encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer

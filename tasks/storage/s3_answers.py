@@ -59,6 +59,8 @@ def check_listing(page: dict[str, Any], bucket: str, prefix: str) -> None:
         problem = f"it lists {page['Name']!r}, prefix {page.get('Prefix')!r}"
     elif any(not {"Key", "Size", "ETag", "LastModified"} <= set(one) or not one["Key"].startswith(prefix) for one in listed):
         problem = "it lists objects without name, size, ETag or time, or of another prefix"
+    elif any(not 0 <= one["Size"] < 2**63 for one in listed):
+        problem = "it lists objects of an impossible size"
     elif count is not None and count != len(listed) + len(page.get("CommonPrefixes", [])):
         problem = f"it announces {count} objects and lists {len(listed)}"
     elif "IsTruncated" not in page or (page["IsTruncated"] and not page.get("NextContinuationToken")):

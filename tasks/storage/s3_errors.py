@@ -3,11 +3,13 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 from botocore import exceptions as boto_errors
 from botocore.parsers import ResponseParserError
 
+from ota_core.addresses import without_secrets
 from ota_core.errors import StorageError, StorageReason
 
 # What leaves a broken connection in the middle of a body; botocore retries requests, not the reading of their bodies.
@@ -50,6 +52,10 @@ class Asked:
 def split_uri(uri: str) -> tuple[str, str]:
     """(bucket, key or prefix) of ``s3://bucket/key``. Raises StorageError on anything else."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if "@" in bucket:
+        raise StorageError(
+            f"{without_secrets(uri)} held a key before the bucket; give keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or in a profile (AWS_PROFILE)"
+        )
     if not uri.startswith("s3://") or not bucket:
         raise StorageError(f"{uri!r} is not an S3 address; expected s3://bucket/prefix")
     return bucket, key
@@ -77,7 +83,13 @@ def s3_errors(action: str, uri: str, s3: Any, asked: Asked | None = None) -> Ite
     """
     counted = asked or Asked()
     try:
-        yield
+        try:
+            yield
+        except (RecursionError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if isinstance(error, boto_errors.BotoCoreError) or not by_library(error):
+                raise
+            said = f"the answer is none of S3's: {type(error).__name__} in the client's library; does a proxy stand between?"
+            raise StrangeAnswer(what=said) from error
     except boto_errors.ClientError as error:
         if asked is None:
             counted.note(error)
@@ -92,14 +104,21 @@ def s3_errors(action: str, uri: str, s3: Any, asked: Asked | None = None) -> Ite
         reason: StorageReason = "unavailable"
         if isinstance(error, boto_errors.ParamValidationError):
             hint, reason = "check the spelling of the bucket and key", "content"
-        said = " ".join(str(error).split())[:500]
+        said = " ".join(without_secrets(str(error)).split())[:500]
         times = f" ({counted})" if str(counted) else ""
         raise StorageError(f"{_where(action, uri, s3)}: {said}{times}; {hint}", reason=reason) from error
 
 
+def by_library(error: BaseException) -> bool:
+    """Whether an exception comes from within botocore, of an answer that it was not written for, and not from this package."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    theirs = max((i for i, name in enumerate(names) if name.startswith(("botocore.", "boto3.", "urllib3."))), default=-1)
+    return theirs > max((i for i, name in enumerate(names) if name.startswith(("tasks.", "ota_core."))), default=-1)
+
+
 def _where(action: str, uri: str, s3: Any) -> str:
     bucket, key = split_uri(uri)
-    return f"cannot {action} {uri} (endpoint {s3.meta.endpoint_url}, bucket {bucket!r}, key {key!r})"
+    return f"cannot {action} {uri} (endpoint {without_secrets(s3.meta.endpoint_url)}, bucket {bucket!r}, key {key!r})"
 
 
 def _explained(error: boto_errors.ClientError, action: str, uri: str, s3: Any, asked: Asked) -> StorageError:

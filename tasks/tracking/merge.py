@@ -83,7 +83,7 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
             if shown:
                 tags[_TABLES] = json.dumps([{"path": path, "type": "table"} for path in shown])
             if NOTE not in parent.data.tags:  # a description that somebody edited stays
-                tags[NOTE] = run.model_card or f"Merged weights: `{run.model_uri}`"
+                tags[NOTE] = _without_head(run.model_card) or f"Merged weights: `{run.model_uri}`"
             models = _models(client, experiment, run_id, run)
             log_values(client, parent, {"merge_method": run.method, **run.params}, run.metrics, tags, models[run.model_digest])
             show_columns(client, experiment, sorted(n for n in mlflow_names(run.metrics).values() if n.startswith("score/")))
@@ -108,6 +108,12 @@ def log_merge(run: MergeRun, *, tracking_uri: str | None = None, root: Path | No
                 )
                 note_version(client, models[run.model_digest], run.registered_model, version)
     return logged_run(store, experiment, run_id, version)
+
+
+def _without_head(card: str | None) -> str | None:
+    """The model card without its YAML, which MLflow would show as text in front of everything."""
+    head, mark, text = (card or "").partition("\n---\n")
+    return text.lstrip("\n") if mark and head.startswith("---\n") else card
 
 
 def log_benchmark(

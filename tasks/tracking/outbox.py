@@ -12,6 +12,8 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ota_core.artifact import write_text_atomic
 from ota_core.errors import OtaError, StorageError
 from tasks.evaluation.scores import ModelScores
+from tasks.tracking.kept_run import KeptRun, log_kept
 from tasks.tracking.merge import log_benchmark, log_merge
 from tasks.tracking.patience import LOGGING_SECONDS, within
 from tasks.tracking.run import InputRef, LoggedRun, MergeRun
@@ -69,13 +72,15 @@ class Unsent(BaseModel):
 
     store: str | None
     """The tracking server's address without a password; None for the embedded database."""
-    what: KeptMerge | BenchmarkRun = Field(discriminator="kind")
+    what: KeptMerge | BenchmarkRun | KeptRun = Field(discriminator="kind")
 
     def log(self, root: Path, tracking_uri: str | None = None) -> LoggedRun:
         """Tell MLflow. Raises StorageError."""
         uri = tracking_uri or noted_address(self.store, root)
         if isinstance(self.what, KeptMerge):
             return log_merge(self.what.run, tracking_uri=uri, root=root)
+        if isinstance(self.what, KeptRun):
+            return log_kept(self.what, resolve_store(tracking_uri=uri, root=root))
         one = self.what
         return log_benchmark(
             one.name, source=one.source, digest=one.digest, fingerprint=one.fingerprint, scores=one.scores, data=one.data,
@@ -83,21 +88,55 @@ class Unsent(BaseModel):
         )  # fmt: skip
 
 
-def tell(what: MergeRun | BenchmarkRun, *, home: Path, root: Path, tracking_uri: str | None = None) -> LoggedRun:
+@dataclass
+class Keeping:
+    """Whether the server was found away within ``keeping``."""
+
+    away: StorageError | None = None
+
+
+_keeping: ContextVar[Keeping | None] = ContextVar("keeping", default=None)
+WAITS = LoggedRun(run_id="", experiment_id="", url=None, model_version=None)
+"""What ``tell`` returns within ``keeping`` for what is kept."""
+
+
+@contextmanager
+def keeping() -> Iterator[Keeping]:
+    """Within this, what cannot be logged is kept, with a warning, and ends nothing: for parts of something larger, such as a study's merges.
+
+    A server that was away once is not asked again.
+    """
+    token = _keeping.set(found := Keeping())
+    try:
+        yield found
+    finally:
+        _keeping.reset(token)
+
+
+def tell(what: MergeRun | BenchmarkRun | KeptRun, *, home: Path, root: Path, tracking_uri: str | None = None) -> LoggedRun:
     """Log it, and then what an earlier run could not; what of the same merge waits is sent first.
 
-    root: folder of the embedded database. Takes at most ``LOGGING_SECONDS``. Raises StorageError, which names the file that keeps it.
+    A run that labels others, such as a study's, comes after all that waits. root: folder of the embedded database. Takes at most
+    ``LOGGING_SECONDS``. Raises StorageError, which names the file that keeps it.
     """
     resolved = resolve_store(tracking_uri=tracking_uri, root=root)
     store = None if resolved.uri == embedded(root).uri else resolved.shown
     unsent = Unsent(store=store, what=KeptMerge(run=what) if isinstance(what, MergeRun) else what)
-    path = _keep(unsent, home)
+    path, part_of = _keep(unsent, home), _keeping.get()
+    if part_of is not None and part_of.away is not None:
+        return WAITS
     waiting = {one: held for one, held in kept(home).items() if held.store == store and one != path}
-    for earlier in [one for one, held in waiting.items() if held.what.fingerprint == unsent.what.fingerprint]:
-        _try(earlier, waiting.pop(earlier), root)
+    labels = isinstance(what, KeptRun) and what.labels is not None
+    for earlier in [one for one, held in waiting.items() if labels or held.what.fingerprint == unsent.what.fingerprint]:
+        if not _try(earlier, waiting.pop(earlier), root) and labels:
+            break  # the others would have to wait as long
     try:
         logged = _send(path, unsent, root, tracking_uri)
     except StorageError as error:
+        if part_of is not None:
+            part_of.away = error
+            log.warning("%s. What was to be logged is kept in %s", error, path)
+            return WAITS
         raise StorageError(
             f"{error}. What was to be logged is kept in {path}: the next run sends it, or: ota sync", reason=error.reason
         ) from error

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ota_core.errors import OtaError
+from ota_core.reading import printable
 from tasks.tracking.names import REGISTERED_MODEL
 from tasks.tracking.run import REFERENCE
-from tasks.tracking.store import Store, quoted
+from tasks.tracking.store import NAME_LENGTH, Store, quoted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -89,6 +91,14 @@ def find_version(client: MlflowClient, digest: str, *, name: str = REGISTERED_MO
 def _versions(client: MlflowClient, digest: str, *, name: str) -> list[ModelVersion]:
     found = client.search_model_versions(f"name='{name}' and {quoted({TAG_DIGEST: digest})}")
     return sorted(found, key=lambda v: int(v.version))
+
+
+def check_model_name(name: str) -> None:
+    """Raise OtaError for what MLflow does not take, or cannot look for, as the name of a registered model."""
+    if not name or len(name) > NAME_LENGTH or set(name) & set("/:'\"`%") or name != printable(name):
+        raise OtaError(
+            f"registered_model: got {name[:80]!r}, expected a name of at most {NAME_LENGTH} characters without slashes, colons and quotes"
+        )
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:

@@ -130,7 +130,7 @@ def uncertainty(scores: ModelScores) -> dict[str, float]:
 class ChildRun(_Frozen):
     """One benchmarked model."""
 
-    name: str = Field(min_length=1, pattern=r"^[^'`]+$")
+    name: str = Field(min_length=1)
     role: Literal["base", "expert", "merge"]
     capability: str | None = None
     """An expert's own capability."""

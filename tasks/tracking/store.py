@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ota_core.addresses import holds_secret, without_secrets
 from ota_core.errors import StorageError
 from ota_core.frozen import Frozen
 from tasks.settings import allow_server
@@ -63,7 +64,7 @@ class Store(Frozen):
     @property
     def shown(self) -> str:
         """The URI without a user name and password, for messages."""
-        return _without_password(self.uri)
+        return without_secrets(self.uri)
 
 
 def resolve_store(*, tracking_uri: str | None = None, root: Path | None = None) -> Store:
@@ -73,9 +74,9 @@ def resolve_store(*, tracking_uri: str | None = None, root: Path | None = None) 
     Raises StorageError when none of the three is given.
     """
     if tracking_uri:
-        if _without_password(tracking_uri) != tracking_uri:
+        if holds_secret(tracking_uri):
             raise StorageError(
-                f"tracking_uri {_without_password(tracking_uri)} held a user name or a password, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                f"tracking_uri {without_secrets(tracking_uri)} held a user name or a password, which Prefect would keep; give them in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
                 "or in the address in MLFLOW_TRACKING_URI"
             )
         allow_server(tracking_uri, "tracking_uri", os.environ.get("MLFLOW_TRACKING_URI"))
@@ -100,7 +101,7 @@ def noted_address(shown: str | None, root: Path) -> str | None:
     if shown is None:
         return embedded(root).uri
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    return None if given and _without_password(given) == shown else shown
+    return None if given and without_secrets(given) == shown else shown
 
 
 def connect(store: Store) -> MlflowClient:
@@ -177,7 +178,7 @@ def artifact_errors(what: str, location: str, safe: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise StorageError(
-            f"{what} could not be stored at {_without_password(location)} ({_reason(error)}). {safe} "
+            f"{what} could not be stored at {without_secrets(location)} ({_reason(error)}). {safe} "
             "Check access to the artifact store, then run the same again"
         ) from error
 
@@ -290,12 +291,8 @@ def quoted(filters: Mapping[str, str]) -> str:
 
 def _reason(error: Exception) -> str:
     """What an error says, in one line."""
-    lines = _without_password(str(error)).strip().splitlines()
+    lines = without_secrets(str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"://[^/@\s]*@", "://", text)
 
 
 def _short_hash(text: str) -> str:

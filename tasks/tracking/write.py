@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ota_core.errors import OtaError
 from tasks.tracking.patience import MARKING_SECONDS, within
-from tasks.tracking.store import NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, batches, cut, mlflow_metrics, mlflow_names, quoted
+from tasks.tracking.store import NAME_LENGTH, PARAM_LENGTH, TAG_LENGTH, batches, cut, mlflow_metrics, mlflow_names, pages, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,13 +52,18 @@ def _origin() -> dict[str, str]:
 def find(client: MlflowClient, experiment: str, identity: Mapping[str, str]) -> Run | None:
     """The experiment's run with these tags, of several the oldest."""
     # A child that is the merge itself carries the merge's digest, too, but never the recipe's fingerprint.
-    found = client.search_runs([experiment], filter_string=quoted(identity))
+    asked = {key: value for key, value in identity.items() if "'" not in value}  # which MLflow's search cannot escape
+    found = [
+        run
+        for run in pages(client.search_runs, experiment_ids=[experiment], filter_string=quoted(asked))
+        if all(run.data.tags.get(key) == value for key, value in identity.items())
+    ]
     return min(found, key=lambda r: (r.info.start_time, r.info.run_id), default=None)
 
 
 @contextmanager
 def in_progress(client: MlflowClient, run: Run) -> Iterator[None]:
-    """RUNNING inside, FINISHED after, FAILED after an error. A run that was complete before stays FINISHED all along."""
+    """RUNNING inside, FINISHED after, FAILED after an error, KILLED where it was cancelled. A run that was complete before stays FINISHED."""
     if run.info.status == "FINISHED":
         yield
         return
@@ -67,9 +72,10 @@ def in_progress(client: MlflowClient, run: Run) -> Iterator[None]:
         client.update_run(run_id, status="RUNNING")
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        status = status_after(error)
         try:
-            within(MARKING_SECONDS, "marking it", lambda: client.set_terminated(run_id, status="FAILED"))
+            within(MARKING_SECONDS, "marking it", lambda: client.set_terminated(run_id, status=status))
         except Exception as second:  # the store is away: the first error says so, and must not be hidden by this one
             error.add_note(f"the run {run_id} could not be marked as failed either: {second}")
         raise
@@ -108,14 +114,19 @@ def log_values(
         client.log_batch(run.info.run_id, params=some_params, metrics=some_metrics, tags=some_tags, synchronous=True)
 
 
-def fails_with(fail: Callable[[], None]) -> Callable[[type[BaseException] | None, BaseException | None, object], None]:
-    """For an ExitStack: where an error ends it, ``fail`` marks the run in MLflow as failed, and the error passes."""
+def status_after(error: BaseException) -> str:
+    """The status of a run in MLflow that this ended: KILLED where a user or a signal did."""
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def fails_with(fail: Callable[[str], None]) -> Callable[[type[BaseException] | None, BaseException | None, object], None]:
+    """For an ExitStack: where an error ends it, ``fail`` gives the run in MLflow the status FAILED or KILLED, and the error passes."""
 
     def leave(kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is None:
             return
         try:
-            fail()
+            fail(status_after(error))
         except OtaError as second:
             error.add_note(str(second))
 

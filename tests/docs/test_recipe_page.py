@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from flows.cli.app import app
-from ota_core.recipe.recipe import Method
+from ota_core.recipe.methods import Method
 from tests.checkpoints import read_tensors
 from tests.tiny_models import perturb, write_tiny_llama
 
@@ -41,7 +41,10 @@ def test_a_recipe_of_the_page_runs(text: str, models: Path, tmp_path: Path) -> N
     result = CliRunner().invoke(app, ["merge", str(recipe), str(tmp_path / "merged"), "--home", str(tmp_path / "home")])
     assert result.exit_code == 0, result.output
     merged, base = read_tensors(tmp_path / "merged"), read_tensors(models / "base")
-    assert any(name not in base or (tensor != base[name]).any() for name, tensor in merged.items())
+    changed = (
+        name not in base or tensor.shape != base[name].shape or (tensor != base[name]).any() for name, tensor in merged.items()
+    )
+    assert any(changed)
     assert not list(tmp_path.glob(".merged*"))
 
 

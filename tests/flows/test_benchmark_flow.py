@@ -14,8 +14,8 @@ from flows.benchmark import benchmark_flow
 from flows.cli.app import app
 from tests.flows.merge_fixture import World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.openai_server import serving
 from tests.servers import flow_run_name, task_states
+from tests.tasks.evaluation.openai_server import serving
 from tests.tiny_suite import write_tiny_suite
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from ota_core.errors import OtaError
 from tasks.orchestration import prepare
+from tests.flows.cli.typed import invoke
 from tests.ota_core.engine.test_output import llama_experts
 from tests.servers import S3Test, free_port, wait_until
 from tests.tasks.storage.s3_proxy import Answer, Proxy
@@ -68,6 +69,39 @@ def test_nobody_at_the_address_is_one_message(tmp_path: Path, recipe: Path) -> N
         and "--no-server" in line
         and "ota merge" in line
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "RECIPE", "--suite", "none"), ("nightly", "deployments/nightly.yaml"), ("study", "deployments/studies/demo.yaml"),
+        ("study-real", "--only-models"), ("benchmark", "org/name", "--suite", "demo"), ("search", "RECIPE", "OUT", "--suite", "demo"),
+        ("tune", "RECIPE", "OUT", "--suite", "demo"), ("demo",), ("stack", "deploy"),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)  # fmt: skip
+def test_every_command_that_needs_it_says_so_once(
+    tmp_path: Path, recipe: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    for name in (
+        "PREFECT_SERVER_ANALYTICS_ENABLED",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS",
+        "PREFECT_CLIENT_MAX_RETRIES",
+    ):
+        monkeypatch.setenv(name, "0")  # put back after the test
+    words = {"RECIPE": str(recipe), "OUT": str(tmp_path / "out.yaml")}
+    address = f"127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: f"http://me:secret@{address}"}):
+        done = invoke(*(words.get(word, word) for word in command))
+    assert done.exit_code == 2 and "Traceback" not in done.output, (done.output, done.exception)
+    (line,) = [line for line in done.stderr.splitlines() if "Error" in line]
+    assert f"http://{address}" in line and "Prefect server" in line and "secret" not in done.output
+    assert not (tmp_path / "home").exists() or not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from flows.search import SearchOutcome, search_flow
 from flows.stage import stage
-from ota_core.errors import OtaError
+from ota_core.errors import OtaError, StorageError
 from ota_core.recipe.recipe import MergeRecipe, load_recipe
 from tasks.benchmark import Benchmark, TrialJob, trial_job
 from tasks.evaluation import harness, loading
@@ -32,9 +32,11 @@ from tasks.merging.inputs import fetch_all
 from tasks.merging.sources import planned
 from tasks.orchestration.executors import Pool
 from tasks.settings import places
+from tasks.tracking.outbox import kept, sync
+from tasks.tracking.run import LoggedRun
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.servers import flow_run_name, task_states
+from tests.servers import flow_run_name, free_port, task_states
 from tests.tasks.local.real.test_real_losses import LOSSES, TEXT
 from tests.tiny_suite import edited, read_rows, write_rows, write_tiny_suite
 
@@ -131,6 +133,42 @@ def test_a_search_scores_and_logs_every_trial_and_leaves_a_recipe(here: World, c
     kept = {one.path for one in client.list_artifacts(parent.info.run_id)}
     assert kept == {"recipe.yaml", "search.html", "plots", "tables"}
     assert [one.step for one in client.get_metric_history(parent.info.run_id, "best/avg")] == list(range(7))
+
+
+def test_a_server_that_is_away_ends_no_search_and_is_told_later(
+    here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs that it gets then are those that it would have got: the same search again finds them whole."""
+    search, out = config(here, budget={"trials": 3, "rungs": [4, 8]}), tmp_path / "best.yaml"
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        with pytest.raises(StorageError, match=r"(?s)MLflow at .* failed while logging 'search ota.*kept in .*unsent.*ota sync"):
+            run(here, search, out=str(out))
+    assert load_recipe(out).merge_method == "ota"
+    ((_, found),) = sync(here.home, here.home / "tracking", here.tracking_uri)
+    assert isinstance(found, LoggedRun) and not kept(here.home)
+    client = MlflowClient(tracking_uri=here.tracking_uri)
+
+    def everything() -> list[Any]:
+        runs = [
+            client.get_run(found.run_id),
+            *client.search_runs([found.experiment_id], f"tags.`mlflow.parentRunId` = '{found.run_id}'"),
+        ]
+        runs.sort(key=lambda one: one.info.run_id)
+        curves = [
+            (key, [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, key)])
+            for run in runs
+            for key in sorted(run.data.metrics)
+        ]
+        files = [sorted(one.path for one in client.list_artifacts(run.info.run_id)) for run in runs]
+        return [[(run.info.status, run.data.params) for run in runs], curves, files]
+
+    told = everything()
+    assert len(told[0]) == 4 and {status for status, _ in told[0]} == {"FINISHED"}
+    assert ("best/avg", 3) in [(key, len(points)) for key, points in told[1]]
+    again = run(here, search)
+    assert again.outcome.logged.run_id == found.run_id
+    assert [told[0], told[2]] == [everything()[0], everything()[2]], "the same runs, with nothing added"
 
 
 def test_the_same_again_computes_nothing_and_logs_nothing_twice(here: World, counts: Counter[str]) -> None:

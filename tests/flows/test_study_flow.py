@@ -14,13 +14,16 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.study import study_flow
+from ota_core.errors import StorageError
 from tasks.evaluation.kept import read_scores
 from tasks.experiments.study.study import StudyConfig
 from tasks.settings import places
 from tasks.storage.models import upload_folder
+from tasks.tracking.outbox import kept, sync
+from tasks.tracking.run import LoggedRun
 from tests.flows.merge_fixture import EXPERTS, RUN, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.servers import flow_run_name
+from tests.servers import flow_run_name, free_port
 from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
 
 
@@ -124,6 +127,31 @@ def test_the_summary_in_mlflow_is_one_run_however_often_the_study_runs(here: Wor
     merges = client.search_runs([outcome.logged.experiment_id], "tags.`study.summary` LIKE '%'")
     assert {run.data.tags["study.summary"] for run in merges} == {"ties density=0.2", "ties density=0.6"}
     assert {run.data.params["merge_method"] for run in merges} == {"ties"} and len(merges) == 2
+
+
+def test_a_server_that_is_away_ends_no_study_and_is_told_later(
+    here: World, counts: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    study = raw(here, {"merge_method": "ties", "parameters": {"density": [0.3, 0.7]}}, name="away")
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        with pytest.raises(StorageError, match=r"(?s)MLflow at .* failed while logging 'study away'.*kept in .*unsent.*ota sync"):
+            run(study, home=home).result()
+    assert counts["merge"] == 2 and (home / "studies" / "away" / "results.md").is_file()
+    assert [one.what.kind for one in kept(home).values()] == ["merge", "merge", "run"]
+    sent = list(sync(home, home / "tracking", here.tracking_uri))
+    assert all(isinstance(found, LoggedRun) for _, found in sent) and not kept(home)
+    client = MlflowClient(here.tracking_uri)
+    (one,) = client.search_runs([sent[-1][1].experiment_id], "tags.study = 'away'")
+    assert one.info.status == "FINISHED" and {"results.md", "study.json", "tables"} <= {
+        found.path for found in client.list_artifacts(one.info.run_id)
+    }
+    merges = client.search_runs([sent[-1][1].experiment_id], "tags.`study.away` LIKE '%'")
+    assert {run.data.tags["study.away"] for run in merges} == {"ties density=0.3", "ties density=0.7"}
+    counts.clear()
+    again = run(study, home=home).result()
+    assert again.computed == 0 and again.logged.run_id == one.info.run_id and not counts["merge"]
 
 
 def test_replicates_give_means_over_them(here: World) -> None:

@@ -68,19 +68,21 @@ def test_images_hold_what_pip_made_and_not_pip() -> None:
         assert values(target, "ENTRYPOINT") == ['["tini", "--"]'] and "tini" in runs
 
 
-def test_every_version_comes_from_a_lock() -> None:
+def test_every_file_comes_from_a_lock_with_its_hash() -> None:
     for target in TARGETS:
-        commands = [part for run in values(f"build-{target}", "RUN") for part in re.split(r"&&", run) if " install " in part]
-        assert commands
-        for command in commands:
-            if "--no-deps" in command:
-                assert target == "cpu" and "grep '^torch==' requirements.lock" in command
-                assert "--index-url" in command and "--extra-index-url" not in command, "only torch may come from elsewhere"
-            else:
-                assert "--constraint requirements.lock " in command
-                assert ("--constraint infra/requirements-cuda.lock" in command) == (target == "cuda")
-                assert f'".[{"gpu," if target == "cuda" else ""}kubernetes,postgres]"' in command
-        assert all("--mount=type=cache" in run for run in values(f"build-{target}", "RUN") if " install " in run)
+        runs = [run for run in values(f"build-{target}", "RUN") if " install " in run]
+        commands = [re.sub(r"\s+", " ", part).strip() for run in runs for part in re.split(r"&&", run) if " install " in part]
+        *packages, own = commands
+        assert own.endswith(" install --no-deps --no-build-isolation ."), "this package itself, with what is there"
+        locks = [re.findall(r"--requirement (\S+)", command) for command in packages]
+        torch = ["infra/requirements-torch-cpu.lock"]
+        last = ["requirements.lock"] if target == "cpu" else ["requirements.lock", "infra/requirements-cuda.lock"]
+        assert locks == [["setuptools.lock"], *([torch] if target == "cpu" else []), last]
+        for command, some in zip(packages, locks, strict=True):
+            assert "--no-deps" in command and "--require-hashes" in command and "--extra-index-url" not in command
+            assert ("--index-url" in command) == (some == torch), "only torch may come from elsewhere"
+            assert ("--no-build-isolation" in command) == (some == last), "a build would fetch its tools without a hash"
+        assert all("--mount=type=cache" in run or "--no-cache-dir" in run for run in runs)
 
 
 def test_nothing_secret_is_baked_in() -> None:

@@ -18,13 +18,14 @@ from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject, merged_subject
 from tasks.evaluation.suites import SuiteError, load_suite
 from tasks.mask import mask_jobs, mask_step
-from tasks.merge import merge_job, merge_step
+from tasks.merge import assemble_job, merge_job, merge_step, shard_jobs, shards_of
 from tasks.merging.inputs import model_sources
 from tasks.merging.sources import Planned, planned
 from tasks.settings import Places, places
 from tasks.storage import models as storage
 from tasks.storage.layout import write_expert_json
 from tests.flows.merge_fixture import EXPERTS, write_experts, write_v
+from tests.ota_core.plan.test_vocabulary import add_token
 from tests.tiny_models import perturb
 from tests.tiny_suite import write_rows, write_tiny_suite
 
@@ -254,3 +255,22 @@ def test_the_merged_models_digest_is_of_its_content(models: Path, where: Places)
         stream.seek(-1, 2)
         stream.write(b"\x55")
     assert storage.digest_folder(copy, cache=where.cache)[0] != subject.digest
+
+
+def test_notes_of_a_merge_in_parts_are_those_of_one_process(models: Path, where: Places, tmp_path: Path) -> None:
+    chat = perturb(models / "base", tmp_path / "chat", seed=5)
+    add_token(chat, "<|chat|>", 5)
+    raw = {
+        "merge_method": "linear", "base_model": str(models / "base"), "parameters": {"density": 0.5},
+        "models": [{"model": str(chat)}, {"model": str(models / "math")}],
+    }  # fmt: skip
+    job = merge_job(plan_of(MergeRecipe.model_validate(raw), where), 5000)
+    notes = read_record(Path(job.run(where).uri)).provenance["notes"]
+    assert any("left out ('<|chat|>')" in note and "has the norm" in note for note in notes)
+    assert any("without meaning for linear, and ignored, as mergekit ignores them: parameters.density" in note for note in notes)
+    elsewhere = places(tmp_path / "elsewhere", None)
+    files, surveyed = shards_of(job, elsewhere)
+    assert len(files) > 1 and not surveyed
+    parts = {part.shard: part.run(elsewhere) for part in shard_jobs(job, files, None)}
+    whole = assemble_job(job, parts).run(elsewhere)
+    assert read_record(Path(whole.uri)).provenance["notes"] == notes

@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+import zlib
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ class DcpFolder:
         """A pickled object of plain values; its tensors are notes of where they lie."""
         place = self._objects[name]
         try:
-            with zipfile.ZipFile(SourceFile(self._sources[place.file], place.offset, place.length)) as archive:
-                return self._unpickled(place, archive)
+            window = SourceFile(self._sources[place.file], place.offset, place.length)
+            with zipfile.ZipFile(window) as archive:
+                return self._unpickled(place, window, archive)
         except zipfile.BadZipFile as error:
             raise CheckpointError(
                 f"{self.path / place.file}: no object as torch.save writes it at byte {place.offset} ({error}); {AGAIN}"
@@ -149,7 +151,7 @@ class DcpFolder:
             try:
                 window = SourceFile(self._sources[place.file], place.offset, place.length)
                 with zipfile.ZipFile(window) as archive:
-                    saved = self._unpickled(place, archive)
+                    saved = self._unpickled(place, window, archive)
                     if not isinstance(saved, SavedTensor) or saved.dtype != dtype.name or saved.shape != chunk.sizes:
                         raise ValueError(f"they hold {saved!r:.200}, {dtype.name} of the shape {list(chunk.sizes)} was expected")
                     record = next(info for info in archive.infolist() if info.filename.endswith(f"/data/{saved.storage}"))
@@ -162,7 +164,7 @@ class DcpFolder:
                 raise CheckpointError(f"{where}: no tensor as torch.save writes it ({error!s:.300}); {AGAIN}") from None
         return self._starts[place]
 
-    def _unpickled(self, place: Place, archive: zipfile.ZipFile) -> Any:
+    def _unpickled(self, place: Place, window: SourceFile, archive: zipfile.ZipFile) -> Any:
         name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if name is None:
             raise CheckpointError(f"{self.path / place.file}: no data.pkl at byte {place.offset}, torch.save writes one; {AGAIN}")
@@ -170,7 +172,12 @@ class DcpFolder:
             record = archive.getinfo(name)
             if record.compress_type != zipfile.ZIP_STORED or record.file_size > place.length:
                 raise ValueError("its record is compressed, torch.save stores records as they are")
-            return unpickle(archive.read(name), RECORDS)
+            window.seek(archive_header(window, record))
+            held = window.read(record.file_size)
+            # Without the sum of its bytes, which torch leaves away where it is told to (set_crc32_options), it is 0.
+            if len(held) < record.file_size or (record.CRC and zlib.crc32(held) != record.CRC):
+                raise ValueError("its bytes are not those that were written")
+            return unpickle(held, RECORDS)
         except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed
             raise CheckpointError(
                 f"{self.path / place.file}: the object at byte {place.offset} cannot be read: {type(error).__name__}: {error!s:.300}; {AGAIN}"

@@ -9,6 +9,7 @@ from typing import Any
 from ota_core.errors import CheckpointError
 from ota_core.files.pickled.unpickle import unpickle
 from ota_core.files.rows import NAMED, Dtype
+from ota_core.reading import read_file
 
 METADATA = ".metadata"
 AGAIN = "fetch or save the checkpoint again"
@@ -58,7 +59,7 @@ def read_metadata(folder: Path) -> Listing:
     """Raises CheckpointError, naming the file, when it is missing, damaged, names code, or does not describe whole tensors."""
     path = folder / METADATA
     try:
-        saved = unpickle(path.read_bytes(), RECORDS)
+        saved = unpickle(read_file(path), RECORDS)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; a folder of torch.distributed.checkpoint needs it: fetch it") from None
     except Exception as error:  # a damaged or hostile pickle can raise anything; nothing of it has been executed

@@ -1,5 +1,6 @@
-"""One GGUF file as named tensors. Only the rows that are asked for are dequantised, by the ``gguf`` package, to float32."""
+"""A GGUF file, in one part or several, as named tensors. Only the rows that are asked for are dequantised, by the ``gguf`` package, to float32."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,7 +14,7 @@ from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf, numbers, open_source
 from ota_core.files.gguf.names import Part, config_of, parts_of
 from ota_core.files.rows import BF16, F16, F32, F64, Dtype, Rows
-from ota_core.files.safetensors_io import TensorInfo
+from ota_core.files.safetensors_io import TensorInfo, other_format
 
 _PLAIN = {"F32": F32, "F16": F16, "BF16": BF16, "F64": F64}
 # Metadata of a model's form; the tokenizer's tables are not read here.
@@ -22,6 +23,8 @@ _FORM = ("general.", "split.")
 
 @dataclass(frozen=True)
 class _Stored:
+    file: int
+    """Which of the model's files."""
     offset: int
     kind: Any
     """Its type, of ``gguf.GGMLQuantizationType``."""
@@ -32,34 +35,55 @@ class _Stored:
 class GgufFile:
     """A GGUF file, opened for reading, with the names of Hugging Face's class. Raises CheckpointError for what cannot be read."""
 
-    def __init__(self, path: Path, source_of: SourceOf | None = None) -> None:
-        self.path = path
+    def __init__(self, paths: Sequence[Path], source_of: SourceOf | None = None) -> None:
+        """``paths``: the parts of one model in their order; the first holds its configuration."""
+        self.path = paths[0]
         try:
             import gguf
         except ModuleNotFoundError:
-            raise CheckpointError(f"{path}: GGUF is read with the package gguf: pip install gguf") from None
-        try:
-            reader = gguf.GGUFReader(path)
-            metadata = _metadata(reader)
-            self._stored = {one.name: _stored(gguf, one) for one in reader.tensors}
-        except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.path}: GGUF is read with the package gguf: pip install gguf") from None
+        self._stored: dict[str, _Stored] = {}
+        metadata = self._opened(gguf, paths)
+        if metadata.get("split.count", 0) not in (0, len(paths)):
             raise CheckpointError(
-                f"{path} cannot be read as GGUF ({type(error).__name__}: {error}); fetch the file again"
-            ) from None
-        if metadata.get("split.count", 0) not in (0, 1):
-            raise CheckpointError(
-                f"{path} is one of {metadata['split.count']} parts; join them with llama-gguf-split --merge and name the joined file"
+                f"{self.path} is one of {metadata['split.count']} parts, which are found by their names, NAME-00001-of-{metadata['split.count']:05}.gguf; "
+                "give them these, or join them with llama-gguf-split --merge"
             )
-        self._parts = parts_of(path, metadata, {name: one.shape for name, one in self._stored.items()})
+        if metadata.get("split.tensors.count", len(self._stored)) != len(self._stored):
+            raise CheckpointError(
+                f"{self.path} and its parts hold {len(self._stored)} tensors, its metadata says {metadata['split.tensors.count']}; fetch them again"
+            )
+        self._parts = parts_of(self.path, metadata, {name: one.shape for name, one in self._stored.items()})
         self.config = config_of(metadata, self._parts)
         self.infos = {name: self._info(name, part) for name, part in self._parts.items()}
         self.kept = self._usual_type()
-        self._source = open_source(path, source_of)
-        ends = [one.offset + matrix_shape(one.shape)[0] * one.row_bytes for one in self._stored.values()]
-        if max(ends, default=0) > self._source.size:
-            raise CheckpointError(
-                f"{path} is truncated: its tensors need {max(ends)} bytes, {self._source.size} are there; fetch it again"
-            )
+        self._sources = [open_source(path, source_of) for path in paths]
+        for i, (path, source) in enumerate(zip(paths, self._sources, strict=True)):
+            ends = [one.offset + matrix_shape(one.shape)[0] * one.row_bytes for one in self._stored.values() if one.file == i]
+            if max(ends, default=0) > source.size:
+                self.close()
+                raise CheckpointError(
+                    f"{path} is truncated: its tensors need {max(ends)} bytes, {source.size} are there; fetch it again"
+                )
+
+    def _opened(self, gguf: Any, paths: Sequence[Path]) -> dict[str, Any]:
+        """The first file's metadata; the tensors of all files are noted."""
+        metadata: dict[str, Any] = {}
+        for i, path in enumerate(paths):
+            try:
+                reader = gguf.GGUFReader(path)
+                metadata = _metadata(reader) if i == 0 else metadata
+                held = {one.name: _stored(gguf, one, i) for one in reader.tensors}
+            except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
+                with open(path, "rb") as file:
+                    seen = other_format(file.read(16))
+                raise CheckpointError(
+                    f"{path} cannot be read as GGUF ({type(error).__name__}: {error}).{seen} Fetch the file again"
+                ) from None
+            if twice := sorted(held.keys() & self._stored.keys()):
+                raise CheckpointError(f"{path}: tensor '{twice[0]}' is in an earlier part, too; fetch the parts again")
+            self._stored |= held
+        return metadata
 
     def read_rows(self, name: str, start: int, stop: int) -> Rows:
         """As ``SafetensorsFile.read_rows``; what is quantised comes as float32."""
@@ -84,13 +108,15 @@ class GgufFile:
         one = self._stored[part.stored]
         rows = matrix_shape(part.shape)[0]
         start, stop = part.first + min(start, rows), part.first + min(stop, rows)
-        self._source.prefetch(one.offset + start * one.row_bytes, one.offset + stop * one.row_bytes)
+        self._sources[one.file].prefetch(one.offset + start * one.row_bytes, one.offset + stop * one.row_bytes)
 
     def drop_pages(self) -> None:
-        self._source.drop()
+        for source in self._sources:
+            source.drop()
 
     def close(self) -> None:
-        self._source.close()
+        for source in self._sources:
+            source.close()
 
     def _rows(self, part: Part, start: int, stop: int) -> NDArray[Any]:
         import gguf
@@ -100,10 +126,10 @@ class GgufFile:
         offset, size = one.offset + start * one.row_bytes, (stop - start) * one.row_bytes
         plain = _PLAIN.get(one.kind.name)
         if plain is not None:
-            return numbers(self._source, offset, (stop - start) * cols, plain.held).reshape(stop - start, cols)
+            return numbers(self._sources[one.file], offset, (stop - start) * cols, plain.held).reshape(stop - start, cols)
         if start == stop:
             return np.empty((0, cols), np.float32)
-        raw = numbers(self._source, offset, size, np.uint8).reshape(stop - start, one.row_bytes)
+        raw = numbers(self._sources[one.file], offset, size, np.uint8).reshape(stop - start, one.row_bytes)
         return gguf.dequantize(raw, one.kind).reshape(stop - start, cols)
 
     def _info(self, name: str, part: Part) -> TensorInfo:
@@ -125,7 +151,7 @@ def _metadata(reader: Any) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items() if name.startswith((*_FORM, f"{named}."))}
 
 
-def _stored(gguf: Any, tensor: Any) -> _Stored:
+def _stored(gguf: Any, tensor: Any, file: int) -> _Stored:
     kind, shape = tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape.tolist()))
     block, size = gguf.GGML_QUANT_SIZES[kind]
     cols = matrix_shape(shape)[1]
@@ -137,4 +163,4 @@ def _stored(gguf: Any, tensor: Any) -> _Stored:
             gguf.dequantize(np.zeros((1, size), np.uint8), kind)
         except NotImplementedError:
             raise ValueError(f"{tensor.name} is of the type {kind.name}, which the package gguf cannot dequantise") from None
-    return _Stored(int(tensor.data_offset), kind, shape, cols // block * size)
+    return _Stored(file, int(tensor.data_offset), kind, shape, cols // block * size)

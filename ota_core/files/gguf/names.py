@@ -50,6 +50,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 # Tables that follow from the configuration; no class of transformers stores them.
 _IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_SIZES = {"head_dim": "attention.key_length", "moe_intermediate_size": "expert_feed_forward_length"}
+_MIXTRAL = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+"""Settings of transformers by the keys of the metadata behind the architecture: those that transformers' own reading leaves out of some."""
 _STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
@@ -131,9 +134,11 @@ def config_of(metadata: Mapping[str, Any], parts: Mapping[str, Part]) -> dict[st
     named = str(metadata.get("general.architecture"))
     one = ARCHITECTURES[named]
     embedding = parts.get("model.embed_tokens.weight")
-    model_type = "mixtral" if named == "llama" and f"{named}.expert_count" in metadata else one.model_type
+    mixtral = named == "llama" and bool(metadata.get(f"{named}.expert_count"))
+    sizes = {key: metadata.get(f"{named}.{stored}") for key, stored in (_SIZES | (_MIXTRAL if mixtral else {})).items()}
     return {
-        "model_type": model_type,
+        "model_type": "mixtral" if mixtral else one.model_type,
+        **{key: int(size) for key, size in sizes.items() if size},
         "tie_word_embeddings": "lm_head.weight" not in parts,
         **({"vocab_size": embedding.shape[0]} if embedding else {}),
     }

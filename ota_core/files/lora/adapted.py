@@ -2,9 +2,11 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from math import prod
 from pathlib import Path
 from threading import Lock
+from typing import Self
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, open_weights, weight_files
+from ota_core.files.layouts.relaid import RelaidWeights
 from ota_core.files.lora.config import read_config
 from ota_core.files.lora.edits import Edit, Factors, LowRank, Numbers
 from ota_core.files.lora.find_edits import find_edits
@@ -66,6 +69,16 @@ class AdaptedCheckpoint(Checkpoint):
         self.base.leave_aside(names)
         self._whole = {name: stored for name, stored in self._whole.items() if name not in names}
         self._edits = {name: edits for name, edits in self._edits.items() if name not in names}
+
+    def as_it_is(self) -> Self:
+        found = copy(self)
+        found.base = self.base.as_it_is()
+        return found
+
+    def replace(self, names: Collection[str], made: RelaidWeights) -> None:
+        """The new tensors hold the edits of those whose place they take."""
+        self.leave_aside(names)
+        self.base.replace((), made)
 
     def __contains__(self, name: str) -> bool:
         return name in self.base or name in self._whole

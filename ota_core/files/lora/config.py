@@ -9,6 +9,7 @@ from typing import Any
 
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.checkpoint import ADAPTER_CONFIG, read_json
+from ota_core.reading import MAX_ROWS, quoted
 
 # Variants whose result depends on the input, or whose base is not the one that the adapter names.
 _REFUSED = {
@@ -90,34 +91,49 @@ def read_config(folder: Path) -> AdapterConfig:
         )
     rank, alpha = said.get("r"), said.get("lora_alpha")
     way_out = "correct it, or merge the adapter into its base with PEFT (merge_and_unload) and name the merged model"
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(f"{path} of a LoRA adapter: r is {rank!r}, expected a whole number of at least 1; {way_out}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        problems.append(f"{path} of a LoRA adapter: lora_alpha is {alpha!r}, expected a number; {way_out}")
+    if type(rank) is not int or not 1 <= rank < MAX_ROWS:
+        problems.append(f"{path} of a LoRA adapter: r is {quoted(rank)}, expected a whole number of at least 1; {way_out}")
+    if not _is_number(alpha):
+        problems.append(f"{path} of a LoRA adapter: lora_alpha is {quoted(alpha)}, expected a number; {way_out}")
     for key in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(path, key, said.get(key))
-    raise_all(problems, CheckpointError)
     tokens = said.get("trainable_token_indices") or ()
+    if not all(map(_are_rows, tokens.values() if isinstance(tokens, dict) else [tokens])):
+        problems.append(f"{path}: trainable_token_indices is {quoted(tokens)}, expected rows of the embedding; {way_out}")
+    named, base = said.get("target_parameters") or (), said.get("base_model_name_or_path")
+    if not isinstance(named, list | tuple) or not all(isinstance(one, str) for one in named):
+        problems.append(f"{path}: target_parameters is {quoted(named)}, expected names of parameters; {way_out}")
+    if base is not None and not isinstance(base, str):
+        problems.append(f"{path}: base_model_name_or_path is {quoted(base)}, expected the model's name; {way_out}")
+    raise_all(problems, CheckpointError)
     return AdapterConfig(
         folder=folder, rank=int(said["r"]), alpha=float(said["lora_alpha"]), rslora=bool(said.get("use_rslora")),
         dora=bool(said.get("use_dora")), fan_in_fan_out=bool(said.get("fan_in_fan_out")), rank_pattern=said.get("rank_pattern") or {},
-        alpha_pattern=said.get("alpha_pattern") or {}, target_parameters=tuple(said.get("target_parameters") or ()),
+        alpha_pattern=said.get("alpha_pattern") or {}, target_parameters=tuple(named),
         token_indices={key: tuple(rows) for key, rows in tokens.items()} if isinstance(tokens, dict) else tuple(tokens),
-        base=said.get("base_model_name_or_path") or None,
+        base=base or None,
     )  # fmt: skip
+
+
+def _are_rows(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(type(row) is int and 0 <= row < MAX_ROWS for row in given)
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and abs(given) <= 2**53
 
 
 def _pattern_problems(path: Path, key: str, given: Any) -> list[str]:
     if not given:
         return []
     if not isinstance(given, dict):
-        return [f"{path}: {key} is {given!r:.80}, expected modules with a number of each"]
+        return [f"{path}: {key} is {quoted(given, 80)}, expected modules with a number of each"]
     found = []
     for pattern, value in given.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or (key == "rank_pattern" and value < 1):
-            found.append(f"{path}: {key} gives '{pattern}' the value {value!r:.80}, expected a number")
+        if not _is_number(value) or (key == "rank_pattern" and not (type(value) is int and 1 <= value < MAX_ROWS)):
+            found.append(f"{path}: {key} gives {quoted(pattern, 80)} the value {quoted(value, 80)}, expected a number")
         try:
             re.compile(pattern)
         except re.error as error:
-            found.append(f"{path}: {key}: '{pattern}' is no regular expression ({error})")
+            found.append(f"{path}: {key}: {quoted(pattern, 80)} is no regular expression ({error})")
     return found

@@ -18,8 +18,8 @@ _SHOWN = 8
 # Layers whose class stores weights as (in, out); the configuration says so, unless layers of both kinds were trained.
 CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-# Models that store their experts' stacks as (E, in, out).
-_STACKS_BY_INPUT = frozenset({"gpt_oss", "llama4", "llama4_text"})
+# Models whose experts' stacks PEFT takes as (E, in, out), as their classes say (is_transposed).
+STACKS_BY_INPUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 
 
 @dataclass
@@ -60,6 +60,11 @@ def find_edits(config: AdapterConfig, tensors: AdapterTensors, base: Checkpoint)
     return finder.found
 
 
+def innermost_first(parameter: str) -> tuple[bool, str]:
+    """Sorts the parameters of one module as PEFT wraps them, in the order in which classes register them: what leads out comes last."""
+    return any(part in parameter for part in ("down", "w2")), parameter
+
+
 def _gathered(*shapes: tuple[int, ...]) -> str:
     """Why factors are empty, where they are."""
     return (
@@ -84,7 +89,7 @@ class _Finder:
                 seen, expected = self._tensors.shape(stored), self._base.info(place).shape
                 # A vocabulary may have grown.
                 if seen[1:] != expected[1:] or (seen != expected and len(seen) < 2):
-                    self._problem(f"{name} has the shape {list(seen)}, the base's is {list(expected)}")
+                    self._problem(f"{name} has the shape {list(seen)}, the base's is {list(expected)}{_gathered(seen)}")
             self.found.whole[place] = stored
 
     def take_module(self, module: str) -> None:
@@ -192,7 +197,7 @@ class _Finder:
             for name in self._config.target_parameters
             if f".{module}.{name.rpartition('.')[2]}".endswith(f".{name}")
         ]
-        return sorted(set(targets), key=lambda name: (any(part in name for part in ("down", "w2")), name))
+        return sorted(set(targets), key=innermost_first)
 
     def take_parameters(self, module: str, wrappers: list[str]) -> None:
         """Parameters of a module, stacks of experts above all: PEFT wraps the module once for each, the first parameter innermost."""
@@ -238,7 +243,7 @@ class _Finder:
     def _stack_turned(self, matrix: tuple[int, ...], outs: int, ins: int) -> bool:
         if outs != ins:
             return matrix == (ins, outs)
-        return self._model in _STACKS_BY_INPUT
+        return self._model in STACKS_BY_INPUT
 
     def _stack_factors(self, kinds: dict[str, str], count: int, turned: bool) -> Callable[[], Factors]:
         """A is (E·r, in), expert by expert; B is (out, r·E), whose columns run through the experts first."""

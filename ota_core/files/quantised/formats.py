@@ -7,6 +7,7 @@ from typing import Any
 from ota_core.files.quantised.bnb4 import PARTS, STATE, Bnb4
 from ota_core.files.quantised.codes import TABLES
 from ota_core.files.quantised.mxfp4 import Mxfp4
+from ota_core.files.quantised.packed import Packed
 from ota_core.files.quantised.scaled import Grid, Misfit, Scaled, unpacked
 from ota_core.files.quantised.stored import Coded, Stored
 
@@ -43,7 +44,7 @@ class Found:
 def find(tensors: Tensors, method: str, settings: Mapping[str, Any]) -> Found:
     """All codes of the known ways among a model's tensors, whatever the configuration says of them."""
     found = Found()
-    for finder in (_bitsandbytes4, _bitsandbytes8, _mxfp4, _scaled):
+    for finder in (_bitsandbytes4, _bitsandbytes8, _mxfp4, _packed, _scaled):
         taken = {*found.places.values(), *found.parts}
         finder({name: one for name, one in tensors.items() if name not in taken}, method, settings, found)
     if found.weights:
@@ -120,6 +121,36 @@ def _scaled(tensors: Tensors, method: str, settings: Mapping[str, Any], found: F
             found.problems.append(f"'{name}' {error}")
             continue
         found.add(weight, name, coded, {scale, *({zero, shape} & tensors.keys()), *factors})
+
+
+def _packed(tensors: Tensors, method: str, settings: Mapping[str, Any], found: Found) -> None:
+    for name in [name for name in tensors if name.endswith("weight_packed") and tensors[name].code == "I32"]:
+        weight = name.removesuffix("_packed")
+        beside = {end: tensors.get(weight + end) for end in ("_shape", "_scale", "_zero_point", "_g_idx")}
+        scale = beside["_scale"]
+        if scale is None:
+            found.problems.append(f"'{name}' (packed integers) has no '{weight}_scale' beside it")
+            continue
+        bits, group = _widths(settings)
+        try:
+            coded = Packed(
+                tensors[name], beside["_shape"], scale, beside["_zero_point"], beside["_g_idx"], bits=bits, group=group
+            )
+        except Misfit as error:
+            found.problems.append(f"'{name}' {error}")
+            continue
+        found.add(weight, name, coded, {weight + end for end, one in beside.items() if one is not None})
+
+
+def _widths(settings: Mapping[str, Any]) -> tuple[tuple[int, ...], int | None]:
+    """Bits of a code that the configuration speaks of, 4 where it is silent, and columns of a group where that is one number for all."""
+    groups = settings.get("config_groups")
+    stated = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    weights = [one for one in stated if isinstance(one, dict)]
+    bits = {one["num_bits"] for one in weights if isinstance(one.get("num_bits"), int)}
+    sizes = {one.get("group_size") for one in weights}
+    size = sizes.pop() if len(sizes) == 1 else None
+    return tuple(sorted(bits)) or (4,), size if isinstance(size, int) and size > 0 else None
 
 
 def _is_packed(name: str, codes: Stored, method: str) -> bool:

@@ -18,9 +18,11 @@ from ota_core.files.safetensors_io import TensorInfo
 _PLAIN = {dtype.code for dtype in NUMBERS}
 _COUNTERS = {"I64", "BOOL"}
 """Types of buffers that plain models have, too: positions, masks, steps."""
-_WORDS = {"fp8": "FP8", "int8": "8-bit integers", "nf4": "NF4 (4-bit)", "fp4": "FP4 (4-bit)", "mxfp4": "MXFP4", "nvfp4": "NVFP4"}
+_WORDS = {
+    "fp8": "FP8", "int8": "8-bit integers", "int4": "4-bit integers", "int2": "2-bit integers", "int1": "1-bit integers", "nf4": "NF4 (4-bit)", "fp4": "FP4 (4-bit)", "mxfp4": "MXFP4", "nvfp4": "NVFP4",
+}  # fmt: skip
 # Formats of compressed-tensors whose weights are something else than codes times scales.
-_OTHER_FORMATS = {"pack-quantized", "marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized"}
+_OTHER_FORMATS = {"marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized"}
 SHOWN = 4
 
 

@@ -1,8 +1,9 @@
 """What a model's folder says of its quantisation: ``quantization_config`` of config.json, or hf_quant_config.json of NVIDIA's modelopt."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ota_core.reading import json_value, read_file
 
 KEYS = ("quantization_config", "compression_config", "quantization")
 """Keys of config.json that describe a quantisation: transformers', old compressed-tensors', MLX'. An output never has them."""
@@ -17,8 +18,8 @@ def quantisation_settings(folder: Path, config: dict[str, Any]) -> tuple[str, di
                 return _method(settings, key), settings
     if (folder / MODELOPT).is_file():
         try:
-            found = json.loads((folder / MODELOPT).read_text(encoding="utf-8"))
-        except ValueError:
+            found = json_value(read_file(folder / MODELOPT))
+        except (OSError, ValueError):
             return "", {}
         settings = found.get("quantization") if isinstance(found, dict) else None
         if isinstance(settings, dict):

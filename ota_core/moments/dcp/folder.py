@@ -11,6 +11,7 @@ from ota_core.files.dcp import METADATA
 from ota_core.moments.base import Moments
 from ota_core.moments.dcp.common import COMMON
 from ota_core.moments.match import Layout
+from ota_core.reading import read_file
 
 V = b"exp_avg_sq"
 PARTS = "*.distcp"
@@ -32,9 +33,9 @@ def is_dcp(path: Path) -> bool:
     if not path.is_dir():
         return path.name == METADATA or path.suffix == ".distcp"
     try:
-        return (path / METADATA).is_file() and V in (path / METADATA).read_bytes()
+        return (path / METADATA).is_file() and V in read_file(path / METADATA)
     except OSError as error:
-        raise MomentsError(f"{path / METADATA} cannot be opened ({error.strerror}): check its permissions") from None
+        raise MomentsError(f"{path / METADATA} cannot be opened ({error.strerror or error}): check its permissions") from None
 
 
 def dcp_files(path: Path) -> list[Path]:

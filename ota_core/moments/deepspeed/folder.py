@@ -12,6 +12,9 @@ from ota_core.errors import MomentsError
 from ota_core.files.byte_source import SourceOf
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
+from ota_core.moments.pointers import pointer
+from ota_core.names import why_unsafe
+from ota_core.reading import quoted
 
 OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<part>\d+)_?optim_states\.pt")
 EXPERTS = re.compile(r"(?:bf16_|fp16_)?(?:zero_pp_rank_\d+_mp_rank_\d+_?expp?|expp)_rank_.*optim_states\.pt")
@@ -72,9 +75,9 @@ def open_deepspeed(path: Path, layout: Layout, source_of: SourceOf | None) -> Mo
 
 
 def _tag(latest: Path) -> str:
-    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not tag or Path(tag).name != tag:
-        raise MomentsError(f"{latest} holds {tag!r:.100}; the name of a folder beside it was expected: write it again")
+    tag = pointer(latest)
+    if "/" in tag or why_unsafe(tag):
+        raise MomentsError(f"{latest} holds {quoted(tag, 100)}; the name of a folder beside it was expected: write it again")
     return tag
 
 

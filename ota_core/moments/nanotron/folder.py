@@ -3,6 +3,7 @@
 From the public source: nanotron/serialize/optimizer.py. ``latest.txt`` beside the steps' folders holds the newest step's number.
 """
 
+import re
 from pathlib import Path
 
 from ota_core.errors import MomentsError
@@ -10,6 +11,7 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.moments.base import Moments
 from ota_core.moments.match import Layout
 from ota_core.moments.nanotron.files import CONFIG, FOLDER, LATEST, MODEL_CONFIG, RANK, rank_files
+from ota_core.moments.pointers import pointer
 
 
 def find_nanotron(folder: Path) -> list[Path]:
@@ -20,10 +22,10 @@ def find_nanotron(folder: Path) -> list[Path]:
         return [folder / FOLDER]
     if not (folder / LATEST).is_file():
         return []
-    step = (folder / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    found = folder / step / FOLDER
-    if not step.isdigit():
+    step = pointer(folder / LATEST)
+    if not re.fullmatch(r"[0-9]{1,18}", step):
         return []  # somebody else's latest.txt
+    found = folder / step / FOLDER
     if not rank_files(found):
         raise MomentsError(f"{folder / LATEST} names step {step}, and {found} holds no optimizer of nanotron: fetch it again")
     return [found]

@@ -5,7 +5,6 @@ Under ZeRO 1 every parameter is flattened and cut over the ranks of data paralle
 which parameter; a stage of pipeline parallelism holds its own layers, whose names count over all stages.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ota_core.moments.nanotron.files import CONFIG, MODEL, MODEL_CONFIG, RANK, r
 from ota_core.moments.nanotron.names import TITLE, take_all
 from ota_core.moments.pieces import PiecedMoments, Run
 from ota_core.moments.safetensors_file import open_file
+from ota_core.reading import json_value, read_file
 
 AGAIN = "fetch the checkpoint again"
 
@@ -240,7 +240,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json_value(read_file(path))
+    except (ValueError, OSError) as error:
         raise MomentsError(f"{path} is not readable JSON ({error}): {AGAIN}") from None
     return mapping(value, str(path))

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import read_json
+from ota_core.reading import read_text
 from ota_core.recipe.chat_templates import AUTO_TEMPLATE, TEMPLATES
 from ota_core.recipe.recipe import MergeRecipe
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+OLD = "chat_template.json"
+"""Where processors of models that see kept it before."""
 
 
 def chat_template(recipe: MergeRecipe, folders: Sequence[Path]) -> str:
@@ -27,12 +30,16 @@ def chat_template(recipe: MergeRecipe, folders: Sequence[Path]) -> str:
 
 
 def template_in(folder: Path) -> str | None:
-    """A model's chat template; None where it has none."""
+    """A model's chat template; None where it has none. Raises CheckpointError for damaged files."""
     if (folder / FILE).is_file():
-        return (folder / FILE).read_text(encoding="utf-8")
-    own = read_json(folder / CONFIG).get("chat_template") if (folder / CONFIG).is_file() else None
+        try:
+            return read_text(folder / FILE)
+        except OSError as error:
+            raise CheckpointError(f"{folder / FILE} cannot be read as text ({error}); fetch it again") from None
+    file = next((folder / name for name in (OLD, CONFIG) if (folder / name).is_file()), None)
+    own = read_json(file).get("chat_template") if file is not None else None
     if isinstance(own, list):  # several by name
-        own = next((one.get("template") for one in own if one.get("name") == "default"), None)
+        own = next((one.get("template") for one in own if isinstance(one, dict) and one.get("name") == "default"), None)
     return own if isinstance(own, str) else None
 
 

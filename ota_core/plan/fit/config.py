@@ -1,10 +1,12 @@
 """Configurations of a merge's models: a difference that changes what the weights mean makes their average a wrong model."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from math import isclose
 from typing import Any
 
 from ota_core.files.architecture import ties
+from ota_core.reading import quoted
 
 # Settings that no tensor's shape shows, by transformers' names for them. Compared where both configurations say them: what a class
 # does where its configuration is silent is known to transformers alone.
@@ -112,9 +114,10 @@ def _same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_same, one, other))
     numbers = (int, float)
     if isinstance(one, numbers) and isinstance(other, numbers):
-        return isclose(one, other, rel_tol=1e-5)  # an eps that went through float32
+        with suppress(OverflowError):  # an integer beyond any float
+            return isclose(one, other, rel_tol=1e-5)  # an eps that went through float32
     return bool(one == other)
 
 
 def _said(value: Any) -> str:
-    return "none" if value is None or value == {} else str(value)
+    return "none" if value is None or value == {} else quoted(value)

@@ -2,6 +2,7 @@
 
 The output has the names of the model whose configuration it takes. Names of the others are found, in this order: as they are; with or without
 the base model's prefix; by the parameters that the tensors become when transformers loads them (given from outside, and asked for only then).
+By these parameters, tensors that one checkpoint stacks or fuses and another holds apart are made of each other, row by row as they are read.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,10 +11,13 @@ from dataclasses import dataclass, field
 from ota_core.errors import OtaError
 from ota_core.files.architecture import architecture_of, is_buffer
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.plan.vocabulary import tied_tensors
+from ota_core.files.layouts.relaid import RelaidWeights
+from ota_core.files.layouts.relayout import Relayout, gone, relayout
+from ota_core.files.layouts.stored import Loaded, whole
+from ota_core.plan.vocabulary.match import tied_tensors
 
-ParametersOf = Callable[[], Mapping[str, str]]
-"""Tensor of a checkpoint to the parameter that it becomes when transformers loads it. Raises OtaError where that cannot be told."""
+ParametersOf = Callable[[], Loaded]
+"""What a checkpoint's tensors become when transformers loads it. Raises OtaError where that cannot be told."""
 
 
 @dataclass(kw_only=True)
@@ -22,6 +26,8 @@ class Agreed:
 
     renamed: list[dict[str, str]]
     """For each model, name of the tensor in its folder to the output's name, where these differ: its second moments go the same way."""
+    relaid: list[Relayout | None]
+    """For each model, how tensors of the output's layout are made of its own, where it stacks or fuses others; ``renamed`` comes first."""
     first_alone: frozenset[str] = frozenset()
     """Tensors that only the output's model needs to hold, and that are copied from it: transformers leaves them aside on loading."""
     notes: list[str] = field(default_factory=list)
@@ -34,7 +40,7 @@ def agree(
 
     What still differs is found by who compares the tensors. names: of the models.
     """
-    agreed = Agreed(renamed=[{} for _ in checkpoints])
+    agreed = Agreed(renamed=[{} for _ in checkpoints], relaid=[None for _ in checkpoints])
     _without_buffers(names, checkpoints, agreed)
     known = architecture_of(checkpoints[first].config)
     for i, checkpoint in enumerate(checkpoints):
@@ -95,19 +101,15 @@ def _by_parameters(
     parameters: Sequence[ParametersOf | None], agreed: Agreed,
 ) -> None:  # fmt: skip
     """Rename by the parameters that tensors become; of a model for which nobody knows these, nothing."""
-    try:
-        told = parameters[first]
-        target = {} if told is None else _at_parameters(checkpoints[first], told())
-    except OtaError as error:
-        agreed.notes.append(f"{names[first]}: names could not be compared by what transformers makes of them ({error})")
+    wanted = _told(names[first], parameters[first], agreed)
+    if wanted is None:
         return
+    target = _at_parameters(checkpoints[first], wanted.own)
     for i in unlike:
-        try:
-            told = parameters[i]
-            found = {} if told is None else _at_parameters(checkpoints[i], told())
-        except OtaError as error:
-            agreed.notes.append(f"{names[i]}: names could not be compared by what transformers makes of them ({error})")
+        loaded = _told(names[i], parameters[i], agreed)
+        if loaded is None:
             continue
+        found = _at_parameters(checkpoints[i], loaded.own)
         before = {new: old for old, new in agreed.renamed[i].items()}
         moved = {tensor: target[name] for name, tensor in found.items() if name in target}
         moved = {new: name for new, name in ((_now(before, t), n) for t, n in moved.items()) if new != name}
@@ -118,6 +120,56 @@ def _by_parameters(
             agreed.notes.append(
                 f"{names[i]}: {len(moved)} tensors are the same parameters as in {names[first]} under other names ({_some(moved)})"
             )
+        _lay_out(i, names, checkpoints, first, wanted, loaded, agreed)
+        now = agreed.renamed[i]
+        beside = {now.get(t, t) for t in loaded.beside} & set(checkpoints[i].names()) - set(checkpoints[first].names())
+        if beside:
+            checkpoints[i].leave_aside(beside)
+            agreed.notes.append(
+                f"{names[i]}: {_some(beside)} left out: transformers loads {names[i]} without them, as its class has no such modules"
+            )
+
+
+def _told(name: str, parameters: ParametersOf | None, agreed: Agreed) -> Loaded | None:
+    try:
+        return None if parameters is None else parameters()
+    except OtaError as error:
+        agreed.notes.append(f"{name}: names could not be compared by what transformers makes of them ({error})")
+        return None
+
+
+def _lay_out(
+    model: int,
+    names: Sequence[str],
+    checkpoints: Sequence[Checkpoint],
+    first: int,
+    wanted: Loaded,
+    loaded: Loaded,
+    agreed: Agreed,
+) -> None:
+    """Make the tensors of the first checkpoint that a model lacks of those that it has instead: stacks of experts, fused matrices."""
+    checkpoint, theirs = checkpoints[model], _own(checkpoints[first])
+    lacking = theirs - set(checkpoint.names())
+    made = {name: one for name, one in wanted.made.items() if name in lacking}
+    made |= {t: whole(p, wanted.shapes[p]) for t, p in wanted.own.items() if t in lacking}
+    made = {
+        name: one for name, one in made.items()
+        if all(wanted.shapes[view.parameter] == loaded.shapes.get(view.parameter) for view in one.views)
+    }  # fmt: skip
+    now = agreed.renamed[model]
+    loaded = Loaded(
+        {now.get(t, t): p for t, p in loaded.own.items()}, {now.get(t, t): p for t, p in loaded.made.items()}, loaded.shapes
+    )
+    layout = relayout(made, loaded, {name: tuple(checkpoint.info(name).shape) for name in checkpoint.names()})
+    if layout is None:
+        return
+    left = gone(layout, theirs)
+    checkpoint.replace(left, RelaidWeights(checkpoint.as_it_is(), layout))
+    agreed.relaid[model] = layout
+    agreed.notes.append(
+        f"{names[model]}: {len(left)} tensors ({_some(left)}) are read in the layout of {names[first]}, as {_some(layout.made)}: transformers makes "
+        "the same parameters of both"
+    )
 
 
 def _at_parameters(checkpoint: Checkpoint, told: Mapping[str, str]) -> dict[str, str]:

@@ -1,14 +1,15 @@
 """What a recipe with slices puts together: every tensor of the result, the models that it is merged of and what they call it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ota_core.errors import RecipeError, raise_all
-from ota_core.files.rows import NAMED
+from ota_core.files.rows import NAMED, Dtype
 from ota_core.plan.roles import place_of
 from ota_core.plan.sliced.layers import numbered, position, stack_of, stacks
 from ota_core.plan.views import ExpertView, ModelView, TensorJob
-from ota_core.plan.vocabulary import Vocabulary, is_vocabulary_tensor
+from ota_core.plan.vocabulary.match import Vocabulary, is_vocabulary_tensor
+from ota_core.recipe.methods import WITHOUT_BASE
 from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.slices import Slice, base_range, same_model
 
@@ -37,6 +38,18 @@ class Cut:
     def first(self) -> tuple[ModelView, Mapping[str, str]]:
         """The model that says which tensors there are, and what it calls them."""
         return self.sources[0], self.names[0]
+
+    def loads(self, kinds: Container[Dtype]) -> bool:
+        """Whether every floating-point tensor that is merged here is stored as one of these types."""
+        models: list[tuple[ModelView, Mapping[str, str]]] = [*zip(self.sources, self.names, strict=True)]
+        if self.base is not None and self.recipe.merge_method not in WITHOUT_BASE:
+            models.append((self.base, self.base_names))
+        stored = (
+            view.checkpoint.info(view.stored_name(names.get(name, name))).dtype
+            for view, names in models
+            for name in self.positions
+        )
+        return all(dtype in kinds for dtype in stored if dtype.is_floating_point)
 
 
 @dataclass(kw_only=True)

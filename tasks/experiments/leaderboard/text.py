@@ -52,7 +52,14 @@ def details(board: Leaderboard) -> list[Table]:
     kept = [Column(f"retention/{name}", name, PERCENT, ends=_ends("retention", name)) for name in board.capabilities]
     kept.append(Column("retention", "mean", PERCENT, ends=_ends("retention", AVERAGE)))
     paired = (
-        [Table(f"Compared with {board.baseline}", board.merges.dropna(subset="difference"), [label, *compared])]
+        [
+            Table(
+                f"Compared with {board.baseline}",
+                board.merges.dropna(subset="difference"),
+                [label, *compared],
+                _of_differences(board),
+            )
+        ]
         if (compared := _compared(board))
         else []
     )
@@ -89,18 +96,25 @@ def caption(board: Leaderboard) -> list[str]:
     merges = board.merges
     if merges[f"score_low/{AVERAGE}"].notna().any():
         lines.append("Intervals are 95 %: Wilson's for a capability, MOVER for their average, over documents.")
-    if board.table["difference"].notna().any():
-        lines.append(
-            f"Differences are to '{board.baseline}', over the same {int(merges['documents'].max()):,} documents in pairs; p is of a two-sided "
-            f"sign-flip test, adjusted for {int(merges['difference'].notna().sum())} comparisons (Holm). "
-            "The best was chosen by these documents, so that its lead is somewhat flattered."
-        )
+    lines += _of_differences(board)
     if merges["experts"].nunique() > 1:
         lines.append("Retention is the mean over the capabilities of the experts in a merge, which not all share.")
     elif merges["experts"].iloc[0]:
-        lines.append(f"All merge {merges['experts'].iloc[0].replace('+', ', ')}.")
+        lines.append(f"All are merges of {merges['experts'].iloc[0].replace('+', ', ')}.")
     lines.append(f"Suite {board.suite}, limit {board.limit}, key {board.suite_key}; experiment {board.experiment}.")
     return lines + board.notes
+
+
+def _of_differences(board: Leaderboard) -> list[str]:
+    """What the comparison in pairs is, where there is one."""
+    if board.table["difference"].isna().all():
+        return []
+    merges = board.merges
+    return [
+        f"Differences are to '{board.baseline}', over the same {int(merges['documents'].max()):,} documents in pairs; p is of a two-sided "
+        f"sign-flip test, adjusted for {int(merges['difference'].notna().sum())} comparisons (Holm). "
+        "The best was chosen by these documents, so that its lead is somewhat flattered."
+    ]
 
 
 def summary(board: Leaderboard) -> str:
@@ -124,7 +138,12 @@ def to_page(board: Leaderboard) -> str:
         leaderboard_chart(board),
     )
     main, compared = ranking(board), _compared(board)
-    main = replace(main, columns=[column for column in main.columns if column not in compared])  # in a section of their own
+    of_differences = _of_differences(board)
+    main = replace(  # the differences have a section of their own
+        main,
+        columns=[column for column in main.columns if column not in compared],
+        caption=[line for line in main.caption if line not in of_differences],
+    )
     first = Section("Leaderboard", [summary(board), picture, main])
     return to_html(f"Leaderboard of {board.experiment}", [first, *(Section(one.title, [one]) for one in details(board))])
 

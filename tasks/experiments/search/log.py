@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from prefect.runtime import flow_run
 
 from tasks.experiments.search.search import Trial, Tuned
+from tasks.tracking.kept_run import KeptRun
 from tasks.tracking.run import TAG_FLOW_RUN, LoggedRun, logged_run
 from tasks.tracking.store import (
     PARAM_LENGTH,
@@ -71,16 +72,13 @@ def log_trial(parent: LoggedRun, trial: Trial, best: Trial, store: Store) -> Non
         run = find_or_create(client, parent.experiment_id, identity, name)
         if run.info.status == "FINISHED":
             return
-        points = {limit: _metrics(scores) for limit, scores in trial.scores.items()}
-        points[max(points)]["violation"] = trial.violation
-        tags = {"pruned": str(not trial.complete).lower(), "feasible": str(not trial.shortfall).lower(), "origin": trial.origin}
-        params = {"merge_method": trial.recipe.merge_method, **trial.values}
+        params, points, tags = _of_trial(trial)
         _log(client, run, params, points, tags)
         text = trial.recipe.to_yaml()
         with artifact_errors(f"the recipe of {name}", run.info.artifact_uri, _SAFE):
             client.log_text(run.info.run_id, text, "recipe.yaml")
         owner = client.get_run(parent.run_id)  # first: a trial that is FINISHED is not logged again
-        _log(client, owner, {}, {trial.number: {"best/avg": best.average, "best/violation": best.violation}}, {})
+        _log(client, owner, {}, {trial.number: _curve(best)}, {})
         client.set_terminated(run.info.run_id, status="FINISHED")
 
 
@@ -88,11 +86,9 @@ def finish(parent: LoggedRun, tuned: Tuned, files: Mapping[str, str | bytes], st
     """The winner's scores on the search's run, and files by their paths among its artifacts; the run is FINISHED. Raises StorageError."""
     with clear_errors(store, "logging the end of the search", _SAFE), locked(store):
         client = connect(store)
-        best = tuned.best
-        metrics = _metrics(best.last) | {"violation": best.violation, "start/avg": tuned.start.average}
-        metrics |= {"evaluations": tuned.evaluations, "trials": float(len(tuned.trials))}
+        metrics, tags = _of_search(tuned)
         run = client.get_run(parent.run_id)
-        _log(client, run, {}, {0: metrics}, {"feasible": str(tuned.feasible).lower(), "best_trial": str(best.number)})
+        _log(client, run, {}, {0: metrics}, tags)
         with tempfile.TemporaryDirectory() as temporary:
             for name, content in files.items():
                 path = Path(temporary) / name
@@ -103,10 +99,56 @@ def finish(parent: LoggedRun, tuned: Tuned, files: Mapping[str, str | bytes], st
         client.set_terminated(parent.run_id, status="FINISHED")
 
 
-def fail(parent: LoggedRun, store: Store) -> None:
-    """Mark the search's run as failed: an error ended it. A repeat goes on in the same run. Raises StorageError."""
-    with clear_errors(store, "logging that the search failed", _SAFE), locked(store):
-        connect(store).set_terminated(parent.run_id, status="FAILED")
+def fail(parent: LoggedRun, store: Store, status: str) -> None:
+    """Mark the search's run as FAILED or KILLED. A repeat goes on in the same run. Raises StorageError."""
+    with clear_errors(store, "logging that the search ended", _SAFE), locked(store):
+        connect(store).set_terminated(parent.run_id, status=status)
+
+
+def search_run(
+    name: str, search: str, params: Mapping[str, object], tuned: Tuned, files: Mapping[str, str | bytes], flow_run_id: str | None
+) -> KeptRun:
+    """The whole search as it is kept where MLflow is away: the same runs as those above, found by the same tags."""
+    children, points, metrics, tags = [], dict[int, dict[str, float]](), *_of_search(tuned)
+    for trial in tuned.trials:
+        own, steps, marks = _of_trial(trial)
+        children.append(
+            KeptRun(
+                name=f"trial {trial.number}", identity={TAG_ROLE: "trial", TAG_TRIAL: str(trial.number)}, params=_texts(own), tags=marks,
+                points=steps, files={"recipe.yaml": trial.recipe.to_yaml().encode()},
+            )
+        )  # fmt: skip
+        points[trial.number] = _curve(tuned.best_until(trial))
+    points[0] = points.get(0, {}) | metrics
+    return KeptRun(
+        name=name, identity={TAG_ROLE: "search", TAG_SEARCH: search}, params=_texts(params),
+        tags=tags | ({TAG_FLOW_RUN: flow_run_id} if flow_run_id else {}), points=points, children=tuple(children), safe=_SAFE,
+        files={path: content if isinstance(content, bytes) else content.encode() for path, content in files.items()},
+    )  # fmt: skip
+
+
+def _of_trial(trial: Trial) -> tuple[dict[str, object], dict[int, dict[str, float]], dict[str, str]]:
+    """(params, metrics by the number of documents, tags) of a trial's run."""
+    points = {limit: _metrics(scores) for limit, scores in trial.scores.items()}
+    points[max(points)]["violation"] = trial.violation
+    tags = {"pruned": str(not trial.complete).lower(), "feasible": str(not trial.shortfall).lower(), "origin": trial.origin}
+    return {"merge_method": trial.recipe.merge_method, **trial.values}, points, tags
+
+
+def _of_search(tuned: Tuned) -> tuple[dict[str, float], dict[str, str]]:
+    """(metrics, tags) of the search's run at its end."""
+    best = tuned.best
+    metrics = _metrics(best.last) | {"violation": best.violation, "start/avg": tuned.start.average}
+    metrics |= {"evaluations": tuned.evaluations, "trials": float(len(tuned.trials))}
+    return metrics, {"feasible": str(tuned.feasible).lower(), "best_trial": str(best.number)}
+
+
+def _curve(best: Trial) -> dict[str, float]:
+    return {"best/avg": best.average, "best/violation": best.violation}
+
+
+def _texts(params: Mapping[str, object]) -> dict[str, str]:
+    return {key: str(value) for key, value in params.items()}
 
 
 def _metrics(scores: Mapping[str, float]) -> dict[str, float]:

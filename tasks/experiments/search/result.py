@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.recipe.recipe import MergeRecipe
+from ota_core.recipe.slices import same_model
 from ota_core.recipe.yaml_text import as_comment, dump_yaml
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.search import Trial, Tuned
@@ -78,7 +79,7 @@ def trials(tuned: Tuned, shown: int) -> Table:
     columns = [
         Column("label", "trial"), Column("average", unit=_AVERAGE),
         *(Column(f"score/{name}", name, PERCENT, mark=f"missed/{name}") for name in tuned.best.last),
-        *(Column(name, unit=TEXT if name in CHOICES else NUMBER, absent="") for name in searched),
+        *(Column(name, name, TEXT if name in CHOICES else NUMBER, absent="") for name in searched),
     ]  # fmt: skip
     return Table("Best trials", frame, columns, [legend(tuned)], strong=[one is tuned.best for one in best])
 
@@ -139,7 +140,15 @@ def located(recipe: MergeRecipe, recipe_dir: Path | None, out: str) -> MergeReci
         beside = recipe_dir / path if recipe_dir else None
         return str(beside.resolve()) if beside and beside.exists() else path
 
+    def place(model: str | None) -> str | None:
+        known = model is not None and any(same_model(model, entry.model) for entry in recipe.models)
+        return locate(model, recipe_dir) if known and model is not None else model
+
+    if recipe.tokenizer is not None:
+        recipe = recipe.model_copy(update={"tokenizer": recipe.tokenizer.moved(place)})
     raw: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+    if recipe.tokenizer_source.startswith("model:"):
+        raw["tokenizer_source"] = f"model:{place(recipe.tokenizer_source.removeprefix('model:'))}"
     if recipe.base_model:
         raw["base_model"] = locate(recipe.base_model, recipe_dir)
     for entry in raw["models"]:

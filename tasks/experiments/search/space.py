@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ota_core.errors import RecipeError
 from ota_core.plan.inputs import expert_name, unique_names
+from ota_core.recipe.methods import NEEDS_MOMENTS, OF_REFINE
 from ota_core.recipe.parameters import USED
-from ota_core.recipe.recipe import NEEDS_MOMENTS, OF_REFINE, MergeRecipe, ModelEntry, parse_recipe
+from ota_core.recipe.recipe import MergeRecipe, ModelEntry, parse_recipe
 from ota_core.recipe.yaml_text import nearest
 
 Value = float | str
@@ -245,7 +246,7 @@ def with_choice(recipe: MergeRecipe, key: str, word: str) -> MergeRecipe:
         raw["merge_method"] = word
         for owner in (raw, *raw["models"]):
             owner["parameters"] = {name: value for name, value in owner.get("parameters", {}).items() if name in USED[word]}
-    return parse_recipe(raw, f"a search with {key} {word}")
+    return parse_recipe(raw, f"a search with {key} {word}", strict=True)
 
 
 def apply(recipe: MergeRecipe, dimensions: Sequence[Dimension], values: Values) -> MergeRecipe:
@@ -265,7 +266,7 @@ def apply(recipe: MergeRecipe, dimensions: Sequence[Dimension], values: Values) 
         parameters.pop(key, None)
         if key == "density":
             parameters.pop("precond_threshold", None)
-    return parse_recipe(raw, "a point of the search")
+    return parse_recipe(raw, "a point of the search", strict=True)
 
 
 def point(space: Space, recipe: MergeRecipe, names: Sequence[str] | None, values: Values) -> MergeRecipe:

@@ -105,5 +105,5 @@ def errors_over(results: StudyResults, unit: str) -> str:
     """What numbers in ``unit`` are, and what their errors are over."""
     many = len(results.replicates)
     if many > 1:
-        return f"{unit}, mean ± standard error over {many} replicates."
+        return f"{unit}{'' if unit.endswith(';') else ','} mean ± standard error over {many} replicates."
     return f"{unit} ± standard error over documents (one replicate)."

@@ -10,7 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from ota_core.errors import RecipeError, raise_all
 from ota_core.frozen import Frozen
 from ota_core.learn.groups import Per
-from ota_core.recipe.recipe import DType, MergeRecipe, Method, ModelEntry, parse_recipe
+from ota_core.recipe.methods import DType, Method
+from ota_core.recipe.recipe import MergeRecipe, ModelEntry, parse_recipe
 from tasks.experiments.search.overlap import OnOverlap
 from tasks.experiments.search.space import Range, expert_names
 from tasks.experiments.study.cells import Cell, as_subsets, join_equal, subset_label, subset_problems, subsets_of
@@ -210,7 +211,7 @@ class StudyConfig(Frozen):
                         "parameters": _filled(parameters, one),
                     }  # fmt: skip
                     try:
-                        recipes.append(parse_recipe(raw, f"study '{self.name}', grid[{number}] ({label})"))
+                        recipes.append(parse_recipe(raw, f"study '{self.name}', grid[{number}] ({label})", strict=True))
                     except RecipeError as error:
                         problems += error.problems
                         break

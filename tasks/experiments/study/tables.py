@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ota_core.recipe.methods import OF_REFINE
 from ota_core.recipe.parameters import default
-from ota_core.recipe.recipe import OF_REFINE
 from tasks.experiments.study.cells import Cell, canonical, families, spelled
 from tasks.experiments.study.losses import every_loss_table, losses_table
 from tasks.experiments.study.rows import (

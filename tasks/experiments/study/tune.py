@@ -80,7 +80,7 @@ def _beginning(recipe: MergeRecipe) -> MergeRecipe:
         return recipe
     raw = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
     raw["parameters"] = {**raw.get("parameters", {}), "lambda": float(f"{1 / summed:.4g}")}
-    return parse_recipe(raw, "the start of a search")
+    return parse_recipe(raw, "the start of a search", strict=True)
 
 
 def _space(config: TuneConfig, names: tuple[str, ...], recipe: MergeRecipe) -> Space:

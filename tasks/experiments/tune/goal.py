@@ -87,7 +87,7 @@ def goal_of(config: ScalesConfig, blocks: Mapping[str, Blocks], plan: MergePlan,
     if config.objective == "mean":
         return Goal(config, blocks)
     every = {name: [*one.train, *one.held_out] for name, one in blocks.items()}
-    same = {view.name: view.row_map is None for view in plan.models}
+    same = {view.name: view.as_it_stands for view in plan.models}
     wanted = {name: kind for name in blocks if (kind := _held_against(config, name)) is not None}
     own = {name: _experts(plan.inputs, name) for name, kind in wanted.items() if kind == "expert"}
     needed = {one.name: one.path for experts in own.values() for one in experts}

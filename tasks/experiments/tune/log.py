@@ -78,7 +78,7 @@ def finish(logged: LoggedRun, learned: Learned, scales: Path, files: Mapping[str
         client.set_terminated(logged.run_id, status="FINISHED")
 
 
-def fail(logged: LoggedRun, store: Store) -> None:
-    """Mark the run as failed: an error ended it. Raises StorageError."""
-    with clear_errors(store, "logging that the tuning failed", _SAFE):
-        connect(store).set_terminated(logged.run_id, status="FAILED")
+def fail(logged: LoggedRun, store: Store, status: str) -> None:
+    """Mark the run as FAILED or KILLED. Raises StorageError."""
+    with clear_errors(store, "logging that the tuning ended", _SAFE):
+        connect(store).set_terminated(logged.run_id, status=status)

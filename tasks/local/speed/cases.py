@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ota_core.errors import OtaError
-from ota_core.recipe.recipe import WITHOUT_BASE
+from ota_core.recipe.methods import WITHOUT_BASE
 from tasks.local.speed.models import MOMENTS, Models, with_vocabularies
 from tasks.local.speed.results import Target
 

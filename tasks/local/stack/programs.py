@@ -12,6 +12,7 @@ from ota_core.artifact import write_text_atomic
 from tasks.local.loopback import HOST
 from tasks.local.s3_command import WEED_SETTINGS, find_weed, weed_command
 from tasks.local.stack.layout import CPU_POOL, ROOT, SERVERS, Stack, Worker, socket_of
+from tasks.settings import ROOTS
 
 OURS = "OTA_STACK"
 """Environment variable that marks every process of a stack, and what those start, with the stack's folder."""
@@ -70,6 +71,8 @@ def _worker(stack: Stack, worker: Worker) -> dict[str, object]:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
+    if allowed := os.environ.get(ROOTS):
+        env[ROOTS] = allowed
     if worker.pool == CPU_POOL:
         env["OTA_GPU_DEPLOYMENT"] = "stage/gpu"
     if worker.gpu is not None:

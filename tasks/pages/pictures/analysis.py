@@ -11,6 +11,7 @@ import altair as alt
 from ota_core.analysis import Row
 from ota_core.errors import OtaError
 from tasks.pages.pictures.grids import Shade, grids, layer_axis, layer_count, place
+from tasks.pages.pictures.mixture import mixture_pictures
 from tasks.pages.pictures.pairs import agreement_pictures, overlap_pictures
 from tasks.pages.pictures.picture import Picture
 from tasks.pages.pictures.sparsity import sparsity_pictures
@@ -44,7 +45,7 @@ def pictures_of(table: pd.DataFrame) -> dict[str, Picture]:
             f"the table of the analysis lacks the columns {missing}; it has {list(table.columns)}; make it with: ota analyse"
         )
     parts: tuple[Callable[[pd.DataFrame], Pictures], ...] = (
-        _density, sparsity_pictures, overlap_pictures, _task_vectors, agreement_pictures, _compression,
+        _density, mixture_pictures, sparsity_pictures, overlap_pictures, _task_vectors, agreement_pictures, _compression,
     )  # fmt: skip
     return {name: picture for part in parts for name, picture in part(table).items()}
 

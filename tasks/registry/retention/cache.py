@@ -28,8 +28,15 @@ from tasks.storage.download import object_lock
 
 _PLACES = {
     "checkpoint": "checkpoints/*", "outline": "outlines/*", "copy": "artifacts/*/*/*", "partial": "partial/*", "download": "blobs/*/*",
+    "written": "written/*", "companions": "gguf-companions/*", "gguf": "gguf/*", "estimate": "estimates/*",
 }  # fmt: skip
-_LEFTOVERS = ("checkpoints/.*", "outlines/.*", "blobs/*/.*", "objects/*/.*", "artifacts/*/*/.*")
+_LEFTOVERS = (
+    "checkpoints/.*", "outlines/.*", "blobs/*/.*", "objects/*/.*", "artifacts/*/*/.*", "written/.*", "gguf-companions/.*", "gguf/.*", "estimates/.*",
+)  # fmt: skip
+_SAID = {
+    "partial": "interrupted download", "written": "a model written for scores or estimates: an adapter on its base, or GGUF", "estimate": "interrupted estimate",
+    "companions": "configuration and tokenizer of a GGUF file",
+}  # fmt: skip
 
 
 def plan_cache(cache: Path, since: datetime) -> Plan:
@@ -80,7 +87,8 @@ def _remove(cache: Path, one: Stored) -> bool:
     """Whether it is gone: not where it was used since it was listed, or somebody works on it."""
     locks = {
         "checkpoint": f"folder {one.uri}", "outline": f"outline {one.name}", "copy": f"copy {one.uri}",
-        "partial": object_lock(one.name.partition("-")[0]),
+        "partial": object_lock(one.name.partition("-")[0]), "written": f"written {one.name}", "companions": f"gguf {one.name}",
+        "gguf": f"gguf links {one.name}",
     }  # fmt: skip
     lock = locks.get(one.kind)
     unless = None if one.kind == "leftover" else lambda place: _used(one.kind, place) > one.touched
@@ -117,8 +125,10 @@ def _what(kind: str, path: Path, files: Mapping[str, File], sources: Mapping[int
         return f"headers of {len(files) - 1} files"
     if kind == "copy":
         return f"{path.parent.name} {path.name[:8]} of s3://{path.parents[1].name.replace('+', '/')}"
-    if kind == "partial":
-        return "interrupted download"
+    if kind == "gguf":
+        return f"links to {', '.join(sorted(files)[:2])}"
+    if kind in _SAID:
+        return _SAID[kind]
     # The largest file is the one that no other model has.
     name, largest = max(files.items(), key=lambda item: item[1].size, default=("", None))
     uri = sources.get(largest.inode[1]) if largest and largest.inode else None

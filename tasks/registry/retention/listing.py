@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
-from ota_core.artifact import RECORD, Kind, Record, has_size
+from ota_core.artifact import RECORD, Kind, Record, has_size, parse_record
 from ota_core.errors import StorageError
 from ota_core.held import is_abandoned
 from tasks.artifacts.processes import is_alive
@@ -46,7 +46,7 @@ class Stored:
     """One folder below the root, or one thing in the local cache."""
 
     kind: str
-    """Of an artifact, or of what lies in the cache: checkpoint, download, outline, copy, partial, leftover."""
+    """Of an artifact, or of what lies in the cache: checkpoint, download, outline, copy, partial, written, companions, gguf, estimate, leftover."""
     name: str
     """The fingerprint, or the whole name of a temporary."""
     uri: str
@@ -187,7 +187,7 @@ def _with_record(stored: Stored) -> Stored:
     if stored.temporary or RECORD not in stored.files:
         return stored
     try:
-        record = Record.model_validate_json(storage.read_note(storage.join(stored.uri, RECORD)) or b"")
+        record = parse_record(storage.read_note(storage.join(stored.uri, RECORD)) or b"")
     except ValueError:  # of another version, or deleted meanwhile
         return replace(stored, unreadable=True)
     fits = (record.kind, record.fingerprint) == (stored.kind, stored.name)

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from ota_core.errors import StorageError
 from ota_core.files.byte_source import ByteSource, MappedFile
+from ota_core.files.checkpoint import GGUF
 from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.cache import FileInfo, blob_path, combined_digest, find_object, link_or_copy, locked
@@ -44,8 +45,11 @@ class _Streamed:
 class Streams:
     """The inputs of one merge that lie in S3. ``source_of`` belongs into ``ModelInput``; close it after the merge."""
 
-    def __init__(self, *, cache: Path, memory: int, may_download: bool = True) -> None:
-        """``memory``: the budget of the merge, of which chunks take a quarter. ``may_download``: what cannot be read by ranges."""
+    def __init__(self, *, cache: Path, memory: int, may_download: bool = True, sums: Sequence[Path] = ()) -> None:
+        """``memory``: the budget of the merge, of which chunks take a quarter. ``may_download``: what cannot be read by ranges.
+
+        ``sums``: folders that ``check_whole`` filled, on any machine: what is read of their files is compared with that.
+        """
         self.notes: list[str] = []
         """What the user should know: which files had to be downloaded, or, without ``may_download``, would have to be."""
         self.unread: list[Path] = []
@@ -54,6 +58,7 @@ class Streams:
         self._chunks = ChunkCache(memory // SHARE)
         self._room, self._verifiers = Room(max(self._chunks.limit // WAITING, self._chunks.chunk)), dict[Path, Verifier]()
         self._known: dict[Path, _Streamed] = {}
+        self._sums = sums
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -104,13 +109,16 @@ class Streams:
 
     def _verifier(self, path: Path, known: _Streamed) -> Verifier:
         with self._lock:
-            return self._verifiers.setdefault(
-                path.resolve(),
-                Verifier(
-                    known.one, known.client, outline=path, extents=known.file.extents, cuts=known.file.cuts, sums=known.file.sums,
-                    chunk=self._chunks.chunk, room=self._room, sha256=known.sha256, ledger=_ledger(path),
-                ),
-            )  # fmt: skip
+            return self._verifiers.setdefault(path.resolve(), self._new_verifier(path, known))
+
+    def _new_verifier(self, path: Path, known: _Streamed) -> Verifier:
+        own = _ledger(path)
+        brought = [folder / _sums_name(known.one) for folder in self._sums]
+        ledger = own if own is not None and own.is_file() else next((one for one in brought if one.is_file()), own)
+        return Verifier(
+            known.one, known.client, outline=path, extents=known.file.extents, cuts=known.file.cuts, sums=known.file.sums,
+            chunk=self._chunks.chunk, room=self._room, sha256=known.sha256, ledger=ledger,
+        )  # fmt: skip
 
     def verify(self) -> None:
         """Raise StorageError where the bytes that were read are not those that were stored; what could not be checked is noted.
@@ -121,13 +129,29 @@ class Streams:
             verifiers = [self._verifiers.pop(path) for path in list(self._verifiers)]
         self.notes += [note for one in verifiers if (note := one.finish())]
 
+    def check_whole(self, paths: Sequence[Path], folder: Path) -> None:
+        """Read these files from their begin to their end, where that is not known of them, and leave the digests of their blocks in a folder.
+
+        For machines that each read a part of them, and so cannot tell whether the whole is what was stored. Files of torch have a digest of each
+        tensor, so that every part can be checked alone: they are left out. Raises StorageError for a file that is damaged; notes what nobody
+        keeps a digest of.
+        """
+        for path in paths:
+            known = self._known.get(path.resolve())
+            if known is None or known.file.whole or known.file.sums or not known.file.readable:
+                continue
+            if note := self._new_verifier(path, known).finish(whole=True):
+                self.notes.append(note)
+            if (ledger := _ledger(path)) is not None and ledger.is_file():
+                link_or_copy(ledger, folder / _sums_name(known.one))
+
     def settle(self, paths: Sequence[Path], progress: Progress | None = None) -> None:
         """Make these files readable: download those of which no reader can take ranges, and note it."""
         for path in paths:
             known = self._known.get(path.resolve())
             if known is None or known.file.readable or known.file.whole:
                 continue
-            what = f"{known.one.uri} cannot be read by ranges (it is no zip file of torch.save)"
+            what = f"{known.one.uri} cannot be read by ranges ({_why_whole(path)})"
             if not self._may_download:
                 self.unread.append(path)
                 self.notes.append(f"{what}: a merge downloads it, {known.one.size:,} bytes; it is not checked here")
@@ -171,12 +195,21 @@ class Streams:
                 temporary.unlink(missing_ok=True)
 
 
+def _why_whole(path: Path) -> str:
+    return "it is a GGUF file, whose reader takes it whole" if path.suffix == GGUF else "it is no zip file of torch.save"
+
+
 def _ledger(outline: Path) -> Path | None:
     """Where digests of a checked file's blocks are kept, beside its outline."""
     for folder in outline.resolve().parents:
         if (folder / MANIFEST).is_file():
             return folder / "sums" / hashlib.sha256(str(outline.resolve().relative_to(folder)).encode()).hexdigest()[:16]
     return None
+
+
+def _sums_name(one: s3.S3Object) -> str:
+    """Of the file with the digests of an object's blocks."""
+    return hashlib.sha256(f"{one.uri}\n{one.etag}\n{one.size}".encode()).hexdigest()[:32] + ".sums"
 
 
 def _listing_digest(files: dict[str, FileInfo]) -> str:

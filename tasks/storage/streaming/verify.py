@@ -160,22 +160,27 @@ class Verifier:
             fold.busy = True
         self._go_on(fold)
 
-    def finish(self) -> str | None:
-        """Bring every digest to its end. Returns what could not be checked, in words; raises StorageError for bytes that are not those stored."""
+    def finish(self, *, whole: bool = False) -> str | None:
+        """Bring every digest to its end. Returns what could not be checked, in words; raises StorageError for bytes that are not those stored.
+
+        ``whole``: also where little of the file was read, or nothing.
+        """
         unread = 0
         if self._right is not None:
             return None
         for fold in self._folds:
             spans = list(chunk_spans(self._cuts, self._chunk, fold.start, fold.stop))
             missing = sum(last - first for first, last in spans if first not in self._seen)
-            if missing == fold.stop - fold.start:
+            if whole:
+                self._know(fold)
+            elif missing == fold.stop - fold.start:
                 continue
-            if fold.claim is None or (not self._by_record and missing * UNREAD > fold.stop - fold.start):
-                unread += fold.stop - fold.start - missing
+            if fold.claim is None or (not self._by_record and not whole and missing * UNREAD > fold.stop - fold.start):
+                unread += fold.stop - fold.start - (0 if whole else missing)
             elif fold.at < fold.stop:
                 self._complete(fold, [span for span in spans if span[0] >= fold.at])
-        (whole, *others), self._folds = self._folds, []
-        if self._ledger is not None and not others and whole.claim is not None and whole.at == self._one.size:
+        (last, *others), self._folds = self._folds, []
+        if self._ledger is not None and not others and last.claim is not None and last.at == self._one.size:
             _write_ledger(self._ledger, b"".join(self._seen[first] for first in sorted(self._seen)))
         if not unread:
             return None

@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ota_core.errors import OtaError
+from tasks.experts.check import check
 from tasks.experts.find import find_experts
 from tasks.orchestration.events import EXPERT_ARRIVED, expert_arrived
+from tasks.settings import places
 from tasks.storage import models as storage
 from tasks.storage import s3
 from tasks.storage.models import EXPERT_JSON, fetch, upload_folder
 from tests.checkpoints import SHAPES, random_base, random_expert, write_checkpoint, write_expert
 from tests.flows.cli.typed import ota, refused
+from tests.ota_core.files.tiny_adapters import tiny_base, write_adapter
 from tests.servers import S3Test, wait_until
 
 BASE = "s3://models/base"
@@ -222,3 +226,32 @@ def test_the_event_arrives(trained: Path, tmp_path: Path) -> None:
         events = wait_until(lambda: arrived(client), seconds=60)
     assert events[0]["resource"]["prefect.resource.id"] == "ota.expert.math.a"
     assert events[0]["payload"] == {"uri": uri, "capability": "math"}
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["folder", "s3"])
+def test_an_adapter_is_pushed_and_checked_on_its_base(tmp_path: Path, s3_server: S3Test, remote: bool) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "down_proj"])
+    torch.save({}, adapter / "optimizer.pt")  # of the factors
+    where, prefix = str(base), str(tmp_path / "experts")
+    if remote:
+        where, prefix = f"{s3_server.uri}/base", f"{s3_server.uri}/experts"
+        upload_folder(base, where)
+    assert "is a LoRA adapter, and holds no second moments of the weights" in no_push(adapter, prefix, base=where)
+    push(adapter, prefix, "--without-moments", "--name", "one", base=where)
+    uri = f"{prefix}/math/one"
+    (found,), problems = find_experts(prefix, base_model=where)
+    assert not problems and found.uri == uri
+    assert not remote or "adapter_model.safetensors" in manifest_of(uri)["files"]
+    home = places(tmp_path / "home")
+    assert check(home, uri, where, needs_moments=False) == []
+    assert any("exp_avg_sq" in problem for problem in check(home, uri, where))
+    # One that another base was meant for, and one whose factors are damaged.
+    other = tiny_base(tmp_path / "other", "llama", hidden=64)
+    assert "does not fit its base" in no_push(adapter, prefix, "--without-moments", base=str(other))
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors[next(iter(factors))][0, 0] = float("nan")
+    save_file(factors, adapter / "adapter_model.safetensors")
+    push(adapter, prefix, "--without-moments", "--name", "two", base=where)
+    (problem,) = check(home, f"{prefix}/math/two", where, needs_moments=False)
+    assert "weights are not finite" in problem

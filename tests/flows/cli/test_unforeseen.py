@@ -1,5 +1,6 @@
 """What no part of the program has foreseen ends in one message, with its traceback in a file."""
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,14 @@ def test_a_users_mistake_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
     done = invoke("plan", tmp_path / "nowhere.yaml")
     assert done.exit_code == 2 and "fault of the program" not in done.stderr and not (tmp_path / "home").exists()
+
+
+def test_a_reader_that_has_seen_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setenv("OTA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tasks.merging.stages.read_stages", closed)
+    (tmp_path / "r.yaml").write_text("merge_method: linear")
+    done = invoke("plan", tmp_path / "r.yaml")
+    assert done.exit_code == 1 and not done.stderr and not (tmp_path / "home").exists()

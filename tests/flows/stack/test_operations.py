@@ -114,6 +114,7 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operations]
     for name, steps in {"math": 12, "knowledge": 20, "better": 150, "last": 160}.items():
         memorise(base, models / name, rows_of(data), seed=1, steps=steps)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
+    clean["OTA_ALLOWED_ROOTS"] = str(root)  # the workers may read the configuration and the suite, which lie here
     config = root / "nightly.yaml"
     config.write_text(yaml.safe_dump(configuration(suite, data)))
     up = [sys.executable, "-m", "flows.cli", "stack", "up", "--free-ports", "--experts", "none", "--home", str(home)]

@@ -124,7 +124,8 @@ def test_lambda_and_row_spaces_are_the_same_in_parts(world: World, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("own", "elsewhere"), [("", {"compress", "survey", "merge"}), ("ota-cpu", {"merge"}), ("ota-gpu", {"compress", "survey"})]
+    ("own", "elsewhere"),
+    [("", {"compress", "check", "survey", "merge"}), ("ota-cpu", {"merge"}), ("ota-gpu", {"compress", "check", "survey"})],
 )
 def test_a_flow_never_waits_for_runs_of_its_own_pool(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, elsewhere: set[str]

@@ -23,7 +23,19 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("ota", {"density": 0.4}),
     ("ota", {"density": 0.4, "rescale": True}),  # through tensors
     ("task_arithmetic", {"lambda": "auto"}),  # through tensors, and before the first block
+    ("passthrough", {}),  # copied
+    ("passthrough", {"scale": 0.5}),
+    ("sce", {"density": 0.5}),
+    ("multislerp", {}),
+    ("nuslerp", {}),
+    ("karcher", {}),
+    ("model_stock", {}),
+    ("nearswap", {"t": 0.001}),
+    ("arcee_fusion", {}),
+    ("ram", {}),
+    ("della", {"density": 0.5}),
 ]
+MODELS = {"slerp": 1, "passthrough": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2}
 
 
 def _spoilt(count: int, bad: float, places: int = 3) -> tuple[Tensors, list[Expert]]:
@@ -44,7 +56,7 @@ def test_an_input_that_is_not_finite(
 ) -> None:
     if dtype != torch.float32 and (method, bool(np.isnan(bad))) not in {("linear", True), ("ota", False), ("ties", False)}:
         pytest.skip("the other types take part where the passes differ")
-    count = 1 if method == "slerp" else 3
+    count = MODELS.get(method, 3)
     base, experts = _spoilt(count, bad)
     recipe = ota_recipe(tmp_path, base, experts, parameters, method=method, dtype=dtype)
     with pytest.raises(OtaError) as error:

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ota_core.errors import CheckpointError
+from ota_core.errors import CheckpointError, MomentsError, raise_all
+from ota_core.files.checkpoint import Checkpoint
 from ota_core.files.pickled.bin_file import BinFile
 from ota_core.files.safetensors_io import SafetensorsFile
 from ota_core.files.tokens import tokens_of
-from ota_core.files.weight_sets import read_json
+from ota_core.files.weight_sets import read_json, weight_files
+from ota_core.moments.pointers import pointer
 from ota_core.plan.inputs import expert_facts
-from ota_core.reading import quoted
+from ota_core.reading import json_value, quoted
 
 
 def test_a_deflated_pickle(tmp_path: Path) -> None:
@@ -98,3 +101,60 @@ def test_quoted_values_are_cut() -> None:
         nested = [nested, nested]
     for value in ("x" * 10**6, [1] * 10**6, {"a": "b" * 10**6}, 10**10_000, nested):
         assert len(quoted(value)) <= 201
+
+
+def test_a_configuration_larger_than_any(tmp_path: Path) -> None:
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(20 * 2**30)
+    (tmp_path / "model.safetensors").touch()
+    for read in (lambda: read_json(tmp_path / "config.json"), lambda: weight_files(tmp_path)):
+        with pytest.raises(CheckpointError, match="at most 536870912 are read"):
+            read()
+
+
+def test_names_of_tensors_are_lines(tmp_path: Path) -> None:
+    for name in ("a\x1b[2J", "a" * 2000, "a\u202eb"):
+        save_file({name: torch.zeros(2)}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match="a tensor is called") as error:
+            Checkpoint(tmp_path)
+        assert len(str(error.value)) < 600 and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '{"a": ["\\udfff"]}', '{"\\ud83d": 1}'])
+def test_half_of_a_character_is_no_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="half of a character"):
+        read_json(tmp_path / "a.json")
+    assert json_value('{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"capability": "a\x1b[31m"}, {"step": [1]}, {"step": True}, {"beta2": float("nan")}, {"base_model": 5}, {"trained_at": {}}, {"capability": "x" * 5000}],
+)  # fmt: skip
+def test_facts_of_another_kind(tmp_path: Path, facts: dict[str, Any]) -> None:
+    (tmp_path / "expert.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=f"{next(iter(facts))} is .*, expected") as error:
+        expert_facts(tmp_path)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("pointer_file", ["pipe", "device", "large"])
+def test_what_names_a_folder_is_a_short_file(tmp_path: Path, pointer_file: str) -> None:
+    path = tmp_path / "latest"
+    if pointer_file == "pipe":
+        os.mkfifo(path)
+    elif pointer_file == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b"x" * 5000)
+    with pytest.raises(MomentsError, match="the name of a folder beside it was expected"):
+        pointer(path)
+
+
+def test_messages_hold_nothing_that_a_terminal_obeys() -> None:
+    assert str(CheckpointError("a\x1b[2J\u202eb\x9b\n\ud800")) == "a\\x1b[2J\\u202eb\\x9b\n\\ud800"
+    assert len(str(CheckpointError("x" * 10**6))) < 20_000
+    with pytest.raises(CheckpointError) as error:
+        raise_all(["y" * 10**6, *["z"] * 200], CheckpointError)
+    assert len(str(error.value)) < 4096 and "and 101 more" in str(error.value)

@@ -226,7 +226,7 @@ def test_modelopts_own_file_and_nvfp4(tmp_path: Path) -> None:
         (None, {"a.qweight": "I32", "a.g_idx": "I32", "a.scales": "F16"}, ["GPTQ", "gptqmodel"]),
         ({"quant_method": "hqq"}, {"a.W_q": "U8", "a.scale": "F16"}, ["HQQ", "as it was before quantisation"]),
         ({"quant_method": "quanto"}, {"a.weight._data": "I8"}, ["quanto"]),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, {"a.weight_packed": "I32"}, ["format pack-quantized", "CompressedTensorsDequantizer"]),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, {"a.weight_packed": "I32"}, ["format marlin-24", "CompressedTensorsDequantizer"]),
         ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, {"a.weight": "U8"}, ["quant_algo W4A16_AWQ"]),
         ({"quant_method": "fp8"}, {"a.weight": "F8"}, ["'a.weight' holds codes", "no scale lies beside it"]),
         ({"quant_method": "something-new"}, {"a.weight": "U8"}, ["something-new"]),

@@ -26,6 +26,10 @@ def tiny(kind: str) -> Any:
         model = t.Qwen2ForCausalLM(t.Qwen2Config(**small, tie_word_embeddings=True))
     elif kind == "qwen3moe":
         model = t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**small, num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2))
+    elif kind == "qwen3":
+        model = t.Qwen3ForCausalLM(t.Qwen3Config(**small))
+    elif kind == "gemma3":
+        model = t.Gemma3ForCausalLM(t.Gemma3TextConfig(**small, layer_types=["sliding_attention", "full_attention"]))
     elif kind == "gemma2":
         model = t.Gemma2ForCausalLM(t.Gemma2Config(**small))
     elif kind == "phi3":
@@ -56,11 +60,17 @@ ARCHITECTURES = {
     "qwen3moe": "qwen3moe",
     "gemma2": "gemma2",
     "phi3": "phi3",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3",
 }
+GEMMAS = {"gemma2", "gemma3"}
 
 
-def write_gguf(path: Path, folder: Path, kind: str, quant: str) -> None:
-    """The checkpoint in ``folder`` (safetensors and config.json) as a GGUF file; matrices in the type ``quant``, vectors in float32."""
+def write_gguf(path: Path, folder: Path, kind: str, quant: str, split: int = 0) -> None:
+    """The checkpoint in ``folder`` (safetensors and config.json) as a GGUF file; matrices in the type ``quant``, vectors in float32.
+
+    split: tensors in each of several parts, which are named as llama.cpp names them.
+    """
     import json
 
     from safetensors.torch import load_file
@@ -68,7 +78,7 @@ def write_gguf(path: Path, folder: Path, kind: str, quant: str) -> None:
     tensors = {name: one.float().numpy() for name, one in load_file(folder / "model.safetensors").items()}
     config = json.loads((folder / "config.json").read_text())
     arch, heads, shared = ARCHITECTURES[kind], config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     writer.add_name("tiny")
     writer.add_context_length(64)
     writer.add_embedding_length(config["hidden_size"])
@@ -81,9 +91,13 @@ def write_gguf(path: Path, folder: Path, kind: str, quant: str) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(16)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
     if "expert" in " ".join(tensors):
         writer.add_expert_count(4)
         writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
     for name, one in gguf_tensors(tensors, kind, heads, shared).items():
         if quant == "F32" or one.ndim == 1:
             writer.add_tensor(name, np.ascontiguousarray(one, np.float32))
@@ -99,7 +113,7 @@ def write_gguf(path: Path, folder: Path, kind: str, quant: str) -> None:
 
 
 def gguf_tensors(tensors: dict[str, Any], kind: str, heads: int, shared: int) -> dict[str, Any]:
-    names = NAMES | (GEMMA if kind == "gemma2" else {})
+    names = NAMES | (GEMMA if kind in GEMMAS else {})
     found: dict[str, Any] = {}
     for name, one in tensors.items():
         module, _, last = name.rpartition(".")
@@ -117,7 +131,7 @@ def gguf_tensors(tensors: dict[str, Any], kind: str, heads: int, shared: int) ->
         if ARCHITECTURES[kind] == "llama" and short in ("attn_q", "attn_k"):
             count = heads if short == "attn_q" else shared
             one = one.reshape(count, 2, one.shape[0] // count // 2, *one.shape[1:]).swapaxes(1, 2).reshape(one.shape)
-        if kind == "gemma2" and short.endswith("norm"):
+        if kind in GEMMAS and short.endswith("norm"):
             one = one + 1
         found[f"{front}{short}.{last}"] = one
     return {

@@ -30,6 +30,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.5},
     "dare_linear": {"density": 0.5, "seed": 3},
     "rowspace": {"lambda": "auto"},
+    "breadcrumbs_ties": {"density": 0.5, "gamma": 0.1, "rescale": True},
+    "della": {"density": 0.5, "epsilon": 0.2, "seed": 3},
+    "sce": {"density": 0.5, "lambda": 1.2},
+    "ramplus_tl": {"epsilon": 1e-3, "r": 0.5},
+    "multislerp": {"lambda": 0.8},
+    "nuslerp": {"nuslerp_flatten": False},
+    "model_stock": {},
 }
 
 

@@ -111,6 +111,14 @@ def test_breadcrumbs(
     compare(recipe(folders, method, with_each(WEIGHTS, density=density, gamma=gamma), parameters), folders, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+@pytest.mark.parametrize("own", [WEIGHTS, SIGNED])
+def test_rescale(folders: dict[str, Path], tmp_path: Path, own: list[dict[str, Any]], method: str) -> None:
+    densities = [{**one, "density": density} for one, density in zip(own, (0.3, 0.6, 1.0), strict=True)]
+    parameters = {"rescale": True, "normalize": method == "ties"} | ({} if method == "ties" else {"gamma": 0.1})
+    compare(recipe(folders, method, densities, parameters), folders, tmp_path, steps=16)
+
+
 @pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
 def test_breadcrumbs_default_gamma(folders: dict[str, Path], tmp_path: Path, method: str) -> None:
     compare(recipe(folders, method, with_each(SIGNED, density=0.4)), folders, tmp_path)

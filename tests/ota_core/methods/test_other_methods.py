@@ -1,15 +1,19 @@
 """What must hold of the methods that came from mergekit whatever the numbers: no cut into blocks and no way of computing changes a bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from ota_core.errors import RecipeError
+from ota_core.files.safetensors_io import FORMAT_KEY
+from ota_core.plan.expert_scales import FORMAT
 from ota_core.recipe.recipe import parse_recipe
-from tests.checkpoints import ota_recipe, random_base, random_experts, run_merge
+from tests.checkpoints import SHAPES, assert_merged, ota_recipe, random_base, random_experts, run_merge
 from tests.ota_core.methods.test_limits import same_bits
 from tests.reference import Expert
 
@@ -69,6 +73,65 @@ def test_lambda_and_refine_act_on_the_merged_edit(tmp_path: Path, case: str) -> 
     assert any((refined[name] != auto[name]).any() for name in BASE)
 
 
+@pytest.mark.parametrize("case", [case for case in METHODS if not case.startswith(("passthrough", "karcher"))])
+def test_learned_scales_act_on_each_experts_part(tmp_path: Path, case: str) -> None:
+    """Scales of 0 give the base, those of 1 the plain merge; the parts of single experts add up to its edit, also where a λ scales them."""
+    count = METHODS[case][1]
+    names = [f"expert{m}" for m in range(count)]
+
+    def merged(what: str, scales: list[float] | None) -> dict[str, Any]:
+        top: dict[str, Any] = {"dtype": "float32"}
+        if scales is not None:
+            file = tmp_path / f"{what}.safetensors"
+            values = {name: np.array(scales) for name in SHAPES}
+            save_file(values, file, metadata={FORMAT_KEY: FORMAT, "experts": json.dumps(names), "settings": "{}"})
+            top["scales"] = str(file)
+        return run_merge(recipe_of(tmp_path / what, case, top=top), tmp_path / f"{what}-out")[0]
+
+    plain = merged("plain", None)
+    assert_merged(merged("ones", [1.0] * count), plain, BASE)
+    nothing = merged("zeros", [0.0] * count)
+    assert all((nothing[name] == BASE[name]).all() for name in BASE)
+    parts = [merged(f"only{m}", [float(i == m) for i in range(count)]) for m in range(count)]
+    summed = {name: BASE[name] + sum(part[name].astype(np.float64) - BASE[name] for part in parts) for name in BASE}
+    for name, one in summed.items():  # each part is rounded to float32 once
+        assert np.abs(one - plain[name]).max() <= 6.1e-8 * (count + 1) * max(1.0, float(np.abs(plain[name]).max())), name
+    halved = merged("half", [0.5] * count)
+    assert_merged(halved, {name: BASE[name] + (plain[name].astype(np.float64) - BASE[name]) / 2 for name in BASE}, BASE)
+
+
+SYMMETRIC = ["ram", "ramplus_tl", "sce", "multislerp", "nuslerp", "karcher", "model_stock", "della whole"]
+
+
+@pytest.mark.parametrize("case", SYMMETRIC)
+def test_the_order_of_the_experts_does_not_matter(tmp_path: Path, case: str) -> None:
+    method, count, parameters = METHODS[case]
+    parameters = parameters | ({"max_iter": 50, "tol": 1e-12} if case == "karcher" else {})  # its steps begin at the first
+    found = []
+    for i, order in enumerate((EXPERTS[:count], EXPERTS[:count][::-1])):
+        recipe = ota_recipe(tmp_path / str(i), BASE, order, parameters, method=method, top={"dtype": "float32"})
+        found.append(run_merge(recipe, tmp_path / f"{i}-out")[0])
+    for name, one in found[0].items():
+        assert np.abs(one - found[1][name]).max() <= 1e-6 * max(1.0, float(np.abs(one).max())), name
+
+
+def test_random_masks_of_della_go_by_seed_and_tensor(tmp_path: Path) -> None:
+    found = [
+        run_merge(recipe_of(tmp_path / str(i), "della", {"seed": seed}), tmp_path / f"{i}-out")[0]
+        for i, seed in enumerate((4, 4, 5))
+    ]
+    same_bits(found[0], found[1])
+    assert all((found[0][name] != found[2][name]).any() for name in found[0] if found[0][name].size > 8)
+
+
+@pytest.mark.parametrize("method", ["passthrough", "karcher"])
+def test_methods_without_an_edit_refuse_learned_scales(method: str) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"scales: {method} has no merged edit of the base .* arcee_fusion, .* model_stock, .* sce"
+    ):
+        parse_recipe(raw(method, 1, {}, scales="s.safetensors"))
+
+
 def test_della_keeps_larger_edits_more_often_and_each_edit_on_average(tmp_path: Path) -> None:
     """The chance of the i-th of n edits of a row is density − ε + 2ε·i/(n − 1); what is kept is divided by it. A vector is one row."""
     rows, row = 4000, np.array([0.5, -1.0, 2.0, -4.0, 8.0], np.float32)
@@ -113,9 +176,8 @@ def raw(method: str, models: int, parameters: dict[str, Any], own: dict[str, Any
         (raw("nearswap", 1, {}), "nearswap needs 't'"),
         (raw("slerp", 1, {"t": 1.5}), r"slerp needs 't', .* got 1.5"),
         (raw("della", 2, {"density": 0.9, "epsilon": 0.2}), "must lie between 0 and 1; got density 0.9 and epsilon 0.2"),
-        (raw("sce", 2, {}, {"density": 0.5}), "'density' holds for the whole merge with merge_method sce"),
         (raw("ota", 2, {}, {"epsilon": 0.5}), "'epsilon' holds for the whole merge with merge_method ota"),
-        (raw("karcher", 2, {"weight": 0.5}), "'weight' has no effect with merge_method karcher"),
+        (raw("karcher", 2, {"power": 0.5}), "'power' has no effect with merge_method karcher"),
         (raw("multislerp", 2, {"lambda": 0.5}, base_model=None), "base_model is missing: parameters.lambda"),
         (raw("multislerp", 2, {}, base_model=None, scales="s.safetensors"), "base_model is missing: scales"),
         (raw("ram", 2, {}, base_model=None), "base_model is missing: ram works on task vectors"),

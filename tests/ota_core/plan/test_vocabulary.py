@@ -1,6 +1,7 @@
 """Vocabularies that differ: rows of the embeddings, of the head and of v follow their tokens, never their numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ota_core.engine import engine
 from ota_core.errors import OtaError
+from ota_core.plan.inputs import resolve_local
 from ota_core.recipe.recipe import MergeRecipe
 from tests.checkpoints import write_moments
 from tests.ota_core.engine.test_output import loaded
@@ -190,6 +192,47 @@ def test_union_has_every_token_and_its_ids_fit_the_rows(tmp_path: Path) -> None:
     model = loaded(out)
     assert model.generate(**tokenizer("a<|tool|>", return_tensors="pt"), max_new_tokens=2, do_sample=False).shape[1] > 2
     assert torch.equal(plain["model.norm.weight"], got["model.norm.weight"])
+
+
+def test_rows_that_a_recipe_gives_have_no_edit(tmp_path: Path) -> None:
+    """Under OTA with FFG: the output has the donor's row to the bit, whatever the curvature; tokens that all have are merged as before."""
+    plain = merged(tmp_path / "plain", SAME, [SAME, SHUFFLED])
+    root = tmp_path / "given"
+    merged(root, SAME, [SAME, SHUFFLED])
+    add_token(root / "expert0", "<|tool|>", 1)
+    add_token(root / "expert1", "<|tool|>", 2)
+    (root / "out").rename(root / "before")
+    tokens = {
+        "<|tool|>": {"source": str(root / "expert0"), "force": True},
+        "a": {"source": "expert1", "force": True},
+        "<|new|>": {"source": {"kind": "model_token", "model": str(root / "base"), "token": "z"}},
+    }
+    got = merge(
+        root, 2, {"density": 1.0, "power": 0.5}, tokenizer={"source": "union", "tokens": tokens, "pad_to_multiple_of": 16}
+    )
+    states = [load_file(root / f"expert{i}" / "model.safetensors") for i in range(2)]
+    base = load_file(root / "base" / "model.safetensors")
+    for name in (EMBED, HEAD):
+        rows, theirs = by_token(got, root / "out", name), by_token(states[1], root / "expert1", name)
+        assert torch.equal(rows["<|tool|>"], states[0][name][-1]) and torch.equal(rows["a"], theirs["a"])
+        assert torch.equal(rows["<|new|>"], by_token(base, root / "base", name)["z"])
+        assert got[name].shape[0] == 112 and not torch.equal(rows["b"], theirs["b"])
+        assert torch.equal(got[name][-1], got[name][-2]) and got[name][-1].abs().max() < got[name][:104].abs().max()
+    assert not plain.keys() ^ got.keys()
+    raw = {
+        "merge_method": "ota", "base_model": str(root / "base"), "models": [{"model": str(root / f"expert{i}")} for i in range(2)],
+        "parameters": {"density": 0.4}, "tokenizer": {"source": "union", "tokens": {"<|tool|>": {"source": "expert0"}}, "pad_to_multiple_of": 16},
+    }  # fmt: skip
+    recipe, masks = MergeRecipe.model_validate(raw), root / "masks"
+    masks.mkdir()
+    engine.merge(recipe, root / "whole")
+    engine.merge(recipe, root / "blocks", block_elements=40, threads=3)
+    inputs = resolve_local(recipe)
+    engine.mask(recipe, masks, inputs=inputs)
+    experts = tuple(replace(one, masks=masks / f"{one.name}.safetensors") for one in inputs.experts)
+    engine.merge(recipe, root / "masked", inputs=replace(inputs, experts=experts))
+    files = [(root / out / "model.safetensors").read_bytes() for out in ("whole", "blocks", "masked")]
+    assert files[0] == files[1] == files[2]
 
 
 def test_union_refuses_what_only_another_tokenizers_own_model_knows(tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ def recipe(parameters: dict[str, Any] | None = None, own: dict[str, Any] | None 
     return {**raw, "parameters": parameters or {}, **top}
 
 
+def tokens(row: dict[str, Any]) -> dict[str, Any]:
+    return {"source": "union", "tokens": {"<|x|>": row}}
+
+
 def refused(raw: Any) -> str:
     with pytest.raises(RecipeError) as caught:
         parse_recipe(raw)
@@ -154,7 +158,7 @@ def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dic
         (recipe({"density": 0.4, "precond_threshold": 1e-20}), "both density and precond_threshold are given"),
         (recipe({"precond_threshold": 1e-20, "metric": "magnitude"}), "with metric magnitude give a density instead"),
         (recipe({"t": 0.5}), "'t' has no effect with merge_method ota"),
-        (recipe({"density": 0.5}, merge_method="linear"), "'density' has no effect with merge_method linear"),
+        (recipe({"power": 0.5}, merge_method="linear"), "'power' has no effect with merge_method linear"),
         (recipe({}, {"preconditioner_path": "v"}, merge_method="ties"), "'preconditioner_path' has no effect with merge_method ties"),
         (recipe({"rank1_approx": True}, merge_method="dare_ties"), "'compression' has no effect"),
         (recipe({"rank": 2}, merge_method="ties"), "'rank' has no effect with merge_method ties"),
@@ -205,6 +209,14 @@ def test_yaml_and_json_give_the_recipe_back(parameters: dict[str, Any], own: dic
         (recipe(merge_method="ffg"), "ffg grafts the edit of one expert onto the base, the recipe names 2"),
         (recipe(merge_method="DARE-TIES"), "unknown merge_method 'DARE-TIES'; write dare_ties"),
         (recipe({"ties_density": 0.2}), "'ties_density' has no effect with masked_merge precond"),
+        (recipe(tokenizer=tokens({"source": {"kind": "zeroo"}})), "kind: got 'zeroo'; input should be 'zero' or 'model_token'"),
+        (recipe(tokenizer=tokens({"source": {"kind": "model_token", "model": "x"}})), "takes a model and one of token and token_id"),
+        (recipe(tokenizer=tokens({"source": "nowhere"})), "'<|x|>' takes its row from 'nowhere', which is no model of the recipe; expected one of: b, x, y"),
+        (recipe(tokenizer=tokens({"force": True})), "force: true needs a source"),
+        (recipe(tokenizer={"source": "union", "pad_to_multiple_of": 0}), "tokenizer.pad_to_multiple_of: got 0"),
+        (recipe(tokenizer={"source": "base", "pad": 8}), "unknown key 'tokenizer.pad'"),
+        (recipe(tokenizer={"source": "base"}, tokenizer_source="union"), "its source is base and tokenizer_source says union; keep one"),
+        (recipe({}, merge_method="ties", models=[{"model": "x", "revision": "v1"}]), "write it behind the model's name: org/name@revision"),
         (recipe({"power": float("nan")}), "parameters.power"),
         (recipe({"lambda": float("inf")}), "parameters.lambda"),
         (recipe({"power": "half"}), "parameters.power: got 'half'"),
@@ -303,6 +315,48 @@ def test_varied_recipes_come_back_from_yaml_and_json(raw: dict[str, Any]) -> Non
     assert parse_recipe(parse_yaml(read.to_yaml(), "r.yaml")) == read
     assert MergeRecipe.model_validate_json(read.model_dump_json(by_alias=True)) == read
     assert MergeRecipe.model_validate(read.model_dump(mode="json", by_alias=True)).effective() == read.effective()
+
+
+def test_what_mergekit_leaves_unread_is_left_out_and_named() -> None:
+    raw = recipe(
+        {"normalize": 1.0, "t": [0, 1], "int8_mask": 1.0, "density": 0.4},
+        {"weight": 0.3, "normalize": False},
+        merge_method="task_arithmetic",
+    )
+    read = parse_recipe(raw | {"trust_remote_code": True})
+    assert read.ignored == ("trust_remote_code", "parameters.t", "parameters.density", "models[0].parameters.normalize")
+    assert read.setting("normalize") is True and not read.varies
+    plain = recipe({"normalize": True}, {"weight": 0.3}, merge_method="task_arithmetic")
+    assert read.effective() == parse_recipe(plain).effective()
+    assert (
+        parse_recipe(parse_yaml(read.to_yaml(), "r.yaml"))
+        == read
+        == MergeRecipe.model_validate_json(read.model_dump_json(by_alias=True))
+    )
+    with pytest.raises(RecipeError, match=r"a study: parameters: 't' has no effect with merge_method task_arithmetic; remove it"):
+        parse_recipe(raw, "a study", strict=True)
+    said = (
+        parse_recipe(recipe({"lambda": 0.5}, merge_method="sce")).remarks()
+        + parse_recipe(recipe(merge_method="linear")).remarks()
+    )
+    assert "mergekit's sce has no such parameter" in said[0] and "the base takes no part in linear" in said[1]
+    listed = [{"model": "b"}, {"model": "x"}]
+    assert not parse_recipe(recipe({"lambda": 0.5}, merge_method="ties")).remarks()
+    assert not parse_recipe(recipe(merge_method="linear", models=listed)).remarks()
+
+
+def test_of_masked_ties_over_all_experts_alone_the_identity_changed() -> None:
+    """Versions before divided by the experts that agree, whatever the denominator."""
+    keys = {
+        (merge, denominator): "ties_divided_by"
+        in parse_recipe(recipe({"masked_merge": merge, "denominator": denominator})).effective()
+        for merge in ("precond", "linear", "ties")
+        for denominator in ("kept", "all")
+    }
+    assert [key for key, new in keys.items() if new] == [("ties", "all")]
+    for method in ("ties", "breadcrumbs", "breadcrumbs_ties"):
+        assert "rescale" not in parse_recipe(recipe(merge_method=method)).effective()["parameters"]
+        assert parse_recipe(recipe({"rescale": True}, merge_method=method)).effective()["parameters"]["rescale"]
 
 
 def test_what_decides_nothing_or_is_new_leaves_the_identity_of_old_recipes() -> None:

@@ -10,7 +10,7 @@ from tasks.evaluation.backend import Backend
 from tasks.evaluation.harness import score_model
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.suites import Suite, SuiteError, at_server, load_suite, score_identity, suite_digest
-from tests.openai_server import serving
+from tests.tasks.evaluation.openai_server import serving
 from tests.tasks.evaluation.test_benchmark import greedy
 from tests.tiny_models import perturb
 from tests.tiny_suite import edited, read_rows, write_rows

@@ -11,7 +11,7 @@ from tasks.evaluation.gate import decide
 from tasks.evaluation.harness import score_model
 from tasks.evaluation.results import capability_score
 from tasks.evaluation.suites import Suite, SuiteError, load_suite, suite_digest
-from tests.openai_server import serving
+from tests.tasks.evaluation.openai_server import serving
 from tests.tiny_models import perturb
 from tests.tiny_suite import edited
 

@@ -13,7 +13,7 @@ from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite, SuiteError, load_suite, suite_digest
 from tasks.evaluation.template import chat_template, decided
 from tasks.settings import places
-from tests.openai_server import serving
+from tests.tasks.evaluation.openai_server import serving
 from tests.tiny_models import perturb
 from tests.tiny_suite import edited
 

@@ -123,6 +123,7 @@ def test_one_worker_per_gpu() -> None:
 
 def test_each_worker_has_a_home_of_its_own_and_shares_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.setenv("OTA_ALLOWED_ROOTS", "/data,https://mlflow.example")
     stack = a_stack(tmp_path, ("0",))
     found = programs(stack)
     cpu, gpu = found["worker-cpu"]["env"], found["worker-gpu"]["env"]
@@ -135,6 +136,7 @@ def test_each_worker_has_a_home_of_its_own_and_shares_the_servers(tmp_path: Path
         "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:8333",
         "OTA_ARTIFACTS": "s3://ota/artifacts",
         "OTA_NIGHTLY": str(ROOT / "deployments" / "nightly.yaml"),
+        "OTA_ALLOWED_ROOTS": "/data,https://mlflow.example",
     }.items():
         assert cpu[name] == gpu[name] == value
     assert cpu["OTA_GPU_DEPLOYMENT"] == "stage/gpu" and "OTA_GPU_DEPLOYMENT" not in gpu

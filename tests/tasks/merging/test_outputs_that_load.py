@@ -104,6 +104,46 @@ def test_tokens_that_one_expert_added(tmp_path: Path, slow: bool) -> None:
         assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<|im_start|>a<|im_end|>"
 
 
+TEMPLATES = {
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "tojson": "{{ messages | tojson(indent=2, ensure_ascii=False) }}{{ strftime_now('%d %b %Y') }}",
+    "system first": "{% if messages[0].role != 'system' %}{{ raise_exception('begin with a system message') }}{% endif %}{{ messages[1].content }}",
+    "parts": "{% for m in messages %}{% for part in m.content %}{{ part.text + '' }}{% endfor %}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_that_transformers_takes_is_taken(tmp_path: Path, template: str) -> None:
+    """axolotl-ai-cloud/axolotl#2762, abetlen/llama-cpp-python#2225: tags and functions that jinja has in transformers alone."""
+    family(tmp_path, llama(vocab_size=120))
+    grown(tmp_path, ["<|im_start|>"])
+    (tmp_path / "e1" / "chat_template.jinja").write_text(TEMPLATES[template])
+    _, said = merged(tmp_path, tokenizer_source="union")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATES[template]
+    assert "renders none" not in said and "cannot be" not in said
+
+
+def test_templates_that_want_more_than_a_check_has_are_noted(tmp_path: Path) -> None:
+    """Only what transformers cannot read ends a merge."""
+    family(tmp_path, llama(vocab_size=120))
+    grown(tmp_path, ["<|im_start|>"])
+    template = tmp_path / "e1" / "chat_template.jinja"
+    template.write_text(
+        "{% if not documents %}{{ raise_exception('documents are missing') }}{% endif %}{{ messages[0].content }}"
+    )
+    _, said = merged(tmp_path, tokenizer_source="union")
+    assert (
+        "its chat template can be read, but renders none of 7 short conversations (TemplateError: documents are missing)" in said
+    )
+    template.write_text("{% for m in messages %}{% unheard_of %}{% endfor %}")
+    shutil.rmtree(tmp_path / "out")
+    assert "its chat template cannot be read (line 1: Encountered unknown tag 'unheard_of'" in refused(
+        tmp_path, tokenizer_source="union"
+    )
+
+
 def test_what_is_dropped_is_said_with_the_norm_of_its_edit(tmp_path: Path) -> None:
     """hiyouga/LlamaFactory#4408: trained special tokens that do not reach the merged model."""
     family(tmp_path, llama(vocab_size=120))
@@ -114,6 +154,11 @@ def test_what_is_dropped_is_said_with_the_norm_of_its_edit(tmp_path: Path) -> No
     assert (
         f"2 of its tokens are not in the output's tokenizer and left out ('<|im_start|>', '<|im_end|>'); what their rows hold has the norm {norm:.3g}"
         in said
+    )
+    told = " ".join(ota("plan", tmp_path, "linear").output.split())
+    assert (
+        "2 of its tokens are not in the output's tokenizer and left out ('<|im_start|>', '<|im_end|>'). tokenizer_source: union"
+        in told
     )
 
 

@@ -46,7 +46,7 @@ def test_every_kind_of_model(tmp_path: Path, kind: str) -> None:
     loads(tmp_path / "out", type(model))
 
 
-@pytest.mark.parametrize("kind", [*sorted(MIXTURES), "t5", "llava", "mamba"])
+@pytest.mark.parametrize("kind", [*sorted(MIXTURES), "t5", "llava", "mamba", "gemma3", "qwen2_5_vl", "bert"])
 def test_the_analysis_of_every_kind(tmp_path: Path, kind: str) -> None:
     KINDS[kind]().save_pretrained(tmp_path / "base")
     for name, lr in (("e1", 1e-2), ("e2", 2e-2)):
@@ -56,7 +56,9 @@ def test_the_analysis_of_every_kind(tmp_path: Path, kind: str) -> None:
     assert result.exit_code == 0, result.output
     table = pd.read_parquet(next((tmp_path / "report").rglob("*.parquet")))
     of_experts = table[(table.analysis == "moe") & (table.role == "all") & table.layer.isna()]
-    assert (len(of_experts) > 0) == (kind in MIXTURES)
+    page = next((tmp_path / "report").rglob("pictures.html")).read_text()
+    assert (len(of_experts) > 0) == (kind in MIXTURES) == ("Which experts of the mixture does FFG keep?" in page)
+    assert "Where does FFG keep the experts" in page
     for _, rows in of_experts.groupby(["expert", "variant"]):
         assert sorted(rows["at"]) == [0.0, 1.0, 2.0, 3.0] and rows["value"].between(0, 1).all()
         # Together they keep what all the matrices of experts keep.

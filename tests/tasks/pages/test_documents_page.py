@@ -1,12 +1,8 @@
-"""The page of the documents that flipped: complete, cut where it says so, closed to what a document holds, filtered in a real browser."""
+"""The page of the documents that flipped: complete, cut where it says so, closed to what a document holds. A browser opens it in ``seen``."""
 
 import json
-import shutil
-import subprocess
-from pathlib import Path
 
 import pandas as pd
-import pytest
 
 from tasks.pages.documents import PAGE_ROWS, TABLE_ROWS, documents_html, documents_json, documents_note, flip_rows
 
@@ -53,15 +49,3 @@ def test_long_tables_are_cut_and_say_so() -> None:
     assert documents_note(table) == "2,000 of 6,000 documents; long texts are cut"
     assert "6,000 without texts" in documents_note(documents(3000, texts=False))
     assert "Expected" not in documents_html("ota", documents(12, texts=False))
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_the_filter_works_in_a_browser(tmp_path: Path) -> None:
-    """The page itself, opened with a choice made: a copy that chooses before its script runs."""
-    page = documents_html("ota", documents(12))
-    assert page.count("<option>code</option>") == 1
-    (tmp_path / "page.html").write_text(page.replace("<option>code</option>", "<option selected>code</option>"))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
-    seen = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert '<span data-count="">6</span>' in seen and seen.count('data-expert="') == 14
-    assert seen.count("hidden=") == 8

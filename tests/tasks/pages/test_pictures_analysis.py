@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import vl_convert
@@ -16,7 +18,7 @@ from tasks.pages.pictures import picture as drawing
 from tasks.pages.pictures.analysis import pictures_of
 from tasks.pages.pictures.pairs import ALL_PAIRS
 from tasks.pages.pictures.picture import Picture
-from tests.tasks.pages.analysis_table import COMPRESSIONS, EXPERTS, OUTSIDE, analysis_table
+from tests.tasks.pages.analysis_table import COLUMNS, COMPRESSIONS, EXPERTS, OUTSIDE, _row, analysis_table
 from tests.tasks.pages.page_reader import svg
 
 LAYERS = 3
@@ -255,3 +257,29 @@ def test_a_fused_model_shows_its_own_projections_alone(table: pd.DataFrame) -> N
 def test_a_table_without_a_column_is_refused(table: pd.DataFrame) -> None:
     with pytest.raises(OtaError, match=r"lacks the columns \['role'\]"):
         pictures_of(table.drop(columns="role"))
+
+
+@pytest.mark.parametrize(("layers", "count"), [(2, 4), (24, 64)])
+def test_the_experts_of_a_mixture(layers: int, count: int) -> None:
+    """Each number in the cell of its layer, expert and model; the caption has those over all layers."""
+    rng = np.random.default_rng(layers)
+    rows = [
+        _row("moe", "density", rng.random(), (layer, role), expert=expert, variant=variant, at=float(at))
+        for expert in ("math", "code") for at in range(count) for layer in (*range(layers), None)
+        for role in ("all", "gate") for variant in ("curvature", "magnitude")
+    ]  # fmt: skip
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64", "elements": "Int64"})
+    picture = pictures_of(pd.concat([analysis_table(("math", "code"), layers), table], ignore_index=True))["mixture"]
+    wanted = table[(table["role"] == "all") & (table["variant"] == "curvature")]
+    cells = wanted[wanted["layer"].notna()]
+    seen = {(row["expert"], row["layer"], row["at"]): row["value"] for row in one(picture)}
+    assert seen == dict(zip(zip(cells["expert"], cells["layer"], cells["at"], strict=True), cells["value"], strict=True))
+    whole = wanted[wanted["layer"].isna() & (wanted["expert"] == "code")]
+    low, high = whole.loc[whole["value"].idxmin()], whole.loc[whole["value"].idxmax()]
+    said = (
+        f"code from {100 * low['value']:.3g} % (number {low['at']:.0f}) to {100 * high['value']:.3g} % (number {high['at']:.0f})"
+    )
+    assert said in picture.caption
+    texts = svg(picture.chart)
+    assert {"math", "code", "number", "layer"} <= set(re.findall(r">([^<>]+)</text>", texts))
+    assert "mixture" not in pictures_of(analysis_table(("math", "code"), layers))

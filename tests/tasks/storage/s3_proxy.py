@@ -15,6 +15,8 @@ from tests.servers import S3Test
 HTML = b"<html><head><title>Sign in</title></head><body>Please sign in to the network.</body></html>"
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
+DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"
+
 
 @dataclass
 class Answer:
@@ -49,6 +51,8 @@ class Proxy:
     endpoint: str
     change: Callable[[Answer], None] = lambda answer: None
     seen: list[str] = field(default_factory=list)
+    read_only: bool = False
+    """Refuse what could change something, as keys do that may only read."""
 
 
 @contextmanager
@@ -62,6 +66,13 @@ def s3_proxy(behind: str) -> Iterator[Proxy]:
         def _pass_on(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length) if length else b""
+            if proxy.read_only and self.command not in {"GET", "HEAD"}:
+                proxy.seen.append(f"{self.command} {self.path} refused")
+                self.send_response(403)
+                self.send_header("Content-Length", str(len(DENIED)))
+                self.end_headers()
+                self.wfile.write(DENIED)
+                return
             server = http.client.HTTPConnection(target, timeout=60)
             # The signature is over the address that the client knows: it stays.
             server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)

@@ -13,6 +13,7 @@ import pytest
 from ota_core.errors import StorageError
 from tasks.storage import models as storage
 from tasks.storage import s3
+from tasks.storage.cache import digest_file
 from tasks.storage.models import fetch
 from tasks.storage.streaming.streams import Streams
 from tests.servers import S3Test
@@ -156,7 +157,17 @@ def test_no_such_folder(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "is a file; name the checkpoint's folder" in refused(str(tmp_path / "file"))
     (tmp_path / "empty").mkdir()
     assert "holds no model files" in refused(str(tmp_path / "empty"))
+    (tmp_path / "run" / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-10" / "config.json").write_text("{}")
+    assert "Folders in it do: checkpoint-10; name one of them" in refused(str(tmp_path / "run"))
     assert "is not an S3 address" in refused("s3:///x")
+
+
+def test_a_cache_that_cannot_be_made_is_not_the_inputs_fault(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    (tmp_path / "weights").write_text("")
+    with pytest.raises(StorageError, match=r"home.cache cannot be made \(Not a directory\); let OTA_HOME name"):
+        digest_file(tmp_path / "weights", cache=tmp_path / "home" / "cache")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -42,7 +42,7 @@ def a_merge(name: str = "ota", **changes: Any) -> MergeRun:
         "record": {"kind": "merged", "files": {"model.safetensors": 12}},
         "model_uri": f"s3://models/merged/{name}",
         "model_digest": f"digest-{name}",
-        "model_card": "# A merge\n",
+        "model_card": "---\nlibrary_name: transformers\n---\n\n# A merge\n",
         "inputs": [
             InputRef(name="base", source="s3://models/base", digest="b" * 64, role="base"),
             InputRef(name="math-expert", source="/data/experts/math", digest="m" * 64, role="expert"),

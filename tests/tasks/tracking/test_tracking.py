@@ -80,7 +80,7 @@ def test_a_merge_reads_back_whole(uri: str, request: pytest.FixtureRequest, tmp_
     assert read.data.params == {"merge_method": "ota", **{k: str(v) for k, v in run.params.items()}}
     assert read.data.metrics == pytest.approx(run.metrics)
     assert run.tags.items() <= read.data.tags.items()
-    assert read.data.tags["mlflow.note.content"] == run.model_card
+    assert read.data.tags["mlflow.note.content"] == "# A merge\n", "without the YAML on top of the card"
 
     sources = {i.dataset.name: json.loads(i.dataset.source) for i in read.inputs.dataset_inputs}
     assert sources == {i.name: {"uri": i.source, "digest": i.digest} for i in run.inputs}
@@ -150,6 +150,24 @@ def test_new_scores_update_the_run_and_a_param_keeps_its_first_value(root: Path,
     assert read.data.metrics["score/math"] == 0.7
     assert (read.data.params["base_model"], read.data.tags["latest/base_model"]) == ("s3://models/base", "/mirror/base")
     assert "/mirror/base" in caplog.text
+
+
+def test_a_run_that_is_cancelled_in_the_middle_reads_killed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C, or by Cancel in the Prefect UI; a repeat goes on in it."""
+    client, run = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db"), a_merge()
+
+    def cancelled(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking, "log_values", cancelled)
+        with pytest.raises(KeyboardInterrupt):
+            log_merge(run, root=root)
+    experiment = client.get_experiment_by_name("ota-merging").experiment_id
+    (killed,) = client.search_runs([experiment], filter_string="tags.recipe_fingerprint = 'fp-ota'")
+    assert killed.info.status == "KILLED"
+    logged = log_merge(run, root=root)
+    assert logged.run_id == killed.info.run_id and client.get_run(logged.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("broken", ["log_values", "_log_artifacts", "_log_child", "register_version"])

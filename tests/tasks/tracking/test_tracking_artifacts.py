@@ -13,8 +13,9 @@ from ota_core.errors import StorageError
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.experiments.search import log as search_log
 from tasks.experiments.search.search import Trial, Tuned
-from tasks.experiments.study.log import log_study
+from tasks.experiments.study.log import study_run
 from tasks.registry.promotion import log_decision
+from tasks.tracking.kept_run import log_kept
 from tasks.tracking.merge import log_benchmark, log_merge
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.run import LoggedRun
@@ -49,7 +50,7 @@ def study(root: Path) -> None:
     folder = root / "study"
     folder.mkdir(exist_ok=True)
     (folder / "table.csv").write_text("a\n")
-    log_study("s", folder, config="{}", tags={}, metrics={}, merges={}, store=resolve_store(root=root))
+    log_kept(study_run("s", folder, config="{}", tags={}, metrics={}, merges={}), resolve_store(root=root))
 
 
 def search(root: Path) -> LoggedRun:
@@ -74,7 +75,7 @@ def decision(root: Path) -> None:
     ("log", "what", "safe"),
     [
         (benchmark, "scores.json", "The scores are kept as an artifact."),
-        (study, "the tables and figures", "Its tables and figures lie in "),
+        (study, "the files of study s", "Its tables and figures lie in "),
         (trial, "the recipe of trial 0", "The search itself keeps every trial"),
         (winner, "the files of the search", "The search itself keeps every trial"),
         (decision, "gate.json, gate.md", "The champion is the old one or the new one"),

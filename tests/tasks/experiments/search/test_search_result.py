@@ -161,7 +161,7 @@ def test_words_that_were_chosen_stand_in_table_and_pictures() -> None:
     ]
     tuned = Tuned(trials=tuple(made), evaluations=2)
     cells = trials(tuned, 5).cells()
-    assert cells.header[-2:] == ["merge method", "density"] and [row[-2:] for row in cells.rows] == [
+    assert cells.header[-2:] == ["merge_method", "density"] and [row[-2:] for row in cells.rows] == [
         ["ties", "0.2"],
         ["ota", "0.4"],
     ]

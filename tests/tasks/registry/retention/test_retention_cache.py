@@ -1,6 +1,7 @@
 """The local cache against a real S3 server: what was not used goes, what is in use stays, and everything can be had again."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -10,13 +11,16 @@ import pytest
 
 from ota_core.artifact import ArtifactRef
 from tasks.artifacts.store import ArtifactStore, BuildResult
+from tasks.evaluation.subject import whole_model
 from tasks.registry.retention.cache import collect_cache, plan_cache
 from tasks.registry.retention.plan import Plan
+from tasks.settings import places
 from tasks.storage import download as storage_download
 from tasks.storage import models as storage
 from tasks.storage import watch
 from tasks.storage.cache import digest_file, note_use
 from tasks.storage.streaming.streams import Streams
+from tests.ota_core.files.tiny_gguf import tiny, write_gguf
 from tests.servers import S3Test
 
 WEEK = timedelta(days=7)
@@ -253,3 +257,46 @@ def test_use_of_what_nobody_may_touch_is_only_said(
     monkeypatch.setattr(os, "utime", refuse)
     note_use(tmp_path)
     assert "cannot note that" in caplog.text and "Operation not permitted" in caplog.text
+
+
+def test_every_folder_that_is_made_in_the_cache_is_swept(cache: Path, tmp_path: Path) -> None:
+    """Links to GGUF files and what they hold themselves, models written to be scored, interrupted estimates: not the user's own files."""
+    tiny("llama").save_pretrained(tmp_path / "m")
+    write_gguf(tmp_path / "one.gguf", tmp_path / "m", "llama", "F16")
+    fetched = storage.fetch(str(tmp_path / "one.gguf"), cache=cache)
+    where = places(tmp_path / "home").model_copy(update={"cache": cache})
+    written = whole_model(fetched.path, None, fetched.digest, where)
+    (cache / "estimates").mkdir()
+    (cache / "estimates" / "half.safetensors").write_bytes(b"x" * 5000)
+    for folder in ("written", "gguf-companions", "gguf", "estimates"):
+        (cache / folder / ".left.0123.tmp").mkdir()
+    made = {"written", "companions", "gguf", "estimate"}
+    assert not [one for one in plan(cache).going if one.stored.kind in made]
+    age(cache)
+    for path in (fetched.path, written):  # what is used again is not touched
+        note_use(path)
+    assert [kind for kind in kinds(plan(cache).going) if kind in made] == ["companions", "estimate"]
+    age(cache)
+    found = plan_cache(cache, datetime.now(UTC) + timedelta(hours=1))  # what is left over is as old as its last renaming
+    assert made <= set(kinds(found.going)) and kinds(found.going).count("leftover") == 4
+    outcome = collect_cache(found)
+    assert not outcome.spared and not written.exists() and not fetched.path.exists()
+    assert [
+        path.name for folder in ("written", "gguf-companions", "gguf", "estimates") for path in (cache / folder).iterdir()
+    ] == []
+    assert (tmp_path / "one.gguf").is_file()
+    again = storage.fetch(str(tmp_path / "one.gguf"), cache=cache)
+    assert again == fetched and (whole_model(again.path, None, again.digest, where) / "model.safetensors").is_file()
+
+
+def test_nothing_else_is_made_in_the_cache() -> None:
+    """A folder that the code makes below the cache is known to its sweep, or holds locks, entries and digests that stay."""
+    from tasks.registry.retention.cache import _PLACES
+
+    made = set()
+    for file in (Path(__file__).parents[4] / "tasks").rglob("*.py"):
+        made |= set(re.findall(r"cache / (?:\"([\w.-]+)\"|WRITTEN)", file.read_text())) | (
+            {"written"} if "/ WRITTEN" in file.read_text() else set()
+        )
+    known = {pattern.split("/")[0] for pattern in _PLACES.values()} | {"locks", "objects", "digests.sqlite"}
+    assert made - {""} <= known and len(made) > 8

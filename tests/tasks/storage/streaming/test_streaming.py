@@ -28,6 +28,7 @@ from tasks.storage.streaming import outline as outlines
 from tasks.storage.streaming.outline import outline
 from tasks.storage.streaming.streams import Streams
 from tests.ota_core.engine.test_output import llama_experts
+from tests.ota_core.files.tiny_gguf import tiny, write_gguf
 from tests.s3_requests import Requests
 from tests.servers import S3Test
 from tests.tiny_models import perturb, vocabulary, write_tiny_llama
@@ -196,6 +197,33 @@ def test_what_cannot_be_streamed_is_downloaded_and_said(tmp_path: Path, s3_serve
         (note,) = notes
         assert note.startswith(f"{s3_server.uri}/expert0/{file.name} cannot be read by ranges") and "downloaded" in note
     assert disk(tmp_path / "cache") < 1.5 * file.stat().st_size + MIB
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_gguf_model_in_s3_is_downloaded(tmp_path: Path, s3_server: S3Test, stream: bool) -> None:
+    """The only one below a prefix, or one of several by the name of a file; of a model in parts, all parts."""
+    tiny("llama").save_pretrained(tmp_path / "start")
+    (tmp_path / "files").mkdir()
+    write_gguf(tmp_path / "files" / "a.gguf", tmp_path / "start", "llama", "F16", split=7)
+    write_gguf(tmp_path / "files" / "b.gguf", tmp_path / "start", "llama", "Q8_0")
+    parts = sorted(path.name for path in (tmp_path / "files").glob("a-*"))
+    for path in (tmp_path / "files").iterdir():
+        s3.write_bytes(f"{s3_server.uri}/many/{path.name}", path.read_bytes())
+        if path.name == "b.gguf":
+            s3.write_bytes(f"{s3_server.uri}/one/{path.name}", path.read_bytes())
+    there = {"merge_method": "linear", "models": [{"model": f"{s3_server.uri}/many"}]}
+    with pytest.raises(
+        StorageError,
+        match=rf"holds 2 GGUF models \({parts[0]}, b.gguf, …\); name the one that is meant, {s3_server.uri}/many/{parts[0]}",
+    ):
+        merge(there, tmp_path / "none", tmp_path / "cache", stream=stream)
+    exact = load_file(tmp_path / "start" / "model.safetensors")
+    for where, atol in ((f"many/{parts[1]}", 1e-3), ("many/b.gguf", 0.02), ("one", 0.02)):
+        out = tmp_path / where.replace("/", "-")
+        _, notes = merge(there | {"models": [{"model": f"{s3_server.uri}/{where}"}]}, out, tmp_path / "cache", stream=stream)
+        assert not stream or all("it is a GGUF file, whose reader takes it whole: downloaded" in note for note in notes)
+        for name, tensor in load_file(out / "model.safetensors").items():
+            torch.testing.assert_close(tensor.float(), exact[name], rtol=0, atol=atol)
 
 
 def test_a_complete_download_is_used_instead_of_the_network(tmp_path: Path, s3_server: S3Test, gets: Requests) -> None:

@@ -1,6 +1,6 @@
 """A small server of OpenAI's style on loopback that serves real models through transformers: completions with echoed log-likelihoods, chat.
 
-As vLLM's and llama.cpp's servers answer, as far as lm-eval asks. Import as ``from tests.openai_server import serving``.
+As vLLM's and llama.cpp's servers answer, as far as lm-eval asks. Import as ``from tests.tasks.evaluation.openai_server import serving``.
 """
 
 import contextlib

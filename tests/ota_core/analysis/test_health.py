@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from ota_core.analysis.health import check_expert
 from ota_core.compute.stream import Stream
 from ota_core.files.checkpoint import Checkpoint
-from ota_core.health import check_expert
 from ota_core.moments import find_moments, open_moments
 from tests.checkpoints import SHAPES, random_base, random_expert, write_checkpoint, write_moments
 from tests.reference import Tensors

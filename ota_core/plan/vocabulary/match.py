@@ -18,6 +18,9 @@ from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, adapter_of, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.files.tokens import added_entries, tokens_of
+from ota_core.plan.vocabulary.filled import Fill, Filled, Reads
+from ota_core.plan.vocabulary.wanted import Wanted
+from ota_core.reading import quoted
 
 
 def is_vocabulary_tensor(name: str) -> bool:
@@ -49,6 +52,10 @@ def names_in(folder: Path, source_of: SourceOf | None = None) -> frozenset[str] 
         return None if ours else tensor_names(checkpoint)
 
 
+SPARE = 2**16
+"""Rows that tokens may lie behind those of the embeddings: some tokenizers have tokens without a row."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The output's rows, and where each model holds them."""
@@ -64,19 +71,41 @@ class Vocabulary:
     """With ``union``: the models (by position) that brought those."""
     dropped: tuple[Mapping[str, int], ...] = ()
     """For each model, base first: its own tokens that the output lacks, with their rows in the model."""
+    fills: tuple[Mapping[int, Fill], ...] = ()
+    """For each model, base first: the output's rows that it takes from elsewhere. Empty: none."""
+    padding: int | None = None
+    """The first row that no token has, where those are the mean of all others; None: there are no such rows."""
+    notes: tuple[str, ...] = ()
+
+    def filled(self, model: int, models: Sequence[Reads]) -> Filled | None:
+        """What of a model's vocabulary (by position) is not its own; None where all is."""
+        given = self.fills[model] if self.fills else {}
+        if not given and self.padding is None:
+            return None
+        return Filled(given=given, padding=self.rows if self.padding is None else self.padding, models=models)
 
 
-def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabulary | None:
+def match(
+    models: Sequence[tuple[str, Path, int]], source: str | int, wanted: Wanted | None = None, *, with_base: bool = False
+) -> Vocabulary | None:
     """How the vocabularies fit. models: (name, folder, rows of the embedding), base first. source: position, or ``union``.
 
-    None when all agree row by row. Raises CheckpointError when rows differ and a tokenizer that would say why is missing.
+    wanted: what the recipe says of single tokens and of padding; with_base: whether the first model is the base, whose rows stand in first
+    for tokens that others lack. None when all agree row by row. Raises CheckpointError, with all problems, when rows differ and a tokenizer
+    that would say why is missing, and for tokens that are not where they are to come from.
     """
     tables = [tokens_of(folder) for _, folder, _ in models]
     first = 0 if source == "union" else int(source)
     same_rows = len({rows for _, _, rows in models}) == 1
     known = [table for table in tables if table is not None]
     if same_rows and all(table == known[0] for table in known):
-        return None if first == 0 else Vocabulary(models[0][2], (None,) * len(models), first)
+        if wanted is None:
+            return None if first == 0 else Vocabulary(models[0][2], (None,) * len(models), first)
+        tables = [known[0] if known else None] * len(models)
+    if wanted is not None and not known:
+        raise CheckpointError(
+            "tokenizer: no model has a tokenizer, which says what row a token has; put its files beside the weights"
+        )
     without = [name for (name, _, _), table in zip(models, tables, strict=True) if table is None]
     if without:
         raise CheckpointError(
@@ -91,11 +120,24 @@ def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabul
         added, brought = _extra_tokens(models, tables, target)
         for entry in added:
             target[entry["content"]] = entry["id"]
-        count = max(count, max(target.values()) + 1)
+        count = max(count, max(target.values(), default=-1) + 1)
+        _check_rows(target, models)
+    padding = None
+    if wanted is not None:
+        _check_rows(target, models)
+        for entry in wanted.new_entries([folder for _, folder, _ in models], target):
+            target[entry["content"]] = entry["id"]
+            added.append(entry)
+        last = max(target.values(), default=-1) + 1
+        count, padding = (
+            (max(count, last), None) if wanted.multiple is None else (-(-last // wanted.multiple) * wanted.multiple, last)
+        )
     token_at = {row: token for token, row in target.items()}
+    maps = tuple(_row_map(count, token_at, table or {}, model[2], padding) for table, model in zip(tables, models, strict=True))
+    fills, notes = wanted.fills(target, [table or {} for table in tables], models, maps, with_base) if wanted else ((), ())
     return Vocabulary(
         count,
-        tuple(_row_map(count, token_at, table or {}, model[2]) for table, model in zip(tables, models, strict=True)),
+        maps,
         first,
         tuple(added),
         tuple(brought),
@@ -103,16 +145,33 @@ def match(models: Sequence[tuple[str, Path, int]], source: str | int) -> Vocabul
             {token: row for token, row in (table or {}).items() if token not in target and row < rows}
             for table, (_, _, rows) in zip(tables, models, strict=True)
         ),
+        fills,
+        padding,
+        notes,
     )
 
 
-def _row_map(count: int, token_at: dict[int, str], table: dict[str, int], rows: int) -> NDArray[np.int64] | None:
+def _check_rows(target: Mapping[str, int], models: Sequence[tuple[str, Path, int]]) -> None:
+    """Raise CheckpointError where a token of the output lies far behind all rows that the models have."""
+    token = max(target, key=lambda one: target[one], default="")
+    most = sum(rows for _, _, rows in models)
+    if target.get(token, 0) >= most + SPARE:
+        raise CheckpointError(
+            f"tokenizer_source: token {quoted(token)} has the row {target[token]}, and the models' embeddings have {most} rows together: "
+            "the tokenizer is not of these weights; fetch it again"
+        )
+
+
+def _row_map(
+    count: int, token_at: dict[int, str], table: dict[str, int], rows: int, padding: int | None = None
+) -> NDArray[np.int64] | None:
+    """padding: from which row on no row is anybody's own."""
     taken = set(table.values())
     result = []
     for row in range(count):
         token = token_at.get(row)
-        padding = row if row not in taken else -1  # rows behind the last token match each other
-        place = padding if token is None else table.get(token, -1)
+        behind = row if row not in taken and padding is None else -1  # rows behind the last token match each other
+        place = behind if token is None else table.get(token, -1)
         result.append(place if place < rows else -1)
     return None if result == list(range(rows)) else np.array(result, np.int64)
 

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from ota_core.compute.blocks import matrix_shape, row_blocks
 from ota_core.compute.loops import compiled
 from ota_core.compute.stream import Stream
-from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.checkpoint import Checkpoint, adapter_of
 from ota_core.files.rows import F64, Rows
 from ota_core.fused.finite import kinds_not_finite
 from ota_core.moments import Moments, none_found
 from ota_core.plan.inputs import ExpertInput, MergeInputs, ModelInput
 from ota_core.plan.plan import checkpoint_problems
-from ota_core.plan.vocabulary import tied_tensors
+from ota_core.plan.vocabulary.match import tied_tensors
 from ota_core.recipe.recipe import MergeRecipe
 
 SHOWN = 4
@@ -185,7 +185,9 @@ def _form(base: Checkpoint, expert: Checkpoint) -> list[str]:
     recipe = MergeRecipe.model_validate(
         {"merge_method": "task_arithmetic", "base_model": str(base.path), "models": [{"model": str(expert.path)}]}
     )
-    inputs = MergeInputs(base=ModelInput(name="base", path=base.path), experts=(ExpertInput(name="expert", path=expert.path),))
+    below = ModelInput(name="base", path=base.path)
+    under = below if adapter_of(expert.path) is not None else None
+    inputs = MergeInputs(base=below, experts=(ExpertInput(name="expert", path=expert.path, under=under),))
     return checkpoint_problems(recipe, inputs)
 
 

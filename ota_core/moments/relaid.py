@@ -1,0 +1,82 @@
+"""Second moments in the layout of another checkpoint of the same model. v goes the way of the weights."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ota_core.errors import MomentsError
+from ota_core.files.layouts.relayout import Relayout
+from ota_core.moments.base import Moments
+from ota_core.moments.check import checked
+from ota_core.moments.compression.base import CompressedMoments
+
+
+def relaid(moments: Moments, layout: Relayout | None) -> Moments:
+    """The same v for the tensors of the layout; all others keep their own. Closing it closes ``moments``."""
+    if layout is None or all(name in moments.shapes() for name in layout.made):
+        return moments
+    return _RelaidCompressed(moments, layout) if isinstance(moments, CompressedMoments) else RelaidMoments(moments, layout)
+
+
+class RelaidMoments(Moments):
+    """v as ``relaid`` gives it."""
+
+    def __init__(self, moments: Moments, layout: Relayout) -> None:
+        self.path, self.beta2 = moments.path, moments.beta2
+        self.estimated, self.unbiased = moments.estimated, moments.unbiased
+        self.inner, self.layout = moments, layout
+        held = moments.shapes()
+        # Of a tensor that is made of several, all have v, or it has none.
+        self._made = {name for name in layout.made if all(one in held for one in layout.needed(name))}
+        taken = {one for name in self._made for one in layout.needed(name)}
+        self._shapes = {name: shape for name, shape in held.items() if name not in taken}
+        self._shapes |= {name: layout.made[name].shape for name in self._made}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def step(self, name: str) -> int | None:
+        if name not in self._made:
+            return self.inner.step(name)
+        steps = {self.inner.step(one) for one in self.layout.needed(name)}
+        if len(steps) > 1:
+            said = ", ".join(str(step or "none") for step in sorted(steps, key=lambda step: step or 0))
+            raise MomentsError(
+                f"{self.path}: the tensors that make {name!r} took different numbers of steps ({said}); one was expected: save the "
+                "second moments in the layout of the base"
+            )
+        return steps.pop()
+
+    def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
+        if name not in self._made:
+            return self.inner.read(name, start, stop, check=check)
+        values = self.layout.read(name, lambda *rows: self.inner.read(*rows, check=False), start, stop)
+        return checked(values, path=self.path, name=name, shape=self._shapes[name], start=start) if check else values
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        if name not in self._made:
+            self.inner.prefetch(name, start, stop)
+            return
+        for rows in self.layout.rows_read(name, start, stop):
+            self.inner.prefetch(*rows)
+
+    def drop_pages(self) -> None:
+        self.inner.drop_pages()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class _RelaidCompressed(RelaidMoments, CompressedMoments):
+    """The same of a compressed form, of which a merge asks how it was compressed."""
+
+    def __init__(self, moments: CompressedMoments, layout: Relayout) -> None:
+        RelaidMoments.__init__(self, moments, layout)
+        self.header, self.method, self.rank = moments.header, moments.method, moments.rank
+        self.as_trained = moments.as_trained
+
+    @staticmethod
+    def keys(name: str, shape: tuple[int, ...], rank: int | None) -> dict[str, tuple[int, ...]]:
+        """A view is never written."""
+        raise AssertionError(f"{name}: a view of second moments was to be written; write what it is a view of")
