@@ -17,6 +17,7 @@ from ota_core.moments.belongs import check_belongs
 from ota_core.moments.match import Layout
 from ota_core.names import as_name
 from ota_core.plan.expert_scales import find_scales, scales_digest
+from ota_core.plan.fit.manifest import odd_fact
 from ota_core.recipe.methods import RESERVED_NAMES
 from ota_core.recipe.recipe import MergeRecipe
 

@@ -12,6 +12,7 @@ from typing import Any
 from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.names import why_unsafe
+from ota_core.plan.fit.manifest import odd_fact
 from ota_core.reading import MAX_BYTES, SMALL, json_value, quoted, read_file
 from tasks.storage.cache import HASH_THREADS
 from tasks.storage.states import (
