@@ -62,7 +62,9 @@ def end_unfinished(uri: str, *, before: datetime) -> int:
     client, (bucket, key), ended = s3.client(), s3.split_uri(uri), 0
     try:
         with s3.s3_errors("list unfinished uploads", uri, client):
-            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key.rstrip('/')}/"):
+            for page in client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=bucket, Prefix=f"{key.rstrip('/')}/" if key.strip("/") else ""
+            ):
                 for one in page.get("Uploads", []):
                     if one["Initiated"] < before:
                         client.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
