@@ -60,11 +60,10 @@ def end_unfinished(uri: str, *, before: datetime) -> int:
     Returns how many. Where these may not be listed or ended, none; a rule of the bucket can do the same (AbortIncompleteMultipartUpload).
     """
     client, (bucket, key), ended = s3.client(), s3.split_uri(uri), 0
+    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
     try:
         with s3.s3_errors("list unfinished uploads", uri, client):
-            for page in client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=bucket, Prefix=f"{key.rstrip('/')}/" if key.strip("/") else ""
-            ):
+            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
                 for one in page.get("Uploads", []):
                     if one["Initiated"] < before:
                         client.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
