@@ -16,11 +16,18 @@ ALPACA = (
     "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token if bos_token is defined and bos_token else '<s>' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% set told = namespace(first='') %}{{ bos_token if bos_token is defined and bos_token else '<s>' }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set told.first = message['content'] + '\n\n' %}{% elif message['role'] == 'assistant' %}"
     "{{ ' ' + message['content'] | trim + (eos_token if eos_token is defined and eos_token else '</s>') }}"
-    "{% else %}{{ '[INST] ' + message['content'] | trim + ' [/INST]' }}{% endif %}{% endfor %}"
+    "{% else %}{{ '[INST] ' + told.first + message['content'] | trim + ' [/INST]' }}{% set told.first = '' %}{% endif %}{% endfor %}"
 )
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "alpaca": ALPACA, "mistral": MISTRAL}
+"""A system message stands before the first question: the models know no other place for it."""
+EXAONE = (
+    "{% if messages and messages[0]['role'] != 'system' %}{{ '[|system|][|endofturn|]\n' }}{% endif %}{% for message in messages %}"
+    "{{ '[|' + message['role'] + '|]' + message['content'] + ('\n' if message['role'] == 'user' else '[|endofturn|]\n') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "alpaca": ALPACA, "mistral": MISTRAL, "exaone": EXAONE}
 AUTO_TEMPLATE = "auto"
 
 

@@ -72,7 +72,7 @@ class MergeRecipe(Strict):
     )
     chat_template: str | None = Field(
         None,
-        description="Of the result: auto, the models' most common; chatml, llama3, alpaca or mistral; or a Jinja template. By default the tokenizer's own.",
+        description="Of the result: auto, the models' most common; chatml, llama3, alpaca, mistral or exaone; or a Jinja template. By default the tokenizer's own.",
     )
     scales: str | None = Field(
         None, description="File of learned scales (`ota tune`), beside the recipe or s3://…: a factor for each expert and tensor."

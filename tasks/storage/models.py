@@ -8,19 +8,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from ota_core.addresses import without_secrets
-from ota_core.artifact import CARD, EXPERT_JSON, write_text_atomic
+from ota_core.artifact import EXPERT_JSON, write_text_atomic
 from ota_core.errors import StorageError
 from ota_core.files.checkpoint import GGUF
-from ota_core.files.gguf.sets import model_of, models_among
 from ota_core.frozen import Frozen
 from ota_core.reading import read_file
 from tasks.settings import allow_path
-from tasks.storage import s3
 from tasks.storage.cache import FileInfo, combined_digest, digest_file, digest_files, link_folder, locked, note_use
 from tasks.storage.download import PART_SIZE, Progress, Ticker, download
+from tasks.storage.found import FoundModel as FoundModel
+from tasks.storage.found import check_one_gguf, find_model, gguf_model, no_expert_json, nothing_there
 from tasks.storage.hub import said
 from tasks.storage.layout import (
     BESIDE,
@@ -30,9 +28,7 @@ from tasks.storage.layout import (
     check_sizes,
     folder_model_files,
     is_beside,
-    manifest_sha256,
     model_files,
-    parse_expert_json,
     read_expert_json,
     sha256_file,
 )
@@ -173,7 +169,7 @@ def _fetch_gguf(source: str, file: Path, cache: Path) -> Fetched:
     """One GGUF model of a folder: a folder of the cache that holds nothing but links to its files."""
     allow_path(file, "the model")
     folder = cache / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
-    names = _gguf_model(source, file.name, (path.name for path in file.parent.glob(f"*{GGUF}")))
+    names = gguf_model(source, file.name, (path.name for path in file.parent.glob(f"*{GGUF}")))
     with locked(cache, f"gguf links {folder.name}"):
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -189,58 +185,8 @@ def _local_expert(folder: Path, where: str, required: bool) -> dict[str, Any] | 
     if path.is_file():
         return read_expert_json(path)
     if required:
-        raise _no_expert_json(where)
+        raise no_expert_json(where)
     return None
-
-
-def _no_expert_json(where: str) -> StorageError:
-    hint = f"upload it again, {EXPERT_JSON} last"
-    return StorageError(f"{where} holds no {EXPERT_JSON}: it is no expert, or its upload never finished; {hint}")
-
-
-class FoundModel(BaseModel):
-    """A checkpoint in S3 as it is listed."""
-
-    model_config = ConfigDict(frozen=True)
-
-    uri: str
-    objects: dict[str, S3Object]
-    """The model's files, ``expert.json`` and the model card, by their names below ``uri``."""
-    expert: dict[str, Any] | None
-    sha256: dict[str, str]
-    """By name, what ``expert.json`` says."""
-
-
-def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
-    """What makes the checkpoint below a prefix in S3. Raises StorageError where there is none, or ``expert.json`` lists what is not there."""
-    uri = source.rstrip("/")
-    if uri.endswith(GGUF) and not require_expert_json:
-        return _find_gguf(uri)
-    found = objects_below(uri)
-    if not found:
-        raise _nothing_there(uri)
-    contents = {name: f"{one.size}:{one.etag}" for name, one in found.items()}
-    names = model_files(found, taken_of(contents, lambda name: read_bytes(found[name].uri, etag=found[name].etag)))
-    if not names:
-        folders = sorted({name.split("/")[0] for name in found if "/" in name})[:8]
-        hint = f"name one of the folders below it: {', '.join(folders)}" if folders else "check the prefix"
-        raise StorageError(f"{source} holds {len(found)} objects but no model files (config.json, *.safetensors, *.bin); {hint}")
-    _check_one_gguf(source, names, f"name the one that is meant, {join(uri, '{name}')}")
-    check_sizes({name: found[name].size for name in {*names, *BESIDE} & found.keys()}, uri)
-    wanted, expert, sums = {name: found[name] for name in names}, None, {}
-    wanted |= {name: one for name, one in found.items() if is_beside(name) and name not in BESIDE}
-    if CARD in found:
-        wanted[CARD] = found[CARD]
-    if EXPERT_JSON in found:
-        wanted[EXPERT_JSON] = found[EXPERT_JSON]
-        expert = parse_expert_json(read_bytes(found[EXPERT_JSON].uri, etag=found[EXPERT_JSON].etag), join(uri, EXPERT_JSON))
-        sums = manifest_sha256(expert, join(uri, EXPERT_JSON))
-        lost = ", ".join(sorted(name for name in sums if name not in found))
-        if lost:
-            raise StorageError(f"{source}: {EXPERT_JSON} lists {lost}, which the prefix does not hold; upload the folder again")
-    elif require_expert_json:
-        raise _no_expert_json(source)
-    return FoundModel(uri=uri, objects=wanted, expert=expert, sha256=sums)
 
 
 def _fetch_s3(
@@ -251,43 +197,6 @@ def _fetch_s3(
     path, all_files = _bring(found.objects, expected, cache, threads, part_size, progress)
     files = {name: info for name, info in all_files.items() if not is_beside(name)}
     return Fetched(source=source, resolved=found.uri, path=path, digest=combined_digest(files), files=files, expert=found.expert)
-
-
-def _check_one_gguf(source: str, names: Iterable[str], hint: str) -> None:
-    """Raises StorageError where several GGUF models are all the weights there are, or parts of one are missing, before one is downloaded."""
-    try:
-        models = models_among(names)
-    except ValueError as error:
-        raise StorageError(f"{source}: {error}") from None
-    if len(models) > 1:
-        found = [files[0] for files in models]
-        raise StorageError(f"{source} holds {len(found)} GGUF models ({', '.join(found[:4])}, …); {hint.format(name=found[0])}")
-
-
-def _gguf_model(source: str, name: str, names: Iterable[str]) -> list[str]:
-    """The files of the GGUF model that one file is named for. Raises StorageError where parts are missing."""
-    try:
-        return model_of(name, names)
-    except ValueError as error:
-        raise StorageError(f"{source}: {error}") from None
-
-
-def _find_gguf(uri: str) -> FoundModel:
-    """One GGUF model of a prefix in S3, by one of its files. Raises StorageError where it is not there, or not whole."""
-    parent, _, name = uri.rpartition("/")
-    found = objects_below(parent)
-    if name not in found:
-        raise _nothing_there(uri)
-    names = _gguf_model(uri, name, (one for one in found if "/" not in one))
-    return FoundModel(uri=uri, objects={one: found[one] for one in names}, expert=None, sha256={})
-
-
-def _nothing_there(uri: str) -> StorageError:
-    bucket, key = s3.split_uri(uri)
-    where = f"endpoint {without_secrets(s3.client().meta.endpoint_url)}, bucket {bucket!r}, prefix {key!r}"
-    return StorageError(
-        f"{uri}: there is no such key or prefix ({where}); check the spelling, or list the bucket", reason="missing"
-    )
 
 
 def _bring(
@@ -304,7 +213,7 @@ def find_objects(uri: str, names: Sequence[str] | None = None) -> dict[str, S3Ob
     """The objects of these names below a prefix (all of them by default). Raises StorageError when there is none, or one is missing."""
     found = objects_below(uri)
     if not found:
-        raise _nothing_there(uri)
+        raise nothing_there(uri)
     if names is not None:
         lost = ", ".join(sorted(set(names) - set(found)))
         if lost:
@@ -365,7 +274,7 @@ def _fetch_hub(source: str, repo: str, revision: str | None, cache: Path, requir
             *BESIDE,
             *(name for name in listed if is_beside(name) and name not in BESIDE),
         ]
-        _check_one_gguf(
+        check_one_gguf(
             source, wanted, f"download the one that is meant (hf download {repo} {{name}} --local-dir .), and name that file"
         )
         try:

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.common import progress_bars, show
 from tasks.pages.tables import Cells
 from tasks.pages.terminal import draw
 from tests.chaos.process import preload
@@ -40,28 +40,29 @@ def chaos(
     began, cells = time.monotonic(), []
     with ExitStack() as stack:
         stack.enter_context(world(place, chosen))
-        shares = sum(one.share for one in chosen)
+        shares, progress = sum(one.share for one in chosen), stack.enter_context(progress_bars())
         for kind in chosen:
             stage = Stage.of(kind(place))
             number = round(kills * kind.share / shares)
             wanted = [at] if at else [*_moments(stage, seed, number), *(stage.named() if points else ())]
-            found = list(_tried(stage, wanted, number, seed, everything=bool(at)))
+            named = len(wanted) - (0 if at else MISSED * number)
+            found = []
+            for trial in _tried(stage, wanted, number, everything=bool(at)):
+                found.append(trial)
+                progress(kind.name, sum(one.killed for one in found), max(named + number, len(found)))
             trials += found
             cells.append(_row(kind.name, stage.seconds, found))
-            print("  ".join(cells[-1]), flush=True)
+            typer.echo("  ".join(cells[-1]))
     failed = [one for one in trials if one.problems]
     killed = [one for one in trials if one.killed]
     total = _row("in all", time.monotonic() - began, trials)
     typer.echo("")
-    from rich.console import Console
-
-    console = Console(width=160)
     header = ["command", "seconds", "random kills", "survived", "named points", "survived"]
-    console.print(draw(Cells(header, [*cells, total], frozenset(range(1, 6)), breaks=frozenset({len(cells) - 1}))))
+    show(draw(Cells(header, [*cells, total], frozenset(range(1, 6)), breaks=frozenset({len(cells) - 1}))))
     for one in failed:
-        console.print(f"NOT SURVIVED  --only '{one.scene}' --seed {seed} --at '{one.moment}'", highlight=False, markup=False)
+        typer.echo(f"NOT SURVIVED  --only '{one.scene}' --at '{one.moment}'")
         for problem in one.problems:
-            console.print(f"    {problem}", highlight=False, markup=False)
+            typer.echo(f"    {problem}")
     survived = sum(not one.problems for one in killed)
     typer.echo(f"make chaos: {len(killed)} kills, {survived} survived")
     if folder is None and not failed:
@@ -87,7 +88,7 @@ def _moments(stage: Stage, seed: int, number: int) -> Iterator[str]:
     yield from (next(moments) for _ in range(MISSED * number))
 
 
-def _tried(stage: Stage, moments: Sequence[str], number: int, seed: int, *, everything: bool) -> Iterator[Trial]:
+def _tried(stage: Stage, moments: Sequence[str], number: int, *, everything: bool) -> Iterator[Trial]:
     """As many kills at random moments as asked for, and every named point."""
     random, failures = 0, 0
     for moment in moments:
@@ -98,7 +99,7 @@ def _tried(stage: Stage, moments: Sequence[str], number: int, seed: int, *, ever
         if trial.problems:
             failures += 1
             kept = keep(stage.scene, failures)
-            print(f"{trial.scene}: {moment}: {trial.problems[0]} ({kept})", file=sys.stderr, flush=True)
+            typer.echo(f"{trial.scene}: {moment}: {trial.problems[0]} ({kept})", err=True)
         random += is_random and trial.killed
         yield trial
 

@@ -29,7 +29,7 @@ LARGE = 512
 def world(root: Path, scenes: Sequence[type[Scene]]) -> Iterator[None]:
     """What the scenes need: models below ``root/inputs``, servers, and an environment without anything of the user's."""
     plain = {name: None for name in os.environ if name.startswith(_OURS)}
-    quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "2", "MLFLOW_DISABLE_TELEMETRY": "true", "COLUMNS": "200",
+    quiet = {"OTA_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "2", "MLFLOW_DISABLE_TELEMETRY": "true", "COLUMNS": "200",
              "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false"}  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(environment({**plain, **quiet}))

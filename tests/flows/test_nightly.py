@@ -1,6 +1,7 @@
 """Nights in this process: what is taken, what is merged, who becomes champion, and what is told of it."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,13 +10,17 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+import tasks.log
 from ota_core.errors import OtaError
 from tasks.registry import promotion
+from tasks.settings import places
 from tasks.storage import models as storage
+from tasks.tracking.outbox import kept, sync
+from tasks.tracking.run import LoggedRun
 from tests.flows.nightly_fixture import FIRST, LINEAR, OTA, SECOND, THIRD, WEAK, Night, Nights, broken_copy
 from tests.flows.nightly_fixture import nights as nights
 from tests.flows.nightly_fixture import trained as trained
-from tests.servers import task_states
+from tests.servers import free_port, task_states
 
 HUGE = {"name": "huge", "merge_method": "task_arithmetic", "parameters": {"lambda": 1e30}}
 """Weights so large that no number that comes out of them is finite."""
@@ -265,6 +270,27 @@ def test_an_interruption_after_the_promotion_is_finished_by_the_next_night(two: 
     assert two.champion == champion and latest and latest.version == champion.version and two.note
     assert [(move.action, move.to) for move in promotion.history(name=two.name)] == [("promote", champion.version)]
     assert two.run().state.name == "NothingNew"
+
+
+def test_a_night_without_mlflow_loses_nothing(two: Nights, monkeypatch: pytest.MonkeyPatch, counts: Counter[str]) -> None:
+    """What was merged and measured is found by the next one, which decides."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.log, "log", tasks.log.log.with_options(retries=0))
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        night = two.run(LINEAR)
+    assert night.state.is_failed() and "kept in" in night.state.message and "ota sync" in night.state.message
+    assert two.champion is None and two.note is None and counts["merge"] == 1
+    waiting = [one for one in kept(places().home).values() if one.what.name in night.state.message]
+    assert len(waiting) == 1
+    counts.clear()
+    promoted(two, LINEAR)
+    assert counts["merge"] == counts["score"] == 0, "the first night did it"
+    where = places()
+    for unsent, found in sync(where.home, where.tracking, os.environ["MLFLOW_TRACKING_URI"]):
+        assert isinstance(found, LoggedRun), (unsent.what.name, found)
+    champion = two.champion
+    assert champion and [(move.action, move.to) for move in promotion.history(name=two.name)] == [("promote", champion.version)]
 
 
 @pytest.mark.slow

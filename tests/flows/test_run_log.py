@@ -168,3 +168,26 @@ def test_a_users_mistake_is_logged_without_a_traceback_and_no_filter_stays(
     assert "no such recipe" in caplog.text, "the line on the final state names it"
     assert {type(one).__module__ for logger in loggers for one in logger.filters} <= {"prefect.logging.filters"}
     assert inner.parameters.properties["count"]["default"] == 1 and inner.version == outer.version is not None
+
+
+def test_flows_that_a_deployed_flow_calls_carry_its_tags(prefect_server: None) -> None:
+    """By them the automation finds those whose process has died."""
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow
+    from prefect.runtime import flow_run
+
+    seen: list[list[str]] = []
+
+    @flow(name="called")
+    def called() -> None:
+        seen.append(flow_run.tags)
+
+    @flow(name="deployed")
+    def deployed() -> None:
+        called()
+
+    deployed = for_users(deployed)
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(deployed, tags=["ota"])
+    run_flow(deployed, flow_run=run)
+    assert seen == [["ota"]]

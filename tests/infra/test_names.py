@@ -142,7 +142,7 @@ def test_every_file_can_be_read(path: Path) -> None:
     elif path.suffix == ".yaml":
         assert all(isinstance(one, dict) for one in yaml.safe_load_all(text))
     else:
-        assert path.suffix in {".md", ".sql", ".lock", ".dockerignore"} or path.name in {"Dockerfile", ".env.example"}
+        assert path.suffix in {".py", ".md", ".sql", ".lock", ".dockerignore"} or path.name in {"Dockerfile", ".env.example"}
 
 
 def secrets_in(text: str) -> list[str]:

@@ -102,7 +102,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "parameters"), METHODS, ids=[method for method, _ in METHODS])
 def test_a_padded_union(folders: dict[str, Path], tmp_path: Path, method: str, parameters: dict[str, Any]) -> None:
-    block: dict[str, Any] = {"source": "union", "pad_to_multiple_of": 16}
+    # One row of padding: of equal edits in several, mergekit's trim keeps whichever its sort puts first.
+    block: dict[str, Any] = {"source": "union", "pad_to_multiple_of": 4}
     if method in ("ties", "sce"):  # of two edits that are each other's opposite, rounding elects the sign
         block["tokens"] = {"<|end|>": {"source": str(folders["chat"])}}
     tokens = compare(recipe(folders, method, block, **parameters), tmp_path)
@@ -121,7 +122,7 @@ def test_rows_of_single_tokens(folders: dict[str, Path], tmp_path: Path) -> None
         "b": {"source": chat},
     }
     for i, (method, parameters) in enumerate([("linear", {}), ("ties", {"density": 0.5}), ("task_arithmetic", {})]):
-        block = {"source": "union", "tokens": tokens} | ({"pad_to_multiple_of": 8} if i else {})
+        block = {"source": "union", "tokens": tokens} | ({"pad_to_multiple_of": 5} if i else {})
         rows = compare(recipe(folders, method, block, **parameters), tmp_path / method)
         assert rows["<|call|>"] >= 104 and not read_tensors(tmp_path / method / "ours")[EMBED][rows["<|blank|>"]].any()
 
