@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,11 @@ def twenty(trained: Trained, tmp_path: Path) -> Nights:
 
 
 def test_a_night_over_twenty_capabilities(twenty: Nights, counts: Counter[str], tmp_path: Path) -> None:
-    given = {"suite": str(tmp_path / "suite" / "many.yaml"), "data_dir": str(tmp_path / "data"), "leave_out": "each"}
+    given: dict[str, Any] = {
+        "suite": str(tmp_path / "suite" / "many.yaml"),
+        "data_dir": str(tmp_path / "data"),
+        "leave_out": "each",
+    }
     night = twenty.run(LINEAR, OTA, **given)
     assert night.state.is_completed(), night.state.message
     print(night.state.message, dict(counts))

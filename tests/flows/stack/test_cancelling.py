@@ -50,7 +50,7 @@ def recipe(method: str = "linear", **parameters: Any) -> dict[str, Any]:
     return {"merge_method": method, "base_model": f"{BUCKET}/base", "models": models, "parameters": parameters}
 
 
-def suite(live: Live) -> dict[str, str]:
+def suite(live: Live) -> dict[str, Any]:
     return {"suite": str(live.folder / "suite" / "tiny.yaml"), "data_dir": str(live.folder / "suite" / "data")}
 
 

@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from tasks.local.stack import control as stack_control
-from tasks.registry.promotion import CHAMPION, current
+from tasks.registry.promotion import current
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
+from tasks.tracking.registered import CHAMPION
 from tests.flows.stack.live_stack import Live, made, stack_up, until
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
