@@ -20,7 +20,7 @@ from ota_core.errors import ArtifactError
 from ota_core.frozen import Frozen
 from ota_core.held import hold, remove_abandoned
 from ota_core.names import why_unsafe
-from ota_core.reading import json_value, quoted, read_file
+from ota_core.reading import cut, json_value, quoted, read_file
 
 # Raise the number of a stage when a change to its code changes the bytes that it writes: every cached output of that stage
 # then counts as stale. "formats" stands for what all stages share.
@@ -178,6 +178,9 @@ def parse_record(content: bytes) -> Record:
     try:
         return Record.model_validate(json_value(content))
     except ValidationError as error:
+        for one in error.errors():
+            if one["type"] == "value_error":  # a check of our own, which says what it saw
+                raise ValueError(cut(one["msg"].removeprefix("Value error, "))) from None
         wrong = ", ".join(quoted(".".join(map(str, one["loc"])), 80) for one in error.errors()[:5])
         raise ValueError(f"it is no record, by {wrong or 'its form'}") from None
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tasks.settings import environment
 from tests.chaos.files import Compress, CompressOver, Merge, MergeOver, MergeStages
-from tests.chaos.flows import API, Run, RunAlone, RunBenchmark, RunInS3, Search
 from tests.chaos.process import run
+from tests.chaos.runs import API, Run, RunAlone, RunBenchmark, RunInS3, Search
 from tests.chaos.scene import Scene
 from tests.chaos.served import BUCKET, Collect, Promote, Publish, PublishToFolder, Push, PushToFolder, Served, Sync
 from tests.servers import free_port, wait_until
