@@ -17,7 +17,7 @@ from tasks.merging.architecture import parameters_of
 from tasks.storage.cache import appearing, locked, note_use
 
 log = logging.getLogger(__name__)
-VERSION = 2  # of what is written: another version does not use this one's
+VERSION = 3  # of what is written: another version does not use this one's
 
 
 def gguf_companions(folder: Path, cache: Path) -> Path | None:
@@ -63,6 +63,8 @@ def _write(file: Path, folder: Path) -> None:
 
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
+        if opened.scales_rotation:
+            _without_rotation(folder / "config.json", file)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     except Exception as error:  # the architectures' own code runs here and raises what it likes
         raise CheckpointError(
@@ -77,3 +79,16 @@ def _write(file: Path, folder: Path) -> None:
             "%s: transformers reads no tokenizer from it (%s: %s); put the model's tokenizer beside it where one is needed",
             file, type(error).__name__, error,
         )  # fmt: skip
+
+
+def _without_rotation(config: Path, file: Path) -> None:
+    """Take out of a configuration what it says of rotary embeddings: transformers does not read how a GGUF file scales them."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+        settings.pop(key, None)
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    log.warning(
+        "%s: it scales its rotary embeddings, and transformers does not read how; a merge that takes its configuration from this file lacks that: put the "
+        "model's config.json beside it, or give the original checkpoint as base_model",
+        file,
+    )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError
 from ota_core.files.byte_source import SourceOf, numbers, open_source
-from ota_core.files.gguf.names import Part, config_of, parts_of
+from ota_core.files.gguf.names import Part, config_of, parts_of, scales_rotation
 from ota_core.files.rows import BF16, F16, F32, F64, Dtype, Rows
 from ota_core.files.safetensors_io import TensorInfo, other_format
 
@@ -55,6 +55,7 @@ class GgufFile:
             )
         self._parts = parts_of(self.path, metadata, {name: one.shape for name, one in self._stored.items()})
         self.config = config_of(metadata, self._parts)
+        self.scales_rotation = scales_rotation(metadata, self._stored)
         self.infos = {name: self._info(name, part) for name, part in self._parts.items()}
         self.kept = self._usual_type()
         self._sources = [open_source(path, source_of) for path in paths]

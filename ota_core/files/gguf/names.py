@@ -4,7 +4,7 @@ What llama.cpp's converters change on the way is undone here: rotary halves that
 added (Gemma), and experts that are stacked.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3": Architecture("gemma3_text", _GEMMA, norm_plus_one=True),
 }
 # Tables that follow from the configuration; no class of transformers stores them.
-_IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_ROTATION = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _SIZES = {"head_dim": "attention.key_length", "moe_intermediate_size": "expert_feed_forward_length"}
 _MIXTRAL = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 """Settings of transformers by the keys of the metadata behind the architecture: those that transformers' own reading leaves out of some."""
@@ -88,7 +88,7 @@ def parts_of(path: Any, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[
     for stored, shape in shapes.items():
         module, _, last = stored.rpartition(".")
         own = module.rpartition(".")[2]
-        if stored in _IGNORED or stored.endswith(("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")):
+        if stored.endswith(_ROTATION):
             continue
         if own in _STACKS and one.experts is not None and len(shape) == 3:
             found |= _experts(one, stored, shape)
@@ -142,3 +142,9 @@ def config_of(metadata: Mapping[str, Any], parts: Mapping[str, Part]) -> dict[st
         "tie_word_embeddings": "lm_head.weight" not in parts,
         **({"vocab_size": embedding.shape[0]} if embedding else {}),
     }
+
+
+def scales_rotation(metadata: Mapping[str, Any], stored: Iterable[str]) -> bool:
+    """Whether rotary embeddings are scaled, by a setting or by factors in a tensor; what a configuration would say of it cannot be told from the factors."""
+    kind = metadata.get(f"{metadata.get('general.architecture')}.rope.scaling.type", "none")
+    return kind != "none" or any(name.endswith(_ROTATION) for name in stored)

@@ -116,3 +116,17 @@ def test_an_adapter_of_any_kind_of_model_is_what_peft_loads(tmp_path: Path, kind
     ours = type(model).from_pretrained(tmp_path / "again").state_dict()
     for name in names:
         np.testing.assert_allclose(ours[name].numpy(), wanted[name].numpy(), atol=1e-5, err_msg=name)
+
+
+def test_a_gguf_file_that_scales_its_rotary_embeddings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """ggml-org/llama.cpp#8650: Llama 3.1 keeps the scaling as a tensor of factors, which transformers leaves out."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny("llama")
+    model.config.rope_parameters = {"rope_theta": 10000.0, "original_max_position_embeddings": 32, **scaling}
+    model.save_pretrained(tmp_path / "base")
+    write_gguf(tmp_path / "expert.gguf", tmp_path / "base", "llama", "F16", factors=True)
+    recipe = {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "expert.gguf"}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    said("merge", tmp_path / "recipe.yaml", tmp_path / "out", "--home", tmp_path / "home")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]["rope_type"] == "llama3"
+    assert "scales its rotary embeddings" in caplog.text

@@ -66,10 +66,10 @@ ARCHITECTURES = {
 GEMMAS = {"gemma2", "gemma3"}
 
 
-def write_gguf(path: Path, folder: Path, kind: str, quant: str, split: int = 0) -> None:
+def write_gguf(path: Path, folder: Path, kind: str, quant: str, split: int = 0, factors: bool = False) -> None:
     """The checkpoint in ``folder`` (safetensors and config.json) as a GGUF file; matrices in the type ``quant``, vectors in float32.
 
-    split: tensors in each of several parts, which are named as llama.cpp names them.
+    split: tensors in each of several parts, which are named as llama.cpp names them. factors: with a tensor that scales the rotary embeddings.
     """
     import json
 
@@ -98,6 +98,8 @@ def write_gguf(path: Path, folder: Path, kind: str, quant: str, split: int = 0) 
         writer.add_expert_count(4)
         writer.add_expert_used_count(2)
         writer.add_expert_feed_forward_length(config.get("moe_intermediate_size") or config["intermediate_size"])
+    if factors:
+        writer.add_tensor("rope_freqs.weight", np.full(8, 8.0, np.float32))
     for name, one in gguf_tensors(tensors, kind, heads, shared).items():
         if quant == "F32" or one.ndim == 1:
             writer.add_tensor(name, np.ascontiguousarray(one, np.float32))
