@@ -59,6 +59,7 @@ def databases() -> list[Path]:
     return [Path(PREFECT_API_DATABASE_CONNECTION_URL.value().partition("///")[2]).parent, Path(PREFECT_HOME.value())]
 
 
+@pytest.mark.slow
 def test_what_runs_leave_holds_no_secret(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite, data = write_tiny_suite(tmp_path / "suite")
     recipe: dict[str, Any] = {

@@ -123,7 +123,8 @@ def _by_parameters(
         _lay_out(i, names, checkpoints, first, wanted, loaded, agreed)
         now = agreed.renamed[i]
         beside = {now.get(t, t) for t in loaded.beside} & set(checkpoints[i].names()) - set(checkpoints[first].names())
-        if beside:
+        # Of a model that lacks tensors they may be these, under a name that nobody knows.
+        if beside and _own(checkpoints[first]) <= set(checkpoints[i].names()):
             checkpoints[i].leave_aside(beside)
             agreed.notes.append(
                 f"{names[i]}: {_some(beside)} left out: transformers loads {names[i]} without them, as its class has no such modules"

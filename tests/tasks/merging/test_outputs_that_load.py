@@ -207,7 +207,7 @@ def test_a_configuration_that_means_something_else_is_refused(tmp_path: Path, ke
         if key != "sliding_window":
             configure(tmp_path / name, ("sliding_window",))
     said = refused(tmp_path)
-    assert f"e1: config.json has {key}: {value}" in said and (was is None or str(was) in said)
+    assert f"e1: config.json has {key}: {value!r}" in said and (was is None or str(was) in said)
     result = ota("plan", tmp_path)
     assert result.exit_code == 2 and key in result.output
     if key not in {"tie_word_embeddings"}:
@@ -228,7 +228,7 @@ def test_rope_theta_in_both_spellings(tmp_path: Path) -> None:
     said = refused(tmp_path)
     assert (
         "rope_theta: 20000.0, base has 10000.0" in said
-        and "rope_scaling: {'rope_type': 'linear', 'factor': 2.0}, base has none" in said
+        and "rope_scaling: {'factor': 2.0, 'rope_type': 'linear'}, base has none" in said
     )
     assert "ignore_config_differences: 'rope' is no setting" in refused(tmp_path, ignore_config_differences=["rope"])
     merged(tmp_path, ignore_config_differences=["rope_theta", "rope_scaling"])
