@@ -9,13 +9,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from ota_core.reading import quoted
 from ota_core.recipe.varying import Varying, is_varying, read
@@ -173,6 +174,15 @@ class ExpertParameters(Strict):
 
     varying: SkipJsonSchema[dict[str, Varying]] = Field({}, exclude=True, repr=False)
     """The parameters whose values differ between tensors, by the names of the recipe; those fields are None."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """A list, of a gradient or of filters, wherever values may differ between tensors: Prefect's server holds recipes against this."""
+        schema = handler(core)
+        for key, one in handler.resolve_ref_schema(schema)["properties"].items():
+            if key not in UNIFORM and "anyOf" in one:
+                one["anyOf"].append({"type": "array", "items": {}})
+        return schema
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic.json_schema import SkipJsonSchema
 
 from ota_core.addresses import places_of_secrets
 from ota_core.errors import RecipeError, raise_all
@@ -84,8 +83,9 @@ class MergeRecipe(Strict):
     allow_nonfinite: bool | None = Field(
         None, description="Merge models that hold infinite numbers or NaN (`--allow-nonfinite`); by default they are an error."
     )
-    ignored: SkipJsonSchema[tuple[str, ...] | None] = None
-    """Where the recipe had keys that mergekit takes and that mean nothing to its method (``recipe/ignored.py``)."""
+    ignored: tuple[str, ...] | None = Field(
+        None, description="Not for people: where the recipe had keys that mergekit takes and that mean nothing to its method."
+    )
 
     @model_validator(mode="before")
     @classmethod
