@@ -226,7 +226,7 @@ def test_a_better_expert_starts_a_night_that_moves_the_alias(operations: Operati
     night = operations.started_by_event()
     assert night.state.name == "Promoted", (night.state.message, operations.logs())
     new = [run for run in runs_of_stage() if run.id not in stages]
-    assert {run.name.split()[0] for run in new} == {"merge", "benchmark"}
+    assert {run.name.split()[0] for run in new} == {"merge", "smoke-test", "benchmark"}
     assert {(run.work_pool_name, run.state_name) for run in new} == {("ota-gpu", "Completed")}
     champion = operations.champion()
     assert before is not None and champion is not None and champion.version != before.version
