@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ota_core.errors import MomentsError
 from ota_core.files.layouts.stored import Shape as Shape
 from ota_core.files.layouts.stored import Stored as Stored
 from ota_core.files.layouts.stored import View as View
@@ -80,6 +81,14 @@ class Moments(ABC):
     @abstractmethod
     def step(self, name: str) -> int | None:
         """The number of optimizer steps t behind v, where the file says it."""
+
+    def one_step(self, names: Iterable[str], said: str, advice: str) -> int | None:
+        """The number of steps that all of these took. Raises MomentsError, which calls them ``said``, where they differ."""
+        steps = {self.step(name) for name in names}
+        if len(steps) > 1:
+            different = ", ".join(str(step or "none") for step in sorted(steps, key=lambda step: step or 0))
+            raise MomentsError(f"{self.path}: {said} took different numbers of steps ({different}); one was expected: {advice}")
+        return steps.pop()
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of the files that one parameter's whole v is read from: fewer than 4 an element where 8 or 4 bits were kept."""

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.compute.blocks import matrix_shape
-from ota_core.errors import MomentsError
 from ota_core.files.layouts.stored import read_rows, rows_read
 from ota_core.files.layouts.stored import whole as whole
 from ota_core.moments.base import Moments, Shape, Stored
@@ -30,14 +29,9 @@ class ConvertedMoments(Moments):
         return {name: one.shape for name, one in self._stored.items()}
 
     def step(self, name: str) -> int | None:
-        steps = {self._moments.step(view.parameter) for view in self._stored[name].views}
-        if len(steps) > 1:
-            said = ", ".join(str(step or "none") for step in sorted(steps, key=lambda step: step or 0))
-            raise MomentsError(
-                f"{self.path}: the parameters that make {name!r} took different numbers of steps ({said}); one was expected: save "
-                "the second moments by name as exp_avg_sq.safetensors"
-            )
-        return steps.pop()
+        parts = [view.parameter for view in self._stored[name].views]
+        advice = "save the second moments by name as exp_avg_sq.safetensors"
+        return self._moments.one_step(parts, f"the parameters that make {name!r}", advice)
 
     def stored_bytes(self, name: str) -> int:
         held = self._moments.shapes()

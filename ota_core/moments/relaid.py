@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ota_core.errors import MomentsError
 from ota_core.files.layouts.relayout import Relayout
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
@@ -39,14 +38,8 @@ class RelaidMoments(Moments):
     def step(self, name: str) -> int | None:
         if name not in self._made:
             return self.inner.step(name)
-        steps = {self.inner.step(one) for one in self.layout.needed(name)}
-        if len(steps) > 1:
-            said = ", ".join(str(step or "none") for step in sorted(steps, key=lambda step: step or 0))
-            raise MomentsError(
-                f"{self.path}: the tensors that make {name!r} took different numbers of steps ({said}); one was expected: save the "
-                "second moments in the layout of the base"
-            )
-        return steps.pop()
+        parts = self.layout.needed(name)
+        return self.inner.one_step(parts, f"the tensors that make {name!r}", "save the second moments in the layout of the base")
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         if name not in self._made:

@@ -136,11 +136,18 @@ def of_slices(slices: Sequence[Any] | None, modules: Any) -> list[str]:
     return problems
 
 
+def no_effect(where: str, key: str, method: str) -> str:
+    """What an error says of a parameter that a method does not use."""
+    return (
+        f"{where}: '{key}' has no effect with merge_method {method}; remove it ({method} uses: {', '.join(sorted(USED[method]))})"
+    )
+
+
 def contradictions(recipe: Checked) -> list[str]:
     method = recipe.merge_method
     used = USED[method]
     problems = [
-        f"{where}: '{key}' has no effect with merge_method {method}; remove it ({method} uses: {', '.join(sorted(used))})"
+        no_effect(where, key, method)
         for where, parameters in [
             ("parameters", recipe.parameters),
             *((f"models[{i}].parameters", entry.parameters) for i, entry in enumerate(recipe.models)),

@@ -8,6 +8,7 @@ for the checks to name, since it is likely mistyped.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from ota_core.recipe.checks import no_effect
 from ota_core.recipe.methods import OF_MERGEKIT
 from ota_core.recipe.parameters import USED, MergeParameters, of_experts
 from ota_core.recipe.slices import same_model
@@ -141,12 +142,9 @@ def _slices(raw: Mapping[str, Any], place: str, method: Any, found: list[str]) -
 
 def why_ignored(places: Sequence[str], method: str) -> list[str]:
     """What an error says of each of these places, where such keys are mistakes."""
-    used = ", ".join(sorted(USED[method]))
     split = [place.rpartition(".") for place in places]
     return [
-        f"{where}: '{key}' has no effect with merge_method {method}; remove it ({method} uses: {used})"
-        if where.endswith("parameters")
-        else f"'{where}{dot}{key}' has no effect; remove it"
+        no_effect(where, key, method) if where.endswith("parameters") else f"'{where}{dot}{key}' has no effect; remove it"
         for where, dot, key in split
     ]
 

@@ -296,7 +296,7 @@ def parse_recipe(
     try:
         recipe = MergeRecipe.model_validate(raw)
         unread = [place for place in recipe.ignored or () if place not in (raw.get("ignored") or ())] if strict else []
-        raise_all([f"{where}: {why}; remove it" for why in why_ignored(unread, recipe.merge_method)], RecipeError)
+        raise_all([f"{where}: {why}" for why in why_ignored(unread, recipe.merge_method)], RecipeError)
         return recipe
     except ValidationError as error:
         problems: list[str] = []

@@ -26,13 +26,11 @@ def split(moments: RankOneMoments, stored: Mapping[str, Stored]) -> RankOneMomen
     steps: dict[str, int] = {}
     for name, one in stored.items():
         tensors |= _parts(moments, name, one)
-        found = {moments.step(view.parameter) for view in one.views}
-        if len(found) > 1:
-            raise MomentsError(
-                f"{moments.path}: the parameters that make {name!r} took different numbers of steps; one was expected: save the second "
-                "moments by name as exp_avg_sq.safetensors"
-            )
-        if (step := found.pop()) is not None:
+        parts = [view.parameter for view in one.views]
+        step = moments.one_step(
+            parts, f"the parameters that make {name!r}", "save the second moments by name as exp_avg_sq.safetensors"
+        )
+        if step is not None:
             steps[name] = step
     made = RankOneMoments(
         moments.path,
