@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows.cli.common import AsJson, Device, Fetch, Home, Memory, Out, Overwrite, progress_bars, show, user_errors
+from flows.cli.common import AsJson, Device, Fetch, Home, Memory, Out, Overwrite, progress_bars, show
 from ota_core.errors import OtaError
 
 
@@ -42,38 +42,37 @@ def extract_lora(
     from ota_core.files.place import check_free, new_folder
     from tasks.merging.extract import extract_adapter, opened_pair
 
-    with user_errors():
-        kinds = [kind for item in whole or [] for kind in item.split(",")]
-        if unknown := sorted({*kinds} - {"embeddings", "norms", "biases"}):
-            raise OtaError(f"--whole: got {', '.join(unknown)}, expected embeddings, norms or biases")
-        given: dict[str, Any] = {
-            "rank": rank,
-            "max_error": max_error,
-            "exact": exact,
-            "whole": tuple(dict.fromkeys(kinds)),
-            "dtype": dtype,
-        }
-        options = ExtractOptions(**given)
-        options.check()
-        check_free(out, overwrite=overwrite)
-        budget, started = parse_memory(memory), time.perf_counter()
-        with (
-            progress_bars() as progress,
-            opened_pair(merged, base, home=home, memory=budget, fetch=fetch, progress=progress) as pair,
-        ):
-            check_apart(out, pair.inputs)
-            with new_folder(out, overwrite=overwrite) as folder:
-                report = extract_adapter(folder, pair, options, memory=budget, device=pick_device(device), progress=progress)
-        if as_json:
-            typer.echo(report.model_dump_json())
-            return
-        from tasks.pages import terminal
-        from tasks.pages.adapters import errors_table
+    kinds = [kind for item in whole or [] for kind in item.split(",")]
+    if unknown := sorted({*kinds} - {"embeddings", "norms", "biases"}):
+        raise OtaError(f"--whole: got {', '.join(unknown)}, expected embeddings, norms or biases")
+    given: dict[str, Any] = {
+        "rank": rank,
+        "max_error": max_error,
+        "exact": exact,
+        "whole": tuple(dict.fromkeys(kinds)),
+        "dtype": dtype,
+    }
+    options = ExtractOptions(**given)
+    options.check()
+    check_free(out, overwrite=overwrite)
+    budget, started = parse_memory(memory), time.perf_counter()
+    with (
+        progress_bars() as progress,
+        opened_pair(merged, base, home=home, memory=budget, fetch=fetch, progress=progress) as pair,
+    ):
+        check_apart(out, pair.inputs)
+        with new_folder(out, overwrite=overwrite) as folder:
+            report = extract_adapter(folder, pair, options, memory=budget, device=pick_device(device), progress=progress)
+    if as_json:
+        typer.echo(report.model_dump_json())
+        return
+    from tasks.pages import terminal
+    from tasks.pages.adapters import errors_table
 
-        for note in [*pair.notes, *report.notes]:
-            typer.echo(f"note: {note}")
-        show(terminal.table(errors_table(report)))
-        typer.echo(
-            f"{out}: {report.parameters:,} parameters; {len(report.tensors)} tensors differ, {report.unchanged} do not; the adapter lacks "
-            f"{report.error:.4g} of the difference; {time.perf_counter() - started:.1f} s"
-        )
+    for note in [*pair.notes, *report.notes]:
+        typer.echo(f"note: {note}")
+    show(terminal.table(errors_table(report)))
+    typer.echo(
+        f"{out}: {report.parameters:,} parameters; {len(report.tensors)} tensors differ, {report.unchanged} do not; the adapter lacks "
+        f"{report.error:.4g} of the difference; {time.perf_counter() - started:.1f} s"
+    )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Fetch, Home, Memory, Out, Overwrite, Recipe, TrackingUri, recipe_inputs, show, user_errors
+from flows.cli.common import Fetch, Home, Memory, Out, Overwrite, Recipe, TrackingUri, recipe_inputs, show
 
 
 def analyse(
@@ -47,35 +47,34 @@ def analyse(
     from tasks.pages.pictures.analysis import pictures_of
     from tasks.pages.terminal import table as drawn
 
-    with user_errors():
-        options = analysis_options(density=density, compressions=compressions, curvature=curvature)
-        loaded = load_recipe(recipe)
-        parse_memory(memory)
-        is_analysis = made_of(SETTINGS, PARQUET, CSV, PICTURES)
-        check_free(out, overwrite=overwrite, is_output=is_analysis, keep=[recipe])
-        started = time.perf_counter()
-        wanted = options.curvature != "off"
-        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, optional_moments=wanted) as (
-            inputs,
-            notes,
-            progress,
-        ):
-            check_apart(out, inputs)
-            with new_folder(out, overwrite=overwrite, is_output=is_analysis) as folder:
-                found = analyse_models(loaded, inputs, options, memory=memory, scratch=folder, progress=progress)
-                table = write_tables(folder, found)
-                pictures = [*pictures_of(table).values()]
-                sections = [Section("Analysis", [*found.notes, *(f"Left out: {what}" for what in found.left_out), *pictures])]
-                (folder / PICTURES).write_text(to_html(f"Analysis of {recipe.name}", sections), encoding="utf-8")
-        for item in _summary(table):
-            show(drawn(item))
-        for note in [*notes, *found.notes]:
-            typer.echo(f"note: {note}")
-        for missing in found.left_out:
-            typer.echo(f"left out: {missing}")
-        typer.echo(
-            f"{out}: {len(table):,} numbers (analysis.parquet, analysis.csv), {PICTURES} in {time.perf_counter() - started:.1f} s"
-        )
+    options = analysis_options(density=density, compressions=compressions, curvature=curvature)
+    loaded = load_recipe(recipe)
+    parse_memory(memory)
+    is_analysis = made_of(SETTINGS, PARQUET, CSV, PICTURES)
+    check_free(out, overwrite=overwrite, is_output=is_analysis, keep=[recipe])
+    started = time.perf_counter()
+    wanted = options.curvature != "off"
+    with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, optional_moments=wanted) as (
+        inputs,
+        notes,
+        progress,
+    ):
+        check_apart(out, inputs)
+        with new_folder(out, overwrite=overwrite, is_output=is_analysis) as folder:
+            found = analyse_models(loaded, inputs, options, memory=memory, scratch=folder, progress=progress)
+            table = write_tables(folder, found)
+            pictures = [*pictures_of(table).values()]
+            sections = [Section("Analysis", [*found.notes, *(f"Left out: {what}" for what in found.left_out), *pictures])]
+            (folder / PICTURES).write_text(to_html(f"Analysis of {recipe.name}", sections), encoding="utf-8")
+    for item in _summary(table):
+        show(drawn(item))
+    for note in [*notes, *found.notes]:
+        typer.echo(f"note: {note}")
+    for missing in found.left_out:
+        typer.echo(f"left out: {missing}")
+    typer.echo(
+        f"{out}: {len(table):,} numbers (analysis.parquet, analysis.csv), {PICTURES} in {time.perf_counter() - started:.1f} s"
+    )
 
 
 def preflight(
@@ -105,26 +104,25 @@ def preflight(
     from tasks.settings import places
     from tasks.tracking.store import resolve_store
 
-    with user_errors():
-        loaded = load_recipe(recipe)
-        parse_memory(memory)
-        store = resolve_store(tracking_uri=tracking_uri, root=places(home).tracking)
-        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
-            measured = measure(loaded, inputs, memory=memory, progress=progress)
-            known, capabilities = scored(store, inputs, suite)
-        found = outlook(frame(measured.rows), said(measured), examples(store), known, capabilities)
-        if as_json:
-            typer.echo(json.dumps(page.to_json(found)))
-            return
-        for item in (page.experts_table(found), page.pairs_table(found)):
-            if item is not None:
-                show(drawn(item))
-        for line in page.sentences(found):
-            typer.echo(line)
-        for note in [*notes, *measured.notes]:
-            typer.echo(f"note: {note}")
-        for missing in measured.left_out:
-            typer.echo(f"left out: {missing}")
+    loaded = load_recipe(recipe)
+    parse_memory(memory)
+    store = resolve_store(tracking_uri=tracking_uri, root=places(home).tracking)
+    with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch) as (inputs, notes, progress):
+        measured = measure(loaded, inputs, memory=memory, progress=progress)
+        known, capabilities = scored(store, inputs, suite)
+    found = outlook(frame(measured.rows), said(measured), examples(store), known, capabilities)
+    if as_json:
+        typer.echo(json.dumps(page.to_json(found)))
+        return
+    for item in (page.experts_table(found), page.pairs_table(found)):
+        if item is not None:
+            show(drawn(item))
+    for line in page.sentences(found):
+        typer.echo(line)
+    for note in [*notes, *measured.notes]:
+        typer.echo(f"note: {note}")
+    for missing in measured.left_out:
+        typer.echo(f"left out: {missing}")
 
 
 def _summary(table: Any) -> Iterator[Any]:

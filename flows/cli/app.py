@@ -19,7 +19,7 @@ from flows.cli import stack as cli_stack
 from flows.cli import sync as cli_sync
 from flows.cli import tune as cli_tune
 from flows.cli import webhooks as cli_webhooks
-from flows.cli.common import Commands, Device, Home, progress_bars, show, user_errors
+from flows.cli.common import Commands, Device, Home, progress_bars, show
 from ota_core.errors import OtaError
 
 app = typer.Typer(
@@ -42,12 +42,11 @@ def demo(
     """Train a small base and five experts, merge them in six ways, and compare. Needs the extra 'demo'."""
     from tasks.orchestration.prepare import prepare_prefect
 
-    with user_errors():
-        prepare_prefect()
-        from flows.lab.demo import run_demo
+    prepare_prefect()
+    from flows.lab.demo import run_demo
 
-        for line in run_demo(home=home, seed=seed):
-            show(line)
+    for line in run_demo(home=home, seed=seed):
+        show(line)
 
 
 def bench(
@@ -64,15 +63,14 @@ def bench(
     """Build synthetic models, and measure every stage against reading the inputs once and writing the output once."""
     from flows.lab.speed import Options, run_bench
 
-    with user_errors():
-        options = Options(
-            sizes=_numbers("sizes", sizes, float), experts=_numbers("experts", experts, int), runs=runs, out=out.absolute(), keep=keep, device=device, stages=tuple(stages.split(",")) if stages else None, flow=flow,
-            mergekit=mergekit,
-        )  # fmt: skip
-        with progress_bars() as progress:
-            lines = list(run_bench(options, progress))
-        for line in lines:
-            show(line)
+    options = Options(
+        sizes=_numbers("sizes", sizes, float), experts=_numbers("experts", experts, int), runs=runs, out=out.absolute(), keep=keep, device=device, stages=tuple(stages.split(",")) if stages else None, flow=flow,
+        mergekit=mergekit,
+    )  # fmt: skip
+    with progress_bars() as progress:
+        lines = list(run_bench(options, progress))
+    for line in lines:
+        show(line)
 
 
 def _numbers(option: str, text: str, kind: Any) -> tuple[Any, ...]:

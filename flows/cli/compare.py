@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.common import Home, TrackingUri, show, user_errors
+from flows.cli.common import Home, TrackingUri, show
 from tasks.tracking.names import EXPERIMENT
 
 
@@ -48,15 +48,14 @@ def compare(
     from tasks.settings import places
     from tasks.tracking.store import open_hint, resolve_store
 
-    with user_errors():
-        root = places(home).tracking
-        store = resolve_store(tracking_uri=tracking_uri, root=root)
-        question = Question(experiment=experiment, suite=suite, filter=filter_string, baseline=baseline, last=last, since=since)
-        board = question.answer(store)
-        show(table(ranking(board, narrow=True)))
-        if out is not None:
-            for path in write_files(board, out):
-                typer.echo(path)
-        if log:
-            logged = log_leaderboard(board, question.identity(), store)
-            typer.echo(open_hint(tracking_uri=tracking_uri, root=root, experiment=logged.experiment_id, run=logged.run_id))
+    root = places(home).tracking
+    store = resolve_store(tracking_uri=tracking_uri, root=root)
+    question = Question(experiment=experiment, suite=suite, filter=filter_string, baseline=baseline, last=last, since=since)
+    board = question.answer(store)
+    show(table(ranking(board, narrow=True)))
+    if out is not None:
+        for path in write_files(board, out):
+            typer.echo(path)
+    if log:
+        logged = log_leaderboard(board, question.identity(), store)
+        typer.echo(open_hint(tracking_uri=tracking_uri, root=root, experiment=logged.experiment_id, run=logged.run_id))

@@ -26,7 +26,6 @@ from flows.cli.common import (
     load_numba,
     progress_bars,
     recipe_inputs,
-    user_errors,
 )
 from ota_core.errors import CheckpointError, MomentsError, OtaError
 from ota_core.files.room import full_disk
@@ -56,7 +55,7 @@ def merge(
     from tasks.merging.opened import opens
     from tasks.merging.stages import read_stages
 
-    with user_errors(), ExitStack() as stack:
+    with ExitStack() as stack:
         stages = [one.with_recipe(one.recipe.ignoring(ignore).allowing_nonfinite(allow_nonfinite)) for one in read_stages(recipe)]
         check_free(out, overwrite=overwrite, keep=[recipe])
         file_size = parse_size(shard_size, "shard size", "1KB")
@@ -100,11 +99,10 @@ def plan(recipe: Recipe, memory: Memory = "2GiB", ignore: IgnoreDifferences = No
     """Say what a merge of RECIPE would read and write, its peak memory, and the problems found. Touches no weights."""
     from tasks.merging.stages import read_stages
 
-    with user_errors():
-        for line in _planned_stages(
-            [one.with_recipe(one.recipe.ignoring(ignore)) for one in read_stages(recipe)], recipe, memory, home
-        ):
-            typer.echo(printable(line))
+    for line in _planned_stages(
+        [one.with_recipe(one.recipe.ignoring(ignore)) for one in read_stages(recipe)], recipe, memory, home
+    ):
+        typer.echo(printable(line))
 
 
 def _planned_stages(stages: Sequence[Any], recipe: Path, memory: str, home: Path | None) -> Iterator[str]:
@@ -162,7 +160,7 @@ def compress(
     from tasks.storage import models as storage
     from tasks.storage.streaming.streams import Streams
 
-    with user_errors(), progress_bars() as progress, ExitStack() as stack:
+    with progress_bars() as progress, ExitStack() as stack:
         load_numba()
         if not 0 < density <= 1:
             raise OtaError(f"density: got {density}, expected a number in (0, 1]")
@@ -273,28 +271,27 @@ def mask(
     from ota_core.files.place import check_free, made_of, new_folder
     from ota_core.recipe.recipe import load_recipe
 
-    with user_errors():
-        loaded = load_recipe(recipe)
-        is_masks = made_of("densities.json", "*.safetensors")
-        check_free(out, overwrite=overwrite, is_output=is_masks, keep=[recipe])
-        load_numba()
-        with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
-            started = time.perf_counter()
-            check_apart(out, inputs)
-            with new_folder(out, overwrite=overwrite, is_output=is_masks) as folder:
-                found = engine.mask(loaded, folder, inputs=inputs, device=device, memory=memory, progress=progress)
-                inputs.verify()
-                (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-            seconds = {"mask": time.perf_counter() - started}
-        if as_json:
-            typer.echo(json.dumps({"densities": found, "seconds": seconds}))
-            return
-        for note in notes:
-            typer.echo(f"note: {printable(note)}")
-        for name, density in found.items():
-            typer.echo(
-                f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f}, threshold {density['threshold']})"
-            )
+    loaded = load_recipe(recipe)
+    is_masks = made_of("densities.json", "*.safetensors")
+    check_free(out, overwrite=overwrite, is_output=is_masks, keep=[recipe])
+    load_numba()
+    with recipe_inputs(loaded, recipe, home=home, memory=memory, fetch=fetch, device=device) as (inputs, notes, progress):
+        started = time.perf_counter()
+        check_apart(out, inputs)
+        with new_folder(out, overwrite=overwrite, is_output=is_masks) as folder:
+            found = engine.mask(loaded, folder, inputs=inputs, device=device, memory=memory, progress=progress)
+            inputs.verify()
+            (folder / "densities.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        seconds = {"mask": time.perf_counter() - started}
+    if as_json:
+        typer.echo(json.dumps({"densities": found, "seconds": seconds}))
+        return
+    for note in notes:
+        typer.echo(f"note: {printable(note)}")
+    for name, density in found.items():
+        typer.echo(
+            f"{name}: kept {density['kept']:,} of {density['total']:,} elements (density {density['density']:.6f}, threshold {density['threshold']})"
+        )
 
 
 def inspect(
@@ -311,6 +308,5 @@ def inspect(
     """Say what PATH holds."""
     from tasks.merging.describe import describe_source
 
-    with user_errors():
-        for line in describe_source(path, home):
-            typer.echo(printable(line))
+    for line in describe_source(path, home):
+        typer.echo(printable(line))

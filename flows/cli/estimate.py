@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows.cli.common import Artifacts, AsJson, DataDir, Device, Home, Overwrite, load_numba, progress_bars, user_errors
+from flows.cli.common import Artifacts, AsJson, DataDir, Device, Home, Overwrite, load_numba, progress_bars
 from flows.cli.engine import agreement, said_of
 from ota_core.errors import MomentsError, OtaError
 
@@ -86,7 +86,7 @@ def estimate(
     from tasks.settings import places
     from tasks.storage import models as storage
 
-    with user_errors(), progress_bars() as progress:
+    with progress_bars() as progress:
         _check(out, method, overwrite=overwrite, compare=compare, base=base, density=density)
         given: dict[str, Any] = {
             "data": data, "data_dir": data_dir, "samples": samples, "batch": batch, "max_length": max_length, "clip": _clip(clip),

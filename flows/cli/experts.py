@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.common import AsJson, Home, Memory, load_numba, progress_bars, show, user_errors
+from flows.cli.common import AsJson, Home, Memory, load_numba, progress_bars, show
 from ota_core.errors import OtaError
 
 Prefix = Annotated[
@@ -41,22 +41,21 @@ def init(
     from tasks.experts.draft import draft
     from tasks.settings import places
 
-    with user_errors():
-        if out.is_dir():
-            raise OtaError(f"{out} is a folder; name a file such as recipe.yaml with --out")
-        if out.exists() and not overwrite:
-            raise OtaError(f"{out} exists already; choose another file with --out, or replace it with --overwrite")
-        if not out.absolute().parent.is_dir():
-            raise OtaError(f"{out.absolute().parent} does not exist; make it, or choose another file with --out")
-        found = draft(experts, base, cache=places(home).cache, recipe_dir=out.resolve().parent)
-        write_text_atomic(out, found.text(str(out)))
-        for one in found.experts:
-            typer.echo(f"{one.name}: {one.source}; second moments: {one.moments if one.compression else 'none'}")
-        for note in found.notes:
-            typer.echo(f"note: {note}")
-        typer.echo(f"{out}: {found.method} of {len(found.experts)} experts from the base {found.base}. What to do next:")
-        typer.echo(f"  ota plan {out}    # what it would read and write, and every problem; reads no weights")
-        typer.echo(f"  ota run {out}     # merge, benchmark, report")
+    if out.is_dir():
+        raise OtaError(f"{out} is a folder; name a file such as recipe.yaml with --out")
+    if out.exists() and not overwrite:
+        raise OtaError(f"{out} exists already; choose another file with --out, or replace it with --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise OtaError(f"{out.absolute().parent} does not exist; make it, or choose another file with --out")
+    found = draft(experts, base, cache=places(home).cache, recipe_dir=out.resolve().parent)
+    write_text_atomic(out, found.text(str(out)))
+    for one in found.experts:
+        typer.echo(f"{one.name}: {one.source}; second moments: {one.moments if one.compression else 'none'}")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"{out}: {found.method} of {len(found.experts)} experts from the base {found.base}. What to do next:")
+    typer.echo(f"  ota plan {out}    # what it would read and write, and every problem; reads no weights")
+    typer.echo(f"  ota run {out}     # merge, benchmark, report")
 
 
 def push(
@@ -77,15 +76,14 @@ def push(
     """Publish a trained checkpoint as an expert, expert.json last, and tell the Prefect server that it is there."""
     from tasks.experts.push import push_expert
 
-    with user_errors():
-        with progress_bars() as progress:
-            pushed = push_expert(
-                folder, prefix, capability=capability, base_model=base_model, name=name, trained_at=trained_at,
-                needs_moments=not without_moments, progress=lambda done, total: progress("upload", done, total),
-            )  # fmt: skip
-        typer.echo(f"{pushed.uri}: {'was there already, with the same content' if pushed.was_there else 'pushed'}")
-        typer.echo(f"trained at {pushed.trained_at.isoformat()}")
-        typer.echo(_announce(pushed.uri, pushed.capability, pushed.name))
+    with progress_bars() as progress:
+        pushed = push_expert(
+            folder, prefix, capability=capability, base_model=base_model, name=name, trained_at=trained_at,
+            needs_moments=not without_moments, progress=lambda done, total: progress("upload", done, total),
+        )  # fmt: skip
+    typer.echo(f"{pushed.uri}: {'was there already, with the same content' if pushed.was_there else 'pushed'}")
+    typer.echo(f"trained at {pushed.trained_at.isoformat()}")
+    typer.echo(_announce(pushed.uri, pushed.capability, pushed.name))
 
 
 def harvest(
@@ -127,13 +125,12 @@ def harvest(
     from tasks.experts.harvest import harvest as run
     from tasks.settings import places
 
-    with user_errors():
-        load_numba()
-        with progress_bars() as progress:
-            made = run(
-                checkpoint, out, cache=places(home).cache, method=method, rank=rank, weights=weights, base=base, data=data or (),
-                licence=licence, private=private, overwrite=overwrite, memory=memory, progress=progress,
-            )  # fmt: skip
+    load_numba()
+    with progress_bars() as progress:
+        made = run(
+            checkpoint, out, cache=places(home).cache, method=method, rank=rank, weights=weights, base=base, data=data or (),
+            licence=licence, private=private, overwrite=overwrite, memory=memory, progress=progress,
+        )  # fmt: skip
     if as_json:
         typer.echo(made.model_dump_json())
         return
@@ -166,16 +163,15 @@ def experts(prefix: Prefix, base_model: BaseModel) -> None:
     from tasks.pages.terminal import draw
     from tasks.storage.models import EXPERT_JSON
 
-    with user_errors():
-        found, problems = find_experts(prefix, base_model=base_model)
-        if found:
-            rows = [
-                [capability, one.name, one.trained_at.strftime("%Y-%m-%d %H:%M:%S"), "newest" if i == 0 else ""]
-                for capability, several in lineup(found).items()
-                for i, one in enumerate(several)
-            ]
-            show(draw(Cells(["capability", "name", "trained at (UTC)", ""], rows)))
-        else:
-            typer.echo(f"no complete expert of {base_model}; expected {prefix.rstrip('/')}/<capability>/<name>/{EXPERT_JSON}")
-        for one in problems:
-            typer.echo(f"problem: {one.capability}/{one.name}: {one.problem}")
+    found, problems = find_experts(prefix, base_model=base_model)
+    if found:
+        rows = [
+            [capability, one.name, one.trained_at.strftime("%Y-%m-%d %H:%M:%S"), "newest" if i == 0 else ""]
+            for capability, several in lineup(found).items()
+            for i, one in enumerate(several)
+        ]
+        show(draw(Cells(["capability", "name", "trained at (UTC)", ""], rows)))
+    else:
+        typer.echo(f"no complete expert of {base_model}; expected {prefix.rstrip('/')}/<capability>/<name>/{EXPERT_JSON}")
+    for one in problems:
+        typer.echo(f"problem: {one.capability}/{one.name}: {one.problem}")

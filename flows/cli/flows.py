@@ -19,7 +19,6 @@ from flows.cli.common import (
     ShardSize,
     TrackingUri,
     show,
-    user_errors,
 )
 
 Write = Annotated[
@@ -68,41 +67,39 @@ def run(
     from tasks.orchestration.prepare import prepare_prefect
     from tasks.settings import as_device, places
 
-    with user_errors():  # what needs no server is checked before one is started
-        loaded, wanted = (
-            load_recipe(recipe).ignoring(ignore).allowing_nonfinite(allow_nonfinite),
-            None if suite == "none" else suite,
-        )
-        if wanted:
-            load_suite(wanted)
-        parse_memory(memory)
-        prepare_prefect(server=server)
-        from flows.merge import merge_flow
-        from tasks.orchestration.runners import runner_of, server_for
-        from tasks.pages.outcome import comparison_table
-        from tasks.pages.scores import narrow
-        from tasks.pages.terminal import table
-        from tasks.tracking.merge import open_hint
+    # What needs no server is checked before one is started.
+    loaded = load_recipe(recipe).ignoring(ignore).allowing_nonfinite(allow_nonfinite)
+    wanted = None if suite == "none" else suite
+    if wanted:
+        load_suite(wanted)
+    parse_memory(memory)
+    prepare_prefect(server=server)
+    from flows.merge import merge_flow
+    from tasks.orchestration.runners import runner_of, server_for
+    from tasks.pages.outcome import comparison_table
+    from tasks.pages.scores import narrow
+    from tasks.pages.terminal import table
+    from tasks.tracking.merge import open_hint
 
-        chosen = runner_of(runner, address=address, parts=parts)
-        chosen.task_runner()  # says what is not installed
-        target = as_device(device)
-        if chosen.kind == "threads":
-            pick_device(target)
-        with server_for(chosen):
-            outcome = merge_flow(
-                loaded, recipe_dir=recipe.resolve().parent, suite=wanted, data_dir=data_dir, limit=limit, device=target, memory=memory,
-                home=home, artifacts=artifacts, tracking_uri=tracking_uri, runner=chosen, shard_size=shard_size,
-                smoke=smoke,
-            )  # fmt: skip
-        where = places(home, artifacts)
-        if outcome.smoke and not outcome.smoke.passed:
-            show(f"not benchmarked: {outcome.smoke.said}")
-        if outcome.scores:
-            show(table(narrow(comparison_table({outcome.name: outcome}, where))))
-        show(f"merged model: {outcome.path}")
-        logged = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
-        show(open_hint(tracking_uri=tracking_uri, root=where.tracking, **logged))
+    chosen = runner_of(runner, address=address, parts=parts)
+    chosen.task_runner()  # says what is not installed
+    target = as_device(device)
+    if chosen.kind == "threads":
+        pick_device(target)
+    with server_for(chosen):
+        outcome = merge_flow(
+            loaded, recipe_dir=recipe.resolve().parent, suite=wanted, data_dir=data_dir, limit=limit, device=target, memory=memory,
+            home=home, artifacts=artifacts, tracking_uri=tracking_uri, runner=chosen, shard_size=shard_size,
+            smoke=smoke,
+        )  # fmt: skip
+    where = places(home, artifacts)
+    if outcome.smoke and not outcome.smoke.passed:
+        show(f"not benchmarked: {outcome.smoke.said}")
+    if outcome.scores:
+        show(table(narrow(comparison_table({outcome.name: outcome}, where))))
+    show(f"merged model: {outcome.path}")
+    logged = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
+    show(open_hint(tracking_uri=tracking_uri, root=where.tracking, **logged))
 
 
 def nightly(
@@ -122,12 +119,11 @@ def nightly(
     from tasks.orchestration.prepare import prepare_prefect
     from tasks.registry.nightly import find_config, load_nightly
 
-    with user_errors():
-        load_nightly(find_config(config))  # what needs no server is checked before one is started
-        prepare_prefect()
-        from flows.nightly import run_nightly
+    load_nightly(find_config(config))  # what needs no server is checked before one is started
+    prepare_prefect()
+    from flows.nightly import run_nightly
 
-        typer.echo(run_nightly(config, force=force))
+    typer.echo(run_nightly(config, force=force))
 
 
 def study(
@@ -146,25 +142,24 @@ def study(
     from tasks.orchestration.prepare import prepare_prefect
     from tasks.settings import as_device
 
-    with user_errors():
-        config, _ = load_study(file)
-        for replicate in config.all_replicates():
-            load_suite(replicate.suite)
-        parse_memory(memory)
-        pick_device(device)
-        command = f"ota study {file}{' --demo' if demo else ''}{f' --write {write}' if write else ''}"
-        prepare_prefect()
-        from flows.study import study_flow
-        from tasks.experiments.study.report import render
+    config, _ = load_study(file)
+    for replicate in config.all_replicates():
+        load_suite(replicate.suite)
+    parse_memory(memory)
+    pick_device(device)
+    command = f"ota study {file}{' --demo' if demo else ''}{f' --write {write}' if write else ''}"
+    prepare_prefect()
+    from flows.study import study_flow
+    from tasks.experiments.study.report import render
 
-        if demo:
-            from flows.lab.demo_study import demo_study
+    if demo:
+        from flows.lab.demo_study import demo_study
 
-            outcome = demo_study(file, config, device=as_device(device), memory=memory, write=write, command=command)
-        else:
-            outcome = study_flow(file, device=as_device(device), memory=memory, write=write, command=command)
-        for item in render(outcome.folder, write):
-            show(item)
+        outcome = demo_study(file, config, device=as_device(device), memory=memory, write=write, command=command)
+    else:
+        outcome = study_flow(file, device=as_device(device), memory=memory, write=write, command=command)
+    for item in render(outcome.folder, write):
+        show(item)
 
 
 def study_real(
@@ -192,18 +187,17 @@ def study_real(
     from ota_core.compute.stream import parse_memory, pick_device
     from tasks.orchestration.prepare import prepare_prefect
 
-    with user_errors():
-        parse_memory(memory)
-        pick_device(device)
-        prepare_prefect()
-        from flows.lab.real_study import STUDY, make_models, real_study
+    parse_memory(memory)
+    pick_device(device)
+    prepare_prefect()
+    from flows.lab.real_study import STUDY, make_models, real_study
 
-        if only_models:
-            for name, folder in make_models(source=base, setting=setting).items():
-                typer.echo(f"{name}: {folder}")
-            return
-        for item in real_study(file or STUDY, source=base, device=device, memory=memory, write=write):
-            show(item)
+    if only_models:
+        for name, folder in make_models(source=base, setting=setting).items():
+            typer.echo(f"{name}: {folder}")
+        return
+    for item in real_study(file or STUDY, source=base, device=device, memory=memory, write=write):
+        show(item)
 
 
 def benchmark(
@@ -230,13 +224,12 @@ def benchmark(
     from tasks.pages.tables import NOT_MEASURED
     from tasks.settings import as_device
 
-    with user_errors():
-        at_server(load_suite(suite), server) if server else load_suite(suite)
-        pick_device(device)
-        prepare_prefect()
-        from flows.benchmark import benchmark_flow
+    at_server(load_suite(suite), server) if server else load_suite(suite)
+    pick_device(device)
+    prepare_prefect()
+    from flows.benchmark import benchmark_flow
 
-        scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri, server=server)
-        width = max(map(len, scores))
-        for capability, score in scores.items():
-            typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")
+    scores = benchmark_flow(model, suite, data_dir, limit, as_device(device), tracking_uri, server=server)
+    width = max(map(len, scores))
+    for capability, score in scores.items():
+        typer.echo(f"{capability:<{width}}  {NOT_MEASURED if score is None else f'{100 * score:.1f}'}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Home, TrackingUri, user_errors
+from flows.cli.common import Home, TrackingUri
 from tasks.tracking.names import REGISTERED_MODEL
 
 Name = Annotated[str, typer.Option(help="Registered model in MLflow.")]
@@ -30,16 +30,15 @@ def promote(
     from tasks.registry import promotion
     from tasks.tracking.registered import CHALLENGER
 
-    with user_errors():
-        where = _registry(tracking_uri, home, name)
-        if version == CHALLENGER:
-            found = promotion.current(CHALLENGER, **where)
-            if found is None:
-                raise promotion.PromotionError(
-                    f"{name!r} has no challenger; name the version by its number (ota champion shows them)"
-                )
-            version = found.version
-        _report(promotion.promote(version, by=_user(), reason=reason, **where), publish, tracking_uri, home, name)
+    where = _registry(tracking_uri, home, name)
+    if version == CHALLENGER:
+        found = promotion.current(CHALLENGER, **where)
+        if found is None:
+            raise promotion.PromotionError(
+                f"{name!r} has no challenger; name the version by its number (ota champion shows them)"
+            )
+        version = found.version
+    _report(promotion.promote(version, by=_user(), reason=reason, **where), publish, tracking_uri, home, name)
 
 
 def rollback(
@@ -58,9 +57,8 @@ def rollback(
     """
     from tasks.registry import promotion
 
-    with user_errors():
-        where = _registry(tracking_uri, home, name)
-        _report(promotion.rollback(by=_user(), reason=reason, to=to, **where), publish, tracking_uri, home, name)
+    where = _registry(tracking_uri, home, name)
+    _report(promotion.rollback(by=_user(), reason=reason, to=to, **where), publish, tracking_uri, home, name)
 
 
 def champion(tracking_uri: TrackingUri = None, home: Home = None, name: Name = REGISTERED_MODEL) -> None:
@@ -68,15 +66,14 @@ def champion(tracking_uri: TrackingUri = None, home: Home = None, name: Name = R
     from tasks.registry import promotion
     from tasks.tracking.registered import CHALLENGER, CHAMPION
 
-    with user_errors():
-        where = _registry(tracking_uri, home, name)
-        for alias in (CHAMPION, CHALLENGER):
-            for line in _described(alias, promotion.current(alias, **where)):
-                typer.echo(line)
-        moves = promotion.history(**where)
-        typer.echo("history:" if moves else "history: none")
-        for move in moves:
-            typer.echo(f"  {move.at[:19]}Z  {move.action:<8}  {move.from_version or '–'} → {move.to}  {move.by}: {move.reason}")
+    where = _registry(tracking_uri, home, name)
+    for alias in (CHAMPION, CHALLENGER):
+        for line in _described(alias, promotion.current(alias, **where)):
+            typer.echo(line)
+    moves = promotion.history(**where)
+    typer.echo("history:" if moves else "history: none")
+    for move in moves:
+        typer.echo(f"  {move.at[:19]}Z  {move.action:<8}  {move.from_version or '–'} → {move.to}  {move.by}: {move.reason}")
 
 
 def _registry(tracking_uri: str | None, home: Path | None, name: str) -> dict[str, Any]:

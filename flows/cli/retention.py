@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.common import Artifacts, Home, TrackingUri, progress_bars, user_errors
+from flows.cli.common import Artifacts, Home, TrackingUri, progress_bars
 from ota_core.errors import OtaError
 
 if TYPE_CHECKING:
@@ -55,26 +55,25 @@ def gc(
     from tasks.registry.retention.retention import Retention
     from tasks.settings import places
 
-    with user_errors():
-        where = places(home, artifacts)
-        tracking = Tracking(tracking_uri=tracking_uri, root=where.tracking)
-        rule = Retention(ArtifactStore(where.artifacts, where.cache), tracking, days, _kinds(kinds))
-        plan = rule.plan()
-        local = plan_cache(where.cache, rule.since) if cache else None
-        if not as_json:
-            _show(_lines(plan, local, rule, everything))
-        done = emptied = None
-        if delete:
-            with progress_bars() as progress:
-                done = rule.collect(plan, progress)
-                emptied = collect_cache(local, lambda _, count, total: progress("cache", count, total)) if local else None
-        if as_json:
-            facts = {"tracking": tracking.shown, "days": days, "notes": list(plan.notes), **_facts(plan, done)}
-            facts |= {"versions_without_weights": done.versions, "unfinished_uploads": done.uploads} if done else {}
-            facts |= {"cache": _facts(local, emptied)} if local else {}
-            typer.echo(json.dumps(facts))
-        else:
-            _show(_result([plan, *([local] if local else [])], [done, emptied]))
+    where = places(home, artifacts)
+    tracking = Tracking(tracking_uri=tracking_uri, root=where.tracking)
+    rule = Retention(ArtifactStore(where.artifacts, where.cache), tracking, days, _kinds(kinds))
+    plan = rule.plan()
+    local = plan_cache(where.cache, rule.since) if cache else None
+    if not as_json:
+        _show(_lines(plan, local, rule, everything))
+    done = emptied = None
+    if delete:
+        with progress_bars() as progress:
+            done = rule.collect(plan, progress)
+            emptied = collect_cache(local, lambda _, count, total: progress("cache", count, total)) if local else None
+    if as_json:
+        facts = {"tracking": tracking.shown, "days": days, "notes": list(plan.notes), **_facts(plan, done)}
+        facts |= {"versions_without_weights": done.versions, "unfinished_uploads": done.uploads} if done else {}
+        facts |= {"cache": _facts(local, emptied)} if local else {}
+        typer.echo(json.dumps(facts))
+    else:
+        _show(_result([plan, *([local] if local else [])], [done, emptied]))
 
 
 def _kinds(text: str | None) -> frozenset["Kind"]:

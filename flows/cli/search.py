@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, Overlap, TrackingUri, show, user_errors
+from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, Overlap, TrackingUri, show
 from ota_core.errors import OtaError
 
 NOTHING_HOLDS = 3
@@ -88,63 +88,62 @@ def search(
     from tasks.experiments.search.config import recipe_of
     from tasks.orchestration.prepare import prepare_prefect
 
-    with user_errors():
-        ranges = {
-            "density": density,
-            "lambda": lambda_,
-            "weight": weight,
-            "scaling_factor": scaling_factor,
-            "power": power,
-            "t": t,
-            "ridge": ridge,
-        }
-        space = {key: None if value == "none" else value for key, value in ranges.items() if value is not None}
-        space |= {} if per_expert is None else {"per_expert": per_expert}  # type: ignore[dict-item]
-        space |= _choices(choose or [])
-        measured = {"evaluations": budget, "trials": trials, "rungs": _numbers(rungs), "reduction": reduction}
-        given = {
-            "suite": suite,
-            "data_dir": data_dir,
-            "seed": seed,
-            "test": test,
-            "test_data_dir": test_data_dir,
-            "overlap": overlap,
-            "floor": floors_of_options(floor),
-        }
-        config = _config(recipe, space, measured, {key: value for key, value in given.items() if value is not None})
-        if Path(out).exists() and not overwrite:
-            raise OtaError(f"{out} exists already; choose another file, or replace it with --overwrite")
-        if Path(out).is_dir():
-            raise OtaError(f"{out} is a folder; name a file such as best.yaml")
-        _, folder = recipe_of(config)
-        load_suite(config.suite)
-        if config.test:
-            load_suite(config.test)
-        parse_memory(memory)
-        pick_device(device)
-        prepare_prefect()
-        from flows.search import search_flow
-        from tasks.experiments.search.result import render, verdict
-        from tasks.settings import as_device, places
-        from tasks.tracking.merge import open_hint
+    ranges = {
+        "density": density,
+        "lambda": lambda_,
+        "weight": weight,
+        "scaling_factor": scaling_factor,
+        "power": power,
+        "t": t,
+        "ridge": ridge,
+    }
+    space = {key: None if value == "none" else value for key, value in ranges.items() if value is not None}
+    space |= {} if per_expert is None else {"per_expert": per_expert}  # type: ignore[dict-item]
+    space |= _choices(choose or [])
+    measured = {"evaluations": budget, "trials": trials, "rungs": _numbers(rungs), "reduction": reduction}
+    given = {
+        "suite": suite,
+        "data_dir": data_dir,
+        "seed": seed,
+        "test": test,
+        "test_data_dir": test_data_dir,
+        "overlap": overlap,
+        "floor": floors_of_options(floor),
+    }
+    config = _config(recipe, space, measured, {key: value for key, value in given.items() if value is not None})
+    if Path(out).exists() and not overwrite:
+        raise OtaError(f"{out} exists already; choose another file, or replace it with --overwrite")
+    if Path(out).is_dir():
+        raise OtaError(f"{out} is a folder; name a file such as best.yaml")
+    _, folder = recipe_of(config)
+    load_suite(config.suite)
+    if config.test:
+        load_suite(config.test)
+    parse_memory(memory)
+    pick_device(device)
+    prepare_prefect()
+    from flows.search import search_flow
+    from tasks.experiments.search.result import render, verdict
+    from tasks.settings import as_device, places
+    from tasks.tracking.merge import open_hint
 
-        outcome = search_flow(
-            config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
-        )  # fmt: skip
-        show(render(outcome.tuned))
-        if outcome.test is not None and outcome.test.smoke and not outcome.test.smoke.passed:
-            show(f"not benchmarked: {outcome.test.smoke.said}")
-        elif outcome.test is not None:
-            from tasks.pages.outcome import comparison_table
-            from tasks.pages.scores import narrow
-            from tasks.pages.terminal import table
+    outcome = search_flow(
+        config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
+    )  # fmt: skip
+    show(render(outcome.tuned))
+    if outcome.test is not None and outcome.test.smoke and not outcome.test.smoke.passed:
+        show(f"not benchmarked: {outcome.test.smoke.said}")
+    elif outcome.test is not None:
+        from tasks.pages.outcome import comparison_table
+        from tasks.pages.scores import narrow
+        from tasks.pages.terminal import table
 
-            scores = comparison_table({"winner": outcome.test}, places(home, artifacts))
-            show(table(narrow(scores, f"Suite {config.test}")))
-        typer.echo(verdict(outcome.tuned))
-        typer.echo(f"recipe: {out}")
-        where = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
-        typer.echo(open_hint(tracking_uri=tracking_uri, root=places(home, artifacts).tracking, **where))
+        scores = comparison_table({"winner": outcome.test}, places(home, artifacts))
+        show(table(narrow(scores, f"Suite {config.test}")))
+    typer.echo(verdict(outcome.tuned))
+    typer.echo(f"recipe: {out}")
+    where = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
+    typer.echo(open_hint(tracking_uri=tracking_uri, root=places(home, artifacts).tracking, **where))
     if not outcome.tuned.feasible:
         raise typer.Exit(NOTHING_HOLDS)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Commands, table_width, user_errors
+from flows.cli.common import Commands, table_width
 
 app = typer.Typer(
     cls=Commands,
@@ -39,15 +39,14 @@ def up(
     from flows import stack
     from tasks.local.stack.layout import StackError, choose_ports, home_of
 
-    with user_errors():
-        if experts not in ("demo", "smoke", "none"):
-            raise StackError(f"--experts: got '{experts}', expected demo, smoke or none")
-        asked = {"prefect": prefect_port, "mlflow": mlflow_port, "s3": s3_port}
-        if free_ports and any(asked.values()):
-            raise StackError("--free-ports chooses all ports; leave out the options that name one")
-        ports = None if free_ports else choose_ports(**asked)
-        done = stack.up(home_of(home), ports=ports, experts=experts, step=_step)  # type: ignore[arg-type]
-        _say_up(done, any(asked.values()))
+    if experts not in ("demo", "smoke", "none"):
+        raise StackError(f"--experts: got '{experts}', expected demo, smoke or none")
+    asked = {"prefect": prefect_port, "mlflow": mlflow_port, "s3": s3_port}
+    if free_ports and any(asked.values()):
+        raise StackError("--free-ports chooses all ports; leave out the options that name one")
+    ports = None if free_ports else choose_ports(**asked)
+    done = stack.up(home_of(home), ports=ports, experts=experts, step=_step)  # type: ignore[arg-type]
+    _say_up(done, any(asked.values()))
 
 
 @app.command()
@@ -55,12 +54,11 @@ def deploy(
     kind: Annotated[str, typer.Option("--type", help="Type of the workers: process, docker or kubernetes.")] = "process",
 ) -> None:
     """Make work pools, deployments and automations on the Prefect server of PREFECT_API_URL, for workers anywhere. Starts nothing."""
-    with user_errors():
-        from tasks.orchestration import deploy as stack_deploy
+    from tasks.orchestration import deploy as stack_deploy
 
-        done = stack_deploy.deploy(kind)
-        for what, names in done._asdict().items():
-            typer.echo(f"{what}: {', '.join(names)}")
+    done = stack_deploy.deploy(kind)
+    for what, names in done._asdict().items():
+        typer.echo(f"{what}: {', '.join(names)}")
 
 
 @app.command()
@@ -74,16 +72,15 @@ def down(
     from flows import stack
     from tasks.local.stack.layout import folder_of, home_of
 
-    with user_errors():
-        where = home_of(home)
-        if delete and folder_of(where).is_dir():
-            typer.confirm(
-                f"Remove {_short(folder_of(where))}: what lies in its S3 server, Prefect's and MLflow's databases?", abort=True
-            )
-        count = stack.down(where, delete=delete)
-        typer.echo(f"{count} processes stopped" if count else f"nothing runs in {_short(folder_of(where))}")
-        if delete:
-            typer.echo("its data are removed")
+    where = home_of(home)
+    if delete and folder_of(where).is_dir():
+        typer.confirm(
+            f"Remove {_short(folder_of(where))}: what lies in its S3 server, Prefect's and MLflow's databases?", abort=True
+        )
+    count = stack.down(where, delete=delete)
+    typer.echo(f"{count} processes stopped" if count else f"nothing runs in {_short(folder_of(where))}")
+    if delete:
+        typer.echo("its data are removed")
 
 
 @app.command()
@@ -92,15 +89,14 @@ def status(home: Home = None) -> None:
     from flows import stack
     from tasks.local.stack.layout import home_of
 
-    with user_errors():
-        rows = stack.status(home_of(home))
-        shown = [
-            [one.name, one.state.lower(), str(one.pid or ""), "" if one.uptime is None else str(one.uptime), problem or "ok", url]
-            for one, problem, url in rows
-        ]
-        _show_table(["name", "state", "pid", "uptime", "health", "url"], shown)
-        if any(row.problem for row in rows):
-            raise typer.Exit(1)
+    rows = stack.status(home_of(home))
+    shown = [
+        [one.name, one.state.lower(), str(one.pid or ""), "" if one.uptime is None else str(one.uptime), problem or "ok", url]
+        for one, problem, url in rows
+    ]
+    _show_table(["name", "state", "pid", "uptime", "health", "url"], shown)
+    if any(row.problem for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -112,7 +108,7 @@ def restart(
     from flows import stack
     from tasks.local.stack.layout import home_of
 
-    with user_errors(), _step(f"restart {name}"):
+    with _step(f"restart {name}"):
         stack.restart(home_of(home), name)
 
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from flows.cli.common import Home, TrackingUri, user_errors
+from flows.cli.common import Home, TrackingUri
 
 
 def sync(home: Home = None, tracking_uri: TrackingUri = None) -> None:
@@ -12,14 +12,13 @@ def sync(home: Home = None, tracking_uri: TrackingUri = None) -> None:
     from tasks.tracking.outbox import FOLDER
     from tasks.tracking.outbox import sync as send
 
-    with user_errors():
-        where, problems, sent = places(home), [], 0
-        for unsent, found in send(where.home, where.tracking, tracking_uri):
-            if isinstance(found, OtaError):
-                problems.append(f"{unsent.what.kind} {unsent.what.name!r}: {found}")
-                continue
-            sent += 1
-            typer.echo(f"logged {unsent.what.kind} {unsent.what.name!r}: MLflow run {found.url or found.run_id}")
-        raise_all(problems)
-        if not sent:
-            typer.echo(f"nothing waits in {where.home / FOLDER}")
+    where, problems, sent = places(home), [], 0
+    for unsent, found in send(where.home, where.tracking, tracking_uri):
+        if isinstance(found, OtaError):
+            problems.append(f"{unsent.what.kind} {unsent.what.name!r}: {found}")
+            continue
+        sent += 1
+        typer.echo(f"logged {unsent.what.kind} {unsent.what.name!r}: MLflow run {found.url or found.run_id}")
+    raise_all(problems)
+    if not sent:
+        typer.echo(f"nothing waits in {where.home / FOLDER}")

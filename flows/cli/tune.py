@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, Overlap, TrackingUri, show, user_errors
+from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, Overlap, TrackingUri, show
 from flows.cli.search import floors_of_options
 from ota_core.errors import OtaError
 
@@ -75,43 +75,42 @@ def tune(
     from tasks.experiments.tune.config import recipe_of
     from tasks.orchestration.prepare import prepare_prefect
 
-    with user_errors():
-        given = {
-            "suite": suite, "data_dir": data_dir, "per": per, "objective": objective, "floor": floors_of_options(floor), "steps": steps, "blocks": blocks,
-            "held_out": held_out, "length": length, "batch": batch, "rate": rate, "penalty": penalty, "seed": seed, "test": test,
-            "test_data_dir": test_data_dir, "overlap": overlap,
-        }  # fmt: skip
-        config = _config(recipe, {key: value for key, value in given.items() if value is not None})
-        from tasks.experiments.tune.result import check_out, render, verdict
+    given = {
+        "suite": suite, "data_dir": data_dir, "per": per, "objective": objective, "floor": floors_of_options(floor), "steps": steps, "blocks": blocks,
+        "held_out": held_out, "length": length, "batch": batch, "rate": rate, "penalty": penalty, "seed": seed, "test": test,
+        "test_data_dir": test_data_dir, "overlap": overlap,
+    }  # fmt: skip
+    config = _config(recipe, {key: value for key, value in given.items() if value is not None})
+    from tasks.experiments.tune.result import check_out, render, verdict
 
-        check_out(out, overwrite=overwrite)
-        _, folder = recipe_of(config)
-        load_suite(config.suite)
-        if config.test:
-            load_suite(config.test)
-        parse_memory(memory)
-        pick_device(device)
-        prepare_prefect()
-        from flows.tune import tune_flow
-        from tasks.settings import as_device, places
-        from tasks.tracking.merge import open_hint
+    check_out(out, overwrite=overwrite)
+    _, folder = recipe_of(config)
+    load_suite(config.suite)
+    if config.test:
+        load_suite(config.test)
+    parse_memory(memory)
+    pick_device(device)
+    prepare_prefect()
+    from flows.tune import tune_flow
+    from tasks.settings import as_device, places
+    from tasks.tracking.merge import open_hint
 
-        outcome = tune_flow(
-            config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
-        )  # fmt: skip
-        show(render(outcome.learned))
-        if outcome.test is not None and outcome.test.smoke and not outcome.test.smoke.passed:
-            show(f"not benchmarked: {outcome.test.smoke.said}")
-        elif outcome.test is not None:
-            from tasks.pages.outcome import comparison_table
-            from tasks.pages.scores import narrow
-            from tasks.pages.terminal import table
+    outcome = tune_flow(
+        config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
+    )  # fmt: skip
+    show(render(outcome.learned))
+    if outcome.test is not None and outcome.test.smoke and not outcome.test.smoke.passed:
+        show(f"not benchmarked: {outcome.test.smoke.said}")
+    elif outcome.test is not None:
+        from tasks.pages.outcome import comparison_table
+        from tasks.pages.scores import narrow
+        from tasks.pages.terminal import table
 
-            show(table(narrow(comparison_table({"tuned": outcome.test}, places(home, artifacts)), f"Suite {config.test}")))
-        typer.echo(verdict(outcome.learned))
-        typer.echo(f"recipe: {out}")
-        run = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
-        typer.echo(open_hint(tracking_uri=tracking_uri, root=places(home, artifacts).tracking, **run))
+        show(table(narrow(comparison_table({"tuned": outcome.test}, places(home, artifacts)), f"Suite {config.test}")))
+    typer.echo(verdict(outcome.learned))
+    typer.echo(f"recipe: {out}")
+    run = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
+    typer.echo(open_hint(tracking_uri=tracking_uri, root=places(home, artifacts).tracking, **run))
 
 
 def _config(source: str, given: dict[str, Any]) -> Any:

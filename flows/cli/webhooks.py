@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.common import Commands, TrackingUri, user_errors
+from flows.cli.common import Commands, TrackingUri
 from flows.cli.registry import Name
 from tasks.tracking.names import REGISTERED_MODEL
 
@@ -26,9 +26,8 @@ def add(
     """Add a webhook for the aliases, signed with the secret in OTA_WEBHOOK_SECRET. One that is there is brought up to date."""
     from tasks.registry import webhook
 
-    with user_errors():
-        made = webhook.add(url, name=name, tracking_uri=tracking_uri)
-        typer.echo(f"webhook {made.id}: {made.url} is told of {', '.join(made.events)}")
+    made = webhook.add(url, name=name, tracking_uri=tracking_uri)
+    typer.echo(f"webhook {made.id}: {made.url} is told of {', '.join(made.events)}")
 
 
 @app.command(name="list")
@@ -36,12 +35,11 @@ def list_(tracking_uri: TrackingUri = None) -> None:
     """Show the server's webhooks."""
     from tasks.registry import webhook
 
-    with user_errors():
-        found = webhook.listed(tracking_uri=tracking_uri)
-        for one in found:
-            typer.echo(f"{one.id}  {one.status.lower()}  {one.url}  {', '.join(one.events)}  {one.name}")
-        if not found:
-            typer.echo("no webhook; add one with: ota webhook add URL")
+    found = webhook.listed(tracking_uri=tracking_uri)
+    for one in found:
+        typer.echo(f"{one.id}  {one.status.lower()}  {one.url}  {', '.join(one.events)}  {one.name}")
+    if not found:
+        typer.echo("no webhook; add one with: ota webhook add URL")
 
 
 @app.command()
@@ -49,9 +47,8 @@ def remove(which: Which, tracking_uri: TrackingUri = None) -> None:
     """Remove a webhook."""
     from tasks.registry import webhook
 
-    with user_errors():
-        gone = webhook.remove(which, tracking_uri=tracking_uri)
-        typer.echo(f"removed: webhook {gone.id} to {gone.url}")
+    gone = webhook.remove(which, tracking_uri=tracking_uri)
+    typer.echo(f"removed: webhook {gone.id} to {gone.url}")
 
 
 @app.command()
@@ -59,5 +56,4 @@ def test(which: Which, tracking_uri: TrackingUri = None) -> None:
     """Have the server send an example, and show what the receiver answered."""
     from tasks.registry import webhook
 
-    with user_errors():
-        typer.echo(webhook.send_example(which, tracking_uri=tracking_uri))
+    typer.echo(webhook.send_example(which, tracking_uri=tracking_uri))

@@ -19,16 +19,14 @@ import pytest
 import yaml
 
 from tasks.local.stack import control as stack_control
-from tasks.local.stack.credentials import secret_of
-from tasks.local.stack.layout import ROOT, Stack, load_stack
+from tasks.local.stack.layout import ROOT
 from tasks.registry.promotion import CHAMPION, Version, current
 from tasks.registry.publish import read_latest
-from tasks.settings import environment
 from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tasks.tracking.registered import CHALLENGER, TAG_REPLACED
-from tests.servers import wait_until
+from tests.flows.stack.live_stack import Live, stack_up, until
 from tests.tiny_models import perturb, write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 from tests.tiny_training import memorise, rows_of
@@ -37,16 +35,13 @@ pytestmark = pytest.mark.slow
 BUCKET = "s3://ota-test"
 EXPERTS, BASE = f"{BUCKET}/experts", f"{BUCKET}/models/base"
 NAME, MOMENTS = "ota-merged", "exp_avg_sq.safetensors"
-SETTINGS = ("AWS_", "OTA_", "PREFECT_", "MLFLOW_")
 
 
 @dataclass
 class Operations:
-    """The stack, and the models of the story."""
+    """The stack, and what happens to it in the story."""
 
-    home: Path
-    stack: Stack
-    models: Path
+    live: Live
     seen: set[Any] = field(default_factory=set)
     """Nightly runs that a test has looked at."""
 
@@ -80,18 +75,13 @@ class Operations:
                 runs = [run for run in client.read_flow_runs(limit=100) if run.id not in self.seen and is_night(run)]
                 return [run for run in runs if run.state.is_final()]
 
-        wait_until(lambda: bool(new()), self.logs, seconds=seconds)
-        (run,) = new()
+        (run,) = until(new, self.live, seconds=seconds)
         assert run.created_by is not None and run.created_by.type == "AUTOMATION", run.created_by
         return self.looked_at(run)
 
     def looked_at(self, run: Any) -> Any:
         self.seen.add(run.id)
         return run
-
-    def logs(self) -> str:
-        names = ("worker-cpu", "worker-gpu")
-        return "\n".join((self.stack.log(name)).read_text(errors="replace")[-4000:] for name in names)
 
     def champion(self) -> Version | None:
         return current(CHAMPION)
@@ -103,40 +93,21 @@ def is_night(run: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operations]:
-    pytest.importorskip("supervisor", reason="supervisor is not installed: pip install 'ota-merging[demo]'")
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    root = tmp_path_factory.mktemp("operations")
-    home, models = root / "home", root / "models"
-    suite, data = write_tiny_suite(root / "suite", n=16)
-    base = write_tiny_llama(models / "base", hidden=48)
-    # The first two have only begun to learn: what comes after them is better.
-    for name, steps in {"math": 12, "knowledge": 20, "better": 150, "last": 160}.items():
-        memorise(base, models / name, rows_of(data), seed=1, steps=steps)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
-    clean["OTA_ALLOWED_ROOTS"] = str(root)  # the workers may read the configuration and the suite, which lie here
-    config = root / "nightly.yaml"
-    config.write_text(yaml.safe_dump(configuration(suite, data)))
-    up = [sys.executable, "-m", "flows.cli", "stack", "up", "--free-ports", "--experts", "none", "--home", str(home)]
-    try:
-        done = subprocess.run(up, cwd=ROOT, env=clean, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        stack = load_stack(home)
-        assert stack is not None
-        with (
-            environment({**stack.client_environment(secret_of(stack)), "OTA_HOME": str(root / "client")}),
-            temporary_settings({PREFECT_API_URL: stack.api}),  # another test's server may stand in the settings
-        ):
-            s3.create_bucket(BUCKET)
-            upload_folder(base, BASE)
-            for name in ("math", "knowledge"):
-                write_expert_json(models / name, capability=name, base_model=BASE, trained_at="2026-11-20")
-                upload_folder(models / name, f"{EXPERTS}/{name}/2026-11-20", last=EXPERT_JSON)
-            use_configuration(config)
-            yield Operations(home=home, stack=stack, models=models)
-    finally:
-        stack_control.stop(home)
-        shutil.rmtree(home, ignore_errors=True)
+    with stack_up(tmp_path_factory.mktemp("operations")) as live:
+        s3.create_bucket(BUCKET)
+        suite, data = write_tiny_suite(live.folder / "suite", n=16)
+        base = write_tiny_llama(live.folder / "base", hidden=48)
+        upload_folder(base, BASE)
+        # The first two have only begun to learn: what comes after them is better.
+        for name, steps in {"math": 12, "knowledge": 20, "better": 150, "last": 160}.items():
+            memorise(base, live.folder / name, rows_of(data), seed=1, steps=steps)
+        for name in ("math", "knowledge"):
+            write_expert_json(live.folder / name, capability=name, base_model=BASE, trained_at="2026-11-20")
+            upload_folder(live.folder / name, f"{EXPERTS}/{name}/2026-11-20", last=EXPERT_JSON)
+        config = live.folder / "nightly.yaml"
+        config.write_text(yaml.safe_dump(configuration(suite, data)))
+        use_configuration(config)
+        yield Operations(live)
 
 
 def configuration(suite: Path, data: Path) -> dict[str, Any]:
@@ -180,7 +151,7 @@ def pages_of(run: Any) -> dict[str, Any]:
 
 def test_the_first_night_merges_on_the_gpu_worker_and_promotes(operations: Operations) -> None:
     night = operations.nightly()
-    assert night.state.name == "Promoted", (night.state.message, operations.logs())
+    assert night.state.name == "Promoted", (night.state.message, operations.live.logs())
     assert night.work_pool_name == "ota-cpu"
     stages = runs_of_stage()
     assert {run.name.split()[0] for run in stages} == {"merge", "smoke-test", "benchmark"}
@@ -208,7 +179,7 @@ def test_a_broken_expert_is_left_out_by_name(operations: Operations) -> None:
     from safetensors.torch import load_file, save_file
 
     before = operations.champion()
-    broken = shutil.copytree(operations.models / "knowledge", operations.models / "nan")
+    broken = shutil.copytree(operations.live.folder / "knowledge", operations.live.folder / "nan")
     (broken / EXPERT_JSON).unlink()
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
@@ -222,9 +193,9 @@ def test_a_broken_expert_is_left_out_by_name(operations: Operations) -> None:
 
 def test_a_better_expert_starts_a_night_that_moves_the_alias(operations: Operations) -> None:
     before, stages = operations.champion(), {run.id for run in runs_of_stage()}
-    operations.push(operations.models / "better", "math", "2026-11-22", "2026-11-22")
+    operations.push(operations.live.folder / "better", "math", "2026-11-22", "2026-11-22")
     night = operations.started_by_event()
-    assert night.state.name == "Promoted", (night.state.message, operations.logs())
+    assert night.state.name == "Promoted", (night.state.message, operations.live.logs())
     new = [run for run in runs_of_stage() if run.id not in stages]
     assert {run.name.split()[0] for run in new} == {"merge", "smoke-test", "benchmark"}
     assert {(run.work_pool_name, run.state_name) for run in new} == {("ota-gpu", "Completed")}
@@ -243,9 +214,9 @@ def test_a_better_expert_starts_a_night_that_moves_the_alias(operations: Operati
 
 def test_a_worse_set_is_not_promoted(operations: Operations) -> None:
     before = operations.champion()
-    worse = perturb(operations.models / "knowledge", operations.models / "worse", seed=1, scale=1.0)
+    worse = perturb(operations.live.folder / "knowledge", operations.live.folder / "worse", seed=1, scale=1.0)
     (worse / EXPERT_JSON).unlink()
-    shutil.copy(operations.models / "knowledge" / MOMENTS, worse / MOMENTS)  # noise would make them negative
+    shutil.copy(operations.live.folder / "knowledge" / MOMENTS, worse / MOMENTS)  # noise would make them negative
     operations.push(worse, "knowledge", "2026-11-23", "2026-11-23")
     night = operations.started_by_event()
     assert night.state.name == "Kept", night.state.message
@@ -256,20 +227,19 @@ def test_a_worse_set_is_not_promoted(operations: Operations) -> None:
 
 
 def test_a_merge_survives_the_death_of_its_gpu_worker(operations: Operations) -> None:
-    operations.push(operations.models / "last", "math", "2026-11-24", "2026-11-24")
+    operations.push(operations.live.folder / "last", "math", "2026-11-24", "2026-11-24")
     before = {run.id for run in runs_of_stage()}
 
     def merging() -> list[Any]:
         new = [run for run in runs_of_stage() if run.id not in before and run.name.startswith("merge")]
         return [run for run in new if run.state_name == "Running"]
 
-    wait_until(lambda: bool(merging()), operations.logs)
-    (killed,) = merging()
-    worker = psutil.Process(stack_control.processes(operations.home)["worker-gpu"].pid)
+    (killed,) = until(merging, operations.live)
+    worker = psutil.Process(stack_control.processes(operations.live.home)["worker-gpu"].pid)
     for process in [*worker.children(recursive=True), worker]:
         process.kill()  # as when the machine goes away: no goodbye; supervisord starts another worker
     night = operations.started_by_event(seconds=420)
-    assert night.state.is_completed(), (night.state.message, operations.logs())
+    assert night.state.is_completed(), (night.state.message, operations.live.logs())
     lost = next(run for run in runs_of_stage() if run.id == killed.id)
     again = [run for run in runs_of_stage() if run.id not in before and run.name == killed.name and run.id != killed.id]
     assert lost.state_name == "Crashed" and "silent" in lost.state.message, lost.state
