@@ -38,7 +38,6 @@ from tasks.pages.outcome import MergeOutcome
 from tasks.settings import Address, Device, places
 from tasks.storage.models import write_note
 from tasks.tracking.merge import LoggedRun
-from tasks.tracking.store import resolve_store
 from tasks.tracking.write import fails_with
 
 
@@ -118,12 +117,11 @@ def search_flow(
         recipe, config.space, config.budget, floors=lambda limit: floors_at(limit, config, benchmark, subjects, where, executor), seed=config.seed, storage=searches,
         identity=identity_of(plan, benchmark), names=[expert.name for expert in plan.inputs.experts],
     )  # fmt: skip
-    store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
     with ExitStack() as stack:
         stack.enter_context(tried)
         stack.enter_context(few_threads(plan.inputs.models[0].path))
         trials = stack.enter_context(Trials(plan, benchmark, where, executor))
-        live = Live(_run_name(), tried.name, _params(config, plan, tried, benchmark), store)
+        live = Live(_run_name(), tried.name, _params(config, plan, tried, benchmark), where, tracking_uri)
         live.begin()
         stack.push(fails_with(live.fail))
         for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
@@ -144,7 +142,7 @@ def search_flow(
             write_note(out, text)
         show_markdown("search", markdown(tuned), "Best trials")
         (get_run_logger().info if tuned.feasible else get_run_logger().warning)(verdict(tuned))
-        logged = live.finish(tuned, files(tuned, tried.dimensions, text, _run_name()), where, tracking_uri)
+        logged = live.finish(tuned, files(tuned, tried.dimensions, text, _run_name()))
 
     show_mlflow(_run_name(), logged.url)
     test = None

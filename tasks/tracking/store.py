@@ -20,6 +20,7 @@ from ota_core.errors import StorageError
 from ota_core.frozen import Frozen
 from tasks.settings import allow_server
 from tasks.storage import s3
+from tasks.tracking.database import make_database
 from tasks.tracking.names import EXPERIMENT
 from tasks.tracking.view import VIEW, VIEW_KEY
 
@@ -105,7 +106,7 @@ def noted_address(shown: str | None, root: Path) -> str | None:
 
 
 def connect(store: Store) -> MlflowClient:
-    """A client of the store. Creates the folder of an embedded database, but asks nothing of a server yet."""
+    """A client of the store. Creates an embedded database, but asks nothing of a server yet. Raises StorageError."""
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     for noisy in ("mlflow.store.db.utils", "alembic"):
@@ -114,6 +115,7 @@ def connect(store: Store) -> MlflowClient:
 
     if store.artifacts is not None:
         store.artifacts.parent.mkdir(parents=True, exist_ok=True)
+        make_database(store.uri)
     return MlflowClient(tracking_uri=store.uri)
 
 

@@ -28,7 +28,10 @@ def chaos(
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 1,
     only: Annotated[str | None, typer.Option(help="Only these commands, with commas between them.")] = None,
     points: Annotated[bool, typer.Option(help="Also die before and after every named commit point.")] = True,
-    at: Annotated[str | None, typer.Option(help="Only this moment, as a table of failures names it; with one --only.")] = None,
+    calls: Annotated[int, typer.Option(min=1, help="At so many calls of each point: the last one, and the first ones.")] = 3,
+    at: Annotated[
+        str | None, typer.Option(help="Only these moments, as a table of failures names them, with commas; with one --only.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where to work, a new folder.", show_default="a temporary one")] = None,
 ) -> None:
     """Kill commands, run them again, and compare what is there with what an unkilled run leaves. Exit code 1 where one was not survived."""
@@ -44,12 +47,12 @@ def chaos(
         for kind in chosen:
             stage = Stage.of(kind(place))
             number = round(kills * kind.share / shares)
-            wanted = [at] if at else [*_moments(stage, seed, number), *(stage.named() if points else ())]
-            named = len(wanted) - (0 if at else MISSED * number)
+            named = [one.strip() for one in at.split(",")] if at else list(stage.named(calls)) if points else []
+            wanted = named if at else [*_moments(stage, seed, number), *named]
             found = []
             for trial in _tried(stage, wanted, number, everything=bool(at)):
                 found.append(trial)
-                progress(kind.name, sum(one.killed for one in found), max(named + number, len(found)))
+                progress(kind.name, sum(one.killed for one in found), max(len(named) + (0 if at else number), len(found)))
             trials += found
             cells.append(_row(kind.name, stage.seconds, found))
             typer.echo("  ".join(cells[-1]))

@@ -45,6 +45,8 @@ POINTS = {
             "log_model_artifacts", "finalize_logged_model", "set_logged_model_tags", "log_outputs", "set_tag", "set_experiment_tag",
         )
     },
+    # One of many steps in which MLflow and Optuna make the tables of their databases.
+    "tables": "alembic.runtime.migration:HeadMaintainer.update_to_step",
     # A search's memory.
     **{f"Optuna {name}": f"optuna.storages:RDBStorage.{name}" for name in ("create_new_study", "create_new_trial", "set_trial_user_attr",
        "set_trial_param", "set_trial_intermediate_value", "set_trial_system_attr", "set_trial_state_values")},

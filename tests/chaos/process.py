@@ -47,15 +47,17 @@ def preload(modules: Sequence[str]) -> None:
 
 def run(
     words: Sequence[str], folder: Path, log: Path, *, env: Mapping[str, str] | None = None, after: float | None = None,
-    death: Death | None = None, calls: Path | None = None,
+    death: Death | None = None, calls: Path | None = None, modules: Sequence[str] = (),
 ) -> Ended:  # fmt: skip
     """Run ``ota`` with these words in the folder, to its end or until it is killed with its whole process group: ``after`` seconds, or at a ``death``.
 
-    log: takes what it prints. calls: a file for the name of every point that is passed.
+    log: takes what it prints. calls: a file for the name of every point that is passed. modules: are there before the points are looked for.
     """
     context = multiprocessing.get_context("forkserver")
     begun, begins = context.Pipe(duplex=False)
-    process = context.Process(target=_command, args=(tuple(words), folder, log, dict(env or {}), begins, death, calls))
+    process = context.Process(
+        target=_command, args=(tuple(words), folder, log, dict(env or {}), begins, death, calls, tuple(modules))
+    )
     process.start()
     begins.close()
     with suppress(EOFError):  # it died before: the code says so
@@ -84,8 +86,9 @@ def _family(pid: int) -> list[Any]:
 
 
 def _command(
-    words: tuple[str, ...], folder: Path, log: Path, env: dict[str, str], begins: Any, death: Death | None, calls: Path | None
-) -> None:
+    words: tuple[str, ...], folder: Path, log: Path, env: dict[str, str], begins: Any, death: Death | None, calls: Path | None,
+    modules: tuple[str, ...],
+) -> None:  # fmt: skip
     """In the new process."""
     os.setsid()
     os.chdir(folder)
@@ -96,6 +99,8 @@ def _command(
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 - for as long as it lives
     print("$ ota", *words, flush=True)
     sys.argv = ["ota", *words]
+    for module in modules:
+        importlib.import_module(module)
     if "prefect" in sys.modules:
         importlib.import_module("prefect.context").refresh_global_settings_context()
     if death is not None:

@@ -12,7 +12,7 @@ from tests.chaos.facts import RECORD, Facts, differences, hidden, of_folder
 
 LIGHT = ("numba.np.arraymath", "filelock", "huggingface_hub", "tests.chaos.process", "tasks.merging.inputs", "tasks.merging.opened", "tasks.merging.stages", "ota_core.engine.engine", "ota_core.moments",
          "tasks.storage.streaming.streams", "ota_core.fused.ota", "boto3", "tasks.artifacts.store", "tasks.experts.push")  # fmt: skip
-TRACKED = (*LIGHT, "mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store", "alembic", "pandas",
+TRACKED = (*LIGHT, "mlflow", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store", "alembic.runtime.migration", "pandas",
            "tasks.tracking.outbox", "tasks.registry.publish", "tasks.registry.retention.retention")  # fmt: skip
 FLOWS = (*TRACKED, "torch", "transformers", "prefect", "lm_eval.evaluator", "flows.merge", "optuna.storages", "flows.search")
 

@@ -14,11 +14,23 @@ from tests.chaos.files import Compress, CompressOver, Merge, MergeOver, MergeSta
 from tests.chaos.process import run
 from tests.chaos.runs import API, Run, RunAlone, RunBenchmark, RunInS3, Search
 from tests.chaos.scene import Scene
-from tests.chaos.served import BUCKET, Collect, Promote, Publish, PublishToFolder, Push, PushToFolder, Served, Sync
+from tests.chaos.served import (
+    BUCKET,
+    Collect,
+    Promote,
+    Publish,
+    PublishToFolder,
+    Push,
+    PushToFolder,
+    Served,
+    Sync,
+    SyncAtFirst,
+    SyncSearch,
+)
 from tests.servers import free_port, wait_until
 
 _ALL = (Merge, MergeOver, MergeStages, Compress, CompressOver, Push, PushToFolder, Promote, Publish, PublishToFolder, Collect, Sync,
-        Run, RunInS3, RunAlone, RunBenchmark, Search)  # fmt: skip
+        SyncAtFirst, SyncSearch, Run, RunInS3, RunAlone, RunBenchmark, Search)  # fmt: skip
 SCENES: dict[str, type[Scene]] = {one.name: one for one in _ALL}
 _OURS = ("OTA_", "PREFECT_", "MLFLOW_", "AWS_", "HF_")
 LARGE = 512

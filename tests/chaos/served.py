@@ -248,13 +248,33 @@ class Sync(Served):
     def make(self) -> None:
         home = self.folder / "home"
         in_child(_blank, str(self.database.parent))
-        in_child(_waits, str(home))
+        in_child(merge_waits, str(home))
 
     def facts(self) -> Facts:
         return in_mlflow(self.database) | of_folder(self.folder / "home" / "unsent", "unsent/")
 
     def half(self) -> Iterator[str]:
         yield from half_logged(self.facts(), self.reference, self.volatile)
+
+
+class SyncAtFirst(Sync):
+    """The same where MLflow's database is not there yet."""
+
+    name = "sync into a new database"
+    share = 1
+
+    def make(self) -> None:
+        in_child(merge_waits, str(self.folder / "home"))
+
+
+class SyncSearch(Sync):
+    """``ota sync`` of a search whose server went away after its first trial."""
+
+    name = "sync of a search"
+    share = 1
+
+    def make(self) -> None:
+        in_child(search_waits, str(self.folder / "home"))
 
 
 def half_logged(found: Facts, reference: Facts, volatile: set[str]) -> Iterator[str]:
@@ -296,12 +316,26 @@ def _two_versions(tracking: str, first: str, second: str) -> None:
     promotion.promote("1", by="chaos", reason="the first", root=root)
 
 
-def _waits(home: str) -> None:
+def merge_waits(home: str) -> None:
+    """A merge that is kept for MLflow."""
     from tasks.tracking import outbox
     from tests.tasks.tracking.made_up import a_merge
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     outbox._keep(outbox.Unsent(store=None, what=outbox.KeptMerge(run=a_merge("one"))), Path(home))
+
+
+def search_waits(home: str) -> None:
+    """A search of two trials that is kept for MLflow, which knows the first one already."""
+    from tasks.experiments.search import log as search_log
+    from tasks.tracking import outbox
+    from tasks.tracking.store import embedded
+    from tests.tasks.tracking.made_up import PARAMS, TRIAL, a_search
+
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    store = embedded(Path(home) / "tracking")
+    search_log.log_trial(search_log.begin("a search", "key", PARAMS, store), TRIAL, TRIAL, store)
+    outbox._keep(outbox.Unsent(store=None, what=a_search()), Path(home))
 
 
 def _age(folder: Path, identity: str) -> None:

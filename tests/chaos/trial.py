@@ -47,7 +47,7 @@ class Stage:
         calls = scene.folder.with_name("calls")
         calls.write_text("")
         scene.lay()
-        ended = _whole(scene, run(scene.words, scene.folder, _log(scene), env=scene.env, calls=calls))
+        ended = _whole(scene, run(scene.words, scene.folder, _log(scene), env=scene.env, calls=calls, modules=scene.preload))
         second = scene.facts()
         scene.volatile = {name for name in second if second[name] != scene.reference.get(name, second[name])}
         scene.reference = {name: value for name, value in scene.reference.items() if name in second}
@@ -61,7 +61,7 @@ class Stage:
             yield f"{numbers.random():.4f}"
 
     def named(self, most: int = 3) -> Iterator[str]:
-        """Before and after the first, the second and the last call of every point, at ``most``."""
+        """Before and after at most so many calls of every point: the last one, and the first ones."""
         for name, count in sorted(self.points.items()):
             for nth in sorted({*range(1, min(count, most - 1) + 1), count}):
                 for when in ("before", "after"):
@@ -92,7 +92,7 @@ class Stage:
             after, death = self.seconds * float(moment), None
         except ValueError:
             after, death = None, Death.parse(moment)
-        return run(scene.words, scene.folder, _log(scene), env=scene.env, after=after, death=death)
+        return run(scene.words, scene.folder, _log(scene), env=scene.env, after=after, death=death, modules=scene.preload)
 
 
 def _log(scene: Scene) -> Path:

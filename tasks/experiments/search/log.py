@@ -41,12 +41,21 @@ TAG_TRIAL = "trial"
 _SAFE = "The search itself keeps every trial, and a repeat goes on with the next."
 
 
+def _identity(search: str) -> dict[str, str]:
+    return {TAG_ROLE: "search", TAG_SEARCH: search}
+
+
+def fingerprint(search: str) -> str:
+    """Of the search with this name in its storage, among what is kept for MLflow."""
+    return KeptRun(name="", identity=_identity(search)).fingerprint
+
+
 def begin(name: str, search: str, params: Mapping[str, object], store: Store) -> LoggedRun:
     """The run of the search with this name in its storage, RUNNING; made when it is missing. Raises StorageError."""
     with clear_errors(store, f"logging {name!r}", _SAFE), locked(store):
         client = connect(store)
         experiment = experiment_id(client, store)
-        found = find_or_create(client, experiment, {TAG_ROLE: "search", TAG_SEARCH: search}, name)
+        found = find_or_create(client, experiment, _identity(search), name)
         client.update_run(found.info.run_id, status="RUNNING")
         _log(client, found, params, {}, {TAG_FLOW_RUN: str(flow_run.id)} if flow_run.id else {})
     return logged_run(store, experiment, found.info.run_id)
@@ -121,7 +130,7 @@ def search_run(
         points[trial.number] = _curve(tuned.best_until(trial))
     points[0] = points.get(0, {}) | metrics
     return KeptRun(
-        name=name, identity={TAG_ROLE: "search", TAG_SEARCH: search}, params=_texts(params),
+        name=name, identity=_identity(search), params=_texts(params),
         tags=tags | ({TAG_FLOW_RUN: flow_run_id} if flow_run_id else {}), points=points, children=tuple(children), safe=_SAFE,
         files={path: content if isinstance(content, bytes) else content.encode() for path, content in files.items()},
     )  # fmt: skip

@@ -16,10 +16,10 @@ from tasks.experiments.search import log as search_log
 from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.search import Point, Search, Trial, Tuned
 from tasks.settings import Places
-from tasks.tracking.outbox import tell
+from tasks.tracking.outbox import send_waiting, tell
 from tasks.tracking.patience import ASKING_SECONDS, LOGGING_SECONDS, within
 from tasks.tracking.run import LoggedRun
-from tasks.tracking.store import Store
+from tasks.tracking.store import Store, resolve_store
 
 T = TypeVar("T")
 
@@ -58,14 +58,20 @@ class Live:
     name: str
     search: str
     params: Mapping[str, object]
-    store: Store
+    where: Places
+    tracking_uri: str | None
     logged: LoggedRun | None = None
     known: set[int] = field(default_factory=set)
     """Trials that have their run."""
     away: StorageError | None = None
 
+    def __post_init__(self) -> None:
+        self.store: Store = resolve_store(tracking_uri=self.tracking_uri, root=self.where.tracking)
+
     def begin(self) -> None:
-        """Find or make the search's run, and what is logged of it already."""
+        """Find or make the search's run, and what is logged of it already. What of an earlier process waits is sent first: it is older."""
+        if not send_waiting(self.where.home, self.where.tracking, self.tracking_uri, only=search_log.fingerprint(self.search)):
+            self._went_away(StorageError("what was kept of this search could not be logged"))
         self.logged = self._try(lambda: search_log.begin(self.name, self.search, self.params, self.store))
         if (logged := self.logged) is not None:
             self.known = self._try(lambda: search_log.logged_trials(logged, self.store)) or set()
@@ -84,19 +90,21 @@ class Live:
         if self.away is None and self.logged is not None:
             search_log.fail(self.logged, self.store, status)
 
-    def finish(self, tuned: Tuned, files: Mapping[str, str | bytes], where: Places, tracking_uri: str | None) -> LoggedRun:
-        """Log the end; where the server was away, everything. Raises StorageError, which names the file that keeps it."""
+    def finish(self, tuned: Tuned, files: Mapping[str, str | bytes]) -> LoggedRun:
+        """Log the end, then what of other runs waits; where the server was away, everything. Raises StorageError, which names the file that keeps it."""
         logged = self.logged
         if self.away is None and logged is not None:
             try:
                 doing = f"logging the end of {self.name!r}"
                 within(LOGGING_SECONDS, doing, lambda: search_log.finish(logged, tuned, files, self.store))
-                return logged
             except StorageError as error:
                 self._went_away(error)
+            else:
+                send_waiting(self.where.home, self.where.tracking, self.tracking_uri)
+                return logged
         run_id = str(flow_run.id) if flow_run.id else None
         kept = search_log.search_run(self.name, self.search, self.params, tuned, files, run_id)
-        return tell(kept, home=where.home, root=where.tracking, tracking_uri=tracking_uri)
+        return tell(kept, home=self.where.home, root=self.where.tracking, tracking_uri=self.tracking_uri)
 
     def _try(self, ask: Callable[[], T]) -> T | None:
         if self.away is None:

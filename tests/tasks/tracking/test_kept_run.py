@@ -15,21 +15,7 @@ from tasks.tracking.kept_run import log_kept
 from tasks.tracking.outbox import WAITS, keeping, kept, sync, tell
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
-from tests.tasks.tracking.made_up import a_merge
-from tests.tasks.tracking.test_tracking_artifacts import TRIAL
-
-TRIALS = (
-    TRIAL,
-    TRIAL.model_copy(
-        update={
-            "number": 1,
-            "scores": {limit: {name: value / 2 for name, value in some.items()} for limit, some in TRIAL.scores.items()},
-        }
-    ),
-)
-PARAMS: dict[str, object] = {"seed": 1, "suite": "tiny"}
-FILES: dict[str, str | bytes] = {"recipe.yaml": "a: 1\n", "plots/a.png": b"\x89PNG\x00\xff"}
-TUNED = Tuned(trials=TRIALS, evaluations=2.0)
+from tests.tasks.tracking.made_up import FILES, PARAMS, TUNED, a_merge, a_search
 
 
 def runs(root: Path, search: str) -> list[Any]:
@@ -52,10 +38,10 @@ def runs(root: Path, search: str) -> list[Any]:
 def test_a_search_that_is_told_later_is_the_same(tracking: Path) -> None:
     store = resolve_store(root=tracking)
     live = search_log.begin("a search", "live", PARAMS, store)
-    for trial in TRIALS:
-        search_log.log_trial(live, trial, Tuned(trials=TRIALS[: trial.number + 1], evaluations=1.0).best, store)
+    for trial in TUNED.trials:
+        search_log.log_trial(live, trial, Tuned(trials=TUNED.trials[: trial.number + 1], evaluations=1.0).best, store)
     search_log.finish(live, TUNED, FILES, store)
-    later = search_log.search_run("a search", "later", PARAMS, TUNED, FILES, None)
+    later = a_search("later")
     read_back = type(later).model_validate_json(later.model_dump_json())
     assert read_back == later and read_back.files["plots/a.png"] == FILES["plots/a.png"]
     first = log_kept(read_back, store)
@@ -95,7 +81,7 @@ def test_without_keeping_it_is_an_error(tracking: Path, monkeypatch: pytest.Monk
         raise StorageError("MLflow is away")
 
     monkeypatch.setattr(outbox, "log_kept", away)
-    run = search_log.search_run("a search", "key", PARAMS, TUNED, FILES, None)
+    run = a_search()
     with pytest.raises(StorageError, match=r"kept in .*run-.*ota sync"):
         tell(run, home=tracking.parent, root=tracking)
     assert [one.what for one in kept(tracking.parent).values()] == [run]

@@ -10,9 +10,8 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.errors import StorageError
-from ota_core.recipe.recipe import MergeRecipe
 from tasks.experiments.search import log as search_log
-from tasks.experiments.search.search import Trial, Tuned
+from tasks.experiments.search.search import Tuned
 from tasks.experiments.study.log import study_run
 from tasks.registry.promotion import log_decision
 from tasks.tracking.kept_run import log_kept
@@ -23,10 +22,7 @@ from tasks.tracking.store import connect, resolve_store
 from tests.servers import S3Test
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import coins, model_scores
 from tests.tasks.registry.registry_fixture import a_decision
-from tests.tasks.tracking.made_up import a_merge
-
-RECIPE = MergeRecipe.model_validate({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]})
-TRIAL = Trial(number=0, origin="recipe", values={}, recipe=RECIPE, scores={8: {"math": 0.5}}, floors={}, complete=True)
+from tests.tasks.tracking.made_up import RECIPE, TRIAL, a_merge
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tasks.experiments.search import log as search_log
 from tasks.experiments.search.search import Tuned
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
-from tests.tasks.tracking.test_tracking_artifacts import RECIPE, TRIAL
+from tests.tasks.tracking.made_up import RECIPE, TRIAL
 
 TUNED = Tuned(trials=(TRIAL,), evaluations=1.0)
 
