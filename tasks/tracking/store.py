@@ -114,8 +114,7 @@ def connect(store: Store) -> MlflowClient:
     from mlflow import MlflowClient
 
     if store.artifacts is not None:
-        store.artifacts.parent.mkdir(parents=True, exist_ok=True)
-        make_database(store.uri)
+        make_database(Path(store.uri.removeprefix("sqlite:///").partition("?")[0]).resolve())
     return MlflowClient(tracking_uri=store.uri)
 
 

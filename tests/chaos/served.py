@@ -289,12 +289,18 @@ def half_logged(found: Facts, reference: Facts, volatile: set[str]) -> Iterator[
 
 def in_child(function: object, *arguments: str) -> None:
     """Call it in a process of its own: MLflow keeps connections to a database that will be replaced."""
+    code = code_of_child(function, *arguments)
+    assert code == 0, f"{function} ended with {code}"
+
+
+def code_of_child(function: object, *arguments: str) -> int | None:
+    """The exit code of a process that calls it."""
     import multiprocessing
 
     process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
     process.start()
     process.join()
-    assert process.exitcode == 0, f"{function} ended with {process.exitcode}"
+    return process.exitcode
 
 
 def _blank(tracking: str) -> None:
@@ -336,6 +342,19 @@ def search_waits(home: str) -> None:
     store = embedded(Path(home) / "tracking")
     search_log.log_trial(search_log.begin("a search", "key", PARAMS, store), TRIAL, TRIAL, store)
     outbox._keep(outbox.Unsent(store=None, what=a_search()), Path(home))
+
+
+def next_run(home: str, moment: str) -> None:
+    """Another merge is logged to the same database, and this process dies then."""
+    import mlflow  # noqa: F401 - points of what is not there are not installed
+
+    from tasks.tracking.outbox import tell
+    from tests.chaos.points import Death, dies_at, install
+    from tests.tasks.tracking.made_up import a_merge
+
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    install(dies_at(Death.parse(moment)), Path(home))
+    tell(a_merge("next", children=[], table=[]), home=Path(home), root=Path(home) / "tracking")
 
 
 def _age(folder: Path, identity: str) -> None:

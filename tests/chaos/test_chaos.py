@@ -1,5 +1,6 @@
 """Some of what ``make chaos`` does: commands die at the points where their output becomes visible, and the next run is as if they had not."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tests.chaos.points import Death
 from tests.chaos.process import preload, run
 from tests.chaos.scene import TRACKED, Scene
 from tests.chaos.scenes import SCENES, world
-from tests.chaos.served import in_child, merge_waits, search_waits
+from tests.chaos.served import code_of_child, in_child, merge_waits, next_run, search_waits
 from tests.chaos.trial import Stage
 
 FAST = ("merge over", "compress")
@@ -19,10 +20,15 @@ SYNCS = ("sync", "sync into a new database", "sync of a search")
 VISIBLE = ("take place", "exchange", "record")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """Every process that is to die has imported what any of them needs."""
+    preload(TRACKED)
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stage]]:
     root, kinds = tmp_path_factory.mktemp("chaos"), [SCENES[name] for name in FAST]
-    preload(TRACKED)
     with world(root, kinds):
         yield {kind.name: Stage.of(kind(root)) for kind in kinds}
 
@@ -70,12 +76,12 @@ def test_a_database_that_a_kill_left_half_made_stops_nobody(tmp_path: Path) -> N
 
 
 def test_a_search_that_is_killed_again_and_again_while_it_is_sent_is_there_once(tmp_path: Path) -> None:
-    in_child(search_waits, str(tmp_path / "home"))
+    home = str(tmp_path / "home")
+    in_child(search_waits, home)
+    assert code_of_child(next_run, home, "after MLflow create_run 2") == -signal.SIGKILL, "of the search's second trial"
     # One after another: each gets a step further.
-    found = sent(
-        tmp_path, "after MLflow log_batch 2", "after MLflow create_run 1", "after MLflow log_batch 2", "after MLflow set_terminated 1",
-        "after MLflow log_artifacts 1", "before unlink 1",
-    )  # fmt: skip
+    moments = ("after MLflow log_batch 2", "after MLflow set_terminated 1", "after MLflow log_artifacts 1", "before unlink 1")
+    found = {name: value for name, value in sent(tmp_path, *moments).items() if name.startswith(("run search", "run trial"))}
     runs = {"run search a search", "run trial trial 0", "run trial trial 1"}
     assert {name.partition(": ")[0] for name in found} == runs
     assert {name: found[f"{name}: so many"] + found[f"{name}: status"] for name in runs} == dict.fromkeys(runs, "1FINISHED")

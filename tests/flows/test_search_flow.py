@@ -32,8 +32,11 @@ from tasks.merging.inputs import fetch_all
 from tasks.merging.sources import planned
 from tasks.orchestration.executors import Pool
 from tasks.settings import places
+from tasks.tracking import outbox
+from tasks.tracking.kept_run import KeptRun
 from tasks.tracking.outbox import kept, sync
 from tasks.tracking.run import LoggedRun
+from tasks.tracking.store import Store
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
 from tests.servers import flow_run_name, free_port, task_states
@@ -169,6 +172,30 @@ def test_a_server_that_is_away_ends_no_search_and_is_told_later(
     again = run(here, search)
     assert again.outcome.logged.run_id == found.run_id
     assert [told[0], told[2]] == [everything()[0], everything()[2]], "the same runs, with nothing added"
+
+
+def test_what_waits_of_a_search_is_sent_before_it_goes_on(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent after the newer trials, it would say that there are fewer."""
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        with pytest.raises(StorageError, match="ota sync"):
+            run(here, config(here, budget={"trials": 2, "rungs": [4]}))
+    ((path, waits),) = kept(here.home).items()
+    path.write_text(waits.model_copy(update={"store": here.tracking_uri}).model_dump_json())
+    asked = []
+    send = outbox.log_kept
+
+    def sends(told: KeptRun, store: Store) -> LoggedRun:
+        asked.append(len(told.children))
+        return send(told, store)
+
+    monkeypatch.setattr(outbox, "log_kept", sends)
+    ran = run(here, config(here, budget={"trials": 3, "rungs": [4]}))
+    assert asked == [2] and not kept(here.home)
+    parent, children = logged(here, ran.outcome)
+    assert parent.data.metrics["trials"] == 3 and [child.info.status for child in children] == ["FINISHED"] * 3
+    curve = MlflowClient(tracking_uri=here.tracking_uri).get_metric_history(parent.info.run_id, "best/avg")
+    assert [one.step for one in curve] == [0, 1, 2]
 
 
 def test_the_same_again_computes_nothing_and_logs_nothing_twice(here: World, counts: Counter[str]) -> None:

@@ -1,7 +1,7 @@
 """``python -m tasks.local.stack.exec NAME``: what supervisord starts. Ends what a crashed predecessor left, then becomes the process.
 
 A server that was killed may leave a child that holds its port, a worker the flow runs that it had started; supervisord knows only
-the process that it started itself.
+the process that it started itself. MLflow's server could not open a database whose making was killed.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tasks.local.stack.processes import end, marked
 from tasks.local.stack.programs import NAME, OURS, programs_file
+from tasks.tracking.database import make_database
 
 GRACE_SECONDS = 5.0
 
@@ -22,6 +23,8 @@ def main(name: str) -> None:
     left = end(lambda: marked(folder, name), grace=GRACE_SECONDS)
     if left:
         print(f"ended {left} processes that the last {name} had left", flush=True)
+    if name == "mlflow":
+        make_database(folder / "mlflow" / "mlflow.db")
     environ = {**os.environ, **program["env"], NAME: name}
     os.execvpe(program["command"][0], program["command"], environ)
 
