@@ -16,10 +16,8 @@ def make_database(database: Path) -> None:
     Raises StorageError where it cannot be written, and what MLflow's own making of a database raises.
     """
     try:
-        with (
-            _ONE_AT_A_TIME,
-            new_file(database, overwrite=False) as new,
-        ):  # also where there is one: what a killed process left beside it goes
+        # Also where there is one: what a killed process left beside it goes.
+        with _ONE_AT_A_TIME, new_file(database, overwrite=False) as new:
             from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
 
             engine = create_sqlalchemy_engine_with_retry(f"sqlite:///{new}")

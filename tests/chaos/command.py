@@ -28,6 +28,9 @@ def chaos(
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 1,
     only: Annotated[str | None, typer.Option(help="Only these commands, with commas between them.")] = None,
     points: Annotated[bool, typer.Option(help="Also die before and after every named commit point.")] = True,
+    named: Annotated[
+        str, typer.Option(help="Only the points whose names begin so, with commas between them.", show_default="all")
+    ] = "",
     calls: Annotated[int, typer.Option(min=1, help="At so many calls of each point: the last one, and the first ones.")] = 3,
     at: Annotated[
         str | None, typer.Option(help="Only these moments, as a table of failures names them, with commas; with one --only.")
@@ -47,12 +50,12 @@ def chaos(
         for kind in chosen:
             stage = Stage.of(kind(place))
             number = round(kills * kind.share / shares)
-            named = [one.strip() for one in at.split(",")] if at else list(stage.named(calls)) if points else []
-            wanted = named if at else [*_moments(stage, seed, number), *named]
+            wished = _wished(at) if at else list(stage.named(calls, _wished(named))) if points else []
+            wanted = wished if at else [*_moments(stage, seed, number), *wished]
             found = []
             for trial in _tried(stage, wanted, number, everything=bool(at)):
                 found.append(trial)
-                progress(kind.name, sum(one.killed for one in found), max(len(named) + (0 if at else number), len(found)))
+                progress(kind.name, sum(one.killed for one in found), max(len(wished) + (0 if at else number), len(found)))
             trials += found
             cells.append(_row(kind.name, stage.seconds, found))
             typer.echo("  ".join(cells[-1]))
@@ -84,6 +87,10 @@ def _chosen(only: str | None) -> list[type[Scene]]:
     if unknown:
         raise typer.BadParameter(f"--only: got {', '.join(unknown)}, expected some of {', '.join(SCENES)}")
     return [SCENES[name] for name in names]
+
+
+def _wished(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",")]
 
 
 def _moments(stage: Stage, seed: int, number: int) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,9 +60,11 @@ class Stage:
         while True:
             yield f"{numbers.random():.4f}"
 
-    def named(self, most: int = 3) -> Iterator[str]:
-        """Before and after at most so many calls of every point: the last one, and the first ones."""
+    def named(self, most: int = 3, beginning: Sequence[str] = ("",)) -> Iterator[str]:
+        """Before and after at most so many calls of every point whose name begins so: the last one, and the first ones."""
         for name, count in sorted(self.points.items()):
+            if not name.startswith(tuple(beginning)):
+                continue
             for nth in sorted({*range(1, min(count, most - 1) + 1), count}):
                 for when in ("before", "after"):
                     yield f"{when} {name} {nth}"
