@@ -1,11 +1,13 @@
 """The command behind ``make chaos``."""
 
 import logging
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +37,7 @@ def chaos(
     at: Annotated[
         str | None, typer.Option(help="Only these moments, as a table of failures names them, with commas; with one --only.")
     ] = None,
+    minutes: Annotated[float, typer.Option(help="Begin no kill later.", show_default="no limit")] = math.inf,
     folder: Annotated[Path | None, typer.Option(help="Where to work, a new folder.", show_default="a temporary one")] = None,
 ) -> None:
     """Kill commands, run them again, and compare what is there with what an unkilled run leaves. Exit code 1 where one was not survived."""
@@ -53,7 +56,8 @@ def chaos(
             wished = _wished(at) if at else list(stage.named(calls, _wished(named))) if points else []
             wanted = wished if at else [*_moments(stage, seed, number), *wished]
             found = []
-            for trial in _tried(stage, wanted, number, everything=bool(at)):
+            in_time = takewhile(lambda _: time.monotonic() - began < 60 * minutes, wanted)
+            for trial in _tried(stage, in_time, number, everything=bool(at)):
                 found.append(trial)
                 progress(kind.name, sum(one.killed for one in found), max(len(wished) + (0 if at else number), len(found)))
             trials += found
@@ -98,7 +102,7 @@ def _moments(stage: Stage, seed: int, number: int) -> Iterator[str]:
     yield from (next(moments) for _ in range(MISSED * number))
 
 
-def _tried(stage: Stage, moments: Sequence[str], number: int, *, everything: bool) -> Iterator[Trial]:
+def _tried(stage: Stage, moments: Iterable[str], number: int, *, everything: bool) -> Iterator[Trial]:
     """As many kills at random moments as asked for, and every named point."""
     random, failures = 0, 0
     for moment in moments:
