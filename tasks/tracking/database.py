@@ -27,4 +27,8 @@ def make_database(database: Path) -> None:
                 engine.dispose()
     except OtaError as error:
         if not database.exists():
-            raise StorageError(f"MLflow's database could not be made: {error}") from error
+            reason = str(error).partition(";")[0]
+            raise StorageError(
+                f"MLflow's database {database} could not be made: {reason}. Name another home folder (OTA_HOME), or a server "
+                "(MLFLOW_TRACKING_URI)"
+            ) from error

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
 from ota_core.errors import StorageError
-from tasks.tracking.store import cut, mlflow_name, mlflow_names, open_hint, quoted, resolve_store
+from tasks.tracking.store import connect, cut, embedded, mlflow_name, mlflow_names, open_hint, quoted, resolve_store
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +79,11 @@ def test_filters_quote_or_refuse() -> None:
     assert quoted({"mlflow.parentRunId": "a", "b": "c d"}) == "tags.`mlflow.parentRunId` = 'a' and tags.`b` = 'c d'"
     with pytest.raises(ValueError, match="quote"):
         quoted({"a": "it's"})
+
+
+def test_a_database_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        StorageError, match=r"database .*/file/tracking/mlflow\.db could not be made: .*OTA_HOME.*MLFLOW_TRACKING_URI"
+    ):
+        connect(embedded(tmp_path / "file" / "tracking"))
