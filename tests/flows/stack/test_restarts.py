@@ -43,11 +43,11 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield live
 
 
-def config(live: Live, name: str, *candidates: dict[str, Any]) -> str:
+def config(live: Live, name: str, *candidates: dict[str, Any], suite: str = "suite") -> str:
     """Where a night's configuration lies."""
     said = {
-        "experts": f"{BUCKET}/experts", "base_model": f"{BUCKET}/base", "suite": str(live.folder / "suite" / "tiny.yaml"),
-        "data_dir": str(live.folder / "suite" / "data"), "publish": f"{BUCKET}/merged", "name": name, "memory": "256MiB",
+        "experts": f"{BUCKET}/experts", "base_model": f"{BUCKET}/base", "suite": str(live.folder / suite / "tiny.yaml"),
+        "data_dir": str(live.folder / suite / "data"), "publish": f"{BUCKET}/merged", "name": name, "memory": "256MiB",
         "candidates": list(candidates),
     }  # fmt: skip
     file = live.folder / f"{name}.yaml"
@@ -92,9 +92,9 @@ def merges_in_mlflow() -> dict[str, str]:
 
 def test_no_run_of_a_dead_cpu_worker_reads_running_for_ever(live: Live) -> None:
     """The night, and the merge that it has called in its own process: both send heartbeats, and the automation hears that they stop."""
-    endless = {"name": "endless", "merge_method": "karcher", "parameters": {"max_iter": 10**9, "tol": 0.0}}
-    run = live.start("nightly/nightly", config=config(live, "dead", endless), env={"OTA_GPU_DEPLOYMENT": ""})
-    at_work(live, run, "karcher")
+    write_tiny_suite(live.folder / "long", n=10_000)  # many minutes
+    run = live.start("nightly/nightly", config=config(live, "dead", LINEAR, suite="long"), env={"OTA_GPU_DEPLOYMENT": ""})
+    at_work(live, run, "linear")
     worker = psutil.Process(stack_control.processes(live.home)["worker-cpu"].pid)
     for process in [*live.processes(run), worker]:
         process.kill()  # as when the machine goes away: no goodbye
