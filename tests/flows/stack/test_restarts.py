@@ -16,7 +16,7 @@ from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tasks.tracking.registered import CHAMPION
-from tests.flows.stack.live_stack import Live, made, stack_up, until
+from tests.flows.stack.live_stack import Live, made, stack_up, tasks_at_work, until
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 from tests.tiny_training import memorise, rows_of
@@ -88,6 +88,20 @@ def merges_in_mlflow() -> dict[str, str]:
     experiments = [one.experiment_id for one in client.search_experiments()]
     found = client.search_runs(experiments, "tags.recipe_fingerprint LIKE '%'")
     return {f"{one.info.run_name} {one.info.run_id}": one.info.status for one in found}
+
+
+def test_a_run_is_cancelled_though_its_worker_no_longer_listens(live: Live) -> None:
+    """Prefect's worker gives up to listen for runs that it has started when the server is away for half a minute."""
+    models = [{"model": f"{BUCKET}/experts/{name}/2026-11-20"} for name in ("math", "knowledge")]
+    parameters = {"max_iter": 10**9, "tol": 0.0}  # hours
+    endless = {"merge_method": "karcher", "base_model": f"{BUCKET}/base", "models": models, "parameters": parameters}
+    run = live.start("merge/merge", recipe=endless, suite=None, env={"OTA_GPU_DEPLOYMENT": ""})
+    until(lambda: any(name.startswith("merge karcher") for name in tasks_at_work(run, live.below(run))), live)
+    live.stop("prefect")
+    time.sleep(AWAY)
+    live.start_again("prefect")
+    print(f"{live.cancel(run):.1f} s until the last process was gone")
+    assert live.ended(run).state_name == "Cancelled"
 
 
 def test_no_run_of_a_dead_cpu_worker_reads_running_for_ever(live: Live) -> None:
