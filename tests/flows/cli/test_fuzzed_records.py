@@ -93,7 +93,7 @@ def test_records(world: Path, monkeypatch: pytest.MonkeyPatch, change: Change) -
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=relaxed)
+@settings(max_examples=200, deadline=None, suppress_health_check=relaxed)
 @given(changes)
 def test_many_records(world: Path, monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     check(world, change, monkeypatch)
