@@ -32,7 +32,7 @@ class _Facts(BaseModel):
     quant_type: Literal["nf4", "fp4"]
     shape: Annotated[tuple[_Size, ...], Field(min_length=1, max_length=MAX_AXES)]
     blocksize: _Size
-    dtype: str = ""
+    dtype: str | None = None
     nested_blocksize: Annotated[int, Field(strict=True, ge=0, le=2**40)] | None = None
     nested_offset: Annotated[float, Field(ge=-3e38, le=3e38)] | None = None
 
@@ -45,7 +45,7 @@ class Bnb4(Coded):
         facts = _facts(state)
         self._codes, self._parts = codes, parts
         self.kind, self.shape, self._block = facts.quant_type, facts.shape, facts.blocksize
-        self.dtype: Dtype | None = NAMED.get(facts.dtype)
+        self.dtype: Dtype | None = NAMED.get(facts.dtype or "")
         self._nested, self._offset = facts.nested_blocksize or 0, np.float32(facts.nested_offset or 0)
         count = prod(self.shape)
         blocks = -(-count // self._block)
