@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tasks.evaluation.gate import Choice, GateDecision
 from tasks.pages import markdown
@@ -82,3 +82,12 @@ def to_markdown(decision: GateDecision, *, run_url: str | None = None) -> str:
     lines += [*(f"- {markdown.cell(reason)}" for reason in decision.reasons), ""]
     lines += [markdown.captioned(table) for table in tables(decision)]
     return "\n".join([*lines, *([f"[MLflow run]({run_url})", ""] if run_url else [])])
+
+
+def others(decisions: Mapping[str, GateDecision], urls: Mapping[str, str | None]) -> str:
+    """Candidates that became neither champion nor challenger: a line each, with the way to its run, which holds its whole decision."""
+    lines = []
+    for name, decision in decisions.items():
+        shown = f"[{markdown.cell(name)}]({urls[name]})" if urls[name] else markdown.cell(name)
+        lines.append(f"- {shown}: average {PERCENT.text(decision.average)} %. {markdown.cell(' '.join(decision.decisive))}")
+    return "\n".join(["# The other candidates", "", *lines, ""])

@@ -16,7 +16,7 @@ from tasks.evaluation.kept import read_scores
 from tasks.evaluation.scores import ModelScores
 from tasks.evaluation.subject import Subject
 from tasks.evaluation.suites import Suite
-from tasks.pages.gate import to_markdown
+from tasks.pages.gate import others, to_markdown
 from tasks.pages.outcome import MergeOutcome
 from tasks.pages.report_page import keep_decision, with_decision
 from tasks.registry import promotion
@@ -70,10 +70,12 @@ class Verdict:
         return self.winner is not None
 
     def pages(self, night: Night) -> list[str]:
-        """The decisions in Markdown, the one that counts first, each with the way to its MLflow run."""
-        first = self.winner or self.challenger
-        names = sorted(self.decisions, key=lambda name: name != first)
-        return [to_markdown(self.decisions[name], run_url=night.outcomes[name].logged.url) for name in names]
+        """The decisions on the winner and the challenger in Markdown, with the ways to their MLflow runs; of the others, why not."""
+        shown = [name for name in (self.winner, self.challenger) if name is not None]
+        urls = {name: night.outcomes[name].logged.url for name in self.decisions}
+        pages = [to_markdown(self.decisions[name], run_url=urls[name]) for name in shown]
+        rest = {name: decision for name, decision in self.decisions.items() if name not in shown}
+        return [*pages, *([others(rest, urls)] if rest else [])]
 
 
 def judge(night: Night, score: Score) -> Verdict:

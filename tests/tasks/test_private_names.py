@@ -7,6 +7,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from prefect import flow_engine
+from prefect._internal import control_listener
 from transformers import Trainer
 
 from tasks.evaluation.quiet import MODULES
@@ -53,3 +55,12 @@ def test_mlflows_pages_know_the_shared_view(name: str) -> None:
 def test_the_trainers_rule_of_decay_reads_the_model_alone() -> None:
     names = inspect.signature(Trainer.get_decay_parameter_names).parameters
     assert list(names) == ["self", "model"]
+
+
+def test_prefects_engine_tells_a_cancelled_run_by_what_its_worker_noted() -> None:
+    """What tasks/orchestration/ending.py notes in its place, where no worker listens any more."""
+    try:
+        control_listener._set_intent("cancel")
+        assert flow_engine._termination_intent() == "cancel"
+    finally:
+        control_listener.clear_intent()

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from uuid import UUID
 
 import psutil
 import pytest
 from prefect.exceptions import TerminationSignal
+from prefect.states import Cancelling
 
 from tasks.artifacts.processes import wait_for_end
 from tasks.orchestration import ending
@@ -37,6 +39,40 @@ def test_what_does_not_end_is_ended_with_its_children(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM and "0.5 s after it was told to end" in said
     wait_for_end(child, timeout=60)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+BY_HAND = """
+import time
+from prefect import flow
+from prefect.runtime import flow_run
+from tasks.orchestration import ending
+ending.LOOK_SECONDS = 0.2
+@flow
+def endless():
+    with ending.ends_soon():
+        print(flow_run.id, flush=True)
+        while True:
+            time.sleep(0.1)
+endless()
+"""
+
+
+def test_a_run_that_no_worker_ends_ends_itself_when_it_is_cancelled(prefect_server: None) -> None:
+    """One that was started by hand, or whose worker no longer listens because the server was away."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    env = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    with subprocess.Popen(
+        [sys.executable, "-c", BY_HAND], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        run = UUID(process.stdout.readline().strip())
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run, Cancelling())
+            said = process.communicate(timeout=120)[1]
+            assert client.read_flow_run(run).state_name == "Cancelled", said
+    assert process.returncode != 0
 
 
 def test_threads_stop_at_their_next_sign_of_progress() -> None:
