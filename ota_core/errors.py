@@ -6,8 +6,8 @@ from typing import Literal
 
 from ota_core.reading import cut, printable
 
-_LONGEST, _LONGEST_LIST, _LEAST_OF_EACH = 16_000, 3_600, 500
-"""Characters of a message, of the problems that one message lists, and what each of many may have."""
+_LONGEST, _LONGEST_LIST, _LEAST_OF_EACH, _AROUND = 16_000, 3_900, 500, 9
+"""Characters of a message, of the problems that one message lists, what each of many may have, and its number and the line's end."""
 _QUOTED, _NAME = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"[\d/\\]|\w\.\w")
 """What tells problems of one kind apart: what is quoted, and words that are numbers, paths, or names with dots."""
 StorageReason = Literal["content", "missing", "changed", "denied", "unavailable"]
@@ -72,7 +72,7 @@ def raise_all(problems: Sequence[str], kind: type[OtaError] = OtaError) -> None:
 
 
 def _listed(problems: list[str]) -> list[str]:
-    longest = max(_LEAST_OF_EACH, _LONGEST_LIST // len(problems))
+    longest = max(_LEAST_OF_EACH, _LONGEST_LIST // len(problems) - _AROUND)
     texts = [cut(problem, longest) for problem in problems]
     kinds = dict[str, int]()
     for place, text in enumerate(texts):
@@ -80,7 +80,7 @@ def _listed(problems: list[str]) -> list[str]:
     first = set(kinds.values())
     shown, room = set[int](), _LONGEST_LIST
     for place in sorted(range(len(texts)), key=lambda place: (place not in first, place)):
-        if (room := room - len(texts[place])) < 0:
+        if (room := room - len(texts[place]) - _AROUND) < 0:
             break
         shown.add(place)
     lines = [f"  {number}. {texts[place]}" for number, place in enumerate(sorted(shown), 1)]

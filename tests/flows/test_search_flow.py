@@ -5,7 +5,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from tasks.evaluation import harness, loading
 from tasks.evaluation.in_memory import MergedModel
 from tasks.evaluation.kept import SCORES_FILE, read_scores
 from tasks.evaluation.scores import ModelScores
-from tasks.experiments.live import Live
 from tasks.experiments.search.config import SearchConfig
 from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.search import SearchError
@@ -34,12 +32,11 @@ from tasks.merging.inputs import fetch_all
 from tasks.merging.sources import planned
 from tasks.orchestration.executors import Pool
 from tasks.settings import places
-from tasks.tracking.kept_run import KeptRun
 from tasks.tracking.outbox import kept, sync
 from tasks.tracking.run import LoggedRun
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.servers import flow_run_name, free_port, mlflow_server, task_states
+from tests.servers import flow_run_name, free_port, task_states
 from tests.tasks.local.real.test_real_losses import LOSSES, TEXT
 from tests.tiny_suite import edited, read_rows, write_rows, write_tiny_suite
 
@@ -172,38 +169,6 @@ def test_a_server_that_is_away_ends_no_search_and_is_told_later(
     again = run(here, search)
     assert again.outcome.logged.run_id == found.run_id
     assert [told[0], told[2]] == [everything()[0], everything()[2]], "the same runs, with nothing added"
-
-
-@pytest.mark.slow
-def test_a_server_that_goes_away_in_the_middle_gets_the_rest_of_the_same_runs(
-    here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder := tmp_path / "server").mkdir()
-    patiently, asked = Live.log_patiently, list[str]()
-
-    def logged(live: Live, part: KeptRun, what: str) -> None:
-        asked.append(what)
-        if what == "trial 1":
-            running.close()
-        patiently(live, part, what)
-
-    with ExitStack() as running, monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", running.enter_context(mlflow_server(folder)))
-        patch.setattr(Live, "log_patiently", logged)
-        with pytest.raises(StorageError, match=r"(?s)MLflow at .* failed while logging 'search ota.*kept in .*unsent.*ota sync"):
-            run(here, config(here, budget={"trials": 3, "rungs": [4, 8]}))
-    assert asked == ["trial 0", "trial 1", "trial 2"], "it went on"
-    with mlflow_server(folder) as url:
-        client = MlflowClient(url)
-        experiment = client.get_experiment_by_name("ota-merging").experiment_id
-        before = {one.info.run_name: one for one in client.search_runs([experiment])}
-        assert len(before) == 2 and before["trial 0"].info.status == "FINISHED"
-        ((_, found),) = sync(here.home, here.home / "tracking", url)
-        after = {one.info.run_name: one for one in client.search_runs([experiment])}
-        assert len(after) == 4 and {one.info.status for one in after.values()} == {"FINISHED"} and not kept(here.home)
-        assert isinstance(found, LoggedRun)
-        assert all(after[name].info.run_id == one.info.run_id for name, one in before.items())
-        assert [one.step for one in client.get_metric_history(found.run_id, "best/avg")] == [0, 1, 2]
 
 
 def test_the_same_again_computes_nothing_and_logs_nothing_twice(here: World, counts: Counter[str]) -> None:

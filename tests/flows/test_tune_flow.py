@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,13 @@ from flows.tune import TuneOutcome, tune_flow
 from ota_core.errors import OtaError, StorageError
 from ota_core.plan.expert_scales import ExpertScales
 from ota_core.recipe.recipe import load_recipe
-from tasks.experiments.live import Live
 from tasks.experiments.tune.config import ScalesConfig
 from tasks.merging.recipes import read_recipe
-from tasks.tracking.kept_run import KeptRun
 from tasks.tracking.outbox import kept, sync
 from tasks.tracking.run import LoggedRun
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.servers import flow_run_name, free_port, mlflow_server
+from tests.servers import flow_run_name, free_port
 from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
 
 
@@ -183,36 +180,6 @@ def test_a_server_that_is_away_ends_no_tuning_and_is_told_later(
     client = MlflowClient(here.tracking_uri)
     assert curves(client, found.run_id) == CURVES
     assert {one.path for one in client.list_artifacts(found.run_id)} == FILES
-
-
-def test_a_server_that_goes_away_in_the_middle_gets_the_rest_of_the_same_run(
-    here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, log, steps = tmp_path / "tuned.yaml", Live.log, list[int]()
-    (folder := tmp_path / "server").mkdir()
-
-    def logged(live: Live, part: KeptRun) -> None:
-        if part.points == {3: part.points.get(3)}:
-            running.close()
-        log(live, part)
-        steps.extend(part.points)
-
-    with ExitStack() as running, monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", running.enter_context(mlflow_server(folder)))
-        patch.setattr(Live, "log", logged)
-        with pytest.raises(StorageError, match=KEPT.format(out=out)):
-            run(here, config(here), out)
-    assert load_recipe(out).scales is not None and steps == [0, 1, 2, 3, 4], "it went on"
-    with mlflow_server(folder) as url:
-        client = MlflowClient(url)
-        (half,) = client.search_runs([client.get_experiment_by_name("ota-merging").experiment_id])
-        assert half.info.status == "RUNNING" and curves(client, half.info.run_id)["loss/train/math"] == [1, 2]
-        ((_, found),) = sync(here.home, here.home / "tracking", url)
-        (whole,) = client.search_runs([half.info.experiment_id])
-        assert isinstance(found, LoggedRun) and found.run_id == whole.info.run_id == half.info.run_id and not kept(here.home)
-        assert whole.info.status == "FINISHED" and whole.data.tags["best_step"] and whole.data.params["objective"] == "mean"
-        assert curves(client, found.run_id) == CURVES
-        assert {one.path for one in client.list_artifacts(found.run_id)} == FILES
 
 
 @pytest.fixture
