@@ -2,7 +2,10 @@
 
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 from zoneinfo import ZoneInfo
@@ -96,6 +99,16 @@ def test_every_deployment_has_one_of_the_two_pools_and_a_heartbeat(deployment: d
     env = pool["job_variables"]["env"]
     assert env["OTA_WORK_POOL"] == pool["name"] and int(env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) >= 30
     assert all(isinstance(value, str) for value in env.values()), "an environment holds strings"
+
+
+def test_the_log_of_a_deployed_run_says_what_it_has_computed() -> None:
+    shown = "from tasks.artifacts.store import log; print(*(type(one).__name__ for one in log.handlers))"
+    code = f"from prefect.logging.configuration import setup_logging; setup_logging(); {shown}"
+    for env in ({}, RAW["definitions"]["run"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=True
+        )
+        assert ("APILogHandler" in done.stdout) == bool(env), done.stdout
 
 
 def test_gpu_stages_are_sent_to_the_gpu_pool_and_never_on_from_there() -> None:

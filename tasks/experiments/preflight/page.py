@@ -16,6 +16,9 @@ _PAIRS = {
     "cosine": ("edits: cosine", RATIO), "cosine_sqrt_v": ("curvature: cosine", RATIO), "mask_jaccard": ("masks: overlap", PERCENT),
 }  # fmt: skip
 
+MOST_PAIRS = 20
+"""Rows that a table of pairs has: twenty experts are 190 pairs."""
+
 
 def experts_table(found: Outlook, came_out: Mapping[str, float] | None = None) -> Table:
     """What is measured and predicted of each expert. came_out: expert → the retention that the merge then had, where it is there."""
@@ -64,14 +67,18 @@ def experts_table(found: Outlook, came_out: Mapping[str, float] | None = None) -
 
 
 def pairs_table(found: Outlook) -> Table | None:
-    """Every pair of experts; None where there is none."""
+    """The pairs of experts; of many those that act on each other most. None where there is none."""
     import pandas as pd
 
     if not found.pairs:
         return None
-    frame = pd.DataFrame(found.pairs)
+    frame, caption = pd.DataFrame(found.pairs), list[str]()
     columns = [Column(name, title, unit) for name, (title, unit) in _PAIRS.items() if name in frame]
-    return Table("Pairs of experts", frame, [Column("expert"), Column("other", "and"), *columns])
+    if len(frame) > MOST_PAIRS:
+        by = next((column for column in columns if column.name == "interference"), columns[0])
+        caption = [f"The {MOST_PAIRS} of {len(frame)} pairs with the most {by.heading}; ota preflight --json has all."]
+        frame = frame.sort_values(by.name, ascending=False, kind="stable").head(MOST_PAIRS)
+    return Table("Pairs of experts", frame, [Column("expert"), Column("other", "and"), *columns], caption)
 
 
 def sentences(found: Outlook) -> Iterator[str]:

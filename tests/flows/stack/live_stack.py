@@ -39,10 +39,11 @@ class Live:
     stack: Stack
 
     def start(self, deployment: str, *, env: dict[str, str] | None = None, **parameters: Any) -> UUID:
-        """A run of a deployment, as somebody starts it who does not wait for it."""
-        run: Any = run_deployment(
-            deployment, parameters=parameters, timeout=0, as_subflow=False, job_variables={"env": env or {}}
-        )
+        """A run of a deployment, as somebody starts it who does not wait for it; ``env`` comes on top of the deployment's own."""
+        with get_client(sync_client=True) as client:
+            own = (client.read_deployment_by_name(deployment).job_variables or {}).get("env", {})
+        variables = {"env": {**own, **(env or {})}}
+        run: Any = run_deployment(deployment, parameters=parameters, timeout=0, as_subflow=False, job_variables=variables)
         return UUID(str(run.id))
 
     def state(self, run: UUID) -> str:

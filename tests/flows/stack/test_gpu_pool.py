@@ -84,7 +84,7 @@ def test_a_stage_on_the_pool_leaves_its_artifact(world: World, where: Places, po
 
 
 def test_a_stage_whose_worker_died_is_sent_again_as_another_run(world: World, where: Places, pool: Callable[..., Sent]) -> None:
-    lost = Crashed(message="silent for 90 seconds")
+    lost = Crashed(message="silent for five minutes")
     job, sent = score_job(world), pool(lost, lost, done_there)
     assert ask(job, where).is_completed()
     assert len(sent) == 3 and len({one["key"] for one in sent}) == 3

@@ -238,7 +238,7 @@ def test_a_merge_survives_the_death_of_its_gpu_worker(operations: Operations) ->
     worker = psutil.Process(stack_control.processes(operations.live.home)["worker-gpu"].pid)
     for process in [*worker.children(recursive=True), worker]:
         process.kill()  # as when the machine goes away: no goodbye; supervisord starts another worker
-    night = operations.started_by_event(seconds=420)
+    night = operations.started_by_event(seconds=900)
     assert night.state.is_completed(), (night.state.message, operations.live.logs())
     lost = next(run for run in runs_of_stage() if run.id == killed.id)
     again = [run for run in runs_of_stage() if run.id not in before and run.name == killed.name and run.id != killed.id]

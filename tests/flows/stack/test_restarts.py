@@ -16,7 +16,7 @@ from tasks.storage import s3
 from tasks.storage.layout import write_expert_json
 from tasks.storage.models import EXPERT_JSON, upload_folder
 from tasks.tracking.registered import CHAMPION
-from tests.flows.stack.live_stack import Live, made, stack_up, until
+from tests.flows.stack.live_stack import Live, made, stack_up, tasks_at_work, until
 from tests.tiny_models import write_tiny_llama
 from tests.tiny_suite import write_tiny_suite
 from tests.tiny_training import memorise, rows_of
@@ -43,11 +43,11 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield live
 
 
-def config(live: Live, name: str, *candidates: dict[str, Any]) -> str:
+def config(live: Live, name: str, *candidates: dict[str, Any], suite: str = "suite") -> str:
     """Where a night's configuration lies."""
     said = {
-        "experts": f"{BUCKET}/experts", "base_model": f"{BUCKET}/base", "suite": str(live.folder / "suite" / "tiny.yaml"),
-        "data_dir": str(live.folder / "suite" / "data"), "publish": f"{BUCKET}/merged", "name": name, "memory": "256MiB",
+        "experts": f"{BUCKET}/experts", "base_model": f"{BUCKET}/base", "suite": str(live.folder / suite / "tiny.yaml"),
+        "data_dir": str(live.folder / suite / "data"), "publish": f"{BUCKET}/merged", "name": name, "memory": "256MiB",
         "candidates": list(candidates),
     }  # fmt: skip
     file = live.folder / f"{name}.yaml"
@@ -90,11 +90,25 @@ def merges_in_mlflow() -> dict[str, str]:
     return {f"{one.info.run_name} {one.info.run_id}": one.info.status for one in found}
 
 
+def test_a_run_is_cancelled_though_its_worker_no_longer_listens(live: Live) -> None:
+    """Prefect's worker gives up to listen for runs that it has started when the server is away for half a minute."""
+    models = [{"model": f"{BUCKET}/experts/{name}/2026-11-20"} for name in ("math", "knowledge")]
+    parameters = {"max_iter": 10**9, "tol": 0.0}  # hours
+    endless = {"merge_method": "karcher", "base_model": f"{BUCKET}/base", "models": models, "parameters": parameters}
+    run = live.start("merge/merge", recipe=endless, suite=None, env={"OTA_GPU_DEPLOYMENT": ""})
+    until(lambda: any(name.startswith("merge karcher") for name in tasks_at_work(run, live.below(run))), live)
+    live.stop("prefect")
+    time.sleep(AWAY)
+    live.start_again("prefect")
+    print(f"{live.cancel(run):.1f} s until the last process was gone")
+    assert live.ended(run).state_name == "Cancelled"
+
+
 def test_no_run_of_a_dead_cpu_worker_reads_running_for_ever(live: Live) -> None:
     """The night, and the merge that it has called in its own process: both send heartbeats, and the automation hears that they stop."""
-    endless = {"name": "endless", "merge_method": "karcher", "parameters": {"max_iter": 10**9, "tol": 0.0}}
-    run = live.start("nightly/nightly", config=config(live, "dead", endless), env={"OTA_GPU_DEPLOYMENT": ""})
-    at_work(live, run, "karcher")
+    write_tiny_suite(live.folder / "long", n=10_000)  # many minutes
+    run = live.start("nightly/nightly", config=config(live, "dead", LINEAR, suite="long"), env={"OTA_GPU_DEPLOYMENT": ""})
+    at_work(live, run, "linear")
     worker = psutil.Process(stack_control.processes(live.home)["worker-cpu"].pid)
     for process in [*live.processes(run), worker]:
         process.kill()  # as when the machine goes away: no goodbye

@@ -128,3 +128,15 @@ def test_json_holds_everything() -> None:
     assert {one["name"] for one in held["experts"]} == set(NAMES)
     text = page.to_markdown(found, "ota rho=0.40")
     assert text.startswith("## Will it merge? ota rho=0.40") and "| math | code |" in text
+
+
+def test_of_many_pairs_those_that_act_on_each_other_most_are_shown() -> None:
+    names = [f"e{i}" for i in range(8)]
+    rows = [row(PREFLIGHT, name, WHOLE, "norm", 1.0, 10) for name in names] + [one for name in names for one in alone(name, 0.8)]
+    strength = {(a, b): i * 8 + j for i, a in enumerate(names) for j, b in enumerate(names) if i < j}
+    rows += [row(PREFLIGHT, a, WHOLE, "interference", float(value), 10, other=b) for (a, b), value in strength.items()]
+    shown = page.pairs_table(found := outlook(frame(rows), SAID, ()))
+    assert shown is not None and "The 20 of 28 pairs with the most interference" in shown.caption[0]
+    want = sorted(strength, key=lambda pair: -strength[pair])[:20]
+    assert list(zip(shown.frame["expert"], shown.frame["other"], strict=True)) == want
+    assert len(page.to_json(found)["pairs"]) == 28
