@@ -63,12 +63,12 @@ def night(operations: Operations) -> Told:
     from prefect.client.orchestration import get_client
 
     run = operations.nightly()
-    assert run.state.name == "Promoted", (run.state.message, operations.logs())
+    assert run.state.name == "Promoted", (run.state.message, operations.live.logs())
     champion = operations.champion()
     assert champion is not None
     with get_client(sync_client=True) as client:
         form = client.read_deployment_by_name("merge/merge")
-    urls = operations.stack.urls
+    urls = operations.live.stack.urls
     runs = connect(resolve_store(tracking_uri=urls["mlflow"]))
     experiment = runs.get_run(champion.run_id).info.experiment_id
     found = runs.search_runs([experiment])
