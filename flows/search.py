@@ -17,13 +17,15 @@ from ota_core.frozen import Frozen
 from tasks.benchmark import Benchmark
 from tasks.evaluation.in_memory import few_threads
 from tasks.evaluation.subject import subjects_of
+from tasks.experiments.live import Live
 from tasks.experiments.search.config import SearchConfig, load_search, recipe_of
+from tasks.experiments.search.log import search_run, whole, with_trials
 from tasks.experiments.search.merge import Trials
 from tasks.experiments.search.overlap import check_apart
 from tasks.experiments.search.references import floors_at, identity_of
 from tasks.experiments.search.result import files, markdown, recipe_text, verdict
 from tasks.experiments.search.search import Budget, Search, Tuned
-from tasks.experiments.search.steps import Live, run_trial
+from tasks.experiments.search.steps import run_trial
 from tasks.job import estimates, fetch_models, second_moments
 from tasks.merge import output_files
 from tasks.merging.labels import merge_label, merge_name
@@ -38,6 +40,7 @@ from tasks.pages.outcome import MergeOutcome
 from tasks.settings import Address, Device, places
 from tasks.storage.models import write_note
 from tasks.tracking.merge import LoggedRun
+from tasks.tracking.store import resolve_store
 from tasks.tracking.write import fails_with
 
 
@@ -117,15 +120,17 @@ def search_flow(
         recipe, config.space, config.budget, floors=lambda limit: floors_at(limit, config, benchmark, subjects, where, executor), seed=config.seed, storage=searches,
         identity=identity_of(plan, benchmark), names=[expert.name for expert in plan.inputs.experts],
     )  # fmt: skip
+    store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
     with ExitStack() as stack:
         stack.enter_context(tried)
         stack.enter_context(few_threads(plan.inputs.models[0].path))
         trials = stack.enter_context(Trials(plan, benchmark, where, executor))
-        live = Live(_run_name(), tried.name, _params(config, plan, tried, benchmark), where, tracking_uri)
-        live.begin()
+        run_id = str(flow_run.id) if flow_run.id else None
+        known = search_run(_run_name(), tried.name, _params(config, plan, tried, benchmark), run_id)
+        live = Live(known.name, store)
+        # With the trials of an earlier process, which may have ended between a trial and its run in MLflow.
+        live.log(with_trials(known, tried.result(), tried.trials) if tried.trials else known)
         stack.push(fails_with(live.fail))
-        for trial in tried.trials:  # of an earlier process, which may have ended between a trial and its run in MLflow
-            live.trial(trial, tried.result().best_until(trial))
         bar = stack.enter_context(BudgetBar("search"))
         if tried.trials:
             bar.begin(_spent(config.budget, tried.result())[0])
@@ -134,7 +139,7 @@ def search_flow(
                 tried, point, trials
             )
             found = tried.result()
-            live.trial(trial, found.best)
+            live.log_patiently(with_trials(known, found, [trial]), f"trial {trial.number}")
             bar.show(*_spent(config.budget, found))
         tuned = tried.result().model_copy(update={"likelihoods": tuple(benchmark.tests.losses)})
         text = recipe_text(tuned, config, recipe_dir, out or "")
@@ -142,9 +147,9 @@ def search_flow(
             write_note(out, text)
         show_markdown("search", markdown(tuned), "Best trials")
         (get_run_logger().info if tuned.feasible else get_run_logger().warning)(verdict(tuned))
-        logged = live.finish(tuned, files(tuned, tried.dimensions, text, _run_name()))
+        logged = live.finish(whole(known, tuned, files(tuned, tried.dimensions, text, known.name)), where, tracking_uri)
 
-    show_mlflow(_run_name(), logged.url)
+    show_mlflow(known.name, logged.url)
     test = None
     if config.test:
         test = merge_flow(

@@ -6,7 +6,6 @@ process; its deployment is one of the GPU pool.
 
 import tempfile
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from prefect import flow
@@ -19,10 +18,11 @@ from ota_core.errors import OtaError
 from ota_core.frozen import Frozen
 from tasks.benchmark import Benchmark
 from tasks.evaluation.subject import subjects_of
+from tasks.experiments.live import Live
 from tasks.experiments.search.overlap import check_apart
-from tasks.experiments.tune import log as tune_log
 from tasks.experiments.tune.config import ScalesConfig, load_tuning, recipe_of
 from tasks.experiments.tune.learn import Learned
+from tasks.experiments.tune.log import tune_run, whole, with_steps
 from tasks.experiments.tune.result import files, markdown, verdict, write_result
 from tasks.experiments.tune.steps import learn_scales
 from tasks.job import estimates, fetch_models, second_moments
@@ -112,16 +112,20 @@ def tune_flow(
     store = resolve_store(tracking_uri=tracking_uri, root=where.tracking)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ota-tune-")))
-        logged = tune_log.begin(_run_name(), _params(config, plan), store)
-        stack.push(fails_with(partial(tune_log.fail, logged, store)))
-        found = learn_scales(plan, config, benchmark, where, device, partial(tune_log.log_step, logged, store=store))
+        known = tune_run(_run_name(), _params(config, plan), str(flow_run.id) if flow_run.id else None)
+        live = Live(known.name, store)
+        live.log(known)
+        stack.push(fails_with(live.fail))
+        found = learn_scales(plan, config, benchmark, where, device, lambda step: live.log(with_steps(known, [step])))
         text = write_result(found, recipe, config, recipe_dir, out, scratch)
-        tune_log.finish(logged, found.learned, scratch / "scales.safetensors", files(found, text, _run_name()), store)
-    for note in found.notes:
-        log.info("%s", note)
-    show_markdown("tune", markdown(found.learned), "Learned scales")
-    show_mlflow(_run_name(), logged.url)
-    (log.info if found.learned.best else log.warning)(verdict(found.learned))
+        for note in found.notes:
+            log.info("%s", note)
+        show_markdown("tune", markdown(found.learned), "Learned scales")
+        (log.info if found.learned.best else log.warning)(verdict(found.learned))
+        held = files(found, text, known.name) | {"scales.safetensors": (scratch / "scales.safetensors").read_bytes()}
+        logged = live.finish(whole(known, found.learned, held, out), where, tracking_uri)
+
+    show_mlflow(known.name, logged.url)
     test = None
     if config.test:
         tuned, beside = read_recipe(out)

@@ -1,14 +1,15 @@
 """The errors that a user can cause. The command line prints their message alone, without a traceback, and exits with code 2."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 from ota_core.reading import cut, printable
 
-_MOST_SHOWN = 100
-"""Problems that one message lists."""
-_LONGEST, _LONGEST_PROBLEM = 16_000, 2_000
-"""Characters of a message, and of one problem of several."""
+_LONGEST, _LONGEST_LIST, _LEAST_OF_EACH, _AROUND = 16_000, 3_900, 500, 9
+"""Characters of a message, of the problems that one message lists, what each of many may have, and its number and the line's end."""
+_QUOTED, _NAME = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"[\d/\\]|\w\.\w")
+"""What tells problems of one kind apart: what is quoted, and words that are numbers, paths, or names with dots."""
 StorageReason = Literal["content", "missing", "changed", "denied", "unavailable"]
 
 
@@ -56,13 +57,39 @@ class ArtifactError(OtaError):
 
 
 def raise_all(problems: Sequence[str], kind: type[OtaError] = OtaError) -> None:
-    """Raise one error that lists every problem found; do nothing when there is none."""
+    """Raise one error that lists every problem found; do nothing when there is none.
+
+    Of more than one reads, the first of each kind come first to be shown, and the message says how many are left out.
+    """
     if not problems:
         return
     if len(problems) == 1:
         raise kind(problems[0])
-    lines = [f"  {i}. {cut(p, _LONGEST_PROBLEM)}" for i, p in enumerate(problems[:_MOST_SHOWN], 1)]
-    lines += [f"  … and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+    lines = _listed([printable(problem) for problem in problems])
     error = kind(f"{len(problems)} problems found:\n" + "\n".join(lines))
     error._problems = tuple(problems)
     raise error
+
+
+def _listed(problems: list[str]) -> list[str]:
+    longest = max(_LEAST_OF_EACH, _LONGEST_LIST // len(problems) - _AROUND)
+    texts = [cut(problem, longest) for problem in problems]
+    kinds = dict[str, int]()
+    for place, text in enumerate(texts):
+        kinds.setdefault(_kind(text), place)
+    first = set(kinds.values())
+    shown, room = set[int](), _LONGEST_LIST
+    for place in sorted(range(len(texts)), key=lambda place: (place not in first, place)):
+        if (room := room - len(texts[place]) - _AROUND) < 0:
+            break
+        shown.add(place)
+    lines = [f"  {number}. {texts[place]}" for number, place in enumerate(sorted(shown), 1)]
+    if left := len(texts) - len(shown):
+        lost = len(first - shown)
+        lines.append(f"  … and {left} more" + (f", {lost} of them of other kinds" if lost else ", of the same kinds"))
+    return lines
+
+
+def _kind(problem: str) -> str:
+    words = _QUOTED.sub("…", problem).split()
+    return " ".join("…" if _NAME.search(word) else word for word in words)

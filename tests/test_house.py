@@ -19,9 +19,6 @@ ONLY_IN = {
     "mlflow": (
         "tasks/tracking/",
         "tasks/registry/",
-        "tasks/experiments/search/log.py",
-        "tasks/experiments/tune/log.py",
-        "tasks/experiments/study/log.py",
     ),
     "lm_eval": ("tasks/evaluation/",),
     "prefect.client.orchestration": ("tasks/orchestration/",),  # and not as prefect.get_client

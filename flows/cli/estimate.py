@@ -77,7 +77,7 @@ def estimate(
     from ota_core.moments import find_moments, none_found
     from ota_core.plan.inputs import expert_name
     from ota_core.plan.vocabulary.match import names_in
-    from ota_core.recipe.parameters import EstimateSettings
+    from ota_core.recipe.estimate import EstimateSettings
     from tasks.artifacts.store import store_of
     from tasks.evaluation.gradients.job import EstimateJob, Texts
     from tasks.merging.architecture import parameter_layout

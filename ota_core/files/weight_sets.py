@@ -6,7 +6,7 @@ from typing import Any
 
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.dcp.metadata import METADATA
-from ota_core.files.gguf.sets import models_among
+from ota_core.files.gguf.sets import only_model
 from ota_core.files.not_models import what_it_is
 from ota_core.names import why_unsafe
 from ota_core.reading import json_value, quoted, read_file
@@ -83,16 +83,9 @@ def weight_files(folder: Path) -> list[Path]:
 def _gguf(folder: Path, names: list[str]) -> list[Path]:
     """The files of the one GGUF model in a folder."""
     try:
-        models = models_among(names)
+        return [folder / name for name in only_model(folder, names, f"name the one that is meant, {folder}/{{name}}")]
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    if len(models) > 1:
-        firsts = [files[0] for files in models]
-        raise CheckpointError(
-            f"{folder} holds {len(models)} GGUF {'models' if len(names) > len(models) else 'files'} ({', '.join(firsts[:6])}); name the one that is "
-            f"meant, {folder / firsts[0]}"
-        )
-    return [folder / name for name in models[0]]
+        raise CheckpointError(str(error)) from None
 
 
 def adapter_of(folder: Path) -> Path | None:

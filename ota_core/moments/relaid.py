@@ -1,11 +1,13 @@
 """Second moments in the layout of another checkpoint of the same model. v goes the way of the weights."""
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ota_core.files.layouts.relayout import Relayout
+from ota_core.files.layouts.stored import View
 from ota_core.moments.base import Moments
 from ota_core.moments.check import checked
 from ota_core.moments.compression.base import CompressedMoments
@@ -40,6 +42,18 @@ class RelaidMoments(Moments):
             return self.inner.step(name)
         parts = self.layout.needed(name)
         return self.inner.one_step(parts, f"the tensors that make {name!r}", "save the second moments in the layout of the base")
+
+    def stored_bytes(self, name: str) -> int:
+        return self.inner.stored_bytes(name) if name not in self._made else sum(map(self._share, self.layout.made[name].views))
+
+    def _share(self, view: View) -> int:
+        """Bytes of the files behind some elements of a parameter."""
+        held, whole = self.inner.shapes(), prod(self.layout.shapes[view.parameter])
+        sources = self.layout.sources[view.parameter]
+        behind = sum(
+            prod(one.view.shape) * self.inner.stored_bytes(one.tensor) / max(prod(held[one.tensor]), 1) for one in sources
+        )
+        return round(behind * prod(view.shape) / max(whole, 1))
 
     def read(self, name: str, start: int, stop: int, *, check: bool = True) -> NDArray[np.float32]:
         if name not in self._made:

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ota_core.reading import quoted
-from ota_core.recipe.parameters import USED, EstimateSettings, MergeParameters, ModelParameters
+from ota_core.recipe.estimate import EstimateSettings
+from ota_core.recipe.parameters import USED, MergeParameters, ModelParameters
 from ota_core.recipe.slices import Module, ModuleSource, Slice, SliceSource
 from ota_core.recipe.spellings import SPELLINGS
 from ota_core.recipe.yaml_text import line_of, nearest

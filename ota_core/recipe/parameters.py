@@ -1,13 +1,10 @@
 """The parameters of merge recipes: their types, defaults and descriptions, and which of them a method uses."""
 
-import math
 from functools import partial
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
@@ -19,36 +16,9 @@ from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from ota_core.reading import quoted
+from ota_core.recipe.estimate import EstimateSettings
+from ota_core.recipe.values import Compression, Density, Finite, NonNegative, Number, Positive, Scale, Strict, no_switch
 from ota_core.recipe.varying import Varying, is_varying, read
-
-
-def _no_switch(value: Any) -> Any:
-    """``density: true`` would otherwise pass as 1.0."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("no_number", "expected a number")
-    return value
-
-
-def _scale(value: Any) -> Any:
-    """One error for what is neither a number nor auto; a union would give two, in its own words."""
-    try:
-        fits = value in AUTO or (not isinstance(value, bool) and math.isfinite(float(value)))
-    except (TypeError, ValueError):
-        fits = False
-    if not fits and value is not None:
-        raise PydanticCustomError("no_scale", "expected a finite number, auto or auto_per_tensor")
-    return value
-
-
-AUTO = ("auto", "auto_per_tensor")
-"""What λ may be beside a number: the scale that the row spaces of the task vectors tell, one for all tensors or one for each."""
-Number = Annotated[float, BeforeValidator(_no_switch)]
-Finite = Annotated[Number, Field(allow_inf_nan=False)]
-NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
-Scale = Annotated[float | Literal["auto", "auto_per_tensor"], BeforeValidator(_scale)]
-Density = Annotated[Number, Field(gt=0, le=1)]
-Compression = Literal["none", "rank1", "log8", "rank_k"]
 
 _DEFAULTS: dict[str, Any] = {
     "lambda": 1.0, "power": 0.5, "scope": "global", "metric": "curvature", "mask_curvature": "merge", "compression": "none", "rank": 4,
@@ -105,61 +75,6 @@ def _word(value: Any) -> str:
 
 
 P = TypeVar("P", bound="ExpertParameters")
-
-
-class Strict(BaseModel):
-    """Never changed, and nothing unknown in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class EstimateSettings(Strict):
-    """How second moments are estimated where training kept none: the mean squared gradient of the loss over batches of documents."""
-
-    data: str | None = Field(
-        None,
-        description="Texts: JSON lines or plain text (a file or s3://…), or a suite, of which each expert has its own capability's documents. "
-        "{capability} and {expert} stand for the expert's own.",
-    )
-    data_dir: str | None = Field(None, description="Data of a local suite: a folder or s3://….")
-    samples: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] = Field(256, description="Documents.")
-    batch: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] = Field(
-        8, description="Documents of a batch, as in training; a divisor of samples."
-    )
-    max_length: Annotated[int, BeforeValidator(_no_switch), Field(ge=2)] = Field(
-        512, description="Tokens of a document at most; never more than the model takes."
-    )
-    clip: Annotated[Positive | None, BeforeValidator(lambda value: None if value == "none" else value)] = Field(
-        1.0, description="Largest norm of a batch's gradient, as in training; none: not clipped."
-    )
-    points: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] = Field(
-        1,
-        description="Points on the way from the base to the expert, the expert the last of them, that share the batches: what Adam saw along the way.",
-    )
-    random_tokens: bool = Field(False, description="Random tokens instead of texts.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Decides which documents are taken.")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
-        None, description="Of the model in memory; by default as it is stored."
-    )
-    replace: bool = Field(False, description="In a recipe: estimate also where second moments were kept.")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if (self.data is None) is not self.random_tokens:
-            raise ValueError("estimate: expected either data, the texts, or random_tokens: true")
-        if self.samples % self.batch:
-            raise ValueError(
-                f"estimate: samples {self.samples} is no multiple of batch {self.batch}; batches are full, as in training"
-            )
-        if self.samples // self.batch < self.points:
-            raise ValueError(
-                f"estimate: {self.points} points need as many batches; samples {self.samples} in batches of {self.batch} are fewer"
-            )
-        return self
-
-    def decisive(self) -> dict[str, Any]:
-        """What decides an estimate's numbers beside the model and the texts themselves."""
-        return self.model_dump(mode="json", exclude={"data", "data_dir", "replace"})
 
 
 UNIFORM = {
@@ -286,7 +201,7 @@ class ModelParameters(ExpertParameters):
     compression: Compression | None = Field(
         None, description="Compression of this expert's second moments; by default as for all."
     )
-    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = Field(
+    rank: Annotated[int, BeforeValidator(no_switch), Field(ge=1)] | None = Field(
         None, description="Rank of its compression rank_k."
     )
 
@@ -311,7 +226,7 @@ class MergeParameters(ExpertParameters):
         "mask_curvature", "Second moments that FFG scores with: those of the merge, or in full"
     )
     compression: Compression | None = _own("compression", "Compression of the second moments")
-    rank: Annotated[int, BeforeValidator(_no_switch), Field(ge=1)] | None = _own("rank", "Rank of compression rank_k")
+    rank: Annotated[int, BeforeValidator(no_switch), Field(ge=1)] | None = _own("rank", "Rank of compression rank_k")
     bias_correction: bool | None = _own("bias_correction", "Divide v by 1 − β₂^t")
     normalise: Literal["none", "global"] | None = _own("normalise", "Divide curvature weights by the expert's mean")
     denominator: Literal["kept", "all"] | None = _own("denominator", "Experts whose weights the denominator sums")
@@ -354,7 +269,7 @@ class MergeParameters(ExpertParameters):
     nuslerp_row_wise: bool | None = _own(
         "nuslerp_row_wise", "Without nuslerp_flatten: angles along the first axis of a tensor, not along the last one (nuslerp)"
     )
-    max_iter: Annotated[int, BeforeValidator(_no_switch), Field(ge=0)] | None = _own("max_iter", "Steps to the mean (karcher)")
+    max_iter: Annotated[int, BeforeValidator(no_switch), Field(ge=0)] | None = _own("max_iter", "Steps to the mean (karcher)")
     tol: NonNegative | None = _own("tol", "A step shorter than this angle ends the search for the mean (karcher)")
     filter_wise: bool | None = _own("filter_wise", "One ratio for each row, not one for the whole tensor (model_stock)")
     r: NonNegative | None = _own("r", "How much edits of one expert alone are scaled up (ramplus_tl)")

@@ -14,23 +14,16 @@ from ota_core.addresses import places_of_secrets
 from ota_core.errors import RecipeError, raise_all
 from ota_core.reading import cut
 from ota_core.recipe.checks import as_written, contradictions, position_of, sliced_contradictions
+from ota_core.recipe.estimate import EstimateSettings
 from ota_core.recipe.explain import explain
 from ota_core.recipe.identity import later_keys
 from ota_core.recipe.ignored import remarks, why_ignored
 from ota_core.recipe.methods import FFG, KEEPS_BASE, NEEDS_MOMENTS, OF_REFINE, DType, Method
-from ota_core.recipe.parameters import (
-    AUTO,
-    USED,
-    EstimateSettings,
-    MergeParameters,
-    ModelParameters,
-    Strict,
-    default,
-    of_experts,
-)
+from ota_core.recipe.parameters import USED, MergeParameters, ModelParameters, default, of_experts
 from ota_core.recipe.slices import Module, Slice, same_model
 from ota_core.recipe.spellings import mergekit_spellings
 from ota_core.recipe.tokenizer import TokenizerSettings
+from ota_core.recipe.values import AUTO, Strict
 from ota_core.recipe.varying import Varying, least
 from ota_core.recipe.yaml_text import dump_yaml, lines_of, parse_documents, read_text
 

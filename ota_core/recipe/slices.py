@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ota_core.recipe.parameters import MergeParameters, ModelParameters, Strict
+from ota_core.recipe.parameters import MergeParameters, ModelParameters
+from ota_core.recipe.values import Strict
 
 
 def _range(value: Any) -> Any:

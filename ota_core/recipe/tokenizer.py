@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ota_core.recipe.parameters import Strict
+from ota_core.recipe.values import Strict
 
 MAX_TOKENS = 10_000
 """Tokens that a recipe may name."""

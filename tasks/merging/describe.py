@@ -5,14 +5,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
 from ota_core.artifact import RECORD, read_record
-from ota_core.errors import CheckpointError, OtaError
+from ota_core.errors import ArtifactError, CheckpointError, OtaError
 from ota_core.files.byte_source import SourceOf
 from ota_core.files.checkpoint import Checkpoint, adapter_of, weight_files
 from ota_core.files.safetensors_io import FORMAT_KEY, SafetensorsFile
 from ota_core.moments import choice_in, find_moments, how_estimated, moments_files, steps_in_words
 from ota_core.moments.compression import compression_of, kept_as_trained, label_of
 from ota_core.plan.masks import MaskFile
+from ota_core.reading import quoted
 from tasks.merging.architecture import expert_moments
 from tasks.merging.composed import parts_of
 from tasks.settings import places
@@ -84,9 +87,25 @@ def _describe_record(folder: Path) -> list[str]:
     lines = [f"artifact: {record.kind} {record.fingerprint}, complete"]
     lines += [f"  {key}: {_plain(value)}" for key, value in record.config.items()]
     lines += [f"  input {name}: {digest}" for name, digest in record.inputs.items()]
-    for name, report in record.results.get("densities", {}).items():
-        lines.append(f"  density {name}: {report['density']:.6f} ({report['kept']:,} of {report['total']:,})")
-    return lines
+    try:
+        densities = _DENSITIES.validate_python(record.results.get("densities", {}))
+    except ValidationError as error:
+        place = ".".join(map(str, ("results", "densities", *error.errors()[0]["loc"])))
+        raise ArtifactError(
+            f"{folder / RECORD}: {quoted(place, 80)} is none of the densities that a merge writes; run its stage again"
+        ) from None
+    return lines + [f"  density {name}: {one.density:.6f} ({one.kept:,} of {one.total:,})" for name, one in densities.items()]
+
+
+class _Density(BaseModel):
+    """What a mask keeps of an expert."""
+
+    density: float
+    kept: int
+    total: int
+
+
+_DENSITIES = TypeAdapter(dict[str, _Density])
 
 
 def _plain(value: Any) -> str:

@@ -20,8 +20,8 @@ def describe_adapter(folder: Path, source_of: SourceOf | None = None) -> list[st
     finally:
         file.close()
     kind = " and ".join([*(["DoRA"] if config.dora else []), *(["rsLoRA"] if config.rslora else [])]) or "LoRA"
-    ranks = sorted({*config.rank_pattern.values(), config.rank})
-    scale = f"α {config.alpha:g}" + (", by module" if config.alpha_pattern else "")
+    ranks = sorted({*config.ranks.numbers.values(), config.rank})
+    scale = f"α {config.alpha:g}" + (", by module" if config.alphas.numbers else "")
     parts = Counter(module.replace(".base_layer", "").rsplit(".", 1)[-1] for module in tensors.modules)
     lines = [
         f"adapter: {kind} of rank {' to '.join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))}, {scale}, "

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ota_core.recipe.parameters import EstimateSettings, default
+from ota_core.recipe.estimate import EstimateSettings
+from ota_core.recipe.parameters import default
 from ota_core.recipe.recipe import MergeRecipe
 
 FFG_SETTINGS = ("density", "precond_threshold", "metric", "scope", "mask_curvature")

@@ -9,7 +9,7 @@ from ota_core.addresses import without_secrets
 from ota_core.artifact import CARD, EXPERT_JSON
 from ota_core.errors import StorageError
 from ota_core.files.checkpoint import GGUF
-from ota_core.files.gguf.sets import model_of, models_among
+from ota_core.files.gguf.sets import model_of, only_model
 from tasks.storage import s3
 from tasks.storage.layout import BESIDE, check_sizes, is_beside, manifest_sha256, model_files, parse_expert_json
 from tasks.storage.s3 import S3Object, join, objects_below, read_bytes
@@ -70,14 +70,9 @@ def find_model(source: str, *, require_expert_json: bool = False) -> FoundModel:
 def check_one_gguf(source: str, names: Iterable[str], hint: str) -> None:
     """Raises StorageError where several GGUF models are all the weights there are, or parts of one are missing, before one is downloaded."""
     try:
-        models = models_among(names)
+        only_model(source, names, hint)
     except ValueError as error:
-        raise StorageError(f"{source}: {error}") from None
-    if len(models) > 1:
-        found = [files[0] for files in models]
-        raise StorageError(
-            f"{source} holds {len(found)} GGUF models ({', '.join(found[:4])}, …); {hint.replace('{name}', found[0])}"
-        )
+        raise StorageError(str(error)) from None
 
 
 def gguf_model(source: str, name: str, names: Iterable[str]) -> list[str]:

@@ -119,7 +119,8 @@ def tell(what: MergeRun | BenchmarkRun | KeptRun, *, home: Path, root: Path, tra
     A run that labels others, such as a study's, comes after all that waits. root: folder of the embedded database. Takes at most
     ``LOGGING_SECONDS``. Raises StorageError, which names the file that keeps it.
     """
-    store = _noted(tracking_uri, root)
+    resolved = resolve_store(tracking_uri=tracking_uri, root=root)
+    store = None if resolved.uri == embedded(root).uri else resolved.shown
     unsent = Unsent(store=store, what=KeptMerge(run=what) if isinstance(what, MergeRun) else what)
     path, part_of = _keep(unsent, home), _keeping.get()
     if part_of is not None and part_of.away is not None:
@@ -143,16 +144,6 @@ def tell(what: MergeRun | BenchmarkRun | KeptRun, *, home: Path, root: Path, tra
         if not _try(earlier, held, root):
             break  # the others would have to wait as long
     return logged
-
-
-def send_waiting(home: Path, root: Path, tracking_uri: str | None = None, *, only: str | None = None) -> bool:
-    """Send the same server what earlier runs could not log, oldest first; ``only``: of the run with this fingerprint.
-
-    For what is logged as it goes on. False where something could not be sent: it is still kept, and a warning says so.
-    """
-    store = _noted(tracking_uri, root)
-    found = [one for one in kept(home).items() if one[1].store == store and only in (None, one[1].what.fingerprint)]
-    return all(_try(path, held, root) for path, held in found)  # after one the others would have to wait as long
 
 
 def kept(home: Path) -> dict[Path, Unsent]:
@@ -180,12 +171,6 @@ def sync(home: Path, root: Path, tracking_uri: str | None = None) -> Iterator[tu
             yield unsent, _send(path, unsent, root, tracking_uri)
         except OtaError as error:
             yield unsent, error
-
-
-def _noted(tracking_uri: str | None, root: Path) -> str | None:
-    """The store as ``Unsent.store`` names it. Raises StorageError."""
-    resolved = resolve_store(tracking_uri=tracking_uri, root=root)
-    return None if resolved.uri == embedded(root).uri else resolved.shown
 
 
 def _keep(unsent: Unsent, home: Path) -> Path:

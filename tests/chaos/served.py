@@ -333,15 +333,16 @@ def merge_waits(home: str) -> None:
 
 def search_waits(home: str) -> None:
     """A search of two trials that is kept for MLflow, which knows the first one already."""
-    from tasks.experiments.search import log as search_log
+    from tasks.experiments.search.log import search_run, with_trials
     from tasks.tracking import outbox
+    from tasks.tracking.kept_run import log_part
     from tasks.tracking.store import embedded
-    from tests.tasks.tracking.made_up import PARAMS, TRIAL, a_search
+    from tests.tasks.tracking.test_kept_run import PARAMS, TUNED, a_search
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    store = embedded(Path(home) / "tracking")
-    search_log.log_trial(search_log.begin("a search", "key", PARAMS, store), TRIAL, TRIAL, store)
-    outbox._keep(outbox.Unsent(store=None, what=a_search()), Path(home))
+    begun = search_run("a search", "key", PARAMS, None)
+    log_part(with_trials(begun, TUNED, TUNED.trials[:1]), embedded(Path(home) / "tracking"))
+    outbox._keep(outbox.Unsent(store=None, what=a_search("key")), Path(home))
 
 
 def next_run(home: str, moment: str) -> None:

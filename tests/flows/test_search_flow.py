@@ -174,7 +174,7 @@ def test_a_server_that_is_away_ends_no_search_and_is_told_later(
     assert [told[0], told[2]] == [everything()[0], everything()[2]], "the same runs, with nothing added"
 
 
-def test_what_waits_of_a_search_is_sent_before_it_goes_on(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_of_a_search_is_sent_before_what_is_newer(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sent after the newer trials, it would say that there are fewer."""
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
@@ -191,7 +191,7 @@ def test_what_waits_of_a_search_is_sent_before_it_goes_on(here: World, monkeypat
 
     monkeypatch.setattr(outbox, "log_kept", sends)
     ran = run(here, config(here, budget={"trials": 3, "rungs": [4]}))
-    assert asked == [2] and not kept(here.home)
+    assert asked == [2, 3] and not kept(here.home)
     parent, children = logged(here, ran.outcome)
     assert parent.data.metrics["trials"] == 3 and [child.info.status for child in children] == ["FINISHED"] * 3
     curve = MlflowClient(tracking_uri=here.tracking_uri).get_metric_history(parent.info.run_id, "best/avg")

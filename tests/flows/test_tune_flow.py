@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.tune import TuneOutcome, tune_flow
-from ota_core.errors import OtaError
+from ota_core.errors import OtaError, StorageError
 from ota_core.plan.expert_scales import ExpertScales
 from ota_core.recipe.recipe import load_recipe
 from tasks.experiments.tune.config import ScalesConfig
 from tasks.merging.recipes import read_recipe
+from tasks.tracking.outbox import kept, sync
+from tasks.tracking.run import LoggedRun
 from tests.flows.merge_fixture import EXPERTS, World
 from tests.flows.nightly_fixture import artifacts_of
-from tests.servers import flow_run_name
+from tests.servers import flow_run_name, free_port
 from tests.tiny_suite import read_rows, write_rows, write_tiny_suite
 
 
@@ -149,6 +151,35 @@ def test_a_model_that_fails_on_the_way_writes_nothing_and_fails_its_run(
     client = MlflowClient(tracking_uri=here.tracking_uri)
     experiment = client.get_experiment_by_name("ota-merging").experiment_id
     assert client.search_runs([experiment], "attributes.status = 'FAILED' and tags.role = 'tune'")
+
+
+KEPT = r"(?s)MLflow at .* failed while logging 'tune ota.*are written: {out}.*kept in .*unsent.*ota sync"
+CURVES = {"loss/train/math": [1, 2, 3, 4], "loss/held_out": [0, 2, 4], "seconds/tune": [0]}
+FILES = {"recipe.yaml", "scales.safetensors", "tune.html", "plots", "tables"}
+
+
+def curves(client: MlflowClient, run_id: str) -> dict[str, list[int]]:
+    """Some metrics to the steps of their points."""
+    names = ("loss/train/math", "loss/held_out", "seconds/tune")
+    return {name: [one.step for one in client.get_metric_history(run_id, name)] for name in names}
+
+
+def test_a_server_that_is_away_ends_no_tuning_and_is_told_later(
+    here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "tuned.yaml"
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+        with pytest.raises(StorageError, match=KEPT.format(out=out)):
+            run(here, config(here), out)
+    assert load_recipe(out).scales is not None
+    _, outcome = run(here, config(here, steps=2), tmp_path / "next.yaml")
+    assert kept(here.home), "which was to go to another server"
+    ((_, found),) = sync(here.home, here.home / "tracking", here.tracking_uri)
+    assert isinstance(found, LoggedRun) and found.run_id != outcome.logged.run_id and not kept(here.home)
+    client = MlflowClient(here.tracking_uri)
+    assert curves(client, found.run_id) == CURVES
+    assert {one.path for one in client.list_artifacts(found.run_id)} == FILES
 
 
 @pytest.fixture

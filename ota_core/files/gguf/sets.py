@@ -29,6 +29,22 @@ def models_among(names: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
+def only_model(where: object, names: Iterable[str], hint: str) -> list[str]:
+    """The files of the one GGUF model among these; none where there is none. hint: what to do where there are more, {name} stands for the first.
+
+    Raises ValueError, which says what lies ``where``.
+    """
+    try:
+        models = models_among(names)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if len(models) > 1:
+        firsts = [files[0] for files in models]
+        shown = ", ".join(firsts[:4]) + (", …" if len(firsts) > 4 else "")
+        raise ValueError(f"{where} holds {len(models)} GGUF models ({shown}); {hint.replace('{name}', firsts[0])}")
+    return models[0] if models else []
+
+
 def model_of(name: str, names: Iterable[str]) -> list[str]:
     """The files of the model that one of its files is named for. Raises ValueError as ``models_among``."""
     part = _PART.fullmatch(name)

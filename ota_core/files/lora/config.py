@@ -1,14 +1,14 @@
 """``adapter_config.json`` of PEFT: what of it decides the edit, and what cannot be an edit of weights."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from ota_core.errors import CheckpointError, raise_all
 from ota_core.files.checkpoint import ADAPTER_CONFIG, read_json
+from ota_core.files.lora.patterns import Patterns, pattern_problem
 from ota_core.reading import MAX_ROWS, quoted
 
 # Variants whose result depends on the input, or whose base is not the one that the adapter names.
@@ -25,6 +25,7 @@ _REFUSED = {
 }
 # Ways of beginning that take a part out of the base's weights: the adapter is an edit of what is left.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+WAY_OUT = "correct it, or merge the adapter into its base with PEFT (merge_and_unload) and name the merged model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,9 @@ class AdapterConfig:
     rslora: bool = False
     dora: bool = False
     fan_in_fan_out: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    ranks: Patterns[int]
+    """``rank_pattern``: modules of another rank."""
+    alphas: Patterns[float]
     target_parameters: tuple[str, ...] = ()
     token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] = ()
     """Rows of the embedding that were trained, or the same by module."""
@@ -47,25 +49,18 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank that the configuration gives a module, or a parameter of ``target_parameters``."""
-        key = _pattern(self.rank_pattern, module)
-        return self.rank if key is None else self.rank_pattern[key]
+        return self.ranks.of(module, self.rank)
 
     def scale_of(self, module: str) -> float:
         """α / r, with rsLoRA α / √r (Kalajdzievski 2023, arXiv 2312.03732)."""
-        key, rank = _pattern(self.alpha_pattern, module), self.rank_of(module)
-        alpha = self.alpha if key is None else self.alpha_pattern[key]
-        return alpha / (sqrt(rank) if self.rslora else rank)
+        rank = self.rank_of(module)
+        return self.alphas.of(module, self.alpha) / (sqrt(rank) if self.rslora else rank)
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
         """The trained rows of an embedding."""
         if not isinstance(self.token_indices, Mapping):
             return self.token_indices or None
         return next((rows for key, rows in self.token_indices.items() if module == key or module.endswith("." + key)), None)
-
-
-def _pattern(patterns: Mapping[str, Any], module: str) -> str | None:
-    """The first pattern that a module's name ends with, as PEFT looks for it."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -90,26 +85,26 @@ def read_config(folder: Path) -> AdapterConfig:
             "Save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT and name the merged model"
         )
     rank, alpha = said.get("r"), said.get("lora_alpha")
-    way_out = "correct it, or merge the adapter into its base with PEFT (merge_and_unload) and name the merged model"
     if type(rank) is not int or not 1 <= rank < MAX_ROWS:
-        problems.append(f"{path} of a LoRA adapter: r is {quoted(rank)}, expected a whole number of at least 1; {way_out}")
+        problems.append(f"{path} of a LoRA adapter: r is {quoted(rank)}, expected a whole number of at least 1; {WAY_OUT}")
     if not _is_number(alpha):
-        problems.append(f"{path} of a LoRA adapter: lora_alpha is {quoted(alpha)}, expected a number; {way_out}")
+        problems.append(f"{path} of a LoRA adapter: lora_alpha is {quoted(alpha)}, expected a number; {WAY_OUT}")
     for key in ("rank_pattern", "alpha_pattern"):
         problems += _pattern_problems(path, key, said.get(key))
     tokens = said.get("trainable_token_indices") or ()
     if not all(map(_are_rows, tokens.values() if isinstance(tokens, dict) else [tokens])):
-        problems.append(f"{path}: trainable_token_indices is {quoted(tokens)}, expected rows of the embedding; {way_out}")
+        problems.append(f"{path}: trainable_token_indices is {quoted(tokens)}, expected rows of the embedding; {WAY_OUT}")
     named, base = said.get("target_parameters") or (), said.get("base_model_name_or_path")
     if not isinstance(named, list | tuple) or not all(isinstance(one, str) for one in named):
-        problems.append(f"{path}: target_parameters is {quoted(named)}, expected names of parameters; {way_out}")
+        problems.append(f"{path}: target_parameters is {quoted(named)}, expected names of parameters; {WAY_OUT}")
     if base is not None and not isinstance(base, str):
-        problems.append(f"{path}: base_model_name_or_path is {quoted(base)}, expected the model's name; {way_out}")
+        problems.append(f"{path}: base_model_name_or_path is {quoted(base)}, expected the model's name; {WAY_OUT}")
     raise_all(problems, CheckpointError)
     return AdapterConfig(
         folder=folder, rank=int(said["r"]), alpha=float(said["lora_alpha"]), rslora=bool(said.get("use_rslora")),
-        dora=bool(said.get("use_dora")), fan_in_fan_out=bool(said.get("fan_in_fan_out")), rank_pattern=said.get("rank_pattern") or {},
-        alpha_pattern=said.get("alpha_pattern") or {}, target_parameters=tuple(named),
+        dora=bool(said.get("use_dora")), fan_in_fan_out=bool(said.get("fan_in_fan_out")),
+        ranks=Patterns(path, "rank_pattern", said.get("rank_pattern") or {}),
+        alphas=Patterns(path, "alpha_pattern", said.get("alpha_pattern") or {}), target_parameters=tuple(named),
         token_indices={key: tuple(rows) for key, rows in tokens.items()} if isinstance(tokens, dict) else tuple(tokens),
         base=base or None,
     )  # fmt: skip
@@ -132,8 +127,6 @@ def _pattern_problems(path: Path, key: str, given: Any) -> list[str]:
     for pattern, value in given.items():
         if not _is_number(value) or (key == "rank_pattern" and not (type(value) is int and 1 <= value < MAX_ROWS)):
             found.append(f"{path}: {key} gives {quoted(pattern, 80)} the value {quoted(value, 80)}, expected a number")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            found.append(f"{path}: {key}: {quoted(pattern, 80)} is no regular expression ({error})")
+        if problem := pattern_problem(pattern):
+            found.append(f"{path}: {key}: {quoted(pattern, 80)} {problem}; {WAY_OUT}")
     return found

@@ -4,21 +4,37 @@ Beside ``W`` lie ``W.absmax`` (one number a block), ``W.quant_map`` (the 16 numb
 JSON with shape, type and block size. With double quantisation ``absmax`` is codes, too: ``W.nested_quant_map``, ``W.nested_absmax``.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from math import prod
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 
 from ota_core.compute.blocks import matrix_shape
 from ota_core.files.quantised.codes import scale_flat
 from ota_core.files.quantised.scaled import Misfit
 from ota_core.files.quantised.stored import Coded, Stored
 from ota_core.files.rows import NAMED, Dtype
+from ota_core.reading import MAX_AXES, json_value
 
 STATE = ".quant_state.bitsandbytes__"
 PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_LONGEST = 2**16
+"""Bytes of a description; the library's have some 200."""
+_Size = Annotated[int, Field(strict=True, ge=1, le=2**40)]
+
+
+class _Facts(BaseModel):
+    """What the description says that is needed here."""
+
+    quant_type: Literal["nf4", "fp4"]
+    shape: Annotated[tuple[_Size, ...], Field(min_length=1, max_length=MAX_AXES)]
+    blocksize: _Size
+    dtype: str | None = None
+    nested_blocksize: Annotated[int, Field(strict=True, ge=0, le=2**40)] | None = None
+    nested_offset: Annotated[float, Field(ge=-3e38, le=3e38)] | None = None
 
 
 class Bnb4(Coded):
@@ -28,21 +44,29 @@ class Bnb4(Coded):
         """``parts``: of ``PARTS`` those that are there. Raises Misfit."""
         facts = _facts(state)
         self._codes, self._parts = codes, parts
-        self.kind, self.shape = str(facts["quant_type"]), tuple(facts["shape"])
-        self.dtype: Dtype | None = NAMED.get(str(facts.get("dtype")))
-        self._block, count = int(facts["blocksize"]), int(np.prod(self.shape, dtype=np.int64))
-        lacking = [part for part in (".absmax", ".quant_map") if part not in parts]
-        if facts.get("nested_blocksize"):
-            lacking += [part for part in (".nested_absmax", ".nested_quant_map") if part not in parts]
-        if lacking:
+        self.kind, self.shape, self._block = facts.quant_type, facts.shape, facts.blocksize
+        self.dtype: Dtype | None = NAMED.get(facts.dtype or "")
+        self._nested, self._offset = facts.nested_blocksize or 0, np.float32(facts.nested_offset or 0)
+        count = prod(self.shape)
+        blocks = -(-count // self._block)
+        least = {".absmax": blocks, ".quant_map": 16}
+        if self._nested:
+            least |= {".nested_absmax": -(-blocks // self._nested), ".nested_quant_map": 256}
+        if lacking := [part for part in least if part not in parts]:
             raise Misfit(f"lacks {', '.join(codes.name + part for part in lacking)}")
-        self._nested = int(facts.get("nested_blocksize") or 0)
-        self._offset = np.float32(facts.get("nested_offset") or 0)
-        held, blocks = codes.info.dtype.itemsize * int(np.prod(codes.shape)), int(np.prod(parts[".absmax"].shape))
-        if held < -(-count // 2) or blocks != -(-count // self._block):
+        held = codes.info.dtype.itemsize * prod(codes.shape)
+        if held < -(-count // 2) or parts[".absmax"].shape != (blocks,):
             raise Misfit(
-                f"has {held} bytes of codes and {blocks} scales; its shape {list(self.shape)} in blocks of {self._block} needs "
-                f"{-(-count // 2)} and {-(-count // self._block)}"
+                f"has {held} bytes of codes and scales of the shape {list(parts['.absmax'].shape)}; its shape {list(self.shape)} in blocks of "
+                f"{self._block} needs {-(-count // 2)} bytes and {blocks} scales"
+            )
+        if small := [part for part, needed in least.items() if prod(parts[part].shape) < needed]:
+            raise Misfit(
+                f"has too few numbers in {', '.join(f'{codes.name}{one} ({prod(parts[one].shape)} of {least[one]})' for one in small)}"
+            )
+        if self._nested and parts[".absmax"].code != "U8":
+            raise Misfit(
+                f"has scales '{parts['.absmax'].name}' in {parts['.absmax'].code}, expected codes (U8), as they are quantised themselves"
             )
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -79,12 +103,12 @@ class Bnb4(Coded):
         self._codes.file.prefetch(self._codes.name, start * columns // width, -(-stop * columns // width))
 
 
-def _facts(state: Stored) -> dict[str, Any]:
+def _facts(state: Stored) -> _Facts:
     try:
-        facts = json.loads(bytes(state.whole().held.reshape(-1)).decode("utf-8"))
-        assert {"quant_type", "shape", "blocksize"} <= facts.keys()
-    except (ValueError, AssertionError, AttributeError):
+        if prod(state.shape) > _LONGEST:
+            raise ValueError
+        return _Facts.model_validate(json_value(state.bytes(0, matrix_shape(state.shape)[0]).tobytes()))
+    except ValueError:
         raise Misfit(
-            f"has a description '{state.name}' of its 4 bits by bitsandbytes that is no JSON with quant_type, shape and blocksize"
+            f"has a description '{state.name}' of its 4 bits by bitsandbytes that is no JSON with quant_type (nf4 or fp4), shape and blocksize"
         ) from None
-    return dict(facts)

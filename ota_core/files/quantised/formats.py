@@ -112,9 +112,10 @@ def _scaled(tensors: Tensors, method: str, settings: Mapping[str, Any], found: F
             size = unpacked(codes.shape) if packed else codes.shape
             factors = {weight + end: inverse for end, inverse in _FACTORS.items() if weight + end in tensors}
             factor = next(iter(factors), None)
+            grid = Grid(tensors[scale], size, block)
             zeros = Grid(tensors[zero], size, block) if zero in tensors and tensors[zero].code in TABLES else None
             coded = Scaled(
-                _kind(codes, packed, tensors[scale]), codes, Grid(tensors[scale], size, block), zeros=zeros, packed=packed,
+                _kind(codes, packed, tensors[scale]), codes, grid, zeros=zeros, packed=packed,
                 factor=tensors[factor] if factor else None, inverse=bool(factor and factors[factor]),
             )  # fmt: skip
         except Misfit as error:
@@ -144,13 +145,18 @@ def _packed(tensors: Tensors, method: str, settings: Mapping[str, Any], found: F
 
 def _widths(settings: Mapping[str, Any]) -> tuple[tuple[int, ...], int | None]:
     """Bits of a code that the configuration speaks of, 4 where it is silent, and columns of a group where that is one number for all."""
+    weights = _of_weights(settings)
+    bits = {one["num_bits"] for one in weights if type(one.get("num_bits")) is int}
+    sizes = [one.get("group_size") for one in weights]
+    size = sizes[0] if sizes and all(one == sizes[0] for one in sizes) else None
+    return tuple(sorted(bits)) or (4,), size if type(size) is int and size > 0 else None
+
+
+def _of_weights(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What compressed-tensors' groups of modules say of their weights."""
     groups = settings.get("config_groups")
     stated = [group.get("weights") for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    weights = [one for one in stated if isinstance(one, dict)]
-    bits = {one["num_bits"] for one in weights if isinstance(one.get("num_bits"), int)}
-    sizes = {one.get("group_size") for one in weights}
-    size = sizes.pop() if len(sizes) == 1 else None
-    return tuple(sorted(bits)) or (4,), size if isinstance(size, int) and size > 0 else None
+    return [one for one in stated if isinstance(one, dict)]
 
 
 def _is_packed(name: str, codes: Stored, method: str) -> bool:
@@ -177,9 +183,7 @@ def block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns that share a scale, where the configuration says so."""
     size = settings.get("weight_block_size")
     if not size:
-        groups = settings.get("config_groups")
-        stated = [(group.get("weights") or {}) for group in groups.values()] if isinstance(groups, dict) else []
-        size = next((one["block_structure"] for one in stated if isinstance(one, dict) and one.get("block_structure")), None)
-    if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(axis, int) and axis > 0 for axis in size):
+        size = next((one["block_structure"] for one in _of_weights(settings) if one.get("block_structure")), None)
+    if isinstance(size, list | tuple) and len(size) == 2 and all(type(axis) is int and axis > 0 for axis in size):
         return int(size[0]), int(size[1])
     return None

@@ -130,7 +130,8 @@ def _why_not(method: str, settings: dict[str, Any]) -> str | None:
     if method == "compressed-tensors":
         formats = {str(settings.get("format", ""))}
         groups = settings.get("config_groups")
-        formats |= {str(group.get("format") or "") for group in groups.values()} if isinstance(groups, dict) else set()
+        given = groups.values() if isinstance(groups, dict) else ()
+        formats |= {str(group.get("format") or "") for group in given if isinstance(group, dict)}
         if other := sorted(formats & _OTHER_FORMATS):
             return f"format {other[0]}"
         sparse = settings.get("sparsity_config") or {}

@@ -18,8 +18,15 @@ class Mxfp4(Coded):
 
     def __init__(self, blocks: Stored, scales: Stored) -> None:
         """Raises Misfit."""
-        if len(blocks.shape) != 4 or blocks.shape[:-1] != scales.shape:
-            raise Misfit(f"has blocks of the shape {list(blocks.shape)} and scales of {list(scales.shape)}")
+        if (
+            len(blocks.shape) != 4
+            or 0 in blocks.shape
+            or blocks.shape[:-1] != scales.shape
+            or scales.code not in {"U8", "F8_E8M0"}
+        ):
+            raise Misfit(
+                f"has blocks of the shape {list(blocks.shape)} and scales of {list(scales.shape)} in {scales.code}, expected U8"
+            )
         self._blocks, self._scales = blocks, scales
         self._experts, self._out, self._groups, half = blocks.shape
         self._group = 2 * half

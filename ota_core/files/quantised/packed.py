@@ -17,6 +17,7 @@ from ota_core.files.quantised.stored import Coded, Stored
 
 BITS = (1, 2, 4, 8)
 """Widths whose codes never lie across two words: of others, versions of the package pack in different ways."""
+_WHOLE = {"I32", "I64"}
 
 
 class Packed(Coded):
@@ -26,6 +27,8 @@ class Packed(Coded):
         self, codes: Stored, shape: Stored | None, scales: Stored, zeros: Stored | None, order: Stored | None, *, bits: tuple[int, ...], group: int | None
     ) -> None:  # fmt: skip
         """``bits``: those that the configuration speaks of; ``group``: columns that share a scale, by the configuration. Raises Misfit."""
+        if len(codes.shape) < 2 or 0 in codes.shape:
+            raise Misfit(f"has the shape {list(codes.shape)}, expected a matrix or a stack of matrices")
         words = codes.shape[-1]
         self.shape = _size(codes, shape, bits)
         fitting = [one for one in bits if -(-self.shape[-1] * one // 32) == words]
@@ -38,10 +41,12 @@ class Packed(Coded):
         self._bits = fitting[0]
         self.kind = f"int{self._bits}"
         self._codes, self._zeros, self._order = codes, zeros, order
-        self._grid = Grid(scales, self.shape, (1, group) if group and scales.shape[-1] > 1 else None)
+        self._grid = Grid(scales, self.shape, (1, group) if group and scales.shape[-1:] > (1,) else None)
         self._groups = scales.shape[-1] if len(scales.shape) > 1 else 1
-        if order is not None and order.shape != self.shape[-1:]:
-            raise Misfit(f"has rows of {self.shape[-1]} codes, '{order.name}' has the shape {list(order.shape)}")
+        if order is not None and (order.shape != self.shape[-1:] or order.code not in _WHOLE or not self._places(order)):
+            raise Misfit(
+                f"has rows of {self.shape[-1]} codes in {self._groups} groups, '{order.name}' of the shape {list(order.shape)} does not say a group of each"
+            )
         if (
             zeros is not None
             and zeros.code == "I32"
@@ -52,6 +57,12 @@ class Packed(Coded):
         self._plain_zeros = (
             Grid(zeros, self.shape, (1, group) if group else None) if zeros is not None and zeros.code != "I32" else None
         )
+        if self._plain_zeros is not None and zeros is not None and not self._plain_zeros.fits(self._grid):
+            raise Misfit(f"has scales of the shape {list(scales.shape)} and zero points '{zeros.name}' of {list(zeros.shape)}")
+
+    def _places(self, order: Stored) -> bool:
+        held = order.whole().held
+        return int(held.min()) >= -1 and int(held.max()) < max(self._groups, 1)
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         columns = matrix_shape(self.shape)[1]
@@ -96,7 +107,13 @@ class Packed(Coded):
 def _size(codes: Stored, shape: Stored | None, bits: tuple[int, ...]) -> tuple[int, ...]:
     """The weight's shape, as it is stored beside its codes."""
     if shape is None:
+        if bits[0] not in BITS:
+            raise Misfit(f"packs codes of {bits[0]} bits, by the configuration; {', '.join(map(str, BITS))} are read")
         return (*codes.shape[:-1], codes.shape[-1] * 32 // bits[0])
+    if shape.code not in _WHOLE or prod(shape.shape) != len(codes.shape):
+        raise Misfit(
+            f"has the shape {list(codes.shape)}, '{shape.name}' does not say its weight's, one whole number for each axis"
+        )
     found = tuple(int(size) for size in shape.whole().held.reshape(-1))
     if len(found) != len(codes.shape) or found[:-1] != codes.shape[:-1] or prod(found) < 1:
         raise Misfit(f"has the shape {list(codes.shape)}, '{shape.name}' says that its weight has {list(found)}")

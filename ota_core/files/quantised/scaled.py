@@ -1,6 +1,8 @@
 """Codes of 8 or 4 bits with a scale for the whole tensor, each row, or each block: FP8 of DeepSeek, compressed-tensors, modelopt, FBGEMM, MXFP8;
 8-bit integers of compressed-tensors and bitsandbytes; packed FP4 (MXFP4, NVFP4)."""
 
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,8 @@ class Grid:
 
     def __init__(self, scales: Stored, shape: tuple[int, ...], block: tuple[int, int] | None = None) -> None:
         """``block``: rows and columns that share a scale, where the configuration says so. Raises Misfit."""
+        if len(shape) < 2 or 0 in shape:
+            raise Misfit(f"has the shape {list(shape)}, expected a matrix or a stack of matrices")
         self.stored = scales
         (self._height, self._columns), leads = shape[-2:], int(np.prod(shape[:-2], dtype=np.int64))
         seen = scales.shape
@@ -51,6 +55,10 @@ class Grid:
                 )
         return axes[0], axes[1]
 
+    def fits(self, other: "Grid") -> bool:
+        """Whether both give the same rows and columns the same place."""
+        return (self._tall, self._block, self._stacked) == (other._tall, other._block, other._stacked)
+
     @property
     def width(self) -> int:
         """Columns that share a scale."""
@@ -79,6 +87,12 @@ class Scaled(Coded):
         self.kind, self._codes, self._grid, self._zeros, self._packed = kind, codes, grid, zeros, packed
         self._factor, self._inverse, self._post = factor, inverse, np.float32(post)
         self.shape = unpacked(codes.shape) if packed else codes.shape
+        if zeros is not None and not zeros.fits(grid):
+            raise Misfit(
+                f"has scales '{grid.stored.name}' of the shape {list(grid.stored.shape)} and zero points '{zeros.stored.name}' of {list(zeros.stored.shape)}"
+            )
+        if factor is not None and prod(factor.shape) not in {1, prod(self.shape[:-2])}:
+            raise Misfit(f"has the shape {list(self.shape)}, the factor of its scales '{factor.name}' has {list(factor.shape)}")
         self._table = E2M1 if packed else TABLES[codes.code]
 
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
@@ -112,7 +126,9 @@ class Scaled(Coded):
 
 
 def unpacked(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what is packed two to a byte in the last axis."""
+    """The shape of what is packed two to a byte in the last axis. Raises Misfit."""
+    if not shape:
+        raise Misfit("is one number, expected a matrix")
     return (*shape[:-1], 2 * shape[-1])
 
 

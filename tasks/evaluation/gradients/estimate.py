@@ -8,7 +8,7 @@ from typing import Any
 
 from ota_core.compute.stream import Progress
 from ota_core.errors import CheckpointError
-from ota_core.recipe.parameters import EstimateSettings
+from ota_core.recipe.estimate import EstimateSettings
 from tasks.evaluation.gradients.documents import Block
 from tasks.evaluation.in_memory import few_threads
 from tasks.merging.architecture import parameter_layout

@@ -13,7 +13,7 @@ from ota_core.errors import OtaError, RecipeError, StorageError, raise_all
 from ota_core.files.checkpoint import weight_files
 from ota_core.frozen import Frozen
 from ota_core.plan.plan import checkpoint_problems
-from ota_core.recipe.parameters import EstimateSettings
+from ota_core.recipe.estimate import EstimateSettings
 from ota_core.recipe.recipe import MergeRecipe
 from tasks.artifacts.step import Stage, Step
 from tasks.artifacts.store import BuildResult, store_of

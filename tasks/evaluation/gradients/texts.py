@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ota_core.errors import OtaError
-from ota_core.recipe.parameters import EstimateSettings
+from ota_core.recipe.estimate import EstimateSettings
 from tasks.evaluation.gradients.documents import Block, Document, cut, documents_of, in_template
 from tasks.evaluation.suites import Suite
 

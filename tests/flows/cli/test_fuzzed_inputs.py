@@ -32,12 +32,20 @@ ADAPTER = {
     "alpha_pattern": {}, "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
     "target_parameters": None, "trainable_token_indices": None, "task_type": "CAUSAL_LM",
 }  # fmt: skip
+FP8 = {
+    "quant_method": "fp8",
+    "weight_block_size": [8, 8],
+    "ignored_layers": ["lm_head"],
+    "config_groups": {"a": {"weights": {"num_bits": 8}}},
+}
+W = "model.layers.0.self_attn.q_proj.weight"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 RECIPES = {
     "linear": {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]},
     "ota": {"merge_method": "ota", "base_model": "base", "models": [{"model": "a"}], "parameters": {"density": 0.5, "bias_correction": True}},
     "union": {"merge_method": "ties", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}], "tokenizer_source": "union"},
     "adapter": {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "adapter"}, {"model": "b"}], "chat_template": "auto"},
+    "quantised": {"merge_method": "linear", "models": [{"model": "q"}, {"model": "b"}]},
     "slices": {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}, {"sources": [{"model": "b", "layer_range": [1, 2]}]}]},
 }  # fmt: skip
 FILES = [
@@ -45,7 +53,7 @@ FILES = [
     ("linear", "a", "generation_config.json"), ("ota", "base", "config.json"), ("ota", "a", "expert.json"), ("union", "base", "tokenizer.json"),
     ("union", "a", "tokenizer_config.json"), ("union", "b", "added_tokens.json"), ("union", "b", "special_tokens_map.json"),
     ("adapter", "adapter", "adapter_config.json"), ("adapter", "adapter", "README.md"), ("adapter", "base", "tokenizer_config.json"),
-    ("slices", "a", "config.json"),
+    ("slices", "a", "config.json"), ("quantised", "q", "config.json"), ("quantised", "q", "config.json"),
 ]  # fmt: skip
 VALUES: list[Any] = [
     None, True, 0, 1, -1, 200, 10**8, 10**12, 2**63, -(2**63) - 1, 10**400, 1e300, 0.5, float("nan"), float("inf"), "", "a", "x" * 3000, "\0",
@@ -125,6 +133,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in set(files.values()):
         save_file({name: tensor for name, tensor in weights.items() if files[name] == file}, root / "b" / file)
     (root / "b" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    weights = load_file(shutil.copytree(root / "a", root / "q") / "model.safetensors")
+    weights |= {W: weights[W].to(torch.float8_e4m3fn), f"{W}_scale_inv": torch.ones(2, 2)}
+    save_file(weights, root / "q" / "model.safetensors", {"format": "pt"})
+    config = json.loads((root / "q" / "config.json").read_text())
+    (root / "q" / "config.json").write_text(json.dumps({"quantization_config": FP8} | config))
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER))
     factors = {f"{Q}.lora_A.weight": torch.ones(2, 16), f"{Q}.lora_B.weight": torch.ones(16, 2)}
@@ -181,6 +194,8 @@ relaxed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 @example(("adapter", "adapter", "adapter_config.json"), ("key", ("target_parameters", 5)))
 @example(("adapter", "adapter", "adapter_config.json"), ("key", ("base_model_name_or_path", 5)))
 @example(("adapter", "adapter", "adapter_config.json"), ("key", ("trainable_token_indices", {"a": 5})))
+@example(("quantised", "q", "config.json"), ("put", (3, [0, 0])))
+@example(("quantised", "q", "config.json"), ("drop", 2))
 @example(("linear", "a", "README.md"), ("text", TEXTS[-2]))
 @example(("linear", "a", "README.md"), ("text", b"---\na: 2026-02-30\n? [x]\n: y\n---\n"))
 def test_small_files(models: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[str, str, str], change: Change) -> None:

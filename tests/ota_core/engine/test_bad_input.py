@@ -340,6 +340,23 @@ def test_errors_list_each_problem_once() -> None:
     assert (one.value.problems, two.value.problems) == (("only",), ("a", "b"))
 
 
+def test_of_more_problems_than_one_reads_each_kind_is_shown_and_the_rest_counted() -> None:
+    many = [f"models[{i}] ('m{i}'): no such folder: /models/m{i}; check the spelling" for i in range(2000)]
+    other = "parameters.density: got 7, expected a number from 0 to 1"
+    with pytest.raises(OtaError) as found:
+        raise_all([*many, other, *many])
+    text, shown = str(found.value), str(found.value).count("no such folder")
+    assert len(text) < 4096 and text.startswith("4001 problems found:\n  1. models[0] ") and other in text and shown > 20
+    assert text.endswith(f"\n  … and {4000 - shown} more, of the same kinds") and len(found.value.problems) == 4001
+    with pytest.raises(OtaError) as found:
+        raise_all([f"{'kind ' * i}{'x' * 1500}" for i in range(1, 31)] + ["\x1b" * 9000])
+    shown = str(found.value).count("xxx…")
+    assert len(str(found.value)) < 4096 and f"and {31 - shown} more, {31 - shown} of them of other kinds" in str(found.value)
+    with pytest.raises(OtaError) as found:
+        raise_all(["x" * 1500, "y" * 1500])
+    assert "x" * 1500 in str(found.value) and "y" * 1500 in str(found.value), "few are shown whole"
+
+
 def test_a_damaged_configuration_and_record(world: World) -> None:
     (world.root / "base" / "config.json").write_text("{nope")
     assert f"{world.root / 'base' / 'config.json'} is not readable JSON" in world.refused()

@@ -136,7 +136,7 @@ def test_what_is_not_known_is_refused_by_name(folders: Any, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="architecture rwkv6 cannot be read; known are llama"):
         Checkpoint(tmp_path)
     write_gguf(tmp_path / "two.gguf", folders("llama"), "llama", "F32")
-    with pytest.raises(CheckpointError, match=r"2 GGUF files \(one.gguf, two.gguf\); name the one"):
+    with pytest.raises(CheckpointError, match=r"2 GGUF models \(one.gguf, two.gguf\); name the one"):
         Checkpoint(tmp_path)
     (tmp_path / "one.gguf").unlink()
     whole = (tmp_path / "two.gguf").read_bytes()

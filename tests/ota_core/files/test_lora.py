@@ -1,6 +1,7 @@
 """Adapters as models: what PEFT merges is what is read, in any blocks; what cannot be read is refused by name."""
 
 import json
+import re
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ota_core.compute.blocks import matrix_shape
 from ota_core.errors import CheckpointError
 from ota_core.files.checkpoint import Checkpoint
+from ota_core.files.lora.patterns import Patterns, pattern_problem
 from ota_core.plan.inputs import ModelInput
 from tests.ota_core.files.tiny_adapters import tiny_base, write_adapter
 
@@ -145,6 +147,12 @@ def config_of(adapter: Path, **changes: Any) -> None:
         ({"lora_alpha": None}, "of a LoRA adapter: lora_alpha is None, expected a number; .*merge_and_unload"),
         ({"use_dora": True}, "there is no magnitude"),
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
+        ({"rank_pattern": {"(?i)q_proj": 3}}, "no regular expression"),
+        ({"rank_pattern": {"(" * 3000 + "a" + ")" * 3000: 3}}, "rank_pattern: .* is no regular expression"),
+        ({"alpha_pattern": {"q_proj" * 2000: 3}}, "has 12000 characters, expected at most 10000"),
+        ({"alpha_pattern": {"q_pro{j}": 3}}, r"alpha_pattern: 'q_pro\{j\}' has '\{'"),
+        ({"rank_pattern": {"v_proj": 4, "(.*?.){12}[!?]": 3}}, r"adapter_config.json: rank_pattern: the pattern '\(\.\*\?\.\)\{12\}\[!\?\]' takes too long .* in its place"),
+        ({"alpha_pattern": {"(.*?.){12}[!?]": 3}}, r"adapter_config.json: alpha_pattern: the pattern .* takes too long"),
     ],
 )  # fmt: skip
 def test_what_is_no_edit_of_the_base_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -152,6 +160,22 @@ def test_what_is_no_edit_of_the_base_is_refused_by_name(tmp_path: Path, changes:
     config_of(write_adapter(tmp_path / "adapter", base), **changes)
     with pytest.raises(CheckpointError, match=said):
         opened(base, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj", "layers.1.mlp.up_proj", r"model\.layers\.\d+\..*proj", ".*attn.*", r"layers\.(0|1|2[0-9])\.mlp\.(up|down)_proj", "up_proj|down_proj", "",
+        r"experts\.[0-9]{1,2}\.\w+", "(?P<a>q)_proj", "(?i:Q_PROJ)", "[^.]*", r"(?!.*layers\.1\.).*q_proj",
+    ],
+)  # fmt: skip
+def test_patterns_name_the_modules_that_they_name_in_peft(tmp_path: Path, pattern: str) -> None:
+    names = [
+        f"model.layers.{i}.{part}" for i in range(30) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.experts.3.down_proj")
+    ]
+    assert pattern_problem(pattern) is None
+    patterns = Patterns(tmp_path, "rank_pattern", {pattern: 1})
+    assert [patterns.of(name, 0) for name in names] == [bool(re.match(rf"(.*\.)?({pattern})$", name)) for name in names]
 
 
 def test_a_base_of_another_shape_is_refused_with_what_the_adapter_says_of_its_own(tmp_path: Path) -> None:

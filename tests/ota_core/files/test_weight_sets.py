@@ -105,7 +105,7 @@ def test_an_adapter_beside_a_whole_model(tmp_path: Path) -> None:
     ("files", "says"),
     [
         (["adapter_model.bin", "adapter_config.json"], "a LoRA adapter, not a whole model"),
-        (["a.gguf", "b.gguf"], "2 GGUF files"),
+        (["a.gguf", "b.gguf"], "2 GGUF models"),
         (["global_step10/mp_rank_00_model_states.pt", "latest"], "zero_to_fp32.py"),
         (["optimizer_0/__0_0.distcp"], "accelerate merge-weights"),
         (["checkpoint-9/config.json", "checkpoint-10/config.json"], "checkpoint-10"),

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ota_core.errors import MomentsError
+from ota_core.files.layouts.relayout import Relayout, Source
+from ota_core.files.layouts.stored import Stored, View
 from ota_core.moments import moments_files, open_moments
 from ota_core.moments.check import checked
+from ota_core.moments.relaid import relaid
 
 A = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) * 1e-15
 B = torch.rand(5, generator=torch.Generator().manual_seed(1)) * 1e-15
@@ -166,3 +169,19 @@ def test_bad_entries_of_a_shard_name_the_shard(tmp_path):
     save(tmp_path / GOOD_INDEX["a"], {"a": bad})
     with pytest.raises(MomentsError, match=r"00001-of-00002\.safetensors: the second moment of 'a' is nan at index \[3, 1\]"):
         open_moments(tmp_path).read("a", 0, 4)
+
+
+def test_a_view_in_another_layout_counts_the_bytes_behind_it(tmp_path: Path) -> None:
+    """v in bfloat16, two bytes an element: of a stack of which each expert takes its own, and of q and k that one tensor takes."""
+    tensors = {"stack": torch.rand(2, 3, 4), "q": torch.rand(4, 4), "k": torch.rand(2, 4), "rest": torch.rand(5)}
+    held = open_moments(save(tmp_path / "v.safetensors", {name: one.bfloat16() for name, one in tensors.items()}))
+    whole = {name: View(name, 0, tuple(one.shape), tuple(one.stride())) for name, one in tensors.items()}
+    made = {f"expert{i}": Stored((3, 4), (View("stack", 12 * i, (3, 4), (4, 1)),)) for i in range(2)}
+    made["qk"] = Stored((6, 4), (whole["q"], whole["k"]))
+    sources = {name: (Source(name, one.shape[-1], 0, whole[name]),) for name, one in tensors.items()}
+    seen = relaid(held, Relayout(made, sources, {name: tuple(one.shape) for name, one in tensors.items()}))
+    assert {name: seen.stored_bytes(name) for name in seen.shapes()} == {"expert0": 24, "expert1": 24, "qk": 48, "rest": 10}
+    assert sum(map(seen.stored_bytes, seen.shapes())) == sum(map(held.stored_bytes, held.shapes()))
+    np.testing.assert_array_equal(
+        seen.read("qk", 3, 5), torch.cat([tensors["q"][3:], tensors["k"][:1]]).bfloat16().float().numpy()
+    )

@@ -1,24 +1,10 @@
-"""A merge and a search to log, with made-up scores; shared by the tests of what MLflow is told."""
+"""A merge to log with made-up scores; shared by the tests of what MLflow is told."""
 
 from typing import Any
 
-from ota_core.recipe.recipe import MergeRecipe
-from tasks.experiments.search import log as search_log
-from tasks.experiments.search.search import Trial, Tuned
-from tasks.tracking.kept_run import KeptRun
 from tasks.tracking.merge import ChildRun, InputRef, MergeRun
 
 CAPABILITIES = ("math", "code")
-RECIPE = MergeRecipe.model_validate({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]})
-TRIAL = Trial(number=0, origin="recipe", values={}, recipe=RECIPE, scores={8: {"math": 0.5}}, floors={}, complete=True)
-TUNED = Tuned(trials=(TRIAL, TRIAL.model_copy(update={"number": 1, "scores": {8: {"math": 0.25}}})), evaluations=2.0)
-PARAMS: dict[str, object] = {"seed": 1, "suite": "tiny"}
-FILES: dict[str, str | bytes] = {"recipe.yaml": "a: 1\n", "plots/a.png": b"\x89PNG\x00\xff"}
-
-
-def a_search(key: str = "key", tuned: Tuned = TUNED) -> KeptRun:
-    """A search as it is kept where MLflow is away."""
-    return search_log.search_run("a search", key, PARAMS, tuned, FILES, None)
 
 
 def a_merge(name: str = "ota", **changes: Any) -> MergeRun:

@@ -7,15 +7,29 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.errors import StorageError
-from tasks.experiments.search import log as search_log
+from tasks.experiments.search.log import search_run, whole, with_trials
 from tasks.experiments.search.search import Tuned
 from tasks.experiments.study.log import study_run
 from tasks.tracking import outbox
-from tasks.tracking.kept_run import log_kept
+from tasks.tracking.kept_run import KeptRun, Known, log_kept, log_part
 from tasks.tracking.outbox import WAITS, keeping, kept, sync, tell
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
-from tests.tasks.tracking.made_up import FILES, PARAMS, TUNED, a_merge, a_search
+from tests.tasks.tracking.made_up import a_merge
+from tests.tasks.tracking.test_tracking_artifacts import TRIAL
+
+TRIALS = (
+    TRIAL,
+    TRIAL.model_copy(
+        update={
+            "number": 1,
+            "scores": {limit: {name: value / 2 for name, value in some.items()} for limit, some in TRIAL.scores.items()},
+        }
+    ),
+)
+PARAMS: dict[str, object] = {"seed": 1, "suite": "tiny"}
+FILES: dict[str, str | bytes] = {"recipe.yaml": "a: 1\n", "plots/a.png": b"\x89PNG\x00\xff"}
+TUNED = Tuned(trials=TRIALS, evaluations=2.0)
 
 
 def runs(root: Path, search: str) -> list[Any]:
@@ -35,12 +49,20 @@ def runs(root: Path, search: str) -> list[Any]:
     return found
 
 
+def a_search(key: str) -> KeptRun:
+    return whole(search_run("a search", key, PARAMS, None), TUNED, FILES)
+
+
 def test_a_search_that_is_told_later_is_the_same(tracking: Path) -> None:
     store = resolve_store(root=tracking)
-    live = search_log.begin("a search", "live", PARAMS, store)
-    for trial in TUNED.trials:
-        search_log.log_trial(live, trial, Tuned(trials=TUNED.trials[: trial.number + 1], evaluations=1.0).best, store)
-    search_log.finish(live, TUNED, FILES, store)
+    begun, known = search_run("a search", "live", PARAMS, None), Known()
+    live = log_part(begun, store)
+    for trial in TRIALS:
+        sofar = Tuned(trials=TRIALS[: trial.number + 1], evaluations=1.0)
+        assert log_part(with_trials(begun, sofar, [trial]), store, live, known) == live
+    (parent, *children) = runs(tracking, "live")
+    assert parent[1] == "RUNNING" and [child[1] for child in children] == ["FINISHED"] * 2
+    assert log_kept(whole(begun, TUNED, FILES), store).run_id == live.run_id
     later = a_search("later")
     read_back = type(later).model_validate_json(later.model_dump_json())
     assert read_back == later and read_back.files["plots/a.png"] == FILES["plots/a.png"]
@@ -81,7 +103,7 @@ def test_without_keeping_it_is_an_error(tracking: Path, monkeypatch: pytest.Monk
         raise StorageError("MLflow is away")
 
     monkeypatch.setattr(outbox, "log_kept", away)
-    run = a_search()
+    run = a_search("key")
     with pytest.raises(StorageError, match=r"kept in .*run-.*ota sync"):
         tell(run, home=tracking.parent, root=tracking)
     assert [one.what for one in kept(tracking.parent).values()] == [run]

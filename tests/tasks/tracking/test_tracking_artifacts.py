@@ -10,19 +10,22 @@ import pytest
 from mlflow import MlflowClient
 
 from ota_core.errors import StorageError
-from tasks.experiments.search import log as search_log
-from tasks.experiments.search.search import Tuned
+from ota_core.recipe.recipe import MergeRecipe
+from tasks.experiments.search.log import search_run, whole, with_trials
+from tasks.experiments.search.search import Trial, Tuned
 from tasks.experiments.study.log import study_run
 from tasks.registry.promotion import log_decision
-from tasks.tracking.kept_run import log_kept
+from tasks.tracking.kept_run import log_kept, log_part
 from tasks.tracking.merge import log_benchmark, log_merge
 from tasks.tracking.names import EXPERIMENT
-from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import connect, resolve_store
 from tests.servers import S3Test
 from tests.tasks.experiments.leaderboard.leaderboard_fixture import coins, model_scores
 from tests.tasks.registry.registry_fixture import a_decision
-from tests.tasks.tracking.made_up import RECIPE, TRIAL, a_merge
+from tests.tasks.tracking.made_up import a_merge
+
+RECIPE = MergeRecipe.model_validate({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]})
+TRIAL = Trial(number=0, origin="recipe", values={}, recipe=RECIPE, scores={8: {"math": 0.5}}, floors={}, complete=True)
 
 
 @pytest.fixture
@@ -49,22 +52,21 @@ def study(root: Path) -> None:
     log_kept(study_run("s", folder, config="{}", tags={}, metrics={}, merges={}), resolve_store(root=root))
 
 
-def search(root: Path) -> LoggedRun:
-    return search_log.begin("a search", "key", {}, resolve_store(root=root))
+SEARCH = search_run("a search", "key", {}, None)
+TUNED = Tuned(trials=(TRIAL,), evaluations=1.0)
 
 
 def trial(root: Path) -> None:
-    search_log.log_trial(search(root), TRIAL, TRIAL, resolve_store(root=root))
+    log_part(with_trials(SEARCH, TUNED, TUNED.trials), resolve_store(root=root))
 
 
 def winner(root: Path) -> None:
-    search_log.finish(
-        search(root), Tuned(trials=(TRIAL,), evaluations=1.0), {"best.yaml": RECIPE.to_yaml()}, resolve_store(root=root)
-    )
+    ended = whole(SEARCH, TUNED, {"best.yaml": RECIPE.to_yaml()})
+    log_kept(ended.model_copy(update={"children": ()}), resolve_store(root=root))
 
 
 def decision(root: Path) -> None:
-    log_decision(search(root).run_id, a_decision(), root=root)
+    log_decision(log_part(SEARCH, resolve_store(root=root)).run_id, a_decision(), root=root)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +74,8 @@ def decision(root: Path) -> None:
     [
         (benchmark, "scores.json", "The scores are kept as an artifact."),
         (study, "the files of study s", "Its tables and figures lie in "),
-        (trial, "the recipe of trial 0", "The search itself keeps every trial"),
-        (winner, "the files of the search", "The search itself keeps every trial"),
+        (trial, "the files of trial 0", "The search itself keeps every trial"),
+        (winner, "the files of a search", "The search itself keeps every trial"),
         (decision, "gate.json, gate.md", "The champion is the old one or the new one"),
         (merge, "MLflow's description of the model 'base'", "The weights lie at s3://"),
     ],

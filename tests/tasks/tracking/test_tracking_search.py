@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tasks.experiments.search import log as search_log
+from tasks.experiments.search.log import search_run, whole, with_trials
 from tasks.experiments.search.search import Tuned
+from tasks.tracking.kept_run import log_kept, log_part
 from tasks.tracking.run import LoggedRun
 from tasks.tracking.store import resolve_store
-from tests.tasks.tracking.made_up import RECIPE, TRIAL
+from tests.tasks.tracking.test_tracking_artifacts import RECIPE, TRIAL
 
 TUNED = Tuned(trials=(TRIAL,), evaluations=1.0)
 
@@ -19,16 +20,16 @@ class Died(BaseException):
 
 
 def log_all(root: Path) -> LoggedRun:
-    store = resolve_store(root=root)
-    logged = search_log.begin("a search", "key", {"seed": 1}, store)
-    if TRIAL.number not in search_log.logged_trials(logged, store):
-        search_log.log_trial(logged, TRIAL, TUNED.best_until(TRIAL), store)
-    search_log.finish(logged, TUNED, {"best.yaml": RECIPE.to_yaml()}, store)
-    return logged
+    store, run = resolve_store(root=root), search_run("a search", "key", {"seed": 1}, None)
+    begun = log_part(run, store)
+    log_part(with_trials(run, TUNED, TUNED.trials), store, begun)
+    assert log_kept(whole(run, TUNED, {"best.yaml": RECIPE.to_yaml()}), store) == begun
+    return begun
 
 
 @pytest.mark.parametrize(
-    ("call", "nth"), [("create_run", 2), ("log_batch", 2), ("log_batch", 3), ("log_text", 1), ("set_terminated", 1)]
+    ("call", "nth"),
+    [("create_run", 2), ("log_batch", 2), ("log_batch", 3), ("log_artifacts", 1), ("log_artifacts", 2), ("set_terminated", 1)],
 )
 def test_a_search_that_died_while_it_logged_has_every_point_once(
     tracking: Path, monkeypatch: pytest.MonkeyPatch, call: str, nth: int

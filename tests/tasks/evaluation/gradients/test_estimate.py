@@ -13,7 +13,7 @@ from ota_core.artifact import read_record
 from ota_core.engine import engine
 from ota_core.errors import CheckpointError, OtaError
 from ota_core.moments import open_moments
-from ota_core.recipe.parameters import EstimateSettings
+from ota_core.recipe.estimate import EstimateSettings
 from ota_core.recipe.recipe import MergeRecipe, parse_recipe
 from tasks.artifacts.store import store_of
 from tasks.evaluation.gradients import estimate as estimating

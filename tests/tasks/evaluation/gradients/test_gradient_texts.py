@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from ota_core.recipe.parameters import EstimateSettings
+from ota_core.recipe.estimate import EstimateSettings
 from tasks.evaluation.gradients.documents import Block
 from tasks.evaluation.gradients.texts import TextError, file_blocks, random_blocks, suite_blocks
 from tasks.evaluation.suites import load_suite

@@ -214,7 +214,7 @@ def test_a_gguf_model_in_s3_is_downloaded(tmp_path: Path, s3_server: S3Test, str
     there = {"merge_method": "linear", "models": [{"model": f"{s3_server.uri}/many"}]}
     with pytest.raises(
         StorageError,
-        match=rf"holds 2 GGUF models \({parts[0]}, b.gguf, …\); name the one that is meant, {s3_server.uri}/many/{parts[0]}",
+        match=rf"holds 2 GGUF models \({parts[0]}, b.gguf\); name the one that is meant, {s3_server.uri}/many/{parts[0]}",
     ):
         merge(there, tmp_path / "none", tmp_path / "cache", stream=stream)
     exact = load_file(tmp_path / "start" / "model.safetensors")
