@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.store.db.utils import _initialize_tables
 from prefect import flow_engine
 from prefect._internal import control_listener
 from transformers import Trainer
@@ -55,6 +56,10 @@ def test_mlflows_pages_know_the_shared_view(name: str) -> None:
 def test_the_trainers_rule_of_decay_reads_the_model_alone() -> None:
     names = inspect.signature(Trainer.get_decay_parameter_names).parameters
     assert list(names) == ["self", "model"]
+
+
+def test_mlflow_makes_its_tables_with_an_engine_alone() -> None:
+    assert list(inspect.signature(_initialize_tables).parameters) == ["engine"], "tasks/tracking/database.py calls it"
 
 
 def test_prefects_engine_tells_a_cancelled_run_by_what_its_worker_noted() -> None:
