@@ -4,6 +4,7 @@ import contextvars
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +17,7 @@ from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
+from ota_core.addresses import without_secrets
 from ota_core.errors import OtaError
 from tasks.orchestration.credentials import block_credentials
 from tasks.orchestration.ending import ends_soon, go_on
@@ -112,7 +114,8 @@ def for_users(made: Flow[P, R]) -> Flow[P, R]:
     """A flow as users meet it: it speaks to S3 with the credentials of their block, ends soon when it is cancelled, and logs their mistakes by
     the message alone. The flows that it calls carry its run's tags, by which the server looks for runs that have fallen silent.
 
-    Any other error keeps its traceback, here and on the Prefect server. Stands above ``@flow``.
+    Any other error keeps its traceback, here and on the Prefect server; of one that repeats a secret of an address only the message is left, without
+    it. Stands above ``@flow``.
     """
     body, runs, tasks = made.fn, logging.getLogger("prefect.flow_runs"), logging.getLogger("prefect.task_runs")
 
@@ -125,9 +128,17 @@ def for_users(made: Flow[P, R]) -> Flow[P, R]:
                 return body(*args, **kwargs)
         except OtaError as error:
             runs.addFilter(_Without(runs, error))  # Prefect logs it after the body has ended
+            # Prefect keeps the exception; where Dask has been loaded (tblib), with its causes, which hold addresses as they were given.
+            error.__cause__ = error.__context__ = None
             raise
+        except Exception as error:
+            said = "".join(traceback.format_exception(error))
+            if without_secrets(said) == said:
+                raise
+            hidden = RuntimeError(without_secrets(f"{type(error).__name__}: {error}")).with_traceback(error.__traceback__)
         finally:
             tasks.removeFilter(quiet)
+        raise hidden  # here, where the other is not its context
 
     made.fn = wrapped
     return made

@@ -36,6 +36,9 @@ def planted(prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """An environment that is full of secrets, with an S3 server that takes them; its bucket, which holds the experts."""
     from prefect.settings import PREFECT_API_KEY, temporary_settings
 
+    # As Dask does when it is loaded: from then on exceptions are pickled with their causes.
+    pytest.importorskip("tblib.pickling_support").install()
+
     keys = {name: SECRETS[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_REGION", "OTA_HOME", "OTA_ARTIFACTS"):
         monkeypatch.delenv(name, raising=False)

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -168,6 +169,27 @@ def test_a_users_mistake_is_logged_without_a_traceback_and_no_filter_stays(
     assert "no such recipe" in caplog.text, "the line on the final state names it"
     assert {type(one).__module__ for logger in loggers for one in logger.filters} <= {"prefect.logging.filters"}
     assert inner.parameters.properties["count"]["default"] == 1 and inner.version == outer.version is not None
+
+
+@pytest.mark.parametrize("kind", [OtaError, KeyError])
+def test_an_error_that_a_flow_keeps_holds_no_secret_of_an_address(
+    kind: type[Exception], prefect_server: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An OtaError says nothing of its cause; of any other error the message and its causes are whatever a library wrote."""
+
+    @for_users
+    @flow
+    def asks() -> None:
+        try:
+            raise ConnectionError("no answer from https://me:hunter2@host/x")
+        except ConnectionError as error:
+            raise kind("no answer") from error
+
+    state: Any = asks(return_state=True)
+    error = state.result(raise_on_failure=False)
+    assert "no answer" in str(error) and "hunter2" not in state.message + caplog.text
+    assert "hunter2" not in "".join(traceback.format_exception(error))
+    assert error.__cause__ is None and error.__context__ is None
 
 
 def test_flows_that_a_deployed_flow_calls_carry_its_tags(prefect_server: None) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -59,10 +61,11 @@ class Told:
 
 @pytest.fixture(scope="module")
 def night(operations: Operations) -> Told:
-    """One night on the stack. All that is asked of Prefect's client is asked before the browser starts."""
+    """One night on the stack, started in a thread of its own: where the browser is driven a loop runs already, and Prefect would hand out coroutines."""
     from prefect.client.orchestration import get_client
 
-    run = operations.nightly()
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(copy_context().run, operations.nightly).result()
     assert run.state.name == "Promoted", (run.state.message, operations.live.logs())
     champion = operations.champion()
     assert champion is not None
