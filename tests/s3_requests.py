@@ -30,8 +30,22 @@ class Requests(list[Request]):
 
     def bytes(self, name: str = "") -> int:
         """Bytes asked for of objects whose key ends so."""
-        ranges = [one.range.removeprefix("bytes=").split("-") for one in self if one.key.endswith(name) and one.range]
-        return sum(int(last) - int(first) + 1 for first, last in ranges)
+        return sum(last - first for _, first, last in self._ranges(name))
+
+    def different_bytes(self, name: str = "") -> int:
+        """The same, what was asked for again counted once: a machine that is busy may ask again."""
+        found, ends = 0, dict[str, int]()
+        for key, first, last in sorted(self._ranges(name)):
+            found += max(0, last - max(first, ends.get(key, 0)))
+            ends[key] = max(last, ends.get(key, 0))
+        return found
+
+    def _ranges(self, name: str) -> Iterator[tuple[str, int, int]]:
+        """Object, first byte, and the one after the last."""
+        for one in self:
+            if one.key.endswith(name) and one.range:
+                first, _, last = one.range.removeprefix("bytes=").partition("-")
+                yield one.key, int(first), int(last) + 1
 
 
 @contextmanager
