@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -157,6 +158,7 @@ def server_environment() -> dict[str, str]:
         "PREFECT_API_URL": PREFECT_API_URL.value(),
         "PREFECT_HOME": str(PREFECT_HOME.value()),
         "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "OTA_ALLOWED_ROOTS": gettempdir(),  # models and artifacts of the tests lie there
     }
 
 
