@@ -213,6 +213,7 @@ def test_a_flow_on_the_cpu_pool_runs_the_parts_of_its_pool_itself(
 ) -> None:
     """Its own slot may be the pool's last: here no other worker of that pool runs."""
     monkeypatch.setenv("OTA_WORK_POOL", CPU)
+    monkeypatch.setenv("OTA_ALLOWED_ROOTS", gettempdir())
     recipe = world.recipe(density=0.4, compression="rank1")
     before = {run.id for run in part_runs()}
     with workers(tmp_path, 1):
@@ -259,11 +260,11 @@ def test_interrupting_the_parent_cancels_its_parts(world: World, deployed: None,
             command, env=server_environment(), cwd=REPOSITORY, stdout=log, stderr=log,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
-        wait_until(lambda: len(part_runs()) > len(before) + 3, lambda: (tmp_path / "run.log").read_text())
+        wait_until(lambda: len(part_runs()) >= len(before) + 3, lambda: (tmp_path / "run.log").read_text())
         parent.send_signal(signal.SIGINT)
         parent.wait(timeout=60)
     states = [run.state_name for run in part_runs() if run.id not in before]
-    assert len(states) > 3 and set(states) <= {"Cancelled", "Cancelling"}, states
+    assert len(states) >= 3 and set(states) <= {"Cancelled", "Cancelling"}, states
 
 
 @pytest.mark.slow
@@ -286,7 +287,7 @@ def test_cancelling_the_parent_on_the_server_cancels_its_parts(world: World, dep
     }  # fmt: skip
     with workers(tmp_path, 1, CPU), get_client(sync_client=True) as client:
         parent = run_deployment("merge/test", parameters=parameters, timeout=0, as_subflow=False)
-        wait_until(lambda: len(part_runs()) > len(before) + 3, lambda: (tmp_path / "worker0.log").read_text())
+        wait_until(lambda: len(part_runs()) >= len(before) + 3, lambda: (tmp_path / "worker0.log").read_text())
         client.set_flow_run_state(parent.id, Cancelling())
         wait_until(
             lambda: {run.state_name for run in part_runs() if run.id not in before} == {"Cancelled"},
