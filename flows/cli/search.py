@@ -111,10 +111,7 @@ def search(
         "floor": floors_of_options(floor),
     }
     config = _config(recipe, space, measured, {key: value for key, value in given.items() if value is not None})
-    if Path(out).exists() and not overwrite:
-        raise OtaError(f"{out} exists already; choose another file, or replace it with --overwrite")
-    if Path(out).is_dir():
-        raise OtaError(f"{out} is a folder; name a file such as best.yaml")
+    check_file(out, such_as="best.yaml", overwrite=overwrite)
     _, folder = recipe_of(config)
     load_suite(config.suite)
     if config.test:
@@ -125,27 +122,43 @@ def search(
     from flows.search import search_flow
     from tasks.experiments.search.result import render, verdict
     from tasks.settings import as_device, places
-    from tasks.tracking.merge import open_hint
 
     outcome = search_flow(
         config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
     )  # fmt: skip
     show(render(outcome.tuned))
-    if outcome.test is not None and outcome.test.smoke and not outcome.test.smoke.passed:
-        show(f"not benchmarked: {outcome.test.smoke.said}")
-    elif outcome.test is not None:
+    show_end(
+        "winner", outcome.test, config.test, verdict(outcome.tuned), out, outcome.logged, places(home, artifacts), tracking_uri
+    )
+    if not outcome.tuned.feasible:
+        raise typer.Exit(NOTHING_HOLDS)
+
+
+def check_file(out: str, *, such_as: str, overwrite: bool) -> None:
+    """Raises OtaError for a place that a recipe cannot be written to."""
+    if Path(out).exists() and not overwrite:
+        raise OtaError(f"{out} exists already; choose another file, or replace it with --overwrite")
+    if Path(out).is_dir():
+        raise OtaError(f"{out} is a folder; name a file such as {such_as}")
+
+
+def show_end(
+    name: str, test: Any, suite: str | None, verdict: str, out: str, logged: Any, where: Any, tracking_uri: str | None
+) -> None:  # fmt: skip
+    """How what was found (``name``) stands on the suite that judges it, the verdict, the recipe's place, and the way to MLflow's page."""
+    from tasks.tracking.merge import open_hint
+
+    if test is not None and test.smoke and not test.smoke.passed:
+        show(f"not benchmarked: {test.smoke.said}")
+    elif test is not None:
         from tasks.pages.outcome import comparison_table
         from tasks.pages.scores import narrow
         from tasks.pages.terminal import table
 
-        scores = comparison_table({"winner": outcome.test}, places(home, artifacts))
-        show(table(narrow(scores, f"Suite {config.test}")))
-    typer.echo(verdict(outcome.tuned))
+        show(table(narrow(comparison_table({name: test}, where), f"Suite {suite}")))
+    typer.echo(verdict)
     typer.echo(f"recipe: {out}")
-    where = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
-    typer.echo(open_hint(tracking_uri=tracking_uri, root=places(home, artifacts).tracking, **where))
-    if not outcome.tuned.feasible:
-        raise typer.Exit(NOTHING_HOLDS)
+    typer.echo(open_hint(tracking_uri=tracking_uri, root=where.tracking, experiment=logged.experiment_id, run=logged.run_id))
 
 
 def _config(source: str, space: dict[str, Any], measured: dict[str, Any], given: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.common import Artifacts, DataDir, Device, Home, MergeMemory, Overlap, TrackingUri, show
-from flows.cli.search import floors_of_options
+from flows.cli.search import check_file, floors_of_options, show_end
 from ota_core.errors import OtaError
 
 
@@ -81,9 +81,7 @@ def tune(
         "test_data_dir": test_data_dir, "overlap": overlap,
     }  # fmt: skip
     config = _config(recipe, {key: value for key, value in given.items() if value is not None})
-    from tasks.experiments.tune.result import check_out, render, verdict
-
-    check_out(out, overwrite=overwrite)
+    check_file(out, such_as="tuned.yaml", overwrite=overwrite)
     _, folder = recipe_of(config)
     load_suite(config.suite)
     if config.test:
@@ -92,25 +90,16 @@ def tune(
     pick_device(device)
     prepare_prefect()
     from flows.tune import tune_flow
+    from tasks.experiments.tune.result import render, verdict
     from tasks.settings import as_device, places
-    from tasks.tracking.merge import open_hint
 
     outcome = tune_flow(
         config, out=out, device=as_device(device), memory=memory, recipe_dir=folder, home=home, artifacts=artifacts, tracking_uri=tracking_uri
     )  # fmt: skip
     show(render(outcome.learned))
-    if outcome.test is not None and outcome.test.smoke and not outcome.test.smoke.passed:
-        show(f"not benchmarked: {outcome.test.smoke.said}")
-    elif outcome.test is not None:
-        from tasks.pages.outcome import comparison_table
-        from tasks.pages.scores import narrow
-        from tasks.pages.terminal import table
-
-        show(table(narrow(comparison_table({"tuned": outcome.test}, places(home, artifacts)), f"Suite {config.test}")))
-    typer.echo(verdict(outcome.learned))
-    typer.echo(f"recipe: {out}")
-    run = {"experiment": outcome.logged.experiment_id, "run": outcome.logged.run_id}
-    typer.echo(open_hint(tracking_uri=tracking_uri, root=places(home, artifacts).tracking, **run))
+    show_end(
+        "tuned", outcome.test, config.test, verdict(outcome.learned), out, outcome.logged, places(home, artifacts), tracking_uri
+    )
 
 
 def _config(source: str, given: dict[str, Any]) -> Any:

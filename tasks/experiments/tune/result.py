@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from ota_core.artifact import write_text_atomic
-from ota_core.errors import OtaError
 from ota_core.plan.expert_scales import ExpertScales, scales_digest
 from ota_core.recipe.recipe import MergeRecipe
 from ota_core.recipe.yaml_text import as_comment, dump_yaml
@@ -85,14 +84,6 @@ def recipe_text(
     ]
     raw = located(recipe, recipe_dir, out).model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
     return as_comment(lines) + dump_yaml(raw | {"scales": scales})
-
-
-def check_out(out: str, *, overwrite: bool) -> None:
-    """Raises OtaError for a place that the recipe cannot be written to."""
-    if Path(out).exists() and not overwrite:
-        raise OtaError(f"{out} exists already; choose another file, or replace it with --overwrite")
-    if Path(out).is_dir():
-        raise OtaError(f"{out} is a folder; name a file such as tuned.yaml")
 
 
 def table(learned: Learned) -> Table:
